@@ -1,0 +1,70 @@
+"""The input of the allocation: for each layer, what every rank would cost and lose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Choice", "Curve", "Float64", "LayerCurves"]
+
+Float64: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One layer under one scheme: its singular values and what a unit of rank costs.
+
+    Attributes
+    ----------
+    scheme : str
+        Name of the scheme (``matrix``, ``channel``, ``input``, ``spatial-hw``, ...).
+    singular_values : float64 array, shape (full_rank,)
+        Descending. For grouped layers, entry j is the root of the sum over the groups
+        of the squared j-th singular value, since ranks are equal over groups.
+    ranks : int64 array, shape (candidates,)
+        The ranks that may be chosen, ascending, each at least 1. Every one of them is
+        worth choosing: it is smaller than the whole layer.
+    bytes_per_rank, macs_per_rank : int
+        Cost of one unit of rank; a choice of rank r costs r times that.
+        ``macs_per_rank`` is None when the MACs of the model are not known.
+    """
+
+    scheme: str
+    singular_values: Float64
+    ranks: NDArray[np.int64]
+    bytes_per_rank: int
+    macs_per_rank: int | None
+
+
+@dataclass(frozen=True)
+class LayerCurves:
+    """A layer as the allocation sees it: keep it whole, or take a point of a curve.
+
+    Attributes
+    ----------
+    name : str
+        Name of the layer, for messages.
+    bytes_whole, macs_whole : int
+        Cost of the layer as it is; ``macs_whole`` is None when not known.
+    curves : tuple of Curve
+        One per scheme that has at least one candidate rank; never empty.
+    """
+
+    name: str
+    bytes_whole: int
+    macs_whole: int | None
+    curves: tuple[Curve, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A point on a curve: which curve of the layer, and at which rank.
+
+    The choice to keep a layer whole is written as None.
+    """
+
+    curve: int
+    rank: int

@@ -1,0 +1,69 @@
+"""What can go wrong, as a small hierarchy.
+
+CoblaError
+ ├── UsageError          exit 2   an option, a name or a path that cannot be used
+ ├── ModelError          exit 3   the model is invalid, or is of a kind we cannot read
+ ├── BudgetError         exit 4   the budget cannot be met; names the smallest that can
+ ├── VerificationError   exit 5   the result did not pass; nothing was written
+ └── WriteError          exit 6   the result could not be written
+
+Every message says what happened, why, and what to do next, with the name of the
+file, node or option. The exit code of the command line is a class attribute.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetError",
+    "CoblaError",
+    "ModelError",
+    "UsageError",
+    "VerificationError",
+    "WriteError",
+]
+
+
+class CoblaError(Exception):
+    """Base of all errors that a user of cobla-onnx can do something about."""
+
+    exit_code = 1
+
+
+class UsageError(CoblaError):
+    """An option, a pattern, a name or a path that cannot be used."""
+
+    exit_code = 2
+
+
+class ModelError(CoblaError):
+    """The model is invalid, or is of a kind that cannot be read."""
+
+    exit_code = 3
+
+
+class BudgetError(CoblaError):
+    """The budget cannot be met; the message names the smallest that can.
+
+    Attributes
+    ----------
+    least : dict of str to float
+        For each budget that is out of reach, the least fraction that can be reached.
+    """
+
+    exit_code = 4
+
+    def __init__(self, message: str, least: dict[str, float] | None = None) -> None:
+        super().__init__(message)
+        self.least = dict(least or {})
+
+
+class VerificationError(CoblaError):
+    """The compressed model did not pass verification; nothing was written."""
+
+    exit_code = 5
+
+
+class WriteError(CoblaError):
+    """The result could not be written; what stood there before is as it was."""
+
+    exit_code = 6
