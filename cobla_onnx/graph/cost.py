@@ -1,0 +1,174 @@
+"""Shapes of a model's tensors, and from them the MACs of its nodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import onnx
+
+from cobla_onnx.errors import UsageError
+from cobla_onnx.graph.layers import attributes, node_label
+from cobla_onnx.graph.model_file import constant_value, copy_without_initializers, tensor_bytes
+
+__all__ = ["Shape", "fixed_input_shapes", "infer_shapes", "node_macs"]
+
+Shape: TypeAlias = "tuple[int | None, ...]"
+# Constants up to this size are kept for shape inference: they may be shapes themselves.
+SMALL = 4096
+
+
+def fixed_input_shapes(
+    model: onnx.ModelProto, given: Mapping[str, Sequence[int]]
+) -> dict[str, Shape]:
+    """Shapes of the model's inputs, with a symbolic batch (first axis) counted as 1.
+
+    Parameters
+    ----------
+    given : mapping of str to sequence of int
+        Shapes that the user states, by input name.
+
+    Raises
+    ------
+    UsageError
+        If a name is not an input, or a shape contradicts the model.
+    """
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = {value.name: value for value in model.graph.input if value.name not in stored}
+    for name in given:
+        if name not in inputs:
+            known = ", ".join(inputs) or "none"
+            raise UsageError(f"--input-shape {name}: the model has no such input; it has {known}")
+    shapes: dict[str, Shape] = {}
+    for name, value in inputs.items():
+        if not value.type.HasField("tensor_type"):
+            continue
+        declared: list[int | None] | None = None
+        if value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            declared = [d.dim_value if d.HasField("dim_value") else None for d in dims]
+            declared = [d if d is None or d > 0 else None for d in declared]
+        if name in given:
+            shapes[name] = _agreed(name, tuple(given[name]), declared)
+        elif declared is not None:
+            if declared and declared[0] is None:
+                declared[0] = 1
+            shapes[name] = tuple(declared)
+    return shapes
+
+
+def _agreed(name: str, given: tuple[int, ...], declared: list[int | None] | None) -> Shape:
+    if declared is not None:
+        fits = len(given) == len(declared) and all(
+            d is None or d == g for g, d in zip(given, declared, strict=True)
+        )
+        if not fits:
+            want = ",".join("?" if d is None else str(d) for d in declared)
+            got = ",".join(map(str, given))
+            raise UsageError(f"--input-shape {name}:{got}: the model declares {name}:{want}")
+    return given
+
+
+def infer_shapes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Infer the shapes of all tensors by ONNX's own shape inference.
+
+    The weights are not copied: a large one becomes an input of the same type and shape.
+    Tensors whose shape stays unknown are left out; unknown axes are None.
+    """
+    large = [t for t in model.graph.initializer if tensor_bytes(t) > SMALL]
+    skeleton = copy_without_initializers(model, {t.name for t in large})
+    graph = skeleton.graph
+    del graph.value_info[:]
+    named = {value.name for value in graph.input}
+    for tensor in large:
+        if tensor.name not in named:
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    for value in graph.input:
+        if value.name in inputs:
+            del value.type.tensor_type.shape.dim[:]
+            for size in inputs[value.name]:
+                dim = value.type.tensor_type.shape.dim.add()
+                if size is not None:
+                    dim.dim_value = size
+    for value in graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        # The caller sees shapes missing and measures or reports them.
+        inferred = graph
+    shapes: dict[str, Shape] = {}
+    for value in (*inferred.value_info, *inferred.input, *inferred.output):
+        kind = value.type.tensor_type
+        if value.type.HasField("tensor_type") and kind.HasField("shape"):
+            shapes[value.name] = tuple(
+                d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim
+            )
+    for tensor in model.graph.initializer:
+        shapes[tensor.name] = tuple(tensor.dims)
+    for node in model.graph.node:
+        tensor_value = constant_value(node)
+        if tensor_value is not None:
+            shapes[node.output[0]] = tuple(tensor_value.dims)
+    return shapes
+
+
+COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def node_macs(
+    model: onnx.ModelProto, shapes: Mapping[str, Shape]
+) -> tuple[dict[int, int], list[str]]:
+    """MACs of every convolution and matrix product of the main graph.
+
+    Additions of a bias are not counted; neither are other operators, sub-graphs and
+    functions.
+
+    Returns
+    -------
+    macs : dict of int to int
+        By node index, where the shapes are known.
+    unknown : list of str
+        Names of the nodes whose shapes are not.
+    """
+    macs: dict[int, int] = {}
+    unknown: list[str] = []
+    for index, node in enumerate(model.graph.node):
+        if node.op_type not in COUNTED or node.domain not in ("", "ai.onnx"):
+            continue
+        count = _macs(node, shapes)
+        if count is None:
+            unknown.append(node_label(node, index))
+        else:
+            macs[index] = count
+    return macs, unknown
+
+
+def _macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
+    left, right = shapes.get(node.input[0]), shapes.get(node.input[1])
+    output = shapes.get(node.output[0])
+    if node.op_type == "Conv":
+        # Each output element is a sum over the weight's axes but the first.
+        return _product(output, right[1:] if right else None)
+    if node.op_type == "ConvTranspose":
+        return _product(left, right[1:] if right else None)
+    if left is None:
+        return None
+    transposed = node.op_type == "Gemm" and attributes(node).get("transA", 0)
+    return _product(output, (left[0] if transposed else left[-1],) if left else None)
+
+
+def _product(*shapes: Iterable[int | None] | None) -> int | None:
+    sizes: list[int] = []
+    for shape in shapes:
+        if shape is None:
+            return None
+        for size in shape:
+            if size is None:
+                return None
+            sizes.append(size)
+    return math.prod(sizes)

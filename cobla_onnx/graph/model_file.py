@@ -1,0 +1,212 @@
+"""Read a model, copy it without its weights, count what it stores, and write files atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from cobla_onnx.errors import ModelError, UsageError, WriteError
+
+__all__ = [
+    "constant_value",
+    "copy_without_initializers",
+    "load_model",
+    "stored_bytes",
+    "subgraphs",
+    "tensor_bytes",
+    "unique_name",
+    "write_atomically",
+]
+
+# protobuf cannot serialise more; larger models are issue 5's work.
+PROTOBUF_LIMIT = 2**31 - 1
+
+
+def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Read a model with its external data.
+
+    Raises
+    ------
+    UsageError
+        If there is no regular file at `path`.
+    ModelError
+        If it is not an ONNX model, or its external data cannot be read.
+    """
+    file = Path(path)
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"{file}: is not a regular file; give the path of an ONNX file")
+    try:
+        model = onnx.load(os.fspath(file), load_external_data=False)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error.strerror}); check the file") from error
+    except (DecodeError, ValueError) as error:
+        raise ModelError(
+            f"{file}: is not an ONNX model, or is damaged; export or download it again"
+        ) from error
+    if not model.HasField("graph") or not model.graph.node:
+        raise ModelError(f"{file}: holds no graph with nodes; export or download it again")
+    if not model.opset_import:
+        raise ModelError(f"{file}: imports no operator set; export or download it again")
+    try:
+        onnx.external_data_helper.load_external_data_for_model(model, os.fspath(file.parent))
+    except (onnx.checker.ValidationError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{file}: its external data cannot be read; {reason}") from error
+    if model.ByteSize() > PROTOBUF_LIMIT:
+        raise ModelError(f"{file}: is over 2 GB with its external data; not supported yet")
+    return model
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yield the graphs that a node carries as attributes (If, Loop, Scan)."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == onnx.AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """Return the dense tensor of a Constant node, or None where it holds something else."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            return attribute.t
+    return None
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's elements, as a Python int, without touching its data."""
+    count = math.prod(tensor.dims)
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return sum(len(text) for text in tensor.string_data)
+    name = onnx.TensorProto.DataType.Name(tensor.data_type)
+    if name.endswith("4") or name == "FLOAT4E2M1":
+        return (count + 1) // 2
+    if name.endswith("INT2"):
+        return (count + 3) // 4
+    return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def stored_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of all constant tensors that a model stores.
+
+    Counted are initializers (dense and sparse) and the tensors of Constant nodes, in the
+    main graph, in sub-graphs and in model-local functions.
+    """
+    total = 0
+    node_lists: list[Iterable[onnx.NodeProto]] = [f.node for f in model.functions]
+    graphs = [model.graph]
+    while graphs or node_lists:
+        if graphs:
+            graph = graphs.pop()
+            total += sum(tensor_bytes(tensor) for tensor in graph.initializer)
+            for sparse in graph.sparse_initializer:
+                total += tensor_bytes(sparse.values) + tensor_bytes(sparse.indices)
+            node_lists.append(graph.node)
+        for node in node_lists.pop():
+            value = constant_value(node)
+            if value is not None:
+                total += tensor_bytes(value)
+            graphs.extend(subgraphs(node))
+    return total
+
+
+def copy_without_initializers(
+    model: onnx.ModelProto, names: Collection[str]
+) -> onnx.ModelProto:
+    """Copy a model, leaving out the initializers called `names`.
+
+    Field by field, so that the data left out is never copied: protobuf does not give
+    memory back when a field is deleted. Fields unknown to this onnx version can only be
+    kept by a whole copy, which is then what is made.
+    """
+    result = onnx.ModelProto()
+    if len(UnknownFieldSet(model)) or len(UnknownFieldSet(model.graph)):
+        result.CopyFrom(model)
+        kept = [tensor for tensor in model.graph.initializer if tensor.name not in names]
+        del result.graph.initializer[:]
+        result.graph.initializer.extend(kept)
+        return result
+    _copy_fields(model, result, leave_out="graph")
+    result.graph.SetInParent()
+    _copy_fields(model.graph, result.graph, leave_out="initializer")
+    result.graph.initializer.extend(t for t in model.graph.initializer if t.name not in names)
+    return result
+
+
+def _copy_fields(source: Message, target: Message, leave_out: str) -> None:
+    for field, value in source.ListFields():
+        if field.name == leave_out:
+            continue
+        if field.is_repeated:
+            getattr(target, field.name).extend(value)
+        elif field.message_type is not None:
+            getattr(target, field.name).CopyFrom(value)
+        else:
+            setattr(target, field.name, value)
+
+
+def unique_name(wanted: str, taken: set[str]) -> str:
+    """Return `wanted`, or `wanted_2`, ...: the first that is not in `taken`, and take it."""
+    name, number = wanted, 1
+    while name in taken:
+        number += 1
+        name = f"{wanted}_{number}"
+    taken.add(name)
+    return name
+
+
+def write_atomically(
+    path: str | os.PathLike[str], data: bytes, check: Callable[[Path], None] | None = None
+) -> None:
+    """Write `data` to `path`, or leave what is there as it was.
+
+    The bytes go to a new file in the same folder, which is flushed to disk, passed to
+    `check` and renamed. A symlink at `path` is written through. Whatever happens, no
+    partial file is left, unless the process is killed.
+
+    Raises
+    ------
+    WriteError
+        If the file cannot be written. An error raised by `check` passes through.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    try:
+        try:
+            if target.is_dir():
+                raise IsADirectoryError(21, "Is a directory")
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(temporary, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if check is not None:
+                check(temporary)
+            if target.exists():
+                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+            temporary.replace(target)
+        except OSError as error:
+            raise WriteError(
+                f"{path}: cannot be written ({error.strerror or error}); "
+                "give another output path or free some space"
+            ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

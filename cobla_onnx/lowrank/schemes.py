@@ -1,0 +1,266 @@
+"""The matricisations: how a weight unfolds into a matrix, and factors fold back to nodes.
+
+A weight of shape (N, C, h, w) can be unfolded in several ways; a matrix factorisation of
+each is a pair of cheaper nodes:
+
+=============  ===================  =============================================  =========
+scheme         matrix               nodes                                          source
+=============  ===================  =============================================  =========
+``channel``    N x (C h w)          h x w convolution to r channels, then 1 x 1    Zhang 2015
+``input``      C x (N h w)          1 x 1 to r channels, then h x w
+``spatial-hw`` (C h) x (N w)        h x 1 to r channels, then 1 x w                Tai 2016
+``spatial-wh`` (C w) x (N h)        1 x w to r channels, then h x 1
+``matrix``     the weight itself    two matrix products, or two 1 x 1 convolutions
+=============  ===================  =============================================  =========
+
+The first factor carries stride, dilation and padding along the axes it moves over, the
+second those of the others, and the bias. Grouped convolutions and batched matrices are
+stacks of matrices with equal ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cobla_onnx.graph.cost import Shape
+from cobla_onnx.graph.layers import Layer, Use
+
+__all__ = ["ConvScheme", "ProductScheme", "Scheme", "schemes_for"]
+
+
+@dataclass(frozen=True)
+class ConvScheme:
+    """A matricisation of a convolution's weight, of shape (N, C / group, *kernel).
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+        Shape of the weight.
+    group : int
+    first_axes : tuple of int
+        Spatial axes over which the first factor moves; the second moves over the others.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    first_axes: tuple[int, ...]
+
+    @property
+    def _kernel(self) -> tuple[int, ...]:
+        return self.shape[2:]
+
+    def kernels(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Kernel shapes of the first and the second factor."""
+        first = tuple(k if a in self.first_axes else 1 for a, k in enumerate(self._kernel))
+        second = tuple(1 if a in self.first_axes else k for a, k in enumerate(self._kernel))
+        return first, second
+
+    def _axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Axes of (group, N / group, C / group, *kernel) that become rows and columns."""
+        spatial = range(len(self._kernel))
+        rows = (2, *(3 + a for a in spatial if a in self.first_axes))
+        columns = (1, *(3 + a for a in spatial if a not in self.first_axes))
+        return rows, columns
+
+    def _grouped_shape(self) -> tuple[int, ...]:
+        return (self.group, self.shape[0] // self.group, *self.shape[1:])
+
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """Groups, rows (inputs of the first factor) and columns (outputs of the second)."""
+        rows, columns = self._axes()
+        sizes = self._grouped_shape()
+        return (
+            self.group,
+            math.prod(sizes[a] for a in rows),
+            math.prod(sizes[a] for a in columns),
+        )
+
+    def matrix(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """Unfold a weight into a stack of matrices, shape `matrix_shape`."""
+        rows, columns = self._axes()
+        grouped = weight.reshape(self._grouped_shape())
+        return grouped.transpose((0, *rows, *columns)).reshape(self.matrix_shape())
+
+    def weight(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """Fold a stack of matrices back into a weight: the inverse of `matrix`."""
+        rows, columns = self._axes()
+        order = (0, *rows, *columns)
+        sizes = self._grouped_shape()
+        grouped = matrix.reshape([sizes[a] for a in order])
+        return grouped.transpose(np.argsort(order)).reshape(self.shape)
+
+    def fold(
+        self, left: NDArray[Any], right: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Turn matrix factors into the weights of the two convolutions.
+
+        Parameters
+        ----------
+        left : array, shape (groups, rows, rank)
+        right : array, shape (groups, rank, columns)
+        """
+        rank = left.shape[2]
+        first_kernel, second_kernel = self.kernels()
+        inputs = self.shape[1]
+        first = left.transpose(0, 2, 1).reshape(self.group * rank, inputs, *first_kernel)
+        outputs = self.shape[0] // self.group
+        second = right.reshape(self.group, rank, outputs, -1).transpose(0, 2, 1, 3)
+        return first, second.reshape(self.shape[0], rank, *second_kernel)
+
+    def unfold(
+        self, first: NDArray[Any], second: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Turn the weights of the two convolutions back into matrix factors."""
+        groups, rows, columns = self.matrix_shape()
+        rank = second.shape[1]
+        left = first.reshape(groups, rank, rows).transpose(0, 2, 1)
+        right = second.reshape(groups, self.shape[0] // groups, rank, -1)
+        return left, right.transpose(0, 2, 1, 3).reshape(groups, rank, columns)
+
+    def params_per_rank(self) -> int:
+        """Weights of both factors for each unit of rank."""
+        groups, rows, columns = self.matrix_shape()
+        return groups * (rows + columns)
+
+    def macs_per_rank(self, use: Use, shapes: Mapping[str, Shape]) -> int | None:
+        """MACs of both factors for each unit of rank, or None where shapes are unknown.
+
+        The first factor has moved over its own axes only, so it runs at output size along
+        these and at input size along the others.
+        """
+        data, output = shapes.get(use.data), shapes.get(use.output)
+        if data is None or output is None:
+            return None
+        between = [
+            output[2 + a] if a in self.first_axes else data[2 + a]
+            for a in range(len(self._kernel))
+        ]
+        sizes = [output[0], *between, *output[2:]]
+        if any(size is None for size in sizes):
+            return None
+        known = [size for size in sizes if size is not None]
+        groups, rows, columns = self.matrix_shape()
+        axes = len(self._kernel)
+        first = math.prod(known[1 : 1 + axes])
+        second = math.prod(known[1 + axes :])
+        return known[0] * groups * (rows * first + columns * second)
+
+
+@dataclass(frozen=True)
+class ProductScheme:
+    """The matrix of a Gemm or MatMul, or a stack of them.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+        Shape of the weight, (..., rows, columns).
+    weight_input : int
+        1 where the weight is the right operand, 0 where it is the left one.
+    transposed : bool
+        Whether Gemm reads the stored weight transposed.
+    data_left : bool
+        Whether the data is the left operand of the first product. Gemm may transpose its
+        data; then (A^T F) is computed as (F^T A)^T, and the second Gemm transposes it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weight_input: int
+    transposed: bool
+    data_left: bool
+
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """Number of matrices, rows and columns as stored."""
+        return math.prod(self.shape[:-2]), self.shape[-2], self.shape[-1]
+
+    def matrix(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """Reshape a weight into a stack of matrices."""
+        return weight.reshape(self.matrix_shape())
+
+    def weight(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """Reshape a stack of matrices into the weight: the inverse of `matrix`."""
+        return matrix.reshape(self.shape)
+
+    @property
+    def _left_first(self) -> bool:
+        """Whether the left matrix factor meets the data first."""
+        return (self.weight_input == 1) != self.transposed
+
+    def fold(
+        self, left: NDArray[Any], right: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Put the factors in the order in which they meet the data."""
+        batch = self.shape[:-2]
+        left = left.reshape(*batch, *left.shape[1:])
+        right = right.reshape(*batch, *right.shape[1:])
+        first, second = (left, right) if self._left_first else (right, left)
+        return (first if self._left_first == self.data_left else first.swapaxes(-1, -2)), second
+
+    def unfold(
+        self, first: NDArray[Any], second: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Turn the two weights back into matrix factors."""
+        if self._left_first != self.data_left:
+            first = first.swapaxes(-1, -2)
+        left, right = (first, second) if self._left_first else (second, first)
+        return left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:])
+
+    def params_per_rank(self) -> int:
+        """Weights of both factors for each unit of rank."""
+        count, rows, columns = self.matrix_shape()
+        return count * (rows + columns)
+
+    def macs_per_rank(self, use: Use, shapes: Mapping[str, Shape]) -> int | None:
+        """MACs of both factors for each unit of rank, or None where shapes are unknown."""
+        output = shapes.get(use.output)
+        if output is None or not output or any(size is None for size in output):
+            return None
+        _, rows, columns = self.matrix_shape()
+        outputs = columns if self._left_first else rows
+        elements = math.prod(size for size in output if size is not None)
+        return elements // outputs * (rows + columns)
+
+
+Scheme = ConvScheme | ProductScheme
+
+
+def schemes_for(layer: Layer, wanted: str = "auto") -> tuple[Scheme, ...]:
+    """Return the schemes that apply to a layer.
+
+    Parameters
+    ----------
+    layer : Layer
+    wanted : {'auto', 'spatial', 'channel', 'input'}
+        Restricts convolutions to one kind. Where all kinds are the same, as for 1 x 1
+        convolutions and matrix products, it makes no difference.
+    """
+    if layer.op != "Conv":
+        right = layer.weight_input == 1
+        transposes = [bool(layer.attributes.get(flag, 0)) for flag in ("transA", "transB")]
+        data_left = right != transposes[1 - layer.weight_input]
+        transposed = transposes[layer.weight_input]
+        return (
+            ProductScheme("matrix", layer.shape, layer.weight_input, transposed, data_left),
+        )
+    kernel = layer.shape[2:]
+    group = layer.attributes["group"]
+    every = tuple(range(len(kernel)))
+    if math.prod(kernel) == 1:
+        return (ConvScheme("matrix", layer.shape, group, every),)
+    found = {
+        "channel": ConvScheme("channel", layer.shape, group, every),
+        "input": ConvScheme("input", layer.shape, group, ()),
+    }
+    if len(kernel) == 2 and min(kernel) > 1:
+        found["spatial-hw"] = ConvScheme("spatial-hw", layer.shape, group, (0,))
+        found["spatial-wh"] = ConvScheme("spatial-wh", layer.shape, group, (1,))
+    return tuple(s for name, s in found.items() if wanted in ("auto", name.split("-")[0]))

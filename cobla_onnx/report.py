@@ -1,0 +1,225 @@
+"""The report: what was decided and measured, as a table for people and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cobla_onnx.verify import Verification
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["BudgetUse", "Cost", "LayerReport", "Report", "SolverReport", "safe_text"]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A cost before and after, in elements or MACs; None where it is not known."""
+
+    before: int | None
+    after: int | None
+
+    @property
+    def kept(self) -> float | None:
+        """Share that is left."""
+        if self.before is None or self.after is None or self.before == 0:
+            return None
+        return self.after / self.before
+
+
+@dataclass(frozen=True)
+class BudgetUse:
+    """A budget: its limit (a fraction, None if not set), what was reached, absolute costs."""
+
+    limit: float | None
+    reached: float | None
+    before: int | None
+    after: int | None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: ``decision`` is ``factorised``, ``whole`` (considered) or ``skipped``."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    decision: str
+    scheme: str | None
+    rank: int | None
+    full_rank: int | None
+    params: Cost
+    macs: Cost
+    error: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class SolverReport:
+    """The certificate of the allocation.
+
+    ``value`` is the objective reached, ``lower_bound`` one that no choice within the
+    budgets can beat, ``gap`` their relative distance. ``multipliers`` are the prices of
+    the budgets: how much the objective falls per unit by which the fraction is raised.
+    """
+
+    name: str
+    objective: str
+    value: float
+    lower_bound: float
+    gap: float
+    multipliers: dict[str, float]
+    relaxed_value: float | None = None
+    kkt_residual: float | None = None
+    iterations: int = 0
+    variables: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was decided and measured. `to_dict` documents the JSON's keys by its fields."""
+
+    input: str | None
+    output: str | None
+    budget: dict[str, BudgetUse]
+    layers: tuple[LayerReport, ...]
+    solver: SolverReport | None
+    verification: Verification | None
+    seconds: float
+    seed: int
+    threads: int
+    unchanged: bool
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain dicts and lists."""
+        result = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        for layer in result["layers"]:
+            layer["shape"] = list(layer["shape"])
+        result["layers"] = list(result["layers"])
+        result["notes"] = list(self.notes)
+        if self.verification is not None:
+            result["verification"]["outputs"] = list(result["verification"]["outputs"])
+        return result
+
+    def to_json(self) -> str:
+        """Return the report as indented JSON; NaN and infinity do not occur."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def __rich__(self) -> RenderableType:
+        return render(self)
+
+
+def safe_text(text: str, limit: int = 48) -> str:
+    """Make a name from a model safe to show: no control characters, bounded length."""
+    shown = "".join(
+        c if not unicodedata.category(c).startswith(("C", "Zl", "Zp")) else f"\\x{ord(c):02x}"
+        for c in text[: 4 * limit]
+    )
+    return shown if len(shown) <= limit else f"{shown[: limit // 2 - 1]}…{shown[-limit // 2 :]}"
+
+
+def _count(number: int | None) -> str:
+    if number is None:
+        return "?"
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _change(cost: Cost) -> str:
+    if cost.before is None or cost.before == cost.after:
+        return _count(cost.before)
+    return f"{_count(cost.before)} → {_count(cost.after)}"
+
+
+def _totals(name: str, unit: str, use: BudgetUse) -> str:
+    if use.reached is None or use.before is None or use.after is None:
+        return f"{name}: not known"
+    limit = f", budget {use.limit:g}" if use.limit is not None else ""
+    factor = f"{use.before / use.after:.1f}x smaller" if use.after else "all gone"
+    return (
+        f"{name}: kept {use.reached:.4f} ({factor}{limit}), "
+        f"{_count(use.before)} → {_count(use.after)} {unit}"
+    )
+
+
+def render(report: Report) -> RenderableType:
+    """Render a report for the terminal with rich."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("layer", "op", "decision"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("rank", "parameters", "MACs", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in report.layers:
+        if layer.decision == "skipped":
+            continue
+        cut = layer.decision == "factorised"
+        table.add_row(
+            Text(safe_text(layer.name, 28)),
+            layer.op,
+            layer.scheme if cut else "whole",
+            f"{layer.full_rank} → {layer.rank}" if cut else str(layer.full_rank or ""),
+            _change(layer.params),
+            _change(layer.macs),
+            f"{layer.error:.3f}" if cut and layer.error is not None else "",
+            style=None if cut else "dim",
+        )
+    lines = [Text(_totals(*row)) for row in _budget_rows(report)]
+    return Group(table, Text(""), *_left_alone(report), *lines, *_verdict(report))
+
+
+def _budget_rows(report: Report) -> list[tuple[str, str, BudgetUse]]:
+    return [
+        ("memory", "bytes of weights", report.budget["mem"]),
+        ("MACs", "MACs", report.budget["mac"]),
+    ]
+
+
+def _left_alone(report: Report) -> list[Any]:
+    from rich.text import Text
+
+    reasons = Counter(layer.reason for layer in report.layers if layer.decision == "skipped")
+    return [Text(f"left alone: {n} x {safe_text(why, 70)}") for why, n in reasons.items()]
+
+
+def _verdict(report: Report) -> list[Any]:
+    from rich.text import Text
+
+    lines = []
+    if report.solver is not None:
+        s = report.solver
+        lines.append(
+            f"solver: {s.name}, {s.objective} {s.value:.4g}, at least {s.lower_bound:.4g} "
+            f"within these budgets (gap {s.gap:.1%})"
+        )
+    check = report.verification
+    if check is not None:
+        lines.append(
+            f"verified in onnxruntime on {check.samples} samples of {check.data} data: "
+            f"rewrite exact to {check.rewrite_max_error:.1g}"
+        )
+        for output in check.outputs:
+            agreement = output.argmax_agreement
+            same = "" if agreement is None else f", same arg-max {agreement:.1%}"
+            lines.append(
+                f"  {safe_text(output.name)}: relative error {output.relative_l2:.3g}, "
+                f"cosine {output.cosine:.4f}{same}"
+            )
+    if report.unchanged:
+        lines.append("the budgets are met as it is: the model is copied unchanged")
+    lines.extend(f"note: {safe_text(note, 300)}" for note in report.notes)
+    return [Text(line) for line in lines]

@@ -1,0 +1,233 @@
+"""Replace nodes by their two factor nodes, on a copy of the model; nothing else changes.
+
+The factor nodes are built with onnx-graphsurgeon in a scratch graph and their protos are
+transplanted, since exporting a whole model through graph-surgeon loses fields.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.layers import Layer, Use, attributes
+from cobla_onnx.graph.model_file import copy_without_initializers, subgraphs, unique_name
+from cobla_onnx.lowrank.factorize import factorize
+from cobla_onnx.lowrank.schemes import ConvScheme, Scheme
+
+__all__ = ["Replacement", "make_replacement", "rewrite"]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A layer and the two weights that take its place, in the type in which it was stored."""
+
+    layer: Layer
+    scheme: Scheme
+    first: NDArray[Any]
+    second: NDArray[Any]
+
+    def dense(self) -> NDArray[Any]:
+        """Multiply the factors out: the weight that they stand for, shape ``layer.shape``."""
+        left, right = self.scheme.unfold(
+            self.first.astype(np.float64), self.second.astype(np.float64)
+        )
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.layer.type)
+        result: NDArray[Any] = self.scheme.weight(left @ right).astype(dtype)
+        return result
+
+
+def make_replacement(
+    layer: Layer, scheme: Scheme, weight: NDArray[Any], rank: int
+) -> Replacement:
+    """Factorise a weight and fold the factors into the weights of the two nodes.
+
+    Raises
+    ------
+    ModelError
+        If a factor overflows the type in which the weight is stored.
+    """
+    factors = factorize(scheme.matrix(weight), rank)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
+    folded = scheme.fold(factors.left, factors.right)
+    limit = float(np.finfo(dtype).max)
+    if max(float(np.abs(factor).max()) for factor in folded) > limit:
+        raise ModelError(
+            f"node {layer.name!r}: a factor of its weight overflows {dtype}; "
+            f"leave it out by --exclude {layer.name!r}"
+        )
+    first, second = (np.ascontiguousarray(factor.astype(dtype)) for factor in folded)
+    return Replacement(layer, scheme, first, second)
+
+
+def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx.ModelProto:
+    """Return a copy of `model` in which each layer is computed by its two factors.
+
+    Weights, and Identity, Transpose, Cast and Constant nodes before them, that nobody
+    reads any more are left out. Everything else is as it was, in the same order. The
+    second factor node keeps the name, the output and the documentation of the original.
+    """
+    sources = {replacement.layer.source for replacement in replacements}
+    result = copy_without_initializers(model, sources)
+    graph = result.graph
+    names = _Names(model)
+    built: dict[int, list[onnx.NodeProto]] = {}
+    for replacement in replacements:
+        nodes, weights = _build(replacement, model, names)
+        built.update(nodes)
+        graph.initializer.extend(weights)
+        if model.ir_version < 4:
+            # Before IR version 4 every initializer is also an input of the graph.
+            graph.input.extend(
+                onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in weights
+            )
+    dead = _dead_nodes(model, replacements)
+    nodes = []
+    for index, node in enumerate(model.graph.node):
+        if index not in dead:
+            nodes.extend(built.get(index, [node]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    gone = sources | {name for index in dead for name in model.graph.node[index].output}
+    _drop(graph.input, lambda item: item.name in gone)
+    _drop(graph.value_info, lambda item: item.name in gone)
+    _drop(graph.quantization_annotation, lambda item: item.tensor_name in gone)
+    return result
+
+
+def _drop(items: Any, unwanted: Any) -> None:
+    kept = [item for item in items if not unwanted(item)]
+    if len(kept) < len(items):
+        del items[:]
+        items.extend(kept)
+
+
+class _Names:
+    """Names in use, so that new ones are unique."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.tensors: set[str] = set()
+        self.nodes: set[str] = set()
+        stack = [model.graph]
+        while stack:
+            graph = stack.pop()
+            for items in (graph.initializer, graph.input, graph.output, graph.value_info):
+                self.tensors.update(item.name for item in items)
+            for node in graph.node:
+                self.nodes.add(node.name)
+                self.tensors.update(node.input, node.output)
+                stack.extend(subgraphs(node))
+
+
+def _build(
+    replacement: Replacement, model: onnx.ModelProto, names: _Names
+) -> tuple[dict[int, list[onnx.NodeProto]], list[onnx.TensorProto]]:
+    """Build the nodes that replace each use, by node index, and the two initializers."""
+    layer = replacement.layer
+    weights = [
+        gs.Constant(unique_name(f"{layer.name}/{part}_factor", names.tensors), values)
+        for part, values in (("first", replacement.first), ("second", replacement.second))
+    ]
+    casts, operands = [], weights
+    if layer.type != layer.stored_type:
+        operands = [gs.Variable(unique_name(f"{w.name}_cast", names.tensors)) for w in weights]
+        casts = [
+            gs.Node(
+                "Cast", unique_name(f"{w.name}_cast", names.nodes), {"to": layer.type}, [w], [o]
+            )
+            for w, o in zip(weights, operands, strict=True)
+        ]
+    scratch = gs.Graph(nodes=list(casts), opset=_opset(model))
+    for use in layer.uses:
+        scratch.nodes.extend(_pair(replacement, model.graph.node[use.node], use, operands, names))
+    exported = gs.export_onnx(scratch, do_type_check=False).graph
+    nodes = list(exported.node)
+    result: dict[int, list[onnx.NodeProto]] = {}
+    for number, use in enumerate(layer.uses):
+        first, second = nodes[len(casts) + 2 * number : len(casts) + 2 * number + 2]
+        kept = onnx.NodeProto()
+        kept.CopyFrom(model.graph.node[use.node])
+        del kept.input[:], kept.attribute[:]
+        kept.input.extend(second.input)
+        kept.attribute.extend(second.attribute)
+        result[use.node] = [first, kept]
+    result[layer.uses[0].node] = nodes[: len(casts)] + result[layer.uses[0].node]
+    return result, list(exported.initializer)
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+
+
+def _pair(
+    replacement: Replacement,
+    node: onnx.NodeProto,
+    use: Use,
+    weights: Sequence[Any],
+    names: _Names,
+) -> list[Any]:
+    """Build the two factor nodes of one use as graph-surgeon nodes."""
+    label = node.name or use.output
+    between = gs.Variable(unique_name(f"{label}/lowrank", names.tensors))
+    first_name = unique_name(f"{label}/first_factor", names.nodes)
+    rest = [gs.Variable(name) for name in node.input[2:]]
+    data, output = gs.Variable(use.data), gs.Variable(use.output)
+    scheme = replacement.scheme
+    values = {
+        name: value.decode() if isinstance(value, bytes) else value
+        for name, value in attributes(node).items()
+    }
+    if isinstance(scheme, ConvScheme):
+        first_values, second_values = _conv_attributes(scheme, values)
+        first = gs.Node("Conv", first_name, first_values, [data, weights[0]], [between])
+        inputs = [between, weights[1], *rest]
+        return [first, gs.Node("Conv", node.name, second_values, inputs, [output])]
+    operands = [data, weights[0]] if scheme.data_left else [weights[0], data]
+    first = gs.Node("MatMul", first_name, {}, operands, [between])
+    inputs = [between, weights[1]] if scheme.weight_input == 1 else [weights[1], between]
+    return [first, gs.Node(node.op_type, node.name, values, [*inputs, *rest], [output])]
+
+
+def _conv_attributes(
+    scheme: ConvScheme, values: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Share a convolution's attributes out between its factors, axis by axis."""
+    axes = range(len(scheme.shape) - 2)
+    first_kernel, second_kernel = scheme.kernels()
+    shared = []
+    for kernel, own in (
+        (first_kernel, [a for a in axes if a in scheme.first_axes]),
+        (second_kernel, [a for a in axes if a not in scheme.first_axes]),
+    ):
+        mine: dict[str, Any] = {"kernel_shape": list(kernel)}
+        for name in ("strides", "dilations"):
+            if name in values:
+                mine[name] = [values[name][a] if a in own else 1 for a in axes]
+        if own and values.get("auto_pad", "NOTSET") != "NOTSET":
+            mine["auto_pad"] = values["auto_pad"]
+        elif "pads" in values:
+            ends = [*axes, *axes]
+            mine["pads"] = [p if a in own else 0 for a, p in zip(ends, values["pads"], strict=True)]
+        if scheme.group > 1:
+            mine["group"] = scheme.group
+        shared.append(mine)
+    return shared[0], shared[1]
+
+
+def _dead_nodes(model: onnx.ModelProto, replacements: Iterable[Replacement]) -> set[int]:
+    """Indices of the nodes before the replaced weights, which nobody reads any more.
+
+    A layer's weight has no readers but the layer (see `find_layers`), so all of them go.
+    """
+    layers = [replacement.layer for replacement in replacements]
+    dead = {index for layer in layers for use in layer.uses for index in use.chain}
+    sources = Counter(layer.source for layer in layers)
+    dead.update(i for i, node in enumerate(model.graph.node) if set(node.output) & sources.keys())
+    return dead
