@@ -1,3 +1,37 @@
-"""Compress ONNX models by low-rank factorisation under hard budgets."""
+"""Compress ONNX models by low-rank factorisation under hard budgets.
+
+>>> from cobla_onnx import Budget, compress
+>>> result = compress("models/digits.onnx", Budget(mem=0.3))
+>>> result.save("out.onnx")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+__all__ = ["Budget", "Plan", "Report", "Result", "compress"]
+
+if TYPE_CHECKING:
+    from cobla_onnx.allocation import Budget
+    from cobla_onnx.compression import Result, compress
+    from cobla_onnx.plan import Plan
+    from cobla_onnx.report import Report
+
+_HOMES = {
+    "Budget": "cobla_onnx.allocation",
+    "Plan": "cobla_onnx.plan",
+    "Report": "cobla_onnx.report",
+    "Result": "cobla_onnx.compression",
+    "compress": "cobla_onnx.compression",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: onnx, onnxruntime and scipy take a second or two to load."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

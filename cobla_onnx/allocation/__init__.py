@@ -1,0 +1,20 @@
+"""Which ranks: budgets, objectives and the solvers that meet the one at least of the other."""
+
+from cobla_onnx.allocation.allocate import Allocation, Certificate, allocate
+from cobla_onnx.allocation.budget import Budget, Constraint
+from cobla_onnx.allocation.curves import Choice, Curve, LayerCurves
+from cobla_onnx.allocation.objective import Masks, Objective, WeightError
+
+__all__ = [
+    "Allocation",
+    "Budget",
+    "Certificate",
+    "Choice",
+    "Constraint",
+    "Curve",
+    "LayerCurves",
+    "Masks",
+    "Objective",
+    "WeightError",
+    "allocate",
+]

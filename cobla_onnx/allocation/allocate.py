@@ -1,0 +1,174 @@
+"""Which ranks: knapsack, relaxed masks by SLSQP, rounding, and a certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cobla_onnx.allocation.budget import Constraint, require_reachable
+from cobla_onnx.allocation.curves import Choice, LayerCurves
+from cobla_onnx.allocation.knapsack import LossCurves, knapsack
+from cobla_onnx.allocation.objective import Objective, masks_of
+from cobla_onnx.allocation.slsqp import Relaxed, nearest_choices, relax
+
+__all__ = ["Allocation", "Certificate", "allocate"]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Proof of what an allocation is worth.
+
+    Attributes
+    ----------
+    solver, objective : str
+    value : float
+        Objective of the choices.
+    lower_bound : float
+        No choices within the budgets have less, for a separable objective.
+    gap : float
+        (value - lower_bound) / value.
+    multipliers : mapping of str to float
+        How much the objective would fall per unit by which a budget's fraction is raised.
+    reached : mapping of str to int
+        Cost under each constraint, exactly.
+    relaxed_value, kkt_residual : float or None
+        Of the relaxed problem, where SLSQP solved it.
+    iterations, variables : int
+        Of SLSQP.
+    notes : tuple of str
+        What a reader has to know, such as a fallback.
+    """
+
+    solver: str
+    objective: str
+    value: float
+    lower_bound: float
+    gap: float
+    multipliers: Mapping[str, float]
+    reached: Mapping[str, int]
+    relaxed_value: float | None = None
+    kkt_residual: float | None = None
+    iterations: int = 0
+    variables: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One choice per layer, None for a layer kept whole, and the certificate."""
+
+    choices: tuple[Choice | None, ...]
+    certificate: Certificate
+
+
+def allocate(
+    layers: Sequence[LayerCurves],
+    objective: Objective,
+    constraints: Sequence[Constraint],
+    *,
+    solver: Literal["slsqp", "milp"] = "slsqp",
+) -> Allocation:
+    """Choose for each layer to keep it whole, or a scheme and a rank.
+
+    Parameters
+    ----------
+    layers : sequence of LayerCurves
+    objective : Objective
+        What is minimised.
+    constraints : sequence of Constraint
+        Hard limits; see `Budget.constraints`.
+    solver : {'slsqp', 'milp'}
+        ``milp`` solves the objective's separable model alone. ``slsqp`` starts there,
+        solves the relaxed problem and rounds; it is never worse.
+
+    Raises
+    ------
+    BudgetError
+        If the limits cannot be met; names the least that can.
+    """
+    whole: tuple[Choice | None, ...] = (None,) * len(layers)
+    if all(c.cost(layers, whole) <= c.limit for c in constraints):
+        reached = {c.name: c.cost(layers, whole) for c in constraints}
+        zero = dict.fromkeys(reached, 0.0)
+        return Allocation(whole, Certificate(solver, objective.name, 0, 0, 0, zero, reached))
+    require_reachable(layers, constraints)
+    losses = [
+        [objective.curve(i, k) for k in range(len(layer.curves))]
+        for i, layer in enumerate(layers)
+    ]
+    warm = knapsack(layers, losses, constraints)
+    best, value = warm.choices, objective.value(masks_of(layers, warm.choices))
+    relaxed: Relaxed | None = None
+    notes: tuple[str, ...] = ()
+    if solver == "slsqp":
+        relaxed = relax(layers, objective, losses, constraints, warm)
+        if relaxed.masks is None:
+            notes = (f"SLSQP: {relaxed.problem}; the knapsack's answer is used instead",)
+        for choices in _rounded(layers, objective, losses, constraints, relaxed):
+            candidate = objective.value(masks_of(layers, choices))
+            if candidate < value:
+                best, value = choices, candidate
+    bound = min(warm.lower_bound, value)
+    solved = relaxed is not None and relaxed.masks is not None
+    return Allocation(
+        best,
+        Certificate(
+            solver=solver,
+            objective=objective.name,
+            value=value,
+            lower_bound=bound,
+            gap=(value - bound) / value if value > 0 else 0.0,
+            multipliers=warm.multipliers,
+            reached={c.name: c.cost(layers, best) for c in constraints},
+            relaxed_value=relaxed.value if relaxed and solved else None,
+            kkt_residual=relaxed.kkt_residual if relaxed and solved else None,
+            iterations=relaxed.iterations if relaxed else 0,
+            variables=relaxed.variables if relaxed else 0,
+            notes=notes,
+        ),
+    )
+
+
+def _rounded(
+    layers: Sequence[LayerCurves],
+    objective: Objective,
+    losses: LossCurves,
+    constraints: Sequence[Constraint],
+    relaxed: Relaxed,
+) -> Iterator[tuple[Choice | None, ...]]:
+    """Integer choices near a relaxed solution, all within the limits."""
+    if relaxed.masks is None:
+        return
+    scales = _slopes(objective, losses, relaxed)
+    if not np.allclose(scales, 1.0, rtol=1e-9):
+        scaled = [[c * s for c in curves] for curves, s in zip(losses, scales, strict=True)]
+        yield knapsack(layers, scaled, constraints).choices
+    low, high = 0.0, 1.0
+    for _ in range(25):
+        # The largest share of the relaxed ranks that fits the budgets.
+        middle = high if low == 0.0 and high == 1.0 else (low + high) / 2
+        choices = nearest_choices(layers, relaxed, middle)
+        if all(c.cost(layers, choices) <= c.limit for c in constraints):
+            yield choices
+            low = middle
+            if middle == 1.0:
+                return
+        else:
+            high = np.nextafter(1.0, 0.0) if middle == 1.0 else middle
+
+
+def _slopes(objective: Objective, losses: LossCurves, relaxed: Relaxed) -> list[float]:
+    """How much steeper the objective is than its separable model, layer by layer."""
+    assert relaxed.masks is not None
+    gradient = objective.gradient(relaxed.masks)
+    scales = []
+    for i, (scheme, mask) in enumerate(
+        zip(relaxed.masks.schemes, relaxed.masks.values, strict=True)
+    ):
+        model = 2.0 * float(np.diff(losses[i][scheme]) @ (1.0 - mask))
+        actual = float(gradient[i].sum())
+        scales.append(float(np.clip(actual / model, 0.05, 20.0)) if min(-model, -actual) > 0 else 1.0)
+    return scales

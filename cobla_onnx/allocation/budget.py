@@ -1,0 +1,162 @@
+"""Budgets: fractions of the original, as hard integer limits over the layers' choices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from cobla_onnx.allocation.curves import Choice, Curve, LayerCurves
+from cobla_onnx.errors import BudgetError, UsageError
+
+__all__ = ["Budget", "Constraint", "require_reachable", "unreachable"]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One limit, in whole bytes or MACs, on what the layers and the rest of the model cost.
+
+    Attributes
+    ----------
+    name : {'mem', 'mac'}
+    fraction : float
+        The limit as it was given, as a fraction of the total.
+    total : int
+        Cost of the original model.
+    limit : int
+        The most that the compressed model may cost.
+    fixed : int
+        Cost of all that no choice can change.
+    """
+
+    name: str
+    fraction: float
+    total: int
+    limit: int
+    fixed: int
+
+    def whole(self, layer: LayerCurves) -> int:
+        """Cost of a layer that is kept whole."""
+        cost = layer.bytes_whole if self.name == "mem" else layer.macs_whole
+        assert cost is not None
+        return cost
+
+    def per_rank(self, curve: Curve) -> int:
+        """Cost of a unit of rank on a curve."""
+        cost = curve.bytes_per_rank if self.name == "mem" else curve.macs_per_rank
+        assert cost is not None
+        return cost
+
+    def cost(self, layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) -> int:
+        """Cost of the model under the given choices, exactly."""
+        total = self.fixed
+        for layer, choice in zip(layers, choices, strict=True):
+            if choice is None:
+                total += self.whole(layer)
+            else:
+                total += choice.rank * self.per_rank(layer.curves[choice.curve])
+        return total
+
+    def least(self, layers: Sequence[LayerCurves]) -> int:
+        """Return the least cost that any choices reach."""
+        return self.fixed + sum(
+            min(
+                self.whole(layer),
+                *(int(curve.ranks[0]) * self.per_rank(curve) for curve in layer.curves),
+            )
+            for layer in layers
+        )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to keep at most, as fractions of the original. Limits are hard.
+
+    Attributes
+    ----------
+    mem : float, optional
+        Fraction of the bytes of all constant tensors.
+    mac : float, optional
+        Fraction of the multiply-accumulate operations.
+
+    Raises
+    ------
+    UsageError
+        If neither is given, or one is not above 0 and at most 1.
+
+    Examples
+    --------
+    >>> Budget(mem=0.3)
+    Budget(mem=0.3, mac=None)
+    """
+
+    mem: float | None = None
+    mac: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mem is None and self.mac is None:
+            raise UsageError("no budget: give --mem or --mac, or both, e.g. --mem 0.5")
+        for name, value in (("mem", self.mem), ("mac", self.mac)):
+            if value is not None and not (math.isfinite(value) and 0 < value <= 1):
+                raise UsageError(
+                    f"--{name} {value:g}: is not a fraction of the original to keep; "
+                    "give a number above 0 and at most 1"
+                )
+
+    def constraints(
+        self, layers: Sequence[LayerCurves], mem_total: int, mac_total: int | None
+    ) -> tuple[Constraint, ...]:
+        """Turn the fractions into integer limits, rounded down exactly.
+
+        Raises
+        ------
+        UsageError
+            If a MAC budget is set but the MACs are not known.
+        """
+        result = []
+        for name, value, total in (("mem", self.mem, mem_total), ("mac", self.mac, mac_total)):
+            if value is None:
+                continue
+            if total is None:
+                raise UsageError("--mac: the MACs of the model are not known; give --input-shape")
+            # repr gives the decimal that was meant: 0.3 * 1000 is 300, not 299.
+            limit = math.floor(Fraction(repr(float(value))) * total)
+            bare = Constraint(name, value, total, limit, 0)
+            fixed = total - sum(bare.whole(layer) for layer in layers)
+            result.append(Constraint(name, value, total, limit, fixed))
+        return tuple(result)
+
+
+def require_reachable(layers: Sequence[LayerCurves], constraints: Sequence[Constraint]) -> None:
+    """Refuse limits that no choices reach, each taken alone.
+
+    Raises
+    ------
+    BudgetError
+        Names the least fraction that can be reached.
+    """
+    beyond = {c.name: c.least(layers) for c in constraints if c.least(layers) > c.limit}
+    if beyond:
+        raise unreachable(constraints, beyond)
+
+
+def unreachable(constraints: Sequence[Constraint], least: dict[str, int]) -> BudgetError:
+    """Make the error that names the least cost for each constraint out of reach."""
+    parts, fractions = [], {}
+    for constraint in constraints:
+        if constraint.name not in least:
+            continue
+        # Rounded up, so that the number named is itself within reach.
+        ratio = Fraction(least[constraint.name], constraint.total)
+        fractions[constraint.name] = math.ceil(ratio * 10_000) / 10_000
+        parts.append(
+            f"--{constraint.name} {constraint.fraction:g} is below the least reachable "
+            f"{fractions[constraint.name]:g}"
+        )
+    others = [f"--{c.name} {c.fraction:g}" for c in constraints if c.name not in least]
+    within = f" together with {' and '.join(others)}" if others and len(constraints) > 1 else ""
+    return BudgetError(
+        f"{' and '.join(parts)}{within}; raise it, or let more layers be factorised",
+        fractions,
+    )

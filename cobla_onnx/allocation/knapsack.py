@@ -1,0 +1,257 @@
+"""The integer problem: one choice per layer under hard budgets, solved with a proof.
+
+With a separable loss the allocation is a multiple-choice knapsack. Its LP relaxation
+gives a price for each budget; by weak duality the prices give a lower bound, and any
+choice whose priced cost exceeds the best of its layer by more than the distance between
+that bound and a known solution cannot be part of a better one. Of tens of thousands of
+choices a few hundred are left, which scipy's HiGHS solves by branch and bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+
+from cobla_onnx.allocation.budget import Constraint, unreachable
+from cobla_onnx.allocation.curves import Choice, Float64, LayerCurves
+
+__all__ = ["KnapsackSolution", "LossCurves", "knapsack"]
+
+LossCurves: TypeAlias = Sequence[Sequence[Float64]]
+"""Loss of each layer under each of its curves, at ranks 0 to full rank."""
+
+RELATIVE_GAP = 1e-4
+# A limit on work and not on time, so that results can be repeated.
+NODE_LIMIT = 20_000
+# How far HiGHS may overstep a constraint; the exact count comes after it.
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class KnapsackSolution:
+    """The choices found, their loss, a bound that no others beat, and the budgets' prices.
+
+    ``multipliers`` are losses per unit of fraction: what loosening a budget would buy.
+    """
+
+    choices: tuple[Choice | None, ...]
+    value: float
+    lower_bound: float
+    multipliers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """All choices side by side, one column each; curve -1 is keeping the layer whole."""
+
+    layer: NDArray[np.int64]
+    curve: NDArray[np.int64]
+    rank: NDArray[np.int64]
+    loss: Float64
+    costs: Float64
+
+    def __getitem__(self, keep: NDArray[Any]) -> _Table:
+        return _Table(
+            self.layer[keep],
+            self.curve[keep],
+            self.rank[keep],
+            self.loss[keep],
+            self.costs[:, keep],
+        )
+
+    def choices(self, columns: NDArray[Any]) -> tuple[Choice | None, ...]:
+        """Choices of the given columns, one per layer, in the order of the layers."""
+        return tuple(
+            None if self.curve[c] < 0 else Choice(int(self.curve[c]), int(self.rank[c]))
+            for c in columns
+        )
+
+
+def _table(
+    layers: Sequence[LayerCurves], losses: LossCurves, constraints: Sequence[Constraint]
+) -> _Table:
+    """Lay out all choices; costs are scaled so that every limit is 1."""
+    parts: list[tuple[int, int, NDArray[np.int64], Float64, Float64]] = []
+    rooms = np.array([max(c.limit - c.fixed, 1) for c in constraints], dtype=np.float64)
+    for index, layer in enumerate(layers):
+        whole = np.array([[c.whole(layer)] for c in constraints], dtype=np.float64)
+        parts.append((index, -1, np.zeros(1, np.int64), np.zeros(1), whole))
+        for number, curve in enumerate(layer.curves):
+            unit = np.array([[c.per_rank(curve)] for c in constraints], dtype=np.float64)
+            loss = np.asarray(losses[index][number])[curve.ranks]
+            parts.append((index, number, curve.ranks, loss, unit * curve.ranks))
+    return _Table(
+        np.concatenate([np.full(len(p[2]), p[0]) for p in parts]),
+        np.concatenate([np.full(len(p[2]), p[1]) for p in parts]),
+        np.concatenate([p[2] for p in parts]),
+        np.concatenate([p[3] for p in parts]),
+        np.concatenate([p[4] for p in parts], axis=1) / rooms[:, None],
+    )
+
+
+def knapsack(
+    layers: Sequence[LayerCurves],
+    losses: LossCurves,
+    constraints: Sequence[Constraint],
+    *,
+    relative_gap: float = RELATIVE_GAP,
+) -> KnapsackSolution:
+    """Choose for each layer to keep it whole or a curve and a rank, at least loss.
+
+    Raises
+    ------
+    BudgetError
+        If the constraints cannot be met together; names the least that can.
+    """
+    table = _table(layers, losses, constraints)
+    assign = _assignment(table, len(layers))
+    prices = _prices(table, assign)
+    if prices is None:
+        raise _together(layers, constraints)
+    reduced, bound = _reduced(table, prices, len(layers))
+    incumbent = _incumbent(table, prices, layers, constraints)
+    candidates = table
+    if incumbent is not None:
+        best = _loss(incumbent, layers, losses)
+        candidates = table[reduced <= best - bound + 1e-12 * max(1.0, abs(best))]
+    solution, proved = _branch(candidates, layers, constraints, relative_gap)
+    if solution is None:
+        solution = incumbent
+    if solution is None:
+        raise _together(layers, constraints)
+    value = _loss(solution, layers, losses)
+    if incumbent is not None and _loss(incumbent, layers, losses) < value:
+        solution, value = incumbent, _loss(incumbent, layers, losses)
+    multipliers = {
+        c.name: float(price) * c.total / max(c.limit - c.fixed, 1)
+        for c, price in zip(constraints, prices, strict=True)
+    }
+    return KnapsackSolution(solution, value, min(max(bound, proved, 0.0), value), multipliers)
+
+
+def _assignment(table: _Table, layers: int) -> scipy.sparse.csr_array:
+    """Matrix of the condition that each layer has one choice."""
+    columns = np.arange(len(table.layer))
+    ones = np.ones(len(columns))
+    return scipy.sparse.csr_array((ones, (table.layer, columns)), shape=(layers, len(columns)))
+
+
+def _prices(table: _Table, assign: scipy.sparse.csr_array) -> Float64 | None:
+    """Multipliers of the budgets in the LP relaxation; None if it is infeasible."""
+    result = linprog(
+        table.loss,
+        A_ub=table.costs,
+        b_ub=np.ones(len(table.costs)) + TOLERANCE,
+        A_eq=assign,
+        b_eq=np.ones(assign.shape[0]),
+        bounds=(0, None),
+        method="highs",
+    )
+    if result.x is None or result.ineqlin.marginals is None:
+        return None
+    return np.maximum(-np.asarray(result.ineqlin.marginals), 0.0)
+
+
+def _reduced(table: _Table, prices: Float64, layers: int) -> tuple[Float64, float]:
+    """Priced cost of each choice above the best of its layer, and the dual bound."""
+    priced = table.loss + prices @ table.costs
+    best = np.full(layers, np.inf)
+    np.minimum.at(best, table.layer, priced)
+    return priced - best[table.layer], float(best.sum() - prices.sum())
+
+
+def _incumbent(
+    table: _Table,
+    prices: Float64,
+    layers: Sequence[LayerCurves],
+    constraints: Sequence[Constraint],
+) -> tuple[Choice | None, ...] | None:
+    """Best choices of each layer at rising prices, until the budgets hold."""
+    floor = 1e-9 * max(float(prices.max(initial=0.0)), 1e-6)
+    scale = 1.0
+    for _ in range(200):
+        priced = table.loss + (np.maximum(prices, floor) * scale) @ table.costs
+        # The first of each layer after sorting by layer, then price, then loss.
+        order = np.lexsort((table.loss, priced, table.layer))
+        first = order[np.searchsorted(table.layer[order], np.arange(len(layers)))]
+        choices = table.choices(first)
+        if _satisfied(choices, layers, constraints):
+            return choices
+        scale *= 1.005 if scale < 1.5 else 1.5
+    return None
+
+
+def _satisfied(
+    choices: Sequence[Choice | None],
+    layers: Sequence[LayerCurves],
+    constraints: Sequence[Constraint],
+) -> bool:
+    return all(c.cost(layers, choices) <= c.limit for c in constraints)
+
+
+def _branch(
+    table: _Table,
+    layers: Sequence[LayerCurves],
+    constraints: Sequence[Constraint],
+    relative_gap: float,
+) -> tuple[tuple[Choice | None, ...] | None, float]:
+    """Solve by branch and bound; tighten where rounding oversteps an exact limit."""
+    assign = _assignment(table, len(layers))
+    room = 1.0
+    for _ in range(4):
+        result = milp(
+            table.loss,
+            integrality=np.ones(len(table.loss)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(assign, 1, 1),
+                LinearConstraint(table.costs, -np.inf, room),
+            ],
+            options={"mip_rel_gap": relative_gap, "node_limit": NODE_LIMIT},
+        )
+        if result.x is None:
+            return None, -np.inf
+        columns = np.flatnonzero(result.x > 0.5)
+        order = np.argsort(table.layer[columns], kind="stable")
+        choices = table.choices(columns[order])
+        bound = -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound)
+        if len(choices) == len(layers) and _satisfied(choices, layers, constraints):
+            return choices, bound if room == 1.0 else -np.inf
+        room -= 2 * TOLERANCE
+    return None, -np.inf
+
+
+def _loss(
+    choices: Sequence[Choice | None], layers: Sequence[LayerCurves], losses: LossCurves
+) -> float:
+    return float(
+        sum(
+            losses[index][choice.curve][choice.rank]
+            for index, choice in enumerate(choices)
+            if choice is not None
+        )
+    )
+
+
+def _together(layers: Sequence[LayerCurves], constraints: Sequence[Constraint]) -> Exception:
+    """Find the least of the last constraint that the others leave, for the message."""
+    last, others = constraints[-1], constraints[:-1]
+    if not others:
+        return unreachable(constraints, {last.name: last.least(layers)})
+    # Cost of the last constraint as loss, above the cost of keeping the layer whole.
+    losses = [
+        [
+            (np.arange(len(c.singular_values) + 1) * last.per_rank(c) - last.whole(layer))
+            / last.total
+            for c in layer.curves
+        ]
+        for layer in layers
+    ]
+    solution = knapsack(layers, losses, others, relative_gap=0.0)
+    return unreachable(constraints, {last.name: last.cost(layers, solution.choices)})

@@ -1,0 +1,291 @@
+"""Everything the allocation needs to know about a model: layers, costs and spectra."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+
+from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
+from cobla_onnx.errors import UsageError
+from cobla_onnx.graph.cost import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
+from cobla_onnx.graph.layers import (
+    Inventory,
+    Layer,
+    Reason,
+    Skipped,
+    find_layers,
+    node_label,
+    read_weight,
+)
+from cobla_onnx.graph.model_file import stored_bytes
+from cobla_onnx.lowrank.factorize import singular_values
+from cobla_onnx.lowrank.schemes import Scheme, schemes_for
+from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.verify import measured_shapes
+
+__all__ = ["Analysis", "analyse"]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A model's layers with the cost and the loss of every rank.
+
+    Attributes
+    ----------
+    layers : tuple of Layer
+        Those that may be factorised, with their `curves`, `schemes` and `macs`.
+    curves : tuple of LayerCurves
+    schemes : tuple of tuple of Scheme
+        In the order of the curves of the layer.
+    macs : tuple of int or None
+        MACs of each layer over all its uses.
+    skipped : tuple of Skipped
+    mem_total : int
+        Bytes of all constant tensors of the model.
+    mac_total : int or None
+        MACs of the model, None where they are not known.
+    input_shapes : dict of str to Shape
+    notes : tuple of str
+    """
+
+    layers: tuple[Layer, ...]
+    curves: tuple[LayerCurves, ...]
+    schemes: tuple[tuple[Scheme, ...], ...]
+    macs: tuple[int | None, ...]
+    skipped: tuple[Skipped, ...]
+    mem_total: int
+    mac_total: int | None
+    input_shapes: dict[str, Shape]
+    notes: tuple[str, ...]
+
+    def constraints(self, budget: Budget) -> tuple[Constraint, ...]:
+        """Turn a budget into hard integer constraints over the layers' choices."""
+        return budget.constraints(self.curves, self.mem_total, self.mac_total)
+
+    def limits(self, budget: Budget) -> dict[str, int]:
+        """Absolute limits of a budget, in bytes and MACs."""
+        return {constraint.name: constraint.limit for constraint in self.constraints(budget)}
+
+    def plan(self, choices: Iterable[Choice | None]) -> Plan:
+        """Write the choices of an allocation down as a plan."""
+        return Plan(
+            tuple(
+                Decision(layer.name)
+                if choice is None
+                else Decision(layer.name, curves.curves[choice.curve].scheme, choice.rank)
+                for layer, curves, choice in zip(self.layers, self.curves, choices, strict=True)
+            )
+        )
+
+    def resolve(self, decision: Decision) -> tuple[Layer, Scheme, int]:
+        """Look up what a decision to factorise names.
+
+        Raises
+        ------
+        UsageError
+            If the layer, the scheme or the rank does not exist.
+        """
+        index = self._index(decision.layer)
+        found = {scheme.name: scheme for scheme in schemes_for(self.layers[index])}
+        scheme = found.get(decision.scheme or "")
+        if scheme is None:
+            raise UsageError(
+                f"plan: layer {decision.layer!r} has no scheme {decision.scheme!r}; "
+                f"it has {', '.join(found)}"
+            )
+        full_rank = min(scheme.matrix_shape()[1:])
+        if decision.rank is None or not 1 <= decision.rank <= full_rank:
+            raise UsageError(
+                f"plan: layer {decision.layer!r} has ranks 1 to {full_rank}, not {decision.rank}"
+            )
+        return self.layers[index], scheme, decision.rank
+
+    def _index(self, name: str) -> int:
+        for index, layer in enumerate(self.layers):
+            if layer.name == name:
+                return index
+        close = difflib.get_close_matches(name, [layer.name for layer in self.layers], 3)
+        hint = f"did you mean {', '.join(close)}?" if close else "see the names in the report"
+        raise UsageError(f"plan: there is no layer {name!r} to factorise; {hint}")
+
+    def curve(self, decision: Decision) -> Curve | None:
+        """Return the curve that a decision lies on, None for a layer kept whole."""
+        curves = self.curves[self._index(decision.layer)].curves
+        return next((c for c in curves if c.scheme == decision.scheme), None)
+
+    def layer_macs(self, decision: Decision) -> int | None:
+        """MACs of a layer after a decision."""
+        index = self._index(decision.layer)
+        curve = self.curve(decision)
+        if curve is None or decision.rank is None:
+            return self.macs[index]
+        return None if curve.macs_per_rank is None else curve.macs_per_rank * decision.rank
+
+    def macs_after(self, plan: Plan) -> int | None:
+        """MACs of the whole model after a plan, None where they are not known."""
+        total = self.mac_total
+        for decision in plan.decisions:
+            after, before = self.layer_macs(decision), self.macs[self._index(decision.layer)]
+            if total is None or after is None or before is None:
+                return None
+            total += after - before
+        return total
+
+
+def analyse(
+    model: onnx.ModelProto,
+    *,
+    input_shapes: Mapping[str, Sequence[int]],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    min_size: int,
+    scheme: str,
+    macs_needed: bool,
+    threads: int,
+    progress: Callable[[str, int, int], None],
+) -> Analysis:
+    """Find a model's layers, count their costs and compute their singular values.
+
+    Raises
+    ------
+    UsageError
+        If a pattern matches nothing, or a shape is missing that MACs need.
+    ModelError
+        If a weight is damaged.
+    """
+    inventory = _select(find_layers(model), include, exclude, min_size)
+    known = fixed_input_shapes(model, input_shapes)
+    shapes, macs, notes = _costs(model, known, macs_needed, threads)
+    total = None if macs is None else sum(macs.values())
+    notes += _warnings(model, inventory)
+    layers, curves, schemes, layer_macs = [], [], [], []
+    skipped = list(inventory.skipped)
+    for number, layer in enumerate(inventory.layers):
+        progress("singular values", number, len(inventory.layers))
+        whole = None if macs is None else sum(macs[use.node] for use in layer.uses)
+        found = _curves(model, layer, schemes_for(layer, scheme), shapes, whole)
+        if not found:
+            skipped.append(Skipped(layer.name, layer.op, Reason.NO_GAIN, "", layer.params))
+            continue
+        layers.append(layer)
+        schemes.append(tuple(one for one, _ in found))
+        layer_macs.append(whole)
+        curves.append(
+            LayerCurves(layer.name, layer.stored_bytes, whole, tuple(curve for _, curve in found))
+        )
+    progress("singular values", len(inventory.layers), len(inventory.layers))
+    return Analysis(
+        tuple(layers),
+        tuple(curves),
+        tuple(schemes),
+        tuple(layer_macs),
+        tuple(skipped),
+        stored_bytes(model),
+        total,
+        known,
+        notes,
+    )
+
+
+def _warnings(model: onnx.ModelProto, inventory: Inventory) -> tuple[str, ...]:
+    inputs = {value.name for value in model.graph.input}
+    if any(layer.source in inputs for layer in inventory.layers):
+        return (
+            "weights are also listed as graph inputs, so onnxruntime does not use its fast "
+            "layouts; they are taken as constant",
+        )
+    return ()
+
+
+def _select(
+    inventory: Inventory, include: Sequence[str], exclude: Sequence[str], min_size: int
+) -> Inventory:
+    names = [item.name for item in (*inventory.layers, *inventory.skipped)]
+    for option, patterns in (("--include", include), ("--exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                close = difflib.get_close_matches(pattern, names, 3, 0.4)
+                hint = f"did you mean {', '.join(close)}?" if close else "see the report's names"
+                raise UsageError(f"{option} {pattern!r}: matches no layer; {hint}")
+    layers, skipped = [], list(inventory.skipped)
+    for layer in inventory.layers:
+        excluded = any(fnmatch.fnmatchcase(layer.name, p) for p in exclude)
+        included = not include or any(fnmatch.fnmatchcase(layer.name, p) for p in include)
+        if excluded or not included:
+            skipped.append(Skipped(layer.name, layer.op, Reason.EXCLUDED, "", layer.params))
+        elif layer.params < min_size:
+            skipped.append(Skipped(layer.name, layer.op, Reason.TOO_SMALL, "", layer.params))
+        else:
+            layers.append(layer)
+    return replace(inventory, layers=tuple(layers), skipped=tuple(skipped))
+
+
+def _costs(
+    model: onnx.ModelProto, known: Mapping[str, Shape], needed: bool, threads: int
+) -> tuple[dict[str, Shape], dict[int, int] | None, tuple[str, ...]]:
+    """Shapes and MACs; where shape inference does not reach, from one run."""
+    shapes = infer_shapes(model, known)
+    macs, unknown = node_macs(model, shapes)
+    if not unknown:
+        return shapes, macs, ()
+    open_inputs = [n for n, shape in known.items() if None in shape]
+    if open_inputs:
+        if needed:
+            example = ", ".join(
+                f"--input-shape {n}:{','.join('?' if d is None else str(d) for d in known[n])}"
+                for n in open_inputs
+            )
+            raise UsageError(
+                f"--mac: the MACs of {len(unknown)} nodes are not known, {unknown[0]!r} among "
+                f"them, since axes of the input are open; fill in the ? of {example}"
+            )
+        return shapes, None, ("MACs are not known; give --input-shape to count them",)
+    missing = set(unknown)
+    wanted = []
+    for index, node in enumerate(model.graph.node):
+        if node.op_type in COUNTED and node_label(node, index) in missing:
+            wanted.extend(name for name in (*node.input[:2], node.output[0]) if name)
+    stored = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input}
+    names = [name for name in dict.fromkeys(wanted) if name not in stored]
+    shapes.update(measured_shapes(model, names, known, threads))
+    macs, unknown = node_macs(model, shapes)
+    note = "shapes that ONNX shape inference does not give were read from a run in onnxruntime"
+    return shapes, None if unknown else macs, (note,)
+
+
+def _curves(
+    model: onnx.ModelProto,
+    layer: Layer,
+    schemes: Sequence[Scheme],
+    shapes: Mapping[str, Shape],
+    macs_whole: int | None,
+) -> list[tuple[Scheme, Curve]]:
+    """One curve for each scheme that makes the layer smaller, and not slower, at some rank."""
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
+    found = []
+    candidates = []
+    for scheme in schemes:
+        bytes_per_rank = scheme.params_per_rank() * dtype.itemsize
+        most = min(*scheme.matrix_shape()[1:], (layer.stored_bytes - 1) // bytes_per_rank)
+        macs_per_rank = None
+        if macs_whole is not None:
+            each = [scheme.macs_per_rank(use, shapes) for use in layer.uses]
+            macs_per_rank = sum(count for count in each if count is not None)
+            if None in each or macs_per_rank == 0:
+                continue
+            most = min(most, macs_whole // macs_per_rank)
+        if most >= 1:
+            candidates.append((scheme, most, bytes_per_rank, macs_per_rank))
+    if not candidates:
+        return []
+    weight = read_weight(model, layer)
+    for scheme, most, bytes_per_rank, macs_per_rank in candidates:
+        values = singular_values(scheme.matrix(weight))
+        curve = Curve(scheme.name, values, np.arange(1, most + 1), bytes_per_rank, macs_per_rank)
+        found.append((scheme, curve))
+    return found

@@ -1,0 +1,215 @@
+"""The command line: parse options, call the API, show the report. No logic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from cobla_onnx import __version__
+from cobla_onnx.errors import CoblaError, UsageError
+
+if TYPE_CHECKING:
+    from cobla_onnx.compression import Progress
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+class Solver(str, Enum):
+    """Choices of --solver."""
+
+    slsqp = "slsqp"
+    milp = "milp"
+
+
+class ObjectiveName(str, Enum):
+    """Choices of --objective."""
+
+    auto = "auto"
+    weights = "weights"
+
+
+class SchemeName(str, Enum):
+    """Choices of --scheme."""
+
+    auto = "auto"
+    spatial = "spatial"
+    channel = "channel"
+    input = "input"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cobla-onnx {__version__}")
+        raise typer.Exit
+
+
+def _input_shapes(entries: list[str]) -> dict[str, tuple[int, ...]]:
+    """Parse ``name:1,3,224,224``; the name itself may hold colons."""
+    shapes = {}
+    for entry in entries:
+        name, colon, sizes = entry.rpartition(":")
+        parts = sizes.split(",")
+        if not colon or not name or not all(p.isdecimal() and int(p) > 0 for p in parts):
+            raise UsageError(
+                f"--input-shape {entry}: is not NAME:SIZE,SIZE,...; write e.g. image:1,3,224,224"
+            )
+        shapes[name] = tuple(int(part) for part in parts)
+    return shapes
+
+
+@app.command()
+def compress(
+    input: Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model to compress.")],  # noqa: A002
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write the result.")],
+    mem: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="F", help="Keep at most this fraction of the weights' bytes."),
+    ] = None,
+    mac: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="F", help="Keep at most this fraction of the MACs."),
+    ] = None,
+    solver: Annotated[
+        Solver, typer.Option(help="slsqp: relaxed masks, then rounding; milp: integer only.")
+    ] = Solver.slsqp,
+    objective: Annotated[
+        ObjectiveName, typer.Option(help="What is minimised; weights needs no data.")
+    ] = ObjectiveName.auto,
+    input_shape: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="NAME:D,D", help="Shape of an input with unknown axes."),
+    ] = None,
+    include: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="GLOB", help="Only layers whose name matches."),
+    ] = None,
+    exclude: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="GLOB", help="Leave layers whose name matches."),
+    ] = None,
+    min_size: Annotated[
+        int, typer.Option(metavar="N", help="Leave layers with fewer weights.", min=0)
+    ] = 0,
+    scheme: Annotated[
+        SchemeName, typer.Option(help="How convolutions are unfolded; auto chooses per layer.")
+    ] = SchemeName.auto,
+    seed: Annotated[int, typer.Option(help="For the random inputs of the verification.", min=0)] = 0,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", help="Threads; as many as there are cores.", min=1),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything but write the model.")
+    ] = False,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Allow OUT to be the same file as IN.")
+    ] = False,
+    report: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.json", help="Write the report as JSON."),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+    version: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = None,
+) -> None:
+    """Write a smaller, low-rank ONNX model that was verified in onnxruntime.
+
+    At least one of --mem and --mac is needed; both are hard limits.
+    """
+    from cobla_onnx.compression import check_paths
+    from cobla_onnx.compression import compress as run
+
+    shapes = _input_shapes(input_shape or [])
+    if report is not None and report.suffix != ".json":
+        raise UsageError(f"--report {report}: only .json is known; give a name that ends in .json")
+    check_paths(input, output, report, in_place=in_place)
+    from cobla_onnx.allocation import Budget
+
+    budget = Budget(mem=mem, mac=mac)
+    with _progress(quiet) as progress:
+        result = run(
+            input,
+            budget,
+            solver=solver.value,
+            objective=objective.value,
+            input_shapes=shapes,
+            include=include or (),
+            exclude=exclude or (),
+            min_size=min_size,
+            scheme=scheme.value,
+            seed=seed,
+            threads=threads,
+            progress=progress,
+        )
+    if not dry_run:
+        result.save(output)
+    if report is not None:
+        result.save_report(report)
+    if not quiet:
+        _print(result.report)
+        typer.echo("dry run: nothing was written" if dry_run else f"written: {output}")
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress | None]:
+    """Show a bar on stderr while a stage runs, if somebody watches."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield advance
+
+
+def _print(report: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        # A pipe has no width: wide enough that no column is cut.
+        console = Console(width=160)
+    console.print(report)
+
+
+def main() -> None:
+    """Run the command line; turn errors into one line and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except CoblaError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        _fail(
+            f"a bug in cobla-onnx {__version__}: {type(error).__name__}: {error}; "
+            "run again with --debug and report the traceback",
+            1,
+        )
+
+
+def _fail(message: str, code: int) -> None:
+    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in message)
+    sys.stderr.write(f"error: {shown}\n")
+    sys.exit(code)

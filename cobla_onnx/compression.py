@@ -1,0 +1,241 @@
+"""The whole story: load, find layers, factorise, allocate, rewrite, verify, save."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import onnx
+from threadpoolctl import threadpool_limits
+
+from cobla_onnx.allocation import Allocation, Budget, WeightError, allocate
+from cobla_onnx.analysis import Analysis, analyse
+from cobla_onnx.errors import BudgetError, UsageError, VerificationError, WriteError
+from cobla_onnx.graph.layers import read_weight
+from cobla_onnx.graph.model_file import load_model, stored_bytes, write_atomically
+from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.report import Report
+from cobla_onnx.reporting import make_report
+from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
+from cobla_onnx.verify import open_session, verify
+
+__all__ = ["Progress", "Result", "check_paths", "compress"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with the name of a stage, the steps done and their number."""
+
+
+@dataclass
+class Result:
+    """A compressed model that was verified, the plan that made it, and the report.
+
+    Attributes
+    ----------
+    model : onnx.ModelProto
+        The very object that was passed in, where nothing had to change.
+    plan : Plan
+    report : Report
+    source : Path or None
+        The file that the original came from.
+    """
+
+    model: onnx.ModelProto
+    plan: Plan
+    report: Report
+    source: Path | None = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model, atomically; what is at `path` stays until the new file is whole.
+
+        An unchanged model is copied byte for byte. A changed one is read back, counted
+        and opened in onnxruntime before it takes its place.
+
+        Raises
+        ------
+        WriteError
+            If it cannot be written.
+        VerificationError
+            If what arrived on disk is not what was verified.
+        """
+        if self.report.unchanged and self.source is not None:
+            write_atomically(path, self.source.read_bytes())
+        else:
+            write_atomically(path, self.model.SerializeToString(deterministic=True), self._check)
+        self.report = replace(self.report, output=os.fspath(path))
+
+    def _check(self, written: Path) -> None:
+        model = onnx.load(os.fspath(written))
+        if stored_bytes(model) != self.report.budget["mem"].after:
+            raise VerificationError(f"{written}: holds other weights than were verified")
+        open_session(model, self.report.threads)
+
+    def save_report(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON, atomically."""
+        write_atomically(path, self.report.to_json().encode())
+
+
+def check_paths(
+    source: Path, target: Path, report: Path | None = None, *, in_place: bool = False
+) -> None:
+    """Refuse paths that cannot work before any work is done.
+
+    Raises
+    ------
+    UsageError
+        If the output is the input and `in_place` does not allow it.
+    WriteError
+        If a folder to write to does not exist or is not writable.
+    """
+    if target.exists() and source.exists() and target.samefile(source) and not in_place:
+        raise UsageError(f"{target}: is the input itself; give another path, or --in-place")
+    for path in (target, report):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise WriteError(f"{path}: is a directory; give the path of a file")
+        if not path.parent.is_dir():
+            raise WriteError(f"{path}: its folder does not exist; create it first")
+        if not os.access(path.parent, os.W_OK):
+            raise WriteError(f"{path}: its folder cannot be written to; give another path")
+    if report is not None and report.resolve() in (source.resolve(), target.resolve()):
+        raise UsageError(f"--report {report}: is a model's path; give another one")
+
+
+def compress(
+    model: onnx.ModelProto | str | os.PathLike[str],
+    budget: Budget,
+    *,
+    solver: Literal["slsqp", "milp"] = "slsqp",
+    objective: Literal["auto", "weights"] = "auto",
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_size: int = 0,
+    scheme: Literal["auto", "spatial", "channel", "input"] = "auto",
+    plan: Plan | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Compress a model so that it fits a budget, and verify it in onnxruntime.
+
+    Parameters
+    ----------
+    model : ModelProto or path
+        It is not changed.
+    budget : Budget
+        Fractions of the original's weight bytes and MACs to keep at most.
+    solver : {'slsqp', 'milp'}
+        ``slsqp`` relaxes the masks, solves and rounds (COBLA); ``milp`` solves the
+        separable integer problem alone.
+    objective : {'auto', 'weights'}
+        What is minimised: ``weights`` is the relative weight error, summed over layers.
+    input_shapes : mapping of str to sequence of int, optional
+        Shapes of inputs with unknown axes; a symbolic batch counts as 1.
+    include, exclude : sequence of str
+        Glob patterns for names of layers.
+    min_size : int
+        Layers with fewer weights are left whole.
+    scheme : {'auto', 'spatial', 'channel', 'input'}
+        Matricisation of convolutions; ``auto`` lets the solver choose for each.
+    plan : Plan, optional
+        Apply these decisions instead of solving; the budget still holds.
+    seed : int
+        For the random inputs of the verification.
+    threads : int, optional
+        For linear algebra and onnxruntime; as many as there are cores.
+    progress : callable, optional
+        Called with (stage, done, total).
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    UsageError, ModelError, BudgetError, VerificationError
+        See `cobla_onnx.errors`.
+
+    Examples
+    --------
+    >>> from cobla_onnx import Budget, compress
+    >>> result = compress("models/digits.onnx", Budget(mem=0.5))
+    >>> result.report.budget["mem"].reached <= 0.5
+    True
+    """
+    started = time.perf_counter()
+    source = None if isinstance(model, onnx.ModelProto) else Path(model)
+    proto = model if isinstance(model, onnx.ModelProto) else load_model(model)
+    threads = threads or len(os.sched_getaffinity(0))
+    notify = progress or (lambda stage, done, total: None)
+    with threadpool_limits(threads):
+        analysis = analyse(
+            proto,
+            input_shapes=input_shapes or {},
+            include=include,
+            exclude=exclude,
+            min_size=min_size,
+            scheme=scheme,
+            macs_needed=budget.mac is not None,
+            threads=threads,
+            progress=notify,
+        )
+        allocation: Allocation | None = None
+        if plan is None:
+            constraints = analysis.constraints(budget)
+            allocation = allocate(
+                analysis.curves, WeightError(analysis.curves), constraints, solver=solver
+            )
+            plan = analysis.plan(allocation.choices)
+        replacements = _factorise(proto, analysis, plan, notify)
+        compressed = rewrite(proto, replacements) if replacements else proto
+        _check_budget(analysis, budget, plan, compressed)
+        verification = None
+        if replacements:
+            verification = verify(
+                proto, compressed, replacements, analysis.input_shapes, seed=seed, threads=threads
+            )
+    report = make_report(
+        analysis,
+        budget,
+        plan,
+        allocation,
+        verification,
+        source=source,
+        mem_after=stored_bytes(compressed),
+        seconds=time.perf_counter() - started,
+        seed=seed,
+        threads=threads,
+    )
+    return Result(compressed, plan, report, source)
+
+
+def _factorise(
+    model: onnx.ModelProto, analysis: Analysis, plan: Plan, progress: Progress
+) -> list[Replacement]:
+    chosen: list[Decision] = [d for d in plan.decisions if d.scheme is not None]
+    replacements = []
+    for number, decision in enumerate(chosen):
+        progress("factorise", number, len(chosen))
+        layer, scheme, rank = analysis.resolve(decision)
+        replacements.append(make_replacement(layer, scheme, read_weight(model, layer), rank))
+    progress("factorise", len(chosen), len(chosen))
+    return replacements
+
+
+def _check_budget(
+    analysis: Analysis, budget: Budget, plan: Plan, compressed: onnx.ModelProto
+) -> None:
+    """Count again, from the result itself: budgets are hard."""
+    reached = {"mem": stored_bytes(compressed), "mac": analysis.macs_after(plan)}
+    for name, limit in analysis.limits(budget).items():
+        cost = reached[name]
+        if cost is None or cost > limit:
+            raise BudgetError(
+                f"--{name}: the plan costs {cost}, the budget allows {limit}; "
+                "lower its ranks or raise the budget"
+            )

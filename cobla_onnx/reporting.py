@@ -1,0 +1,143 @@
+"""Put the report together from what the stages left behind."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import scipy
+
+import cobla_onnx
+from cobla_onnx.allocation import Allocation, Budget
+from cobla_onnx.analysis import Analysis
+from cobla_onnx.graph.layers import Layer, Reason
+from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.report import BudgetUse, Cost, LayerReport, Report, SolverReport
+from cobla_onnx.verify import Verification
+
+__all__ = ["make_report"]
+
+
+def make_report(
+    analysis: Analysis,
+    budget: Budget,
+    plan: Plan,
+    allocation: Allocation | None,
+    verification: Verification | None,
+    *,
+    source: Path | None,
+    mem_after: int,
+    seconds: float,
+    seed: int,
+    threads: int,
+) -> Report:
+    """Return the report of a run; see `Report` for its fields."""
+    unchanged = all(decision.scheme is None for decision in plan.decisions)
+    decisions = {decision.layer: decision for decision in plan.decisions}
+    layers = [
+        _layer(analysis, index, decisions.get(layer.name, Decision(layer.name)), unchanged)
+        for index, layer in enumerate(analysis.layers)
+    ]
+    layers.extend(
+        LayerReport(
+            name=item.name,
+            op=item.op,
+            shape=(),
+            decision="skipped",
+            scheme=None,
+            rank=None,
+            full_rank=None,
+            params=Cost(item.params or None, item.params or None),
+            macs=Cost(None, None),
+            error=None,
+            reason=str(item),
+        )
+        for item in analysis.skipped
+    )
+    notes = analysis.notes
+    if allocation is not None:
+        notes += allocation.certificate.notes
+    if verification is not None:
+        notes += verification.notes
+    notes += ("no data was given: factors and ranks follow the weights alone; expect less accuracy",)
+    return Report(
+        input=None if source is None else str(source),
+        output=None,
+        budget={
+            "mem": _use(budget.mem, analysis.mem_total, mem_after),
+            "mac": _use(budget.mac, analysis.mac_total, analysis.macs_after(plan)),
+        },
+        layers=tuple(layers),
+        solver=None if allocation is None else _solver(allocation),
+        verification=verification,
+        seconds=seconds,
+        seed=seed,
+        threads=threads,
+        unchanged=unchanged,
+        versions={
+            "cobla-onnx": cobla_onnx.__version__,
+            "python": platform.python_version(),
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+        },
+        notes=notes,
+    )
+
+
+def _use(limit: float | None, before: int | None, after: int | None) -> BudgetUse:
+    reached = None if before is None or after is None else after / before if before else 1.0
+    return BudgetUse(limit, reached, before, after)
+
+
+def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) -> LayerReport:
+    layer: Layer = analysis.layers[index]
+    full_rank = max(len(curve.singular_values) for curve in analysis.curves[index].curves)
+    if decision.scheme is None or decision.rank is None:
+        reason = Reason.MET if unchanged else Reason.BUDGET
+        params = Cost(layer.params, layer.params)
+        macs = Cost(analysis.macs[index], analysis.macs[index])
+        return LayerReport(
+            layer.name, layer.op, layer.shape, "whole", None, None, full_rank, params, macs, None,
+            reason.value,
+        )  # fmt: skip
+    _, scheme, rank = analysis.resolve(decision)
+    curve = analysis.curve(decision)
+    error = None
+    if curve is not None:
+        energy = np.square(curve.singular_values)
+        total = float(energy.sum())
+        error = float(np.sqrt(energy[rank:].sum() / total)) if total > 0 else 0.0
+    return LayerReport(
+        name=layer.name,
+        op=layer.op,
+        shape=layer.shape,
+        decision="factorised",
+        scheme=scheme.name,
+        rank=rank,
+        full_rank=min(scheme.matrix_shape()[1:]),
+        params=Cost(layer.params, rank * scheme.params_per_rank()),
+        macs=Cost(analysis.macs[index], analysis.layer_macs(decision)),
+        error=error,
+        reason="",
+    )
+
+
+def _solver(allocation: Allocation) -> SolverReport:
+    proof = allocation.certificate
+    return SolverReport(
+        name=proof.solver,
+        objective=proof.objective,
+        value=proof.value,
+        lower_bound=proof.lower_bound,
+        gap=proof.gap,
+        multipliers=dict(proof.multipliers),
+        relaxed_value=proof.relaxed_value,
+        kkt_residual=proof.kkt_residual,
+        iterations=proof.iterations,
+        variables=proof.variables,
+    )
