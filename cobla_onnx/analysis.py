@@ -205,7 +205,8 @@ def _warnings(model: onnx.ModelProto, inventory: Inventory) -> tuple[str, ...]:
 def _select(
     inventory: Inventory, include: Sequence[str], exclude: Sequence[str], min_size: int
 ) -> Inventory:
-    names = [item.name for item in (*inventory.layers, *inventory.skipped)]
+    names = [layer.name for layer in inventory.layers]
+    names += [item.name for item in inventory.skipped]
     for option, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -246,7 +247,7 @@ def _costs(
             )
         return shapes, None, ("MACs are not known; give --input-shape to count them",)
     missing = set(unknown)
-    wanted = []
+    wanted: list[str] = []
     for index, node in enumerate(model.graph.node):
         if node.op_type in COUNTED and node_label(node, index) in missing:
             wanted.extend(name for name in (*node.input[:2], node.output[0]) if name)

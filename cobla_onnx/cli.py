@@ -65,7 +65,7 @@ def _input_shapes(entries: list[str]) -> dict[str, tuple[int, ...]]:
 
 @app.command()
 def compress(
-    input: Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model to compress.")],  # noqa: A002
+    input: Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model to compress.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write the result.")],
     mem: Annotated[
         Optional[float],  # noqa: UP045
@@ -99,7 +99,9 @@ def compress(
     scheme: Annotated[
         SchemeName, typer.Option(help="How convolutions are unfolded; auto chooses per layer.")
     ] = SchemeName.auto,
-    seed: Annotated[int, typer.Option(help="For the random inputs of the verification.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="For the random inputs of the verification.", min=0)
+    ] = 0,
     threads: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(metavar="N", help="Threads; as many as there are cores.", min=1),
@@ -114,9 +116,7 @@ def compress(
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.json", help="Write the report as JSON."),
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
     version: Annotated[
         Optional[bool],  # noqa: UP045

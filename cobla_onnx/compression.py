@@ -170,7 +170,7 @@ def compress(
     started = time.perf_counter()
     source = None if isinstance(model, onnx.ModelProto) else Path(model)
     proto = model if isinstance(model, onnx.ModelProto) else load_model(model)
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or _cores()
     notify = progress or (lambda stage, done, total: None)
     with threadpool_limits(threads):
         analysis = analyse(
@@ -212,6 +212,13 @@ def compress(
         threads=threads,
     )
     return Result(compressed, plan, report, source)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _factorise(

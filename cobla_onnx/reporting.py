@@ -62,7 +62,9 @@ def make_report(
         notes += allocation.certificate.notes
     if verification is not None:
         notes += verification.notes
-    notes += ("no data was given: factors and ranks follow the weights alone; expect less accuracy",)
+    notes += (
+        "no data was given: factors and ranks follow the weights alone; expect less accuracy",
+    )
     return Report(
         input=None if source is None else str(source),
         output=None,

@@ -44,9 +44,7 @@ class Replacement:
         return result
 
 
-def make_replacement(
-    layer: Layer, scheme: Scheme, weight: NDArray[Any], rank: int
-) -> Replacement:
+def make_replacement(layer: Layer, scheme: Scheme, weight: NDArray[Any], rank: int) -> Replacement:
     """Factorise a weight and fold the factors into the weights of the two nodes.
 
     Raises
@@ -89,12 +87,12 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
                 onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in weights
             )
     dead = _dead_nodes(model, replacements)
-    nodes = []
+    kept = []
     for index, node in enumerate(model.graph.node):
         if index not in dead:
-            nodes.extend(built.get(index, [node]))
+            kept.extend(built.get(index, [node]))
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(kept)
     gone = sources | {name for index in dead for name in model.graph.node[index].output}
     _drop(graph.input, lambda item: item.name in gone)
     _drop(graph.value_info, lambda item: item.name in gone)

@@ -130,7 +130,9 @@ def open_session(
                 f"{list(tensor.dims)}; the file is damaged, export or download it again"
             ) from error
         names.append(tensor.name)
-        values.append(onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type))
+        values.append(
+            onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)
+        )
     present = {value.name for value in light.graph.output}
     for name in extra_outputs:
         if name not in present:
@@ -147,7 +149,7 @@ def open_session(
         return onnxruntime.InferenceSession(
             light.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:  # noqa: BLE001  onnxruntime's errors share no narrower base
+    except Exception as error:
         raise ModelError(
             f"onnxruntime {onnxruntime.__version__} cannot load the model: {_first_line(error)}; "
             "check the file with onnx.checker, or update onnxruntime"
@@ -163,7 +165,7 @@ def _run(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str, Any]:
     names = [output.name for output in session.get_outputs()]
     try:
         return dict(zip(names, session.run(names, feeds), strict=True))
-    except Exception as error:  # noqa: BLE001  as above
+    except Exception as error:
         raise ModelError(
             f"onnxruntime cannot run the model on inputs of shapes "
             f"{ {name: list(value.shape) for name, value in feeds.items()} }: "
@@ -491,7 +493,9 @@ def _compare(
         name=name,
         max_abs=float(np.abs(before - after).max(initial=0.0)),
         relative_l2=relative,
-        cosine=float(before @ after) / (norm * other) if norm > 0 and other > 0 else float(noise == 0),
+        cosine=float(before @ after) / (norm * other)
+        if norm > 0 and other > 0
+        else float(noise == 0),
         sqnr_db=None if noise == 0 or norm == 0 else 20 * math.log10(norm / noise),
         argmax_agreement=_agreement(expected, actual),
     )

@@ -142,7 +142,12 @@ class GraphWriter:
         return f"{name}/out"
 
     def weighted(
-        self, op: str, name: str, data: str, arrays: tuple[np.ndarray, np.ndarray], **attributes: object
+        self,
+        op: str,
+        name: str,
+        data: str,
+        arrays: tuple[np.ndarray, np.ndarray],
+        **attributes: object,
     ) -> str:
         """Add a node with a weight and a bias."""
         names = [f"{name}/weight", f"{name}/bias"]

@@ -96,8 +96,7 @@ def allocate(
         return Allocation(whole, Certificate(solver, objective.name, 0, 0, 0, zero, reached))
     require_reachable(layers, constraints)
     losses = [
-        [objective.curve(i, k) for k in range(len(layer.curves))]
-        for i, layer in enumerate(layers)
+        [objective.curve(i, k) for k in range(len(layer.curves))] for i, layer in enumerate(layers)
     ]
     warm = knapsack(layers, losses, constraints)
     best, value = warm.choices, objective.value(masks_of(layers, warm.choices))
@@ -170,5 +169,7 @@ def _slopes(objective: Objective, losses: LossCurves, relaxed: Relaxed) -> list[
     ):
         model = 2.0 * float(np.diff(losses[i][scheme]) @ (1.0 - mask))
         actual = float(gradient[i].sum())
-        scales.append(float(np.clip(actual / model, 0.05, 20.0)) if min(-model, -actual) > 0 else 1.0)
+        scales.append(
+            float(np.clip(actual / model, 0.05, 20.0)) if min(-model, -actual) > 0 else 1.0
+        )
     return scales

@@ -155,7 +155,8 @@ def _prices(table: _Table, assign: scipy.sparse.csr_array) -> Float64 | None:
     )
     if result.x is None or result.ineqlin.marginals is None:
         return None
-    return np.maximum(-np.asarray(result.ineqlin.marginals), 0.0)
+    prices: Float64 = np.maximum(-np.asarray(result.ineqlin.marginals), 0.0)
+    return prices
 
 
 def _reduced(table: _Table, prices: Float64, layers: int) -> tuple[Float64, float]:

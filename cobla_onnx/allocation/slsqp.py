@@ -240,9 +240,7 @@ def _partition(
     return blocks
 
 
-def _with_costs(
-    space: _Space, starts: NDArray[np.int64], divisible: NDArray[np.bool_]
-) -> _Blocks:
+def _with_costs(space: _Space, starts: NDArray[np.int64], divisible: NDArray[np.bool_]) -> _Blocks:
     sizes = np.diff(np.append(starts, space.offsets[-1]))
     costs = np.add.reduceat(space.costs, starts, axis=1)
     return _Blocks(starts, sizes, costs, divisible, np.ones(len(starts), dtype=bool))
@@ -297,9 +295,7 @@ def _solve(
         jac=gradient,
         method="SLSQP",
         bounds=[(0.0, 1.0)] * int(free.sum()),
-        constraints=[
-            {"type": "ineq", "fun": lambda x: room - costs @ x, "jac": lambda x: -costs}
-        ],
+        constraints=[{"type": "ineq", "fun": lambda x: room - costs @ x, "jac": lambda x: -costs}],
         options={"maxiter": MAX_ITERATIONS, "ftol": 1e-12},
     )
     solution = np.clip(result.x, 0.0, 1.0)
@@ -332,7 +328,8 @@ def _kkt(
         multipliers[active], _ = nnls(costs[active][:, inside].T, -gradient[inside])
     balance = gradient + multipliers @ costs
     stuck = x - np.clip(x - balance, 0.0, 1.0)
-    return float(np.linalg.norm(stuck) / max(np.linalg.norm(gradient), 1e-12)), multipliers
+    scale = max(float(np.linalg.norm(gradient)), 1e-12)
+    return float(np.linalg.norm(stuck)) / scale, multipliers
 
 
 def nearest_choices(

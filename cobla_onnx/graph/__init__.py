@@ -1,0 +1,1 @@
+"""What is in the file: the model, its layers, its costs."""

@@ -85,13 +85,14 @@ def constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
         return None
     for attribute in node.attribute:
         if attribute.name == "value":
-            return attribute.t
+            value: onnx.TensorProto = attribute.t
+            return value
     return None
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Bytes of a tensor's elements, as a Python int, without touching its data."""
-    count = math.prod(tensor.dims)
+    count: int = math.prod(tensor.dims)
     if tensor.data_type == onnx.TensorProto.STRING:
         return sum(len(text) for text in tensor.string_data)
     name = onnx.TensorProto.DataType.Name(tensor.data_type)
@@ -99,7 +100,8 @@ def tensor_bytes(tensor: onnx.TensorProto) -> int:
         return (count + 1) // 2
     if name.endswith("INT2"):
         return (count + 3) // 4
-    return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return count * itemsize
 
 
 def stored_bytes(model: onnx.ModelProto) -> int:
@@ -126,9 +128,7 @@ def stored_bytes(model: onnx.ModelProto) -> int:
     return total
 
 
-def copy_without_initializers(
-    model: onnx.ModelProto, names: Collection[str]
-) -> onnx.ModelProto:
+def copy_without_initializers(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
     """Copy a model, leaving out the initializers called `names`.
 
     Field by field, so that the data left out is never copied: protobuf does not give

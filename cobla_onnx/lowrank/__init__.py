@@ -1,0 +1,1 @@
+"""How one weight is factorised."""

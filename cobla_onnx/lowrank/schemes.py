@@ -97,9 +97,7 @@ class ConvScheme:
         grouped = matrix.reshape([sizes[a] for a in order])
         return grouped.transpose(np.argsort(order)).reshape(self.shape)
 
-    def fold(
-        self, left: NDArray[Any], right: NDArray[Any]
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
+    def fold(self, left: NDArray[Any], right: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Turn matrix factors into the weights of the two convolutions.
 
         Parameters
@@ -140,8 +138,7 @@ class ConvScheme:
         if data is None or output is None:
             return None
         between = [
-            output[2 + a] if a in self.first_axes else data[2 + a]
-            for a in range(len(self._kernel))
+            output[2 + a] if a in self.first_axes else data[2 + a] for a in range(len(self._kernel))
         ]
         sizes = [output[0], *between, *output[2:]]
         if any(size is None for size in sizes):
@@ -195,9 +192,7 @@ class ProductScheme:
         """Whether the left matrix factor meets the data first."""
         return (self.weight_input == 1) != self.transposed
 
-    def fold(
-        self, left: NDArray[Any], right: NDArray[Any]
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
+    def fold(self, left: NDArray[Any], right: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Put the factors in the order in which they meet the data."""
         batch = self.shape[:-2]
         left = left.reshape(*batch, *left.shape[1:])
@@ -248,9 +243,7 @@ def schemes_for(layer: Layer, wanted: str = "auto") -> tuple[Scheme, ...]:
         transposes = [bool(layer.attributes.get(flag, 0)) for flag in ("transA", "transB")]
         data_left = right != transposes[1 - layer.weight_input]
         transposed = transposes[layer.weight_input]
-        return (
-            ProductScheme("matrix", layer.shape, layer.weight_input, transposed, data_left),
-        )
+        return (ProductScheme("matrix", layer.shape, layer.weight_input, transposed, data_left),)
     kernel = layer.shape[2:]
     group = layer.attributes["group"]
     every = tuple(range(len(kernel)))

@@ -1,0 +1,283 @@
+"""The allocation against brute force, its budgets and its certificate."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import brentq
+
+from cobla_onnx.allocation import Budget, Choice, Curve, LayerCurves, WeightError, allocate
+from cobla_onnx.allocation.knapsack import knapsack
+from cobla_onnx.allocation.objective import Masks, masks_of
+from cobla_onnx.allocation.slsqp import relax
+from cobla_onnx.errors import BudgetError, UsageError
+
+
+def layers_of(seed: int, count: int, most: int, schemes: int = 2) -> list[LayerCurves]:
+    generator = np.random.default_rng(seed)
+    layers = []
+    for index in range(count):
+        curves = []
+        mem, mac = int(generator.integers(40, 400)), int(generator.integers(400, 9000))
+        for scheme in range(schemes):
+            full = int(generator.integers(2, most + 2))
+            values = np.sort(generator.exponential(size=full))[::-1] ** 2
+            unit, speed = int(generator.integers(3, 40)), int(generator.integers(20, 900))
+            ranks = min(full, (mem - 1) // unit, mac // speed)
+            if ranks >= 1:
+                steps = np.arange(1, ranks + 1)
+                curves.append(Curve(f"scheme{scheme}", values, steps, unit, speed))
+        if curves:
+            layers.append(LayerCurves(f"layer{index}", mem, mac, tuple(curves)))
+    return layers
+
+
+def options_of(layer: LayerCurves) -> list[Choice | None]:
+    every = [Choice(k, int(r)) for k, c in enumerate(layer.curves) for r in c.ranks]
+    return [None, *every]
+
+
+def totals(layers: list[LayerCurves], extra: int = 50) -> tuple[int, int]:
+    mac = sum(layer.macs_whole or 0 for layer in layers)
+    return sum(layer.bytes_whole for layer in layers) + extra, mac + 10 * extra
+
+
+@given(st.integers(0, 10_000), st.floats(0.15, 0.99), st.floats(0.15, 0.99), st.integers(0, 2))
+@settings(max_examples=60)
+def test_agrees_with_brute_force(seed, mem, mac, which):
+    layers = layers_of(seed, 3, 5)
+    if not layers:
+        return
+    budget = Budget(mem=mem if which != 1 else None, mac=mac if which != 0 else None)
+    constraints = budget.constraints(layers, *totals(layers))
+    objective = WeightError(layers)
+    feasible = [
+        choices
+        for choices in itertools.product(*map(options_of, layers))
+        if all(c.cost(layers, choices) <= c.limit for c in constraints)
+    ]
+    if not feasible:
+        with pytest.raises(BudgetError) as caught:
+            allocate(layers, objective, constraints)
+        least = caught.value.least
+        assert least
+        raised = Budget(**({"mem": budget.mem, "mac": budget.mac} | least))
+        allocate(layers, objective, raised.constraints(layers, *totals(layers)))
+        return
+    best = min(objective.value(masks_of(layers, choices)) for choices in feasible)
+    for solver in ("milp", "slsqp"):
+        result = allocate(layers, objective, constraints, solver=solver)
+        proof = result.certificate
+        assert proof.value == pytest.approx(best, rel=2e-4, abs=1e-9)
+        assert proof.lower_bound <= best + 1e-9
+        assert proof.value >= proof.lower_bound
+        for constraint in constraints:
+            assert constraint.cost(layers, result.choices) <= constraint.limit
+            assert proof.reached[constraint.name] == constraint.cost(layers, result.choices)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=40)
+def test_the_least_that_is_named_is_within_reach_and_less_is_not(seed):
+    layers = layers_of(seed, 4, 6)
+    if not layers:
+        return
+    mem_total, mac_total = totals(layers)
+    with pytest.raises(BudgetError) as caught:
+        allocate(
+            layers,
+            WeightError(layers),
+            Budget(mem=0.0001).constraints(layers, mem_total, mac_total),
+        )
+    least = caught.value.least["mem"]
+    assert f"{least:g}" in str(caught.value)
+    for solver in ("milp", "slsqp"):
+        allocate(
+            layers,
+            WeightError(layers),
+            Budget(mem=least).constraints(layers, mem_total, mac_total),
+            solver=solver,
+        )
+    with pytest.raises(BudgetError):
+        allocate(
+            layers,
+            WeightError(layers),
+            Budget(mem=least - 0.0002).constraints(layers, mem_total, mac_total),
+        )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -0.1, 1.5])
+def test_nonsense_budgets_are_refused(value):
+    with pytest.raises(UsageError, match="--mem"):
+        Budget(mem=value)
+    with pytest.raises(UsageError, match="--mac"):
+        Budget(mac=value)
+
+
+def test_a_budget_is_needed_and_one_is_met_by_keeping_all():
+    with pytest.raises(UsageError, match="--mem or --mac"):
+        Budget()
+    layers = layers_of(1, 4, 6)
+    result = allocate(
+        layers, WeightError(layers), Budget(mem=1.0).constraints(layers, *totals(layers))
+    )
+    assert result.choices == (None,) * len(layers)
+    assert result.certificate.value == 0
+
+
+def test_limits_are_those_of_the_decimal_that_was_given():
+    (constraint,) = Budget(mem=0.3).constraints([], 1000, None)
+    assert constraint.limit == 300
+
+
+def test_gradient_agrees_with_finite_differences():
+    layers = layers_of(3, 4, 8)
+    objective = WeightError(layers)
+    generator = np.random.default_rng(0)
+    values = tuple(generator.random(len(layer.curves[0].singular_values)) for layer in layers)
+    masks = Masks((0,) * len(layers), values)
+    gradient = objective.gradient(masks)
+    for index, mask in enumerate(values):
+        for j in range(len(mask)):
+            step = np.zeros_like(mask)
+            step[j] = 1e-6
+            either = [
+                objective.value(
+                    Masks(masks.schemes, (*values[:index], mask + s, *values[index + 1 :]))
+                )
+                for s in (step, -step)
+            ]
+            assert (either[0] - either[1]) / 2e-6 == pytest.approx(gradient[index][j], abs=1e-7)
+
+
+def test_curves_are_the_objective_at_binary_masks():
+    layers = layers_of(5, 3, 8)
+    objective = WeightError(layers)
+    for index, layer in enumerate(layers):
+        for choice in options_of(layer)[1:]:
+            choices = [None] * len(layers)
+            choices[index] = choice
+            expected = objective.curve(index, choice.curve)[choice.rank]
+            assert objective.value(masks_of(layers, choices)) == pytest.approx(expected)
+
+
+def big_layers(count: int = 12, full: int = 64) -> list[LayerCurves]:
+    """Layers of one scheme whose spectra fall at different speeds."""
+    layers = []
+    for index in range(count):
+        values = np.exp(-np.arange(full) / (4 + 2 * index))
+        curve = Curve("channel", values, np.arange(1, full // 2), 2 * full, 20 * full)
+        layers.append(LayerCurves(f"layer{index}", full * full, 10 * full * full, (curve,)))
+    return layers
+
+
+def test_slsqp_solves_the_relaxed_problem():
+    """Against an independent solution: the minimum over the box at a price, by bisection."""
+    layers = big_layers()
+    objective = WeightError(layers)
+    constraints = Budget(mem=0.4).constraints(layers, *totals(layers, 0))
+    losses = [[objective.curve(i, 0)] for i in range(len(layers))]
+    warm = knapsack(layers, losses, constraints)
+    relaxed = relax(layers, objective, losses, constraints, warm, max_variables=2000)
+    assert relaxed.masks is not None, relaxed.problem
+    assert relaxed.kkt_residual < 1e-3
+    energies, costs = [], []
+    for layer, tail in zip(layers, relaxed.tails, strict=True):
+        values = np.square(layer.curves[0].singular_values)
+        energy = values / values.sum()
+        unit = layer.curves[0].bytes_per_rank
+        energies += [*energy[:tail], energy[tail:].sum()]
+        costs += [unit] * tail + [layer.bytes_whole - tail * unit]
+    energy, cost = np.array(energies), np.array(costs, dtype=float)
+
+    def masks(price: float) -> np.ndarray:
+        return np.clip(1 - price * cost / (2 * energy), 0, 1)
+
+    price = brentq(lambda p: cost @ masks(p) - constraints[0].limit, 1e-12, 1.0, xtol=1e-15)
+    best = float(energy @ np.square(1 - masks(price)))
+    assert relaxed.value == pytest.approx(best, rel=2e-2)
+    assert relaxed.value >= best * (1 - 1e-6)
+    assert relaxed.multipliers["mem"] == pytest.approx(price * totals(layers, 0)[0], rel=0.1)
+
+
+def test_blocks_keep_the_number_of_variables_small():
+    layers = big_layers(30, 256)
+    result = allocate(
+        layers, WeightError(layers), Budget(mem=0.5).constraints(layers, *totals(layers, 0))
+    )
+    assert 0 < result.certificate.variables <= 200
+    assert result.certificate.kkt_residual < 1e-3
+    assert not result.certificate.notes
+
+
+def test_multipliers_are_what_loosening_a_budget_buys():
+    layers = big_layers()
+    objective = WeightError(layers)
+    total = totals(layers, 0)
+
+    def solve(mem: float):
+        return allocate(
+            layers, objective, Budget(mem=mem).constraints(layers, *total), solver="milp"
+        ).certificate
+
+    low, middle, high = solve(0.45), solve(0.5), solve(0.55)
+    slope = (low.value - high.value) / 0.1
+    assert middle.multipliers["mem"] == pytest.approx(slope, rel=0.2)
+
+
+class Broken(WeightError):
+    """An objective that is not a number once masks are relaxed."""
+
+    def gradient(self, masks):
+        return tuple(np.full_like(mask, np.nan) for mask in masks.values)
+
+
+def test_a_broken_objective_falls_back_to_the_knapsack_and_says_so():
+    layers = big_layers()
+    constraints = Budget(mem=0.5).constraints(layers, *totals(layers, 0))
+    result = allocate(layers, Broken(layers), constraints)
+    assert "not finite" in result.certificate.notes[0]
+    expected = allocate(layers, WeightError(layers), constraints, solver="milp")
+    assert result.choices == expected.choices
+
+
+class Skewed(WeightError):
+    """The true loss of the first layer is ten times what its separable model says."""
+
+    def value(self, masks):
+        first = Masks(masks.schemes, (masks.values[0], *map(np.ones_like, masks.values[1:])))
+        return super().value(masks) + 9 * super().value(first)
+
+    def gradient(self, masks):
+        gradient = super().gradient(masks)
+        return (10 * gradient[0], *gradient[1:])
+
+
+def test_slsqp_is_better_where_the_separable_model_is_wrong():
+    layers = big_layers()
+    constraints = Budget(mem=0.4).constraints(layers, *totals(layers, 0))
+    objective = Skewed(layers)
+    plain = allocate(layers, objective, constraints, solver="milp").certificate.value
+    solved = allocate(layers, objective, constraints, solver="slsqp").certificate.value
+    assert solved < plain
+
+
+def test_zero_weights_cost_nothing_to_drop():
+    curve = Curve("matrix", np.zeros(8), np.arange(1, 4), 10, 10)
+    layers = [LayerCurves("zero", 100, 100, (curve,)), *big_layers(2)]
+    result = allocate(
+        layers, WeightError(layers), Budget(mem=0.5).constraints(layers, *totals(layers, 0))
+    )
+    assert result.choices[0] is not None
+    assert np.isfinite(result.certificate.value)
+
+
+def test_the_same_twice():
+    layers = big_layers()
+    constraints = Budget(mem=0.4, mac=0.5).constraints(layers, *totals(layers, 0))
+    first, second = (allocate(layers, WeightError(layers), constraints) for _ in range(2))
+    assert first == second
