@@ -167,6 +167,10 @@ def analyse(
     skipped = list(inventory.skipped)
     for number, layer in enumerate(inventory.layers):
         progress("singular values", number, len(inventory.layers))
+        if _vector_meets_batch(layer, shapes):
+            detail = "a stack of matrices meets a vector, or data of unknown rank"
+            skipped.append(Skipped(layer.name, layer.op, Reason.NOT_A_MATRIX, detail, layer.params))
+            continue
         whole = None if macs is None else sum(macs[use.node] for use in layer.uses)
         found = _curves(model, layer, schemes_for(layer, scheme), shapes, whole)
         if not found:
@@ -190,6 +194,13 @@ def analyse(
         known,
         notes,
     )
+
+
+def _vector_meets_batch(layer: Layer, shapes: Mapping[str, Shape]) -> bool:
+    """Whether a product of two factors would broadcast otherwise than the one product."""
+    if layer.op != "MatMul" or len(layer.shape) == 2:
+        return False
+    return any(len(shapes.get(use.data) or ()) < 2 for use in layer.uses)
 
 
 def _warnings(model: onnx.ModelProto, inventory: Inventory) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ class Budget:
     Attributes
     ----------
     mem : float, optional
-        Fraction of the bytes of all constant tensors.
+        Fraction of the bytes of all weights, as `stored_bytes` counts them.
     mac : float, optional
         Fraction of the multiply-accumulate operations.
 

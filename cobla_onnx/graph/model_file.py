@@ -105,10 +105,11 @@ def tensor_bytes(tensor: onnx.TensorProto) -> int:
 
 
 def stored_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of all constant tensors that a model stores.
+    """Bytes of all weights that a model stores.
 
-    Counted are initializers (dense and sparse) and the tensors of Constant nodes, in the
-    main graph, in sub-graphs and in model-local functions.
+    Counted are all initializers (dense and sparse), and the tensors of Constant nodes that
+    can be weights: of floating type, with more than one element. Of the main graph, of
+    sub-graphs and of model-local functions.
     """
     total = 0
     node_lists: list[Iterable[onnx.NodeProto]] = [f.node for f in model.functions]
@@ -122,10 +123,16 @@ def stored_bytes(model: onnx.ModelProto) -> int:
             node_lists.append(graph.node)
         for node in node_lists.pop():
             value = constant_value(node)
-            if value is not None:
+            if value is not None and _may_be_weight(value):
                 total += tensor_bytes(value)
             graphs.extend(subgraphs(node))
     return total
+
+
+def _may_be_weight(tensor: onnx.TensorProto) -> bool:
+    """Tell a weight in a Constant node from a shape, an axis or a scalar."""
+    name = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return ("FLOAT" in name or name == "DOUBLE") and math.prod(tensor.dims) > 1
 
 
 def copy_without_initializers(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:

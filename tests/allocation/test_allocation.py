@@ -229,7 +229,7 @@ def test_multipliers_are_what_loosening_a_budget_buys():
     assert middle.multipliers["mem"] == pytest.approx(slope, rel=0.2)
 
 
-class Broken(WeightError):
+class BrokenObjective(WeightError):
     """An objective that is not a number once masks are relaxed."""
 
     def gradient(self, masks):
@@ -239,13 +239,13 @@ class Broken(WeightError):
 def test_a_broken_objective_falls_back_to_the_knapsack_and_says_so():
     layers = big_layers()
     constraints = Budget(mem=0.5).constraints(layers, *totals(layers, 0))
-    result = allocate(layers, Broken(layers), constraints)
+    result = allocate(layers, BrokenObjective(layers), constraints)
     assert "not finite" in result.certificate.notes[0]
     expected = allocate(layers, WeightError(layers), constraints, solver="milp")
     assert result.choices == expected.choices
 
 
-class Skewed(WeightError):
+class SkewedObjective(WeightError):
     """The true loss of the first layer is ten times what its separable model says."""
 
     def value(self, masks):
@@ -260,7 +260,7 @@ class Skewed(WeightError):
 def test_slsqp_is_better_where_the_separable_model_is_wrong():
     layers = big_layers()
     constraints = Budget(mem=0.4).constraints(layers, *totals(layers, 0))
-    objective = Skewed(layers)
+    objective = SkewedObjective(layers)
     plain = allocate(layers, objective, constraints, solver="milp").certificate.value
     solved = allocate(layers, objective, constraints, solver="slsqp").certificate.value
     assert solved < plain

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import onnx
-import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -127,6 +126,8 @@ def test_gemm_of_any_form(trans_a, trans_b, left, sizes, alpha, beta, bias, opse
 @settings(max_examples=100)
 def test_matmul_with_the_constant_on_either_side(left, sizes, data_batch, weight_batch):
     m, k, n = sizes
+    # Left alone by the analysis: two products would broadcast otherwise than one.
+    assume(data_batch != "vector" or not weight_batch)
     weight_shape = (*weight_batch, m, k) if left else (*weight_batch, k, n)
     if data_batch == "vector":
         data_shape = (k,)
@@ -138,14 +139,20 @@ def test_matmul_with_the_constant_on_either_side(left, sizes, data_batch, weight
     assert_exact(model, {"x": random_array(*data_shape, seed=4)})
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_other_float_types_are_written_back_as_they_were(dtype):
-    elem = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+def test_half_precision_is_written_back_as_it_was():
+    elem = onnx.TensorProto.FLOAT16
     node = helper.make_node("Conv", ["x", "w"], ["y"], "conv", pads=[1, 1, 1, 1])
-    weights = {"w": random_array(6, 4, 3, 3, dtype=dtype)}
+    weights = {"w": random_array(6, 4, 3, 3, dtype="float16")}
     model = model_of([node], weights, {"x": [1, 4, 7, 7]}, ["y"], elem_type=elem)
-    tolerance = 1e-2 if dtype == "float16" else 1e-12
-    assert_exact(model, {"x": random_array(1, 4, 7, 7, seed=1, dtype=dtype)}, tolerance)
+    assert_exact(model, {"x": random_array(1, 4, 7, 7, seed=1, dtype="float16")}, 1e-2)
+
+
+def test_double_precision_keeps_its_precision():
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "matmul")
+    weights = {"w": random_array(9, 5, dtype="float64")}
+    elem = onnx.TensorProto.DOUBLE
+    model = model_of([node], weights, {"x": [3, 9]}, ["y"], elem_type=elem)
+    assert_exact(model, {"x": random_array(3, 9, seed=1, dtype="float64")}, 1e-12)
 
 
 def test_scheme_option_restricts_convolutions_only():

@@ -1,0 +1,98 @@
+"""Real models go through, and the report agrees with independent counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from cobla_onnx import Budget, compress
+from tests.test_command import run
+
+FAST = ["squeezenet1.1_fp32", "cifar_resnet20-12fca82f", "mobilenet_v1_0.25_128_quant"]
+BUDGETS = [{"mem": 0.7}, {"mac": 0.7}, {"mem": 0.7, "mac": 0.7}]
+
+
+def weight_bytes(path: Path) -> int:
+    return sum(onnx.numpy_helper.to_array(t).nbytes for t in onnx.load(path).graph.initializer)
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@pytest.mark.parametrize("name", [*FAST, pytest.param("candy", marks=pytest.mark.slow)])
+def test_real_models_reach_their_budgets(assets, tmp_path, name, budget):
+    model, out = assets / "models" / f"{name}.onnx", tmp_path / "out.onnx"
+    options = [part for key, value in budget.items() for part in (f"--{key}", value)]
+    done = run(model, out, *options, "--report", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    reached = weight_bytes(out) / weight_bytes(model)
+    assert report["budget"]["mem"]["reached"] == pytest.approx(reached, abs=1e-12)
+    for key, limit in budget.items():
+        assert report["budget"][key]["reached"] <= limit
+    # The tighter of the budgets is used up.
+    assert max(report["budget"][k]["reached"] - limit for k, limit in budget.items()) > -0.02
+    before, after = onnx.load(model), onnx.load(out)
+    for field in ("ir_version", "opset_import", "metadata_props", "producer_name", "doc_string"):
+        assert getattr(before, field) == getattr(after, field)
+    stored = {t.name for t in before.graph.initializer}
+    assert before.graph.output == after.graph.output
+    assert [i for i in before.graph.input if i.name not in stored] == [
+        i for i in after.graph.input if i.name in {v.name for v in before.graph.input} - stored
+    ]
+
+
+def test_awkward_files_go_through(assets, tmp_path):
+    for name in ("SqueezeNet_fp16", "mnist", "mltiny_pretrainedResnet"):
+        done = run(assets / "models" / f"{name}.onnx", tmp_path / "o.onnx", "--mem", 0.7)
+        assert done.returncode == 0, (name, done.stderr)
+
+
+def test_unchanged_models_are_byte_identical(assets, tmp_path):
+    for path in sorted((assets / "models").glob("*.onnx")):
+        if path.stem == "candy":
+            continue
+        compress(path, Budget(mem=1.0)).save(tmp_path / "o.onnx")
+        assert (tmp_path / "o.onnx").read_bytes() == path.read_bytes()
+
+
+LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
+LIGHT_MODELS = sorted(path.name for path in LIGHT.glob("*.onnx"))
+
+
+def with_random_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace weights made by ConstantOfShape by random ones of full rank."""
+    generator = np.random.default_rng(0)
+    stored = {t.name: t for t in model.graph.initializer}
+    kept = []
+    for node in model.graph.node:
+        if node.op_type != "ConstantOfShape" or node.input[0] not in stored:
+            kept.append(node)
+            continue
+        shape = onnx.numpy_helper.to_array(stored[node.input[0]])
+        size = max(1, int(np.prod(shape[1:])))
+        array = np.abs(generator.standard_normal(shape)) if len(shape) == 1 else (
+            generator.standard_normal(shape) * np.sqrt(2 / size)
+        )  # fmt: skip
+        model.graph.initializer.append(
+            onnx.numpy_helper.from_array(array.astype(np.float32), node.output[0])
+        )
+        if model.ir_version < 4:
+            model.graph.input.append(
+                onnx.helper.make_tensor_value_info(node.output[0], 1, shape.tolist())
+            )
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIGHT_MODELS)
+def test_topologies_of_the_onnx_wheel(name):
+    model = with_random_weights(onnx.load(LIGHT / name))
+    result = compress(model, Budget(mem=0.7, mac=0.8))
+    assert result.report.verification is not None
+    assert result.report.budget["mem"].reached <= 0.7
+    assert result.report.budget["mac"].reached <= 0.8
