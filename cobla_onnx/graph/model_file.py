@@ -108,7 +108,7 @@ def stored_bytes(model: onnx.ModelProto) -> int:
     """Bytes of all weights that a model stores.
 
     Counted are all initializers (dense and sparse), and the tensors of Constant nodes that
-    can be weights: of floating type, with more than one element. Of the main graph, of
+    can be weights: of floating type, of more than 8 bytes. Of the main graph, of
     sub-graphs and of model-local functions.
     """
     total = 0
@@ -132,7 +132,7 @@ def stored_bytes(model: onnx.ModelProto) -> int:
 def _may_be_weight(tensor: onnx.TensorProto) -> bool:
     """Tell a weight in a Constant node from a shape, an axis or a scalar."""
     name = onnx.TensorProto.DataType.Name(tensor.data_type)
-    return ("FLOAT" in name or name == "DOUBLE") and math.prod(tensor.dims) > 1
+    return ("FLOAT" in name or name == "DOUBLE") and tensor_bytes(tensor) > 8
 
 
 def copy_without_initializers(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
