@@ -187,18 +187,22 @@ def compress(
         allocation: Allocation | None = None
         if plan is None:
             constraints = analysis.constraints(budget)
+            notify("allocate", 0, 1)
             allocation = allocate(
                 analysis.curves, WeightError(analysis.curves), constraints, solver=solver
             )
             plan = analysis.plan(allocation.choices)
+            notify("allocate", 1, 1)
         replacements = _factorise(proto, analysis, plan, notify)
         compressed = rewrite(proto, replacements) if replacements else proto
         _check_budget(analysis, budget, plan, compressed)
         verification = None
         if replacements:
+            notify("verify", 0, 1)
             verification = verify(
                 proto, compressed, replacements, analysis.input_shapes, seed=seed, threads=threads
             )
+            notify("verify", 1, 1)
     report = make_report(
         analysis,
         budget,

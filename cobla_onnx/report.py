@@ -192,8 +192,16 @@ def _budget_rows(report: Report) -> list[tuple[str, str, BudgetUse]]:
 def _left_alone(report: Report) -> list[Any]:
     from rich.text import Text
 
-    reasons = Counter(layer.reason for layer in report.layers if layer.decision == "skipped")
-    return [Text(f"left alone: {n} x {safe_text(why, 70)}") for why, n in reasons.items()]
+    reasons = Counter(
+        (layer.decision, layer.reason)
+        for layer in report.layers
+        if layer.decision != "factorised" and not report.unchanged
+    )
+    words = {"whole": "kept whole", "skipped": "left alone"}
+    return [
+        Text(f"{words[decision]}: {count} x {safe_text(reason, 60)}")
+        for (decision, reason), count in reasons.items()
+    ]
 
 
 def _verdict(report: Report) -> list[Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from cobla_onnx.graph import model_file
 from cobla_onnx.graph.model_file import write_atomically
 from cobla_onnx.plan import Decision
 from cobla_onnx.report import safe_text
-from tests.builders import small_network
+from tests.builders import model_of, random_array, small_network
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).parent / "cobla-onnx"
@@ -167,6 +169,28 @@ def test_bad_requests_get_one_clear_line_and_write_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "text.onnx"]
     assert old.read_text() == "what was there"
     assert demo_model.read_bytes() == original
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path):
+    nodes, weights = [], {}
+    for number in range(6):
+        nodes.append(
+            onnx.helper.make_node("MatMul", [f"x{number}", f"w{number}"], [f"x{number + 1}"])
+        )
+        weights[f"w{number}"] = random_array(2000, 2000, seed=number)
+    onnx.save(model_of(nodes, weights, {"x0": [1, 2000]}, ["x6"]), tmp_path / "in.onnx")
+    child = subprocess.Popen(
+        [COMMAND, tmp_path / "in.onnx", tmp_path / "out.onnx", "--mem", "0.3"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(3)
+    child.send_signal(signal.SIGINT)
+    _, message = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "Traceback" not in message
+    assert [p.name for p in tmp_path.iterdir()] == ["in.onnx"]
 
 
 def test_in_place_is_allowed_when_asked_for(tmp_path):
