@@ -96,9 +96,10 @@ def tensor_bytes(tensor: onnx.TensorProto) -> int:
     if tensor.data_type == onnx.TensorProto.STRING:
         return sum(len(text) for text in tensor.string_data)
     name = onnx.TensorProto.DataType.Name(tensor.data_type)
-    if name.endswith("4") or name == "FLOAT4E2M1":
+    # By name, since older onnx versions do not know them all.
+    if name in ("INT4", "UINT4", "FLOAT4E2M1"):
         return (count + 1) // 2
-    if name.endswith("INT2"):
+    if name in ("INT2", "UINT2"):
         return (count + 3) // 4
     itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return count * itemsize

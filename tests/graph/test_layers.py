@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.cost import fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.graph.layers import Reason, find_layers, read_weight
-from cobla_onnx.graph.model_file import load_model, stored_bytes
+from cobla_onnx.graph.model_file import load_model, stored_bytes, tensor_bytes
 from tests.builders import FLOAT, model_of, random_array, small_network
 
 
@@ -150,6 +150,17 @@ def test_stored_bytes_agree_with_an_independent_reader():
     tensors = gs.import_onnx(model).tensors().values()
     constants = [t for t in tensors if isinstance(t, gs.Constant)]
     assert stored_bytes(model) == sum(t.values.nbytes for t in constants)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float64", "uint8", "bool", "float16"])
+def test_bytes_of_a_tensor_are_those_of_its_array(dtype):
+    array = np.ones((3, 5), dtype)
+    assert tensor_bytes(numpy_helper.from_array(array)) == array.nbytes
+
+
+def test_narrow_types_are_packed():
+    for kind, expected in ((TensorProto.INT4, 8), (TensorProto.UINT4, 8)):
+        assert tensor_bytes(TensorProto(data_type=kind, dims=[3, 5])) == expected
 
 
 def test_files_that_are_not_models(tmp_path):
