@@ -36,11 +36,13 @@ class Replacement:
 
     def dense(self) -> NDArray[Any]:
         """Multiply the factors out: the weight that they stand for, shape ``layer.shape``."""
+        # Half precision is multiplied in single; double for all would double the memory.
+        wide = np.result_type(self.first.dtype, np.float32)
         left, right = self.scheme.unfold(
-            self.first.astype(np.float64), self.second.astype(np.float64)
+            self.first.astype(wide, copy=False), self.second.astype(wide, copy=False)
         )
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.layer.type)
-        result: NDArray[Any] = self.scheme.weight(left @ right).astype(dtype)
+        result: NDArray[Any] = self.scheme.weight(left @ right).astype(dtype, copy=False)
         return result
 
 

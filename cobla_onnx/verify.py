@@ -96,11 +96,15 @@ class Verification:
 
 
 def open_session(
-    model: onnx.ModelProto, threads: int, extra_outputs: Sequence[str] = ()
+    model: onnx.ModelProto,
+    threads: int,
+    extra_outputs: Sequence[str] = (),
+    extra_weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open a model in onnxruntime on the CPU, without serialising its weights.
 
     Graph optimisations are off, so that two models are compared at the same level.
+    `extra_weights` are initializers beside those that the model holds.
 
     Raises
     ------
@@ -113,26 +117,34 @@ def open_session(
         if tensor_bytes(t) > 1024 and t.data_type != onnx.TensorProto.STRING
     ]
     light = copy_without_initializers(model, {t.name for t in large})
-    names, values = [], []
-    for tensor in large:
+    names: list[str] = []
+    values: list[Any] = []
+
+    def hand_over(name: str, data_type: int, array: NDArray[Any]) -> None:
         stub = light.graph.initializer.add(
-            name=tensor.name,
-            data_type=tensor.data_type,
-            dims=tensor.dims,
+            name=name,
+            data_type=data_type,
+            dims=array.shape,
             data_location=onnx.TensorProto.EXTERNAL,
         )
         stub.external_data.add(key="location", value="held in memory")
+        contiguous = np.ascontiguousarray(array)
+        names.append(name)
+        values.append(
+            onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(contiguous, data_type)
+        )
+
+    for tensor in large:
         try:
-            array = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor))
+            array = onnx.numpy_helper.to_array(tensor)
         except (ValueError, TypeError) as error:
             raise ModelError(
                 f"initializer {tensor.name!r}: its data does not fit its shape "
                 f"{list(tensor.dims)}; the file is damaged, export or download it again"
             ) from error
-        names.append(tensor.name)
-        values.append(
-            onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)
-        )
+        hand_over(tensor.name, tensor.data_type, array)
+    for name, array in (extra_weights or {}).items():
+        hand_over(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array)
     present = {value.name for value in light.graph.output}
     for name in extra_outputs:
         if name not in present:
@@ -351,7 +363,9 @@ def _check_layers(
     """
     outputs = [use.output for r in replacements for use in r.layer.uses]
     reference, renamed = _side_by_side(original, compressed, replacements)
-    session = open_session(reference, threads, [*outputs, *renamed.values()])
+    dense = {_dense_name(number): r.dense() for number, r in enumerate(replacements)}
+    session = open_session(reference, threads, [*outputs, *renamed.values()], dense)
+    del dense
     worst = 0.0
     results = []
     for feed in feeds:
@@ -368,6 +382,10 @@ def _check_layers(
             worst = max(worst, error)
         results.append(values)
     return worst, results
+
+
+def _dense_name(number: int) -> str:
+    return f"dense weight {number}"
 
 
 def _side_by_side(
@@ -391,10 +409,8 @@ def _side_by_side(
     present.update(name for node in graph.node for name in node.output)
     present.update(value.name for value in graph.input)
     for number, replacement in enumerate(replacements):
-        name = f"dense weight {number}"
-        graph.initializer.append(onnx.numpy_helper.from_array(replacement.dense(), name))
         for use in replacement.layer.uses:
-            graph.node[use.node].input[replacement.layer.weight_input] = name
+            graph.node[use.node].input[replacement.layer.weight_input] = _dense_name(number)
     new_weights = {t.name: t for t in compressed.graph.initializer if t.name not in present}
     graph.initializer.extend(new_weights.values())
     producer = {name: node for node in compressed.graph.node for name in node.output}
