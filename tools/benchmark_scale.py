@@ -2,7 +2,8 @@
 
 Compared with what numpy needs for the same matrices alone: the eigendecomposition of the
 smaller Gram matrix (which cobla-onnx uses too) of every layer under every scheme. Peak
-memory is that of a child process, libraries included, as a multiple of the model file. Run from the repository's root::
+memory is that of a child process (Linux only), libraries included, as a multiple of the
+model file. Run from the repository's root::
 
     python tools/benchmark_scale.py
 """
@@ -10,7 +11,6 @@ memory is that of a child process, libraries included, as a multiple of the mode
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -88,7 +88,9 @@ def child(path: str) -> None:
     result = compress(path, Budget(mem=0.3))
     result.save(f"{path}.out")
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: a process inherits its parent's peak there.
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(row.split()[1]) * 1024 for row in status.splitlines() if "VmHWM" in row)
     print(seconds, peak)
 
 

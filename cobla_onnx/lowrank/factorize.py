@@ -104,11 +104,22 @@ def factorize(stack: NDArray[Any], rank: int) -> Factorization:
         root[root <= 1e-6 * max(root[0], np.finfo(np.float64).tiny)] = 1.0
         if rows <= columns:
             left[group] = basis * root
-            right[group] = (basis.T @ matrix) / root[:, None]
+            right[group] = _project(basis, matrix) / root[:, None]
         else:
-            left[group] = (matrix @ basis) / root
+            left[group] = (_project(basis, matrix.T) / root[:, None]).T
             right[group] = basis.T * root[:, None]
     return Factorization(left, values, right)
+
+
+def _project(basis: Float64, matrix: NDArray[Any]) -> Float64:
+    """``basis.T @ matrix`` in float64, over chunks of the longer side."""
+    rows, columns = matrix.shape
+    step = max(1, CHUNK // rows)
+    result = np.empty((basis.shape[1], columns))
+    for start in range(0, columns, step):
+        block = matrix[:, start : start + step].astype(np.float64)
+        result[:, start : start + step] = basis.T @ block
+    return result
 
 
 def _fix_signs(vectors: Float64) -> Float64:
