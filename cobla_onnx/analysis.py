@@ -26,7 +26,7 @@ from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.lowrank.factorize import singular_values
 from cobla_onnx.lowrank.schemes import Scheme, schemes_for
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.verify import measured_shapes
+from cobla_onnx.runtime import measured_shapes
 
 __all__ = ["Analysis", "analyse"]
 

@@ -21,7 +21,8 @@ from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.report import Report
 from cobla_onnx.reporting import make_report
 from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
-from cobla_onnx.verify import open_session, verify
+from cobla_onnx.runtime import open_session
+from cobla_onnx.verify import verify
 
 __all__ = ["Progress", "Result", "check_paths", "compress"]
 

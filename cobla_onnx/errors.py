@@ -3,6 +3,7 @@
 CoblaError
  ├── UsageError          exit 2   an option, a name or a path that cannot be used
  ├── ModelError          exit 3   the model is invalid, or is of a kind we cannot read
+ ├── DataError           exit 3   the calibration data is invalid, or does not fit the model
  ├── BudgetError         exit 4   the budget cannot be met; names the smallest that can
  ├── VerificationError   exit 5   the result did not pass; nothing was written
  └── WriteError          exit 6   the result could not be written
@@ -16,6 +17,7 @@ from __future__ import annotations
 __all__ = [
     "BudgetError",
     "CoblaError",
+    "DataError",
     "ModelError",
     "UsageError",
     "VerificationError",
@@ -37,6 +39,12 @@ class UsageError(CoblaError):
 
 class ModelError(CoblaError):
     """The model is invalid, or is of a kind that cannot be read."""
+
+    exit_code = 3
+
+
+class DataError(CoblaError):
+    """The calibration data is invalid, or does not fit the model."""
 
     exit_code = 3
 

@@ -9,37 +9,31 @@ outputs from the original's? The first has one right answer, the second is a mea
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.cost import Shape
-from cobla_onnx.graph.model_file import copy_without_initializers, tensor_bytes
+from cobla_onnx.graph.model_file import copy_without_initializers
 from cobla_onnx.rewrite import Replacement
+from cobla_onnx.runtime import Feeds, first_line, open_session, run_session, runnable_feeds
 
 __all__ = [
-    "Feeds",
     "OutputComparison",
     "Verification",
     "check_model",
-    "measured_shapes",
-    "open_session",
-    "random_feeds",
     "verify",
 ]
 
-Feeds: TypeAlias = "dict[str, NDArray[Any]]"
 # Float rounding of one layer, relative to its largest output, by its type.
 ROUNDING = {np.dtype(np.float16): 2e-2, np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-10}
 # The same after a whole network, which amplifies it.
 AMPLIFICATION = 30.0
-SIZES_TO_TRY = (16, 64, 224, 1)
 
 
 @dataclass(frozen=True)
@@ -95,177 +89,6 @@ class Verification:
     notes: tuple[str, ...] = ()
 
 
-def open_session(
-    model: onnx.ModelProto,
-    threads: int,
-    extra_outputs: Sequence[str] = (),
-    extra_weights: Mapping[str, NDArray[Any]] | None = None,
-) -> onnxruntime.InferenceSession:
-    """Open a model in onnxruntime on the CPU, without serialising its weights.
-
-    Graph optimisations are off, so that two models are compared at the same level.
-    `extra_weights` are initializers beside those that the model holds.
-
-    Raises
-    ------
-    ModelError
-        If onnxruntime does not load the model.
-    """
-    large = [
-        t
-        for t in model.graph.initializer
-        if tensor_bytes(t) > 1024 and t.data_type != onnx.TensorProto.STRING
-    ]
-    light = copy_without_initializers(model, {t.name for t in large})
-    names: list[str] = []
-    values: list[Any] = []
-
-    def hand_over(name: str, data_type: int, array: NDArray[Any]) -> None:
-        stub = light.graph.initializer.add(
-            name=name,
-            data_type=data_type,
-            dims=array.shape,
-            data_location=onnx.TensorProto.EXTERNAL,
-        )
-        stub.external_data.add(key="location", value="held in memory")
-        contiguous = np.ascontiguousarray(array)
-        names.append(name)
-        values.append(
-            onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(contiguous, data_type)
-        )
-
-    for tensor in large:
-        try:
-            array = onnx.numpy_helper.to_array(tensor)
-        except (ValueError, TypeError) as error:
-            raise ModelError(
-                f"initializer {tensor.name!r}: its data does not fit its shape "
-                f"{list(tensor.dims)}; the file is damaged, export or download it again"
-            ) from error
-        hand_over(tensor.name, tensor.data_type, array)
-    for name, array in (extra_weights or {}).items():
-        hand_over(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array)
-    present = {value.name for value in light.graph.output}
-    for name in extra_outputs:
-        if name not in present:
-            light.graph.output.add(name=name)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    if names:
-        options.add_external_initializers(names, values)
-    try:
-        return onnxruntime.InferenceSession(
-            light.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:
-        raise ModelError(
-            f"onnxruntime {onnxruntime.__version__} cannot load the model: {_first_line(error)}; "
-            "check the file with onnx.checker, or update onnxruntime"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-def _run(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str, Any]:
-    names = [output.name for output in session.get_outputs()]
-    try:
-        return dict(zip(names, session.run(names, feeds), strict=True))
-    except Exception as error:
-        raise ModelError(
-            f"onnxruntime cannot run the model on inputs of shapes "
-            f"{ {name: list(value.shape) for name, value in feeds.items()} }: "
-            f"{_first_line(error)}; give shapes that it accepts by --input-shape"
-        ) from error
-
-
-def random_feeds(
-    session: onnxruntime.InferenceSession,
-    shapes: Mapping[str, Shape],
-    seed: int,
-    batch: int = 1,
-    unknown: int = SIZES_TO_TRY[0],
-) -> Feeds:
-    """Draw inputs that fit the types and shapes of a model's inputs.
-
-    Floats are standard normal, integers 0 or 1 (valid as token, index and mask), each
-    from `seed`. A symbolic first axis becomes `batch`, other unknown axes `unknown`.
-
-    Raises
-    ------
-    ModelError
-        If an input is of a type that cannot be drawn, such as a string or a sequence.
-    """
-    generator = np.random.default_rng(seed)
-    feeds: Feeds = {}
-    for value in session.get_inputs():
-        declared = list(value.shape)
-        known = list(shapes.get(value.name) or [None] * len(declared))
-        for axis, size in enumerate(known):
-            if axis == 0 and not isinstance(declared[0], int) and size in (None, 1):
-                known[0] = batch
-            elif size is None:
-                known[axis] = unknown
-        sizes = [int(size) for size in known if size is not None]
-        kind = value.type.removeprefix("tensor(").removesuffix(")")
-        if kind in ("float", "float16", "double"):
-            dtype = {"float": "float32", "float16": "float16", "double": "float64"}[kind]
-            feeds[value.name] = generator.standard_normal(sizes).astype(dtype)
-        elif kind == "bool" or kind.lstrip("u").startswith("int"):
-            feeds[value.name] = generator.integers(0, 2, sizes).astype(kind)
-        else:
-            raise ModelError(f"input {value.name!r}: cannot make random values of {value.type}")
-    return feeds
-
-
-def _runnable_feeds(
-    session: onnxruntime.InferenceSession, shapes: Mapping[str, Shape], seed: int
-) -> tuple[list[Feeds], list[dict[str, Any]], int]:
-    """Find sizes for unknown axes that the model accepts; return inputs and outputs."""
-    failure: ModelError | None = None
-    for unknown in SIZES_TO_TRY:
-        try:
-            feeds = [random_feeds(session, shapes, seed, 1, unknown)]
-            results = [_run(session, feeds[0])]
-        except ModelError as error:
-            failure = failure or error
-            if all(None not in (shape or (None,)) for shape in shapes.values()):
-                break
-            continue
-        more = random_feeds(session, shapes, seed + 1, 3, unknown)
-        try:
-            results.append(_run(session, more))
-            feeds.append(more)
-        except ModelError:
-            # Many a graph has the batch written into a Reshape: one sample must do.
-            pass
-        return feeds, results, unknown
-    assert failure is not None
-    raise failure
-
-
-def measured_shapes(
-    model: onnx.ModelProto,
-    names: Sequence[str],
-    shapes: Mapping[str, Shape],
-    threads: int,
-) -> dict[str, Shape]:
-    """Read the shapes of the tensors `names` from one run in onnxruntime.
-
-    For models with operators that ONNX's shape inference does not know. All input shapes
-    must be known.
-    """
-    session = open_session(model, threads, extra_outputs=names)
-    results = _run(session, random_feeds(session, shapes, seed=0))
-    return {name: tuple(results[name].shape) for name in names}
-
-
 def check_model(original: onnx.ModelProto, compressed: onnx.ModelProto) -> tuple[str, ...]:
     """Run the ONNX checker on the compressed model.
 
@@ -286,9 +109,9 @@ def check_model(original: onnx.ModelProto, compressed: onnx.ModelProto) -> tuple
         try:
             onnx.checker.check_model(original)
         except onnx.checker.ValidationError as before:
-            return (f"the ONNX checker rejects the original too: {_first_line(before)}",)
+            return (f"the ONNX checker rejects the original too: {first_line(before)}",)
         raise VerificationError(
-            f"the rewritten model does not pass the ONNX checker: {_first_line(error)}; "
+            f"the rewritten model does not pass the ONNX checker: {first_line(error)}; "
             "nothing was written, please report this"
         ) from error
     return ()
@@ -320,13 +143,13 @@ def verify(
     """
     notes = check_model(original, compressed)
     session = open_session(original, threads)
-    feeds, reference, unknown = _runnable_feeds(session, shapes, seed)
+    feeds, reference, unknown = runnable_feeds(session, shapes, seed)
     if any(None in (shape or (None,)) for shape in shapes.values()):
         notes += (f"unknown input axes were set to {unknown} for verification",)
     del session
     try:
         session = open_session(compressed, threads)
-        results = [_run(session, feed) for feed in feeds]
+        results = [run_session(session, feed) for feed in feeds]
     except ModelError as error:
         raise VerificationError(f"the rewritten model fails: {error}; nothing written") from error
     del session
@@ -369,7 +192,7 @@ def _check_layers(
     worst = 0.0
     results = []
     for feed in feeds:
-        values = _run(session, feed)
+        values = run_session(session, feed)
         for output in outputs:
             error = _rounding_error(values[output], values[renamed[output]])
             tolerance = ROUNDING[values[output].dtype]
@@ -449,15 +272,27 @@ def _append_slice(
 
 
 def _rounding_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
+    """Largest difference, relative to the largest value."""
+    return _relative(expected, actual, lambda v: float(np.abs(v).max(initial=0.0)))
+
+
+def _relative_l2(expected: NDArray[Any], actual: NDArray[Any]) -> float:
+    return _relative(expected, actual, lambda v: float(np.linalg.norm(v)))
+
+
+def _relative(
+    expected: NDArray[Any], actual: NDArray[Any], size: Callable[[NDArray[Any]], float]
+) -> float:
+    """Size of the difference over the size of what is expected; infinite where not alike."""
     if expected.shape != actual.shape:
         return math.inf
     expected, actual = expected.astype(np.float64), actual.astype(np.float64)
     finite = np.isfinite(expected)
     if not np.array_equal(finite, np.isfinite(actual)):
         return math.inf
-    largest = float(np.abs(expected[finite]).max(initial=0.0))
-    difference = float(np.abs(expected[finite] - actual[finite]).max(initial=0.0))
-    return difference / largest if largest > 0 else difference
+    whole = size(expected[finite])
+    difference = size(expected[finite] - actual[finite])
+    return difference / whole if whole > 0 else difference
 
 
 def _check_network(dense: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> float:
@@ -476,18 +311,6 @@ def _check_network(dense: Sequence[dict[str, Any]], results: Sequence[dict[str, 
                 )
             worst = max(worst, error)
     return worst
-
-
-def _relative_l2(expected: NDArray[Any], actual: NDArray[Any]) -> float:
-    if expected.shape != actual.shape:
-        return math.inf
-    expected, actual = expected.astype(np.float64), actual.astype(np.float64)
-    finite = np.isfinite(expected)
-    if not np.array_equal(finite, np.isfinite(actual)):
-        return math.inf
-    norm = float(np.linalg.norm(expected[finite]))
-    difference = float(np.linalg.norm(expected[finite] - actual[finite]))
-    return difference / norm if norm > 0 else difference
 
 
 def _compare(

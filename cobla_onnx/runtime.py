@@ -1,0 +1,210 @@
+"""onnxruntime sessions: open a model without copying it, feed it, read its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.cost import Shape
+from cobla_onnx.graph.model_file import copy_without_initializers, tensor_bytes
+
+__all__ = [
+    "Feeds",
+    "first_line",
+    "measured_shapes",
+    "open_session",
+    "random_feeds",
+    "run_session",
+    "runnable_feeds",
+]
+
+Feeds: TypeAlias = "dict[str, NDArray[Any]]"
+SIZES_TO_TRY = (16, 64, 224, 1)
+
+
+def open_session(
+    model: onnx.ModelProto,
+    threads: int,
+    extra_outputs: Sequence[str] = (),
+    extra_weights: Mapping[str, NDArray[Any]] | None = None,
+    *,
+    optimized: bool = False,
+) -> onnxruntime.InferenceSession:
+    """Open a model in onnxruntime on the CPU, without serialising its weights.
+
+    Graph optimisations are off unless asked for, so that two models are compared at the
+    same level. `extra_weights` are initializers beside those that the model holds.
+
+    Raises
+    ------
+    ModelError
+        If onnxruntime does not load the model.
+    """
+    large = [
+        t
+        for t in model.graph.initializer
+        if tensor_bytes(t) > 1024 and t.data_type != onnx.TensorProto.STRING
+    ]
+    light = copy_without_initializers(model, {t.name for t in large})
+    names: list[str] = []
+    values: list[Any] = []
+
+    def hand_over(name: str, data_type: int, array: NDArray[Any]) -> None:
+        stub = light.graph.initializer.add(
+            name=name,
+            data_type=data_type,
+            dims=array.shape,
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        stub.external_data.add(key="location", value="held in memory")
+        contiguous = np.ascontiguousarray(array)
+        names.append(name)
+        values.append(
+            onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(contiguous, data_type)
+        )
+
+    for tensor in large:
+        try:
+            array = onnx.numpy_helper.to_array(tensor)
+        except (ValueError, TypeError) as error:
+            raise ModelError(
+                f"initializer {tensor.name!r}: its data does not fit its shape "
+                f"{list(tensor.dims)}; the file is damaged, export or download it again"
+            ) from error
+        hand_over(tensor.name, tensor.data_type, array)
+    for name, array in (extra_weights or {}).items():
+        hand_over(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array)
+    present = {value.name for value in light.graph.output}
+    for name in extra_outputs:
+        if name not in present:
+            light.graph.output.add(name=name)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if names:
+        options.add_external_initializers(names, values)
+    try:
+        return onnxruntime.InferenceSession(
+            light.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        raise ModelError(
+            f"onnxruntime {onnxruntime.__version__} cannot load the model: {first_line(error)}; "
+            "check the file with onnx.checker, or update onnxruntime"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's text, cut to a readable length."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str, Any]:
+    """Run a session for all its outputs, by name.
+
+    Raises
+    ------
+    ModelError
+        If onnxruntime fails on these inputs.
+    """
+    names = [output.name for output in session.get_outputs()]
+    try:
+        return dict(zip(names, session.run(names, feeds), strict=True))
+    except Exception as error:
+        raise ModelError(
+            f"onnxruntime cannot run the model on inputs of shapes "
+            f"{ {name: list(value.shape) for name, value in feeds.items()} }: "
+            f"{first_line(error)}; give shapes that it accepts by --input-shape"
+        ) from error
+
+
+def random_feeds(
+    session: onnxruntime.InferenceSession,
+    shapes: Mapping[str, Shape],
+    seed: int,
+    batch: int = 1,
+    unknown: int = SIZES_TO_TRY[0],
+) -> Feeds:
+    """Draw inputs that fit the types and shapes of a model's inputs.
+
+    Floats are standard normal, integers 0 or 1 (valid as token, index and mask), each
+    from `seed`. A symbolic first axis becomes `batch`, other unknown axes `unknown`.
+
+    Raises
+    ------
+    ModelError
+        If an input is of a type that cannot be drawn, such as a string or a sequence.
+    """
+    generator = np.random.default_rng(seed)
+    feeds: Feeds = {}
+    for value in session.get_inputs():
+        declared = list(value.shape)
+        known = list(shapes.get(value.name) or [None] * len(declared))
+        for axis, size in enumerate(known):
+            if axis == 0 and not isinstance(declared[0], int) and size in (None, 1):
+                known[0] = batch
+            elif size is None:
+                known[axis] = unknown
+        sizes = [int(size) for size in known if size is not None]
+        kind = value.type.removeprefix("tensor(").removesuffix(")")
+        if kind in ("float", "float16", "double"):
+            dtype = {"float": "float32", "float16": "float16", "double": "float64"}[kind]
+            feeds[value.name] = generator.standard_normal(sizes).astype(dtype)
+        elif kind == "bool" or kind.lstrip("u").startswith("int"):
+            feeds[value.name] = generator.integers(0, 2, sizes).astype(kind)
+        else:
+            raise ModelError(f"input {value.name!r}: cannot make random values of {value.type}")
+    return feeds
+
+
+def runnable_feeds(
+    session: onnxruntime.InferenceSession, shapes: Mapping[str, Shape], seed: int
+) -> tuple[list[Feeds], list[dict[str, Any]], int]:
+    """Find sizes for unknown axes that the model accepts; return inputs and outputs."""
+    failure: ModelError | None = None
+    for unknown in SIZES_TO_TRY:
+        try:
+            feeds = [random_feeds(session, shapes, seed, 1, unknown)]
+            results = [run_session(session, feeds[0])]
+        except ModelError as error:
+            failure = failure or error
+            if all(None not in (shape or (None,)) for shape in shapes.values()):
+                break
+            continue
+        more = random_feeds(session, shapes, seed + 1, 3, unknown)
+        try:
+            results.append(run_session(session, more))
+            feeds.append(more)
+        except ModelError:
+            # Many a graph has the batch written into a Reshape: one sample must do.
+            pass
+        return feeds, results, unknown
+    assert failure is not None
+    raise failure
+
+
+def measured_shapes(
+    model: onnx.ModelProto,
+    names: Sequence[str],
+    shapes: Mapping[str, Shape],
+    threads: int,
+) -> dict[str, Shape]:
+    """Read the shapes of the tensors `names` from one run in onnxruntime.
+
+    For models with operators that ONNX's shape inference does not know. All input shapes
+    must be known.
+    """
+    session = open_session(model, threads, extra_outputs=names)
+    results = run_session(session, random_feeds(session, shapes, seed=0))
+    return {name: tuple(results[name].shape) for name in names}
