@@ -17,6 +17,7 @@ from cobla_onnx.analysis import Analysis, analyse
 from cobla_onnx.errors import BudgetError, UsageError, VerificationError, WriteError
 from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.graph.model_file import load_model, stored_bytes, write_atomically
+from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.report import Report
 from cobla_onnx.reporting import make_report
@@ -234,7 +235,8 @@ def _factorise(
     for number, decision in enumerate(chosen):
         progress("factorise", number, len(chosen))
         layer, scheme, rank = analysis.resolve(decision)
-        replacements.append(make_replacement(layer, scheme, read_weight(model, layer), rank))
+        factors = factorize(scheme.matrix(read_weight(model, layer)), rank)
+        replacements.append(make_replacement(layer, scheme, factors))
     progress("factorise", len(chosen), len(chosen))
     return replacements
 

@@ -6,7 +6,6 @@ transplanted, since exporting a whole model through graph-surgeon loses fields.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import Layer, Use, attributes
 from cobla_onnx.graph.model_file import copy_without_initializers, subgraphs, unique_name
-from cobla_onnx.lowrank.factorize import factorize
+from cobla_onnx.lowrank.factorize import Factorization
 from cobla_onnx.lowrank.schemes import ConvScheme, Scheme
 
 __all__ = ["Replacement", "make_replacement", "rewrite"]
@@ -27,12 +26,23 @@ __all__ = ["Replacement", "make_replacement", "rewrite"]
 
 @dataclass(frozen=True)
 class Replacement:
-    """A layer and the two weights that take its place, in the type in which it was stored."""
+    """A layer and what takes the place of its weight, in the type in which it was stored.
+
+    Attributes
+    ----------
+    layer : Layer
+    scheme : Scheme
+    first, second : array
+        Weights of the two factor nodes.
+    bias : array or None
+        Takes the place of ``layer.bias``; None leaves it.
+    """
 
     layer: Layer
     scheme: Scheme
     first: NDArray[Any]
     second: NDArray[Any]
+    bias: NDArray[Any] | None = None
 
     def dense(self) -> NDArray[Any]:
         """Multiply the factors out: the weight that they stand for, shape ``layer.shape``."""
@@ -46,25 +56,36 @@ class Replacement:
         return result
 
 
-def make_replacement(layer: Layer, scheme: Scheme, weight: NDArray[Any], rank: int) -> Replacement:
-    """Factorise a weight and fold the factors into the weights of the two nodes.
+def make_replacement(
+    layer: Layer, scheme: Scheme, factors: Factorization, bias: NDArray[Any] | None = None
+) -> Replacement:
+    """Fold factors into the weights of the two nodes, in the types of what they replace.
 
     Raises
     ------
     ModelError
-        If a factor overflows the type in which the weight is stored.
+        If a factor or the bias overflows its type.
     """
-    factors = factorize(scheme.matrix(weight), rank)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
-    folded = scheme.fold(factors.left, factors.right)
-    limit = float(np.finfo(dtype).max)
-    if max(float(np.abs(factor).max()) for factor in folded) > limit:
+    stored = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
+    first, second = scheme.fold(factors.left, factors.right)
+    return Replacement(
+        layer,
+        scheme,
+        _narrow(layer, first, stored, "a factor of its weight"),
+        _narrow(layer, second, stored, "a factor of its weight"),
+        None
+        if bias is None
+        else _narrow(layer, bias, onnx.helper.tensor_dtype_to_np_dtype(layer.type), "its bias"),
+    )
+
+
+def _narrow(layer: Layer, array: NDArray[Any], dtype: np.dtype[Any], what: str) -> NDArray[Any]:
+    if float(np.abs(array).max(initial=0.0)) > float(np.finfo(dtype).max):
         raise ModelError(
-            f"node {layer.name!r}: a factor of its weight overflows {dtype}; "
+            f"node {layer.name!r}: {what} overflows {dtype}; "
             f"leave it out by --exclude {layer.name!r}"
         )
-    first, second = (np.ascontiguousarray(factor.astype(dtype)) for factor in folded)
-    return Replacement(layer, scheme, first, second)
+    return np.ascontiguousarray(array.astype(dtype))
 
 
 def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx.ModelProto:
@@ -74,7 +95,7 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
     reads any more are left out. Everything else is as it was, in the same order. The
     second factor node keeps the name, the output and the documentation of the original.
     """
-    sources = {replacement.layer.source for replacement in replacements}
+    sources = {name for replacement in replacements for name in _replaced(replacement)}
     result = copy_without_initializers(model, sources)
     graph = result.graph
     names = _Names(model)
@@ -100,6 +121,12 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
     _drop(graph.value_info, lambda item: item.name in gone)
     _drop(graph.quantization_annotation, lambda item: item.tensor_name in gone)
     return result
+
+
+def _replaced(replacement: Replacement) -> list[str]:
+    """Names of the stored tensors that a replacement makes superfluous."""
+    layer = replacement.layer
+    return [layer.source] + ([layer.bias] if replacement.bias is not None and layer.bias else [])
 
 
 def _drop(items: Any, unwanted: Any) -> None:
@@ -129,13 +156,13 @@ class _Names:
 def _build(
     replacement: Replacement, model: onnx.ModelProto, names: _Names
 ) -> tuple[dict[int, list[onnx.NodeProto]], list[onnx.TensorProto]]:
-    """Build the nodes that replace each use, by node index, and the two initializers."""
+    """Build the nodes that replace each use, by node index, and their initializers."""
     layer = replacement.layer
     weights = [
         gs.Constant(unique_name(f"{layer.name}/{part}_factor", names.tensors), values)
         for part, values in (("first", replacement.first), ("second", replacement.second))
     ]
-    casts, operands = [], weights
+    casts, operands = [], list(weights)
     if layer.type != layer.stored_type:
         operands = [gs.Variable(unique_name(f"{w.name}_cast", names.tensors)) for w in weights]
         casts = [
@@ -144,6 +171,9 @@ def _build(
             )
             for w, o in zip(weights, operands, strict=True)
         ]
+    if replacement.bias is not None:
+        name = unique_name(f"{layer.name}/bias", names.tensors)
+        operands = [*operands, gs.Constant(name, replacement.bias)]
     scratch = gs.Graph(nodes=list(casts), opset=_opset(model))
     for use in layer.uses:
         scratch.nodes.extend(_pair(replacement, model.graph.node[use.node], use, operands, names))
@@ -177,7 +207,7 @@ def _pair(
     label = node.name or use.output
     between = gs.Variable(unique_name(f"{label}/lowrank", names.tensors))
     first_name = unique_name(f"{label}/first_factor", names.nodes)
-    rest = [gs.Variable(name) for name in node.input[2:]]
+    rest = weights[2:] or [gs.Variable(name) for name in node.input[2:]]
     data, output = gs.Variable(use.data), gs.Variable(use.output)
     scheme = replacement.scheme
     values = {
@@ -226,8 +256,7 @@ def _dead_nodes(model: onnx.ModelProto, replacements: Iterable[Replacement]) -> 
 
     A layer's weight has no readers but the layer (see `find_layers`), so all of them go.
     """
-    layers = [replacement.layer for replacement in replacements]
-    dead = {index for layer in layers for use in layer.uses for index in use.chain}
-    sources = Counter(layer.source for layer in layers)
-    dead.update(i for i, node in enumerate(model.graph.node) if set(node.output) & sources.keys())
+    dead = {index for r in replacements for use in r.layer.uses for index in use.chain}
+    sources = {name for replacement in replacements for name in _replaced(replacement)}
+    dead.update(i for i, node in enumerate(model.graph.node) if set(node.output) & sources)
     return dead

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.cost import Shape
-from cobla_onnx.graph.model_file import copy_without_initializers
+from cobla_onnx.graph.expose import Exposed, expose
+from cobla_onnx.graph.layers import read_bias
 from cobla_onnx.rewrite import Replacement
 from cobla_onnx.runtime import Feeds, first_line, open_session, run_session, runnable_feeds
 
@@ -185,8 +186,10 @@ def _check_layers(
     such node the factor nodes as they stand in the compressed model, on the same input.
     """
     outputs = [use.output for r in replacements for use in r.layer.uses]
-    reference, renamed = _side_by_side(original, compressed, replacements)
-    dense = {_dense_name(number): r.dense() for number, r in enumerate(replacements)}
+    exposed = expose(original, [r.layer for r in replacements], as_inputs=False)
+    reference = exposed.model
+    renamed = _add_factors(reference, original, compressed, replacements)
+    dense = _dense_weights(original, exposed, replacements)
     session = open_session(reference, threads, [*outputs, *renamed.values()], dense)
     del dense
     worst = 0.0
@@ -207,42 +210,41 @@ def _check_layers(
     return worst, results
 
 
-def _dense_name(number: int) -> str:
-    return f"dense weight {number}"
+def _dense_weights(
+    original: onnx.ModelProto, exposed: Exposed, replacements: Sequence[Replacement]
+) -> dict[str, NDArray[Any]]:
+    """Multiplied-out weights, and biases, by the names that the exposed model reads."""
+    result = {name: r.dense() for name, r in zip(exposed.weights, replacements, strict=True)}
+    for name, r in zip(exposed.biases, replacements, strict=True):
+        if name is not None:
+            bias = read_bias(original, r.layer) if r.bias is None else r.bias
+            assert bias is not None
+            result[name] = bias
+    return result
 
 
-def _side_by_side(
+def _add_factors(
+    reference: onnx.ModelProto,
     original: onnx.ModelProto,
     compressed: onnx.ModelProto,
     replacements: Sequence[Replacement],
-) -> tuple[onnx.ModelProto, dict[str, str]]:
-    result = copy_without_initializers(original, {r.layer.source for r in replacements})
-    graph = result.graph
-    chained = [r for r in replacements if any(use.chain for use in r.layer.uses)]
-    if chained:
-        # Their old weight still has readers here: the nodes between it and the layer.
-        kept = {r.layer.source for r in chained}
-        graph.initializer.extend(t for t in original.graph.initializer if t.name in kept)
-    present = {t.name for t in original.graph.initializer}
-    # Before IR version 4 the weights left out are still listed as inputs.
-    listed = {t.name for t in graph.initializer}
-    inputs = [v for v in graph.input if v.name not in present or v.name in listed]
-    del graph.input[:]
-    graph.input.extend(inputs)
+) -> dict[str, str]:
+    """Add the factor nodes beside the dense ones; return names of outputs, old to new."""
+    graph = reference.graph
+    old = {t.name for t in original.graph.initializer}
+    present = {t.name for t in graph.initializer} | {v.name for v in graph.input}
     present.update(name for node in graph.node for name in node.output)
-    present.update(value.name for value in graph.input)
-    for number, replacement in enumerate(replacements):
-        for use in replacement.layer.uses:
-            graph.node[use.node].input[replacement.layer.weight_input] = _dense_name(number)
-    new_weights = {t.name: t for t in compressed.graph.initializer if t.name not in present}
-    graph.initializer.extend(new_weights.values())
+    stored = {t.name for t in graph.initializer}
+    graph.initializer.extend(
+        t for t in compressed.graph.initializer if t.name not in old or t.name not in stored
+    )
     producer = {name: node for node in compressed.graph.node for name in node.output}
     renamed: dict[str, str] = {}
     copied: set[str] = set()
     for use in (use for r in replacements for use in r.layer.uses):
         renamed[use.output] = f"{use.output} by factors"
         _append_slice(graph, producer, use.output, renamed[use.output], present, copied)
-    return result, renamed
+    return renamed
 
 
 def _append_slice(

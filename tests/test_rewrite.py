@@ -11,16 +11,24 @@ from onnx import TensorProto, helper
 
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.cost import fixed_input_shapes
-from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.graph.layers import Layer, find_layers, read_weight
+from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
 from cobla_onnx.verify import verify
 from tests.builders import FLOAT, differences, model_of, random_array, small_network
 
 
+def replacement(model: onnx.ModelProto, layer: Layer, rank: int) -> Replacement:
+    scheme = schemes_for(layer)[-1]
+    return make_replacement(
+        layer, scheme, factorize(scheme.matrix(read_weight(model, layer)), rank)
+    )
+
+
 def replacements_of(model: onnx.ModelProto, *names: str, rank: int = 2) -> list[Replacement]:
     return [
-        make_replacement(layer, schemes_for(layer)[-1], read_weight(model, layer), rank)
+        replacement(model, layer, rank)
         for layer in find_layers(model).layers
         if not names or layer.name in names
     ]
@@ -124,7 +132,7 @@ def test_a_factor_that_overflows_its_type_is_refused():
     (layer,) = find_layers(model).layers
     object.__setattr__(layer, "stored_type", TensorProto.FLOAT16)
     with pytest.raises(ModelError, match="overflows float16"):
-        make_replacement(layer, schemes_for(layer)[0], weight, 2)
+        replacement(model, layer, 2)
 
 
 def scale(model: onnx.ModelProto, name: str) -> None:

@@ -22,9 +22,11 @@ __all__ = [
     "Reason",
     "Skipped",
     "Use",
+    "all_inputs",
     "attributes",
     "find_layers",
     "node_label",
+    "read_bias",
     "read_weight",
 ]
 
@@ -121,6 +123,9 @@ class Layer:
         Attributes of the first node that fix how the weight is read (``group``,
         ``transA``, ``transB``), with their defaults filled in.
     uses : tuple of Use
+    bias : str or None
+        Name of the stored bias, if nobody but this layer's single node reads it and it is
+        added as it is: one number for each output channel.
     """
 
     name: str
@@ -133,6 +138,7 @@ class Layer:
     stored_bytes: int
     uses: tuple[Use, ...]
     attributes: dict[str, int] = field(default_factory=dict)
+    bias: str | None = None
 
     @property
     def params(self) -> int:
@@ -196,7 +202,7 @@ class _Graph:
         for index, node in enumerate(self.nodes):
             for name in node.output:
                 self.producer[name] = index
-            for name in set(_all_inputs(node)):
+            for name in set(all_inputs(node)):
                 self.readers[name].append(index)
             value = constant_value(node)
             if value is not None and node.output:
@@ -234,8 +240,8 @@ class _Graph:
         return _Origin(name, tensor, tuple(chain), permutation, data_type)
 
 
-def _all_inputs(node: onnx.NodeProto) -> Iterable[str]:
-    """Names that a node reads, those captured by its sub-graphs included."""
+def all_inputs(node: onnx.NodeProto) -> Iterable[str]:
+    """Yield the names that a node reads, those captured by its sub-graphs included."""
     yield from node.input
     stack = list(subgraphs(node))
     while stack:
@@ -351,7 +357,37 @@ def _layer(graph: _Graph, members: list[tuple[int, int, _Origin]], taken: set[st
         stored_bytes=tensor_bytes(origin.tensor),
         uses=uses,
         attributes=_reading(node),
+        bias=_own_bias(graph, members),
     )
+
+
+def _own_bias(graph: _Graph, members: list[tuple[int, int, _Origin]]) -> str | None:
+    """Name of the bias of a layer's only node, if the layer may change it."""
+    index, position, origin = members[0]
+    node = graph.nodes[index]
+    if len(members) > 1 or len(node.input) < 3 or node.op_type not in ("Conv", "Gemm"):
+        return None
+    name = node.input[2]
+    tensor = graph.stored.get(name)
+    if tensor is None or name in graph.outputs or graph.readers[name] != [index]:
+        return None
+    values = attributes(node)
+    if values.get("alpha", 1.0) != 1.0 or values.get("beta", 1.0) != 1.0:
+        return None
+    shape = [origin.tensor.dims[axis] for axis in origin.permutation]
+    if len(shape) < 2 or tensor.data_type != origin.type or list(node.input).count(name) > 1:
+        return None
+    if node.op_type == "Conv":
+        outputs = shape[0]
+    else:
+        right = position == 1
+        transposed = values.get("transB" if right else "transA", 0)
+        if not right:
+            # A bias along the last axis is one number for each output only on that side.
+            return None
+        outputs = shape[0] if transposed else shape[1]
+    one_each = tensor.dims and math.prod(tensor.dims) == tensor.dims[-1] == outputs
+    return name if one_each else None
 
 
 def _problem(
@@ -396,28 +432,43 @@ def read_weight(model: onnx.ModelProto, layer: Layer) -> NDArray[Any]:
     ModelError
         If the stored data does not fit the declared shape, or is not finite.
     """
-    graph = model.graph
-    tensor = next((t for t in graph.initializer if t.name == layer.source), None)
-    if tensor is None:
-        node = next(n for n in graph.node if layer.source in n.output)
-        tensor = constant_value(node)
-        assert tensor is not None
-    try:
-        array = onnx.numpy_helper.to_array(tensor)
-    except (ValueError, TypeError) as error:
-        raise ModelError(
-            f"weight {layer.source!r} of node {layer.name!r}: its data does not fit its shape "
-            f"{list(tensor.dims)}; the file is damaged, export or download it again"
-        ) from error
-    if not np.isfinite(array).all():
-        raise ModelError(
-            f"weight {layer.source!r} of node {layer.name!r} holds NaN or infinity; "
-            "export the model again from a healthy checkpoint"
-        )
+    array = _read(model, layer, layer.source)
     for index in layer.uses[0].chain:
-        node = graph.node[index]
+        node = model.graph.node[index]
         if node.op_type == "Transpose":
             array = np.transpose(array, attributes(node).get("perm"))
         elif node.op_type == "Cast":
             array = array.astype(onnx.helper.tensor_dtype_to_np_dtype(attributes(node)["to"]))
+    return array
+
+
+def read_bias(model: onnx.ModelProto, layer: Layer) -> NDArray[Any] | None:
+    """Return the layer's own bias as it is stored, or None if it has none.
+
+    Raises
+    ------
+    ModelError
+        If the stored data does not fit the declared shape, or is not finite.
+    """
+    return None if layer.bias is None else _read(model, layer, layer.bias)
+
+
+def _read(model: onnx.ModelProto, layer: Layer, name: str) -> NDArray[Any]:
+    graph = model.graph
+    tensor = next((t for t in graph.initializer if t.name == name), None)
+    if tensor is None:
+        tensor = constant_value(next(n for n in graph.node if name in n.output))
+        assert tensor is not None
+    try:
+        array: NDArray[Any] = onnx.numpy_helper.to_array(tensor)
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"weight {name!r} of node {layer.name!r}: its data does not fit its shape "
+            f"{list(tensor.dims)}; the file is damaged, export or download it again"
+        ) from error
+    if not np.isfinite(array).all():
+        raise ModelError(
+            f"weight {name!r} of node {layer.name!r} holds NaN or infinity; "
+            "export the model again from a healthy checkpoint"
+        )
     return array

@@ -123,6 +123,34 @@ class ConvScheme:
         right = second.reshape(groups, self.shape[0] // groups, rank, -1)
         return left, right.transpose(0, 2, 1, 3).reshape(groups, rank, columns)
 
+    inputs_first = True
+
+    @property
+    def offsets(self) -> int:
+        """Positions over which the second factor moves."""
+        return math.prod(self.kernels()[1])
+
+    def split_moment(self, second: NDArray[Any]) -> NDArray[Any]:
+        """Sort the second moment of patches by what the two factors move over.
+
+        Parameters
+        ----------
+        second : array, shape (groups, size, size)
+            Of patches in the order (C / group, *kernel).
+
+        Returns
+        -------
+        array, shape (groups, rows, offsets, rows, offsets)
+        """
+        spatial = len(self._kernel)
+        sizes = self._grouped_shape()[2:]
+        first, moved = self._axes()
+        order = (*(a - 1 for a in first), *(a - 1 for a in moved[1:]))
+        order = (0, *order, *(a + 1 + spatial for a in order))
+        grouped = second.reshape(self.group, *sizes, *sizes).transpose(order)
+        rows = self.matrix_shape()[1]
+        return grouped.reshape(self.group, rows, self.offsets, rows, self.offsets)
+
     def params_per_rank(self) -> int:
         """Weights of both factors for each unit of rank."""
         groups, rows, columns = self.matrix_shape()
@@ -191,6 +219,18 @@ class ProductScheme:
     def _left_first(self) -> bool:
         """Whether the left matrix factor meets the data first."""
         return (self.weight_input == 1) != self.transposed
+
+    offsets = 1
+
+    @property
+    def inputs_first(self) -> bool:
+        """Whether rows, and not columns, of the matrix stand for what the data brings."""
+        return self._left_first
+
+    def split_moment(self, second: NDArray[Any]) -> NDArray[Any]:
+        """Give the second moment the shape (groups, inputs, 1, inputs, 1)."""
+        groups, size, _ = second.shape
+        return second.reshape(groups, size, 1, size, 1)
 
     def fold(self, left: NDArray[Any], right: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Put the factors in the order in which they meet the data."""

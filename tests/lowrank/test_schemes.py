@@ -12,6 +12,7 @@ from onnx import helper
 
 from cobla_onnx.graph.cost import fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.rewrite import make_replacement, rewrite
 from cobla_onnx.runtime import open_session
@@ -28,7 +29,7 @@ def assert_exact(model: onnx.ModelProto, feeds: dict[str, np.ndarray], tolerance
     for scheme in schemes_for(layer):
         full_rank = min(scheme.matrix_shape()[1:])
         np.testing.assert_array_equal(scheme.weight(scheme.matrix(weight)), weight)
-        replacement = make_replacement(layer, scheme, weight, full_rank)
+        replacement = make_replacement(layer, scheme, factorize(scheme.matrix(weight), full_rank))
         result = rewrite(model, [replacement])
         onnx.checker.check_model(result, full_check=True)
         (actual,) = open_session(result, 1).run(None, feeds)

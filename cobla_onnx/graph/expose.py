@@ -1,0 +1,101 @@
+"""A copy of a model whose weights come from outside, to be fed or replaced at will."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import onnx
+
+from cobla_onnx.graph.layers import Layer, all_inputs
+from cobla_onnx.graph.model_file import copy_without_initializers
+
+__all__ = ["Exposed", "expose", "prefix"]
+
+
+@dataclass(frozen=True)
+class Exposed:
+    """A model that lacks the weights of some layers.
+
+    Attributes
+    ----------
+    model : onnx.ModelProto
+    weights : tuple of str
+        Name of the tensor that each layer reads its weight from, of shape ``layer.shape``.
+    biases : tuple of (str or None)
+        The same for the bias that a layer owns.
+    """
+
+    model: onnx.ModelProto
+    weights: tuple[str, ...]
+    biases: tuple[str | None, ...]
+
+
+def expose(model: onnx.ModelProto, layers: Sequence[Layer], *, as_inputs: bool) -> Exposed:
+    """Copy a model without the weights and own biases of `layers`.
+
+    Every node of a layer reads a new name instead, which is an input of the graph if
+    `as_inputs`, and otherwise for the caller to add as an initializer.
+    """
+    # A weight behind other nodes still has readers: the nodes in between.
+    chained = {layer.source for layer in layers if any(use.chain for use in layer.uses)}
+    dropped = {layer.source for layer in layers} - chained
+    dropped |= {layer.bias for layer in layers if layer.bias is not None}
+    result = copy_without_initializers(model, dropped)
+    graph = result.graph
+    # Before IR version 4 the weights left out are still listed as inputs.
+    inputs = [value for value in graph.input if value.name not in dropped]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    weights, biases = [], []
+    for number, layer in enumerate(layers):
+        weight = f"cobla-onnx/weight/{number}"
+        bias = None if layer.bias is None else f"cobla-onnx/bias/{number}"
+        for use in layer.uses:
+            node = graph.node[use.node]
+            node.input[layer.weight_input] = weight
+            if bias is not None:
+                node.input[2] = bias
+        if as_inputs:
+            value = onnx.helper.make_tensor_value_info
+            graph.input.append(value(weight, layer.type, layer.shape))
+            if bias is not None:
+                graph.input.append(value(bias, layer.type, None))
+        weights.append(weight)
+        biases.append(bias)
+    return Exposed(result, tuple(weights), tuple(biases))
+
+
+def prefix(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
+    """Copy what of a model is needed to compute the tensors `outputs`, and no more.
+
+    The outputs of the result are those, without type and shape; a name that is an input
+    of the model is none.
+    """
+    outputs = list(dict.fromkeys(outputs))
+    producer = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
+    needed: set[int] = set()
+    pending = [producer[name] for name in outputs if name in producer]
+    read: set[str] = set(outputs)
+    while pending:
+        index = pending.pop()
+        if index in needed:
+            continue
+        needed.add(index)
+        names = {name for name in all_inputs(model.graph.node[index]) if name}
+        read |= names
+        pending.extend(producer[name] for name in names if name in producer)
+    unread = _unread(model, read)
+    result = copy_without_initializers(model, unread)
+    graph = result.graph
+    inputs = [value for value in graph.input if value.name not in unread]
+    nodes = [node for i, node in enumerate(model.graph.node) if i in needed]
+    del graph.node[:], graph.output[:], graph.input[:]
+    graph.node.extend(nodes)
+    graph.input.extend(inputs)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name in producer)
+    return result
+
+
+def _unread(model: onnx.ModelProto, read: Collection[str]) -> set[str]:
+    return {t.name for t in model.graph.initializer if t.name not in read}

@@ -1,0 +1,189 @@
+"""Truncated SVD weighted by what a layer sees: the least output error, not weight error.
+
+For a layer y = M^T x with second moment S = E[x x^T] the best M' of rank r minimises
+E||(M - M')^T x||^2. It is the truncated SVD of S^(1/2) M with the root divided out again,
+and the discarded squared singular values are the output error (Wang et al. 2024, SVD-LLM,
+arXiv 2403.07378; for convolutions BALF 2025, arXiv 2509.25136). Where M has fewer columns
+than rows the inverse-free form is cheaper and exact for singular S: with V the leading
+eigenvectors of M^T S M, M' = M V V^T.
+
+Where the second factor moves over several positions (``spatial``, ``input``) the matrix is
+not what the layer multiplies as a whole: the first factor is chosen by the moment of the
+part that it sees, averaged over positions, and the second one is the least-squares answer
+under the full moment (Zhang et al. 2015, without further data).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from cobla_onnx.lowrank.factorize import Factorization, Float64
+from cobla_onnx.lowrank.schemes import Scheme
+
+__all__ = ["WeightedFactorizer"]
+
+# Added to every direction, relative to the mean over them, where S has to be inverted.
+REGULARISATION = 1e-6
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """First factors of all ranks of one group, and what they explain.
+
+    ``left`` has shape (inputs, full_rank), ``energy`` the squared singular values.
+    """
+
+    left: Float64
+    energy: Float64
+
+
+class WeightedFactorizer:
+    """Factorise one layer under one scheme, weighted by a second moment.
+
+    Parameters
+    ----------
+    scheme : Scheme
+    weight : array, shape ``scheme.shape``
+    second : float64 array, shape (groups, size, size)
+        Second moment (or covariance, where a bias absorbs the mean) of the layer's vectors.
+    max_rank : int
+        No rank above it is asked for.
+
+    Attributes
+    ----------
+    energy : float
+        E||y||^2, summed over groups.
+    singular_values : float64 array, shape (full_rank,)
+        Of the weighted matrix, descending, combined over groups.
+    """
+
+    def __init__(
+        self, scheme: Scheme, weight: NDArray[Any], second: Float64, max_rank: int
+    ) -> None:
+        self.scheme = scheme
+        stack = scheme.matrix(weight).astype(np.float64)
+        if not scheme.inputs_first:
+            stack = stack.swapaxes(1, 2)
+        self._stack = stack
+        self._moment = scheme.split_moment(second)
+        groups, rows, columns = stack.shape
+        outputs = columns // scheme.offsets
+        # (groups, inputs, offsets, outputs): what meets each part of the moment.
+        self._target = stack.reshape(groups, rows, outputs, -1).swapaxes(2, 3)
+        flat = self._target.reshape(groups, -1, outputs)
+        moment = self._moment.reshape(groups, flat.shape[1], -1)
+        self._cross = np.matmul(moment, flat)
+        self.energy = float(np.sum(flat * self._cross))
+        self._bases = [
+            _basis(stack[g], np.einsum("ajbj->ab", self._moment[g]), max_rank)
+            for g in range(groups)
+        ]
+        total = sum(basis.energy for basis in self._bases)
+        self.singular_values: Float64 = np.sqrt(np.asarray(total))
+
+    def errors(self, ranks: NDArray[np.int64]) -> Float64:
+        """E||y - y'||^2 at each of the given ranks, for the factors of `factorize`."""
+        if self.scheme.offsets == 1:
+            remaining: Float64 = np.zeros(len(self.singular_values) + 1)
+            remaining[:-1] = np.cumsum(np.square(self.singular_values)[::-1])[::-1]
+            return remaining[ranks]
+        result = np.full(len(ranks), self.energy)
+        for group in range(len(self._bases)):
+            products, cross = self._reduced(group, int(ranks.max(initial=0)))
+            for number, rank in enumerate(ranks):
+                if rank:
+                    _, explained = _solve(products[:rank, :, :rank], cross[:rank])
+                    result[number] -= explained
+        return np.asarray(np.maximum(result, 0.0))
+
+    def factorize(self, rank: int) -> Factorization:
+        """Return the factors of the given rank in the order of the scheme's matrix."""
+        lefts, rights, values = [], [], []
+        for group, basis in enumerate(self._bases):
+            left = basis.left[:, :rank]
+            if self.scheme.offsets == 1:
+                # By the moment, not by M^T left: S-orthonormal columns make it the projection.
+                right = left.T @ self._cross[group]
+                scale = left.T @ self._moment[group][:, 0, :, 0] @ left
+                right = _solve_symmetric(scale, right)
+            else:
+                products, cross = self._reduced(group, rank)
+                solved, _ = _solve(products, cross)
+                right = solved.swapaxes(1, 2).reshape(rank, -1)
+            left, right, norms = _balance(left, right)
+            lefts.append(left)
+            rights.append(right)
+            values.append(norms)
+        left, right = np.stack(lefts), np.stack(rights)
+        if not self.scheme.inputs_first:
+            left, right = right.swapaxes(1, 2), left.swapaxes(1, 2)
+        return Factorization(left, np.stack(values), right)
+
+    def _reduced(self, group: int, rank: int) -> tuple[Float64, Float64]:
+        """Second moment of the first factor's outputs, and their product with y."""
+        left = self._bases[group].left[:, :rank]
+        moment = self._moment[group]
+        rows, offsets = moment.shape[:2]
+        half = (left.T @ moment.reshape(rows, -1)).reshape(rank, offsets, rows, offsets)
+        products = np.einsum("rjbk,bs->rjsk", half, left, optimize=True)
+        cross = left.T @ self._cross[group].reshape(rows, -1)
+        return products, cross.reshape(rank, offsets, -1)
+
+
+def _basis(matrix: Float64, moment: Float64, max_rank: int) -> _Basis:
+    """Leading directions of a matrix under a moment, by the cheaper of the two forms."""
+    rows, columns = matrix.shape
+    size = min(rows, columns)
+    if columns <= rows:
+        gram = matrix.T @ moment @ matrix
+        energy, vectors = _descending(gram)
+        left = matrix @ vectors[:, : min(max_rank, size)]
+        return _Basis(left, np.maximum(energy, 0.0))
+    values, axes = scipy.linalg.eigh(moment)
+    floor = REGULARISATION * max(float(values.mean()), np.finfo(np.float64).tiny)
+    roots = np.sqrt(np.maximum(values, 0.0) + floor)
+    half = (axes * roots).T @ matrix
+    energy, vectors = _descending(half @ half.T)
+    left = (axes / roots) @ vectors[:, : min(max_rank, size)]
+    return _Basis(left, np.maximum(energy, 0.0))
+
+
+def _descending(gram: Float64) -> tuple[Float64, Float64]:
+    values, vectors = scipy.linalg.eigh((gram + gram.T) / 2, overwrite_a=True)
+    return values[::-1], vectors[:, ::-1]
+
+
+def _solve(products: Float64, cross: Float64) -> tuple[Float64, float]:
+    """Least squares of outputs (rank, offsets, outputs) on reduced inputs; energy explained."""
+    rank, offsets, outputs = cross.shape
+    size = rank * offsets
+    gram, right = products.reshape(size, size), cross.reshape(size, outputs)
+    solution = _solve_symmetric(gram, right)
+    explained = 2 * np.sum(solution * right) - np.sum(solution * (gram @ solution))
+    return solution.reshape(rank, offsets, outputs), float(explained)
+
+
+def _solve_symmetric(gram: Float64, right: Float64) -> Float64:
+    """Solve a positive semidefinite system, scaled to a unit diagonal and regularised."""
+    diagonal = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
+    diagonal = np.where(diagonal > 1e-12 * diagonal.max(initial=0.0), diagonal, 1.0)
+    scaled = gram / np.outer(diagonal, diagonal)
+    scaled[np.diag_indices_from(scaled)] += 1e-9
+    factor = scipy.linalg.cho_factor(scaled, overwrite_a=True)
+    return np.asarray(scipy.linalg.cho_solve(factor, right / diagonal[:, None])) / diagonal[:, None]
+
+
+def _balance(left: Float64, right: Float64) -> tuple[Float64, Float64, Float64]:
+    """Share the size of each pair evenly, largest entry of the left positive."""
+    sizes = np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1)
+    scale = np.sqrt(np.divide(sizes[1], sizes[0], where=sizes[0] > 0, out=np.ones_like(sizes[0])))
+    scale[scale <= 1e-12] = 1.0
+    largest = np.argmax(np.abs(left), axis=0)
+    signs = np.sign(left[largest, np.arange(left.shape[1])])
+    scale *= np.where(signs == 0, 1.0, signs)
+    return left * scale, right / scale[:, None], sizes[0] * sizes[1]
