@@ -6,11 +6,14 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
+from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.cost import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.graph.layers import (
@@ -29,6 +32,8 @@ from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.runtime import measured_shapes
 
 __all__ = ["Analysis", "analyse"]
+
+Spectrum: TypeAlias = "tuple[NDArray[np.float64], NDArray[np.float64] | None]"
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Analysis:
         MACs of the model, None where they are not known.
     input_shapes : dict of str to Shape
     notes : tuple of str
+    seen : Seen or None
+        What the layers saw in the calibration data.
     """
 
     layers: tuple[Layer, ...]
@@ -62,6 +69,7 @@ class Analysis:
     mac_total: int | None
     input_shapes: dict[str, Shape]
     notes: tuple[str, ...]
+    seen: Seen | None = None
 
     def constraints(self, budget: Budget) -> tuple[Constraint, ...]:
         """Turn a budget into hard integer constraints over the layers' choices."""
@@ -148,8 +156,13 @@ def analyse(
     macs_needed: bool,
     threads: int,
     progress: Callable[[str, int, int], None],
+    see: Callable[[Sequence[Layer]], Seen] | None = None,
+    weigh: bool = True,
 ) -> Analysis:
     """Find a model's layers, count their costs and compute their singular values.
+
+    With `see`, which shows the layers the calibration data, singular values and errors are
+    those of the layers' outputs and not of their weights, unless `weigh` is False.
 
     Raises
     ------
@@ -163,6 +176,7 @@ def analyse(
     shapes, macs, notes = _costs(model, known, macs_needed, threads)
     total = None if macs is None else sum(macs.values())
     notes += _warnings(model, inventory)
+    seen = None if see is None else see(inventory.layers)
     layers, curves, schemes, layer_macs = [], [], [], []
     skipped = list(inventory.skipped)
     for number, layer in enumerate(inventory.layers):
@@ -172,7 +186,9 @@ def analyse(
             skipped.append(Skipped(layer.name, layer.op, Reason.NOT_A_MATRIX, detail, layer.params))
             continue
         whole = None if macs is None else sum(macs[use.node] for use in layer.uses)
-        found = _curves(model, layer, schemes_for(layer, scheme), shapes, whole)
+        found = _curves(
+            model, layer, schemes_for(layer, scheme), shapes, whole, seen if weigh else None
+        )
         if not found:
             skipped.append(Skipped(layer.name, layer.op, Reason.NO_GAIN, "", layer.params))
             continue
@@ -193,6 +209,7 @@ def analyse(
         total,
         known,
         notes,
+        seen,
     )
 
 
@@ -276,6 +293,7 @@ def _curves(
     schemes: Sequence[Scheme],
     shapes: Mapping[str, Shape],
     macs_whole: int | None,
+    seen: Seen | None,
 ) -> list[tuple[Scheme, Curve]]:
     """One curve for each scheme that makes the layer smaller, and not slower, at some rank."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
@@ -297,7 +315,13 @@ def _curves(
         return []
     weight = read_weight(model, layer)
     for scheme, most, bytes_per_rank, macs_per_rank in candidates:
-        values = singular_values(scheme.matrix(weight))
-        curve = Curve(scheme.name, values, np.arange(1, most + 1), bytes_per_rank, macs_per_rank)
-        found.append((scheme, curve))
+        if seen is None:
+            spectrum: Spectrum | None = (singular_values(scheme.matrix(weight)), None)
+        else:
+            spectrum = seen.spectrum(layer, scheme, weight, most)
+        if spectrum is not None:
+            ranks = np.arange(1, most + 1)
+            values, errors = spectrum
+            curve = Curve(scheme.name, values, ranks, bytes_per_rank, macs_per_rank, errors)
+            found.append((scheme, curve))
     return found

@@ -15,7 +15,7 @@ from cobla_onnx import __version__
 from cobla_onnx.errors import CoblaError, UsageError
 
 if TYPE_CHECKING:
-    from cobla_onnx.compression import Progress
+    from cobla_onnx.progress import Progress
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -32,6 +32,30 @@ class ObjectiveName(str, Enum):
 
     auto = "auto"
     weights = "weights"
+    output = "output"
+
+
+class LossName(str, Enum):
+    """Choices of --loss."""
+
+    auto = "auto"
+    kl = "kl"
+    mse = "mse"
+    ce = "ce"
+
+
+class ChannelOrder(str, Enum):
+    """Choices of --channel-order."""
+
+    rgb = "rgb"
+    bgr = "bgr"
+
+
+class Layout(str, Enum):
+    """Choices of --layout."""
+
+    nchw = "nchw"
+    nhwc = "nhwc"
 
 
 class SchemeName(str, Enum):
@@ -63,6 +87,32 @@ def _input_shapes(entries: list[str]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _image_options(
+    mean: str | None, std: str | None, scale: float, order: ChannelOrder, layout: Layout
+) -> Any:
+    from cobla_onnx.calibration.readers import ImageOptions
+
+    return ImageOptions(
+        mean=_numbers("--mean", mean, 0.0),
+        std=_numbers("--std", std, 1.0),
+        scale=scale,
+        channel_order=order.value,
+        layout=layout.value,
+    )
+
+
+def _numbers(option: str, text: str | None, default: float) -> tuple[float, ...]:
+    if text is None:
+        return (default,)
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {text}: is not a number, or one for each channel separated by commas; "
+            f"write e.g. {option} 104,117,123"
+        ) from error
+
+
 @app.command()
 def compress(
     input: Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model to compress.")],
@@ -75,11 +125,49 @@ def compress(
         Optional[float],  # noqa: UP045
         typer.Option(metavar="F", help="Keep at most this fraction of the MACs."),
     ] = None,
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="PATH",
+            help="Unlabelled samples: .npz, .npy, a folder of images or of test_data_set_*.",
+        ),
+    ] = None,
+    samples: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", help="Use at most N samples.", min=2),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(metavar="N", help="Samples that are run at a time.", min=1)
+    ] = 16,
+    mean: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="M[,M,M]", help="Images: taken off each channel, after --scale."),
+    ] = None,
+    std: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="S[,S,S]", help="Images: each channel is divided by it, last."),
+    ] = None,
+    scale: Annotated[
+        float, typer.Option(metavar="F", help="Images: pixels (0 to 255) are multiplied by it.")
+    ] = 1.0,
+    channel_order: Annotated[
+        ChannelOrder, typer.Option(help="Images: order of the model's channels.")
+    ] = ChannelOrder.rgb,
+    layout: Annotated[
+        Layout, typer.Option(help="Images: order of the model's axes.")
+    ] = Layout.nchw,
+    loss: Annotated[
+        LossName, typer.Option(help="How outputs are compared with the original's.")
+    ] = LossName.auto,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit/--no-refit", help="With data: refit factors to changed inputs."),
+    ] = True,
     solver: Annotated[
         Solver, typer.Option(help="slsqp: relaxed masks, then rounding; milp: integer only.")
     ] = Solver.slsqp,
     objective: Annotated[
-        ObjectiveName, typer.Option(help="What is minimised; weights needs no data.")
+        ObjectiveName, typer.Option(help="weights: no data needed; output: measured with --data.")
     ] = ObjectiveName.auto,
     input_shape: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -137,6 +225,7 @@ def compress(
     from cobla_onnx.allocation import Budget
 
     budget = Budget(mem=mem, mac=mac)
+    images = _image_options(mean, std, scale, channel_order, layout)
     with _progress(quiet) as progress:
         result = run(
             input,
@@ -148,6 +237,12 @@ def compress(
             exclude=exclude or (),
             min_size=min_size,
             scheme=scheme.value,
+            data=data,
+            samples=samples,
+            batch=batch,
+            images=images,
+            loss=loss.value,
+            refit=refit,
             seed=seed,
             threads=threads,
             progress=progress,

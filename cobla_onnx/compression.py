@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal
 
 import onnx
 from threadpoolctl import threadpool_limits
 
 from cobla_onnx.allocation import Allocation, Budget, WeightError, allocate
 from cobla_onnx.analysis import Analysis, analyse
+from cobla_onnx.calibrated import Calibrated
+from cobla_onnx.calibration.dataset import Dataset, input_specs
+from cobla_onnx.calibration.loss import LossName
+from cobla_onnx.calibration.readers import ImageOptions, open_data
+from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.errors import BudgetError, UsageError, VerificationError, WriteError
-from cobla_onnx.graph.layers import read_weight
+from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.graph.model_file import load_model, stored_bytes, write_atomically
 from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.progress import Progress
 from cobla_onnx.report import Report
 from cobla_onnx.reporting import make_report
 from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
 from cobla_onnx.runtime import open_session
 from cobla_onnx.verify import verify
 
-__all__ = ["Progress", "Result", "check_paths", "compress"]
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with the name of a stage, the steps done and their number."""
+__all__ = ["Result", "check_paths", "compress"]
 
 
 @dataclass
@@ -112,12 +117,18 @@ def compress(
     budget: Budget,
     *,
     solver: Literal["slsqp", "milp"] = "slsqp",
-    objective: Literal["auto", "weights"] = "auto",
+    objective: Literal["auto", "weights", "output"] = "auto",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     min_size: int = 0,
     scheme: Literal["auto", "spatial", "channel", "input"] = "auto",
+    data: Any = None,
+    samples: int | None = None,
+    batch: int = 16,
+    images: ImageOptions | None = None,
+    loss: LossName = "auto",
+    refit: bool = True,
     plan: Plan | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -134,8 +145,10 @@ def compress(
     solver : {'slsqp', 'milp'}
         ``slsqp`` relaxes the masks, solves and rounds (COBLA); ``milp`` solves the
         separable integer problem alone.
-    objective : {'auto', 'weights'}
-        What is minimised: ``weights`` is the relative weight error, summed over layers.
+    objective : {'auto', 'weights', 'output'}
+        What is minimised. ``weights``: the relative weight error, summed over layers.
+        ``output``: the measured loss of truncating each layer alone, summed; it needs
+        data. ``auto`` is ``output`` with data and ``weights`` without.
     input_shapes : mapping of str to sequence of int, optional
         Shapes of inputs with unknown axes; a symbolic batch counts as 1.
     include, exclude : sequence of str
@@ -144,6 +157,21 @@ def compress(
         Layers with fewer weights are left whole.
     scheme : {'auto', 'spatial', 'channel', 'input'}
         Matricisation of convolutions; ``auto`` lets the solver choose for each.
+    data : path, mapping, iterable or CalibrationDataReader, optional
+        Samples of what the model will see, without labels: an ``.npz`` (an array for each
+        input) or ``.npy`` file, a folder of images, a folder of ONNX ``test_data_set_*``
+        folders, arrays by input name, an iterable of dicts, or an object with
+        ``get_next()``. A fifth is held back: it chooses between plans, and verifies.
+    samples : int, optional
+        How many samples to use at most.
+    batch : int
+        How many to run at a time.
+    images : ImageOptions, optional
+        How images become inputs.
+    loss : {'auto', 'kl', 'mse', 'ce'}
+        How outputs are compared with the original's; see `choose_kinds`.
+    refit : bool
+        Refit factors to the inputs that they get after compression; needs data.
     plan : Plan, optional
         Apply these decisions instead of solving; the budget still holds.
     seed : int
@@ -159,7 +187,7 @@ def compress(
 
     Raises
     ------
-    UsageError, ModelError, BudgetError, VerificationError
+    UsageError, ModelError, DataError, BudgetError, VerificationError
         See `cobla_onnx.errors`.
 
     Examples
@@ -174,10 +202,12 @@ def compress(
     proto = model if isinstance(model, onnx.ModelProto) else load_model(model)
     threads = threads or _cores()
     notify = progress or (lambda stage, done, total: None)
-    with threadpool_limits(threads):
+    needed = _objective(objective, data)
+    shapes = input_shapes or {}
+    with threadpool_limits(threads), _opened(proto, shapes, data, samples, images) as dataset:
         analysis = analyse(
             proto,
-            input_shapes=input_shapes or {},
+            input_shapes=shapes,
             include=include,
             exclude=exclude,
             min_size=min_size,
@@ -185,32 +215,53 @@ def compress(
             macs_needed=budget.mac is not None,
             threads=threads,
             progress=notify,
+            see=None if dataset is None else _see(proto, dataset, batch, threads, notify),
+            weigh=needed == "output",
+        )
+        calibrated = (
+            None
+            if dataset is None
+            else Calibrated(proto, analysis, dataset, batch, loss, threads, notify)
         )
         allocation: Allocation | None = None
         if plan is None:
             constraints = analysis.constraints(budget)
-            notify("allocate", 0, 1)
-            allocation = allocate(
-                analysis.curves, WeightError(analysis.curves), constraints, solver=solver
-            )
+            if needed == "output" and calibrated is not None:
+                allocation = calibrated.allocate(constraints, solver)
+            else:
+                notify("allocate", 0, 1)
+                allocation = allocate(
+                    analysis.curves, WeightError(analysis.curves), constraints, solver=solver
+                )
             plan = analysis.plan(allocation.choices)
-            notify("allocate", 1, 1)
-        replacements = _factorise(proto, analysis, plan, notify)
+        if calibrated is None:
+            replacements = _factorise(proto, analysis, plan, notify)
+        else:
+            replacements = calibrated.factorise(plan, refit)
         compressed = rewrite(proto, replacements) if replacements else proto
         _check_budget(analysis, budget, plan, compressed)
         verification = None
         if replacements:
             notify("verify", 0, 1)
             verification = verify(
-                proto, compressed, replacements, analysis.input_shapes, seed=seed, threads=threads
+                proto,
+                compressed,
+                replacements,
+                analysis.input_shapes,
+                data=None if calibrated is None else calibrated.held_back(),
+                seed=seed,
+                threads=threads,
             )
             notify("verify", 1, 1)
+        if analysis.seen is not None:
+            analysis.seen.close()
     report = make_report(
         analysis,
         budget,
         plan,
         allocation,
         verification,
+        None if calibrated is None else calibrated.report(),
         source=source,
         mem_after=stored_bytes(compressed),
         seconds=time.perf_counter() - started,
@@ -218,6 +269,45 @@ def compress(
         threads=threads,
     )
     return Result(compressed, plan, report, source)
+
+
+def _objective(objective: str, data: Any) -> str:
+    if objective == "output" and data is None:
+        raise UsageError("--objective output: needs data; give --data, or --objective weights")
+    if objective == "auto":
+        return "weights" if data is None else "output"
+    return objective
+
+
+@contextmanager
+def _opened(
+    model: onnx.ModelProto,
+    shapes: Mapping[str, Sequence[int]],
+    data: Any,
+    samples: int | None,
+    images: ImageOptions | None,
+) -> Iterator[Dataset | None]:
+    """Open the calibration data, if there is any, for as long as it is needed."""
+    if data is None:
+        yield None
+        return
+    with open_data(data, input_specs(model, shapes), samples=samples, images=images) as dataset:
+        yield dataset
+
+
+def _see(
+    model: onnx.ModelProto, dataset: Dataset, batch: int, threads: int, progress: Progress
+) -> Callable[[Sequence[Layer]], Seen]:
+    def see(layers: Sequence[Layer]) -> Seen:
+        return Seen(
+            model,
+            layers,
+            lambda: dataset.batches(dataset.calibration, batch),
+            threads=threads,
+            progress=partial(progress, "second moments"),
+        )
+
+    return see
 
 
 def _cores() -> int:

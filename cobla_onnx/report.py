@@ -13,7 +13,15 @@ from cobla_onnx.verify import Verification
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["BudgetUse", "Cost", "LayerReport", "Report", "SolverReport", "safe_text"]
+__all__ = [
+    "BudgetUse",
+    "CalibrationReport",
+    "Cost",
+    "LayerReport",
+    "Report",
+    "SolverReport",
+    "safe_text",
+]
 
 SCHEMA_VERSION = 1
 
@@ -82,6 +90,39 @@ class SolverReport:
 
 
 @dataclass(frozen=True)
+class CalibrationReport:
+    """What calibration data was used, and the losses measured with it.
+
+    Attributes
+    ----------
+    source : str
+    calibration_samples, selection_samples : int
+        Samples that made the factors, and samples held back to choose and to verify.
+    outputs : dict of str to str
+        How each output is compared with the original's: Kullback-Leibler divergence of
+        ``probabilities`` or ``logits``, ``mse`` relative to the output's power, or ``ce``.
+    loss, loss_before_refit : float
+        On the selection split.
+    refitted : int
+        Layers whose refit was kept.
+    probe_samples : int
+        Samples on which layers were truncated one at a time.
+    candidates : tuple of float
+        Losses on the selection split of the allocations that were compared.
+    """
+
+    source: str
+    calibration_samples: int
+    selection_samples: int
+    outputs: dict[str, str]
+    loss: float
+    loss_before_refit: float
+    refitted: int = 0
+    probe_samples: int = 0
+    candidates: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """What was decided and measured. `to_dict` documents the JSON's keys by its fields."""
 
@@ -91,6 +132,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     solver: SolverReport | None
     verification: Verification | None
+    calibration: CalibrationReport | None
     seconds: float
     seed: int
     threads: int
@@ -213,6 +255,13 @@ def _verdict(report: Report) -> list[Any]:
         lines.append(
             f"solver: {s.name}, {s.objective} {s.value:.4g}, at least {s.lower_bound:.4g} "
             f"within these budgets (gap {s.gap:.1%})"
+        )
+    seen = report.calibration
+    if seen is not None:
+        lines.append(
+            f"calibrated on {seen.calibration_samples} samples; loss on {seen.selection_samples} "
+            f"held back {seen.loss:.4g} (before refit of {seen.refitted} layers "
+            f"{seen.loss_before_refit:.4g})"
         )
     check = report.verification
     if check is not None:

@@ -15,7 +15,7 @@ from cobla_onnx.allocation import Allocation, Budget
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.report import BudgetUse, Cost, LayerReport, Report, SolverReport
+from cobla_onnx.report import BudgetUse, CalibrationReport, Cost, LayerReport, Report, SolverReport
 from cobla_onnx.verify import Verification
 
 __all__ = ["make_report"]
@@ -27,6 +27,7 @@ def make_report(
     plan: Plan,
     allocation: Allocation | None,
     verification: Verification | None,
+    calibration: CalibrationReport | None,
     *,
     source: Path | None,
     mem_after: int,
@@ -62,9 +63,10 @@ def make_report(
         notes += allocation.certificate.notes
     if verification is not None:
         notes += verification.notes
-    notes += (
-        "no data was given: factors and ranks follow the weights alone; expect less accuracy",
-    )
+    if calibration is None:
+        notes += (
+            "no data was given: factors and ranks follow the weights alone; expect less accuracy",
+        )
     return Report(
         input=None if source is None else str(source),
         output=None,
@@ -75,6 +77,7 @@ def make_report(
         layers=tuple(layers),
         solver=None if allocation is None else _solver(allocation),
         verification=verification,
+        calibration=calibration,
         seconds=seconds,
         seed=seed,
         threads=threads,
@@ -111,9 +114,7 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
     curve = analysis.curve(decision)
     error = None
     if curve is not None:
-        energy = np.square(curve.singular_values)
-        total = float(energy.sum())
-        error = float(np.sqrt(energy[rank:].sum() / total)) if total > 0 else 0.0
+        error = float(np.sqrt(curve.relative_errors()[rank]))
     return LayerReport(
         name=layer.name,
         op=layer.op,

@@ -8,8 +8,9 @@ outputs from the original's? The first has one right answer, the second is a mea
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cobla_onnx.comparison import Comparison, OutputComparison, is_numeric
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.cost import Shape
 from cobla_onnx.graph.expose import Exposed, expose
@@ -25,7 +27,6 @@ from cobla_onnx.rewrite import Replacement
 from cobla_onnx.runtime import Feeds, first_line, open_session, run_session, runnable_feeds
 
 __all__ = [
-    "OutputComparison",
     "Verification",
     "check_model",
     "verify",
@@ -35,33 +36,8 @@ __all__ = [
 ROUNDING = {np.dtype(np.float16): 2e-2, np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-10}
 # The same after a whole network, which amplifies it.
 AMPLIFICATION = 30.0
-
-
-@dataclass(frozen=True)
-class OutputComparison:
-    """One output of the compressed model against the original's.
-
-    Attributes
-    ----------
-    name : str
-    max_abs : float
-        Largest absolute difference.
-    relative_l2 : float
-        Norm of the difference over the norm of the original.
-    cosine : float
-        Cosine of the angle between the two; 1 is the same direction.
-    sqnr_db : float or None
-        Signal to quantisation noise, 20 log10(norm / norm of difference); None if equal.
-    argmax_agreement : float or None
-        Share of samples with the same largest entry along axis 1, None if there is none.
-    """
-
-    name: str
-    max_abs: float
-    relative_l2: float
-    cosine: float
-    sqnr_db: float | None
-    argmax_agreement: float | None
+# Batches of given data on which every layer of the rewrite is proved.
+PROVED_BATCHES = 2
 
 
 @dataclass(frozen=True)
@@ -124,15 +100,19 @@ def verify(
     replacements: Sequence[Replacement],
     shapes: Mapping[str, Shape],
     *,
+    data: tuple[str, Callable[[], Iterable[Feeds]]] | None = None,
     seed: int = 0,
     threads: int = 1,
 ) -> Verification:
-    """Prove the rewrite and measure the approximation, on random inputs.
+    """Prove the rewrite and measure the approximation.
 
     Parameters
     ----------
     shapes : mapping of str to tuple
         Shapes of the model's inputs as far as they are known.
+    data : tuple of str and callable, optional
+        What the data is called, and a fresh iterator over its batches. Random inputs are
+        used where there is none. The rewrite is proved on the first batches.
 
     Raises
     ------
@@ -144,33 +124,50 @@ def verify(
     """
     notes = check_model(original, compressed)
     session = open_session(original, threads)
-    feeds, reference, unknown = runnable_feeds(session, shapes, seed)
-    if any(None in (shape or (None,)) for shape in shapes.values()):
-        notes += (f"unknown input axes were set to {unknown} for verification",)
+    if data is None:
+        proof, reference, unknown = runnable_feeds(session, shapes, seed)
+        if any(None in (shape or (None,)) for shape in shapes.values()):
+            notes += (f"unknown input axes were set to {unknown} for verification",)
+    else:
+        proof = list(itertools.islice(data[1](), PROVED_BATCHES))
+        reference = [run_session(session, feed) for feed in proof]
     del session
     try:
         session = open_session(compressed, threads)
-        results = [run_session(session, feed) for feed in feeds]
+        results = [run_session(session, feed) for feed in proof]
     except ModelError as error:
         raise VerificationError(f"the rewritten model fails: {error}; nothing written") from error
     del session
-    rewrite_error, dense = _check_layers(original, compressed, replacements, feeds, threads)
+    rewrite_error, dense = _check_layers(original, compressed, replacements, proof, threads)
     network_error = _check_network(dense, results)
-    outputs = tuple(
-        _compare(name, [r[name] for r in reference], [r[name] for r in results])
-        for name in reference[0]
-        if _is_numeric(reference[0][name])
-    )
-    samples = sum(_samples(feed) for feed in feeds)
-    return Verification("random", samples, rewrite_error, network_error, outputs, notes)
+    del dense
+    if data is None:
+        comparison = Comparison()
+        for expected, actual in zip(reference, results, strict=True):
+            comparison.add(expected, actual)
+        samples = sum(_samples(feed) for feed in proof)
+    else:
+        comparison, samples = _compare(original, compressed, data[1](), threads)
+    name = "random" if data is None else data[0]
+    return Verification(name, samples, rewrite_error, network_error, comparison.results(), notes)
+
+
+def _compare(
+    original: onnx.ModelProto,
+    compressed: onnx.ModelProto,
+    batches: Iterable[Feeds],
+    threads: int,
+) -> tuple[Comparison, int]:
+    first, second = (open_session(model, threads) for model in (original, compressed))
+    comparison, samples = Comparison(), 0
+    for feeds in batches:
+        comparison.add(run_session(first, feeds), run_session(second, feeds))
+        samples += _samples(feeds)
+    return comparison, samples
 
 
 def _samples(feed: Feeds) -> int:
     return max((len(value) if value.ndim else 1 for value in feed.values()), default=1)
-
-
-def _is_numeric(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.size > 0
 
 
 def _check_layers(
@@ -301,7 +298,7 @@ def _check_network(dense: Sequence[dict[str, Any]], results: Sequence[dict[str, 
     worst = 0.0
     for expected, actual in zip(dense, results, strict=True):
         for name, value in actual.items():
-            if not _is_numeric(value) or value.dtype.kind != "f":
+            if not is_numeric(value) or value.dtype.kind != "f":
                 continue
             error = _relative_l2(expected[name], value)
             tolerance = AMPLIFICATION * ROUNDING[value.dtype]
@@ -313,40 +310,3 @@ def _check_network(dense: Sequence[dict[str, Any]], results: Sequence[dict[str, 
                 )
             worst = max(worst, error)
     return worst
-
-
-def _compare(
-    name: str, expected: Sequence[NDArray[Any]], actual: Sequence[NDArray[Any]]
-) -> OutputComparison:
-    for before, after in zip(expected, actual, strict=True):
-        if before.shape != after.shape or before.dtype != after.dtype:
-            raise VerificationError(f"output {name!r}: shape or type changed; nothing was written")
-    before = np.concatenate([np.ravel(v) for v in expected]).astype(np.float64)
-    after = np.concatenate([np.ravel(v) for v in actual]).astype(np.float64)
-    both = np.isfinite(before) & np.isfinite(after)
-    if np.isfinite(before).all() and not both.all():
-        raise VerificationError(f"output {name!r}: is no longer finite; nothing was written")
-    before, after = before[both], after[both]
-    norm, other = float(np.linalg.norm(before)), float(np.linalg.norm(after))
-    noise = float(np.linalg.norm(before - after))
-    relative = noise / norm if norm > 0 else noise
-    return OutputComparison(
-        name=name,
-        max_abs=float(np.abs(before - after).max(initial=0.0)),
-        relative_l2=relative,
-        cosine=float(before @ after) / (norm * other)
-        if norm > 0 and other > 0
-        else float(noise == 0),
-        sqnr_db=None if noise == 0 or norm == 0 else 20 * math.log10(norm / noise),
-        argmax_agreement=_agreement(expected, actual),
-    )
-
-
-def _agreement(expected: Sequence[NDArray[Any]], actual: Sequence[NDArray[Any]]) -> float | None:
-    if expected[0].ndim < 2 or expected[0].shape[1] < 2:
-        return None
-    same = [
-        np.ravel(np.argmax(a, axis=1) == np.argmax(b, axis=1))
-        for a, b in zip(expected, actual, strict=True)
-    ]
-    return float(np.concatenate(same).mean())

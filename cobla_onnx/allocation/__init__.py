@@ -3,7 +3,7 @@
 from cobla_onnx.allocation.allocate import Allocation, Certificate, allocate
 from cobla_onnx.allocation.budget import Budget, Constraint
 from cobla_onnx.allocation.curves import Choice, Curve, LayerCurves
-from cobla_onnx.allocation.objective import Masks, Objective, WeightError
+from cobla_onnx.allocation.objective import Masks, Objective, OutputError, WeightError
 
 __all__ = [
     "Allocation",
@@ -15,6 +15,7 @@ __all__ = [
     "LayerCurves",
     "Masks",
     "Objective",
+    "OutputError",
     "WeightError",
     "allocate",
 ]

@@ -30,6 +30,8 @@ class Curve:
     bytes_per_rank, macs_per_rank : int
         Cost of one unit of rank; a choice of rank r costs r times that.
         ``macs_per_rank`` is None when the MACs of the model are not known.
+    errors : float64 array, shape (full_rank + 1,), optional
+        Squared relative error at each rank, where the singular values do not tell it.
     """
 
     scheme: str
@@ -37,6 +39,16 @@ class Curve:
     ranks: NDArray[np.int64]
     bytes_per_rank: int
     macs_per_rank: int | None
+    errors: Float64 | None = None
+
+    def relative_errors(self) -> Float64:
+        """Squared relative error at ranks 0 to full rank: descending, 0 at the end."""
+        if self.errors is not None:
+            return self.errors
+        energy = np.square(self.singular_values)
+        total = float(energy.sum())
+        tail = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
+        return tail / total if total > 0 else tail
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from cobla_onnx.allocation.curves import Choice, Float64, LayerCurves
 
-__all__ = ["Masks", "Objective", "WeightError", "masks_of"]
+__all__ = ["Masks", "Objective", "OutputError", "SeparableError", "WeightError", "masks_of"]
 
 
 @dataclass(frozen=True)
@@ -47,49 +47,62 @@ class Objective(Protocol):
         ...
 
 
-class WeightError:
+class SeparableError:
+    """A sum over layers of a loss that depends on the layer's own masks alone.
+
+    With c_r the loss of a layer at rank r and d_j = c_(j-1) - c_j what singular value j
+    saves, the loss at masks m is sum_j d_j (1 - m_j)^2, which is c_r for 0/1 masks.
+    """
+
+    def __init__(self, name: str, curves: Sequence[Sequence[Float64]]) -> None:
+        self.name = name
+        self._curves = curves
+        self._steps = tuple(tuple(-np.diff(curve) for curve in layer) for layer in curves)
+
+    def value(self, masks: Masks) -> float:
+        """Loss at the masks."""
+        return float(
+            sum(steps[scheme] @ np.square(1.0 - mask) for steps, scheme, mask in self._terms(masks))
+        )
+
+    def gradient(self, masks: Masks) -> tuple[Float64, ...]:
+        """Derivative by each mask: -2 d_j (1 - m_j)."""
+        return tuple(
+            -2.0 * steps[scheme] * (1.0 - mask) for steps, scheme, mask in self._terms(masks)
+        )
+
+    def curve(self, layer: int, curve: int) -> Float64:
+        """Loss at each rank, from 0 to full rank."""
+        return self._curves[layer][curve]
+
+    def _terms(self, masks: Masks) -> zip[tuple[tuple[Float64, ...], int, Float64]]:
+        return zip(self._steps, masks.schemes, masks.values, strict=True)
+
+
+class WeightError(SeparableError):
     """Relative squared weight error, summed over layers: needs no data.
 
     With W = U diag(s) V^T and masks m the loss of a layer is
     ||W - U diag(m s) V^T||^2 / ||W||^2 = sum_j s_j^2 (1 - m_j)^2 / sum_j s_j^2.
     """
 
-    name = "weights"
-
     def __init__(self, layers: Sequence[LayerCurves]) -> None:
-        self._energies = tuple(
-            tuple(_relative_energy(curve.singular_values) for curve in layer.curves)
-            for layer in layers
+        super().__init__(
+            "weights", [[curve.relative_errors() for curve in layer.curves] for layer in layers]
         )
 
-    def value(self, masks: Masks) -> float:
-        """Loss at the masks."""
-        return float(
-            sum(
-                energies[scheme] @ np.square(1.0 - mask)
-                for energies, scheme, mask in self._terms(masks)
-            )
-        )
 
-    def gradient(self, masks: Masks) -> tuple[Float64, ...]:
-        """Derivative by each mask: -2 s_j^2 (1 - m_j) / sum of s^2."""
-        return tuple(
-            -2.0 * energies[scheme] * (1.0 - mask) for energies, scheme, mask in self._terms(masks)
-        )
+class OutputError(SeparableError):
+    """Measured loss of the network with one layer truncated, summed over layers.
 
-    def curve(self, layer: int, curve: int) -> Float64:
-        """Relative energy beyond each rank, from 0 to full rank."""
-        energy = self._energies[layer][curve]
-        return np.append(np.cumsum(energy[::-1])[::-1], 0.0)
+    Parameters
+    ----------
+    curves : sequence over layers and their curves of float64 array
+        Loss at ranks 0 to full rank, descending to 0.
+    """
 
-    def _terms(self, masks: Masks) -> zip[tuple[tuple[Float64, ...], int, Float64]]:
-        return zip(self._energies, masks.schemes, masks.values, strict=True)
-
-
-def _relative_energy(singular_values: Float64) -> Float64:
-    energy = np.square(singular_values)
-    total = energy.sum()
-    return energy / total if total > 0 else energy
+    def __init__(self, curves: Sequence[Sequence[Float64]]) -> None:
+        super().__init__("output", curves)
 
 
 def masks_of(layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) -> Masks:

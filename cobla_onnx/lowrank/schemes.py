@@ -125,6 +125,14 @@ class ConvScheme:
 
     inputs_first = True
 
+    def rows_of(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """Reshape a weight to one row for each output, shape (groups, outputs, size)."""
+        return weight.reshape(self.group, self.shape[0] // self.group, -1)
+
+    def weight_of(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Turn one row for each output back into a weight: the inverse of `rows_of`."""
+        return rows.reshape(self.shape)
+
     @property
     def offsets(self) -> int:
         """Positions over which the second factor moves."""
@@ -226,6 +234,15 @@ class ProductScheme:
     def inputs_first(self) -> bool:
         """Whether rows, and not columns, of the matrix stand for what the data brings."""
         return self._left_first
+
+    def rows_of(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """Reshape a weight to one row for each output, shape (groups, outputs, size)."""
+        stack = self.matrix(weight)
+        return stack.swapaxes(1, 2) if self.inputs_first else stack
+
+    def weight_of(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Turn one row for each output back into a weight: the inverse of `rows_of`."""
+        return self.weight(rows.swapaxes(1, 2) if self.inputs_first else rows)
 
     def split_moment(self, second: NDArray[Any]) -> NDArray[Any]:
         """Give the second moment the shape (groups, inputs, 1, inputs, 1)."""

@@ -11,6 +11,9 @@ Where the second factor moves over several positions (``spatial``, ``input``) th
 not what the layer multiplies as a whole: the first factor is chosen by the moment of the
 part that it sees, averaged over positions, and the second one is the least-squares answer
 under the full moment (Zhang et al. 2015, without further data).
+
+For a layer whose vectors are too wide for S, the second moment of its outputs,
+E[y y^T] = M^T S M, is enough where the second factor stays in place.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from numpy.typing import NDArray
 from cobla_onnx.lowrank.factorize import Factorization, Float64
 from cobla_onnx.lowrank.schemes import Scheme
 
-__all__ = ["WeightedFactorizer"]
+__all__ = ["OutputFactorizer", "WeightedFactorizer", "balanced"]
 
 # Added to every direction, relative to the mean over them, where S has to be inverted.
 REGULARISATION = 1e-6
@@ -70,6 +73,10 @@ class WeightedFactorizer:
         if not scheme.inputs_first:
             stack = stack.swapaxes(1, 2)
         self._stack = stack
+        # Inputs that were always zero say nothing: the weight alone is approximated.
+        silent = np.einsum("gii->g", second) <= 0
+        if silent.any():
+            second = np.where(silent[:, None, None], np.eye(second.shape[1]), second)
         self._moment = scheme.split_moment(second)
         groups, rows, columns = stack.shape
         outputs = columns // scheme.offsets
@@ -78,7 +85,7 @@ class WeightedFactorizer:
         flat = self._target.reshape(groups, -1, outputs)
         moment = self._moment.reshape(groups, flat.shape[1], -1)
         self._cross = np.matmul(moment, flat)
-        self.energy = float(np.sum(flat * self._cross))
+        self.energy = float(np.sum((flat * self._cross)[~silent]))
         self._bases = [
             _basis(stack[g], np.einsum("ajbj->ab", self._moment[g]), max_rank)
             for g in range(groups)
@@ -89,9 +96,7 @@ class WeightedFactorizer:
     def errors(self, ranks: NDArray[np.int64]) -> Float64:
         """E||y - y'||^2 at each of the given ranks, for the factors of `factorize`."""
         if self.scheme.offsets == 1:
-            remaining: Float64 = np.zeros(len(self.singular_values) + 1)
-            remaining[:-1] = np.cumsum(np.square(self.singular_values)[::-1])[::-1]
-            return remaining[ranks]
+            return _tails(self.singular_values)[ranks]
         result = np.full(len(ranks), self.energy)
         for group in range(len(self._bases)):
             products, cross = self._reduced(group, int(ranks.max(initial=0)))
@@ -103,7 +108,7 @@ class WeightedFactorizer:
 
     def factorize(self, rank: int) -> Factorization:
         """Return the factors of the given rank in the order of the scheme's matrix."""
-        lefts, rights, values = [], [], []
+        pairs = []
         for group, basis in enumerate(self._bases):
             left = basis.left[:, :rank]
             if self.scheme.offsets == 1:
@@ -115,14 +120,8 @@ class WeightedFactorizer:
                 products, cross = self._reduced(group, rank)
                 solved, _ = _solve(products, cross)
                 right = solved.swapaxes(1, 2).reshape(rank, -1)
-            left, right, norms = _balance(left, right)
-            lefts.append(left)
-            rights.append(right)
-            values.append(norms)
-        left, right = np.stack(lefts), np.stack(rights)
-        if not self.scheme.inputs_first:
-            left, right = right.swapaxes(1, 2), left.swapaxes(1, 2)
-        return Factorization(left, np.stack(values), right)
+            pairs.append((left, right))
+        return balanced(self.scheme, pairs)
 
     def _reduced(self, group: int, rank: int) -> tuple[Float64, Float64]:
         """Second moment of the first factor's outputs, and their product with y."""
@@ -133,6 +132,64 @@ class WeightedFactorizer:
         products = np.einsum("rjbk,bs->rjsk", half, left, optimize=True)
         cross = left.T @ self._cross[group].reshape(rows, -1)
         return products, cross.reshape(rank, offsets, -1)
+
+
+class OutputFactorizer:
+    """Factorise a layer by the second moment of its outputs; see `WeightedFactorizer`.
+
+    For schemes whose second factor moves over one position. The size of the inputs does
+    not matter, and the optimum is the same.
+
+    Parameters
+    ----------
+    scheme : Scheme
+    weight : array, shape ``scheme.shape``
+    outputs : float64 array, shape (groups, outputs, outputs)
+        Second moment, or covariance, of the layer's outputs without bias.
+    max_rank : int
+    """
+
+    def __init__(
+        self, scheme: Scheme, weight: NDArray[Any], outputs: Float64, max_rank: int
+    ) -> None:
+        assert scheme.offsets == 1
+        self.scheme = scheme
+        self._rows = scheme.rows_of(weight)
+        self.energy = float(np.einsum("gii->", outputs))
+        found = [_descending(gram) for gram in outputs]
+        self._vectors = [vectors[:, :max_rank] for _, vectors in found]
+        size = min(scheme.matrix_shape()[1:])
+        total = sum(np.maximum(energy[:size], 0.0) for energy, _ in found)
+        self.singular_values: Float64 = np.sqrt(np.asarray(total))
+
+    def errors(self, ranks: NDArray[np.int64]) -> Float64:
+        """E||y - y'||^2 at each of the given ranks."""
+        return _tails(self.singular_values)[ranks]
+
+    def factorize(self, rank: int) -> Factorization:
+        """Return the factors of the given rank in the order of the scheme's matrix."""
+        pairs = []
+        for rows, vectors in zip(self._rows, self._vectors, strict=True):
+            basis = vectors[:, :rank]
+            pairs.append(((basis.T @ rows).T, basis.T))
+        return balanced(self.scheme, pairs)
+
+
+def _tails(singular_values: Float64) -> Float64:
+    """Sum of the squares beyond each rank, from 0 to all."""
+    remaining: Float64 = np.zeros(len(singular_values) + 1)
+    remaining[:-1] = np.cumsum(np.square(singular_values)[::-1])[::-1]
+    return remaining
+
+
+def balanced(scheme: Scheme, pairs: list[tuple[Float64, Float64]]) -> Factorization:
+    """Stack inputs-first factors of all groups, evenly scaled, in the order of the scheme."""
+    scaled = [_balance(left, right) for left, right in pairs]
+    left = np.stack([entry[0] for entry in scaled])
+    right = np.stack([entry[1] for entry in scaled])
+    if not scheme.inputs_first:
+        left, right = right.swapaxes(1, 2), left.swapaxes(1, 2)
+    return Factorization(left, np.stack([entry[2] for entry in scaled]), right)
 
 
 def _basis(matrix: Float64, moment: Float64, max_rank: int) -> _Basis:

@@ -1,0 +1,1 @@
+"""What does the model see: samples, second moments, sensitivities, refit."""

@@ -1,0 +1,130 @@
+"""Turn image files into a model's inputs. Needs Pillow, the extra ``images``."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cobla_onnx.calibration.dataset import InputSpec
+from cobla_onnx.errors import DataError, UsageError
+
+__all__ = ["IMAGE_TYPES", "ImageOptions", "read_image", "target_size"]
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How pixels become inputs: (pixel * scale - mean) / std, pixels from 0 to 255.
+
+    Attributes
+    ----------
+    mean, std : tuple of float
+        One number, or one for each channel in the model's order.
+    scale : float
+    channel_order : {'rgb', 'bgr'}
+        Order of the model's channels.
+    layout : {'nchw', 'nhwc'}
+        Order of the model's axes.
+
+    Raises
+    ------
+    UsageError
+        If a number is not finite, or `std` is 0.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    scale: float = 1.0
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    layout: Literal["nchw", "nhwc"] = "nchw"
+
+    def __post_init__(self) -> None:
+        if not np.isfinite([*self.mean, *self.std, self.scale]).all() or 0 in self.std:
+            raise UsageError(
+                "--mean, --std, --scale: have to be finite numbers, and --std not 0; "
+                "write e.g. --scale 0.00392157 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"
+            )
+
+
+def target_size(spec: InputSpec, options: ImageOptions) -> tuple[int, int, int]:
+    """Channels, height and width that an input wants.
+
+    Raises
+    ------
+    DataError
+        If the input is not of images, or its size is not known.
+    """
+    if spec.shape is None or len(spec.shape) != 4:
+        raise DataError(
+            f"input {spec.name!r}: is not of images, which have 4 axes; give an .npz instead"
+        )
+    axes = (1, 2, 3) if options.layout == "nchw" else (3, 1, 2)
+    channels, height, width = (spec.shape[axis] for axis in axes)
+    if height is None or width is None:
+        raise DataError(
+            f"input {spec.name!r}: its height and width are not fixed; give them by --input-shape"
+        )
+    channels = 3 if channels is None else channels
+    if channels not in (1, 3):
+        raise DataError(
+            f"input {spec.name!r}: has {channels} channels along axis {axes[0]}, images 1 or 3; "
+            "try the other --layout"
+        )
+    for name, values in (("--mean", options.mean), ("--std", options.std)):
+        if len(values) not in (1, channels):
+            raise UsageError(f"{name}: has {len(values)} numbers, the model {channels} channels")
+    return channels, height, width
+
+
+def read_image(
+    path: Path, channels: int, height: int, width: int, options: ImageOptions
+) -> NDArray[np.float32]:
+    """Read an image, resize its tighter side, crop the centre, normalise.
+
+    Returns
+    -------
+    float32 array, shape (channels, height, width), or (height, width, channels)
+
+    Raises
+    ------
+    DataError
+        If the file is no image, or far too large.
+    UsageError
+        If Pillow is not installed.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise UsageError(
+            "--data: reading images needs Pillow; pip install 'cobla-onnx[images]'"
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of decompression bombs before it refuses larger ones.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                picture = opened.convert("RGB" if channels == 3 else "L")
+    except (
+        UnidentifiedImageError, OSError, ValueError, SyntaxError,
+        Image.DecompressionBombError, Image.DecompressionBombWarning,
+    ) as error:  # fmt: skip
+        raise DataError(f"{path}: cannot be read as an image ({error}); remove it") from error
+    ratio = max(height / picture.height, width / picture.width)
+    size = (max(round(picture.width * ratio), width), max(round(picture.height * ratio), height))
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    picture = picture.crop((left, top, left + width, top + height))
+    pixels = np.asarray(picture, np.float32).reshape(height, width, channels)
+    if options.channel_order == "bgr":
+        pixels = pixels[:, :, ::-1]
+    mean, std = np.array(options.mean, np.float32), np.array(options.std, np.float32)
+    values = (pixels * np.float32(options.scale) - mean) / std
+    ordered: NDArray[np.float32] = values if options.layout == "nhwc" else values.transpose(2, 0, 1)
+    return ordered

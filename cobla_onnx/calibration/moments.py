@@ -1,0 +1,180 @@
+"""Second moments of what layers see, in one streaming pass of bounded memory.
+
+For a layer y = W x the second moment S = E[x x^T] is all that its output error depends on:
+E||(W - W') x||^2 = tr((W - W') S (W - W')^T). Batches run through onnxruntime, the tensors
+that layers read are tapped as outputs, and products of their vectors are added up in
+float64. Tensors are tapped in groups, so that neither they nor the sums outgrow a limit;
+finished sums wait in a temporary file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from cobla_onnx.calibration.patches import Patch
+from cobla_onnx.runtime import Feeds, open_session, run_session
+
+__all__ = ["Moment", "MomentStore", "MomentSum", "collect_moments", "tapped"]
+
+# Bytes of sums that are held at a time.
+LIMIT = 1 << 29
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Second moment and mean of the vectors that a layer multiplies.
+
+    Attributes
+    ----------
+    second : float64 array, shape (groups, size, size)
+        E[x x^T] over all positions of all samples.
+    mean : float64 array, shape (groups, size)
+        E[x].
+    count : int
+        Vectors seen.
+    """
+
+    second: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    count: int
+
+    def covariance(self) -> NDArray[np.float64]:
+        """E[(x - E x) (x - E x)^T]: what matters where a bias can absorb the mean."""
+        return self.second - self.mean[:, :, None] * self.mean[:, None, :]
+
+
+class MomentSum:
+    """Adds vectors up to a `Moment`."""
+
+    def __init__(self, groups: int, size: int) -> None:
+        self._second = np.zeros((groups, size, size))
+        self._total = np.zeros((groups, size))
+        self._count = 0
+
+    def add(self, vectors: NDArray[Any]) -> None:
+        """Add vectors of shape (groups, size, positions)."""
+        for group, block in enumerate(vectors):
+            # Contiguous double precision: numpy then uses the symmetric product.
+            wide = np.ascontiguousarray(block, np.float64)
+            self._second[group] += wide @ wide.T
+            self._total[group] += wide.sum(axis=1)
+        self._count += vectors.shape[2]
+
+    def moment(self) -> Moment:
+        """Return the mean over what was added."""
+        count = max(self._count, 1)
+        return Moment(self._second / count, self._total / count, self._count)
+
+
+class MomentStore:
+    """Moments by patch, in an unnamed temporary file; equal patches share one."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the store)
+        self._finalizer = weakref.finalize(self, self._file.close)
+        self._places: dict[Patch, tuple[int, int]] = {}
+
+    def __contains__(self, patch: Patch) -> bool:
+        return patch in self._places
+
+    def put(self, patch: Patch, moment: Moment) -> None:
+        """Keep a moment."""
+        place = self._file.seek(0, 2)
+        moment.second.tofile(self._file)
+        moment.mean.tofile(self._file)
+        self._places[patch] = (place, moment.count)
+
+    def get(self, patches: Sequence[Patch]) -> Moment:
+        """Return the moment over all the given patches, those of one layer's uses."""
+        found = [self._read(patch) for patch in patches]
+        if len(found) == 1:
+            return found[0]
+        count = sum(moment.count for moment in found)
+        shares = [moment.count / max(count, 1) for moment in found]
+        second = sum(share * moment.second for share, moment in zip(shares, found, strict=True))
+        mean = sum(share * moment.mean for share, moment in zip(shares, found, strict=True))
+        return Moment(np.asarray(second), np.asarray(mean), count)
+
+    def _read(self, patch: Patch) -> Moment:
+        place, count = self._places[patch]
+        groups, size = patch.groups, patch.size
+        self._file.seek(place)
+        second = np.fromfile(self._file, np.float64, groups * size * size)
+        mean = np.fromfile(self._file, np.float64, groups * size)
+        return Moment(second.reshape(groups, size, size), mean.reshape(groups, size), count)
+
+    def close(self) -> None:
+        """Give the disk space back; happens by itself when nobody holds the store."""
+        self._finalizer()
+
+
+def tapped(
+    model: onnx.ModelProto,
+    names: Iterable[str],
+    batches: Iterable[Feeds],
+    threads: int,
+    extra_weights: Mapping[str, NDArray[Any]] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Run a model over batches and yield the tensors `names` of each, inputs included."""
+    names = list(dict.fromkeys(names))
+    inputs = {value.name for value in model.graph.input}
+    inner = [name for name in names if name not in inputs]
+    session = open_session(model, threads, inner, extra_weights, optimized=True)
+    for feeds in batches:
+        values = run_session(session, feeds)
+        yield {name: values[name] if name in values else feeds[name] for name in names}
+
+
+def collect_moments(
+    model: onnx.ModelProto,
+    patches: Iterable[Patch],
+    batches: Callable[[], Iterable[Feeds]],
+    *,
+    threads: int,
+    limit: int = LIMIT,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> MomentStore:
+    """Accumulate the second moment of each patch over all batches.
+
+    Parameters
+    ----------
+    batches : callable
+        Gives a fresh iterator over the batches; called once for each group of taps.
+    limit : int
+        Bytes of sums held at a time; a single larger moment is a group of its own.
+    """
+    store = MomentStore()
+    groups = _groups(list(dict.fromkeys(patches)), limit)
+    for number, group in enumerate(groups):
+        progress(number, len(groups))
+        sums = {patch: MomentSum(patch.groups, patch.size) for patch in group}
+        for values in tapped(model, (patch.data for patch in group), batches(), threads):
+            for patch, total in sums.items():
+                for vectors in patch.vectors(values[patch.data]):
+                    total.add(vectors)
+        for patch, total in sums.items():
+            store.put(patch, total.moment())
+        sums.clear()
+    progress(len(groups), len(groups))
+    return store
+
+
+def _groups(patches: Sequence[Patch], limit: int) -> list[list[Patch]]:
+    groups: list[list[Patch]] = []
+    room = 0
+    for patch in patches:
+        size = 8 * patch.groups * patch.size**2
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(patch)
+        room -= size
+    return groups

@@ -1,0 +1,109 @@
+"""Ask one open session what the model's loss would be with other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from cobla_onnx.calibration.loss import LossKind, LossName, choose_kinds, sample_losses
+from cobla_onnx.graph.expose import expose
+from cobla_onnx.graph.layers import Layer, read_bias, read_weight
+from cobla_onnx.runtime import Feeds, open_session, run_session
+
+__all__ = ["Probe", "Weights"]
+
+Weights = Mapping[int, "tuple[NDArray[Any], NDArray[Any] | None]"]
+"""Weight and bias of layers that differ from the original, by the index of the layer."""
+
+# Bytes of the original's outputs that are kept to compare with.
+KEPT_OUTPUTS = 1 << 28
+
+
+class Probe:
+    """A model with its layers' weights as inputs, samples, and the original's outputs.
+
+    Parameters
+    ----------
+    model : ModelProto
+    layers : sequence of Layer
+        Those whose weights may be replaced.
+    batches : iterable of dict
+        Samples; as many are kept as `limit` bytes of inputs and outputs allow.
+    loss : {'auto', 'kl', 'mse', 'ce'}
+    threads : int
+
+    Attributes
+    ----------
+    kinds : dict of str to str
+        How each output is compared.
+    samples : int
+        Samples that are measured.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        layers: Sequence[Layer],
+        batches: Iterable[Feeds],
+        loss: LossName,
+        threads: int,
+        limit: int = KEPT_OUTPUTS,
+    ) -> None:
+        exposed = expose(model, layers, as_inputs=True)
+        self._layers = layers
+        self._names = list(zip(exposed.weights, exposed.biases, strict=True))
+        self._original: Feeds = {}
+        for layer, (weight, bias) in zip(layers, self._names, strict=True):
+            self._original[weight] = np.ascontiguousarray(read_weight(model, layer))
+            stored = read_bias(model, layer)
+            if bias is not None and stored is not None:
+                self._original[bias] = stored
+        self._session = open_session(exposed.model, threads, optimized=True)
+        self._batches: list[Feeds] = []
+        self._expected: list[Feeds] = []
+        self.samples = 0
+        self._keep(batches, loss, limit)
+
+    def _keep(self, batches: Iterable[Feeds], loss: LossName, limit: int) -> None:
+        for feeds in batches:
+            outputs = run_session(self._session, {**feeds, **self._original})
+            if not self._expected:
+                self.kinds: dict[str, LossKind] = choose_kinds(outputs, loss)
+            kept = {name: outputs[name] for name in self.kinds}
+            limit -= sum(value.nbytes for value in (*kept.values(), *feeds.values()))
+            self._batches.append(feeds)
+            self._expected.append(kept)
+            self.samples += len(sample_losses(self.kinds, kept, kept))
+            if limit < 0:
+                break
+
+    def losses(self, weights: Weights) -> NDArray[np.float64]:
+        """Loss of every sample with some layers' weights replaced.
+
+        Parameters
+        ----------
+        weights : mapping of int to (array, array or None)
+            Weight, of shape ``layer.shape``, and bias (None: as it is).
+        """
+        changed: Feeds = {}
+        for index, (weight, bias) in weights.items():
+            names = self._names[index]
+            changed[names[0]] = np.ascontiguousarray(weight, dtype=self._original[names[0]].dtype)
+            if bias is not None and names[1] is not None:
+                old = self._original[names[1]]
+                changed[names[1]] = np.ascontiguousarray(bias, old.dtype).reshape(old.shape)
+        fixed = {**self._original, **changed}
+        return np.concatenate(
+            [
+                sample_losses(self.kinds, expected, run_session(self._session, {**feeds, **fixed}))
+                for feeds, expected in zip(self._batches, self._expected, strict=True)
+            ]
+        )
+
+    def loss(self, weights: Weights) -> float:
+        """Mean of `losses`."""
+        return float(self.losses(weights).mean())

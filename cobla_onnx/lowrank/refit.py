@@ -1,0 +1,83 @@
+"""Least-squares refit of a layer's factors on the inputs that it gets after compression.
+
+Layers before it are approximated too, so its inputs x' differ from the original's x. The
+factors are chosen anew to give the original's output y from x' (Zhang, Zou, He and Sun
+2015, asymmetric reconstruction, their eq. 6 to 9): first the unconstrained weight
+M = argmin E||y - M x'||^2, drawn towards the original weight by a ridge, then its
+truncated SVD weighted by the second moment of x', which is the reduced-rank solution. The
+bias takes up the difference of the means.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from cobla_onnx.lowrank.factorize import Factorization, Float64
+from cobla_onnx.lowrank.schemes import Scheme
+from cobla_onnx.lowrank.weighted import WeightedFactorizer, balanced
+
+__all__ = ["refit", "refit_second"]
+
+
+def refit(
+    scheme: Scheme,
+    weight: NDArray[Any],
+    second: Float64,
+    cross: Float64,
+    rank: int,
+    ridge: float,
+) -> Factorization:
+    """Refit both factors.
+
+    Parameters
+    ----------
+    scheme : Scheme
+    weight : array, shape ``scheme.shape``
+        The original weight.
+    second : float64 array, shape (groups, size, size)
+        Second moment (or covariance) of the inputs after compression.
+    cross : float64 array, shape (groups, outputs, size)
+        Moment of the original outputs with these inputs.
+    rank : int
+    ridge : float
+        Weight of the original weight, relative to the mean energy of an input.
+    """
+    rows = scheme.rows_of(weight).astype(np.float64)
+    targets = np.empty_like(rows)
+    for group, moment in enumerate(second):
+        pull = ridge * max(float(np.trace(moment)) / len(moment), np.finfo(np.float64).tiny)
+        system = moment.copy()
+        system[np.diag_indices_from(system)] += pull
+        right = cross[group] + pull * rows[group]
+        targets[group] = scipy.linalg.solve(system, right.T, assume_a="pos").T
+    return WeightedFactorizer(scheme, scheme.weight_of(targets), second, rank).factorize(rank)
+
+
+def refit_second(
+    scheme: Scheme, factors: Factorization, second: Float64, cross: Float64, ridge: float
+) -> Factorization:
+    """Refit the second factor alone, where it stays in place.
+
+    Parameters
+    ----------
+    second : float64 array, shape (groups, rank, rank)
+        Second moment of the first factor's outputs.
+    cross : float64 array, shape (groups, outputs, rank)
+        Moment of the original outputs with them.
+    """
+    first, last = factors.left, factors.right
+    if not scheme.inputs_first:
+        first, last = last.swapaxes(1, 2), first.swapaxes(1, 2)
+    pairs = []
+    for group, moment in enumerate(second):
+        pull = ridge * max(float(np.trace(moment)) / len(moment), np.finfo(np.float64).tiny)
+        system = moment.copy()
+        system[np.diag_indices_from(system)] += pull
+        right = cross[group] + pull * last[group].T
+        solved = scipy.linalg.solve(system, right.T, assume_a="pos")
+        pairs.append((first[group], np.asarray(solved)))
+    return balanced(scheme, pairs)

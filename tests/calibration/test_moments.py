@@ -1,0 +1,275 @@
+"""What layers saw: patches against onnxruntime, errors against what factors really lose."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper
+
+from cobla_onnx.calibration.moments import Moment, MomentSum, collect_moments
+from cobla_onnx.calibration.patches import patch_of
+from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
+from cobla_onnx.lowrank.schemes import schemes_for
+from cobla_onnx.runtime import open_session, run_session
+from tests.builders import model_of, random_array
+
+
+def conv_model(
+    kernel: tuple[int, ...],
+    *,
+    group: int = 1,
+    channels: int = 3,
+    outputs: int = 5,
+    bias: bool = True,
+    **attributes: object,
+) -> onnx.ModelProto:
+    weights = {"w": random_array(group * outputs, channels, *kernel, seed=1)}
+    names = ["x", "w"]
+    if bias:
+        weights["b"] = random_array(group * outputs, seed=2)
+        names.append("b")
+    node = helper.make_node("Conv", names, ["y"], "conv", group=group, **attributes)
+    size: list[int | str] = ["N", group * channels, *[9] * len(kernel)]
+    return model_of([node], weights, {"x": size}, ["y"])
+
+
+def product_model(kind: str, **flags: int) -> onnx.ModelProto:
+    right = kind != "matmul left"
+    inputs: list[int | str] = [4, 7] if flags.get("transA" if right else "transB") else [7, 4]
+    if not right:
+        inputs = inputs[::-1]
+    wide = [4, 5] if right else [5, 4]
+    if flags.get("transB" if right else "transA"):
+        wide = wide[::-1]
+    operator = "MatMul" if kind.startswith("matmul") else "Gemm"
+    operands = ["x", "w"] if right else ["w", "x"]
+    node = helper.make_node(operator, operands, ["y"], "product", **flags)
+    return model_of([node], {"w": random_array(*wide, seed=1)}, {"x": inputs}, ["y"])
+
+
+def only_layer(model: onnx.ModelProto) -> Layer:
+    (layer,) = find_layers(model).layers
+    return layer
+
+
+def data_for(model: onnx.ModelProto, seed: int = 3, batch: int = 6) -> dict[str, np.ndarray]:
+    value = model.graph.input[0]
+    dims = [d.dim_value or batch for d in value.type.tensor_type.shape.dim]
+    # A mean that is not zero, so that centring makes a difference.
+    return {value.name: random_array(*dims, seed=seed) + np.float32(0.5)}
+
+
+def check_patches(model: onnx.ModelProto) -> None:
+    """Rows of the weight times the patches are the outputs, position by position."""
+    layer = only_layer(model)
+    feeds = data_for(model)
+    patch = patch_of(model, layer, layer.uses[0])
+    output = run_session(open_session(model, 1), feeds)["y"]
+    vectors = np.concatenate(list(patch.vectors(feeds["x"])), axis=2)
+    rows = schemes_for(layer)[0].rows_of(read_weight(model, layer))
+    expected = patch.outputs(output)
+    bias = read_bias(model, layer)
+    if bias is not None:
+        expected = expected - bias.reshape(*expected.shape[:2], 1)
+    assert vectors.shape[1] == patch.size
+    np.testing.assert_allclose(rows @ vectors, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(schemes_for(layer)[0].weight_of(rows), read_weight(model, layer))
+
+
+@given(
+    kernel=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 2),
+    group=st.integers(1, 2),
+    padding=st.sampled_from(["NOTSET", "uneven", "SAME_UPPER", "SAME_LOWER", "VALID"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_patches_of_convolutions(kernel, stride, dilation, group, padding):
+    n = len(kernel)
+    attributes: dict[str, object] = {"strides": [stride] * n, "dilations": [dilation] * n}
+    if padding == "uneven":
+        attributes["pads"] = [1] * n + [2] * n
+    elif padding != "NOTSET":
+        attributes["auto_pad"] = padding
+    if padding.startswith("SAME"):
+        attributes["dilations"] = [1] * n
+    check_patches(conv_model(tuple(kernel), group=group, **attributes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("matmul", {}),
+        ("matmul left", {}),
+        ("gemm", {}),
+        ("gemm", {"transB": 1}),
+        ("gemm", {"transA": 1}),
+        ("gemm", {"transA": 1, "transB": 1}),
+    ],
+)
+def test_patches_of_products(kind, flags):
+    check_patches(product_model(kind, **flags))
+
+
+def test_a_stack_of_matrices_has_a_moment_each():
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "product")
+    weights = {"w": random_array(3, 4, 5)}
+    check_patches(model_of([node], weights, {"x": [2, 3, 7, 4]}, ["y"]))
+
+
+def test_large_batches_are_cut_into_chunks(monkeypatch):
+    monkeypatch.setattr("cobla_onnx.calibration.patches.CHUNK", 100)
+    check_patches(conv_model((3, 3), pads=[1, 1, 1, 1]))
+    check_patches(product_model("gemm"))
+
+
+def test_moments_do_not_depend_on_batches_or_groups():
+    model = conv_model((3, 3), group=2)
+    layer = only_layer(model)
+    patch = patch_of(model, layer, layer.uses[0])
+    data = data_for(model, batch=12)["x"]
+
+    def moment(size: int, limit: int) -> Moment:
+        def batches():
+            return ({"x": data[i : i + size]} for i in range(0, 12, size))
+
+        return collect_moments(model, [patch, patch], batches, threads=1, limit=limit).get([patch])
+
+    whole, parts = moment(12, 1 << 30), moment(5, 1)
+    vectors = np.concatenate(list(patch.vectors(data)), axis=2).astype(np.float64)
+    for found in (whole, parts):
+        assert found.count == vectors.shape[2]
+        np.testing.assert_allclose(found.mean, vectors.mean(axis=2), rtol=1e-10, atol=1e-12)
+        expected = vectors @ vectors.swapaxes(1, 2) / found.count
+        np.testing.assert_allclose(found.second, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_uses_of_a_shared_weight_are_seen_together():
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "one"),
+        helper.make_node("MatMul", ["a", "w"], ["y"], "two"),
+    ]
+    model = model_of(nodes, {"w": random_array(4, 4)}, {"x": ["N", 4]}, ["y"])
+    layer = only_layer(model)
+    data = random_array(50, 4, seed=7)
+    patches = [patch_of(model, layer, use) for use in layer.uses]
+    store = collect_moments(model, patches, lambda: iter([{"x": data}]), threads=1)
+    both = np.concatenate([data, data @ random_array(4, 4)]).astype(np.float64)
+    found = store.get(patches)
+    assert found.count == 100
+    np.testing.assert_allclose(found.second[0], both.T @ both / 100, rtol=1e-5)
+
+
+def real_loss(model: onnx.ModelProto, seen: Seen, scheme, rank: int, feeds) -> float:
+    """Squared relative error of the layer's output, by running it."""
+    layer = only_layer(model)
+    (found,) = seen.approximate(layer, scheme, [rank])
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    tensors = {"w": found.weight} | ({} if found.bias is None else {"b": found.bias})
+    for tensor in changed.graph.initializer:
+        if tensor.name in tensors:
+            array = np.asarray(tensors[tensor.name], np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    before = run_session(open_session(model, 1), feeds)["y"].astype(np.float64)
+    after = run_session(open_session(changed, 1), feeds)["y"].astype(np.float64)
+    if layer.bias is not None:
+        power = np.square(before - before.mean(axis=(0, *range(2, before.ndim)), keepdims=True))
+    else:
+        power = np.square(before)
+    return float(np.square(before - after).sum() / power.sum())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "group", "extra"),
+    [
+        ((3, 3), 1, {"pads": [1, 1, 1, 1]}),
+        ((3, 3), 2, {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
+        ((1, 1), 1, {}),
+        ((3,), 1, {"pads": [1, 1]}),
+    ],
+)
+def test_stated_errors_are_the_measured_ones(kernel, group, extra, bias):
+    model = conv_model(kernel, group=group, channels=6, outputs=7, bias=bias, **extra)
+    layer = only_layer(model)
+    feeds = data_for(model, batch=20)
+    seen = Seen(model, [layer], lambda: iter([feeds]), threads=1)
+    weight = read_weight(model, layer)
+    for scheme in schemes_for(layer):
+        full_rank = min(scheme.matrix_shape()[1:])
+        spectrum = seen.spectrum(layer, scheme, weight, full_rank)
+        assert spectrum is not None
+        # Ranks at which the error is computed and not interpolated.
+        for rank in {1, full_rank - 1, full_rank} - {0}:
+            stated = spectrum[1][rank]
+            measured = real_loss(model, seen, scheme, rank, feeds)
+            if rank == full_rank:
+                assert measured < 1e-9
+            elif rank == 1 or scheme.offsets == 1:
+                assert measured == pytest.approx(stated, rel=1e-3, abs=1e-7), scheme.name
+        values = spectrum[0]
+        assert (np.diff(values) <= 1e-9 * values[0]).all()
+        if scheme.offsets > 1:
+            # The discarded energy bounds the error, with one term for each offset.
+            energy = np.square(values)
+            outputs = run_session(open_session(model, 1), feeds)["y"]
+            axes = (0, *range(2, outputs.ndim))
+            power = float(np.square(outputs - outputs.mean(axes, keepdims=True)).sum())
+            count = outputs[:, 0].size
+            if bias:
+                bound = scheme.offsets * energy[1:].sum() * count / power
+                assert real_loss(model, seen, scheme, 1, feeds) <= bound * (1 + 1e-6)
+
+
+def test_weighted_factors_beat_plain_ones_and_wide_layers_agree():
+    model = conv_model((3, 3), channels=6, outputs=7)
+    layer = only_layer(model)
+    mixing = random_array(6, 6, seed=9) * np.linspace(0.05, 2, 6)[:, None].astype(np.float32)
+    data = np.einsum("ncij,cd->ndij", random_array(20, 6, 9, 9, seed=8), mixing)
+    feeds = {"x": data.astype(np.float32)}
+    scheme = schemes_for(layer)[0]
+    assert scheme.name == "channel"
+    seen = Seen(model, [layer], lambda: iter([feeds]), threads=1)
+    wide = Seen(model, [layer], lambda: iter([feeds]), threads=1, wide=5)
+    assert wide.is_wide(layer)
+    assert not seen.is_wide(layer)
+    weight = read_weight(model, layer)
+    for one, other in zip(
+        seen.spectrum(layer, scheme, weight, 7), wide.spectrum(layer, scheme, weight, 7),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * one[0])
+    (a,), (b,) = (s.approximate(layer, scheme, [3]) for s in (seen, wide))
+    np.testing.assert_allclose(a.weight, b.weight, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(a.bias, b.bias, rtol=1e-3, atol=1e-4)
+    assert wide.spectrum(layer, schemes_for(layer)[2], weight, 7) is None
+    u, s, v = np.linalg.svd(weight.reshape(7, -1), full_matrices=False)
+    plain = (u[:, :3] * s[:3]) @ v[:3]
+    patch = patch_of(model, layer, layer.uses[0])
+    total = MomentSum(1, patch.size)
+    for vectors in patch.vectors(feeds["x"]):
+        total.add(vectors)
+    second = total.moment().second[0]
+    lost = [
+        np.trace(d @ second @ d.T)
+        for d in (weight.reshape(7, -1) - m.reshape(7, -1) for m in (plain, a.weight))
+    ]
+    assert lost[1] < lost[0]
+
+
+def test_dead_inputs_do_no_harm():
+    model = conv_model((3, 3))
+    layer = only_layer(model)
+    feeds = {"x": np.zeros((2, 3, 9, 9), np.float32)}
+    seen = Seen(model, [layer], lambda: iter([feeds]), threads=1)
+    weight = read_weight(model, layer)
+    for scheme in schemes_for(layer):
+        _, errors = seen.spectrum(layer, scheme, weight, 3)
+        assert (errors == 0).all()
+        (found,) = seen.approximate(layer, scheme, [2])
+        assert np.isfinite(found.weight).all()

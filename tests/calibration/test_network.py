@@ -1,0 +1,263 @@
+"""Losses, the probe, sensitivities and the refit, on a small network."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cobla_onnx.allocation import Budget
+from cobla_onnx.analysis import analyse
+from cobla_onnx.calibration.loss import choose_kinds, sample_losses
+from cobla_onnx.calibration.probe import Probe
+from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
+from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.sensitivity import Response, Sensitivity
+from cobla_onnx.errors import DataError, UsageError
+from cobla_onnx.graph.expose import expose, prefix
+from cobla_onnx.graph.layers import find_layers, read_bias, read_weight
+from cobla_onnx.lowrank.schemes import schemes_for
+from cobla_onnx.rewrite import make_replacement, rewrite
+from cobla_onnx.runtime import open_session, run_session
+from tests.builders import random_array, small_network
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def samples(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Smooth images, so that some directions carry more than others."""
+    coarse = np.repeat(np.repeat(random_array(count, 3, 4, 4, seed=seed), 3, 2), 3, 3)
+    return {"x": coarse + 0.1 * random_array(count, 3, 12, 12, seed=seed + 1)}
+
+
+def test_kinds_of_outputs():
+    logits = random_array(5, 4)
+    probabilities = softmax(logits)
+    assert choose_kinds({"y": logits}, "auto") == {"y": "logits"}
+    assert choose_kinds({"y": probabilities[:, :, None, None]}, "auto") == {"y": "probabilities"}
+    assert choose_kinds({"y": 1 / (1 + np.exp(-logits))}, "auto") == {"y": "mse"}
+    assert choose_kinds({"y": random_array(2, 3, 8, 8)}, "auto") == {"y": "mse"}
+    assert choose_kinds({"y": probabilities}, "mse") == {"y": "mse"}
+    assert choose_kinds({"y": probabilities}, "ce") == {"y": "ce-probabilities"}
+    assert choose_kinds({"y": logits, "n": np.arange(3)}, "kl") == {"y": "logits"}
+    with pytest.raises(UsageError, match="--loss mse"):
+        choose_kinds({"y": random_array(7)}, "kl")
+    with pytest.raises(DataError, match="NaN"):
+        choose_kinds({"y": np.array([[np.nan, 1.0]])}, "auto")
+    with pytest.raises(DataError, match="floating"):
+        choose_kinds({"y": np.arange(3)}, "auto")
+
+
+@given(st.integers(0, 1000), st.integers(2, 6))
+def test_divergences_against_their_definition(seed, classes):
+    before, after = random_array(4, classes, seed=seed), random_array(4, classes, seed=seed + 1)
+    p, q = softmax(before), softmax(after)
+    expected = (p * np.log(p / q)).sum(axis=1)
+    for kind, a, b in (("logits", before, after), ("probabilities", p, q)):
+        found = sample_losses({"y": kind}, {"y": a}, {"y": b})
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+        assert sample_losses({"y": kind}, {"y": a}, {"y": a}) == pytest.approx(0, abs=1e-9)
+    crossed = sample_losses({"y": "ce-logits"}, {"y": before}, {"y": after})
+    np.testing.assert_allclose(crossed, -np.log(q[np.arange(4), p.argmax(1)]), rtol=1e-3)
+
+
+def test_squared_errors_are_relative_and_outputs_are_summed():
+    before = {"a": random_array(6, 3, 5), "b": random_array(6, 2) * 1000}
+    after = {"a": before["a"] * 1.1, "b": before["b"] * 0.9}
+    kinds = {"a": "mse", "b": "mse"}
+    assert sample_losses(kinds, before, after).mean() == pytest.approx(0.02, rel=1e-4)
+    broken = {**after, "a": after["a"] * np.nan}
+    assert np.isinf(sample_losses(kinds, before, broken)).all()
+
+
+def test_exposed_weights_and_prefixes_compute_the_same():
+    model = small_network()
+    layers = find_layers(model).layers
+    exposed = expose(model, layers, as_inputs=True)
+    feeds = samples(3)
+    weights = {}
+    for layer, weight, bias in zip(layers, exposed.weights, exposed.biases, strict=True):
+        weights[weight] = read_weight(model, layer)
+        assert (bias is None) == (layer.bias is None)
+        if bias is not None:
+            weights[bias] = read_bias(model, layer)
+    assert [layer.bias for layer in layers] == ["b1", None, "b3"]
+    expected = run_session(open_session(model, 1, ["r1"]), feeds)
+    found = run_session(open_session(exposed.model, 1), {**feeds, **weights})
+    np.testing.assert_array_equal(found["logits"], expected["logits"])
+    part = prefix(model, ["r1", "x"])
+    assert [node.name for node in part.graph.node] == ["conv1", "relu1"]
+    assert {t.name for t in part.graph.initializer} == {"w1", "b1"}
+    found = run_session(open_session(part, 1), feeds)
+    assert list(found) == ["r1"]
+    np.testing.assert_array_equal(found["r1"], expected["r1"])
+
+
+def test_a_prefix_of_an_old_model_lists_the_weights_that_it_has():
+    model = small_network()
+    model.ir_version = 3
+    model.graph.input.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+        for t in model.graph.initializer
+    )
+    part = prefix(model, ["r1"])
+    assert [value.name for value in part.graph.input] == ["x", "w1", "b1"]
+    run_session(open_session(part, 1), samples(2))
+
+
+class Setting:
+    """A small network with everything that decisions need."""
+
+    def __init__(self) -> None:
+        self.model = small_network()
+        self.calibration = samples(64)
+        self.seen: Seen | None = None
+
+        def see(layers):
+            self.seen = Seen(self.model, layers, self.batches, threads=1)
+            return self.seen
+
+        self.analysis = analyse(
+            self.model,
+            input_shapes={},
+            include=(),
+            exclude=(),
+            min_size=0,
+            scheme="auto",
+            macs_needed=True,
+            threads=1,
+            progress=lambda *_: None,
+            see=see,
+        )
+        self.probe = Probe(self.model, self.analysis.layers, self.batches(), "auto", 1)
+        self.selection = Probe(self.model, self.analysis.layers, [samples(32, 50)], "auto", 1)
+
+    def batches(self):
+        data = self.calibration["x"]
+        return ({"x": data[i : i + 16]} for i in range(0, len(data), 16))
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return Setting()
+
+
+def test_the_probe_tells_what_a_rewritten_model_does(setting):
+    index = 1
+    layer = setting.analysis.layers[index]
+    scheme = setting.analysis.schemes[index][0]
+    (found,) = setting.seen.approximate(layer, scheme, [4])
+    loss = setting.probe.losses({index: (found.weight, found.bias)})
+    replacement = make_replacement(layer, scheme, found.factors, found.bias)
+    changed = rewrite(setting.model, [replacement])
+    before = run_session(open_session(setting.model, 1), setting.calibration)
+    after = run_session(open_session(changed, 1), setting.calibration)
+    expected = sample_losses(setting.probe.kinds, before, after)
+    np.testing.assert_allclose(loss, expected, rtol=1e-2, atol=1e-5)
+    assert setting.probe.loss({}) == pytest.approx(0, abs=1e-9)
+    assert setting.probe.samples == 64
+
+
+def test_the_probe_keeps_what_fits():
+    model = small_network()
+    layers = find_layers(model).layers
+    batches = ({"x": samples(4)["x"]} for _ in range(100))
+    probe = Probe(model, layers, batches, "auto", 1, limit=3 * 4 * 3 * 144 * 4)
+    assert 4 < probe.samples < 20
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-4, 1), st.floats(1e-7, 10)), min_size=1, max_size=4),
+)
+@settings(max_examples=100)
+def test_responses_rise_and_pass_through_rising_points(points):
+    response = Response()
+    for error, loss in points:
+        response.add(error, loss)
+    errors = np.geomspace(1e-6, 1, 50)
+    losses = response(errors)
+    assert (np.diff(losses) >= -1e-12).all()
+    assert response(np.zeros(1))[0] == 0
+    known, logarithms = response.logarithms()
+    np.testing.assert_allclose(response(np.exp(known)), np.exp(logarithms), rtol=1e-6)
+
+
+def test_measured_points_are_on_the_curves(setting):
+    sensitivity = Sensitivity(
+        setting.analysis.layers,
+        setting.analysis.curves,
+        setting.analysis.schemes,
+        setting.seen,
+        setting.probe,
+    )
+    constraints = setting.analysis.constraints(Budget(mem=0.6))
+    sensitivity.measure(constraints)
+    from cobla_onnx.allocation import allocate
+
+    choices = allocate(setting.analysis.curves, sensitivity.objective(), constraints).choices
+    assert any(choice is not None for choice in choices)
+    sensitivity.refine(choices)
+    assert not sensitivity.refine(choices)
+    objective = sensitivity.objective()
+    for index, choice in enumerate(choices):
+        if choice is None:
+            continue
+        layer, scheme = (
+            setting.analysis.layers[index],
+            setting.analysis.schemes[index][choice.curve],
+        )
+        (found,) = setting.seen.approximate(layer, scheme, [choice.rank])
+        measured = setting.probe.loss({index: (found.weight, found.bias)})
+        curve = objective.curve(index, choice.curve)
+        assert curve[choice.rank] <= measured * 1.01 + 1e-8
+        assert (np.diff(curve) <= 1e-12).all()
+        assert curve[-1] == 0
+
+
+def test_refit_is_kept_only_where_it_helps(setting):
+    chosen = []
+    for index, layer in enumerate(setting.analysis.layers[1:], 1):
+        scheme = setting.analysis.schemes[index][0]
+        (found,) = setting.seen.approximate(layer, scheme, [4])
+        chosen.append(ChosenLayer(index, layer, scheme, 4, found))
+
+    def loss(approximations) -> float:
+        return setting.selection.loss(
+            {e.index: (a.weight, a.bias) for e, a in zip(chosen, approximations, strict=True)}
+        )
+
+    before = loss([entry.approximation for entry in chosen])
+    after, kept = refit_layers(setting.model, chosen, setting.batches, setting.selection, threads=1)
+    assert loss(after) <= before
+    # The first of the two has no approximated layer before it.
+    assert after[0] is chosen[0].approximation
+    assert kept == (after[1] is not chosen[1].approximation)
+
+
+def test_refit_of_a_last_layer_is_the_least_squares_answer(setting):
+    """With a bias and full rank the refit undoes what a linear map can undo."""
+    first, last = setting.analysis.layers[1], setting.analysis.layers[-1]
+    scheme = setting.analysis.schemes[1][0]
+    (poor,) = setting.seen.approximate(first, scheme, [6])
+    matrix = schemes_for(last)[0]
+    (whole,) = setting.seen.approximate(last, matrix, [10])
+    chosen = [
+        ChosenLayer(1, first, scheme, 6, poor),
+        ChosenLayer(len(setting.analysis.layers) - 1, last, matrix, 10, whole),
+    ]
+    own = Probe(setting.model, setting.analysis.layers, setting.batches(), "mse", 1)
+    before = own.loss({e.index: (e.approximation.weight, e.approximation.bias) for e in chosen})
+    after, kept = refit_layers(setting.model, chosen, setting.batches, own, threads=1)
+    assert kept == 1
+    refitted = own.loss({e.index: (a.weight, a.bias) for e, a in zip(chosen, after, strict=True)})
+    assert refitted < 0.9 * before
+
+
+def test_wide_layers_refit_their_second_factor(setting, monkeypatch):
+    monkeypatch.setattr("cobla_onnx.calibration.refit.WIDE", 5)
+    test_refit_of_a_last_layer_is_the_least_squares_answer(setting)
