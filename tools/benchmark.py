@@ -22,7 +22,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -352,7 +352,7 @@ def prepare(bench: Bench, name: str) -> Any:
 
 
 def measure(
-    task: Task,
+    task_name: str,
     name: str,
     wanted: Sequence[tuple[str, float]],
     paths: tuple[Path, ...],
@@ -366,6 +366,7 @@ def measure(
     from cobla_onnx.graph.model_file import stored_bytes
 
     results, assets, wheels = paths
+    task = next(task for task in TASKS if task.name == task_name)
     bench = Bench(task, assets, wheels, threads)
     base = peak()
     with threadpool_limits(threads):
@@ -461,7 +462,7 @@ def run(
             print(f"{task.name}: {name}, {len(wanted)} budgets", file=sys.stderr, flush=True)
             process = multiprocessing.get_context("spawn").Process(
                 target=measure,
-                args=(replace(task), name, wanted, (results, assets, wheels), threads),
+                args=(task.name, name, wanted, (results, assets, wheels), threads),
             )
             process.start()
             process.join()
