@@ -534,9 +534,10 @@ def _footnotes(rows: list[dict[str, Any]]) -> None:
         mine = [row for row in rows if row["method"] == name and "seconds" in row]
         if mine:
             each = float(np.median([row["seconds"] for row in mine]))
+            most = max(row["peak_mb"] for row in mine)
             print(
                 f"{name}: analysis {mine[0]['analysis_seconds']:.0f} s, {each:.0f} s a budget "
-                f"(median), peak memory {max(row['peak_mb'] for row in mine):.0f} MB, images included."
+                f"(median), peak memory {most:.0f} MB, images included."
             )
 
 

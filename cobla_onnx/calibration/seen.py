@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -20,8 +21,12 @@ from cobla_onnx.runtime import Feeds
 
 __all__ = ["Approximation", "Seen"]
 
+Solver: TypeAlias = WeightedFactorizer | OutputFactorizer
+
 # Vectors longer than this are not multiplied out: the moment of the outputs serves.
 WIDE = 5000
+# Bytes of second moments whose decomposition is kept for the next rank that is asked for.
+KEPT = 1 << 28
 # Ranks at which an error that no spectrum tells is computed; in between it is interpolated.
 GRID = 14
 
@@ -79,6 +84,8 @@ class Seen:
             threads=threads,
             progress=progress,
         )
+        # Decompositions, the last used at the end, with their size in bytes.
+        self._solvers: OrderedDict[tuple[str, str], tuple[Solver, int]] = OrderedDict()
 
     def close(self) -> None:
         """Give the disk space back."""
@@ -135,7 +142,19 @@ class Seen:
 
     def _factorizer(
         self, layer: Layer, scheme: Scheme, weight: NDArray[Any], max_rank: int
-    ) -> WeightedFactorizer | OutputFactorizer:
+    ) -> Solver:
+        key = (layer.name, scheme.name)
+        found = self._solvers.pop(key, None)
+        if found is None or found[0].max_rank < max_rank:
+            found = self._decompose(layer, scheme, weight, max_rank)
+        self._solvers[key] = found
+        while sum(size for _, size in self._solvers.values()) > KEPT and len(self._solvers) > 1:
+            self._solvers.popitem(last=False)
+        return found[0]
+
+    def _decompose(
+        self, layer: Layer, scheme: Scheme, weight: NDArray[Any], max_rank: int
+    ) -> tuple[Solver, int]:
         moment = self._moment(layer)
         wide = self.is_wide(layer)
         # A bias of its own absorbs the mean, any other is part of a wide layer's outputs.
@@ -143,7 +162,7 @@ class Seen:
         centred = layer.bias is not None or (wide and biased)
         second = moment.covariance() if centred else moment.second
         kind = OutputFactorizer if wide else WeightedFactorizer
-        return kind(scheme, weight, second, max_rank)
+        return kind(scheme, weight, second, max_rank), 2 * second.nbytes + 16 * layer.params
 
     def _moment(self, layer: Layer) -> Moment:
         return self._store.get(self._patches[layer.name])

@@ -69,6 +69,7 @@ class WeightedFactorizer:
         self, scheme: Scheme, weight: NDArray[Any], second: Float64, max_rank: int
     ) -> None:
         self.scheme = scheme
+        self.max_rank = max_rank
         stack = scheme.matrix(weight).astype(np.float64)
         if not scheme.inputs_first:
             stack = stack.swapaxes(1, 2)
@@ -154,6 +155,7 @@ class OutputFactorizer:
     ) -> None:
         assert scheme.offsets == 1
         self.scheme = scheme
+        self.max_rank = max_rank
         self._rows = scheme.rows_of(weight)
         self.energy = float(np.einsum("gii->", outputs))
         found = [_descending(gram) for gram in outputs]
