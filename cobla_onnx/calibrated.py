@@ -140,8 +140,7 @@ class Calibrated:
 
     def held_back(self) -> tuple[str, Callable[[], Iterable[Feeds]]]:
         """Return the selection split's name, and fresh batches of it, for the verification."""
-        name = f"selection ({self.dataset.source})"
-        return name, lambda: self.batches(self.dataset.selection)
+        return "held-back", lambda: self.batches(self.dataset.selection)
 
     def report(self) -> CalibrationReport:
         """Return what the data was and what it told."""

@@ -41,7 +41,7 @@ def test_the_command_with_data(demo_model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "calibrated on 80 samples" in done.stdout
-    assert "verified in onnxruntime on 20 samples of selection" in done.stdout
+    assert "verified in onnxruntime on 20 samples of held-back data" in done.stdout
     assert "no data was given" not in done.stdout
     content = json.loads(report.read_text())
     assert content["solver"]["objective"] == "output"
