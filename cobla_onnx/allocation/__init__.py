@@ -3,7 +3,13 @@
 from cobla_onnx.allocation.allocate import Allocation, Certificate, allocate
 from cobla_onnx.allocation.budget import Budget, Constraint
 from cobla_onnx.allocation.curves import Choice, Curve, LayerCurves
-from cobla_onnx.allocation.objective import Masks, Objective, OutputError, WeightError
+from cobla_onnx.allocation.objective import (
+    Masks,
+    Objective,
+    OutputError,
+    SeparableError,
+    WeightError,
+)
 
 __all__ = [
     "Allocation",
@@ -16,6 +22,7 @@ __all__ = [
     "Masks",
     "Objective",
     "OutputError",
+    "SeparableError",
     "WeightError",
     "allocate",
 ]

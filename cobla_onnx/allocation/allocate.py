@@ -103,7 +103,7 @@ def allocate(
     relaxed: Relaxed | None = None
     notes: tuple[str, ...] = ()
     if solver == "slsqp":
-        relaxed = relax(layers, objective, losses, constraints, warm)
+        relaxed = relax(layers, objective, losses, constraints, warm.choices, warm.multipliers)
         if relaxed.masks is None:
             notes = (f"SLSQP: {relaxed.problem}; the knapsack's answer is used instead",)
         for choices in _rounded(layers, objective, losses, constraints, relaxed):

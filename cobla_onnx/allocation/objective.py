@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cobla_onnx.allocation.curves import Choice, Float64, LayerCurves
 
@@ -23,10 +24,20 @@ class Masks:
         For each layer, the curve whose singular values are masked.
     values : tuple of float64 array, each of shape (full_rank,)
         In [0, 1]; all ones is the layer kept whole.
+    edges : tuple of int64 array, each of shape (blocks + 1,), optional
+        Where blocks of equal masks begin, from 0, and the full rank at the end; each mask
+        is a block of its own where there are none.
     """
 
     schemes: tuple[int, ...]
     values: tuple[Float64, ...]
+    edges: tuple[NDArray[np.int64], ...] = ()
+
+    def blocks(self, layer: int) -> NDArray[np.int64]:
+        """Return the edges of a layer's blocks, from 0 to the full rank."""
+        if self.edges:
+            return self.edges[layer]
+        return np.arange(len(self.values[layer]) + 1)
 
 
 class Objective(Protocol):
@@ -39,7 +50,10 @@ class Objective(Protocol):
         ...
 
     def gradient(self, masks: Masks) -> tuple[Float64, ...]:
-        """Derivative by each mask, in the shape of ``masks.values``."""
+        """Derivative by each mask, in the shape of ``masks.values``.
+
+        Only its sums over the blocks of the masks are looked at.
+        """
         ...
 
     def curve(self, layer: int, curve: int) -> Float64:
@@ -107,12 +121,16 @@ class OutputError(SeparableError):
 
 def masks_of(layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) -> Masks:
     """Write choices as 0/1 masks."""
-    schemes, values = [], []
+    schemes, values, edges = [], [], []
     for layer, choice in zip(layers, choices, strict=True):
         scheme = 0 if choice is None else choice.curve
-        mask = np.ones(len(layer.curves[scheme].singular_values))
+        full_rank = len(layer.curves[scheme].singular_values)
+        mask = np.ones(full_rank)
+        cuts = [0, full_rank]
         if choice is not None:
             mask[choice.rank :] = 0.0
+            cuts = [0, choice.rank, full_rank]
         schemes.append(scheme)
         values.append(mask)
-    return Masks(tuple(schemes), tuple(values))
+        edges.append(np.unique(np.array(cuts, dtype=np.int64)))
+    return Masks(tuple(schemes), tuple(values), tuple(edges))

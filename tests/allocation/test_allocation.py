@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from cobla_onnx.allocation import Budget, Choice, Curve, LayerCurves, WeightError, allocate
 from cobla_onnx.allocation.knapsack import knapsack
 from cobla_onnx.allocation.objective import Masks, masks_of
-from cobla_onnx.allocation.slsqp import relax
+from cobla_onnx.allocation.slsqp import Effort, relax
 from cobla_onnx.errors import BudgetError, UsageError
 
 
@@ -182,7 +182,9 @@ def test_slsqp_solves_the_relaxed_problem():
     constraints = Budget(mem=0.4).constraints(layers, *totals(layers, 0))
     losses = [[objective.curve(i, 0)] for i in range(len(layers))]
     warm = knapsack(layers, losses, constraints)
-    relaxed = relax(layers, objective, losses, constraints, warm, max_variables=2000)
+    relaxed = relax(
+        layers, objective, losses, constraints, warm.choices, warm.multipliers, Effort(2000)
+    )
     assert relaxed.masks is not None, relaxed.problem
     assert relaxed.kkt_residual < 1e-3
     energies, costs = [], []

@@ -1,0 +1,185 @@
+"""Masks of all layers in a row, cut into blocks of neighbours that share one mask.
+
+Keep-whole. Under its active scheme a layer's masks up to the tangent rank r_t cost what a
+unit of rank costs; all singular values beyond r_t share one mask, which costs what is
+then missing to the whole layer. r_t is where the line from the whole layer touches the
+convex curve of loss against cost, so between r_t and whole no rank is worth its price.
+All masks at 1 are the whole layer at exactly its cost: the authors' second pass for "cost
+saturation" becomes part of one linear problem.
+
+Blocks. Neighbouring singular values share a mask. What the prices of the knapsack settle
+is frozen; a second round freezes what reached a bound and splits what did not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cobla_onnx.allocation.budget import Constraint
+from cobla_onnx.allocation.curves import Choice, Float64, LayerCurves
+from cobla_onnx.allocation.knapsack import LossCurves
+from cobla_onnx.allocation.objective import Masks
+
+__all__ = ["Blocks", "Space", "active_schemes", "partition", "refine", "warm_masks"]
+
+# A gain this many times its price is kept, one this many times below it is dropped.
+CERTAIN_KEEP, CERTAIN_DROP = 100.0, 8.0
+
+
+@dataclass
+class Blocks:
+    """A partition of all masks into blocks of neighbours, over all layers in a row.
+
+    ``starts`` are the first mask of each block, ``costs`` (constraints, blocks) what a
+    block costs as a share of the room that each budget leaves, and ``curvature`` is that
+    of the separable model.
+    """
+
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    costs: Float64
+    curvature: Float64
+    divisible: NDArray[np.bool_]
+    free: NDArray[np.bool_]
+
+
+class Space:
+    """The masks of all layers as one vector, with their costs and gains.
+
+    ``gains`` is what each singular value saves in the separable model.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerCurves],
+        losses: LossCurves,
+        constraints: Sequence[Constraint],
+        schemes: Sequence[int],
+        tails: Sequence[int],
+    ) -> None:
+        self.schemes = tuple(schemes)
+        self.gains = np.concatenate([-np.diff(losses[i][s]) for i, s in enumerate(schemes)])
+        curves = [layer.curves[s] for layer, s in zip(layers, schemes, strict=True)]
+        self.lengths = np.array([len(c.singular_values) for c in curves])
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        costs = np.zeros((len(constraints), self.offsets[-1]))
+        for k, constraint in enumerate(constraints):
+            room = max(constraint.limit - constraint.fixed, 1)
+            for i, (layer, curve) in enumerate(zip(layers, curves, strict=True)):
+                start, end = self.offsets[i], self.offsets[i + 1]
+                unit, tail = constraint.per_rank(curve), tails[i]
+                costs[k, start : start + tail] = unit / room
+                rest = (constraint.whole(layer) - tail * unit) / room
+                costs[k, start + tail : end] = rest / max(end - start - tail, 1)
+        self.costs = costs
+
+    def masks(self, flat: Float64, starts: NDArray[np.int64]) -> Masks:
+        """Cut the vector into layers; `starts` are those of all blocks."""
+        own = np.split(starts, np.searchsorted(starts, self.offsets[1:-1]))
+        edges = [
+            np.append(blocks - offset, length)
+            for blocks, offset, length in zip(own, self.offsets, self.lengths, strict=False)
+        ]
+        return Masks(self.schemes, tuple(np.split(flat, self.offsets[1:-1])), tuple(edges))
+
+
+def active_schemes(
+    layers: Sequence[LayerCurves],
+    losses: LossCurves,
+    constraints: Sequence[Constraint],
+    start: Sequence[Choice | None],
+    weights: Float64,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the scheme to relax for each layer and its tangent rank."""
+    schemes, tails = [], []
+    for index, (layer, choice) in enumerate(zip(layers, start, strict=True)):
+        rooms = [max(c.limit - c.fixed, 1) for c in constraints]
+        shares = weights / rooms
+        whole = shares @ [c.whole(layer) for c in constraints]
+        best, tangents = [], []
+        for number, curve in enumerate(layer.curves):
+            unit = shares @ [c.per_rank(curve) for c in constraints]
+            ranks = np.append(0, curve.ranks)
+            loss = np.asarray(losses[index][number])[ranks]
+            best.append(float((loss + unit * ranks).min()))
+            missing = whole - unit * ranks
+            steep = np.where(missing > 0, loss / np.where(missing > 0, missing, 1.0), np.inf)
+            tangents.append(int(ranks[np.argmin(steep)]))
+        scheme = int(np.argmin(best)) if choice is None else choice.curve
+        schemes.append(scheme)
+        tails.append(tangents[scheme])
+    return tuple(schemes), tuple(tails)
+
+
+def warm_masks(space: Space, choices: Sequence[Choice | None]) -> Float64:
+    """Write choices as one vector of masks."""
+    flat = np.ones(space.offsets[-1])
+    for i, choice in enumerate(choices):
+        if choice is not None:
+            flat[space.offsets[i] + choice.rank : space.offsets[i + 1]] = 0.0
+    return flat
+
+
+def partition(
+    space: Space,
+    tails: Sequence[int],
+    weights: Float64,
+    flat: Float64,
+    max_variables: int,
+) -> Blocks:
+    """Cut each layer's masks into blocks; freeze those whose gain and price settle them.
+
+    The rank of the start is one of the cuts, so that blocks can express it.
+    """
+    gains = space.gains
+    price = weights @ space.costs
+    each = max(2, (max_variables - len(tails)) // max(len(tails), 1))
+    starts: list[int] = []
+    divisible: list[bool] = []
+    for i, tail in enumerate(tails):
+        begin, end = int(space.offsets[i]), int(space.offsets[i + 1])
+        sure = gains[begin : begin + tail] > CERTAIN_KEEP * price[begin : begin + tail]
+        none = gains[begin : begin + tail] * CERTAIN_DROP < price[begin : begin + tail]
+        low = int(np.argmin(sure)) if tail and not sure.all() else tail
+        high = max(low, tail - int(np.argmin(none[::-1])) if tail and not none.all() else low)
+        cuts = np.unique(np.linspace(low, high, each + 1).round().astype(int))
+        rank = min(int(flat[begin:end].sum()), tail)
+        edges = sorted({0, *cuts.tolist(), rank, tail} - ({end - begin} if end > begin else set()))
+        starts.extend(begin + e for e in edges)
+        divisible.extend(e < tail for e in edges)
+    blocks = _with_costs(space, np.array(starts), np.array(divisible))
+    gain = np.add.reduceat(gains, blocks.starts)
+    cost = np.add.reduceat(price, blocks.starts)
+    kept, dropped = gain > CERTAIN_KEEP * cost, gain * CERTAIN_DROP < cost
+    mean = np.add.reduceat(flat, blocks.starts) / blocks.sizes
+    # Only what the warm start agrees with: it is feasible, and so stays the start.
+    blocks.free = ~((kept & (mean == 1.0)) | (dropped & (mean == 0.0)))
+    return blocks
+
+
+def _with_costs(space: Space, starts: NDArray[np.int64], divisible: NDArray[np.bool_]) -> Blocks:
+    sizes = np.diff(np.append(starts, space.offsets[-1]))
+    costs = np.add.reduceat(space.costs, starts, axis=1)
+    curvature = 2.0 * np.add.reduceat(space.gains, starts)
+    return Blocks(starts, sizes, costs, curvature, divisible, np.ones(len(starts), dtype=bool))
+
+
+def refine(space: Space, blocks: Blocks, flat: Float64, max_variables: int) -> Blocks:
+    """Freeze the blocks that reached a bound, halve the widest of the others."""
+    mean = np.add.reduceat(flat, blocks.starts) / blocks.sizes
+    open_ = (mean > 1e-3) & (mean < 1 - 1e-3)
+    order = np.argsort(-blocks.sizes * (open_ & blocks.divisible), kind="stable")
+    spare = max(0, max_variables - int(open_.sum()))
+    split = [b for b in order[:spare] if open_[b] and blocks.divisible[b] and blocks.sizes[b] > 1]
+    halves = blocks.starts[split] + blocks.sizes[split] // 2
+    starts = np.concatenate([blocks.starts, halves])
+    order = np.argsort(starts, kind="stable")
+    divisible = np.concatenate([blocks.divisible, np.ones(len(halves), dtype=bool)])[order]
+    free = np.concatenate([open_, np.ones(len(halves), dtype=bool)])[order]
+    result = _with_costs(space, starts[order], divisible)
+    result.free = free
+    return result

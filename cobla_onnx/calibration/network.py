@@ -1,0 +1,249 @@
+"""The loss of the network itself as a function of masks: what COBLA minimises.
+
+Each layer follows a path from rank 0 to its own weight, W(0) = 0, W(1), ..., W(full): the
+truncations that it would have after the allocation, each the best of its rank. With
+D_j = W(j) - W(j-1) the weight at masks m is sum_j m_j D_j, and
+
+    dE/dm_j = <dE/dW, D_j> + <dE/db, d_j>,
+
+which for a plain truncated SVD is Li and Shi's s_j u_j^T (dE/dW) v_j, and here also holds
+for factors that see the data, whose second factor changes with the rank, and for the bias b
+that takes up the mean of what is lost. Masks come in blocks, so the path is only needed at
+their edges.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cobla_onnx.allocation import Choice, LayerCurves, Masks, SeparableError
+from cobla_onnx.calibration.probe import Weights
+from cobla_onnx.calibration.seen import Approximation
+from cobla_onnx.lowrank.factorize import Float64
+
+__all__ = ["Gradients", "NetworkLoss", "Path"]
+
+Pair: TypeAlias = "tuple[NDArray[Any], NDArray[Any] | None]"
+"""A layer's weight and bias, or derivatives by them; None where the layer has no bias."""
+
+# Bytes of weights on paths that are kept.
+KEPT_PATH = 1 << 29
+# Ranks at which a linearisation is computed; in between it is interpolated.
+GRID = 12
+
+
+class Gradients(Protocol):
+    """The loss of the network at other weights, and its derivatives."""
+
+    def loss(self, weights: Weights) -> float:
+        """Mean loss of the samples."""
+        ...
+
+    def gradient(self, weights: Weights) -> Sequence[Pair]:
+        """Derivative of the mean loss by every layer's weight and bias."""
+        ...
+
+
+class Path:
+    """Truncations of all layers, the last used kept.
+
+    Parameters
+    ----------
+    whole : sequence of (array, array or None)
+        Weight and bias of each layer as they are.
+    approximate : callable
+        Given the layer, the curve and ascending ranks, the approximations.
+    """
+
+    def __init__(
+        self,
+        whole: Sequence[Pair],
+        approximate: Callable[[int, int, Sequence[int]], Sequence[Approximation]],
+    ) -> None:
+        self.whole = whole
+        self._approximate = approximate
+        self._kept: OrderedDict[tuple[int, int, int], Pair] = OrderedDict()
+        self._bytes = 0
+
+    def at(self, layer: int, curve: int, ranks: Sequence[int]) -> list[Pair]:
+        """Return the layer's weight and bias at the given ranks, each at least 1."""
+        missing = [rank for rank in ranks if (layer, curve, rank) not in self._kept]
+        found = {}
+        if missing:
+            weight, _ = self.whole[layer]
+            for rank, made in zip(missing, self._approximate(layer, curve, missing), strict=True):
+                found[rank] = (made.weight.astype(weight.dtype), made.bias)
+        for rank in ranks:
+            key = (layer, curve, rank)
+            if key in self._kept:
+                found[rank] = self._kept[key]
+                self._kept.move_to_end(key)
+            else:
+                self._kept[key] = found[rank]
+                self._bytes += found[rank][0].nbytes
+        while self._bytes > KEPT_PATH and self._kept:
+            _, (weight, _) = self._kept.popitem(last=False)
+            self._bytes -= weight.nbytes
+        return [found[rank] for rank in ranks]
+
+
+@dataclass
+class NetworkLoss:
+    """Mean loss of the network on calibration samples, at masks.
+
+    Parameters
+    ----------
+    layers : sequence of LayerCurves
+    path : Path
+    gradients : Gradients
+    separable : SeparableError
+        A model of it that is a sum over layers.
+    """
+
+    layers: Sequence[LayerCurves]
+    path: Path
+    gradients: Gradients
+    separable: SeparableError
+    name: str = "loss"
+
+    def curve(self, layer: int, curve: int) -> Float64:
+        """Return the separable model's loss at ranks 0 to full rank."""
+        return self.separable.curve(layer, curve)
+
+    def value(self, masks: Masks) -> float:
+        """Loss at the masks."""
+        return self.gradients.loss(self.weights(masks))
+
+    def gradient(self, masks: Masks) -> tuple[Float64, ...]:
+        """Derivative by each block of masks, spread evenly over it."""
+        slopes = self.gradients.gradient(self.weights(masks))
+        result = []
+        for index, slope in enumerate(slopes):
+            edges = masks.blocks(index)
+            steps = [
+                _inner(slope, _difference(high, low))
+                for low, high in zip(*_pairwise(self._points(index, masks)), strict=True)
+            ]
+            sizes = np.diff(edges)
+            result.append(np.repeat(np.array(steps) / sizes, sizes))
+        return tuple(result)
+
+    def weights(self, masks: Masks) -> dict[int, Pair]:
+        """Weight and bias of every layer that is not whole."""
+        result = {}
+        for index, mask in enumerate(masks.values):
+            if (mask == 1.0).all():
+                continue
+            levels = mask[masks.blocks(index)[:-1]]
+            points = self._points(index, masks)
+            # sum of m_k (W_(k+1) - W_k), written as a sum over the points themselves.
+            shares = -np.diff(np.concatenate([[1.0], levels, [0.0]]))
+            dtype = self.path.whole[index][0].dtype
+            weight: NDArray[Any] = np.zeros(points[0][0].shape, dtype)
+            bias = None if points[0][1] is None else np.zeros(points[0][1].shape)
+            for share, (at, moved) in zip(shares, points, strict=True):
+                if share:
+                    weight += dtype.type(share) * at
+                    if bias is not None and moved is not None:
+                        bias += share * moved
+            result[index] = (weight, bias)
+        return result
+
+    def linearised(
+        self, choices: Sequence[Choice | None], kappa: float = 1.0
+    ) -> list[list[Float64]]:
+        """Predict the loss's change for every rank of every curve, the others held.
+
+        To second order: the true slope from the present weights, and the curvature of the
+        separable model, in which the errors of a layer's singular values add up. Relative
+        to keeping the layer whole, as the knapsack wants it; 0 at full rank.
+        """
+        masks = _masks(self.layers, choices)
+        slopes = self.gradients.gradient(self.weights(masks))
+        result = []
+        for index, (layer, choice, slope) in enumerate(
+            zip(self.layers, choices, slopes, strict=True)
+        ):
+            now, spent = self.path.whole[index], 0.0
+            if choice is not None:
+                (now,) = self.path.at(index, choice.curve, [choice.rank])
+                spent = float(self.curve(index, choice.curve)[choice.rank])
+            whole = _inner(slope, _difference(self.path.whole[index], now)) + kappa * spent
+            result.append(
+                [
+                    self._predicted(index, number, choice, slope, now, spent, kappa) - whole
+                    for number in range(len(layer.curves))
+                ]
+            )
+        return result
+
+    def _predicted(
+        self,
+        index: int,
+        number: int,
+        choice: Choice | None,
+        slope: Pair,
+        now: Pair,
+        spent: float,
+        kappa: float,
+    ) -> Float64:
+        """Change of the loss at all ranks of one curve, from the weights as they are now."""
+        curve = self.layers[index].curves[number]
+        full_rank = len(curve.singular_values)
+        grid = np.geomspace(curve.ranks[0], curve.ranks[-1], GRID).round().astype(np.int64)
+        same = choice is not None and choice.curve == number
+        if choice is not None and same:
+            grid = np.append(grid, choice.rank)
+        grid = np.unique(grid)
+        points = self.path.at(index, number, grid.tolist())
+        linear = [_inner(slope, _difference(point, now)) for point in points]
+        end = _inner(slope, _difference(self.path.whole[index], now))
+        ranks = np.arange(full_rank + 1)
+        interpolated = np.interp(ranks, [*grid, full_rank], [*linear, end])
+        own = np.asarray(self.curve(index, number))
+        curvature = np.abs(own - spent) if same else own + spent
+        return np.asarray(interpolated + kappa * curvature)
+
+    def _points(self, index: int, masks: Masks) -> list[Pair]:
+        """Weight and bias at the edges of a layer's blocks, from rank 0 to the whole."""
+        edges = masks.blocks(index)
+        inner = self.path.at(index, masks.schemes[index], edges[1:-1].tolist())
+        weight, bias = self.path.whole[index]
+        nothing = np.zeros_like(weight)
+        # Without its weight a layer gives its bias; where that is lies on the path's start.
+        start = bias if bias is None or not inner else _start_bias(inner, bias)
+        return [(nothing, start), *inner, (weight, bias)]
+
+
+def _start_bias(inner: Sequence[Pair], bias: NDArray[Any]) -> NDArray[Any]:
+    first = inner[0][1]
+    return bias if first is None else first
+
+
+def _masks(layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) -> Masks:
+    from cobla_onnx.allocation.objective import masks_of
+
+    return masks_of(layers, choices)
+
+
+def _pairwise(points: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
+    return points[:-1], points[1:]
+
+
+def _difference(high: Pair, low: Pair) -> Pair:
+    bias = None if high[1] is None or low[1] is None else high[1] - low[1]
+    return high[0] - low[0], bias
+
+
+def _inner(slope: Pair, step: Pair) -> float:
+    """Inner product of a derivative with a change."""
+    total = float(np.vdot(slope[0], step[0]))
+    if slope[1] is not None and step[1] is not None:
+        total += float(np.vdot(slope[1], step[1]))
+    return total
