@@ -8,20 +8,28 @@ and between a layer's factors before and after refit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import onnx
 
 from cobla_onnx.allocation import Allocation, Choice, Constraint, OutputError, allocate
+from cobla_onnx.allocation.objective import masks_of
+from cobla_onnx.allocation.sequential import Step, allocate_by_loss
+from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.calibration.dataset import Dataset
+from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.loss import LossName
+from cobla_onnx.calibration.network import NetworkLoss, Path
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import Sensitivity
+from cobla_onnx.calibration.soften import soften
+from cobla_onnx.graph.layers import read_bias, read_weight
+from cobla_onnx.lowrank.factorize import Float64
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
@@ -34,6 +42,8 @@ __all__ = ["Calibrated"]
 PROBE_SAMPLES = 48
 # Allocations at most, each with the points measured that the one before has chosen.
 ROUNDS = 4
+# Of SLSQP on the network's loss: each iteration is a pass forward and back.
+LOSS_EFFORT = Effort(max_variables=120, rounds=1, iterations=15, tolerance=1e-3, converge=False)
 
 
 @dataclass
@@ -60,8 +70,10 @@ class Calibrated:
     loss: LossName
     threads: int
     progress: Progress
+    history: list[Step] = field(default_factory=list)
     _report: dict[str, Any] = field(default_factory=dict)
     _sensitivity: Sensitivity | None = None
+    _gradient_probe: GradientProbe | None = None
 
     def __post_init__(self) -> None:
         self._selection = self._probe(self.batches(self.dataset.selection))
@@ -72,6 +84,35 @@ class Calibrated:
 
     def _probe(self, batches: Iterable[Feeds]) -> Probe:
         return Probe(self.model, self.analysis.layers, batches, self.loss, self.threads)
+
+    def allocate_by_loss(
+        self,
+        constraints: Sequence[Constraint],
+        solver: Literal["slsqp", "milp"],
+        effort: Effort = LOSS_EFFORT,
+    ) -> Allocation:
+        """Choose ranks by `allocate`, then improve them by the loss of the whole network.
+
+        Raises
+        ------
+        BudgetError
+            If the constraints cannot be met.
+        """
+        warm = self.allocate(constraints, solver)
+        if self._sensitivity is None:
+            return warm
+        curves = self.analysis.curves
+        gradients = self._gradients()
+        objective = NetworkLoss(curves, self._path(), gradients, self._sensitivity.objective())
+        start = masks_of(curves, warm.choices)
+        # The separable model was measured at temperature 1: bring it to the search's scale.
+        ratio = objective.value(start) / max(objective.separable.value(start), 1e-12)
+        objective = replace(objective, separable=objective.separable.scaled(ratio))
+        allocation, candidates = allocate_by_loss(
+            curves, objective, constraints, warm, self._selection_losses, effort, self._watch
+        )
+        self._report["candidates"] += tuple(float(c.selection.mean()) for c in candidates[1:])
+        return allocation
 
     def allocate(
         self, constraints: Sequence[Constraint], solver: Literal["slsqp", "milp"]
@@ -116,6 +157,37 @@ class Calibrated:
             )
             self._sensitivity.measure(constraints, partial(self.progress, "sensitivity"))
         return self._sensitivity
+
+    def _gradients(self) -> GradientProbe:
+        """Open the gradient graph once, on the whole calibration split."""
+        if self._gradient_probe is None:
+            kinds = self._selection.kinds
+            labelled = any(kind.startswith("ce") for kind in kinds.values())
+            probe = Probe(
+                self.model if labelled else soften(self.model, kinds),
+                self.analysis.layers,
+                self.batches(self.dataset.calibration),
+                "ce" if labelled else "mse",
+                self.threads,
+            )
+            self._gradient_probe = GradientProbe(probe, self.threads)
+        return self._gradient_probe
+
+    def _path(self) -> Path:
+        def approximate(layer: int, curve: int, ranks: Sequence[int]) -> list[Approximation]:
+            found = self.analysis.layers[layer], self.analysis.schemes[layer][curve]
+            approximations: list[Approximation] = self._seen.approximate(*found, ranks)
+            return approximations
+
+        whole = [
+            (read_weight(self.model, layer), read_bias(self.model, layer))
+            for layer in self.analysis.layers
+        ]
+        return Path(whole, approximate)
+
+    def _watch(self, step: Step) -> None:
+        self.history.append(step)
+        self.progress(f"network loss: {step.loss:.4g}", step.number, step.number + 1)
 
     def factorise(self, plan: Plan, refit: bool) -> list[Replacement]:
         """Factorise the chosen layers, and refit them if asked to."""
@@ -168,14 +240,22 @@ class Calibrated:
             chosen.append(ChosenLayer(index[layer.name], layer, scheme, rank, found))
         return chosen
 
-    def _selection_loss(self, choices: Sequence[Choice | None]) -> float:
+    def _selection_losses(self, choices: Sequence[Choice | None]) -> Float64:
         chosen = self._chosen(self.analysis.plan(choices))
-        return self._loss(chosen, [entry.approximation for entry in chosen])
+        return self._losses(chosen, [entry.approximation for entry in chosen])
+
+    def _selection_loss(self, choices: Sequence[Choice | None]) -> float:
+        return float(self._selection_losses(choices).mean())
 
     def _loss(
         self, chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]
     ) -> float:
-        return self._selection.loss(
+        return float(self._losses(chosen, approximations).mean())
+
+    def _losses(
+        self, chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]
+    ) -> Float64:
+        return self._selection.losses(
             {
                 entry.index: (found.weight, found.bias)
                 for entry, found in zip(chosen, approximations, strict=True)

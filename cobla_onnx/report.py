@@ -80,8 +80,8 @@ class SolverReport:
     name: str
     objective: str
     value: float
-    lower_bound: float
-    gap: float
+    lower_bound: float | None
+    gap: float | None
     multipliers: dict[str, float]
     relaxed_value: float | None = None
     kkt_residual: float | None = None

@@ -14,7 +14,7 @@ from cobla_onnx.allocation.knapsack import LossCurves, knapsack
 from cobla_onnx.allocation.objective import Objective, masks_of
 from cobla_onnx.allocation.slsqp import Relaxed, nearest_choices, relax
 
-__all__ = ["Allocation", "Certificate", "allocate"]
+__all__ = ["Allocation", "Certificate", "allocate", "fitting"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Certificate:
     solver, objective : str
     value : float
         Objective of the choices.
-    lower_bound : float
-        No choices within the budgets have less, for a separable objective.
-    gap : float
+    lower_bound : float or None
+        No choices within the budgets have less; None where the objective is not separable.
+    gap : float or None
         (value - lower_bound) / value.
     multipliers : mapping of str to float
         How much the objective would fall per unit by which a budget's fraction is raised.
@@ -45,8 +45,8 @@ class Certificate:
     solver: str
     objective: str
     value: float
-    lower_bound: float
-    gap: float
+    lower_bound: float | None
+    gap: float | None
     multipliers: Mapping[str, float]
     reached: Mapping[str, int]
     relaxed_value: float | None = None
@@ -145,6 +145,13 @@ def _rounded(
     if not np.allclose(scales, 1.0, rtol=1e-9):
         scaled = [[c * s for c in curves] for curves, s in zip(losses, scales, strict=True)]
         yield knapsack(layers, scaled, constraints).choices
+    yield from fitting(layers, constraints, relaxed)
+
+
+def fitting(
+    layers: Sequence[LayerCurves], constraints: Sequence[Constraint], relaxed: Relaxed
+) -> Iterator[tuple[Choice | None, ...]]:
+    """Yield choices nearest to ever larger shares of the relaxed ranks, all within limits."""
     low, high = 0.0, 1.0
     for _ in range(25):
         # The largest share of the relaxed ranks that fits the budgets.

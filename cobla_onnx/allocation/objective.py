@@ -89,6 +89,11 @@ class SeparableError:
         """Loss at each rank, from 0 to full rank."""
         return self._curves[layer][curve]
 
+    def scaled(self, factor: float) -> SeparableError:
+        """Return the same loss times `factor`."""
+        curves = [[factor * curve for curve in layer] for layer in self._curves]
+        return SeparableError(self.name, curves)
+
     def _terms(self, masks: Masks) -> zip[tuple[tuple[Float64, ...], int, Float64]]:
         return zip(self._steps, masks.schemes, masks.values, strict=True)
 

@@ -17,24 +17,23 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation import Choice, LayerCurves, Masks, SeparableError
+from cobla_onnx.allocation import LayerCurves, Masks, SeparableError
+from cobla_onnx.calibration.gradients import Pair
 from cobla_onnx.calibration.probe import Weights
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.lowrank.factorize import Float64
 
 __all__ = ["Gradients", "NetworkLoss", "Path"]
 
-Pair: TypeAlias = "tuple[NDArray[Any], NDArray[Any] | None]"
-"""A layer's weight and bias, or derivatives by them; None where the layer has no bias."""
-
 # Bytes of weights on paths that are kept.
 KEPT_PATH = 1 << 29
-# Ranks at which a linearisation is computed; in between it is interpolated.
+# Ranks at which slopes are computed; in between they are interpolated.
 GRID = 12
 
 
@@ -126,10 +125,8 @@ class NetworkLoss:
         result = []
         for index, slope in enumerate(slopes):
             edges = masks.blocks(index)
-            steps = [
-                _inner(slope, _difference(high, low))
-                for low, high in zip(*_pairwise(self._points(index, masks)), strict=True)
-            ]
+            points = self._points(index, masks)
+            steps = [_inner(slope, _difference(b, a)) for a, b in pairwise(points)]
             sizes = np.diff(edges)
             result.append(np.repeat(np.array(steps) / sizes, sizes))
         return tuple(result)
@@ -155,60 +152,48 @@ class NetworkLoss:
             result[index] = (weight, bias)
         return result
 
-    def linearised(
-        self, choices: Sequence[Choice | None], kappa: float = 1.0
-    ) -> list[list[Float64]]:
-        """Predict the loss's change for every rank of every curve, the others held.
+    def model(self, masks: Masks, damping: float) -> list[list[Float64]]:
+        """Predict the loss for every rank of every curve, the other layers' masks held.
 
-        To second order: the true slope from the present weights, and the curvature of the
-        separable model, in which the errors of a layer's singular values add up. Relative
-        to keeping the layer whole, as the knapsack wants it; 0 at full rank.
+        To second order: the true slope from the present weights, and `damping` times the
+        curvature of the separable model, in which the errors of a layer's singular values
+        add up. Relative to the layer kept whole, as the knapsack wants it.
         """
-        masks = _masks(self.layers, choices)
-        slopes = self.gradients.gradient(self.weights(masks))
+        present = self.weights(masks)
+        slopes = self.gradients.gradient(present)
         result = []
-        for index, (layer, choice, slope) in enumerate(
-            zip(self.layers, choices, slopes, strict=True)
-        ):
-            now, spent = self.path.whole[index], 0.0
-            if choice is not None:
-                (now,) = self.path.at(index, choice.curve, [choice.rank])
-                spent = float(self.curve(index, choice.curve)[choice.rank])
-            whole = _inner(slope, _difference(self.path.whole[index], now)) + kappa * spent
-            result.append(
-                [
-                    self._predicted(index, number, choice, slope, now, spent, kappa) - whole
-                    for number in range(len(layer.curves))
-                ]
-            )
+        for index, (layer, slope) in enumerate(zip(self.layers, slopes, strict=True)):
+            now = present.get(index, self.path.whole[index])
+            steps = -np.diff(self.curve(index, masks.schemes[index]))
+            mask = masks.values[index]
+            lost, kept = steps * np.square(1.0 - mask), steps * np.square(mask)
+            whole = _inner(slope, _difference(self.path.whole[index], now)) + damping * lost.sum()
+            curves = []
+            for number in range(len(layer.curves)):
+                if number == masks.schemes[index]:
+                    # Kept values return to 1, the others go to 0.
+                    curvature = np.append(0.0, np.cumsum(lost)) + np.append(
+                        np.cumsum(kept[::-1])[::-1], 0.0
+                    )
+                else:
+                    # As if the errors under two schemes had nothing in common.
+                    curvature = self.curve(index, number) + lost.sum()
+                linear = self._slope_along(index, number, slope, now, round(float(mask.sum())))
+                curves.append(linear + damping * curvature - whole)
+            result.append(curves)
         return result
 
-    def _predicted(
-        self,
-        index: int,
-        number: int,
-        choice: Choice | None,
-        slope: Pair,
-        now: Pair,
-        spent: float,
-        kappa: float,
-    ) -> Float64:
-        """Change of the loss at all ranks of one curve, from the weights as they are now."""
+    def _slope_along(self, index: int, number: int, slope: Pair, now: Pair, rank: int) -> Float64:
+        """Slope times change of weight at all ranks of one curve, from the present weight."""
         curve = self.layers[index].curves[number]
         full_rank = len(curve.singular_values)
         grid = np.geomspace(curve.ranks[0], curve.ranks[-1], GRID).round().astype(np.int64)
-        same = choice is not None and choice.curve == number
-        if choice is not None and same:
-            grid = np.append(grid, choice.rank)
+        if curve.ranks[0] <= rank <= curve.ranks[-1]:
+            grid = np.append(grid, rank)
         grid = np.unique(grid)
-        points = self.path.at(index, number, grid.tolist())
-        linear = [_inner(slope, _difference(point, now)) for point in points]
-        end = _inner(slope, _difference(self.path.whole[index], now))
-        ranks = np.arange(full_rank + 1)
-        interpolated = np.interp(ranks, [*grid, full_rank], [*linear, end])
-        own = np.asarray(self.curve(index, number))
-        curvature = np.abs(own - spent) if same else own + spent
-        return np.asarray(interpolated + kappa * curvature)
+        points = [*self.path.at(index, number, grid.tolist()), self.path.whole[index]]
+        known = [_inner(slope, _difference(point, now)) for point in points]
+        return np.interp(np.arange(full_rank + 1), [*grid, full_rank], known)
 
     def _points(self, index: int, masks: Masks) -> list[Pair]:
         """Weight and bias at the edges of a layer's blocks, from rank 0 to the whole."""
@@ -224,16 +209,6 @@ class NetworkLoss:
 def _start_bias(inner: Sequence[Pair], bias: NDArray[Any]) -> NDArray[Any]:
     first = inner[0][1]
     return bias if first is None else first
-
-
-def _masks(layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) -> Masks:
-    from cobla_onnx.allocation.objective import masks_of
-
-    return masks_of(layers, choices)
-
-
-def _pairwise(points: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
-    return points[:-1], points[1:]
 
 
 def _difference(high: Pair, low: Pair) -> Pair:

@@ -42,6 +42,10 @@ class Probe:
         How each output is compared.
     samples : int
         Samples that are measured.
+    exposed : Exposed
+        The model as it is run.
+    batches, expected : list of dict
+        Inputs, and the original's outputs, batch by batch.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Probe:
         threads: int,
         limit: int = KEPT_OUTPUTS,
     ) -> None:
-        exposed = expose(model, layers, as_inputs=True)
+        self.exposed = exposed = expose(model, layers, as_inputs=True)
         self._layers = layers
         self._names = list(zip(exposed.weights, exposed.biases, strict=True))
         self._original: Feeds = {}
@@ -63,20 +67,20 @@ class Probe:
             if bias is not None and stored is not None:
                 self._original[bias] = stored
         self._session = open_session(exposed.model, threads, optimized=True)
-        self._batches: list[Feeds] = []
-        self._expected: list[Feeds] = []
+        self.batches: list[Feeds] = []
+        self.expected: list[Feeds] = []
         self.samples = 0
         self._keep(batches, loss, limit)
 
     def _keep(self, batches: Iterable[Feeds], loss: LossName, limit: int) -> None:
         for feeds in batches:
             outputs = run_session(self._session, {**feeds, **self._original})
-            if not self._expected:
+            if not self.expected:
                 self.kinds: dict[str, LossKind] = choose_kinds(outputs, loss)
             kept = {name: outputs[name] for name in self.kinds}
             limit -= sum(value.nbytes for value in (*kept.values(), *feeds.values()))
-            self._batches.append(feeds)
-            self._expected.append(kept)
+            self.batches.append(feeds)
+            self.expected.append(kept)
             self.samples += len(sample_losses(self.kinds, kept, kept))
             if limit < 0:
                 break
@@ -88,7 +92,21 @@ class Probe:
         ----------
         weights : mapping of int to (array, array or None)
             Weight, of shape ``layer.shape``, and bias (None: as it is).
+
+        Returns
+        -------
+        float64 array, shape (samples,)
         """
+        fixed = self.feeds(weights)
+        return np.concatenate(
+            [
+                sample_losses(self.kinds, expected, run_session(self._session, {**feeds, **fixed}))
+                for feeds, expected in zip(self.batches, self.expected, strict=True)
+            ]
+        )
+
+    def feeds(self, weights: Weights) -> Feeds:
+        """Return all layers' weights and biases as inputs of the exposed model."""
         changed: Feeds = {}
         for index, (weight, bias) in weights.items():
             names = self._names[index]
@@ -96,13 +114,7 @@ class Probe:
             if bias is not None and names[1] is not None:
                 old = self._original[names[1]]
                 changed[names[1]] = np.ascontiguousarray(bias, old.dtype).reshape(old.shape)
-        fixed = {**self._original, **changed}
-        return np.concatenate(
-            [
-                sample_losses(self.kinds, expected, run_session(self._session, {**feeds, **fixed}))
-                for feeds, expected in zip(self._batches, self._expected, strict=True)
-            ]
-        )
+        return {**self._original, **changed}
 
     def loss(self, weights: Weights) -> float:
         """Mean of `losses`."""

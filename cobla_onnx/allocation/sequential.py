@@ -1,0 +1,281 @@
+"""Ranks by the loss of the network itself: sequential quadratic programming with integers.
+
+From choices within the budgets the loss is modelled to second order: its true gradient
+from where the masks are now, and the curvature of the separable model. Two problems come
+of that model again and again:
+
+* with relaxed masks it is SLSQP's (Li and Shi 2018), which refines the curvature as it goes
+  and whose answer is rounded by the next one;
+* with integer choices it is a multiple-choice knapsack, solved exactly.
+
+A calibration set of a few hundred samples is easily fitted too well: choices made for it
+are often no better on other samples. So every candidate is scored on samples that neither
+its factors nor its gradients have seen, and one takes the place of the start only if it is
+better there by more than the noise of the comparison, one standard error (Breiman et al.
+1984, Classification and Regression Trees, section 3.4.3).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from cobla_onnx.allocation.allocate import Allocation, fitting
+from cobla_onnx.allocation.budget import Constraint
+from cobla_onnx.allocation.curves import Choice, Float64, LayerCurves
+from cobla_onnx.allocation.knapsack import LossCurves, knapsack
+from cobla_onnx.allocation.objective import Masks, Objective, masks_of
+from cobla_onnx.allocation.slsqp import Effort, Iteration, Relaxed, relax
+
+__all__ = ["Candidate", "ModelledLoss", "Step", "allocate_by_loss"]
+
+# How much the curvature of the separable model is raised: larger steps are trusted less.
+DAMPINGS = (1.0, 2.0, 4.0)
+# Knapsacks in a row from one start at most.
+STEPS = 3
+# The model is not worth proving an optimum to more digits.
+RELATIVE_GAP = 1e-2
+# Standard errors by which a candidate has to be better than the start.
+SIGNIFICANCE = 1.0
+
+Choices = tuple[Choice | None, ...]
+
+
+class ModelledLoss(Objective, Protocol):
+    """A loss with a model of it to second order."""
+
+    def model(self, masks: Masks, damping: float) -> LossCurves:
+        """Loss predicted for every rank of every curve, the other layers' masks held.
+
+        Relative to the layer kept whole; `damping` multiplies the curvature.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation on the way, for the history.
+
+    Attributes
+    ----------
+    stage : str
+    number : int
+        From 0, in the order of time.
+    loss : float
+        On the calibration split.
+    selection : float or None
+        Loss on the selection split, where the masks are 0 or 1.
+    costs : dict of str to float
+        Fraction of the original's memory or MACs that is used, by budget.
+    seconds : float
+        Since the start.
+    """
+
+    stage: str
+    number: int
+    loss: float
+    selection: float | None
+    costs: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Choices within the budgets, and their losses on either split.
+
+    Attributes
+    ----------
+    origin : str
+    choices : tuple of (Choice or None)
+    loss : float
+    selection : float64 array, shape (samples,)
+    """
+
+    origin: str
+    choices: Choices
+    loss: float
+    selection: Float64
+
+    def beats(self, start: Candidate) -> bool:
+        """Whether it is better on the selection split beyond the noise."""
+        gain = start.selection - self.selection
+        if not np.isfinite(gain).all():
+            return bool(np.isfinite(self.selection).all())
+        error = float(gain.std(ddof=1)) / np.sqrt(len(gain)) if len(gain) > 1 else np.inf
+        return float(gain.mean()) > SIGNIFICANCE * error
+
+
+def allocate_by_loss(
+    layers: Sequence[LayerCurves],
+    objective: ModelledLoss,
+    constraints: Sequence[Constraint],
+    warm: Allocation,
+    score: Callable[[Sequence[Choice | None]], Float64],
+    effort: Effort,
+    watch: Callable[[Step], None] = lambda step: None,
+) -> tuple[Allocation, tuple[Candidate, ...]]:
+    """Improve choices by the loss itself.
+
+    Parameters
+    ----------
+    layers : sequence of LayerCurves
+    objective : ModelledLoss
+    constraints : sequence of Constraint
+    warm : Allocation
+        Within the constraints; the answer where nothing is better beyond the noise.
+    score : callable
+        Losses of the samples of the selection split at given choices.
+    effort : Effort
+        Of SLSQP; its time limit holds for all. An interrupt ends the search too, and the
+        best candidate so far is the answer.
+    watch : callable
+        Called with every step.
+
+    Returns
+    -------
+    allocation : Allocation
+    candidates : tuple of Candidate
+        All that were scored, the start first.
+    """
+    search = _Search(layers, objective, constraints, score, effort, watch)
+    start = search.add("output's knapsack", warm.choices)
+    relaxed: Relaxed | None = None
+    stopped = ""
+    try:
+        for damping in DAMPINGS:
+            search.descend(f"knapsack, damping {damping:g}", warm.choices, damping)
+        relaxed = search.relax(search.best_by_loss().choices, warm)
+        search.round(relaxed)
+    except KeyboardInterrupt:
+        stopped = "it was interrupted"
+    except _TimeIsUp:
+        stopped = "the time limit was reached"
+    stopped = stopped or (relaxed.stopped if relaxed is not None else "")
+    better = [c for c in search.candidates if c.beats(start)]
+    best = min(better, key=lambda c: float(c.selection.mean()), default=start)
+    notes = tuple(n for n in warm.certificate.notes if not n.startswith("SLSQP"))
+    if relaxed is not None and relaxed.masks is None:
+        notes += (f"SLSQP on the network's loss: {relaxed.problem}; knapsacks alone were used",)
+    if stopped and stopped != "the iteration limit was reached":
+        notes += (f"the search by the network's loss ended early: {stopped}",)
+    solved = relaxed is not None and relaxed.masks is not None
+    certificate = replace(
+        warm.certificate,
+        objective=objective.name,
+        value=best.loss,
+        lower_bound=None,
+        gap=None,
+        reached={c.name: c.cost(layers, best.choices) for c in constraints},
+        multipliers=relaxed.multipliers if relaxed and solved else warm.certificate.multipliers,
+        relaxed_value=relaxed.value if relaxed and solved else None,
+        kkt_residual=relaxed.kkt_residual if relaxed and solved else None,
+        iterations=relaxed.iterations if relaxed else 0,
+        variables=relaxed.variables if relaxed else 0,
+        notes=notes,
+    )
+    return Allocation(best.choices, certificate), tuple(search.candidates)
+
+
+class _TimeIsUp(Exception):
+    """Ends the search between two evaluations."""
+
+
+@dataclass
+class _Search:
+    """The candidates so far and what is needed to make more."""
+
+    layers: Sequence[LayerCurves]
+    objective: ModelledLoss
+    constraints: Sequence[Constraint]
+    score: Callable[[Sequence[Choice | None]], Float64]
+    effort: Effort
+    watch: Callable[[Step], None]
+    candidates: list[Candidate] = field(default_factory=list)
+    _began: float = field(default_factory=time.perf_counter)
+    _steps: int = 0
+
+    def add(self, origin: str, choices: Choices) -> Candidate:
+        """Evaluate choices; those that were seen before are not evaluated again."""
+        for known in self.candidates:
+            if known.choices == choices:
+                return known
+        self._check_time()
+        loss = self.objective.value(masks_of(self.layers, choices))
+        found = Candidate(origin, choices, loss, self.score(choices))
+        self.candidates.append(found)
+        costs = {c.name: c.cost(self.layers, choices) / c.total for c in self.constraints}
+        self._note(origin, loss, float(found.selection.mean()), costs)
+        return found
+
+    def best_by_loss(self) -> Candidate:
+        """Return the candidate of least loss on the calibration split."""
+        return min(self.candidates, key=lambda c: c.loss)
+
+    def descend(self, origin: str, start: Choices, damping: float) -> None:
+        """Solve one knapsack after the other while the loss falls."""
+        current = self.add(origin, start)
+        for _ in range(STEPS):
+            self._check_time()
+            model = self.objective.model(masks_of(self.layers, current.choices), damping)
+            found = self.add(origin, self._knapsack(model))
+            if found.loss >= current.loss:
+                return
+            current = found
+
+    def relax(self, start: Choices, warm: Allocation) -> Relaxed:
+        """Solve the relaxed problem by SLSQP."""
+        losses = [
+            [self.objective.curve(index, number) for number in range(len(layer.curves))]
+            for index, layer in enumerate(self.layers)
+        ]
+        left = self.effort.seconds
+        if left is not None:
+            left = max(left - self._seconds(), 0.0)
+        effort = replace(self.effort, seconds=left, watch=self._relaxed_step)
+        return relax(
+            self.layers,
+            self.objective,
+            losses,
+            self.constraints,
+            start,
+            warm.certificate.multipliers,
+            effort,
+        )
+
+    def round(self, relaxed: Relaxed) -> None:
+        """Turn relaxed masks into choices: nearest ranks, and knapsacks on the model."""
+        if relaxed.masks is None:
+            return
+        for choices in list(fitting(self.layers, self.constraints, relaxed))[-1:]:
+            self.add("slsqp, nearest ranks", choices)
+        for damping in DAMPINGS[:2]:
+            self._check_time()
+            choices = self._knapsack(self.objective.model(relaxed.masks, damping))
+            self.descend("slsqp, rounded by knapsack", choices, damping)
+
+    def _knapsack(self, model: LossCurves) -> Choices:
+        return knapsack(self.layers, model, self.constraints, relative_gap=RELATIVE_GAP).choices
+
+    def _relaxed_step(self, iteration: Iteration) -> None:
+        costs = {
+            c.name: (c.fixed + share * max(c.limit - c.fixed, 1)) / c.total
+            for c, share in zip(self.constraints, iteration.costs, strict=True)
+        }
+        self._note("slsqp", iteration.value, None, costs)
+
+    def _note(
+        self, stage: str, loss: float, selection: float | None, costs: dict[str, float]
+    ) -> None:
+        self.watch(Step(stage, self._steps, loss, selection, costs, self._seconds()))
+        self._steps += 1
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    def _check_time(self) -> None:
+        if self.effort.seconds is not None and self._seconds() > self.effort.seconds:
+            raise _TimeIsUp
