@@ -91,8 +91,8 @@ def prepare(
     """
     sizes = _input_sizes(model, input_shapes)
     light, stored = _lighten(model, exposed, sizes)
-    cast_model(light, element_type)
     replace_legacy(light)
+    cast_model(light, element_type)
     light = _expand(_convert(light))
     given: dict[str, Shape] = {
         value.name: sizes.get(value.name) or tuple(d.dim_value for d in _dims(value))
