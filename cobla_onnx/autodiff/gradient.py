@@ -158,7 +158,8 @@ def differentiate(
             g.named(gradients[name], found.gradients[name])
     contracted = write_mask_gradients(g, forward, masks, found, written.samples)
     blocked = {n: why for n, why in found.blocked.items() if n in set(weights)}
-    outputs = [written.loss, *gradients.values(), *contracted.outputs.values()]
+    shapes = {gradients[name]: forward.shapes[name] for name in gradients}
+    outputs = {written.loss: (written.samples,), **shapes, **contracted.shapes}
     return GradientGraph(
         _assemble(g, forward, exposed, written, contracted.inputs, outputs),
         written.loss,
@@ -203,7 +204,7 @@ def _assemble(
     exposed: Iterable[str],
     losses: Losses,
     factors: Mapping[str, Sequence[int]],
-    outputs: Sequence[str],
+    outputs: Mapping[str, Sequence[int]],
 ) -> onnx.ModelProto:
     """Put forward and backward nodes together and leave out what nobody needs."""
     value = onnx.helper.make_tensor_value_info
@@ -221,8 +222,8 @@ def _assemble(
             graph.input.append(value(losses.powers[output], g.element_type, []))
     for name, shape in factors.items():
         graph.input.append(value(name, g.element_type, shape))
-    for name in outputs:
-        graph.output.append(value(name, g.element_type, None))
+    for name, shape in outputs.items():
+        graph.output.append(value(name, g.element_type, shape))
     small = [*forward.model.graph.initializer, *g.initializers]
     graph.initializer.extend(tensor for tensor in small if tensor.name in read)
     for name, tensor in forward.stored.items():

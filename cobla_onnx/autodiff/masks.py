@@ -59,6 +59,8 @@ class Contracted:
     outputs : dict of str to str
         For each weight, the gradients of shape (samples, rank); for a grouped convolution
         (samples, groups * rank).
+    shapes : dict of str to tuple of int
+        Shapes of these outputs.
     inputs : dict of str to tuple of int
         Shapes of the factors.
     blocked : dict of str to str
@@ -66,6 +68,7 @@ class Contracted:
     """
 
     outputs: dict[str, str]
+    shapes: dict[str, Sizes]
     inputs: dict[str, Sizes]
     blocked: dict[str, str]
 
@@ -78,7 +81,7 @@ def write_mask_gradients(
     samples: int,
 ) -> Contracted:
     """Write the mask gradients of each weight, summed over its uses."""
-    result = Contracted({}, {}, {})
+    result = Contracted({}, {}, {}, {})
     for mask in masks:
         reasons = [
             found.blocked[use[1].output[0]]
@@ -90,12 +93,14 @@ def write_mask_gradients(
         try:
             if reasons:
                 raise NoRuleError(reasons[0])
-            terms = [_contract(g, forward, mask, use, found, samples) for use in mask.uses]
+            parts = [_contract(g, forward, mask, use, found, samples) for use in mask.uses]
         except NoRuleError as error:
             result.blocked[mask.weight] = str(error)
             continue
-        result.outputs[mask.weight] = g.name(f"mask_gradient/{mask.weight}")
-        g.named(result.outputs[mask.weight], g.total(terms))
+        output = g.name(f"mask_gradient/{mask.weight}")
+        g.named(output, g.total([term for term, _ in parts]))
+        result.outputs[mask.weight] = output
+        result.shapes[output] = (samples, parts[0][1])
     return result
 
 
@@ -106,8 +111,8 @@ def _contract(
     use: tuple[onnx.NodeProto, onnx.NodeProto],
     found: Backward,
     samples: int,
-) -> str:
-    """Sum z t over all but samples and ranks."""
+) -> tuple[str, int]:
+    """Sum z t over all but samples and ranks; return the sum and the number of ranks."""
     first, second = onnx.NodeProto(), use[1]
     first.CopyFrom(use[0])
     between = g.name(f"{mask.weight}/between")
@@ -138,10 +143,10 @@ def _contract(
         if samples > 1:
             raise NoRuleError(f"samples do not lie along the first axis of {first.input[0]!r}")
         total = g.sum(product, [a for a in range(len(shape)) if a != axis])
-        return g.reshape(total, [1, shape[axis]])
+        return g.reshape(total, [1, shape[axis]]), shape[axis]
     # Rows that were flattened into the first axis belong to their sample.
     split = [samples, shape[0] // samples, math.prod(shape[1:axis]), shape[axis], -1]
-    return g.sum(g.reshape(product, split), [1, 2, 4])
+    return g.sum(g.reshape(product, split), [1, 2, 4]), shape[axis]
 
 
 def _shape(forward: Prepared, node: onnx.NodeProto, shapes: Mapping[str, Sizes]) -> Sizes:
