@@ -56,9 +56,13 @@ def network(name: str, models: Path) -> onnx.ModelProto:
     path = locate(NETWORKS[name][0], models)
     assert path is not None
     model = onnx.load(path)
+    kinds = [node.op_type for node in model.graph.node]
     if name.startswith("VGG"):
-        last = [i for i, n in enumerate(model.graph.node) if n.op_type == "MaxPool"][-1]
+        last = max(i for i, kind in enumerate(kinds) if kind == "MaxPool")
         model = prefix(model, [model.graph.node[last].output[0]])
+    elif "Softmax" in kinds:
+        # The loss is by logits; onnx2torch fails at the softmax of old operator sets.
+        model = prefix(model, [model.graph.node[kinds.index("Softmax")].input[0]])
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx
 import pytest
 
 from cobla_onnx.autodiff import differentiate
+from cobla_onnx.graph.expose import prefix
 from cobla_onnx.runtime import open_session, run_session
 from tests.autodiff.real_models import CASES, RealModel, find
 
@@ -102,7 +104,11 @@ TORCH = [
 @pytest.mark.parametrize("name", TORCH)
 def test_against_pytorch(name, request):
     assets = None if "/" in name else request.getfixturevalue("assets")
-    real = RealModel(find(name, assets), CASES[name])
+    model, case = find(name, assets), CASES[name]
+    if name.startswith("squeezenet"):
+        # onnx2torch fails at the softmax of old operator sets.
+        model, case = prefix(model, [model.graph.node[-1].input[0]]), replace(case, kind="logits")
+    real = RealModel(model, case)
     torch, module = torch_model(real.model)
     parameters = parameters_of(module, real.weights)
     inputs = [torch.from_numpy(array).double() for array in real.inputs.values()]
@@ -111,7 +117,7 @@ def test_against_pytorch(name, request):
         output = module(*inputs)
     target = torch.from_numpy(real.target).double()
     if real.case.kind == "logits":
-        target, output = target.log_softmax(1).exp(), output.log_softmax(1)
+        target, output = target.softmax(1), output.log_softmax(1)
     else:
         output = output.clamp_min(1e-12).log()
     (target * (target.clamp_min(1e-12).log() - output)).sum().backward()

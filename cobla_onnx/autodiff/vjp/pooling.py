@@ -26,8 +26,14 @@ def max_pool(g: Emitter, step: Step) -> Gradients:
     side_by_side = window.strides == window.kernel and max(*window.dilations, 1) == 1
     if side_by_side and len(shape) == 4 and not any(window.begins) and max(ends) <= 0:
         return (_spread(g, step, window, ends),)
-    settings = {k: v for k, v in step.attributes.items() if k != "storage_order"}
-    indices = g.ops("MaxPool", [step.x], 2, **settings)[1]
+    if step.get("storage_order", 0):
+        raise NoRuleError("its indices are column major")
+    if not step.has_output(1):
+        # The graph is a private copy: its node gives the indices too, instead of a second
+        # one that pools again.
+        del step.node.output[1:]
+        step.node.output.append(g.name("grad/indices"))
+    indices = step.node.output[1]
     size = math.prod(shape)
     zeros = g.expand(g.number(0.0), [size])
     places, flat = g.reshape(indices, [-1]), g.reshape(step.dy, [-1])

@@ -105,6 +105,10 @@ class Step:
         """Tell whether an optional input is there."""
         return index < len(self.node.input) and self.node.input[index] != ""
 
+    def has_output(self, index: int) -> bool:
+        """Tell whether an optional output is there."""
+        return index < len(self.node.output) and self.node.output[index] != ""
+
     def wants(self, index: int) -> bool:
         """Tell whether the gradient by an input is asked for."""
         return index < len(self.wanted) and self.wanted[index]
