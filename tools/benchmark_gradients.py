@@ -61,8 +61,13 @@ def network(name: str, models: Path) -> onnx.ModelProto:
         last = max(i for i, kind in enumerate(kinds) if kind == "MaxPool")
         model = prefix(model, [model.graph.node[last].output[0]])
     elif "Softmax" in kinds:
-        # The loss is by logits; onnx2torch fails at the softmax of old operator sets.
+        # The loss is by logits, which PyTorch computes it from too.
         model = prefix(model, [model.graph.node[kinds.index("Softmax")].input[0]])
+    for node in model.graph.node:
+        if node.op_type == "Dropout":
+            # onnx2torch takes the first sample for the output, if there is a mask output.
+            node.op_type = "Identity"
+            del node.attribute[:], node.input[1:], node.output[1:]
     return model
 
 
