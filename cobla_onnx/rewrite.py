@@ -21,7 +21,7 @@ from cobla_onnx.graph.model_file import copy_without_initializers, subgraphs, un
 from cobla_onnx.lowrank.factorize import Factorization
 from cobla_onnx.lowrank.schemes import ConvScheme, Scheme
 
-__all__ = ["Replacement", "make_replacement", "rewrite"]
+__all__ = ["Replacement", "factor_nodes", "make_replacement", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def _build(
         operands = [*operands, gs.Constant(name, replacement.bias)]
     scratch = gs.Graph(nodes=list(casts), opset=_opset(model))
     for use in layer.uses:
-        scratch.nodes.extend(_pair(replacement, model.graph.node[use.node], use, operands, names))
+        node = model.graph.node[use.node]
+        scratch.nodes.extend(_pair(replacement.scheme, node, use, operands, names))
     exported = gs.export_onnx(scratch, do_type_check=False).graph
     nodes = list(exported.node)
     result: dict[int, list[onnx.NodeProto]] = {}
@@ -196,8 +197,25 @@ def _opset(model: onnx.ModelProto) -> int:
     return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
 
 
+def factor_nodes(
+    model: onnx.ModelProto, layer: Layer, scheme: Scheme, first: str, second: str
+) -> tuple[tuple[onnx.NodeProto, onnx.NodeProto], ...]:
+    """Build, for each use of a layer, the two nodes that would take its place.
+
+    They read their factors, as `Scheme.fold` shapes them, from tensors called `first` and
+    `second`.
+    """
+    names = _Names(model)
+    scratch = gs.Graph(opset=_opset(model))
+    for use in layer.uses:
+        operands = [gs.Variable(first), gs.Variable(second)]
+        scratch.nodes.extend(_pair(scheme, model.graph.node[use.node], use, operands, names))
+    nodes = list(gs.export_onnx(scratch, do_type_check=False).graph.node)
+    return tuple(zip(nodes[::2], nodes[1::2], strict=True))
+
+
 def _pair(
-    replacement: Replacement,
+    scheme: Scheme,
     node: onnx.NodeProto,
     use: Use,
     weights: Sequence[Any],
@@ -209,7 +227,6 @@ def _pair(
     first_name = unique_name(f"{label}/first_factor", names.nodes)
     rest = weights[2:] or [gs.Variable(name) for name in node.input[2:]]
     data, output = gs.Variable(use.data), gs.Variable(use.output)
-    scheme = replacement.scheme
     values = {
         name: value.decode() if isinstance(value, bytes) else value
         for name, value in attributes(node).items()

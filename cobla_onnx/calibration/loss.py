@@ -13,14 +13,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cobla_onnx.autodiff.losses import TINY, LossKind
 from cobla_onnx.errors import DataError, UsageError
 
 __all__ = ["LossKind", "LossName", "choose_kinds", "sample_losses"]
 
 LossName: TypeAlias = Literal["auto", "kl", "mse", "ce"]
-LossKind: TypeAlias = Literal["probabilities", "logits", "mse", "ce-probabilities", "ce-logits"]
-
-TINY = 1e-12
 
 
 def choose_kinds(outputs: Mapping[str, NDArray[Any]], loss: LossName) -> dict[str, LossKind]:

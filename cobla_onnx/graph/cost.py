@@ -12,7 +12,7 @@ from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import attributes, node_label
 from cobla_onnx.graph.model_file import constant_value, copy_without_initializers, tensor_bytes
 
-__all__ = ["Shape", "fixed_input_shapes", "infer_shapes", "node_macs"]
+__all__ = ["Shape", "fixed_input_shapes", "infer_shapes", "infer_tensors", "node_macs"]
 
 Shape: TypeAlias = "tuple[int | None, ...]"
 # Constants up to this size are kept for shape inference: they may be shapes themselves.
@@ -71,10 +71,17 @@ def _agreed(name: str, given: tuple[int, ...], declared: list[int | None] | None
 
 
 def infer_shapes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Infer the shapes of all tensors by ONNX's own shape inference.
+    """Infer the shapes of all tensors, see `infer_tensors`."""
+    return infer_tensors(model, inputs)[0]
+
+
+def infer_tensors(
+    model: onnx.ModelProto, inputs: Mapping[str, Shape]
+) -> tuple[dict[str, Shape], dict[str, int]]:
+    """Infer the shapes and types of all tensors by ONNX's own shape inference.
 
     The weights are not copied: a large one becomes an input of the same type and shape.
-    Tensors whose shape stays unknown are left out; unknown axes are None.
+    Tensors of which nothing is known are left out; unknown axes are None.
     """
     large = [t for t in model.graph.initializer if tensor_bytes(t) > SMALL]
     skeleton = copy_without_initializers(model, {t.name for t in large})
@@ -102,19 +109,23 @@ def infer_shapes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> dict[st
         # The caller sees shapes missing and measures or reports them.
         inferred = graph
     shapes: dict[str, Shape] = {}
+    types: dict[str, int] = {}
     for value in (*inferred.value_info, *inferred.input, *inferred.output):
         kind = value.type.tensor_type
+        if kind.elem_type:
+            types[value.name] = kind.elem_type
         if value.type.HasField("tensor_type") and kind.HasField("shape"):
             shapes[value.name] = tuple(
                 d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim
             )
-    for tensor in model.graph.initializer:
-        shapes[tensor.name] = tuple(tensor.dims)
+    constants = [(tensor.name, tensor) for tensor in model.graph.initializer]
     for node in model.graph.node:
         tensor_value = constant_value(node)
         if tensor_value is not None:
-            shapes[node.output[0]] = tuple(tensor_value.dims)
-    return shapes
+            constants.append((node.output[0], tensor_value))
+    for name, tensor in constants:
+        shapes[name], types[name] = tuple(tensor.dims), tensor.data_type
+    return shapes, types
 
 
 COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

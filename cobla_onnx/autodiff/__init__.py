@@ -1,0 +1,9 @@
+"""The derivative of an ONNX graph, as another ONNX graph of standard operators."""
+
+from __future__ import annotations
+
+from cobla_onnx.autodiff.gradient import GradientGraph, differentiate, gradient_graph
+from cobla_onnx.autodiff.losses import LossKind
+from cobla_onnx.autodiff.masks import MaskedWeight
+
+__all__ = ["GradientGraph", "LossKind", "MaskedWeight", "differentiate", "gradient_graph"]

@@ -1,0 +1,253 @@
+"""Bring a private copy of a model into the form that the rules expect.
+
+One floating type, a recent operator set, fixed dimensions, weights as inputs, no local
+functions, no operators without a rule that are made of operators with one; and what is
+known of every tensor: type, shape, and value where it is a small constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+from numpy.typing import NDArray
+
+from cobla_onnx.autodiff.casting import cast_model
+from cobla_onnx.autodiff.constants import known_values
+from cobla_onnx.autodiff.legacy import replace_legacy
+from cobla_onnx.autodiff.vjp import FLAT, RULES
+from cobla_onnx.autodiff.vjp.registry import Sizes
+from cobla_onnx.errors import ModelError, UsageError
+from cobla_onnx.graph.cost import SMALL, Shape, fixed_input_shapes, infer_tensors
+from cobla_onnx.graph.layers import all_inputs
+from cobla_onnx.graph.model_file import copy_without_initializers, tensor_bytes, unique_name
+from cobla_onnx.runtime import first_line, open_session, random_feeds, run_session
+
+__all__ = ["OPSET", "Prepared", "prepare"]
+
+OPSET = 18
+"""Operator set of the gradient graph, unless the model's own is newer."""
+
+# Operators whose results have as many elements as the data says.
+DATA_SHAPED = {
+    "Compress",
+    "If",
+    "Loop",
+    "NonMaxSuppression",
+    "NonZero",
+    "Scan",
+    "StringSplit",
+    "Unique",
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to be differentiated.
+
+    Attributes
+    ----------
+    model : ModelProto
+        Without its large weights, which are inputs; so are the exposed tensors.
+    stored : dict of str to TensorProto
+        The large weights, as the original stores them.
+    inputs : tuple of str
+        Names of the original's inputs.
+    shapes : dict of str to tuple of int
+        Of all tensors but those whose shape depends on the data.
+    types : dict of str to int
+        TensorProto data types.
+    constants : dict of str to array
+        Small tensors that depend on nothing.
+    """
+
+    model: onnx.ModelProto
+    stored: dict[str, onnx.TensorProto]
+    inputs: tuple[str, ...]
+    shapes: dict[str, Sizes]
+    types: dict[str, int]
+    constants: dict[str, NDArray[Any]]
+
+
+def prepare(
+    model: onnx.ModelProto,
+    exposed: Sequence[str],
+    input_shapes: Mapping[str, Sequence[int]],
+    element_type: int,
+    threads: int,
+) -> Prepared:
+    """Prepare a copy of `model` in which the tensors `exposed` are inputs.
+
+    Raises
+    ------
+    UsageError
+        If a name or a shape is not the model's, or the shape of an input is not known.
+    ModelError
+        If the model cannot be brought to operator set 18 or does not run.
+    """
+    sizes = _input_sizes(model, input_shapes)
+    light, stored = _lighten(model, exposed, sizes)
+    replace_legacy(light)
+    cast_model(light, element_type)
+    light = _expand(_convert(light))
+    given: dict[str, Shape] = {
+        value.name: sizes.get(value.name) or tuple(d.dim_value for d in _dims(value))
+        for value in light.graph.input
+        if value.type.HasField("tensor_type")
+    }
+    for value in light.graph.input:
+        if value.name in given:
+            shape = onnx.helper.make_tensor_value_info(value.name, 1, given[value.name])
+            value.type.tensor_type.shape.CopyFrom(shape.type.tensor_type.shape)
+    shapes, types = infer_tensors(light, given)
+    known = {n: tuple(d for d in s if d is not None) for n, s in shapes.items() if None not in s}
+    _measure(light, known, types, threads)
+    constants = known_values(light, known)
+    return Prepared(light, stored, tuple(sizes), known, types, constants)
+
+
+def _dims(value: onnx.ValueInfoProto) -> Sequence[Any]:
+    dims: Sequence[Any] = value.type.tensor_type.shape.dim
+    return dims
+
+
+def _input_sizes(model: onnx.ModelProto, given: Mapping[str, Sequence[int]]) -> dict[str, Sizes]:
+    sizes: dict[str, Sizes] = {}
+    for name, shape in fixed_input_shapes(model, given).items():
+        if any(size is None for size in shape):
+            text = ",".join("?" if size is None else str(size) for size in shape)
+            raise UsageError(f"input {name!r} has shape ({text}); give all its sizes")
+        sizes[name] = tuple(size for size in shape if size is not None)
+    return sizes
+
+
+def _lighten(
+    model: onnx.ModelProto, exposed: Collection[str], sizes: Mapping[str, Sizes]
+) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
+    """Copy a model; large weights and the tensors `exposed` become inputs."""
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    out = {n for n, t in initializers.items() if tensor_bytes(t) > SMALL or n in exposed}
+    light = copy_without_initializers(model, out)
+    graph = light.graph
+    inputs = [value for value in graph.input if value.name not in initializers]
+    del graph.input[:], graph.value_info[:]
+    graph.input.extend(inputs)
+    value_info = onnx.helper.make_tensor_value_info
+    for name in out:
+        graph.input.append(value_info(name, initializers[name].data_type, initializers[name].dims))
+    present = {value.name for value in graph.input}
+    computed = [name for name in dict.fromkeys(exposed) if name not in present]
+    if computed:
+        shapes, types = infer_tensors(model, dict(sizes))
+        for name in computed:
+            shape = shapes.get(name)
+            if shape is None or None in shape:
+                raise UsageError(
+                    f"tensor {name!r}: the model has none of that name and of known shape; "
+                    "name an initializer, an input or the output of a node"
+                )
+            graph.input.append(value_info(name, types[name], shape))
+            _cut_producer(graph, name)
+    for output in graph.output:
+        if output.type.HasField("tensor_type"):
+            output.type.tensor_type.ClearField("shape")
+    return light, {name: initializers[name] for name in out if name not in exposed}
+
+
+def _cut_producer(graph: onnx.GraphProto, name: str) -> None:
+    """Give the result of a node another name, so that `name` can be an input."""
+    taken = {output for node in graph.node for output in node.output}
+    for node in graph.node:
+        for place, output in enumerate(node.output):
+            if output == name:
+                node.output[place] = unique_name(f"{name}/replaced", taken)
+
+
+def _convert(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Bring the default domain to `OPSET` at least."""
+    for entry in model.opset_import:
+        if entry.domain == "ai.onnx":
+            entry.domain = ""
+    for node in model.graph.node:
+        if node.domain == "ai.onnx":
+            node.domain = ""
+    versions = [entry.version for entry in model.opset_import if not entry.domain]
+    # Before IR version 4 initializers would have to be inputs.
+    model.ir_version = max(model.ir_version, 8)
+    if not versions:
+        model.opset_import.append(onnx.helper.make_opsetid("", OPSET))
+    elif max(versions) < OPSET:
+        try:
+            return onnx.version_converter.convert_version(model, OPSET)
+        except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
+            raise ModelError(
+                f"the model cannot be converted from opset {max(versions)} to {OPSET}: "
+                f"{first_line(error)}; export it with a newer opset"
+            ) from error
+    return model
+
+
+def _expand(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Write model-local functions, and operators without a rule, out where they are used."""
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model, convert_version=True)
+    version = next(entry.version for entry in model.opset_import if not entry.domain)
+    # A function may be made of other functions, a few levels deep.
+    for _ in range(4):
+        functions = {
+            ("", node.op_type)
+            for node in model.graph.node
+            if not node.domain
+            and node.op_type not in RULES
+            and node.op_type not in FLAT
+            and _has_body(node.op_type, version)
+        }
+        if not functions:
+            break
+        model = onnx.inliner.inline_selected_functions(
+            model, sorted(functions), inline_schema_functions=True
+        )
+    return model
+
+
+def _has_body(operator: str, version: int) -> bool:
+    try:
+        schema: Any = onnx.defs.get_schema(operator, version)
+    except onnx.defs.SchemaError:
+        return False
+    return bool(schema.has_function or schema.has_context_dependent_function)
+
+
+def _rounds_up(node: onnx.NodeProto) -> bool:
+    return any(a.name == "ceil_mode" and a.i for a in node.attribute)
+
+
+def _measure(
+    model: onnx.ModelProto, shapes: dict[str, Sizes], types: dict[str, int], threads: int
+) -> None:
+    """Add the types and shapes that inference does not give, as one run shows them."""
+    if any(_rounds_up(node) for node in model.graph.node):
+        # onnx and onnxruntime disagree on a last window that begins in the padding.
+        for node in model.graph.node:
+            for name in node.output:
+                shapes.pop(name, None)
+    missing: list[str] = []
+    varying: set[str] = set()
+    for node in model.graph.node:
+        unknown = [name for name in node.output if name and name not in shapes]
+        if node.op_type in DATA_SHAPED or varying.intersection(all_inputs(node)):
+            varying.update(unknown)
+        else:
+            missing.extend(unknown)
+    if not missing:
+        return
+    session = open_session(model, threads, extra_outputs=missing)
+    results = run_session(session, random_feeds(session, dict(shapes), seed=0))
+    for name in missing:
+        if isinstance(results[name], np.ndarray):
+            shapes[name] = results[name].shape
+            types[name] = onnx.helper.np_dtype_to_tensor_dtype(results[name].dtype)
