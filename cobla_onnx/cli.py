@@ -13,6 +13,7 @@ import typer
 
 from cobla_onnx import __version__
 from cobla_onnx.errors import CoblaError, UsageError
+from cobla_onnx.names import safe_text
 
 if TYPE_CHECKING:
     from cobla_onnx.progress import Progress
@@ -305,6 +306,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in message)
-    sys.stderr.write(f"error: {shown}\n")
+    sys.stderr.write(f"error: {safe_text(message, 2000)}\n")
     sys.exit(code)

@@ -21,10 +21,14 @@ from cobla_onnx.calibration.dataset import Dataset, input_specs
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.errors import BudgetError, UsageError, VerificationError, WriteError
+from cobla_onnx.errors import BudgetError, ModelError, UsageError, VerificationError, WriteError
+from cobla_onnx.graph.checks import check_structure
+from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.graph.model_file import load_model, stored_bytes, write_atomically
+from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.lowrank.factorize import factorize
+from cobla_onnx.names import safe_text
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import Report
@@ -199,12 +203,16 @@ def compress(
     """
     started = time.perf_counter()
     source = None if isinstance(model, onnx.ModelProto) else Path(model)
-    proto = model if isinstance(model, onnx.ModelProto) else load_model(model)
+    proto = _checked(model) if isinstance(model, onnx.ModelProto) else load_model(model)
     threads = threads or _cores()
     notify = progress or (lambda stage, done, total: None)
     needed = _objective(objective, data)
     shapes = input_shapes or {}
-    with threadpool_limits(threads), _opened(proto, shapes, data, samples, images) as dataset:
+    with (
+        _naming(source),
+        threadpool_limits(threads),
+        _opened(proto, shapes, data, samples, images) as dataset,
+    ):
         analysis = analyse(
             proto,
             input_shapes=shapes,
@@ -269,6 +277,34 @@ def compress(
         threads=threads,
     )
     return Result(compressed, plan, report, source)
+
+
+def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Check a model that did not come from a file of ours."""
+    with _naming(None):
+        check_structure(model)
+        for held in all_tensors(model):
+            if is_external(held.tensor):
+                raise ModelError(
+                    f"{held.label}: its external data is not loaded; pass the path of the file "
+                    "instead of the model, or load it with its data"
+                )
+    return model
+
+
+@contextmanager
+def _naming(source: Path | None) -> Iterator[None]:
+    """Put the name of the file before errors about the model."""
+    shown = "the model" if source is None else safe_text(str(source), 300)
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{shown}: {error}") from error
+    except MemoryError as error:
+        raise ModelError(
+            f"{shown}: needs more memory than there is; use a machine with more, or give "
+            "smaller --input-shape"
+        ) from error
 
 
 def _objective(objective: str, data: Any) -> str:

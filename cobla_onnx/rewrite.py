@@ -20,6 +20,7 @@ from cobla_onnx.graph.layers import Layer, Use, attributes
 from cobla_onnx.graph.model_file import copy_without_initializers, subgraphs, unique_name
 from cobla_onnx.lowrank.factorize import Factorization
 from cobla_onnx.lowrank.schemes import ConvScheme, Scheme
+from cobla_onnx.names import quoted
 
 __all__ = ["Replacement", "make_replacement", "rewrite"]
 
@@ -82,8 +83,8 @@ def make_replacement(
 def _narrow(layer: Layer, array: NDArray[Any], dtype: np.dtype[Any], what: str) -> NDArray[Any]:
     if float(np.abs(array).max(initial=0.0)) > float(np.finfo(dtype).max):
         raise ModelError(
-            f"node {layer.name!r}: {what} overflows {dtype}; "
-            f"leave it out by --exclude {layer.name!r}"
+            f"node {quoted(layer.name)}: {what} overflows {dtype}; "
+            f"leave it out by --exclude {quoted(layer.name)}"
         )
     return np.ascontiguousarray(array.astype(dtype))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -11,8 +13,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph.cost import Shape
+from cobla_onnx.graph.cost import MOST_ELEMENTS, Shape
 from cobla_onnx.graph.model_file import copy_without_initializers, tensor_bytes
+from cobla_onnx.graph.tensors import tensor_array
+from cobla_onnx.names import quoted, safe_text
 
 __all__ = [
     "Feeds",
@@ -26,6 +30,8 @@ __all__ = [
 
 Feeds: TypeAlias = "dict[str, NDArray[Any]]"
 SIZES_TO_TRY = (16, 64, 224, 1)
+# Seconds that one run may take, so that a loop without end does not keep us.
+RUN_LIMIT = 900.0
 
 
 def open_session(
@@ -70,13 +76,7 @@ def open_session(
         )
 
     for tensor in large:
-        try:
-            array = onnx.numpy_helper.to_array(tensor)
-        except (ValueError, TypeError) as error:
-            raise ModelError(
-                f"initializer {tensor.name!r}: its data does not fit its shape "
-                f"{list(tensor.dims)}; the file is damaged, export or download it again"
-            ) from error
+        array = tensor_array(tensor, f"initializer {quoted(tensor.name)}")
         hand_over(tensor.name, tensor.data_type, array)
     for name, array in (extra_weights or {}).items():
         hand_over(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array)
@@ -121,14 +121,20 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
         If onnxruntime fails on these inputs.
     """
     names = [output.name for output in session.get_outputs()]
+    options = onnxruntime.RunOptions()
+    timer = threading.Timer(RUN_LIMIT, setattr, (options, "terminate", True))
+    timer.daemon = True
+    timer.start()
     try:
-        return dict(zip(names, session.run(names, feeds), strict=True))
+        return dict(zip(names, session.run(names, feeds, options), strict=True))
     except Exception as error:
+        shapes = {safe_text(name): list(value.shape) for name, value in feeds.items()}
         raise ModelError(
-            f"onnxruntime cannot run the model on inputs of shapes "
-            f"{ {name: list(value.shape) for name, value in feeds.items()} }: "
+            f"onnxruntime cannot run the model on inputs of shapes {shapes}: "
             f"{first_line(error)}; give shapes that it accepts by --input-shape"
         ) from error
+    finally:
+        timer.cancel()
 
 
 def random_feeds(
@@ -159,6 +165,11 @@ def random_feeds(
             elif size is None:
                 known[axis] = unknown
         sizes = [int(size) for size in known if size is not None]
+        if math.prod(sizes) > MOST_ELEMENTS:
+            raise ModelError(
+                f"input {quoted(value.name)}: has shape {sizes}, more than {MOST_ELEMENTS} "
+                f"numbers; give a smaller one by --input-shape"
+            )
         kind = value.type.removeprefix("tensor(").removesuffix(")")
         if kind in ("float", "float16", "double"):
             dtype = {"float": "float32", "float16": "float16", "double": "float64"}[kind]
@@ -166,7 +177,9 @@ def random_feeds(
         elif kind == "bool" or kind.lstrip("u").startswith("int"):
             feeds[value.name] = generator.integers(0, 2, sizes).astype(kind)
         else:
-            raise ModelError(f"input {value.name!r}: cannot make random values of {value.type}")
+            raise ModelError(
+                f"input {quoted(value.name)}: cannot make random values of {value.type}"
+            )
     return feeds
 
 

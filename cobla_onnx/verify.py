@@ -23,6 +23,7 @@ from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.cost import Shape
 from cobla_onnx.graph.expose import Exposed, expose
 from cobla_onnx.graph.layers import read_bias
+from cobla_onnx.names import quoted
 from cobla_onnx.rewrite import Replacement
 from cobla_onnx.runtime import Feeds, first_line, open_session, run_session, runnable_feeds
 
@@ -198,7 +199,7 @@ def _check_layers(
             tolerance = ROUNDING[values[output].dtype]
             if not error <= tolerance:
                 raise VerificationError(
-                    f"tensor {output!r}: its two factor nodes differ from the dense weight "
+                    f"tensor {quoted(output)}: its two factor nodes differ from the dense weight "
                     f"by {error:.2g} of its largest value, {tolerance:g} is allowed; "
                     "nothing was written, please report this"
                 )
@@ -304,7 +305,7 @@ def _check_network(dense: Sequence[dict[str, Any]], results: Sequence[dict[str, 
             tolerance = AMPLIFICATION * ROUNDING[value.dtype]
             if not error <= tolerance:
                 raise VerificationError(
-                    f"output {name!r}: the rewritten model differs from the same model with "
+                    f"output {quoted(name)}: the rewritten model differs from the same model with "
                     f"dense weights by {error:.2g}, {tolerance:g} is allowed; "
                     "nothing was written, please report this"
                 )

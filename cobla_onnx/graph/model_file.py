@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import secrets
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import onnx
@@ -15,6 +14,11 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cobla_onnx.errors import ModelError, UsageError, WriteError
+from cobla_onnx.graph.checks import check_structure
+from cobla_onnx.graph.external import external_bytes, is_external, open_external
+from cobla_onnx.graph.sizes import tensor_bytes
+from cobla_onnx.graph.tensors import all_tensors, constant_value, subgraphs
+from cobla_onnx.names import safe_text
 
 __all__ = [
     "constant_value",
@@ -27,82 +31,82 @@ __all__ = [
     "write_atomically",
 ]
 
-# protobuf cannot serialise more; larger models are issue 5's work.
+# Smaller external tensors are read at once: onnxruntime and shape inference look into them.
+MAPPED_FROM = 4096
+# What may be read at once: protobuf cannot hold more in one model.
 PROTOBUF_LIMIT = 2**31 - 1
 
 
 def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read a model with its external data.
+    """Read a model and check its structure.
+
+    Large external initializers of the main graph stay on disk and are mapped into memory
+    where they are read (see `cobla_onnx.graph.external`); all other data is in the model.
 
     Raises
     ------
     UsageError
         If there is no regular file at `path`.
     ModelError
-        If it is not an ONNX model, or its external data cannot be read.
+        If it is not an ONNX model, is damaged, or its external data may not be read.
     """
     file = Path(path)
+    shown = safe_text(str(file), 300)
     try:
         status = file.stat()
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{shown}: cannot be read ({reason}); check the path") from error
     if not stat.S_ISREG(status.st_mode):
-        raise UsageError(f"{file}: is not a regular file; give the path of an ONNX file")
+        raise UsageError(f"{shown}: is not a regular file; give the path of an ONNX file")
+    if status.st_size > PROTOBUF_LIMIT:
+        raise ModelError(
+            f"{shown}: has over 2 GB, which no ONNX file can hold; "
+            "export the model with external data"
+        )
     try:
-        model = onnx.load(os.fspath(file), load_external_data=False)
+        model = onnx.ModelProto()
+        model.ParseFromString(file.read_bytes())
     except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error.strerror}); check the file") from error
+        raise UsageError(f"{shown}: cannot be read ({error.strerror}); check the file") from error
     except (DecodeError, ValueError) as error:
         raise ModelError(
-            f"{file}: is not an ONNX model, or is damaged; export or download it again"
+            f"{shown}: is not an ONNX model, or is damaged; export or download it again"
         ) from error
-    if not model.HasField("graph") or not model.graph.node:
-        raise ModelError(f"{file}: holds no graph with nodes; export or download it again")
-    if not model.opset_import:
-        raise ModelError(f"{file}: imports no operator set; export or download it again")
     try:
-        onnx.external_data_helper.load_external_data_for_model(model, os.fspath(file.parent))
-    except (onnx.checker.ValidationError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{file}: its external data cannot be read; {reason}") from error
-    if model.ByteSize() > PROTOBUF_LIMIT:
-        raise ModelError(f"{file}: is over 2 GB with its external data; not supported yet")
+        check_structure(model)
+        _bind_external(model, file.parent)
+    except ModelError as error:
+        raise ModelError(f"{shown}: {error}") from error
     return model
 
 
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """Yield the graphs that a node carries as attributes (If, Loop, Scan)."""
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            yield from attribute.graphs
-
-
-def constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """Return the dense tensor of a Constant node, or None where it holds something else."""
-    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-        return None
-    for attribute in node.attribute:
-        if attribute.name == "value":
-            value: onnx.TensorProto = attribute.t
-            return value
-    return None
-
-
-def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of a tensor's elements, as a Python int, without touching its data."""
-    count: int = math.prod(tensor.dims)
-    if tensor.data_type == onnx.TensorProto.STRING:
-        return sum(len(text) for text in tensor.string_data)
-    name = onnx.TensorProto.DataType.Name(tensor.data_type)
-    # By name, since older onnx versions do not know them all.
-    if name in ("INT4", "UINT4", "FLOAT4E2M1"):
-        return (count + 1) // 2
-    if name in ("INT2", "UINT2"):
-        return (count + 3) // 4
-    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return count * itemsize
+def _bind_external(model: onnx.ModelProto, folder: Path) -> None:
+    """Check all external data; read the small tensors, note the folder of the others."""
+    base = os.path.realpath(folder)
+    total = 0
+    for held in all_tensors(model):
+        tensor = held.tensor
+        if not is_external(tensor):
+            continue
+        kept = [entry for entry in tensor.external_data if entry.key != "basepath"]
+        del tensor.external_data[:]
+        tensor.external_data.extend(kept)
+        tensor.external_data.add(key="basepath", value=base)
+        open_external(tensor, held.label).close()
+        size = tensor_bytes(tensor)
+        if held.main and size > MAPPED_FROM:
+            continue
+        total += size
+        if total > PROTOBUF_LIMIT:
+            raise ModelError(
+                f"{held.label}: tensors outside the main graph hold over 2 GB, which is not "
+                "supported; make them initializers of the main graph"
+            )
+        data = external_bytes(tensor, held.label).tobytes()
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+        tensor.raw_data = data
 
 
 def stored_bytes(model: onnx.ModelProto) -> int:
