@@ -52,6 +52,14 @@ class ChannelOrder(str, Enum):
     bgr = "bgr"
 
 
+class ExternalData(str, Enum):
+    """Choices of --external-data."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 class Layout(str, Enum):
     """Choices of --layout."""
 
@@ -201,6 +209,10 @@ def compress(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Allow OUT to be the same file as IN.")
     ] = False,
+    external_data: Annotated[
+        ExternalData,
+        typer.Option(help="Weights in a file beside OUT; auto: as they were, or if over 2 GB."),
+    ] = ExternalData.auto,
     report: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.json", help="Write the report as JSON."),
@@ -249,7 +261,7 @@ def compress(
             progress=progress,
         )
     if not dry_run:
-        result.save(output)
+        result.save(output, external_data=external_data.value)
     if report is not None:
         result.save_report(report)
     if not quiet:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from cobla_onnx.graph.checks import check_structure
 from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.graph.model_file import load_model, stored_bytes, write_atomically
+from cobla_onnx.graph.saving import ExternalData, save_model
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.names import safe_text
@@ -35,6 +36,7 @@ from cobla_onnx.report import Report
 from cobla_onnx.reporting import make_report
 from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
 from cobla_onnx.runtime import open_session
+from cobla_onnx.spill import Spill
 from cobla_onnx.verify import verify
 
 __all__ = ["Result", "check_paths", "compress"]
@@ -58,31 +60,45 @@ class Result:
     plan: Plan
     report: Report
     source: Path | None = None
+    _spill: Spill | None = field(default=None, repr=False)
+    _external: bool = field(default=False, repr=False)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, external_data: ExternalData = "auto") -> None:
         """Write the model, atomically; what is at `path` stays until the new file is whole.
 
         An unchanged model is copied byte for byte. A changed one is read back, counted
         and opened in onnxruntime before it takes its place.
 
+        Parameters
+        ----------
+        external_data : {'auto', 'always', 'never'}
+            Whether weights go into a data file beside the model, named by its content.
+            ``auto``: if they were beside the original, or one file cannot hold them.
+
         Raises
         ------
         WriteError
             If it cannot be written.
+        UsageError
+            If 'never' is asked for and one file cannot hold the model.
         VerificationError
             If what arrived on disk is not what was verified.
         """
-        if self.report.unchanged and self.source is not None:
+        if self._external and external_data == "auto":
+            external_data = "always"
+        plain = self.report.unchanged and not self._external and external_data != "always"
+        if self.source is not None and plain:
             write_atomically(path, self.source.read_bytes())
         else:
-            write_atomically(path, self.model.SerializeToString(deterministic=True), self._check)
+            save_model(self.model, path, external_data, self._check)
         self.report = replace(self.report, output=os.fspath(path))
 
     def _check(self, written: Path) -> None:
-        model = onnx.load(os.fspath(written))
+        model = load_model(written)
         if stored_bytes(model) != self.report.budget["mem"].after:
             raise VerificationError(f"{written}: holds other weights than were verified")
-        open_session(model, self.report.threads)
+        if not self.report.unchanged:
+            open_session(model, self.report.threads)
 
     def save_report(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON, atomically."""
@@ -246,6 +262,8 @@ def compress(
             replacements = _factorise(proto, analysis, plan, notify)
         else:
             replacements = calibrated.factorise(plan, refit)
+        spill = Spill()
+        replacements = spill.replacements(replacements)
         compressed = rewrite(proto, replacements) if replacements else proto
         _check_budget(analysis, budget, plan, compressed)
         verification = None
@@ -276,7 +294,8 @@ def compress(
         seed=seed,
         threads=threads,
     )
-    return Result(compressed, plan, report, source)
+    external = any(map(is_external, proto.graph.initializer))
+    return Result(compressed, plan, report, source, spill, external)
 
 
 def _checked(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.external import mapped_tensor
 from cobla_onnx.graph.layers import Layer, Use, attributes
 from cobla_onnx.graph.model_file import copy_without_initializers, subgraphs, unique_name
 from cobla_onnx.lowrank.factorize import Factorization
@@ -190,7 +191,14 @@ def _build(
         kept.attribute.extend(second.attribute)
         result[use.node] = [first, kept]
     result[layer.uses[0].node] = nodes[: len(casts)] + result[layer.uses[0].node]
-    return result, list(exported.initializer)
+    arrays = {
+        w.name: v for w, v in zip(weights, (replacement.first, replacement.second), strict=True)
+    }
+    initializers = [
+        (mapped_tensor(t.name, arrays[t.name]) if t.name in arrays else None) or t
+        for t in exported.initializer
+    ]
+    return result, initializers
 
 
 def _opset(model: onnx.ModelProto) -> int:

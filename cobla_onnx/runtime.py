@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.cost import MOST_ELEMENTS, Shape
+from cobla_onnx.graph.external import external_place, is_external, open_external
+from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.model_file import copy_without_initializers, tensor_bytes
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.names import quoted, safe_text
@@ -29,6 +31,9 @@ __all__ = [
 ]
 
 Feeds: TypeAlias = "dict[str, NDArray[Any]]"
+# Option by which a model given as bytes finds its data files, and versions that know it.
+FOLDER = "session.model_external_initializers_file_folder_path"
+MAPS_FILES = tuple(int(n) for n in onnxruntime.__version__.split(".")[:2]) >= (1, 21)
 SIZES_TO_TRY = (16, 64, 224, 1)
 # Seconds that one run may take, so that a loop without end does not keep us.
 RUN_LIMIT = 900.0
@@ -52,12 +57,13 @@ def open_session(
     ModelError
         If onnxruntime does not load the model.
     """
-    large = [
-        t
-        for t in model.graph.initializer
-        if tensor_bytes(t) > 1024 and t.data_type != onnx.TensorProto.STRING
-    ]
+    folder = _mapped_folder(model)
+    large = [tensor for tensor in model.graph.initializer if _to_hand_over(tensor, folder)]
     light = copy_without_initializers(model, {t.name for t in large})
+    # onnxruntime drops what nobody reads, and then misses it.
+    read = {name for node in light.graph.node for name in all_inputs(node)}
+    read.update(value.name for value in light.graph.output)
+    large = [t for t in large if t.name in read]
     names: list[str] = []
     values: list[Any] = []
 
@@ -93,6 +99,9 @@ def open_session(
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if folder is not None:
+        options.add_session_config_entry(FOLDER, folder)
+        _leave_in_folder(light)
     if names:
         options.add_external_initializers(names, values)
     try:
@@ -104,6 +113,31 @@ def open_session(
             f"onnxruntime {onnxruntime.__version__} cannot load the model: {first_line(error)}; "
             "check the file with onnx.checker, or update onnxruntime"
         ) from error
+
+
+def _mapped_folder(model: onnx.ModelProto) -> str | None:
+    """Folder whose data files onnxruntime can map by itself, without a copy in memory."""
+    if not MAPS_FILES:
+        return None
+    mapped = (t for t in model.graph.initializer if is_external(t))
+    return next((external_place(t, t.name)[0] for t in mapped), None)
+
+
+def _to_hand_over(tensor: onnx.TensorProto, folder: str | None) -> bool:
+    """Whether a tensor is handed over beside the model, and not inside or in `folder`."""
+    if is_external(tensor):
+        return external_place(tensor, tensor.name)[0] != folder
+    return tensor_bytes(tensor) > 1024 and tensor.data_type != onnx.TensorProto.STRING
+
+
+def _leave_in_folder(light: onnx.ModelProto) -> None:
+    """Take the folder out of external tensors: onnxruntime gets it as an option."""
+    for tensor in light.graph.initializer:
+        kept = [entry for entry in tensor.external_data if entry.key != "basepath"]
+        if len(kept) < len(tensor.external_data):
+            open_external(tensor, f"initializer {quoted(tensor.name)}").close()
+            del tensor.external_data[:]
+            tensor.external_data.extend(kept)
 
 
 def first_line(error: Exception) -> str:

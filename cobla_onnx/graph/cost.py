@@ -10,14 +10,12 @@ import onnx
 
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.layers import attributes, node_label
-from cobla_onnx.graph.model_file import constant_value, copy_without_initializers, tensor_bytes
+from cobla_onnx.graph.model_file import constant_value, without_weights
 from cobla_onnx.names import quoted
 
 __all__ = ["MOST_ELEMENTS", "Shape", "fixed_input_shapes", "infer_shapes", "node_macs"]
 
 Shape: TypeAlias = "tuple[int | None, ...]"
-# Constants up to this size are kept for shape inference: they may be shapes themselves.
-SMALL = 4096
 # Tensors that a node may make at most, in numbers.
 MOST_ELEMENTS = 2**31 - 1
 
@@ -84,16 +82,9 @@ def infer_shapes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> dict[st
     ModelError
         If a node makes a tensor that no memory holds.
     """
-    large = [t for t in model.graph.initializer if tensor_bytes(t) > SMALL]
-    skeleton = copy_without_initializers(model, {t.name for t in large})
+    skeleton = without_weights(model)
     graph = skeleton.graph
     del graph.value_info[:]
-    named = {value.name for value in graph.input}
-    for tensor in large:
-        if tensor.name not in named:
-            graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            )
     for value in graph.input:
         if value.name in inputs:
             del value.type.tensor_type.shape.dim[:]

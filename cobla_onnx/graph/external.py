@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -24,7 +24,7 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.names import quoted
 
-__all__ = ["external_bytes", "external_place", "is_external", "open_external"]
+__all__ = ["external_bytes", "external_place", "is_external", "mapped_tensor", "open_external"]
 
 KEYS = {"location", "offset", "length", "checksum", "basepath"}
 
@@ -135,3 +135,19 @@ def external_bytes(tensor: onnx.TensorProto, label: str) -> NDArray[np.uint8]:
         return np.empty(0, np.uint8)
     with open_external(tensor, label) as file:
         return np.memmap(file, np.uint8, "r", offset, (length,))
+
+
+def mapped_tensor(name: str, array: NDArray[Any]) -> onnx.TensorProto | None:
+    """Return a tensor that points to the file behind a whole-file map, or None."""
+    if not isinstance(array, np.memmap) or array.filename is None:
+        return None
+    path = Path(str(array.filename))
+    tensor = onnx.TensorProto(
+        name=name,
+        data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype),
+        dims=array.shape,
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for key, value in (("location", path.name), ("basepath", str(path.parent))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor

@@ -8,6 +8,7 @@ import secrets
 import stat
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError, Message
@@ -22,12 +23,14 @@ from cobla_onnx.names import safe_text
 
 __all__ = [
     "constant_value",
+    "copy_fields",
     "copy_without_initializers",
     "load_model",
     "stored_bytes",
     "subgraphs",
     "tensor_bytes",
     "unique_name",
+    "without_weights",
     "write_atomically",
 ]
 
@@ -154,16 +157,30 @@ def copy_without_initializers(model: onnx.ModelProto, names: Collection[str]) ->
         del result.graph.initializer[:]
         result.graph.initializer.extend(kept)
         return result
-    _copy_fields(model, result, leave_out="graph")
+    copy_fields(model, result, ("graph",))
     result.graph.SetInParent()
-    _copy_fields(model.graph, result.graph, leave_out="initializer")
+    copy_fields(model.graph, result.graph, ("initializer",))
     result.graph.initializer.extend(t for t in model.graph.initializer if t.name not in names)
     return result
 
 
-def _copy_fields(source: Message, target: Message, leave_out: str) -> None:
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model with its large initializers turned into inputs, for checks of its graph."""
+    large = [t for t in model.graph.initializer if is_external(t) or tensor_bytes(t) > MAPPED_FROM]
+    result = copy_without_initializers(model, {t.name for t in large})
+    named = {value.name for value in result.graph.input}
+    result.graph.input.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+        for t in large
+        if t.name not in named
+    )
+    return result
+
+
+def copy_fields(source: Message, target: Message, leave_out: Collection[str]) -> None:
+    """Set the fields of `target` as they are set in `source`, but for those left out."""
     for field, value in source.ListFields():
-        if field.name == leave_out:
+        if field.name in leave_out:
             continue
         if field.is_repeated:
             getattr(target, field.name).extend(value)
@@ -184,29 +201,42 @@ def unique_name(wanted: str, taken: set[str]) -> str:
 
 
 def write_atomically(
-    path: str | os.PathLike[str], data: bytes, check: Callable[[Path], None] | None = None
+    path: str | os.PathLike[str],
+    data: bytes | Callable[[BinaryIO], None],
+    check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write `data` to `path`, or leave what is there as it was.
+    """Write a file, or leave what is there as it was.
 
     The bytes go to a new file in the same folder, which is flushed to disk, passed to
     `check` and renamed. A symlink at `path` is written through. Whatever happens, no
-    partial file is left, unless the process is killed.
+    partial file is left, unless the process is killed; then what is left has a name that
+    starts with a dot and ends in ``.tmp``.
+
+    Parameters
+    ----------
+    data : bytes or callable
+        What to write, or what writes it to an open file.
+    check : callable, optional
+        Gets the path of the new file before it takes its place.
 
     Raises
     ------
     WriteError
-        If the file cannot be written. An error raised by `check` passes through.
+        If the file cannot be written. An error raised by `data` or `check` passes through.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         try:
-            if target.is_dir():
-                raise IsADirectoryError(21, "Is a directory")
-            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+            if target.exists() and not target.is_file():
+                raise OSError("it is not a regular file")
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
             descriptor = os.open(temporary, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                if callable(data):
+                    data(file)
+                else:
+                    file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             if check is not None:
@@ -214,11 +244,24 @@ def write_atomically(
             if target.exists():
                 temporary.chmod(stat.S_IMODE(target.stat().st_mode))
             temporary.replace(target)
+            _flush_folder(target.parent)
         except OSError as error:
             raise WriteError(
-                f"{path}: cannot be written ({error.strerror or error}); "
+                f"{safe_text(str(path), 300)}: cannot be written ({error.strerror or error}); "
                 "give another output path or free some space"
             ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename last; not every system and file system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
