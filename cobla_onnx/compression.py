@@ -124,6 +124,8 @@ def check_paths(
             continue
         if path.is_dir():
             raise WriteError(f"{path}: is a directory; give the path of a file")
+        if path.exists() and not path.is_file():
+            raise WriteError(f"{path}: is not a regular file; give another path")
         if not path.parent.is_dir():
             raise WriteError(f"{path}: its folder does not exist; create it first")
         if not os.access(path.parent, os.W_OK):
