@@ -155,6 +155,14 @@ class _Names:
                 stack.extend(subgraphs(node))
 
 
+class _Variables(dict[str, Any]):
+    """One graph-surgeon variable for each name, made when it is first asked for."""
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = gs.Variable(name)
+        return self[name]
+
+
 def _build(
     replacement: Replacement, model: onnx.ModelProto, names: _Names
 ) -> tuple[dict[int, list[onnx.NodeProto]], list[onnx.TensorProto]]:
@@ -177,8 +185,11 @@ def _build(
         name = unique_name(f"{layer.name}/bias", names.tensors)
         operands = [*operands, gs.Constant(name, replacement.bias)]
     scratch = gs.Graph(nodes=list(casts), opset=_opset(model))
+    variables = _Variables()
     for use in layer.uses:
-        scratch.nodes.extend(_pair(replacement, model.graph.node[use.node], use, operands, names))
+        scratch.nodes.extend(
+            _pair(replacement, model.graph.node[use.node], use, operands, names, variables)
+        )
     exported = gs.export_onnx(scratch, do_type_check=False).graph
     nodes = list(exported.node)
     result: dict[int, list[onnx.NodeProto]] = {}
@@ -211,13 +222,14 @@ def _pair(
     use: Use,
     weights: Sequence[Any],
     names: _Names,
+    variables: _Variables,
 ) -> list[Any]:
     """Build the two factor nodes of one use as graph-surgeon nodes."""
     label = node.name or use.output
     between = gs.Variable(unique_name(f"{label}/lowrank", names.tensors))
     first_name = unique_name(f"{label}/first_factor", names.nodes)
-    rest = weights[2:] or [gs.Variable(name) for name in node.input[2:]]
-    data, output = gs.Variable(use.data), gs.Variable(use.output)
+    rest = weights[2:] or [variables[name] for name in node.input[2:]]
+    data, output = variables[use.data], variables[use.output]
     scheme = replacement.scheme
     values = {
         name: value.decode() if isinstance(value, bytes) else value
