@@ -34,7 +34,7 @@ Feeds: TypeAlias = "dict[str, NDArray[Any]]"
 # Option by which a model given as bytes finds its data files, and versions that know it.
 FOLDER = "session.model_external_initializers_file_folder_path"
 MAPS_FILES = tuple(int(n) for n in onnxruntime.__version__.split(".")[:2]) >= (1, 21)
-SIZES_TO_TRY = (16, 64, 224, 1)
+SIZES_TO_TRY = (16, 64, 224, 512, 1)
 # Seconds that one run may take, so that a loop without end does not keep us.
 RUN_LIMIT = 900.0
 
@@ -181,7 +181,8 @@ def random_feeds(
     """Draw inputs that fit the types and shapes of a model's inputs.
 
     Floats are standard normal, integers 0 or 1 (valid as token, index and mask), each
-    from `seed`. A symbolic first axis becomes `batch`, other unknown axes `unknown`.
+    from `seed`. A symbolic first axis becomes `batch`, and so do axes of the same symbol;
+    other unknown axes become `unknown`.
 
     Raises
     ------
@@ -190,12 +191,16 @@ def random_feeds(
     """
     generator = np.random.default_rng(seed)
     feeds: Feeds = {}
-    for value in session.get_inputs():
+    inputs = session.get_inputs()
+    batches = {v.shape[0] for v in inputs if v.shape and isinstance(v.shape[0], str)}
+    for value in inputs:
         declared = list(value.shape)
         known = list(shapes.get(value.name) or [None] * len(declared))
         for axis, size in enumerate(known):
-            if axis == 0 and not isinstance(declared[0], int) and size in (None, 1):
-                known[0] = batch
+            symbol = declared[axis]
+            first = axis == 0 and not isinstance(symbol, int)
+            if (first and size in (None, 1)) or (size is None and symbol in batches):
+                known[axis] = batch
             elif size is None:
                 known[axis] = unknown
         sizes = [int(size) for size in known if size is not None]

@@ -153,6 +153,11 @@ hostile(
     "node 'conv1': its attribute 'group' is not of the type that Conv defines; "
     "the file is damaged, export it again",
 )(conv_with(group="one"))
+hostile(
+    "attribute of a function",
+    "node 'conv1': an attribute refers to a function's, but it is in none; "
+    "the file is damaged, export it again",
+)(lambda m: setattr(m.graph.node[0].attribute[0], "ref_attr_name", "pads"))
 hostile("attribute twice", "node 'conv1': has an attribute twice; the file is damaged")(
     lambda m: m.graph.node[0].attribute.append(m.graph.node[0].attribute[0])
 )
@@ -287,13 +292,21 @@ def _(model: onnx.ModelProto) -> None:
 
 
 # Names
-hostile(
-    "hostile name",
-    "node 'a\\x1b[31mb\\x0a\\x202e/../c': another node has the same name; " + AGAIN,
-)(lambda m: [setattr(m.graph.node[i], "name", "a\x1b[31mb\n\u202e/../c") for i in (0, 1)])
-hostile("long name", f"node '{'x' * 39}…{'x' * 40}': another node has the same name; " + AGAIN)(
-    lambda m: [setattr(m.graph.node[i], "name", "x" * 10_000) for i in (0, 1)]
+def named(name: str) -> Callable[[onnx.ModelProto], None]:
+    """Give a name to a node that reads what is not there."""
+
+    def damage(model: onnx.ModelProto) -> None:
+        model.graph.node[1].name = name
+        model.graph.node[1].input[0] = "lost"
+
+    return damage
+
+
+LOST = f"reads 'lost', which nothing makes; {AGAIN}"
+hostile("hostile name", f"node 'a\\x1b[31mb\\x0a\\x202e/../c': {LOST}")(
+    named("a\x1b[31mb\n\u202e/../c")
 )
+hostile("long name", f"node '{'x' * 39}…{'x' * 40}': {LOST}")(named("x" * 10_000))
 
 
 # External data: the model reads "w.bin" beside it, if nothing is done to it.

@@ -97,6 +97,14 @@ def test_truncated_files_are_refused_at_any_length(tmp_path):
             compress(path, Budget(mem=0.5), threads=1)
 
 
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    content = small_network().SerializeToString().replace(b"documented", b"docu\xff\xfented")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"field onnx\.ModelProto\.doc_string: holds text that"):
+        compress(path, Budget(mem=0.5))
+
+
 def test_a_loaded_model_may_not_point_to_files(tmp_path):
     path = with_external_data(tmp_path, {"basepath": "/etc"})
     model = onnx.load(path, load_external_data=False)

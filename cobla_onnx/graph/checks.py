@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import onnx
+from google.protobuf.message import Message
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.external import is_external
@@ -49,6 +50,7 @@ def check_structure(model: onnx.ModelProto) -> None:
         If the model is damaged, or newer than the installed onnx; the message names the
         node or tensor, but not the file.
     """
+    _check_text(model)
     if not model.HasField("graph") or not model.graph.node:
         raise ModelError(f"holds no graph with nodes; {AGAIN}")
     if not 1 <= model.ir_version <= onnx.IR_VERSION:
@@ -65,10 +67,28 @@ def check_structure(model: onnx.ModelProto) -> None:
     for function in model.functions:
         label = f"function {quoted(function.name)}"
         _check_opsets(function.opset_import, label)
-        context = _Context(Schemas(function.opset_import, calls), f"{label}, ")
+        context = _Context(
+            Schemas(function.opset_import, calls, inside_function=True), f"{label}, "
+        )
         names = _unique(function.input, f"{label}: input")
         _check_nodes(function.node, names, {}, context)
         _check_made(function.output, names, context)
+
+
+def _check_text(model: onnx.ModelProto) -> None:
+    """Refuse text that is not UTF-8: protobuf hands it out as bytes, and takes it nowhere."""
+    pending: list[Message] = [model]
+    while pending:
+        message = pending.pop()
+        for field, value in message.ListFields():
+            if field.message_type is not None:
+                pending.extend(value if field.is_repeated else [value])
+            elif field.type == field.TYPE_STRING:
+                for text in value if field.is_repeated else [value]:
+                    if not isinstance(text, str):
+                        raise ModelError(
+                            f"field {field.full_name}: holds text that is not UTF-8; {AGAIN}"
+                        )
 
 
 class _Context:
@@ -201,9 +221,11 @@ def _check_nodes(
     labels: set[str] = set()
     for index, node in enumerate(nodes):
         label = context.node(node, index)
-        if node.name and node.name in labels:
-            raise ModelError(f"{label}: another node has the same name; {AGAIN}")
-        labels.add(node.name)
+        # onnxruntime refuses this too, but not among Constant nodes, where it occurs.
+        if node.name and node.op_type != "Constant":
+            if node.name in labels:
+                raise ModelError(f"{label}: another node has the same name; {AGAIN}")
+            labels.add(node.name)
         context.schemas.check(node, label)
         for name in node.input:
             if name and name not in names and name not in outer:

@@ -15,8 +15,10 @@ __all__ = ["GraphIndex", "Origin", "all_inputs", "attributes", "node_label"]
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """Return a node's attributes as Python values."""
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    """Return a node's attributes as Python values; without those that a function is given."""
+    return {
+        a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if not a.ref_attr_name
+    }
 
 
 def node_label(node: onnx.NodeProto, index: int) -> str:

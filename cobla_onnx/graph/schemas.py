@@ -20,15 +20,20 @@ class Schemas:
     imports : iterable of OperatorSetIdProto
     functions : collection of (str, str)
         Domains and names that the model defines itself: these are not looked up.
+    inside_function : bool
+        Whether attributes may stand for what a function is given.
     """
 
     def __init__(
         self,
         imports: Iterable[onnx.OperatorSetIdProto],
         functions: Collection[tuple[str, str]] = (),
+        *,
+        inside_function: bool = False,
     ) -> None:
         self._versions = {_plain(entry.domain): entry.version for entry in imports}
         self._functions = functions
+        self._inside_function = inside_function
         self._found: dict[tuple[str, str], onnx.defs.OpSchema | None] = {}
 
     def _look_up(self, domain: str, name: str) -> onnx.defs.OpSchema | None:
@@ -63,6 +68,11 @@ class Schemas:
         names = [attribute.name for attribute in node.attribute]
         if len(set(names)) < len(names):
             raise ModelError(f"{label}: has an attribute twice; the file is damaged")
+        if not self._inside_function and any(a.ref_attr_name for a in node.attribute):
+            raise ModelError(
+                f"{label}: an attribute refers to a function's, but it is in none; "
+                "the file is damaged, export it again"
+            )
         schema = self._look_up(domain, node.op_type)
         if schema is None:
             return
