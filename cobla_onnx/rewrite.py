@@ -82,7 +82,9 @@ def make_replacement(
 
 
 def _narrow(layer: Layer, array: NDArray[Any], dtype: np.dtype[Any], what: str) -> NDArray[Any]:
-    if float(np.abs(array).max(initial=0.0)) > float(np.finfo(dtype).max):
+    # bfloat16 has the range of single precision, and numpy does not know it.
+    limits = np.finfo(dtype if dtype.kind == "f" else np.float32)
+    if float(np.abs(array).max(initial=0.0)) > float(limits.max):
         raise ModelError(
             f"node {quoted(layer.name)}: {what} overflows {dtype}; "
             f"leave it out by --exclude {quoted(layer.name)}"

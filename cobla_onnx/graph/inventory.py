@@ -14,6 +14,10 @@ class Reason(str, Enum):
 
     OPERATOR = "operator is not factorised"
     NOT_CONSTANT = "weight is not constant"
+    QUANTISED = "weight is quantised"
+    FILLED = "weight is one number, repeated"
+    SPARSE = "weight is stored sparse"
+    TOO_LARGE = "weight is over 2 GB"
     BOTH_CONSTANT = "both operands are constant"
     SHARED = "weight has other readers"
     TYPE = "weight type is not supported"
@@ -41,7 +45,7 @@ class Use:
     output : str
         Name of the node's output.
     chain : tuple of int
-        Indices of the Identity, Transpose and Cast nodes between the stored tensor and
+        Indices of the Identity, Transpose, Reshape and Cast nodes between the stored tensor and
         the node, in order.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -51,11 +52,22 @@ REPORTED = {
     "QGemm",
     "Attention",
 }
+# Types in which nodes compute; onnxruntime on a CPU has no bfloat16, which must be cast.
 FLOAT_TYPES = {
     onnx.TensorProto.FLOAT,
     onnx.TensorProto.FLOAT16,
     onnx.TensorProto.DOUBLE,
 }
+STORED_TYPES = {*FLOAT_TYPES, onnx.TensorProto.BFLOAT16}
+# What makes a weight that is not stored as it is read, and what that means.
+MADE_BY = {
+    "DequantizeLinear": Reason.QUANTISED,
+    "DynamicQuantizeLinear": Reason.QUANTISED,
+    "ConstantOfShape": Reason.FILLED,
+    "sparse": Reason.SPARSE,
+}
+# A tensor over 2 GB cannot be a field of a model, and its factors could be as large.
+LARGEST = 2**31 - 1
 
 
 def find_layers(model: onnx.ModelProto) -> Inventory:
@@ -78,10 +90,10 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
         found = _weight_operand(graph, node)
         if isinstance(found, tuple):
             position, origin = found
-            key = (origin.source, origin.permutation, origin.type, node.op_type, position)
+            key = (origin.source, origin.steps, origin.type, node.op_type, position)
             groups[(*key, *_reading(node).items())].append((index, position, origin))
         else:
-            skipped.append((index, Skipped(node_label(node, index), node.op_type, found)))
+            skipped.append((index, replace(found, name=node_label(node, index))))
     skipped.extend(
         (len(graph.nodes), Skipped(node_label(node, 0), node.op_type, Reason.SUBGRAPH))
         for function in model.functions
@@ -113,17 +125,22 @@ def _inside(node: onnx.NodeProto, index: int) -> Iterable[Skipped]:
             stack.extend(subgraphs(inner))
 
 
-def _weight_operand(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, Origin] | Reason:
-    if node.op_type not in FACTORISABLE or node.domain not in ("", "ai.onnx"):
-        return Reason.OPERATOR
-    positions = (1,) if node.op_type == "Conv" else (0, 1)
+def _weight_operand(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, Origin] | Skipped:
+    """Which operand is the stored weight, or why none is."""
+    op = node.op_type
+    if op not in FACTORISABLE or node.domain not in ("", "ai.onnx"):
+        return Skipped("", op, Reason.OPERATOR, node.domain)
+    positions = (1,) if op == "Conv" else (0, 1)
     origins = [(p, graph.origin(node.input[p])) for p in positions if p < len(node.input)]
-    constant = [(p, origin) for p, origin in origins if origin is not None]
-    if not constant:
-        return Reason.NOT_CONSTANT
+    constant = [(p, origin) for p, origin in origins if not isinstance(origin, str)]
     if len(constant) == 2:
-        return Reason.BOTH_CONSTANT
-    return constant[0]
+        return Skipped("", op, Reason.BOTH_CONSTANT)
+    if constant:
+        return constant[0]
+    for _, maker in origins:
+        if maker in MADE_BY:
+            return Skipped("", op, MADE_BY[str(maker)], str(maker))
+    return Skipped("", op, Reason.NOT_CONSTANT)
 
 
 def _reading(node: onnx.NodeProto) -> dict[str, int]:
@@ -156,7 +173,7 @@ def _layer(graph: GraphIndex, members: list[tuple[int, int, Origin]], taken: set
         op=node.op_type,
         source=origin.source,
         weight_input=position,
-        shape=tuple(origin.tensor.dims[axis] for axis in origin.permutation),
+        shape=origin.shape,
         stored_type=origin.tensor.data_type,
         type=origin.type,
         stored_bytes=tensor_bytes(origin.tensor),
@@ -174,12 +191,12 @@ def _own_bias(graph: GraphIndex, members: list[tuple[int, int, Origin]]) -> str 
         return None
     name = node.input[2]
     tensor = graph.stored.get(name)
-    if tensor is None or name in graph.outputs or graph.readers[name] != [index]:
+    if tensor is None or name in graph.kept or graph.readers[name] != [index]:
         return None
     values = attributes(node)
     if values.get("alpha", 1.0) != 1.0 or values.get("beta", 1.0) != 1.0:
         return None
-    shape = [origin.tensor.dims[axis] for axis in origin.permutation]
+    shape = origin.shape
     if len(shape) < 2 or tensor.data_type != origin.type or list(node.input).count(name) > 1:
         return None
     if node.op_type == "Conv":
@@ -201,12 +218,14 @@ def _problem(
     for index, _, _ in members:
         label = f"node {quoted(node_label(graph.nodes[index], index))}"
         check_geometry(graph.nodes[index], layer.shape, label)
-    if layer.type not in FLOAT_TYPES or layer.stored_type not in FLOAT_TYPES:
+    if layer.type not in FLOAT_TYPES or layer.stored_type not in STORED_TYPES:
         return Reason.TYPE, onnx.TensorProto.DataType.Name(layer.stored_type)
     if len(layer.shape) < (3 if layer.op == "Conv" else 2):
         return Reason.NOT_A_MATRIX, f"shape {list(layer.shape)}"
     if layer.params <= 0:
         return Reason.EMPTY, f"shape {list(layer.shape)}"
+    if layer.stored_bytes > LARGEST:
+        return Reason.TOO_LARGE, f"{layer.stored_bytes} bytes"
     if layer.op == "Conv":
         group = layer.attributes["group"]
         if group > 1 and layer.shape[1] == 1:
@@ -216,8 +235,8 @@ def _problem(
     tensors = {layer.source}
     tensors.update(graph.nodes[index].output[0] for index in own - {m[0] for m in members})
     for tensor in tensors:
-        if tensor in graph.outputs:
-            return Reason.SHARED, "it is an output of the model"
+        if tensor in graph.kept:
+            return Reason.SHARED, graph.kept[tensor]
         for reader in graph.readers[tensor]:
             if reader not in own:
                 return Reason.SHARED, node_label(graph.nodes[reader], reader)

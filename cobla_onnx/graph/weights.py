@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.inventory import Layer
-from cobla_onnx.graph.operands import attributes
+from cobla_onnx.graph.operands import GraphIndex, attributes
 from cobla_onnx.graph.tensors import constant_value, tensor_array
 from cobla_onnx.names import quoted
 
@@ -32,7 +32,16 @@ def read_weight(model: onnx.ModelProto, layer: Layer) -> NDArray[Any]:
             array = np.transpose(array, attributes(node).get("perm"))
         elif node.op_type == "Cast":
             array = array.astype(onnx.helper.tensor_dtype_to_np_dtype(attributes(node)["to"]))
+        elif node.op_type == "Reshape":
+            array = array.reshape(_shape_after(model, layer, index))
     return array
+
+
+def _shape_after(model: onnx.ModelProto, layer: Layer, index: int) -> tuple[int, ...]:
+    """Shape of a layer's weight after one node of its chain."""
+    found = GraphIndex(model).origin(model.graph.node[index].output[0])
+    assert not isinstance(found, str), "the walk that found the layer followed this node"
+    return found.shape
 
 
 def read_bias(model: onnx.ModelProto, layer: Layer) -> NDArray[Any] | None:
