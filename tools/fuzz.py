@@ -31,6 +31,7 @@ from google.protobuf.message import Message
 from cobla_onnx import Budget, compress
 from cobla_onnx.errors import CoblaError, VerificationError
 from cobla_onnx.graph.model_file import load_model
+from cobla_onnx.graph.protos import is_repeated
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
@@ -81,7 +82,7 @@ def messages(root: Message) -> list[Message]:
         found.append(message)
         for field, value in message.ListFields():
             if field.message_type is not None:
-                pending.extend(value if field.is_repeated else [value])
+                pending.extend(value if is_repeated(field) else [value])
     return found
 
 
@@ -109,7 +110,7 @@ def change(message: Message, field: Any, all_of: list[Message], generator: Any) 
     if generator.random() < 0.15:
         message.ClearField(field.name)
         return
-    if field.is_repeated:
+    if is_repeated(field):
         items = getattr(message, field.name)
         if not len(items) or generator.random() < 0.2:
             if field.message_type is None:

@@ -20,6 +20,7 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.geometry import check_geometry
 from cobla_onnx.graph.operands import node_label
+from cobla_onnx.graph.protos import is_repeated
 from cobla_onnx.graph.schemas import Schemas
 from cobla_onnx.graph.sizes import PACKED, tensor_bytes
 from cobla_onnx.graph.tensors import HeldTensor, all_tensors, constant_value, subgraphs
@@ -82,9 +83,9 @@ def _check_text(model: onnx.ModelProto) -> None:
         message = pending.pop()
         for field, value in message.ListFields():
             if field.message_type is not None:
-                pending.extend(value if field.is_repeated else [value])
+                pending.extend(value if is_repeated(field) else [value])
             elif field.type == field.TYPE_STRING:
-                for text in value if field.is_repeated else [value]:
+                for text in value if is_repeated(field) else [value]:
                     if not isinstance(text, str):
                         raise ModelError(
                             f"field {field.full_name}: holds text that is not UTF-8; {AGAIN}"

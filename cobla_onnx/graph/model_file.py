@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 import onnx
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cobla_onnx.errors import ModelError, UsageError, WriteError
 from cobla_onnx.graph.checks import check_structure
 from cobla_onnx.graph.external import external_bytes, is_external, open_external
+from cobla_onnx.graph.protos import copy_fields
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import all_tensors, constant_value, subgraphs
 from cobla_onnx.names import safe_text
 
 __all__ = [
     "constant_value",
-    "copy_fields",
     "copy_without_initializers",
     "load_model",
     "stored_bytes",
@@ -175,19 +175,6 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         if t.name not in named
     )
     return result
-
-
-def copy_fields(source: Message, target: Message, leave_out: Collection[str]) -> None:
-    """Set the fields of `target` as they are set in `source`, but for those left out."""
-    for field, value in source.ListFields():
-        if field.name in leave_out:
-            continue
-        if field.is_repeated:
-            getattr(target, field.name).extend(value)
-        elif field.message_type is not None:
-            getattr(target, field.name).CopyFrom(value)
-        else:
-            setattr(target, field.name, value)
 
 
 def unique_name(wanted: str, taken: set[str]) -> str:

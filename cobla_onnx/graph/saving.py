@@ -23,10 +23,10 @@ from cobla_onnx.errors import UsageError, WriteError
 from cobla_onnx.graph.external import external_bytes, is_external
 from cobla_onnx.graph.model_file import (
     PROTOBUF_LIMIT,
-    copy_fields,
     copy_without_initializers,
     write_atomically,
 )
+from cobla_onnx.graph.protos import copy_fields
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.names import quoted, safe_text
