@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
 from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.errors import UsageError
+from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.cost import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.graph.layers import (
     Inventory,
@@ -281,7 +281,12 @@ def _costs(
             wanted.extend(name for name in (*node.input[:2], node.output[0]) if name)
     stored = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input}
     names = [name for name in dict.fromkeys(wanted) if name not in stored]
-    shapes.update(measured_shapes(model, names, known, threads))
+    try:
+        shapes.update(measured_shapes(model, names, known, threads))
+    except ModelError as error:
+        if needed:
+            raise
+        return shapes, None, (f"MACs are not known: {error}",)
     macs, unknown = node_macs(model, shapes)
     note = "shapes that ONNX shape inference does not give were read from a run in onnxruntime"
     return shapes, None if unknown else macs, (note,)

@@ -13,6 +13,7 @@ import typer
 
 from cobla_onnx import __version__
 from cobla_onnx.errors import CoblaError, UsageError
+from cobla_onnx.names import safe_text
 
 if TYPE_CHECKING:
     from cobla_onnx.progress import Progress
@@ -49,6 +50,14 @@ class ChannelOrder(str, Enum):
 
     rgb = "rgb"
     bgr = "bgr"
+
+
+class ExternalData(str, Enum):
+    """Choices of --external-data."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
 
 
 class Layout(str, Enum):
@@ -200,6 +209,10 @@ def compress(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Allow OUT to be the same file as IN.")
     ] = False,
+    external_data: Annotated[
+        ExternalData,
+        typer.Option(help="Weights in a file beside OUT; auto: as they were, or if over 2 GB."),
+    ] = ExternalData.auto,
     report: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.json", help="Write the report as JSON."),
@@ -248,7 +261,7 @@ def compress(
             progress=progress,
         )
     if not dry_run:
-        result.save(output)
+        result.save(output, external_data=external_data.value)
     if report is not None:
         result.save_report(report)
     if not quiet:
@@ -305,6 +318,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in message)
-    sys.stderr.write(f"error: {shown}\n")
+    sys.stderr.write(f"error: {safe_text(message, 2000)}\n")
     sys.exit(code)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import VerificationError
+from cobla_onnx.names import quoted
 
 __all__ = ["Comparison", "OutputComparison", "is_numeric"]
 
@@ -73,7 +74,9 @@ class Comparison:
 
     def _add(self, name: str, before: NDArray[Any], after: NDArray[Any]) -> None:
         if before.shape != after.shape or before.dtype != after.dtype:
-            raise VerificationError(f"output {name!r}: shape or type changed; nothing was written")
+            raise VerificationError(
+                f"output {quoted(name)}: shape or type changed; nothing was written"
+            )
         sums = self._sums.setdefault(name, _Sums())
         if before.ndim >= 2 and before.shape[1] >= 2:
             same = np.argmax(before, axis=1) == np.argmax(after, axis=1)
@@ -84,7 +87,7 @@ class Comparison:
         if not both.all():
             if np.isfinite(old).all():
                 raise VerificationError(
-                    f"output {name!r}: is no longer finite; nothing was written"
+                    f"output {quoted(name)}: is no longer finite; nothing was written"
                 )
             old, new = old[both], new[both]
         difference = old - new

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +21,22 @@ from cobla_onnx.calibration.dataset import Dataset, input_specs
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.errors import BudgetError, UsageError, VerificationError, WriteError
+from cobla_onnx.errors import BudgetError, ModelError, UsageError, VerificationError, WriteError
+from cobla_onnx.graph.checks import check_structure
+from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.graph.model_file import load_model, stored_bytes, write_atomically
+from cobla_onnx.graph.saving import ExternalData, save_model
+from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.lowrank.factorize import factorize
+from cobla_onnx.names import safe_text
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import Report
 from cobla_onnx.reporting import make_report
 from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
 from cobla_onnx.runtime import open_session
+from cobla_onnx.spill import Spill
 from cobla_onnx.verify import verify
 
 __all__ = ["Result", "check_paths", "compress"]
@@ -54,31 +60,45 @@ class Result:
     plan: Plan
     report: Report
     source: Path | None = None
+    _spill: Spill | None = field(default=None, repr=False)
+    _external: bool = field(default=False, repr=False)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, external_data: ExternalData = "auto") -> None:
         """Write the model, atomically; what is at `path` stays until the new file is whole.
 
         An unchanged model is copied byte for byte. A changed one is read back, counted
         and opened in onnxruntime before it takes its place.
 
+        Parameters
+        ----------
+        external_data : {'auto', 'always', 'never'}
+            Whether weights go into a data file beside the model, named by its content.
+            ``auto``: if they were beside the original, or one file cannot hold them.
+
         Raises
         ------
         WriteError
             If it cannot be written.
+        UsageError
+            If 'never' is asked for and one file cannot hold the model.
         VerificationError
             If what arrived on disk is not what was verified.
         """
-        if self.report.unchanged and self.source is not None:
+        if self._external and external_data == "auto":
+            external_data = "always"
+        plain = self.report.unchanged and not self._external and external_data != "always"
+        if self.source is not None and plain:
             write_atomically(path, self.source.read_bytes())
         else:
-            write_atomically(path, self.model.SerializeToString(deterministic=True), self._check)
+            save_model(self.model, path, external_data, self._check)
         self.report = replace(self.report, output=os.fspath(path))
 
     def _check(self, written: Path) -> None:
-        model = onnx.load(os.fspath(written))
+        model = load_model(written)
         if stored_bytes(model) != self.report.budget["mem"].after:
             raise VerificationError(f"{written}: holds other weights than were verified")
-        open_session(model, self.report.threads)
+        if not self.report.unchanged:
+            open_session(model, self.report.threads)
 
     def save_report(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON, atomically."""
@@ -104,6 +124,8 @@ def check_paths(
             continue
         if path.is_dir():
             raise WriteError(f"{path}: is a directory; give the path of a file")
+        if path.exists() and not path.is_file():
+            raise WriteError(f"{path}: is not a regular file; give another path")
         if not path.parent.is_dir():
             raise WriteError(f"{path}: its folder does not exist; create it first")
         if not os.access(path.parent, os.W_OK):
@@ -199,12 +221,16 @@ def compress(
     """
     started = time.perf_counter()
     source = None if isinstance(model, onnx.ModelProto) else Path(model)
-    proto = model if isinstance(model, onnx.ModelProto) else load_model(model)
+    proto = _checked(model) if isinstance(model, onnx.ModelProto) else load_model(model)
     threads = threads or _cores()
     notify = progress or (lambda stage, done, total: None)
     needed = _objective(objective, data)
     shapes = input_shapes or {}
-    with threadpool_limits(threads), _opened(proto, shapes, data, samples, images) as dataset:
+    with (
+        _naming(source),
+        threadpool_limits(threads),
+        _opened(proto, shapes, data, samples, images) as dataset,
+    ):
         analysis = analyse(
             proto,
             input_shapes=shapes,
@@ -238,6 +264,8 @@ def compress(
             replacements = _factorise(proto, analysis, plan, notify)
         else:
             replacements = calibrated.factorise(plan, refit)
+        spill = Spill()
+        replacements = spill.replacements(replacements)
         compressed = rewrite(proto, replacements) if replacements else proto
         _check_budget(analysis, budget, plan, compressed)
         verification = None
@@ -268,7 +296,36 @@ def compress(
         seed=seed,
         threads=threads,
     )
-    return Result(compressed, plan, report, source)
+    external = any(map(is_external, proto.graph.initializer))
+    return Result(compressed, plan, report, source, spill, external)
+
+
+def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Check a model that did not come from a file of ours."""
+    with _naming(None):
+        check_structure(model)
+        for held in all_tensors(model):
+            if is_external(held.tensor):
+                raise ModelError(
+                    f"{held.label}: its external data is not loaded; pass the path of the file "
+                    "instead of the model, or load it with its data"
+                )
+    return model
+
+
+@contextmanager
+def _naming(source: Path | None) -> Iterator[None]:
+    """Put the name of the file before errors about the model."""
+    shown = "the model" if source is None else safe_text(str(source), 300)
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{shown}: {error}") from error
+    except MemoryError as error:
+        raise ModelError(
+            f"{shown}: needs more memory than there is; use a machine with more, or give "
+            "smaller --input-shape"
+        ) from error
 
 
 def _objective(objective: str, data: Any) -> str:

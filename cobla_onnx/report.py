@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cobla_onnx.names import safe_text
 from cobla_onnx.verify import Verification
 
 if TYPE_CHECKING:
@@ -158,15 +158,6 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         return render(self)
-
-
-def safe_text(text: str, limit: int = 48) -> str:
-    """Make a name from a model safe to show: no control characters, bounded length."""
-    shown = "".join(
-        c if not unicodedata.category(c).startswith(("C", "Zl", "Zp")) else f"\\x{ord(c):02x}"
-        for c in text[: 4 * limit]
-    )
-    return shown if len(shown) <= limit else f"{shown[: limit // 2 - 1]}…{shown[-limit // 2 :]}"
 
 
 def _count(number: int | None) -> str:

@@ -16,10 +16,12 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.external import mapped_tensor
 from cobla_onnx.graph.layers import Layer, Use, attributes
 from cobla_onnx.graph.model_file import copy_without_initializers, subgraphs, unique_name
 from cobla_onnx.lowrank.factorize import Factorization
 from cobla_onnx.lowrank.schemes import ConvScheme, Scheme
+from cobla_onnx.names import quoted
 
 __all__ = ["Replacement", "factor_nodes", "make_replacement", "rewrite"]
 
@@ -80,10 +82,12 @@ def make_replacement(
 
 
 def _narrow(layer: Layer, array: NDArray[Any], dtype: np.dtype[Any], what: str) -> NDArray[Any]:
-    if float(np.abs(array).max(initial=0.0)) > float(np.finfo(dtype).max):
+    # bfloat16 has the range of single precision, and numpy does not know it.
+    limits = np.finfo(dtype if dtype.kind == "f" else np.float32)
+    if float(np.abs(array).max(initial=0.0)) > float(limits.max):
         raise ModelError(
-            f"node {layer.name!r}: {what} overflows {dtype}; "
-            f"leave it out by --exclude {layer.name!r}"
+            f"node {quoted(layer.name)}: {what} overflows {dtype}; "
+            f"leave it out by --exclude {quoted(layer.name)}"
         )
     return np.ascontiguousarray(array.astype(dtype))
 
@@ -153,6 +157,14 @@ class _Names:
                 stack.extend(subgraphs(node))
 
 
+class _Variables(dict[str, Any]):
+    """One graph-surgeon variable for each name, made when it is first asked for."""
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = gs.Variable(name)
+        return self[name]
+
+
 def _build(
     replacement: Replacement, model: onnx.ModelProto, names: _Names
 ) -> tuple[dict[int, list[onnx.NodeProto]], list[onnx.TensorProto]]:
@@ -175,9 +187,11 @@ def _build(
         name = unique_name(f"{layer.name}/bias", names.tensors)
         operands = [*operands, gs.Constant(name, replacement.bias)]
     scratch = gs.Graph(nodes=list(casts), opset=_opset(model))
+    variables = _Variables()
     for use in layer.uses:
         node = model.graph.node[use.node]
-        scratch.nodes.extend(_pair(replacement.scheme, node, use, operands, names))
+        pair = _pair(replacement.scheme, node, use, operands, names, variables)
+        scratch.nodes.extend(pair)
     exported = gs.export_onnx(scratch, do_type_check=False).graph
     nodes = list(exported.node)
     result: dict[int, list[onnx.NodeProto]] = {}
@@ -190,7 +204,14 @@ def _build(
         kept.attribute.extend(second.attribute)
         result[use.node] = [first, kept]
     result[layer.uses[0].node] = nodes[: len(casts)] + result[layer.uses[0].node]
-    return result, list(exported.initializer)
+    arrays = {
+        w.name: v for w, v in zip(weights, (replacement.first, replacement.second), strict=True)
+    }
+    initializers = [
+        (mapped_tensor(t.name, arrays[t.name]) if t.name in arrays else None) or t
+        for t in exported.initializer
+    ]
+    return result, initializers
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -207,9 +228,10 @@ def factor_nodes(
     """
     names = _Names(model)
     scratch = gs.Graph(opset=_opset(model))
+    variables = _Variables()
     for use in layer.uses:
-        operands = [gs.Variable(first), gs.Variable(second)]
-        scratch.nodes.extend(_pair(scheme, model.graph.node[use.node], use, operands, names))
+        node, operands = model.graph.node[use.node], [variables[first], variables[second]]
+        scratch.nodes.extend(_pair(scheme, node, use, operands, names, variables))
     nodes = list(gs.export_onnx(scratch, do_type_check=False).graph.node)
     return tuple(zip(nodes[::2], nodes[1::2], strict=True))
 
@@ -220,13 +242,14 @@ def _pair(
     use: Use,
     weights: Sequence[Any],
     names: _Names,
+    variables: _Variables,
 ) -> list[Any]:
     """Build the two factor nodes of one use as graph-surgeon nodes."""
     label = node.name or use.output
     between = gs.Variable(unique_name(f"{label}/lowrank", names.tensors))
     first_name = unique_name(f"{label}/first_factor", names.nodes)
-    rest = weights[2:] or [gs.Variable(name) for name in node.input[2:]]
-    data, output = gs.Variable(use.data), gs.Variable(use.output)
+    rest = weights[2:] or [variables[name] for name in node.input[2:]]
+    data, output = variables[use.data], variables[use.output]
     values = {
         name: value.decode() if isinstance(value, bytes) else value
         for name, value in attributes(node).items()

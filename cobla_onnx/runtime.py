@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -11,8 +13,12 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph.cost import Shape
+from cobla_onnx.graph.cost import MOST_ELEMENTS, Shape
+from cobla_onnx.graph.external import external_place, is_external, open_external
+from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.model_file import copy_without_initializers, tensor_bytes
+from cobla_onnx.graph.tensors import tensor_array
+from cobla_onnx.names import quoted, safe_text
 
 __all__ = [
     "Feeds",
@@ -25,7 +31,12 @@ __all__ = [
 ]
 
 Feeds: TypeAlias = "dict[str, NDArray[Any]]"
-SIZES_TO_TRY = (16, 64, 224, 1)
+# Option by which a model given as bytes finds its data files, and versions that know it.
+FOLDER = "session.model_external_initializers_file_folder_path"
+MAPS_FILES = tuple(int(n) for n in onnxruntime.__version__.split(".")[:2]) >= (1, 21)
+SIZES_TO_TRY = (16, 64, 224, 512, 1)
+# Seconds that one run may take, so that a loop without end does not keep us.
+RUN_LIMIT = 900.0
 
 
 def open_session(
@@ -46,12 +57,13 @@ def open_session(
     ModelError
         If onnxruntime does not load the model.
     """
-    large = [
-        t
-        for t in model.graph.initializer
-        if tensor_bytes(t) > 1024 and t.data_type != onnx.TensorProto.STRING
-    ]
+    folder = _mapped_folder(model)
+    large = [tensor for tensor in model.graph.initializer if _to_hand_over(tensor, folder)]
     light = copy_without_initializers(model, {t.name for t in large})
+    # onnxruntime drops what nobody reads, and then misses it.
+    read = {name for node in light.graph.node for name in all_inputs(node)}
+    read.update(value.name for value in light.graph.output)
+    large = [t for t in large if t.name in read]
     names: list[str] = []
     values: list[Any] = []
 
@@ -70,13 +82,7 @@ def open_session(
         )
 
     for tensor in large:
-        try:
-            array = onnx.numpy_helper.to_array(tensor)
-        except (ValueError, TypeError) as error:
-            raise ModelError(
-                f"initializer {tensor.name!r}: its data does not fit its shape "
-                f"{list(tensor.dims)}; the file is damaged, export or download it again"
-            ) from error
+        array = tensor_array(tensor, f"initializer {quoted(tensor.name)}")
         hand_over(tensor.name, tensor.data_type, array)
     for name, array in (extra_weights or {}).items():
         hand_over(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array)
@@ -93,6 +99,9 @@ def open_session(
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if folder is not None:
+        options.add_session_config_entry(FOLDER, folder)
+        _leave_in_folder(light)
     if names:
         options.add_external_initializers(names, values)
     try:
@@ -104,6 +113,31 @@ def open_session(
             f"onnxruntime {onnxruntime.__version__} cannot load the model: {first_line(error)}; "
             "check the file with onnx.checker, or update onnxruntime"
         ) from error
+
+
+def _mapped_folder(model: onnx.ModelProto) -> str | None:
+    """Folder whose data files onnxruntime can map by itself, without a copy in memory."""
+    if not MAPS_FILES:
+        return None
+    mapped = (t for t in model.graph.initializer if is_external(t))
+    return next((external_place(t, t.name)[0] for t in mapped), None)
+
+
+def _to_hand_over(tensor: onnx.TensorProto, folder: str | None) -> bool:
+    """Whether a tensor is handed over beside the model, and not inside or in `folder`."""
+    if is_external(tensor):
+        return external_place(tensor, tensor.name)[0] != folder
+    return tensor_bytes(tensor) > 1024 and tensor.data_type != onnx.TensorProto.STRING
+
+
+def _leave_in_folder(light: onnx.ModelProto) -> None:
+    """Take the folder out of external tensors: onnxruntime gets it as an option."""
+    for tensor in light.graph.initializer:
+        kept = [entry for entry in tensor.external_data if entry.key != "basepath"]
+        if len(kept) < len(tensor.external_data):
+            open_external(tensor, f"initializer {quoted(tensor.name)}").close()
+            del tensor.external_data[:]
+            tensor.external_data.extend(kept)
 
 
 def first_line(error: Exception) -> str:
@@ -121,14 +155,20 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
         If onnxruntime fails on these inputs.
     """
     names = [output.name for output in session.get_outputs()]
+    options = onnxruntime.RunOptions()
+    timer = threading.Timer(RUN_LIMIT, setattr, (options, "terminate", True))
+    timer.daemon = True
+    timer.start()
     try:
-        return dict(zip(names, session.run(names, feeds), strict=True))
+        return dict(zip(names, session.run(names, feeds, options), strict=True))
     except Exception as error:
+        shapes = {safe_text(name): list(value.shape) for name, value in feeds.items()}
         raise ModelError(
-            f"onnxruntime cannot run the model on inputs of shapes "
-            f"{ {name: list(value.shape) for name, value in feeds.items()} }: "
+            f"onnxruntime cannot run the model on inputs of shapes {shapes}: "
             f"{first_line(error)}; give shapes that it accepts by --input-shape"
         ) from error
+    finally:
+        timer.cancel()
 
 
 def random_feeds(
@@ -141,7 +181,8 @@ def random_feeds(
     """Draw inputs that fit the types and shapes of a model's inputs.
 
     Floats are standard normal, integers 0 or 1 (valid as token, index and mask), each
-    from `seed`. A symbolic first axis becomes `batch`, other unknown axes `unknown`.
+    from `seed`. A symbolic first axis becomes `batch`, and so do axes of the same symbol;
+    other unknown axes become `unknown`.
 
     Raises
     ------
@@ -150,15 +191,24 @@ def random_feeds(
     """
     generator = np.random.default_rng(seed)
     feeds: Feeds = {}
-    for value in session.get_inputs():
+    inputs = session.get_inputs()
+    batches = {v.shape[0] for v in inputs if v.shape and isinstance(v.shape[0], str)}
+    for value in inputs:
         declared = list(value.shape)
         known = list(shapes.get(value.name) or [None] * len(declared))
         for axis, size in enumerate(known):
-            if axis == 0 and not isinstance(declared[0], int) and size in (None, 1):
-                known[0] = batch
+            symbol = declared[axis]
+            first = axis == 0 and not isinstance(symbol, int)
+            if (first and size in (None, 1)) or (size is None and symbol in batches):
+                known[axis] = batch
             elif size is None:
                 known[axis] = unknown
         sizes = [int(size) for size in known if size is not None]
+        if math.prod(sizes) > MOST_ELEMENTS:
+            raise ModelError(
+                f"input {quoted(value.name)}: has shape {sizes}, more than {MOST_ELEMENTS} "
+                f"numbers; give a smaller one by --input-shape"
+            )
         kind = value.type.removeprefix("tensor(").removesuffix(")")
         if kind in ("float", "float16", "double"):
             dtype = {"float": "float32", "float16": "float16", "double": "float64"}[kind]
@@ -166,7 +216,9 @@ def random_feeds(
         elif kind == "bool" or kind.lstrip("u").startswith("int"):
             feeds[value.name] = generator.integers(0, 2, sizes).astype(kind)
         else:
-            raise ModelError(f"input {value.name!r}: cannot make random values of {value.type}")
+            raise ModelError(
+                f"input {quoted(value.name)}: cannot make random values of {value.type}"
+            )
     return feeds
 
 

@@ -111,6 +111,16 @@ def test_a_shared_cast_and_transposed_weight_stays_shared_and_narrow():
     verify(model, result, replacements, fixed_input_shapes(model, {}))
 
 
+def test_many_uses_of_one_weight_and_one_input_are_quiet(capfd):
+    nodes = [helper.make_node("MatMul", ["x", "w"], [f"y{i}"], f"m{i}") for i in range(3)]
+    model = model_of(nodes, {"w": random_array(8, 8)}, {"x": [2, 8]}, ["y0", "y1", "y2"])
+    replacements = replacements_of(model)
+    result = rewrite(model, replacements)
+    onnx.checker.check_model(result, full_check=True)
+    verify(model, result, replacements, fixed_input_shapes(model, {}))
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
 def test_a_constant_node_that_nobody_reads_any_more_goes():
     value = onnx.numpy_helper.from_array(random_array(8, 8))
     nodes = [

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import onnx
 
 from cobla_onnx.graph.model_file import subgraphs
+from cobla_onnx.graph.tensors import tensor_array
 
 __all__ = ["cast_model", "cast_tensor"]
 
@@ -26,7 +27,7 @@ def cast_tensor(tensor: onnx.TensorProto, element_type: int) -> onnx.TensorProto
     """Copy a tensor, as `element_type` if it is of another floating type."""
     result = onnx.TensorProto()
     if tensor.data_type in FLOATING and tensor.data_type != element_type:
-        array = onnx.numpy_helper.to_array(tensor)
+        array = tensor_array(tensor, f"initializer {tensor.name!r}")
         dtype = onnx.helper.tensor_dtype_to_np_dtype(element_type)
         result.CopyFrom(onnx.numpy_helper.from_array(array.astype(dtype), tensor.name))
     else:

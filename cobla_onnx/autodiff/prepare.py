@@ -22,9 +22,14 @@ from cobla_onnx.autodiff.legacy import replace_legacy
 from cobla_onnx.autodiff.vjp import FLAT, RULES
 from cobla_onnx.autodiff.vjp.registry import Sizes
 from cobla_onnx.errors import ModelError, UsageError
-from cobla_onnx.graph.cost import SMALL, Shape, fixed_input_shapes, infer_tensors
+from cobla_onnx.graph.cost import Shape, fixed_input_shapes, infer_tensors
 from cobla_onnx.graph.layers import all_inputs
-from cobla_onnx.graph.model_file import copy_without_initializers, tensor_bytes, unique_name
+from cobla_onnx.graph.model_file import (
+    MAPPED_FROM,
+    copy_without_initializers,
+    tensor_bytes,
+    unique_name,
+)
 from cobla_onnx.runtime import first_line, open_session, random_feeds, run_session
 
 __all__ = ["OPSET", "Prepared", "prepare"]
@@ -130,7 +135,7 @@ def _lighten(
 ) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
     """Copy a model; large weights and the tensors `exposed` become inputs."""
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    out = {n for n, t in initializers.items() if tensor_bytes(t) > SMALL or n in exposed}
+    out = {n for n, t in initializers.items() if tensor_bytes(t) > MAPPED_FROM or n in exposed}
     light = copy_without_initializers(model, out)
     graph = light.graph
     inputs = [value for value in graph.input if value.name not in initializers]

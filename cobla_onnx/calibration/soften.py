@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from cobla_onnx.calibration.loss import TINY, LossKind
+from cobla_onnx.autodiff.losses import TINY, LossKind
 from cobla_onnx.graph.model_file import copy_without_initializers, unique_name
 
 __all__ = ["soften"]

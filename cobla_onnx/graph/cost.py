@@ -8,15 +8,23 @@ from typing import TypeAlias
 
 import onnx
 
-from cobla_onnx.errors import UsageError
+from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.layers import attributes, node_label
-from cobla_onnx.graph.model_file import constant_value, copy_without_initializers, tensor_bytes
+from cobla_onnx.graph.model_file import constant_value, without_weights
+from cobla_onnx.names import quoted
 
-__all__ = ["Shape", "fixed_input_shapes", "infer_shapes", "infer_tensors", "node_macs"]
+__all__ = [
+    "MOST_ELEMENTS",
+    "Shape",
+    "fixed_input_shapes",
+    "infer_shapes",
+    "infer_tensors",
+    "node_macs",
+]
 
 Shape: TypeAlias = "tuple[int | None, ...]"
-# Constants up to this size are kept for shape inference: they may be shapes themselves.
-SMALL = 4096
+# Tensors that a node may make at most, in numbers.
+MOST_ELEMENTS = 2**31 - 1
 
 
 def fixed_input_shapes(
@@ -82,17 +90,15 @@ def infer_tensors(
 
     The weights are not copied: a large one becomes an input of the same type and shape.
     Tensors of which nothing is known are left out; unknown axes are None.
+
+    Raises
+    ------
+    ModelError
+        If a node makes a tensor that no memory holds.
     """
-    large = [t for t in model.graph.initializer if tensor_bytes(t) > SMALL]
-    skeleton = copy_without_initializers(model, {t.name for t in large})
+    skeleton = without_weights(model)
     graph = skeleton.graph
     del graph.value_info[:]
-    named = {value.name for value in graph.input}
-    for tensor in large:
-        if tensor.name not in named:
-            graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            )
     for value in graph.input:
         if value.name in inputs:
             del value.type.tensor_type.shape.dim[:]
@@ -125,7 +131,20 @@ def infer_tensors(
             constants.append((node.output[0], tensor_value))
     for name, tensor in constants:
         shapes[name], types[name] = tuple(tensor.dims), tensor.data_type
+    _refuse_giants(model, shapes)
     return shapes, types
+
+
+def _refuse_giants(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> None:
+    for index, node in enumerate(model.graph.node):
+        for name in node.output:
+            size = _product(shapes.get(name))
+            if size is not None and size > MOST_ELEMENTS:
+                raise ModelError(
+                    f"node {quoted(node_label(node, index))}: makes a tensor of shape "
+                    f"{list(shapes[name])}, more than {MOST_ELEMENTS} numbers; "
+                    "give smaller inputs by --input-shape, or export the model again"
+                )
 
 
 COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

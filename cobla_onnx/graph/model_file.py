@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import secrets
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cobla_onnx.errors import ModelError, UsageError, WriteError
+from cobla_onnx.graph.checks import check_structure
+from cobla_onnx.graph.external import external_bytes, is_external, open_external
+from cobla_onnx.graph.protos import copy_fields
+from cobla_onnx.graph.sizes import tensor_bytes
+from cobla_onnx.graph.tensors import all_tensors, constant_value, subgraphs
+from cobla_onnx.names import safe_text
 
 __all__ = [
     "constant_value",
@@ -24,85 +30,86 @@ __all__ = [
     "subgraphs",
     "tensor_bytes",
     "unique_name",
+    "without_weights",
     "write_atomically",
 ]
 
-# protobuf cannot serialise more; larger models are issue 5's work.
+# Smaller external tensors are read at once: onnxruntime and shape inference look into them.
+MAPPED_FROM = 4096
+# What may be read at once: protobuf cannot hold more in one model.
 PROTOBUF_LIMIT = 2**31 - 1
 
 
 def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read a model with its external data.
+    """Read a model and check its structure.
+
+    Large external initializers of the main graph stay on disk and are mapped into memory
+    where they are read (see `cobla_onnx.graph.external`); all other data is in the model.
 
     Raises
     ------
     UsageError
         If there is no regular file at `path`.
     ModelError
-        If it is not an ONNX model, or its external data cannot be read.
+        If it is not an ONNX model, is damaged, or its external data may not be read.
     """
     file = Path(path)
+    shown = safe_text(str(file), 300)
     try:
         status = file.stat()
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{shown}: cannot be read ({reason}); check the path") from error
     if not stat.S_ISREG(status.st_mode):
-        raise UsageError(f"{file}: is not a regular file; give the path of an ONNX file")
+        raise UsageError(f"{shown}: is not a regular file; give the path of an ONNX file")
+    if status.st_size > PROTOBUF_LIMIT:
+        raise ModelError(
+            f"{shown}: has over 2 GB, which no ONNX file can hold; "
+            "export the model with external data"
+        )
     try:
-        model = onnx.load(os.fspath(file), load_external_data=False)
+        model = onnx.ModelProto()
+        model.ParseFromString(file.read_bytes())
     except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error.strerror}); check the file") from error
+        raise UsageError(f"{shown}: cannot be read ({error.strerror}); check the file") from error
     except (DecodeError, ValueError) as error:
         raise ModelError(
-            f"{file}: is not an ONNX model, or is damaged; export or download it again"
+            f"{shown}: is not an ONNX model, or is damaged; export or download it again"
         ) from error
-    if not model.HasField("graph") or not model.graph.node:
-        raise ModelError(f"{file}: holds no graph with nodes; export or download it again")
-    if not model.opset_import:
-        raise ModelError(f"{file}: imports no operator set; export or download it again")
     try:
-        onnx.external_data_helper.load_external_data_for_model(model, os.fspath(file.parent))
-    except (onnx.checker.ValidationError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{file}: its external data cannot be read; {reason}") from error
-    if model.ByteSize() > PROTOBUF_LIMIT:
-        raise ModelError(f"{file}: is over 2 GB with its external data; not supported yet")
+        check_structure(model)
+        _bind_external(model, file.parent)
+    except ModelError as error:
+        raise ModelError(f"{shown}: {error}") from error
     return model
 
 
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """Yield the graphs that a node carries as attributes (If, Loop, Scan)."""
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            yield from attribute.graphs
-
-
-def constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """Return the dense tensor of a Constant node, or None where it holds something else."""
-    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-        return None
-    for attribute in node.attribute:
-        if attribute.name == "value":
-            value: onnx.TensorProto = attribute.t
-            return value
-    return None
-
-
-def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of a tensor's elements, as a Python int, without touching its data."""
-    count: int = math.prod(tensor.dims)
-    if tensor.data_type == onnx.TensorProto.STRING:
-        return sum(len(text) for text in tensor.string_data)
-    name = onnx.TensorProto.DataType.Name(tensor.data_type)
-    # By name, since older onnx versions do not know them all.
-    if name in ("INT4", "UINT4", "FLOAT4E2M1"):
-        return (count + 1) // 2
-    if name in ("INT2", "UINT2"):
-        return (count + 3) // 4
-    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return count * itemsize
+def _bind_external(model: onnx.ModelProto, folder: Path) -> None:
+    """Check all external data; read the small tensors, note the folder of the others."""
+    base = os.path.realpath(folder)
+    total = 0
+    for held in all_tensors(model):
+        tensor = held.tensor
+        if not is_external(tensor):
+            continue
+        kept = [entry for entry in tensor.external_data if entry.key != "basepath"]
+        del tensor.external_data[:]
+        tensor.external_data.extend(kept)
+        tensor.external_data.add(key="basepath", value=base)
+        open_external(tensor, held.label).close()
+        size = tensor_bytes(tensor)
+        if held.main and size > MAPPED_FROM:
+            continue
+        total += size
+        if total > PROTOBUF_LIMIT:
+            raise ModelError(
+                f"{held.label}: tensors outside the main graph hold over 2 GB, which is not "
+                "supported; make them initializers of the main graph"
+            )
+        data = external_bytes(tensor, held.label).tobytes()
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+        tensor.raw_data = data
 
 
 def stored_bytes(model: onnx.ModelProto) -> int:
@@ -150,23 +157,24 @@ def copy_without_initializers(model: onnx.ModelProto, names: Collection[str]) ->
         del result.graph.initializer[:]
         result.graph.initializer.extend(kept)
         return result
-    _copy_fields(model, result, leave_out="graph")
+    copy_fields(model, result, ("graph",))
     result.graph.SetInParent()
-    _copy_fields(model.graph, result.graph, leave_out="initializer")
+    copy_fields(model.graph, result.graph, ("initializer",))
     result.graph.initializer.extend(t for t in model.graph.initializer if t.name not in names)
     return result
 
 
-def _copy_fields(source: Message, target: Message, leave_out: str) -> None:
-    for field, value in source.ListFields():
-        if field.name == leave_out:
-            continue
-        if field.is_repeated:
-            getattr(target, field.name).extend(value)
-        elif field.message_type is not None:
-            getattr(target, field.name).CopyFrom(value)
-        else:
-            setattr(target, field.name, value)
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model with its large initializers turned into inputs, for checks of its graph."""
+    large = [t for t in model.graph.initializer if is_external(t) or tensor_bytes(t) > MAPPED_FROM]
+    result = copy_without_initializers(model, {t.name for t in large})
+    named = {value.name for value in result.graph.input}
+    result.graph.input.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+        for t in large
+        if t.name not in named
+    )
+    return result
 
 
 def unique_name(wanted: str, taken: set[str]) -> str:
@@ -180,29 +188,42 @@ def unique_name(wanted: str, taken: set[str]) -> str:
 
 
 def write_atomically(
-    path: str | os.PathLike[str], data: bytes, check: Callable[[Path], None] | None = None
+    path: str | os.PathLike[str],
+    data: bytes | Callable[[BinaryIO], None],
+    check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write `data` to `path`, or leave what is there as it was.
+    """Write a file, or leave what is there as it was.
 
     The bytes go to a new file in the same folder, which is flushed to disk, passed to
     `check` and renamed. A symlink at `path` is written through. Whatever happens, no
-    partial file is left, unless the process is killed.
+    partial file is left, unless the process is killed; then what is left has a name that
+    starts with a dot and ends in ``.tmp``.
+
+    Parameters
+    ----------
+    data : bytes or callable
+        What to write, or what writes it to an open file.
+    check : callable, optional
+        Gets the path of the new file before it takes its place.
 
     Raises
     ------
     WriteError
-        If the file cannot be written. An error raised by `check` passes through.
+        If the file cannot be written. An error raised by `data` or `check` passes through.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         try:
-            if target.is_dir():
-                raise IsADirectoryError(21, "Is a directory")
-            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+            if target.exists() and not target.is_file():
+                raise OSError("it is not a regular file")
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
             descriptor = os.open(temporary, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                if callable(data):
+                    data(file)
+                else:
+                    file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             if check is not None:
@@ -210,11 +231,24 @@ def write_atomically(
             if target.exists():
                 temporary.chmod(stat.S_IMODE(target.stat().st_mode))
             temporary.replace(target)
+            _flush_folder(target.parent)
         except OSError as error:
             raise WriteError(
-                f"{path}: cannot be written ({error.strerror or error}); "
+                f"{safe_text(str(path), 300)}: cannot be written ({error.strerror or error}); "
                 "give another output path or free some space"
             ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename last; not every system and file system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

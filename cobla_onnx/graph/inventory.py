@@ -1,0 +1,124 @@
+"""What the search for layers finds: layers, and nodes that are left alone with a reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+__all__ = ["Inventory", "Layer", "Reason", "Skipped", "Use"]
+
+
+class Reason(str, Enum):
+    """Why a node is left as it is."""
+
+    OPERATOR = "operator is not factorised"
+    NOT_CONSTANT = "weight is not constant"
+    QUANTISED = "weight is quantised"
+    FILLED = "weight is one number, repeated"
+    SPARSE = "weight is stored sparse"
+    TOO_LARGE = "weight is over 2 GB"
+    BOTH_CONSTANT = "both operands are constant"
+    SHARED = "weight has other readers"
+    TYPE = "weight type is not supported"
+    NOT_A_MATRIX = "weight is not a matrix"
+    EMPTY = "weight has no elements"
+    DEPTHWISE = "depthwise convolution"
+    SUBGRAPH = "inside a sub-graph or function"
+    EXCLUDED = "excluded by option"
+    TOO_SMALL = "smaller than --min-size"
+    NO_GAIN = "two factors would not be smaller"
+    BUDGET = "budget is better spent elsewhere"
+    MET = "budgets are met as it is"
+
+
+@dataclass(frozen=True)
+class Use:
+    """One node that reads the weight of a layer.
+
+    Attributes
+    ----------
+    node : int
+        Index of the node in the graph.
+    data : str
+        Name of the other operand.
+    output : str
+        Name of the node's output.
+    chain : tuple of int
+        Indices of the Identity, Transpose, Reshape and Cast nodes between the stored tensor and
+        the node, in order.
+    """
+
+    node: int
+    data: str
+    output: str
+    chain: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A constant weight and the nodes that read it.
+
+    Attributes
+    ----------
+    name : str
+        Name of the first node, or one made of its operator and index.
+    op : str
+        ``Conv``, ``Gemm`` or ``MatMul``.
+    source : str
+        Name of the stored tensor: an initializer, or the output of a Constant node.
+    weight_input : int
+        Which input of the nodes is the weight.
+    shape : tuple of int
+        Shape of the weight as the nodes read it.
+    stored_type, type : int
+        TensorProto data types: as stored, and as the nodes read it.
+    stored_bytes : int
+        Bytes of the stored tensor.
+    attributes : dict
+        Attributes of the first node that fix how the weight is read (``group``,
+        ``transA``, ``transB``), with their defaults filled in.
+    uses : tuple of Use
+    bias : str or None
+        Name of the stored bias, if nobody but this layer's single node reads it and it is
+        added as it is: one number for each output channel.
+    """
+
+    name: str
+    op: str
+    source: str
+    weight_input: int
+    shape: tuple[int, ...]
+    stored_type: int
+    type: int
+    stored_bytes: int
+    uses: tuple[Use, ...]
+    attributes: dict[str, int] = field(default_factory=dict)
+    bias: str | None = None
+
+    @property
+    def params(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A node that is left as it is, and why; `params` is 0 where the weight is not known."""
+
+    name: str
+    op: str
+    reason: Reason
+    detail: str = ""
+    params: int = 0
+
+    def __str__(self) -> str:
+        return self.reason.value + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a model holds: layers that can be factorised, and nodes that can not."""
+
+    layers: tuple[Layer, ...]
+    skipped: tuple[Skipped, ...]

@@ -1,0 +1,170 @@
+"""A graph indexed: who makes and who reads each tensor, and where constants come from."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+
+from cobla_onnx.graph.tensors import constant_value, subgraphs, tensor_array
+from cobla_onnx.names import quoted
+
+__all__ = ["GraphIndex", "Origin", "all_inputs", "attributes", "node_label"]
+
+# Operators between a stored weight and its node that are followed.
+PASSED = ("Identity", "Transpose", "Cast", "Reshape")
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """Return a node's attributes as Python values; without those that a function is given."""
+    return {
+        a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if not a.ref_attr_name
+    }
+
+
+def node_label(node: onnx.NodeProto, index: int) -> str:
+    """Return a node's name, or a stable one made of its operator and place."""
+    return node.name or f"{node.op_type}_{index}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a constant operand comes from, and what happens to it on its way.
+
+    Attributes
+    ----------
+    source : str
+        Name of the stored tensor.
+    tensor : onnx.TensorProto
+    chain : tuple of int
+        Indices of the nodes in between, in order.
+    steps : tuple
+        What those that move elements do: the permutation or the new shape of each.
+    shape : tuple of int
+        Shape at the end of the chain.
+    type : int
+        Data type at the end of the chain.
+    """
+
+    source: str
+    tensor: onnx.TensorProto
+    chain: tuple[int, ...]
+    steps: tuple[tuple[str, tuple[int, ...]], ...]
+    shape: tuple[int, ...]
+    type: int
+
+
+class GraphIndex:
+    """The main graph, indexed: who makes and who reads each tensor.
+
+    Attributes
+    ----------
+    kept : dict of str to str
+        Tensors that something beside the nodes refers to, and what that is.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = model.graph
+        self.nodes: Sequence[onnx.NodeProto] = graph.node
+        self.stored = {tensor.name: tensor for tensor in graph.initializer}
+        self.sparse = {item.values.name for item in graph.sparse_initializer}
+        self.kept = {value.name: "it is an output of the model" for value in graph.output}
+        self.kept.update(dict.fromkeys(_trained(model), "the training information refers to it"))
+        self.producer: dict[str, int] = {}
+        self.readers: dict[str, list[int]] = defaultdict(list)
+        for index, node in enumerate(self.nodes):
+            for name in node.output:
+                self.producer[name] = index
+            for name in set(all_inputs(node)):
+                self.readers[name].append(index)
+            value = constant_value(node)
+            if value is not None and node.output:
+                self.stored.setdefault(node.output[0], value)
+
+    def origin(self, name: str) -> Origin | str:
+        """Follow a tensor back to what is stored; where it is not, to what computes it.
+
+        Returns
+        -------
+        Origin or str
+            The operator that makes the tensor, ``sparse`` for a sparse initializer, or an
+            empty string for an input of the graph.
+        """
+        chain: list[int] = []
+        while name not in self.stored:
+            index = self.producer.get(name)
+            if index is None:
+                return "sparse" if name in self.sparse else ""
+            node = self.nodes[index]
+            if node.op_type not in PASSED or node.domain not in ("", "ai.onnx"):
+                return str(node.op_type)
+            chain.append(index)
+            name = node.input[0]
+        chain.reverse()
+        tensor = self.stored[name]
+        shape = tuple(tensor.dims)
+        steps: list[tuple[str, tuple[int, ...]]] = []
+        data_type = tensor.data_type
+        for index in chain:
+            node = self.nodes[index]
+            if node.op_type == "Cast":
+                data_type = attributes(node)["to"]
+            elif node.op_type != "Identity":
+                step = self._step(node, shape)
+                if step is None:
+                    return str(node.op_type)
+                kind, sizes = step
+                shape = tuple(shape[axis] for axis in sizes) if kind == "Transpose" else sizes
+                steps.append(step)
+        return Origin(name, tensor, tuple(chain), tuple(steps), shape, data_type)
+
+    def _step(
+        self, node: onnx.NodeProto, shape: tuple[int, ...]
+    ) -> tuple[str, tuple[int, ...]] | None:
+        """What a Transpose or Reshape does to a tensor of this shape, None if it cannot."""
+        if node.op_type == "Transpose":
+            turn = tuple(attributes(node).get("perm", range(len(shape))[::-1]))
+            return ("Transpose", turn) if sorted(turn) == list(range(len(shape))) else None
+        wanted = self.stored.get(node.input[1]) if len(node.input) > 1 else None
+        if wanted is None or wanted.data_type != onnx.TensorProto.INT64 or len(wanted.dims) > 1:
+            return None
+        label = f"shape of node {quoted(node.name or node.op_type)}"
+        sizes = [int(size) for size in tensor_array(wanted, label).ravel()]
+        if not attributes(node).get("allowzero", 0):
+            if any(size == 0 and axis >= len(shape) for axis, size in enumerate(sizes)):
+                return None
+            sizes = [shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+        known = math.prod(size for size in sizes if size != -1)
+        if sizes.count(-1) == 1 and known > 0:
+            sizes[sizes.index(-1)] = math.prod(shape) // known
+        fits = min(sizes, default=1) >= 0 and math.prod(sizes) == math.prod(shape)
+        return ("Reshape", tuple(sizes)) if fits else None
+
+
+def _trained(model: onnx.ModelProto) -> set[str]:
+    """Names that the training information of a model refers to."""
+    names: set[str] = set()
+    for training in model.training_info:
+        for binding in (*training.initialization_binding, *training.update_binding):
+            names |= {binding.key, binding.value}
+        for graph in (training.initialization, training.algorithm):
+            for node in graph.node:
+                names.update(all_inputs(node))
+    return names
+
+
+def all_inputs(node: onnx.NodeProto) -> Iterable[str]:
+    """Yield the names that a node reads, those captured by its sub-graphs included."""
+    yield from node.input
+    stack = list(subgraphs(node))
+    while stack:
+        graph = stack.pop()
+        for output in graph.output:
+            yield output.name
+        for inner in graph.node:
+            yield from inner.input
+            stack.extend(subgraphs(inner))

@@ -1,0 +1,30 @@
+"""Protobuf messages by their fields, in protobuf versions old and new."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from google.protobuf.message import Message
+
+__all__ = ["copy_fields", "is_repeated"]
+
+
+def is_repeated(field: Any) -> bool:
+    """Whether a field holds a list; versions before 6.31 have a label instead."""
+    if hasattr(field, "is_repeated"):
+        return bool(field.is_repeated)
+    return bool(field.label == field.LABEL_REPEATED)
+
+
+def copy_fields(source: Message, target: Message, leave_out: Collection[str]) -> None:
+    """Set the fields of `target` as they are set in `source`, but for those left out."""
+    for field, value in source.ListFields():
+        if field.name in leave_out:
+            continue
+        if is_repeated(field):
+            getattr(target, field.name).extend(value)
+        elif field.message_type is not None:
+            getattr(target, field.name).CopyFrom(value)
+        else:
+            setattr(target, field.name, value)

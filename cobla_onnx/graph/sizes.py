@@ -1,0 +1,24 @@
+"""Bytes of tensors, from their declared type and shape alone."""
+
+from __future__ import annotations
+
+import math
+
+import onnx
+
+__all__ = ["PACKED", "tensor_bytes"]
+
+# Elements that share a byte. By name, since older onnx versions do not know them all.
+PACKED = {"INT4": 2, "UINT4": 2, "FLOAT4E2M1": 2, "INT2": 4, "UINT2": 4}
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's elements, as a Python int, without touching its data."""
+    count: int = math.prod(tensor.dims)
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return sum(len(text) for text in tensor.string_data)
+    packed = PACKED.get(onnx.TensorProto.DataType.Name(tensor.data_type), 1)
+    if packed > 1:
+        return (count + packed - 1) // packed
+    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return count * itemsize
