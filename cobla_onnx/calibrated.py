@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Allocation, Choice, Constraint, OutputError, allocate
 from cobla_onnx.allocation.objective import masks_of
@@ -61,6 +63,13 @@ class Calibrated:
     loss : {'auto', 'kl', 'mse', 'ce'}
     threads : int
     progress : callable
+    labels : int64 array, shape (samples, rows of a sample), optional
+        Of all samples of the dataset; with them `loss` is ``ce``.
+
+    Attributes
+    ----------
+    history : list of Step
+        What the search by the network's loss went through.
     """
 
     model: onnx.ModelProto
@@ -70,20 +79,33 @@ class Calibrated:
     loss: LossName
     threads: int
     progress: Progress
+    labels: NDArray[np.int64] | None = None
     history: list[Step] = field(default_factory=list)
     _report: dict[str, Any] = field(default_factory=dict)
     _sensitivity: Sensitivity | None = None
     _gradient_probe: GradientProbe | None = None
 
     def __post_init__(self) -> None:
-        self._selection = self._probe(self.batches(self.dataset.selection))
+        self._selection = self._probe(self.dataset.selection)
 
     def batches(self, indices: Sequence[int]) -> Iterable[Feeds]:
         """Return a fresh iterator over samples."""
         return self.dataset.batches(indices, self.batch)
 
-    def _probe(self, batches: Iterable[Feeds]) -> Probe:
-        return Probe(self.model, self.analysis.layers, batches, self.loss, self.threads)
+    def _probe(
+        self,
+        indices: Sequence[int],
+        model: onnx.ModelProto | None = None,
+        loss: LossName | None = None,
+    ) -> Probe:
+        return Probe(
+            model or self.model,
+            self.analysis.layers,
+            self.batches(indices),
+            loss or self.loss,
+            self.threads,
+            labels=None if self.labels is None else self.labels[list(indices)],
+        )
 
     def allocate_by_loss(
         self,
@@ -100,12 +122,16 @@ class Calibrated:
         """
         warm = self.allocate(constraints, solver)
         if self._sensitivity is None:
+            # Nothing had to be cut.
             return warm
         curves = self.analysis.curves
-        gradients = self._gradients()
-        objective = NetworkLoss(curves, self._path(), gradients, self._sensitivity.objective())
+        gradients = self.gradients()
+        fixed = frozenset(gradients.blocked)
+        objective = NetworkLoss(
+            curves, self._path(), gradients, self._sensitivity.objective(), fixed=fixed
+        )
         start = masks_of(curves, warm.choices)
-        # The separable model was measured at temperature 1: bring it to the search's scale.
+        # The separable model was measured as divergence: bring it to the search's scale.
         ratio = objective.value(start) / max(objective.separable.value(start), 1e-12)
         objective = replace(objective, separable=objective.separable.scaled(ratio))
         allocation, candidates = allocate_by_loss(
@@ -146,7 +172,7 @@ class Calibrated:
         if self._sensitivity is None:
             indices = self.dataset.calibration
             step = max(1, len(indices) // PROBE_SAMPLES)
-            probe = self._probe(self.batches(indices[::step][:PROBE_SAMPLES]))
+            probe = self._probe(indices[::step][:PROBE_SAMPLES])
             self._report["probe_samples"] = probe.samples
             self._sensitivity = Sensitivity(
                 self.analysis.layers,
@@ -158,17 +184,15 @@ class Calibrated:
             self._sensitivity.measure(constraints, partial(self.progress, "sensitivity"))
         return self._sensitivity
 
-    def _gradients(self) -> GradientProbe:
+    def gradients(self) -> GradientProbe:
         """Open the gradient graph once, on the whole calibration split."""
         if self._gradient_probe is None:
             kinds = self._selection.kinds
             labelled = any(kind.startswith("ce") for kind in kinds.values())
-            probe = Probe(
+            probe = self._probe(
+                self.dataset.calibration,
                 self.model if labelled else soften(self.model, kinds),
-                self.analysis.layers,
-                self.batches(self.dataset.calibration),
                 "ce" if labelled else "mse",
-                self.threads,
             )
             self._gradient_probe = GradientProbe(probe, self.threads)
         return self._gradient_probe

@@ -13,7 +13,7 @@ is frozen; a second round freezes what reached a bound and splits what did not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,6 +130,7 @@ def partition(
     weights: Float64,
     flat: Float64,
     max_variables: int,
+    fixed: Collection[int] = (),
 ) -> Blocks:
     """Cut each layer's masks into blocks; freeze those whose gain and price settle them.
 
@@ -157,7 +158,9 @@ def partition(
     kept, dropped = gain > CERTAIN_KEEP * cost, gain * CERTAIN_DROP < cost
     mean = np.add.reduceat(flat, blocks.starts) / blocks.sizes
     # Only what the warm start agrees with: it is feasible, and so stays the start.
-    blocks.free = ~((kept & (mean == 1.0)) | (dropped & (mean == 0.0)))
+    layer = np.searchsorted(space.offsets, blocks.starts, side="right") - 1
+    still = np.isin(layer, list(fixed)) | (kept & (mean == 1.0)) | (dropped & (mean == 0.0))
+    blocks.free = ~still
     return blocks
 
 

@@ -46,7 +46,9 @@ Choices = tuple[Choice | None, ...]
 
 
 class ModelledLoss(Objective, Protocol):
-    """A loss with a model of it to second order."""
+    """A loss with a model of it to second order; layers in `fixed` have no gradient."""
+
+    fixed: frozenset[int]
 
     def model(self, masks: Masks, damping: float) -> LossCurves:
         """Loss predicted for every rank of every curve, the other layers' masks held.
@@ -244,6 +246,7 @@ class _Search:
             start,
             warm.certificate.multipliers,
             effort,
+            self.objective.fixed,
         )
 
     def round(self, relaxed: Relaxed) -> None:

@@ -12,7 +12,7 @@ Networks, ECCV 2018; the solver is scipy's SLSQP (Kraft 1988).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,6 +130,7 @@ def relax(
     start: Sequence[Choice | None],
     multipliers: Mapping[str, float],
     effort: Effort = Effort(),
+    fixed: Collection[int] = (),
 ) -> Relaxed:
     """Solve the relaxed problem from choices within the limits.
 
@@ -142,6 +143,8 @@ def relax(
     multipliers : mapping of str to float
         The knapsack's prices, which tell the masks that are settled.
     effort : Effort
+    fixed : collection of int
+        Layers whose masks stay as they are.
     """
     prices = np.array(
         [multipliers[c.name] * max(c.limit - c.fixed, 1) / c.total for c in constraints]
@@ -150,7 +153,7 @@ def relax(
     schemes, tails = active_schemes(layers, losses, constraints, start, weights)
     space = Space(layers, losses, constraints, schemes, tails)
     flat = warm_masks(space, start)
-    blocks = partition(space, tails, weights, flat, effort.max_variables)
+    blocks = partition(space, tails, weights, flat, effort.max_variables, fixed)
     search = _Search(space, objective, effort)
     start_value = search.value(flat, blocks)
     variables = 0

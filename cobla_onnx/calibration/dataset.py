@@ -102,11 +102,22 @@ class Dataset:
     limit : int, optional
         No record is asked for once there are as many samples.
 
+    positions, source_samples, names : optional
+        As the attributes of the same names.
+
     Attributes
     ----------
     calibration, selection : tuple of int
         Indices of the samples of each split: every fifth, at least a few, is held back.
     notes : tuple of str
+    rows : int or None
+        Rows of a sample, None where records are taken as they are.
+    positions : sequence of int
+        Which of the source's samples each one is.
+    source_samples : int
+        How many samples the source has; of one that is read as it comes, how many were read.
+    names : tuple of str
+        File name of each sample, where it is one.
 
     Raises
     ------
@@ -120,6 +131,10 @@ class Dataset:
         records: Iterable[Record],
         specs: Sequence[InputSpec],
         limit: int | None = None,
+        *,
+        positions: Sequence[int] | None = None,
+        source_samples: int | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self.source = source
         self.notes: tuple[str, ...] = ()
@@ -128,16 +143,19 @@ class Dataset:
         self._finalizer = weakref.finalize(self, self._file.close)
         # For each sample and input: where it begins, and its shape.
         self._places: list[list[tuple[int, tuple[int, ...]]]] = []
-        self._rows = _rows_of_a_sample(specs)
+        self.rows = _rows_of_a_sample(specs)
         for record in records:
             if not self._add(record, limit):
                 break
         if len(self._places) < 2:
             raise DataError(
-                f"{source}: gives {len(self._places)} samples of {self._rows or 1} rows, at least "
+                f"{source}: gives {len(self._places)} samples of {self.rows or 1} rows, at least "
                 "2 are needed, one of them to be held back; give more data"
             )
         self.calibration, self.selection = _split(len(self._places))
+        self.positions = range(len(self._places)) if positions is None else positions
+        self.source_samples = len(self._places) if source_samples is None else source_samples
+        self.names = tuple(names)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -169,7 +187,7 @@ class Dataset:
 
     def _alike(self, one: int, other: int) -> bool:
         shapes = [[shape for _, shape in self._places[i]] for i in (one, other)]
-        return self._rows == 1 and shapes[0] == shapes[1]
+        return self.rows == 1 and shapes[0] == shapes[1]
 
     def _feeds(self, indices: Sequence[int]) -> Feeds:
         feeds: Feeds = {}
@@ -201,7 +219,7 @@ class Dataset:
         return limit is None or len(self._places) < limit
 
     def _pieces(self, arrays: Sequence[NDArray[Any]]) -> Iterator[tuple[int | None, int | None]]:
-        if self._rows is None:
+        if self.rows is None:
             yield None, None
             return
         lengths = {len(array) for array in arrays}
@@ -211,11 +229,11 @@ class Dataset:
                 f"{', '.join(map(str, sorted(lengths)))}; give as many for each"
             )
         length = lengths.pop()
-        rest = length % self._rows
+        rest = length % self.rows
         if rest and not self.notes:
-            self.notes = (f"{rest} rows at the end do not fill a batch of {self._rows}",)
-        for start in range(0, length - rest, self._rows):
-            yield start, start + self._rows
+            self.notes = (f"{rest} rows at the end do not fill a batch of {self.rows}",)
+        for start in range(0, length - rest, self.rows):
+            yield start, start + self.rows
 
     def _write(self, array: NDArray[Any]) -> tuple[int, tuple[int, ...]]:
         place = self._file.seek(0, 2)
@@ -230,7 +248,7 @@ class Dataset:
             )
         where = f"{self.source}: input {spec.name!r}"
         array = _converted(np.asarray(record[spec.name]), spec.dtype, where)
-        _check_shape(array, spec, self._rows is not None, where)
+        _check_shape(array, spec, self.rows is not None, where)
         return array
 
 

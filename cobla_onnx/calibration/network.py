@@ -35,6 +35,8 @@ __all__ = ["Gradients", "NetworkLoss", "Path"]
 KEPT_PATH = 1 << 29
 # Ranks at which slopes are computed; in between they are interpolated.
 GRID = 12
+# A loss that no solver accepts.
+FORBIDDEN = 1e6
 
 
 class Gradients(Protocol):
@@ -103,12 +105,15 @@ class NetworkLoss:
     gradients : Gradients
     separable : SeparableError
         A model of it that is a sum over layers.
+    fixed : frozenset of int
+        Layers whose gradient cannot be had: they stay as they are.
     """
 
     layers: Sequence[LayerCurves]
     path: Path
     gradients: Gradients
     separable: SeparableError
+    fixed: frozenset[int] = frozenset()
     name: str = "loss"
 
     def curve(self, layer: int, curve: int) -> Float64:
@@ -163,6 +168,9 @@ class NetworkLoss:
         slopes = self.gradients.gradient(present)
         result = []
         for index, (layer, slope) in enumerate(zip(self.layers, slopes, strict=True)):
+            if index in self.fixed:
+                result.append(self._as_it_is(index, masks))
+                continue
             now = present.get(index, self.path.whole[index])
             steps = -np.diff(self.curve(index, masks.schemes[index]))
             mask = masks.values[index]
@@ -182,6 +190,15 @@ class NetworkLoss:
                 curves.append(linear + damping * curvature - whole)
             result.append(curves)
         return result
+
+    def _as_it_is(self, index: int, masks: Masks) -> list[Float64]:
+        """Losses that keep a layer at its present rank, relative to the layer kept whole."""
+        rank = round(float(masks.values[index].sum()))
+        lengths = [len(curve.singular_values) + 1 for curve in self.layers[index].curves]
+        curves = [np.full(length, FORBIDDEN) for length in lengths]
+        if rank < lengths[masks.schemes[index]] - 1:
+            curves[masks.schemes[index]][rank] = -FORBIDDEN
+        return curves
 
     def _slope_along(self, index: int, number: int, slope: Pair, now: Pair, rank: int) -> Float64:
         """Slope times change of weight at all ranks of one curve, from the present weight."""

@@ -9,7 +9,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cobla_onnx.calibration.labels import one_hot
 from cobla_onnx.calibration.loss import LossKind, LossName, choose_kinds, sample_losses
+from cobla_onnx.errors import DataError
 from cobla_onnx.graph.expose import expose
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.runtime import Feeds, open_session, run_session
@@ -35,6 +37,8 @@ class Probe:
         Samples; as many are kept as `limit` bytes of inputs and outputs allow.
     loss : {'auto', 'kl', 'mse', 'ce'}
     threads : int
+    labels : int64 array, shape (samples, rows of a sample), optional
+        Classes in place of the original's most likely ones; for ``ce``.
 
     Attributes
     ----------
@@ -56,6 +60,7 @@ class Probe:
         loss: LossName,
         threads: int,
         limit: int = KEPT_OUTPUTS,
+        labels: NDArray[np.int64] | None = None,
     ) -> None:
         self.exposed = exposed = expose(model, layers, as_inputs=True)
         self._layers = layers
@@ -70,14 +75,31 @@ class Probe:
         self.batches: list[Feeds] = []
         self.expected: list[Feeds] = []
         self.samples = 0
-        self._keep(batches, loss, limit)
+        self._keep(batches, loss, limit, None if labels is None else labels.reshape(-1))
 
-    def _keep(self, batches: Iterable[Feeds], loss: LossName, limit: int) -> None:
+    def _keep(
+        self,
+        batches: Iterable[Feeds],
+        loss: LossName,
+        limit: int,
+        labels: NDArray[np.int64] | None,
+    ) -> None:
         for feeds in batches:
             outputs = run_session(self._session, {**feeds, **self._original})
             if not self.expected:
                 self.kinds: dict[str, LossKind] = choose_kinds(outputs, loss)
+                if labels is not None and len(self.kinds) > 1:
+                    raise DataError(
+                        f"--labels: the model has {len(self.kinds)} outputs, labels are for one; "
+                        "leave them away"
+                    )
             kept = {name: outputs[name] for name in self.kinds}
+            for name, kind in self.kinds.items():
+                if kind.startswith("ce"):
+                    rows = len(kept[name])
+                    kept[name] = one_hot(kept[name], None if labels is None else labels[:rows])
+            if labels is not None:
+                labels = labels[rows:]
             limit -= sum(value.nbytes for value in (*kept.values(), *feeds.values()))
             self.batches.append(feeds)
             self.expected.append(kept)

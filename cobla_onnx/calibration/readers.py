@@ -57,7 +57,7 @@ def open_data(
     if isinstance(data, Mapping):
         arrays = {name: np.asarray(value) for name, value in data.items()}
         rows = _Rows("data", {n: (_array_rows(a), a.shape) for n, a in arrays.items()}, specs)
-        return Dataset("data", rows.records(samples), specs, samples)
+        return rows.dataset(specs, samples)
     if hasattr(data, "get_next"):
         return Dataset("data", _named(iter(data.get_next, None), specs), specs, samples)
     if not isinstance(data, Iterable):
@@ -137,8 +137,21 @@ class _Rows:
         fixed = {s.shape[0] for s in specs if s.shape and s.name not in self._whole}
         self._together = next(iter(fixed)) if len(fixed) == 1 else None
 
-    def records(self, samples: int | None) -> Iterator[Record]:
-        """Yield rows, at most so many samples of them, spread evenly."""
+    def dataset(self, specs: Sequence[InputSpec], samples: int | None) -> Dataset:
+        """Read rows, at most so many samples of them, spread evenly."""
+        each = self._together or 1
+        count = self._count() // each
+        chosen = _spread(count, samples)
+        return Dataset(
+            self._source,
+            self._records(chosen, each),
+            specs,
+            samples,
+            positions=chosen,
+            source_samples=count,
+        )
+
+    def _count(self) -> int:
         shapes = [shape for _, shape in self._arrays.values()]
         if any(not shape for shape in shapes) or not shapes:
             raise DataError(f"{self._source}: its arrays need a first axis of samples")
@@ -149,13 +162,11 @@ class _Rows:
                 f"{self._source}: inputs have different numbers of samples ({sizes}); "
                 "give as many for each"
             )
+        return counts.pop()
+
+    def _records(self, chosen: Sequence[int], each: int) -> Iterator[Record]:
         # A fixed batch takes its rows together.
-        each = self._together or 1
-        wanted = [
-            start * each + row
-            for start in _spread(counts.pop() // each, samples)
-            for row in range(each)
-        ]
+        wanted = [start * each + row for start in chosen for row in range(each)]
         iterators = {name: rows(wanted) for name, (rows, _) in self._arrays.items()}
         for _ in range(0, len(wanted), each):
             yield {name: self._record(name, rows, each) for name, rows in iterators.items()}
@@ -185,7 +196,7 @@ def _open_npy(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Da
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path}: is no .npy file; give it the ending that it deserves")
     rows = _Rows(str(path), {specs[0].name: (_array_rows(array), array.shape)}, specs)
-    return Dataset(str(path), rows.records(samples), specs, samples)
+    return rows.dataset(specs, samples)
 
 
 def _open_npz(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dataset:
@@ -199,7 +210,7 @@ def _open_npz(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Da
             }
             shapes = {name: (rows, header[0]) for name, (rows, header) in arrays.items()}
             rows = _Rows(str(path), shapes, specs)
-            return Dataset(str(path), rows.records(samples), specs, samples)
+            return rows.dataset(specs, samples)
     except (zipfile.BadZipFile, EOFError, zipfile.LargeZipFile, NotImplementedError) as error:
         raise DataError(f"{path}: is no .npz file, or a damaged one; save it again") from error
 
@@ -269,11 +280,20 @@ def _open_images(
     if len(specs) != 1:
         raise DataError(f"{folder}: are images, the model has {len(specs)} inputs; give an .npz")
     channels, height, width = target_size(specs[0], options)
-    chosen = [pictures[i] for i in _spread(len(pictures), samples)]
+    positions = _spread(len(pictures), samples)
+    chosen = [pictures[i] for i in positions]
     records = (
         {specs[0].name: read_image(path, channels, height, width, options)[None]} for path in chosen
     )
-    dataset = Dataset(str(folder), records, specs, samples)
+    dataset = Dataset(
+        str(folder),
+        records,
+        specs,
+        samples,
+        positions=positions,
+        source_samples=len(pictures),
+        names=[path.name for path in chosen],
+    )
     if len(pictures) < len(files):
         dataset.notes += (f"{folder}: {len(files) - len(pictures)} files are no images",)
     return dataset
