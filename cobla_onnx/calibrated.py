@@ -119,7 +119,7 @@ class Calibrated:
         Of all candidates the best on the selection split, and `warm` where none is better
         there beyond the noise; see `allocate_by_loss`.
         """
-        if self._sensitivity is None:
+        if self._sensitivity is None or not any(warm.choices):
             # Nothing had to be cut.
             return warm
         curves = self.analysis.curves
