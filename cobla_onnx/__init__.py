@@ -11,20 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "Plan", "Report", "Result", "compress"]
+__all__ = ["Budget", "Plan", "Report", "Result", "compress", "gradient_graph"]
 
 if TYPE_CHECKING:
     from cobla_onnx.allocation import Budget
-    from cobla_onnx.compression import Result, compress
+    from cobla_onnx.autodiff import gradient_graph
+    from cobla_onnx.compression import compress
     from cobla_onnx.plan import Plan
     from cobla_onnx.report import Report
+    from cobla_onnx.result import Result
 
 _HOMES = {
     "Budget": "cobla_onnx.allocation",
     "Plan": "cobla_onnx.plan",
     "Report": "cobla_onnx.report",
-    "Result": "cobla_onnx.compression",
+    "Result": "cobla_onnx.result",
     "compress": "cobla_onnx.compression",
+    "gradient_graph": "cobla_onnx.autodiff",
 }
 
 

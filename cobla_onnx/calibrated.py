@@ -30,6 +30,7 @@ from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import Sensitivity
 from cobla_onnx.calibration.soften import soften
+from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.lowrank.factorize import Float64
 from cobla_onnx.plan import Plan
@@ -107,6 +108,52 @@ class Calibrated:
             self.threads,
             labels=None if self.labels is None else self.labels[list(indices)],
         )
+
+    def choose(
+        self,
+        constraints: Sequence[Constraint],
+        solver: Literal["slsqp", "milp"],
+        objective: Literal["auto", "output", "loss"],
+        seconds: float | None = None,
+    ) -> Allocation:
+        """Choose ranks.
+
+        Parameters
+        ----------
+        objective : {'auto', 'output', 'loss'}
+            ``output`` is `allocate` alone, ``loss`` goes on with `improve`; ``auto`` does so
+            if the gradient by every layer can be had.
+        seconds : float, optional
+            Time that `improve` may take.
+
+        Raises
+        ------
+        BudgetError
+            If the constraints cannot be met.
+        ModelError
+            If ``loss`` is asked for and the gradient by no layer can be had.
+        """
+        warm = self.allocate(constraints, solver)
+        if objective == "output" or not any(warm.choices):
+            return warm
+        try:
+            blocked = self.gradients().blocked
+        except ModelError as error:
+            if objective == "loss":
+                raise
+            return warm.noting(f"objective output: the model has no gradient graph, {error}")
+        if blocked:
+            index, reason = min(blocked.items())
+            name = self.analysis.layers[index].name
+            if objective == "auto":
+                return warm.noting(
+                    f"objective output: there is no gradient by layer {name!r}, {reason}"
+                )
+            warm = warm.noting(
+                f"{len(blocked)} layers have no gradient and stay as the objective output has "
+                f"them; {name!r}: {reason}"
+            )
+        return self.improve(warm, constraints, replace(LOSS_EFFORT, seconds=seconds))
 
     def improve(
         self,

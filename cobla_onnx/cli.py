@@ -34,6 +34,7 @@ class ObjectiveName(str, Enum):
     auto = "auto"
     weights = "weights"
     output = "output"
+    loss = "loss"
 
 
 class LossName(str, Enum):
@@ -165,6 +166,13 @@ def compress(
     layout: Annotated[
         Layout, typer.Option(help="Images: order of the model's axes.")
     ] = Layout.nchw,
+    labels: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE",
+            help="Classes of the samples, .csv, .npy or .npz: the loss is the cross-entropy.",
+        ),
+    ] = None,
     loss: Annotated[
         LossName, typer.Option(help="How outputs are compared with the original's.")
     ] = LossName.auto,
@@ -176,8 +184,16 @@ def compress(
         Solver, typer.Option(help="slsqp: relaxed masks, then rounding; milp: integer only.")
     ] = Solver.slsqp,
     objective: Annotated[
-        ObjectiveName, typer.Option(help="weights: no data needed; output: measured with --data.")
+        ObjectiveName,
+        typer.Option(
+            help="weights: no data needed; output: each layer measured with --data; loss: the "
+            "network's loss by its gradient, slower."
+        ),
     ] = ObjectiveName.auto,
+    time_limit: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="SECONDS", help="With --objective loss: of its search.", min=0),
+    ] = None,
     input_shape: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="NAME:D,D", help="Shape of an input with unknown axes."),
@@ -217,6 +233,10 @@ def compress(
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.json", help="Write the report as JSON."),
     ] = None,
+    history: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.csv", help="Write the steps of --objective loss as CSV."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
     version: Annotated[
@@ -228,13 +248,13 @@ def compress(
 
     At least one of --mem and --mac is needed; both are hard limits.
     """
-    from cobla_onnx.compression import check_paths
     from cobla_onnx.compression import compress as run
+    from cobla_onnx.result import check_paths
 
     shapes = _input_shapes(input_shape or [])
     if report is not None and report.suffix != ".json":
         raise UsageError(f"--report {report}: only .json is known; give a name that ends in .json")
-    check_paths(input, output, report, in_place=in_place)
+    check_paths(input, output, report, history, in_place=in_place)
     from cobla_onnx.allocation import Budget
 
     budget = Budget(mem=mem, mac=mac)
@@ -254,8 +274,10 @@ def compress(
             samples=samples,
             batch=batch,
             images=images,
+            labels=labels,
             loss=loss.value,
             refit=refit,
+            time_limit=time_limit,
             seed=seed,
             threads=threads,
             progress=progress,
@@ -264,6 +286,8 @@ def compress(
         result.save(output, external_data=external_data.value)
     if report is not None:
         result.save_report(report)
+    if history is not None:
+        result.save_history(history)
     if not quiet:
         _print(result.report)
         typer.echo("dry run: nothing was written" if dry_run else f"written: {output}")
@@ -282,9 +306,10 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
         tasks: dict[str, Any] = {}
 
         def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
+            name = stage.partition(":")[0]
+            if name not in tasks:
+                tasks[name] = bar.add_task(stage, total=total)
+            bar.update(tasks[name], description=stage, completed=done, total=total)
 
         yield advance
 

@@ -6,132 +6,42 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from cobla_onnx.allocation import Allocation, Budget, WeightError, allocate
 from cobla_onnx.analysis import Analysis, analyse
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.dataset import Dataset, input_specs
+from cobla_onnx.calibration.labels import Labels, align_labels, read_labels
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.errors import BudgetError, ModelError, UsageError, VerificationError, WriteError
+from cobla_onnx.errors import BudgetError, ModelError, UsageError
 from cobla_onnx.graph.checks import check_structure
 from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.layers import Layer, read_weight
-from cobla_onnx.graph.model_file import load_model, stored_bytes, write_atomically
-from cobla_onnx.graph.saving import ExternalData, save_model
+from cobla_onnx.graph.model_file import load_model, stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.names import safe_text
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
-from cobla_onnx.report import Report
 from cobla_onnx.reporting import make_report
+from cobla_onnx.result import Result
 from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
-from cobla_onnx.runtime import open_session
 from cobla_onnx.spill import Spill
 from cobla_onnx.verify import verify
 
-__all__ = ["Result", "check_paths", "compress"]
+__all__ = ["compress"]
 
-
-@dataclass
-class Result:
-    """A compressed model that was verified, the plan that made it, and the report.
-
-    Attributes
-    ----------
-    model : onnx.ModelProto
-        The very object that was passed in, where nothing had to change.
-    plan : Plan
-    report : Report
-    source : Path or None
-        The file that the original came from.
-    """
-
-    model: onnx.ModelProto
-    plan: Plan
-    report: Report
-    source: Path | None = None
-    _spill: Spill | None = field(default=None, repr=False)
-    _external: bool = field(default=False, repr=False)
-
-    def save(self, path: str | os.PathLike[str], *, external_data: ExternalData = "auto") -> None:
-        """Write the model, atomically; what is at `path` stays until the new file is whole.
-
-        An unchanged model is copied byte for byte. A changed one is read back, counted
-        and opened in onnxruntime before it takes its place.
-
-        Parameters
-        ----------
-        external_data : {'auto', 'always', 'never'}
-            Whether weights go into a data file beside the model, named by its content.
-            ``auto``: if they were beside the original, or one file cannot hold them.
-
-        Raises
-        ------
-        WriteError
-            If it cannot be written.
-        UsageError
-            If 'never' is asked for and one file cannot hold the model.
-        VerificationError
-            If what arrived on disk is not what was verified.
-        """
-        if self._external and external_data == "auto":
-            external_data = "always"
-        plain = self.report.unchanged and not self._external and external_data != "always"
-        if self.source is not None and plain:
-            write_atomically(path, self.source.read_bytes())
-        else:
-            save_model(self.model, path, external_data, self._check)
-        self.report = replace(self.report, output=os.fspath(path))
-
-    def _check(self, written: Path) -> None:
-        model = load_model(written)
-        if stored_bytes(model) != self.report.budget["mem"].after:
-            raise VerificationError(f"{written}: holds other weights than were verified")
-        if not self.report.unchanged:
-            open_session(model, self.report.threads)
-
-    def save_report(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON, atomically."""
-        write_atomically(path, self.report.to_json().encode())
-
-
-def check_paths(
-    source: Path, target: Path, report: Path | None = None, *, in_place: bool = False
-) -> None:
-    """Refuse paths that cannot work before any work is done.
-
-    Raises
-    ------
-    UsageError
-        If the output is the input and `in_place` does not allow it.
-    WriteError
-        If a folder to write to does not exist or is not writable.
-    """
-    if target.exists() and source.exists() and target.samefile(source) and not in_place:
-        raise UsageError(f"{target}: is the input itself; give another path, or --in-place")
-    for path in (target, report):
-        if path is None:
-            continue
-        if path.is_dir():
-            raise WriteError(f"{path}: is a directory; give the path of a file")
-        if path.exists() and not path.is_file():
-            raise WriteError(f"{path}: is not a regular file; give another path")
-        if not path.parent.is_dir():
-            raise WriteError(f"{path}: its folder does not exist; create it first")
-        if not os.access(path.parent, os.W_OK):
-            raise WriteError(f"{path}: its folder cannot be written to; give another path")
-    if report is not None and report.resolve() in (source.resolve(), target.resolve()):
-        raise UsageError(f"--report {report}: is a model's path; give another one")
+ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
 
 
 def compress(
@@ -139,7 +49,7 @@ def compress(
     budget: Budget,
     *,
     solver: Literal["slsqp", "milp"] = "slsqp",
-    objective: Literal["auto", "weights", "output"] = "auto",
+    objective: ObjectiveName = "auto",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -149,8 +59,10 @@ def compress(
     samples: int | None = None,
     batch: int = 16,
     images: ImageOptions | None = None,
+    labels: Labels | str | os.PathLike[str] | None = None,
     loss: LossName = "auto",
     refit: bool = True,
+    time_limit: float | None = None,
     plan: Plan | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -167,10 +79,12 @@ def compress(
     solver : {'slsqp', 'milp'}
         ``slsqp`` relaxes the masks, solves and rounds (COBLA); ``milp`` solves the
         separable integer problem alone.
-    objective : {'auto', 'weights', 'output'}
+    objective : {'auto', 'weights', 'output', 'loss'}
         What is minimised. ``weights``: the relative weight error, summed over layers.
         ``output``: the measured loss of truncating each layer alone, summed; it needs
-        data. ``auto`` is ``output`` with data and ``weights`` without.
+        data. ``loss``: the network's loss itself, by its gradient, starting from the
+        answer for ``output``; it takes longer. ``auto`` is ``output`` with data and
+        ``weights`` without.
     input_shapes : mapping of str to sequence of int, optional
         Shapes of inputs with unknown axes; a symbolic batch counts as 1.
     include, exclude : sequence of str
@@ -190,10 +104,16 @@ def compress(
         How many to run at a time.
     images : ImageOptions, optional
         How images become inputs.
+    labels : path, sequence of int, or mapping of str to int, optional
+        Classes of the samples, in their order or by file name, or a ``.csv``, ``.npy`` or
+        ``.npz`` file of them. The loss is then the cross-entropy.
     loss : {'auto', 'kl', 'mse', 'ce'}
         How outputs are compared with the original's; see `choose_kinds`.
     refit : bool
         Refit factors to the inputs that they get after compression; needs data.
+    time_limit : float, optional
+        Seconds that the search by the network's loss may take. The result then depends on
+        the machine's speed.
     plan : Plan, optional
         Apply these decisions instead of solving; the budget still holds.
     seed : int
@@ -225,6 +145,8 @@ def compress(
     threads = threads or _cores()
     notify = progress or (lambda stage, done, total: None)
     needed = _objective(objective, data)
+    if labels is not None and data is None:
+        raise UsageError("--labels: are those of the data; give --data too")
     shapes = input_shapes or {}
     with (
         _naming(source),
@@ -242,23 +164,25 @@ def compress(
             threads=threads,
             progress=notify,
             see=None if dataset is None else _see(proto, dataset, batch, threads, notify),
-            weigh=needed == "output",
+            weigh=needed != "weights",
         )
-        calibrated = (
-            None
-            if dataset is None
-            else Calibrated(proto, analysis, dataset, batch, loss, threads, notify)
-        )
+        calibrated = None
+        if dataset is not None:
+            classes = _labels(labels, dataset)
+            measure: LossName = loss if classes is None else "ce"
+            calibrated = Calibrated(
+                proto, analysis, dataset, batch, measure, threads, notify, classes
+            )
         allocation: Allocation | None = None
         if plan is None:
             constraints = analysis.constraints(budget)
-            if needed == "output" and calibrated is not None:
-                allocation = calibrated.allocate(constraints, solver)
-            else:
+            if needed == "weights" or calibrated is None:
                 notify("allocate", 0, 1)
                 allocation = allocate(
                     analysis.curves, WeightError(analysis.curves), constraints, solver=solver
                 )
+            else:
+                allocation = calibrated.choose(constraints, solver, needed, time_limit)
             plan = analysis.plan(allocation.choices)
         if calibrated is None:
             replacements = _factorise(proto, analysis, plan, notify)
@@ -297,7 +221,8 @@ def compress(
         threads=threads,
     )
     external = any(map(is_external, proto.graph.initializer))
-    return Result(compressed, plan, report, source, spill, external)
+    history = () if calibrated is None else tuple(calibrated.history)
+    return Result(compressed, plan, report, source, spill, external, history)
 
 
 def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -328,12 +253,22 @@ def _naming(source: Path | None) -> Iterator[None]:
         ) from error
 
 
-def _objective(objective: str, data: Any) -> str:
-    if objective == "output" and data is None:
-        raise UsageError("--objective output: needs data; give --data, or --objective weights")
+def _objective(objective: ObjectiveName, data: Any) -> Literal["weights", "output", "loss"]:
+    if objective in ("output", "loss") and data is None:
+        raise UsageError(
+            f"--objective {objective}: needs data; give --data, or --objective weights"
+        )
     if objective == "auto":
         return "weights" if data is None else "output"
     return objective
+
+
+def _labels(
+    labels: Labels | str | os.PathLike[str] | None, dataset: Dataset
+) -> NDArray[np.int64] | None:
+    if isinstance(labels, (str, os.PathLike)):
+        labels = read_labels(Path(labels))
+    return None if labels is None else align_labels(labels, dataset)
 
 
 @contextmanager

@@ -8,4 +8,7 @@ from typing import TypeAlias
 __all__ = ["Progress"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with the name of a stage, the steps done and their number."""
+"""Called with the name of a stage, the steps done and their number.
+
+Behind a colon the name may tell how it stands, such as the loss reached.
+"""

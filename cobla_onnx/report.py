@@ -243,10 +243,10 @@ def _verdict(report: Report) -> list[Any]:
     lines = []
     if report.solver is not None:
         s = report.solver
-        lines.append(
-            f"solver: {s.name}, {s.objective} {s.value:.4g}, at least {s.lower_bound:.4g} "
-            f"within these budgets (gap {s.gap:.1%})"
-        )
+        line = f"solver: {s.name}, {s.objective} {s.value:.4g}"
+        if s.lower_bound is not None and s.gap is not None:
+            line += f", at least {s.lower_bound:.4g} within these budgets (gap {s.gap:.1%})"
+        lines.append(line)
     seen = report.calibration
     if seen is not None:
         lines.append(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import cobla_onnx
 from cobla_onnx import Budget, Plan, Result, compress, errors
-from cobla_onnx.compression import check_paths
+from cobla_onnx.result import check_paths
 from cobla_onnx.graph import model_file
 from cobla_onnx.graph.model_file import write_atomically
 from cobla_onnx.plan import Decision
@@ -261,7 +261,8 @@ def test_macs_that_cannot_be_known_name_the_shape_to_give():
 
 
 def test_the_public_names_are_these():
-    assert cobla_onnx.__all__ == ["Budget", "Plan", "Report", "Result", "compress"]
+    names = ["Budget", "Plan", "Report", "Result", "compress", "gradient_graph"]
+    assert cobla_onnx.__all__ == names
     for name in cobla_onnx.__all__:
         assert getattr(cobla_onnx, name).__name__ == name
     with pytest.raises(AttributeError):

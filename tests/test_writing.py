@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from cobla_onnx import errors
-from cobla_onnx.compression import check_paths
+from cobla_onnx.result import check_paths
 from cobla_onnx.graph.model_file import load_model, write_atomically
 from cobla_onnx.graph.saving import save_model
 from tests.builders import small_network

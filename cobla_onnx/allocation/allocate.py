@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -62,6 +62,11 @@ class Allocation:
 
     choices: tuple[Choice | None, ...]
     certificate: Certificate
+
+    def noting(self, note: str) -> Allocation:
+        """Return the same with a further note."""
+        notes = (*self.certificate.notes, note)
+        return replace(self, certificate=replace(self.certificate, notes=notes))
 
 
 def allocate(

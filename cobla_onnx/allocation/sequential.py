@@ -205,7 +205,6 @@ class _Search:
         for known in self.candidates:
             if known.choices == choices:
                 return known
-        self._check_time()
         loss = self.objective.value(masks_of(self.layers, choices))
         found = Candidate(origin, choices, loss, self.score(choices))
         self.candidates.append(found)

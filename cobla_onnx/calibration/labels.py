@@ -62,7 +62,7 @@ def read_labels(path: Path) -> Labels:
 
 def _read_csv(path: Path) -> Labels:
     try:
-        rows = [row for row in csv.reader(path.open(newline="")) if row]
+        rows = [row for row in csv.reader(path.read_text().splitlines()) if row]
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: is no text of comma-separated values; save it again") from error
     if rows and not _is_class(rows[0][-1]):
@@ -70,10 +70,10 @@ def _read_csv(path: Path) -> Labels:
     widths = {len(row) for row in rows}
     wrong = next((row for row in rows if not _is_class(row[-1])), None)
     if not rows or wrong is not None or widths - {1, 2} or len(widths) > 1:
-        shown = f", as {quoted(','.join(wrong))} has" if wrong is not None else ""
+        shown = "" if wrong is None else f", and not {quoted(','.join(wrong))}"
         raise DataError(
             f"{path}: needs a class, a whole number from 0, on each line, or a file name and a "
-            f"class{shown and ', not what it has'}{shown}"
+            f"class{shown}; write it so"
         )
     if widths == {1}:
         return np.array([int(row[0]) for row in rows])

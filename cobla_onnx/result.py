@@ -1,0 +1,140 @@
+"""What comes of a compression, and how it is written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import onnx
+
+from cobla_onnx.allocation.sequential import Step
+from cobla_onnx.errors import UsageError, VerificationError, WriteError
+from cobla_onnx.graph.model_file import load_model, stored_bytes, write_atomically
+from cobla_onnx.graph.saving import ExternalData, save_model
+from cobla_onnx.plan import Plan
+from cobla_onnx.report import Report
+from cobla_onnx.runtime import open_session
+from cobla_onnx.spill import Spill
+
+__all__ = ["Result", "check_paths"]
+
+
+@dataclass
+class Result:
+    """A compressed model that was verified, the plan that made it, and the report.
+
+    Attributes
+    ----------
+    model : onnx.ModelProto
+        The very object that was passed in, where nothing had to change.
+    plan : Plan
+    report : Report
+    source : Path or None
+        The file that the original came from.
+    history : tuple of Step
+        Every evaluation of the search by the network's loss.
+    """
+
+    model: onnx.ModelProto
+    plan: Plan
+    report: Report
+    source: Path | None = None
+    _spill: Spill | None = field(default=None, repr=False)
+    _external: bool = field(default=False, repr=False)
+    history: tuple[Step, ...] = field(default=(), repr=False)
+
+    def save(self, path: str | os.PathLike[str], *, external_data: ExternalData = "auto") -> None:
+        """Write the model, atomically; what is at `path` stays until the new file is whole.
+
+        An unchanged model is copied byte for byte. A changed one is read back, counted
+        and opened in onnxruntime before it takes its place.
+
+        Parameters
+        ----------
+        external_data : {'auto', 'always', 'never'}
+            Whether weights go into a data file beside the model, named by its content.
+            ``auto``: if they were beside the original, or one file cannot hold them.
+
+        Raises
+        ------
+        WriteError
+            If it cannot be written.
+        UsageError
+            If 'never' is asked for and one file cannot hold the model.
+        VerificationError
+            If what arrived on disk is not what was verified.
+        """
+        if self._external and external_data == "auto":
+            external_data = "always"
+        plain = self.report.unchanged and not self._external and external_data != "always"
+        if self.source is not None and plain:
+            write_atomically(path, self.source.read_bytes())
+        else:
+            save_model(self.model, path, external_data, self._check)
+        self.report = replace(self.report, output=os.fspath(path))
+
+    def _check(self, written: Path) -> None:
+        model = load_model(written)
+        if stored_bytes(model) != self.report.budget["mem"].after:
+            raise VerificationError(f"{written}: holds other weights than were verified")
+        if not self.report.unchanged:
+            open_session(model, self.report.threads)
+
+    def save_report(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON, atomically."""
+        write_atomically(path, self.report.to_json().encode())
+
+    def save_history(self, path: str | os.PathLike[str]) -> None:
+        """Write the history as CSV, atomically: a line for each evaluation.
+
+        Columns: ``step``, ``stage``, ``loss`` (on the calibration split, as the search sees
+        it), ``selection_loss`` (where masks are 0 or 1), ``mem`` and ``mac`` (fraction of
+        the original, of the budgets that were set), ``seconds``.
+        """
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["step", "stage", "loss", "selection_loss", "mem", "mac", "seconds"])
+        for step in self.history:
+            costs = [step.costs.get(name, "") for name in ("mem", "mac")]
+            selection = "" if step.selection is None else step.selection
+            writer.writerow(
+                [step.number, step.stage, step.loss, selection, *costs, round(step.seconds, 3)]
+            )
+        write_atomically(path, text.getvalue().encode())
+
+
+def check_paths(
+    source: Path,
+    target: Path,
+    report: Path | None = None,
+    history: Path | None = None,
+    *,
+    in_place: bool = False,
+) -> None:
+    """Refuse paths that cannot work before any work is done.
+
+    Raises
+    ------
+    UsageError
+        If the output is the input and `in_place` does not allow it.
+    WriteError
+        If a folder to write to does not exist or is not writable.
+    """
+    if target.exists() and source.exists() and target.samefile(source) and not in_place:
+        raise UsageError(f"{target}: is the input itself; give another path, or --in-place")
+    for path in (target, report, history):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise WriteError(f"{path}: is a directory; give the path of a file")
+        if path.exists() and not path.is_file():
+            raise WriteError(f"{path}: is not a regular file; give another path")
+        if not path.parent.is_dir():
+            raise WriteError(f"{path}: its folder does not exist; create it first")
+        if not os.access(path.parent, os.W_OK):
+            raise WriteError(f"{path}: its folder cannot be written to; give another path")
+    if report is not None and report.resolve() in (source.resolve(), target.resolve()):
+        raise UsageError(f"--report {report}: is a model's path; give another one")

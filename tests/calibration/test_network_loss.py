@@ -1,0 +1,269 @@
+"""The network's loss as a function of masks, its gradient, and the search that follows it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from cobla_onnx.allocation import Budget, Choice, Masks
+from cobla_onnx.allocation.objective import masks_of
+from cobla_onnx.allocation.sequential import Candidate, allocate_by_loss
+from cobla_onnx.allocation.slsqp import Effort
+from cobla_onnx.analysis import analyse
+from cobla_onnx.calibrated import Calibrated
+from cobla_onnx.calibration.dataset import Dataset, input_specs
+from cobla_onnx.calibration.gradients import GradientProbe
+from cobla_onnx.calibration.network import NetworkLoss
+from cobla_onnx.calibration.probe import Probe
+from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.soften import soften
+from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.runtime import open_session, run_session
+from tests.builders import random_array, small_network
+from tests.calibration.test_network import samples
+
+EFFORT = Effort(max_variables=20, rounds=1, iterations=6, tolerance=1e-3, converge=False)
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def calibrated_for(model: onnx.ModelProto, count: int = 30) -> Calibrated:
+    data = samples(count)["x"]
+    specs = input_specs(model)
+    dataset = Dataset("test", ({"x": row[None]} for row in data), specs)
+    analysis = analyse(
+        model,
+        input_shapes={},
+        include=(),
+        exclude=(),
+        min_size=0,
+        scheme="auto",
+        macs_needed=False,
+        threads=1,
+        progress=silent,
+        see=lambda layers: Seen(
+            model, layers, lambda: dataset.batches(dataset.calibration, 8), threads=1
+        ),
+    )
+    return Calibrated(model, analysis, dataset, 8, "auto", 1, silent)
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> Calibrated:
+    return calibrated_for(small_network())
+
+
+def objective_of(calibrated: Calibrated) -> tuple[NetworkLoss, tuple[Choice | None, ...]]:
+    constraints = calibrated.analysis.constraints(Budget(mem=0.6))
+    warm = calibrated.allocate(constraints, "milp")
+    sensitivity = calibrated._sensitivity
+    assert sensitivity is not None
+    objective = NetworkLoss(
+        calibrated.analysis.curves,
+        calibrated._path(),
+        calibrated.gradients(),
+        sensitivity.objective(),
+    )
+    return objective, warm.choices
+
+
+def test_binary_masks_are_the_truncated_network(calibrated):
+    objective, choices = objective_of(calibrated)
+    assert any(choices)
+    weights = objective.weights(masks_of(calibrated.analysis.curves, choices))
+    for index, choice in enumerate(choices):
+        if choice is None:
+            assert index not in weights
+            continue
+        layer = calibrated.analysis.layers[index]
+        scheme = calibrated.analysis.schemes[index][choice.curve]
+        (expected,) = calibrated._seen.approximate(layer, scheme, [choice.rank])
+        np.testing.assert_allclose(weights[index][0], expected.weight, atol=1e-5)
+        if expected.bias is not None:
+            np.testing.assert_allclose(weights[index][1], expected.bias, atol=1e-5)
+
+
+def test_all_masks_at_one_are_the_original(calibrated):
+    objective, _ = objective_of(calibrated)
+    whole = masks_of(calibrated.analysis.curves, [None] * len(calibrated.analysis.layers))
+    assert objective.weights(whole) == {}
+    assert objective.value(whole) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_gradient_by_masks_against_differences(calibrated):
+    """Blocks of fractional masks, of every layer and scheme; steps that float32 can see."""
+    objective, _ = objective_of(calibrated)
+    generator = np.random.default_rng(1)
+    curves = calibrated.analysis.curves
+    schemes = tuple(int(generator.integers(len(layer.curves))) for layer in curves)
+    values, edges = [], []
+    for layer, scheme in zip(curves, schemes, strict=True):
+        full = len(layer.curves[scheme].singular_values)
+        cuts = np.unique([0, max(1, full // 3), max(1, 2 * full // 3), full])
+        edges.append(cuts)
+        values.append(np.repeat(generator.uniform(0.3, 0.9, len(cuts) - 1), np.diff(cuts)))
+    masks = Masks(schemes, tuple(values), tuple(edges))
+    gradient = objective.gradient(masks)
+    for index, cuts in enumerate(edges):
+        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+            found = []
+            for step in (0.02, -0.02):
+                moved = values[index].copy()
+                moved[begin:end] += step
+                changed = (*values[:index], moved, *values[index + 1 :])
+                found.append(objective.value(Masks(schemes, changed, tuple(edges))))
+            slope = (found[0] - found[1]) / 0.04
+            scale = max(float(np.abs(gradient[index]).max()), 1e-4)
+            assert gradient[index][begin:end].sum() == pytest.approx(slope, abs=0.05 * scale)
+
+
+def test_the_model_is_exact_where_nothing_changes(calibrated):
+    """Predicted losses of the present ranks add up to what keeping all whole would change."""
+    objective, choices = objective_of(calibrated)
+    curves = calibrated.analysis.curves
+    model = objective.model(masks_of(curves, choices), 1.0)
+    for index, choice in enumerate(choices):
+        if choice is None:
+            continue
+        own = objective.curve(index, choice.curve)[choice.rank]
+        slope = objective.gradients.gradient(objective.weights(masks_of(curves, choices)))[index]
+        weight, bias = objective.path.whole[index]
+        (now,) = objective.path.at(index, choice.curve, [choice.rank])
+        linear = float(np.vdot(slope[0], weight - now[0]))
+        if bias is not None and now[1] is not None:
+            linear += float(np.vdot(slope[1], bias - now[1]))
+        assert model[index][choice.curve][choice.rank] == pytest.approx(-linear - own, rel=1e-4)
+
+
+def test_the_search_is_never_worse_than_its_start_on_the_selection(calibrated):
+    for mem in (0.7, 0.5):
+        constraints = calibrated.analysis.constraints(Budget(mem=mem))
+        warm = calibrated.allocate(constraints, "milp")
+        found = calibrated.improve(warm, constraints, EFFORT)
+        for constraint in constraints:
+            assert constraint.cost(calibrated.analysis.curves, found.choices) <= constraint.limit
+        before, after = (calibrated._selection_loss(a.choices) for a in (warm, found))
+        assert after <= before
+        assert found.certificate.objective == "loss"
+        assert found.certificate.lower_bound is None
+        assert found.certificate.reached["mem"] <= constraints[0].limit
+
+
+def test_the_search_is_the_same_twice():
+    found = []
+    for _ in range(2):
+        calibrated = calibrated_for(small_network(), 20)
+        constraints = calibrated.analysis.constraints(Budget(mem=0.6))
+        found.append(calibrated.choose(constraints, "slsqp", "loss"))
+    assert found[0] == found[1]
+
+
+def test_an_interrupt_keeps_the_best_so_far(calibrated, monkeypatch):
+    constraints = calibrated.analysis.constraints(Budget(mem=0.6))
+    warm = calibrated.allocate(constraints, "milp")
+    calls = []
+
+    def interrupted(self, weights):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, weights)
+
+    original = GradientProbe.gradient
+    monkeypatch.setattr(GradientProbe, "gradient", interrupted)
+    found = calibrated.improve(warm, constraints, EFFORT)
+    assert "interrupted" in found.certificate.notes[-1]
+    assert calibrated._selection_loss(found.choices) <= calibrated._selection_loss(warm.choices)
+
+
+def test_a_time_limit_of_nothing_gives_the_start(calibrated):
+    constraints = calibrated.analysis.constraints(Budget(mem=0.6))
+    warm = calibrated.allocate(constraints, "milp")
+    found = calibrated.choose(constraints, "milp", "loss", seconds=0.0)
+    assert found.choices == warm.choices
+    assert "time limit" in found.certificate.notes[-1]
+
+
+def test_a_candidate_has_to_beat_the_noise():
+    start = Candidate("start", (None,), 1.0, np.array([1.0, 2.0, 3.0, 4.0]))
+    better = Candidate("better", (None,), 1.0, np.array([0.5, 1.4, 2.6, 3.5]))
+    noisy = Candidate("noisy", (None,), 0.1, np.array([9.0, 0.1, 0.1, 0.1]))
+    broken = Candidate("broken", (None,), 0.1, np.array([0.1, np.inf, 0.1, 0.1]))
+    assert better.beats(start)
+    assert not noisy.beats(start)
+    assert not broken.beats(start)
+    assert start.beats(broken)
+    assert not start.beats(start)
+
+
+def test_layers_without_a_gradient_stay_as_they_are(calibrated):
+    constraints = calibrated.analysis.constraints(Budget(mem=0.6))
+    warm = calibrated.allocate(constraints, "milp")
+    objective, _ = objective_of(calibrated)
+    index = next(i for i, choice in enumerate(warm.choices) if choice is not None)
+    objective.fixed = frozenset({index})
+    _, candidates = allocate_by_loss(
+        calibrated.analysis.curves,
+        objective,
+        constraints,
+        warm,
+        calibrated._selection_losses,
+        EFFORT,
+    )
+    knapsacks = [c for c in candidates if "nearest" not in c.origin]
+    assert {c.choices[index] for c in knapsacks} == {warm.choices[index]}
+
+
+def test_softened_outputs_are_centred_logits():
+    model = small_network()
+    feeds = samples(4)
+    plain = run_session(open_session(model, 1), feeds)
+    (name,) = plain
+    logits = plain[name].astype(np.float64)
+    found = run_session(open_session(soften(model, {name: "logits"}), 1), feeds)
+    (value,) = found.values()
+    np.testing.assert_allclose(value, logits - logits.mean(axis=1, keepdims=True), atol=1e-5)
+    untouched = run_session(open_session(soften(model, {name: "mse"}), 1), feeds)
+    np.testing.assert_array_equal(untouched[name], plain[name])
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+def test_softened_probabilities_are_centred_logarithms(opset):
+    x = onnx.helper.make_tensor_value_info("x", 1, ["N", 5])
+    y = onnx.helper.make_tensor_value_info("y", 1, ["N", 5])
+    node = onnx.helper.make_node("Softmax", ["x"], ["y"], axis=1)
+    graph = onnx.helper.make_graph([node], "g", [x], [y])
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    logits = random_array(3, 5)
+    softened = soften(model, {"y": "probabilities"})
+    onnx.checker.check_model(softened, full_check=True)
+    (found,) = run_session(open_session(softened, 1), {"x": logits}).values()
+    np.testing.assert_allclose(found, logits - logits.mean(axis=1, keepdims=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse", "ce"])
+def test_the_gradient_probe_against_differences(loss):
+    model = small_network()
+    layers = find_layers(model).layers
+    data = samples(6)["x"]
+    probe = Probe(model, layers, [{"x": data[:4]}, {"x": data[4:]}], loss, 1)
+    gradients = GradientProbe(probe, 1)
+    assert gradients.blocked == {}
+    weights = {
+        i: (read_weight(model, layer) * (1 + 0.2 * random_array(*layer.shape, seed=i)), None)
+        for i, layer in enumerate(layers)
+    }
+    found = gradients.gradient(weights)
+    for index, (slope, _) in enumerate(found):
+        direction = slope / np.linalg.norm(slope)
+        length = 0.001 * float(np.linalg.norm(weights[index][0]))
+        either = []
+        for sign in (1, -1):
+            moved = weights[index][0] + sign * length * direction
+            either.append(probe.loss({**weights, index: (moved, None)}))
+        expected = (either[0] - either[1]) / (2 * length)
+        assert float(np.vdot(slope, direction)) == pytest.approx(expected, rel=0.05)
