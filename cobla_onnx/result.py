@@ -136,5 +136,10 @@ def check_paths(
             raise WriteError(f"{path}: its folder does not exist; create it first")
         if not os.access(path.parent, os.W_OK):
             raise WriteError(f"{path}: its folder cannot be written to; give another path")
-    if report is not None and report.resolve() in (source.resolve(), target.resolve()):
-        raise UsageError(f"--report {report}: is a model's path; give another one")
+    taken = {source.resolve(): "a model's path", target.resolve(): "a model's path"}
+    for option, path in (("--report", report), ("--history", history)):
+        if path is None:
+            continue
+        if path.resolve() in taken:
+            raise UsageError(f"{option} {path}: is {taken[path.resolve()]}; give another one")
+        taken[path.resolve()] = f"that of {option} too"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -21,9 +23,11 @@ TEST = ROOT / "models" / "digits_test.npz"
 
 def logits(model: onnx.ModelProto) -> np.ndarray:
     with np.load(TEST) as content:
-        images = content["image"]
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    return session.run(None, {"image": images})[0]
+        return logits_of(model.SerializeToString(), content["image"])
+
+
+def logits_of(model: bytes | Path, images: np.ndarray) -> np.ndarray:
+    return onnxruntime.InferenceSession(model).run(None, {"image": images})[0]
 
 
 def divergence(model: onnx.ModelProto, demo_model) -> float:
@@ -88,6 +92,45 @@ def test_ranks_by_weights_with_factors_by_data(demo_model):
     assert mixed.plan == blind.plan
     assert mixed.report.solver.objective == "weights"
     assert divergence(mixed.model, demo_model) < divergence(blind.model, demo_model)
+
+
+def test_the_network_loss_from_the_command_line(demo_model, tmp_path):
+    """With labels, a history and a report; the written budget holds."""
+    with np.load(DATA) as content:
+        images = content["image"][:50]
+    np.savez(tmp_path / "data.npz", image=images)
+    np.save(tmp_path / "labels.npy", logits_of(demo_model, images).argmax(axis=1))
+    out, report, history = (tmp_path / name for name in ("o.onnx", "r.json", "h.csv"))
+    done = run(
+        demo_model, out, "--mem", 0.15, "--data", tmp_path / "data.npz",
+        "--labels", tmp_path / "labels.npy", "--objective", "loss", "--no-refit",
+        "--report", report, "--history", history,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = json.loads(report.read_text())
+    assert content["solver"]["objective"] == "loss"
+    assert content["solver"]["lower_bound"] is None
+    assert content["calibration"]["outputs"] == {"logits": "ce-logits"}
+    assert stored_bytes(onnx.load(out)) <= 0.15 * stored_bytes(onnx.load(demo_model))
+    rows = list(csv.DictReader(history.open()))
+    assert [int(row["step"]) for row in rows] == list(range(len(rows)))
+    assert {"output's knapsack", "slsqp"} <= {row["stage"] for row in rows}
+    scored = [row for row in rows if row["selection_loss"]]
+    assert all(float(row["mem"]) <= 0.15 for row in scored)
+    assert content["calibration"]["loss"] <= float(scored[0]["selection_loss"]) + 1e-9
+
+
+def test_loss_without_data_or_with_misplaced_paths_is_refused(demo_model, tmp_path):
+    for arguments, words in (
+        (("--objective", "loss"), "needs data"),
+        (("--labels", "labels.csv"), "give --data too"),
+        (("--history", tmp_path / "out.onnx"), "give another"),
+        (("--report", tmp_path / "a.json", "--history", tmp_path / "a.json"), "give another"),
+    ):
+        done = run(demo_model, tmp_path / "out.onnx", "--mem", 0.5, *arguments)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert not list(tmp_path.iterdir())
 
 
 def test_nothing_to_do_copies_the_model(demo_model, tmp_path):

@@ -13,9 +13,9 @@ import onnx
 import pytest
 
 from cobla_onnx import errors
-from cobla_onnx.result import check_paths
 from cobla_onnx.graph.model_file import load_model, write_atomically
 from cobla_onnx.graph.saving import save_model
+from cobla_onnx.result import check_paths
 from tests.builders import small_network
 from tests.test_command import COMMAND
 

@@ -32,6 +32,8 @@ __all__ = ["OutputFactorizer", "WeightedFactorizer", "balanced"]
 
 # Added to every direction, relative to the mean over them, where S has to be inverted.
 REGULARISATION = 1e-6
+# Added to a unit diagonal before it is decomposed, the first that suffices.
+JITTERS = (1e-9, 1e-7, 1e-5, 1e-3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -228,13 +230,25 @@ def _solve(products: Float64, cross: Float64) -> tuple[Float64, float]:
 
 
 def _solve_symmetric(gram: Float64, right: Float64) -> Float64:
-    """Solve a positive semidefinite system, scaled to a unit diagonal and regularised."""
+    """Solve a positive semidefinite system, scaled to a unit diagonal and regularised.
+
+    Where few samples leave directions that only rounding fills, the least regularisation
+    of `JITTERS` is taken with which the matrix is positive definite.
+    """
     diagonal = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
     diagonal = np.where(diagonal > 1e-12 * diagonal.max(initial=0.0), diagonal, 1.0)
     scaled = gram / np.outer(diagonal, diagonal)
-    scaled[np.diag_indices_from(scaled)] += 1e-9
-    factor = scipy.linalg.cho_factor(scaled, overwrite_a=True)
-    return np.asarray(scipy.linalg.cho_solve(factor, right / diagonal[:, None])) / diagonal[:, None]
+    added = 0.0
+    for jitter in JITTERS:
+        scaled[np.diag_indices_from(scaled)] += jitter - added
+        added = jitter
+        try:
+            factor = scipy.linalg.cho_factor(scaled)
+        except np.linalg.LinAlgError:
+            continue
+        solution = scipy.linalg.cho_solve(factor, right / diagonal[:, None])
+        return np.asarray(solution) / diagonal[:, None]
+    raise np.linalg.LinAlgError("a moment matrix is not positive semidefinite")
 
 
 def _balance(left: Float64, right: Float64) -> tuple[Float64, Float64, Float64]:

@@ -100,7 +100,7 @@ def test_labels_of_a_fixed_batch_and_of_images(tmp_path):
     for index in range(2):
         (feeds,) = dataset.batches([index], 1)
         assert feeds["x"].mean() == labels[index, 0]
-    with pytest.raises(DataError, match="'a.png'"):
+    with pytest.raises(DataError, match=r"'a\.png'"):
         align_labels({"c.png": 30}, dataset)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx
 import pytest
@@ -108,7 +110,7 @@ def test_the_gradient_by_masks_against_differences(calibrated):
     masks = Masks(schemes, tuple(values), tuple(edges))
     gradient = objective.gradient(masks)
     for index, cuts in enumerate(edges):
-        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for begin, end in itertools.pairwise(cuts):
             found = []
             for step in (0.02, -0.02):
                 moved = values[index].copy()
@@ -215,6 +217,30 @@ def test_layers_without_a_gradient_stay_as_they_are(calibrated):
     )
     knapsacks = [c for c in candidates if "nearest" not in c.origin]
     assert {c.choices[index] for c in knapsacks} == {warm.choices[index]}
+
+
+def blocked_network() -> onnx.ModelProto:
+    """The small network with an operator between that has no derivative rule."""
+    model = small_network()
+    node = model.graph.node[-1]
+    name = node.input[0]
+    values = onnx.helper.make_node("TopK", [name, "k"], ["sorted", "order"], axis=1)
+    node.input[0] = "sorted"
+    model.graph.node.insert(len(model.graph.node) - 1, values)
+    size = next(t.dims for t in model.graph.initializer if t.name == node.input[1])
+    k = np.array([max(size) if len(size) == 2 else 1], np.int64)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(k, "k"))
+    return model
+
+
+def test_auto_falls_back_to_output_and_says_why():
+    calibrated = calibrated_for(blocked_network(), 20)
+    constraints = calibrated.analysis.constraints(Budget(mem=0.6))
+    auto = calibrated.choose(constraints, "milp", "auto")
+    assert auto.certificate.objective == "output"
+    assert "TopK" in auto.certificate.notes[-1]
+    loss = calibrated.choose(constraints, "milp", "loss")
+    assert "TopK" in "".join(loss.certificate.notes)
 
 
 def test_softened_outputs_are_centred_logits():
