@@ -112,7 +112,7 @@ def test_the_network_loss_from_the_command_line(demo_model, tmp_path):
     assert content["solver"]["lower_bound"] is None
     assert content["calibration"]["outputs"] == {"logits": "ce-logits"}
     assert stored_bytes(onnx.load(out)) <= 0.15 * stored_bytes(onnx.load(demo_model))
-    rows = list(csv.DictReader(history.open()))
+    rows = list(csv.DictReader(history.read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(len(rows)))
     assert {"output's knapsack", "slsqp"} <= {row["stage"] for row in rows}
     scored = [row for row in rows if row["selection_loss"]]
