@@ -171,7 +171,7 @@ class ConvScheme:
         these and at input size along the others.
         """
         data, output = shapes.get(use.data), shapes.get(use.output)
-        if data is None or output is None:
+        if data is None or output is None or {len(data), len(output)} != {len(self.shape)}:
             return None
         between = [
             output[2 + a] if a in self.first_axes else data[2 + a] for a in range(len(self._kernel))
@@ -221,7 +221,9 @@ class TransposedConvScheme(ConvScheme):
         """
         data, output = shapes.get(use.data), shapes.get(use.output)
         between = output if self.first_axes else data
-        if data is None or between is None or None in data or None in between:
+        if data is None or between is None or None in (*data, *between):
+            return None
+        if {len(data), len(between)} != {len(self.shape)}:
             return None
         _, rows, columns = self.matrix_shape()
         positions = [math.prod(size or 0 for size in shape[2:]) for shape in (data, between)]
