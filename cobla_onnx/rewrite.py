@@ -20,7 +20,7 @@ from cobla_onnx.graph.external import mapped_tensor
 from cobla_onnx.graph.layers import Layer, Use, attributes
 from cobla_onnx.graph.model_file import copy_without_initializers, subgraphs, unique_name
 from cobla_onnx.lowrank.factorize import Factorization
-from cobla_onnx.lowrank.schemes import ConvScheme, Scheme
+from cobla_onnx.lowrank.schemes import ConvScheme, Scheme, TransposedConvScheme
 from cobla_onnx.names import quoted
 
 __all__ = ["Replacement", "factor_nodes", "make_replacement", "rewrite"]
@@ -255,10 +255,12 @@ def _pair(
         for name, value in attributes(node).items()
     }
     if isinstance(scheme, ConvScheme):
-        first_values, second_values = _conv_attributes(scheme, values)
-        first = gs.Node("Conv", first_name, first_values, [data, weights[0]], [between])
+        transposed = isinstance(scheme, TransposedConvScheme)
+        share_out = _transposed_attributes if transposed else _conv_attributes
+        first_values, second_values = share_out(scheme, values)
+        first = gs.Node(node.op_type, first_name, first_values, [data, weights[0]], [between])
         inputs = [between, weights[1], *rest]
-        return [first, gs.Node("Conv", node.name, second_values, inputs, [output])]
+        return [first, gs.Node(node.op_type, node.name, second_values, inputs, [output])]
     operands = [data, weights[0]] if scheme.data_left else [weights[0], data]
     first = gs.Node("MatMul", first_name, {}, operands, [between])
     inputs = [between, weights[1]] if scheme.weight_input == 1 else [weights[1], between]
@@ -289,6 +291,17 @@ def _conv_attributes(
             mine["group"] = scheme.group
         shared.append(mine)
     return shared[0], shared[1]
+
+
+def _transposed_attributes(
+    scheme: ConvScheme, values: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give a transposed convolution's attributes to the factor that has the kernel."""
+    first_kernel, second_kernel = scheme.kernels()
+    point, whole = {"kernel_shape": [1] * len(first_kernel)}, dict(values)
+    if scheme.first_axes:
+        return {**whole, "kernel_shape": list(first_kernel)}, point
+    return point, {**whole, "kernel_shape": list(second_kernel)}
 
 
 def _dead_nodes(model: onnx.ModelProto, replacements: Iterable[Replacement]) -> set[int]:

@@ -158,6 +158,10 @@ hostile(
     "node 'conv1': an attribute refers to a function's, but it is in none; "
     "the file is damaged, export it again",
 )(lambda m: setattr(m.graph.node[0].attribute[0], "ref_attr_name", "pads"))
+hostile(
+    "attribute without type",
+    "node 'conv1': its attribute 'pads' has no type; the file is damaged, export it again",
+)(lambda m: m.graph.node[0].attribute[0].ClearField("type"))
 hostile("attribute twice", "node 'conv1': has an attribute twice; the file is damaged")(
     lambda m: m.graph.node[0].attribute.append(m.graph.node[0].attribute[0])
 )

@@ -250,3 +250,24 @@ def test_old_models_with_weights_among_the_inputs_are_warned_about():
     assert any("also listed as graph inputs" in note for note in result.report.notes)
     stored = {tensor.name for tensor in result.model.graph.initializer}
     assert stored <= {item.name for item in result.model.graph.input}
+
+
+def test_transposed_convolutions_are_factorised_without_data_and_left_with_data():
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], "down", strides=[2, 2]),
+        node("Relu", ["a"], ["r"]),
+        node("ConvTranspose", ["r", "v", "b"], ["y"], "up", strides=[2, 2], output_padding=[1, 1]),
+    ]
+    weights = {
+        "w": random_array(16, 8, 3, 3),
+        "v": random_array(16, 8, 3, 3, seed=1),
+        "b": random_array(8),
+    }
+    model = model_of(nodes, weights, {"x": [4, 8, 9, 9]}, ["y"])
+    result = compressed(model, 0.5)
+    assert {d.layer for d in result.plan.decisions if d.scheme} == {"down", "up"}
+    data = {"x": random_array(40, 8, 9, 9, seed=3)}
+    seen = compress(model, Budget(mem=0.8), data=data, batch=4, threads=1)
+    left = {layer.name: layer.reason for layer in seen.report.layers}
+    assert left["up"] == "cannot be weighted by data yet"
+    assert seen.report.budget["mem"].reached <= 0.8

@@ -323,6 +323,9 @@ def gavish_donoho_omega(beta: float) -> float:
         return 1 + beta + 2 * math.sqrt(beta) * math.cos(angle)
 
     def below(angle: float) -> float:
+        if angle >= math.pi:
+            # Nothing is left; older scipy divides by the zero at this end.
+            return 0.0
         return float(quad(lambda a: 2 / math.pi * math.sin(a) ** 2 / point(a), angle, math.pi)[0])
 
     median = point(float(brentq(lambda angle: below(angle) - 0.5, 0.0, math.pi)))

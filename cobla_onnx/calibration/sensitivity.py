@@ -29,6 +29,8 @@ TARGETS = (0.03, 0.1, 0.3)
 # Losses and errors below these are rounding.
 LEAST_LOSS = 1e-8
 LEAST_ERROR = 1e-9
+# Logarithm of the largest loss told apart: two close points extrapolate beyond any float.
+MOST_LOG = 500.0
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Response:
             slope = max(1.0, float((losses[-1] - losses[0]) / (known[-1] - known[0])))
         result = result + np.minimum(wanted - known[0], 0.0)
         result = result + slope * np.maximum(wanted - known[-1], 0.0)
-        return np.where(errors > LEAST_ERROR, np.exp(result), 0.0)
+        return np.where(errors > LEAST_ERROR, np.exp(np.minimum(result, MOST_LOG)), 0.0)
 
 
 class Sensitivity:

@@ -24,6 +24,8 @@ class Reason(str, Enum):
     NOT_A_MATRIX = "weight is not a matrix"
     EMPTY = "weight has no elements"
     DEPTHWISE = "depthwise convolution"
+    GROUPED = "grouped transposed convolution"
+    UNSEEN = "cannot be weighted by data yet"
     SUBGRAPH = "inside a sub-graph or function"
     EXCLUDED = "excluded by option"
     TOO_SMALL = "smaller than --min-size"
@@ -64,7 +66,7 @@ class Layer:
     name : str
         Name of the first node, or one made of its operator and index.
     op : str
-        ``Conv``, ``Gemm`` or ``MatMul``.
+        ``Conv``, ``ConvTranspose``, ``Gemm`` or ``MatMul``.
     source : str
         Name of the stored tensor: an initializer, or the output of a Constant node.
     weight_input : int

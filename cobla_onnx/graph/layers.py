@@ -32,11 +32,11 @@ __all__ = [
     "read_weight",
 ]
 
-FACTORISABLE = ("Conv", "Gemm", "MatMul")
+FACTORISABLE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+CONVOLUTIONS = ("Conv", "ConvTranspose")
 # Operators that hold weights of their own, which a reader of the report may look for.
 REPORTED = {
     *FACTORISABLE,
-    "ConvTranspose",
     "DeformConv",
     "ConvInteger",
     "MatMulInteger",
@@ -130,7 +130,7 @@ def _weight_operand(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, Origi
     op = node.op_type
     if op not in FACTORISABLE or node.domain not in ("", "ai.onnx"):
         return Skipped("", op, Reason.OPERATOR, node.domain)
-    positions = (1,) if op == "Conv" else (0, 1)
+    positions = (1,) if op in CONVOLUTIONS else (0, 1)
     origins = [(p, graph.origin(node.input[p])) for p in positions if p < len(node.input)]
     constant = [(p, origin) for p, origin in origins if not isinstance(origin, str)]
     if len(constant) == 2:
@@ -145,7 +145,7 @@ def _weight_operand(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, Origi
 
 def _reading(node: onnx.NodeProto) -> dict[str, int]:
     values = attributes(node)
-    if node.op_type == "Conv":
+    if node.op_type in CONVOLUTIONS:
         return {"group": values.get("group", 1)}
     if node.op_type == "Gemm":
         return {"transA": values.get("transA", 0), "transB": values.get("transB", 0)}
@@ -220,16 +220,18 @@ def _problem(
         check_geometry(graph.nodes[index], layer.shape, label)
     if layer.type not in FLOAT_TYPES or layer.stored_type not in STORED_TYPES:
         return Reason.TYPE, onnx.TensorProto.DataType.Name(layer.stored_type)
-    if len(layer.shape) < (3 if layer.op == "Conv" else 2):
+    if len(layer.shape) < (3 if layer.op in CONVOLUTIONS else 2):
         return Reason.NOT_A_MATRIX, f"shape {list(layer.shape)}"
     if layer.params <= 0:
         return Reason.EMPTY, f"shape {list(layer.shape)}"
     if layer.stored_bytes > LARGEST:
         return Reason.TOO_LARGE, f"{layer.stored_bytes} bytes"
-    if layer.op == "Conv":
+    if layer.op in CONVOLUTIONS:
         group = layer.attributes["group"]
         if group > 1 and layer.shape[1] == 1:
             return Reason.DEPTHWISE, ""
+        if group > 1 and layer.op == "ConvTranspose":
+            return Reason.GROUPED, f"group {group}"
     own = {index for index, _, _ in members}
     own.update(index for _, _, origin in members for index in origin.chain)
     tensors = {layer.source}

@@ -68,6 +68,12 @@ class Schemas:
         names = [attribute.name for attribute in node.attribute]
         if len(set(names)) < len(names):
             raise ModelError(f"{label}: has an attribute twice; the file is damaged")
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.UNDEFINED:
+                raise ModelError(
+                    f"{label}: its attribute {quoted(attribute.name)} has no type; "
+                    "the file is damaged, export it again"
+                )
         if not self._inside_function and any(a.ref_attr_name for a in node.attribute):
             raise ModelError(
                 f"{label}: an attribute refers to a function's, but it is in none; "

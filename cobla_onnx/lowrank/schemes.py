@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from cobla_onnx.graph.cost import Shape
 from cobla_onnx.graph.layers import Layer, Use
 
-__all__ = ["ConvScheme", "ProductScheme", "Scheme", "schemes_for"]
+__all__ = ["ConvScheme", "ProductScheme", "Scheme", "TransposedConvScheme", "schemes_for"]
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class ConvScheme:
         these and at input size along the others.
         """
         data, output = shapes.get(use.data), shapes.get(use.output)
-        if data is None or output is None:
+        if data is None or output is None or {len(data), len(output)} != {len(self.shape)}:
             return None
         between = [
             output[2 + a] if a in self.first_axes else data[2 + a] for a in range(len(self._kernel))
@@ -185,6 +185,49 @@ class ConvScheme:
         first = math.prod(known[1 : 1 + axes])
         second = math.prod(known[1 + axes :])
         return known[0] * groups * (rows * first + columns * second)
+
+
+@dataclass(frozen=True)
+class TransposedConvScheme(ConvScheme):
+    """A matricisation of a transposed convolution's weight, of shape (C, N, *kernel).
+
+    With the first two axes swapped it is a convolution's: `shape` is (N, C, *kernel), and the
+    matrices are the same. Both factors are transposed convolutions, one of them 1 x 1.
+    """
+
+    def matrix(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """Unfold a weight into a matrix, shape `matrix_shape`."""
+        return super().matrix(weight.swapaxes(0, 1))
+
+    def weight(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """Fold a matrix back into a weight: the inverse of `matrix`."""
+        return super().weight(matrix).swapaxes(0, 1)
+
+    def fold(self, left: NDArray[Any], right: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Turn matrix factors into the weights of the two transposed convolutions."""
+        first, second = super().fold(left, right)
+        return first.swapaxes(0, 1), second.swapaxes(0, 1)
+
+    def unfold(
+        self, first: NDArray[Any], second: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Turn the weights of the two transposed convolutions back into matrix factors."""
+        return super().unfold(first.swapaxes(0, 1), second.swapaxes(0, 1))
+
+    def macs_per_rank(self, use: Use, shapes: Mapping[str, Shape]) -> int | None:
+        """MACs of both factors for each unit of rank, or None where shapes are unknown.
+
+        A transposed convolution multiplies each input position with its whole kernel.
+        """
+        data, output = shapes.get(use.data), shapes.get(use.output)
+        between = output if self.first_axes else data
+        if data is None or between is None or None in (*data, *between):
+            return None
+        if {len(data), len(between)} != {len(self.shape)}:
+            return None
+        _, rows, columns = self.matrix_shape()
+        positions = [math.prod(size or 0 for size in shape[2:]) for shape in (data, between)]
+        return (data[0] or 0) * (rows * positions[0] + columns * positions[1])
 
 
 @dataclass(frozen=True)
@@ -295,6 +338,8 @@ def schemes_for(layer: Layer, wanted: str = "auto") -> tuple[Scheme, ...]:
         Restricts convolutions to one kind. Where all kinds are the same, as for 1 x 1
         convolutions and matrix products, it makes no difference.
     """
+    if layer.op == "ConvTranspose":
+        return _transposed(layer, wanted)
     if layer.op != "Conv":
         right = layer.weight_input == 1
         transposes = [bool(layer.attributes.get(flag, 0)) for flag in ("transA", "transB")]
@@ -314,3 +359,15 @@ def schemes_for(layer: Layer, wanted: str = "auto") -> tuple[Scheme, ...]:
         found["spatial-hw"] = ConvScheme("spatial-hw", layer.shape, group, (0,))
         found["spatial-wh"] = ConvScheme("spatial-wh", layer.shape, group, (1,))
     return tuple(s for name, s in found.items() if wanted in ("auto", name.split("-")[0]))
+
+
+def _transposed(layer: Layer, wanted: str) -> tuple[Scheme, ...]:
+    inputs, outputs, *kernel = layer.shape
+    shape, every = (outputs, inputs, *kernel), tuple(range(len(kernel)))
+    if math.prod(kernel) == 1:
+        return (TransposedConvScheme("matrix", shape, 1, every),)
+    found = {
+        "channel": TransposedConvScheme("channel", shape, 1, every),
+        "input": TransposedConvScheme("input", shape, 1, ()),
+    }
+    return tuple(s for name, s in found.items() if wanted in ("auto", name))

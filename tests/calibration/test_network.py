@@ -172,7 +172,12 @@ def test_the_probe_keeps_what_fits():
 
 
 @given(
-    st.lists(st.tuples(st.floats(1e-4, 1), st.floats(1e-7, 10)), min_size=1, max_size=4),
+    # Errors of a grid: closer than rounding, two points cannot both be passed through.
+    st.lists(
+        st.tuples(st.integers(0, 400).map(lambda k: 10.0 ** (-k / 100)), st.floats(1e-7, 10)),
+        min_size=1,
+        max_size=4,
+    ),
 )
 @settings(max_examples=100)
 def test_responses_rise_and_pass_through_rising_points(points):

@@ -35,7 +35,10 @@ def node_tests():
     with warnings.catch_warnings():
         # Its own casts overflow on purpose.
         warnings.simplefilter("ignore")
-        return load_model_tests(kind="node")
+        cases = load_model_tests(kind="node")
+    if any(case.model is None for case in cases):
+        pytest.skip("older wheels keep these models on disk")
+    return cases
 
 
 @pytest.mark.parametrize("kind", KINDS)

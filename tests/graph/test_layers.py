@@ -74,9 +74,9 @@ def test_nodes_that_share_a_weight_are_one_layer():
             Reason.DEPTHWISE,
         ),
         (
-            [helper.make_node("ConvTranspose", ["x", "w"], ["y"], "up")],
+            [helper.make_node("ConvTranspose", ["x", "w"], ["y"], "up", group=2)],
             {"w": (6, 4, 3, 3)},
-            Reason.OPERATOR,
+            Reason.GROUPED,
         ),
     ],
 )

@@ -165,3 +165,43 @@ def test_scheme_option_restricts_convolutions_only():
     assert names["spatial"] == ["spatial-hw", "spatial-wh"]
     shapes = infer_shapes(model, fixed_input_shapes(model, {}))
     assert math.prod(s or 0 for s in shapes["y"]) == 6 * 25
+
+
+@st.composite
+def transposed_convolutions(draw):
+    axes = draw(st.integers(1, 3))
+    inputs, outputs = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    sizes = {
+        name: [draw(st.integers(1, most)) for _ in range(axes)]
+        for name, most in (("kernel", 4), ("strides", 3), ("dilations", 2), ("size", 4))
+    }
+    values = {"strides": sizes["strides"], "dilations": sizes["dilations"]}
+    form = draw(st.sampled_from(["none", "pads", "output_padding", "output_shape", "SAME_UPPER"]))
+    whole = [
+        s * (n - 1) + d * (k - 1) + 1
+        for s, n, d, k in zip(
+            sizes["strides"], sizes["size"], sizes["dilations"], sizes["kernel"], strict=True
+        )
+    ]
+    if form == "pads":
+        values["pads"] = [min(1, (n - 1) // 2) for n in whole] * 2
+    elif form == "output_padding":
+        values["output_padding"] = [s - 1 for s in sizes["strides"]]
+    elif form == "output_shape":
+        values["output_shape"] = [max(1, n - 1) for n in whole]
+    elif form == "SAME_UPPER":
+        assume(all(n >= s for n, s in zip(sizes["kernel"], sizes["strides"], strict=True)))
+        values["auto_pad"] = form
+    bias = draw(st.booleans())
+    weights = {"w": random_array(inputs, outputs, *sizes["kernel"])}
+    if bias:
+        weights["b"] = random_array(outputs)
+    node = helper.make_node("ConvTranspose", ["x", *weights], ["y"], "up", **values)
+    return model_of([node], weights, {"x": [2, inputs, *sizes["size"]]}, ["y"])
+
+
+@given(transposed_convolutions())
+@settings(max_examples=60)
+def test_transposed_convolutions(model):
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    assert_exact(model, {"x": random_array(*shape, seed=7)})
