@@ -273,6 +273,35 @@ class Ours:
             yield variant, rewrite(self.bench.model, replacements)
 
 
+class Original:
+    """The method of 2018, see `cobla2018`."""
+
+    def __init__(self, bench: Bench, analysis: Any, dataset: Any) -> None:
+        from cobla2018 import Cobla2018
+
+        from cobla_onnx.calibration.probe import Probe
+
+        self.bench, self.analysis = bench, analysis
+        probes = [
+            Probe(
+                bench.model,
+                analysis.layers,
+                dataset.batches(split, bench.task.batch),
+                "auto",
+                bench.threads,
+            )
+            for split in (dataset.calibration, dataset.selection)
+        ]
+        self.method = Cobla2018(bench.model, analysis, *probes, bench.threads)
+
+    def __call__(self, budget: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
+        """Yield the compressed model."""
+        from cobla_onnx.rewrite import rewrite
+
+        replacements = self.method.compress(self.analysis.constraints(budget))
+        yield "", rewrite(self.bench.model, replacements)
+
+
 def silent(stage: str, done: int, total: int) -> None:
     """Show no progress."""
 
@@ -334,6 +363,7 @@ METHODS: Mapping[str, tuple[str, bool, Callable[..., Choices] | None]] = {
     "BALF's criterion": ("channel", True, baselines.balf),
     "VBMF": ("channel", False, fixed(baselines.vbmf_rank)),
     "Gavish-Donoho": ("channel", False, fixed(baselines.gavish_donoho_rank)),
+    "COBLA 2018": ("channel", False, None),
     "ours, data-free": ("auto", False, data_free),
     "ours": ("auto", True, None),
     "ours, loss": ("auto", True, None),
@@ -354,9 +384,11 @@ def prepare(bench: Bench, name: str) -> Any:
 
     scheme, sees, rule = METHODS[name]
     dataset = None
-    if sees:
+    if sees or rule is None:
         dataset = open_data({bench.input: bench.calibration}, input_specs(bench.model))
-    analysis = analyse_for(bench, scheme, dataset)
+    analysis = analyse_for(bench, scheme, dataset if sees else None)
+    if name == "COBLA 2018":
+        return Original(bench, analysis, dataset)
     if rule is None:
         return Ours(bench, analysis, dataset, name)
     return Method(bench, analysis, rule, sees)
