@@ -1,0 +1,83 @@
+"""The method of 2018: within the budget, and better than where it starts."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from cobla_onnx.allocation import Budget
+from cobla_onnx.allocation.objective import masks_of
+from cobla_onnx.analysis import analyse
+from cobla_onnx.calibration.probe import Probe
+from cobla_onnx.errors import BudgetError
+from cobla_onnx.graph.model_file import stored_bytes
+from cobla_onnx.rewrite import rewrite
+from cobla_onnx.runtime import open_session, run_session
+from tests.builders import small_network
+from tests.calibration.test_network import samples
+
+TOOLS = str(Path(__file__).resolve().parents[2] / "tools")
+
+
+@pytest.fixture
+def method(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    module = importlib.import_module("cobla2018")
+    yield method_of(module)
+    for name in ("cobla2018", "baselines"):
+        sys.modules.pop(name, None)
+
+
+def method_of(module):
+    model = small_network()
+    analysis = analyse(
+        model,
+        input_shapes={},
+        include=(),
+        exclude=(),
+        min_size=0,
+        scheme="channel",
+        macs_needed=True,
+        threads=1,
+        progress=lambda stage, done, total: None,
+    )
+    data = samples(24)["x"]
+    calibration = Probe(model, analysis.layers, [{"x": data[:16]}], "auto", 1)
+    selection = Probe(model, analysis.layers, [{"x": data[16:]}], "auto", 1)
+    return module.Cobla2018(model, analysis, calibration, selection, 1)
+
+
+@pytest.mark.parametrize("budget", [Budget(mem=0.6), Budget(mac=0.5), Budget(mem=0.6, mac=0.6)])
+def test_budgets_hold_and_the_model_runs(method, budget):
+    constraints = method.analysis.constraints(budget)
+    replacements = method.compress(constraints)
+    model = rewrite(method.model, replacements)
+    if budget.mem is not None:
+        assert stored_bytes(model) <= budget.mem * stored_bytes(method.model)
+    macs = dict(zip([x.name for x in method.analysis.layers], method.analysis.macs, strict=True))
+    after = method.analysis.mac_total
+    for made in replacements:
+        index = [x.name for x in method.analysis.layers].index(made.layer.name)
+        rank = made.second.shape[1] if made.layer.op == "Conv" else made.first.shape[-1]
+        unit = method.analysis.curves[index].curves[0].macs_per_rank
+        after += rank * unit - macs[made.layer.name]
+    if budget.mac is not None:
+        assert after <= budget.mac * method.analysis.mac_total
+    assert run_session(open_session(model, 1), samples(2))
+
+
+def test_the_relaxed_loss_is_below_that_of_the_start(method):
+    baselines = importlib.import_module("baselines")
+    constraints = method.analysis.constraints(Budget(mem=0.6))
+    start = baselines.greedy_energy_product(method.analysis.curves, constraints)
+    masks = method._relax(constraints, start, set())
+    before = method._loss.value(masks_of(method.analysis.curves, start))
+    assert method._loss.value(masks) < before
+
+
+def test_out_of_reach_is_refused(method):
+    with pytest.raises(BudgetError):
+        method.compress(method.analysis.constraints(Budget(mem=0.01)))
