@@ -400,8 +400,12 @@ def measure(
     wanted: Sequence[tuple[str, float]],
     paths: tuple[Path, ...],
     threads: int,
+    suffix: str = "",
 ) -> None:
-    """Measure one method on one task at all budgets; append a line for each."""
+    """Measure one method on one task at all budgets; append a line for each.
+
+    `suffix` is put behind the names of the method and its variants.
+    """
     from threadpoolctl import threadpool_limits
 
     from cobla_onnx import Budget
@@ -422,7 +426,7 @@ def measure(
             try:
                 made = method(None if kind == "none" else Budget(**{kind: value}))
                 for variant, model in made:
-                    row["method"] = variant or name
+                    row["method"] = (variant or name) + suffix
                     row["seconds"] = time.perf_counter() - started
                     row["mem"] = stored_bytes(model) / method.analysis.mem_total
                     row["mac"] = macs(model, bench) / method.analysis.mac_total
@@ -430,7 +434,7 @@ def measure(
                     append(results, row | bench.figures(model))
             except BudgetError as error:
                 for label in VARIANTS.get(name, (name,)):
-                    append(results, row | {"method": label, "unreachable": str(error)})
+                    append(results, row | {"method": label + suffix, "unreachable": str(error)})
 
 
 def macs(model: onnx.ModelProto, bench: Bench) -> int:
