@@ -611,18 +611,20 @@ def _top1(row: dict[str, Any] | None) -> str:
 
 def _gap(by: Mapping[Any, dict[str, Any]], names: tuple[str, str], kind: str, value: float) -> str:
     ours, other = (by.get((name, kind, value)) for name in names)
-    if ours is None or other is None or "losses" not in ours or "losses" not in other:
+    if ours is None or other is None:
         return ""
-    low, high = bootstrap(np.array(ours["losses"]), np.array(other["losses"]))
-    interval = f"{low:+.2g} to {high:+.2g}"
-    if "same" not in ours or "same" not in other:
-        return interval
-    same = [
-        np.unpackbits(np.frombuffer(bytes.fromhex(row["same"]), np.uint8))[: row["samples"]]
-        for row in (ours, other)
-    ]
-    low, high = bootstrap(same[0].astype(float), same[1].astype(float))
-    return f"{low:+.1%} to {high:+.1%} / {interval}"
+    parts = []
+    if "same" in ours and "same" in other:
+        same = [
+            np.unpackbits(np.frombuffer(bytes.fromhex(row["same"]), np.uint8))[: row["samples"]]
+            for row in (ours, other)
+        ]
+        low, high = bootstrap(same[0].astype(float), same[1].astype(float))
+        parts.append(f"{low:+.1%} to {high:+.1%}")
+    if "losses" in ours and "losses" in other:
+        low, high = bootstrap(np.array(ours["losses"]), np.array(other["losses"]))
+        parts.append(f"{low:+.2g} to {high:+.2g}")
+    return " / ".join(parts)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def _gain(before: Float64, after: Float64) -> float:
     gain = before - after
     if not gain.any() or len(gain) < 2:
         return 0.0
-    error = float(gain.std(ddof=1)) / np.sqrt(len(gain))
+    error = float(gain.std(ddof=1) / np.sqrt(len(gain)))
     return float(gain.mean()) / max(error, float(np.finfo(np.float64).tiny))
 
 
