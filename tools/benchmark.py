@@ -282,7 +282,7 @@ class Original:
         from cobla_onnx.calibration.probe import Probe
 
         self.bench, self.analysis = bench, analysis
-        probes = [
+        calibration, selection = (
             Probe(
                 bench.model,
                 analysis.layers,
@@ -291,8 +291,8 @@ class Original:
                 bench.threads,
             )
             for split in (dataset.calibration, dataset.selection)
-        ]
-        self.method = Cobla2018(bench.model, analysis, *probes, bench.threads)
+        )
+        self.method = Cobla2018(bench.model, analysis, calibration, selection, bench.threads)
 
     def __call__(self, budget: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
         """Yield the compressed model."""
