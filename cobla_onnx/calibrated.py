@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Allocation, Choice, Constraint, OutputError, allocate
 from cobla_onnx.allocation.objective import masks_of
-from cobla_onnx.allocation.sequential import Step, allocate_by_loss
+from cobla_onnx.allocation.sequential import Scores, Step, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.calibration.dataset import Dataset
@@ -32,7 +32,6 @@ from cobla_onnx.calibration.sensitivity import Sensitivity
 from cobla_onnx.calibration.soften import soften
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import read_bias, read_weight
-from cobla_onnx.lowrank.factorize import Float64
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
@@ -86,6 +85,7 @@ class Calibrated:
     _first: dict[frozenset[str], Sensitivity] = field(default_factory=dict)
     _sensitivity: Sensitivity | None = None
     _gradient_probe: GradientProbe | None = None
+    _search_selection: Probe | None = None
 
     def __post_init__(self) -> None:
         self._selection = self._probe(self.dataset.selection)
@@ -180,9 +180,9 @@ class Calibrated:
         ratio = objective.value(start) / max(objective.separable.value(start), 1e-12)
         objective = replace(objective, separable=objective.separable.scaled(ratio))
         allocation, candidates = allocate_by_loss(
-            curves, objective, constraints, warm, self._selection_losses, effort, self._watch
+            curves, objective, constraints, warm, self._scores, effort, self._watch
         )
-        self._report["candidates"] += tuple(float(c.selection.mean()) for c in candidates[1:])
+        self._report["candidates"] += tuple(float(c.scores.final.mean()) for c in candidates[1:])
         return allocation
 
     def allocate(
@@ -238,15 +238,16 @@ class Calibrated:
     def gradients(self) -> GradientProbe:
         """Open the gradient graph once, on the whole calibration split."""
         if self._gradient_probe is None:
-            kinds = self._selection.kinds
-            labelled = any(kind.startswith("ce") for kind in kinds.values())
-            probe = self._probe(
-                self.dataset.calibration,
-                self.model if labelled else soften(self.model, kinds),
-                "ce" if labelled else "mse",
-            )
+            probe = self._search_probe(self.dataset.calibration)
             self._gradient_probe = GradientProbe(probe, self.threads)
         return self._gradient_probe
+
+    def _search_probe(self, indices: Sequence[int]) -> Probe:
+        """Open a probe of the loss that the search follows: logits where there are classes."""
+        kinds = self._selection.kinds
+        if any(kind.startswith("ce") for kind in kinds.values()):
+            return self._probe(indices)
+        return self._probe(indices, soften(self.model, kinds), "mse")
 
     def _path(self) -> Path:
         def approximate(layer: int, curve: int, ranks: Sequence[int]) -> list[Approximation]:
@@ -315,24 +316,27 @@ class Calibrated:
             chosen.append(ChosenLayer(index[layer.name], layer, scheme, rank, found))
         return chosen
 
-    def _selection_losses(self, choices: Sequence[Choice | None]) -> Float64:
+    def _scores(self, choices: Sequence[Choice | None]) -> Scores:
         chosen = self._chosen(self.analysis.plan(choices))
-        return self._losses(chosen, [entry.approximation for entry in chosen])
+        weights = _weights(chosen, [entry.approximation for entry in chosen])
+        if self._search_selection is None:
+            self._search_selection = self._search_probe(self.dataset.selection)
+        return Scores(self._search_selection.losses(weights), self._selection.losses(weights))
 
     def _selection_loss(self, choices: Sequence[Choice | None]) -> float:
-        return float(self._selection_losses(choices).mean())
+        chosen = self._chosen(self.analysis.plan(choices))
+        return self._loss(chosen, [entry.approximation for entry in chosen])
 
     def _loss(
         self, chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]
     ) -> float:
-        return float(self._losses(chosen, approximations).mean())
+        return self._selection.loss(_weights(chosen, approximations))
 
-    def _losses(
-        self, chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]
-    ) -> Float64:
-        return self._selection.losses(
-            {
-                entry.index: (found.weight, found.bias)
-                for entry, found in zip(chosen, approximations, strict=True)
-            }
-        )
+
+def _weights(
+    chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]
+) -> dict[int, tuple[NDArray[np.float64], NDArray[np.float64] | None]]:
+    return {
+        entry.index: (found.weight, found.bias)
+        for entry, found in zip(chosen, approximations, strict=True)
+    }

@@ -9,9 +9,10 @@ of that model again and again:
 * with integer choices it is a multiple-choice knapsack, solved exactly.
 
 A calibration set of a few hundred samples is easily fitted too well: choices made for it
-are often no better on other samples. So every candidate is scored on samples that neither
-its factors nor its gradients have seen, and one takes the place of the start only if it is
-better there by more than the noise of the comparison, one standard error (Breiman et al.
+can be no better on other samples. So every candidate is scored on samples that neither its
+factors nor its gradients have seen, and one takes the place of the start only if the loss
+that the search follows is lower there by more than half a standard error of the comparison, and
+the loss that counts in the end is not higher by more than a whole one (after Breiman et al.
 1984, Classification and Regression Trees, section 3.4.3).
 """
 
@@ -31,7 +32,7 @@ from cobla_onnx.allocation.knapsack import LossCurves, knapsack
 from cobla_onnx.allocation.objective import Masks, Objective, masks_of
 from cobla_onnx.allocation.slsqp import Effort, Iteration, Relaxed, relax
 
-__all__ = ["Candidate", "ModelledLoss", "Step", "allocate_by_loss"]
+__all__ = ["Candidate", "ModelledLoss", "Scores", "Step", "allocate_by_loss"]
 
 # How much the curvature of the separable model is raised: larger steps are trusted less.
 DAMPINGS = (1.0, 2.0, 4.0)
@@ -39,8 +40,9 @@ DAMPINGS = (1.0, 2.0, 4.0)
 STEPS = 3
 # The model is not worth proving an optimum to more digits.
 RELATIVE_GAP = 1e-2
-# Standard errors by which a candidate has to be better than the start.
-SIGNIFICANCE = 1.0
+# Standard errors by which a candidate has to be better than the start in the loss that the
+# search follows, and by which it may seem worse in the noisier loss that counts.
+SIGNIFICANCE, TOLERANCE = 0.5, 1.0
 
 Choices = tuple[Choice | None, ...]
 
@@ -68,9 +70,9 @@ class Step:
     number : int
         From 0, in the order of time.
     loss : float
-        On the calibration split.
+        The search's, on the calibration split.
     selection : float or None
-        Loss on the selection split, where the masks are 0 or 1.
+        Loss that counts, on the selection split, where the masks are 0 or 1.
     costs : dict of str to float
         Fraction of the original's memory or MACs that is used, by budget.
     seconds : float
@@ -86,6 +88,22 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Losses of the samples of the selection split, each float64 of shape (samples,).
+
+    Attributes
+    ----------
+    searched : array
+        By the loss that the search follows.
+    final : array
+        By the loss that counts.
+    """
+
+    searched: Float64
+    final: Float64
+
+
+@dataclass(frozen=True)
 class Candidate:
     """Choices within the budgets, and their losses on either split.
 
@@ -94,21 +112,34 @@ class Candidate:
     origin : str
     choices : tuple of (Choice or None)
     loss : float
-    selection : float64 array, shape (samples,)
+        The search's, on the calibration split.
+    scores : Scores
+        On the selection split.
     """
 
     origin: str
     choices: Choices
     loss: float
-    selection: Float64
+    scores: Scores
 
     def beats(self, start: Candidate) -> bool:
         """Whether it is better on the selection split beyond the noise."""
-        gain = start.selection - self.selection
-        if not np.isfinite(gain).all():
-            return bool(np.isfinite(self.selection).all())
-        error = float(gain.std(ddof=1)) / np.sqrt(len(gain)) if len(gain) > 1 else np.inf
-        return float(gain.mean()) > SIGNIFICANCE * error
+        searched = _gain(start.scores.searched, self.scores.searched)
+        final = _gain(start.scores.final, self.scores.final)
+        return searched > SIGNIFICANCE and final > -TOLERANCE
+
+
+def _gain(before: Float64, after: Float64) -> float:
+    """Mean of what is gained over paired samples, in standard errors."""
+    if not np.isfinite(after).all():
+        return -np.inf
+    if not np.isfinite(before).all():
+        return np.inf
+    gain = before - after
+    if not gain.any() or len(gain) < 2:
+        return 0.0
+    error = float(gain.std(ddof=1)) / np.sqrt(len(gain))
+    return float(gain.mean()) / max(error, float(np.finfo(np.float64).tiny))
 
 
 def allocate_by_loss(
@@ -116,7 +147,7 @@ def allocate_by_loss(
     objective: ModelledLoss,
     constraints: Sequence[Constraint],
     warm: Allocation,
-    score: Callable[[Sequence[Choice | None]], Float64],
+    score: Callable[[Sequence[Choice | None]], Scores],
     effort: Effort,
     watch: Callable[[Step], None] = lambda step: None,
 ) -> tuple[Allocation, tuple[Candidate, ...]]:
@@ -130,7 +161,7 @@ def allocate_by_loss(
     warm : Allocation
         Within the constraints; the answer where nothing is better beyond the noise.
     score : callable
-        Losses of the samples of the selection split at given choices.
+        Losses of the selection split at given choices.
     effort : Effort
         Of SLSQP; its time limit holds for all. An interrupt ends the search too, and the
         best candidate so far is the answer.
@@ -158,7 +189,7 @@ def allocate_by_loss(
         stopped = "the time limit was reached"
     stopped = stopped or (relaxed.stopped if relaxed is not None else "")
     better = [c for c in search.candidates if c.beats(start)]
-    best = min(better, key=lambda c: float(c.selection.mean()), default=start)
+    best = min(better, key=lambda c: float(c.scores.searched.mean()), default=start)
     notes = tuple(n for n in warm.certificate.notes if not n.startswith("SLSQP"))
     if relaxed is not None and relaxed.masks is None:
         notes += (f"SLSQP on the network's loss: {relaxed.problem}; knapsacks alone were used",)
@@ -193,7 +224,7 @@ class _Search:
     layers: Sequence[LayerCurves]
     objective: ModelledLoss
     constraints: Sequence[Constraint]
-    score: Callable[[Sequence[Choice | None]], Float64]
+    score: Callable[[Sequence[Choice | None]], Scores]
     effort: Effort
     watch: Callable[[Step], None]
     candidates: list[Candidate] = field(default_factory=list)
@@ -209,7 +240,7 @@ class _Search:
         found = Candidate(origin, choices, loss, self.score(choices))
         self.candidates.append(found)
         costs = {c.name: c.cost(self.layers, choices) / c.total for c in self.constraints}
-        self._note(origin, loss, float(found.selection.mean()), costs)
+        self._note(origin, loss, float(found.scores.final.mean()), costs)
         return found
 
     def best_by_loss(self) -> Candidate:

@@ -10,7 +10,7 @@ import pytest
 
 from cobla_onnx.allocation import Budget, Choice, Masks
 from cobla_onnx.allocation.objective import masks_of
-from cobla_onnx.allocation.sequential import Candidate, allocate_by_loss
+from cobla_onnx.allocation.sequential import Candidate, Scores, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import analyse
 from cobla_onnx.calibrated import Calibrated
@@ -147,7 +147,7 @@ def test_the_search_is_never_worse_than_its_start_on_the_selection(calibrated):
         found = calibrated.improve(warm, constraints, EFFORT)
         for constraint in constraints:
             assert constraint.cost(calibrated.analysis.curves, found.choices) <= constraint.limit
-        before, after = (calibrated._selection_loss(a.choices) for a in (warm, found))
+        before, after = (calibrated._scores(a.choices).searched.mean() for a in (warm, found))
         assert after <= before
         assert found.certificate.objective == "loss"
         assert found.certificate.lower_bound is None
@@ -178,7 +178,8 @@ def test_an_interrupt_keeps_the_best_so_far(calibrated, monkeypatch):
     monkeypatch.setattr(GradientProbe, "gradient", interrupted)
     found = calibrated.improve(warm, constraints, EFFORT)
     assert "interrupted" in found.certificate.notes[-1]
-    assert calibrated._selection_loss(found.choices) <= calibrated._selection_loss(warm.choices)
+    before, after = (calibrated._scores(a.choices).searched.mean() for a in (warm, found))
+    assert after <= before
 
 
 def test_a_time_limit_of_nothing_gives_the_start(calibrated):
@@ -189,16 +190,19 @@ def test_a_time_limit_of_nothing_gives_the_start(calibrated):
     assert "time limit" in found.certificate.notes[-1]
 
 
+def candidate(searched, final=(1.0, 1.1, 0.9, 1.0)) -> Candidate:
+    return Candidate("one", (None,), 1.0, Scores(np.array(searched), np.array(final)))
+
+
 def test_a_candidate_has_to_beat_the_noise():
-    start = Candidate("start", (None,), 1.0, np.array([1.0, 2.0, 3.0, 4.0]))
-    better = Candidate("better", (None,), 1.0, np.array([0.5, 1.4, 2.6, 3.5]))
-    noisy = Candidate("noisy", (None,), 0.1, np.array([9.0, 0.1, 0.1, 0.1]))
-    broken = Candidate("broken", (None,), 0.1, np.array([0.1, np.inf, 0.1, 0.1]))
+    start = candidate([1.0, 2.0, 3.0, 4.0])
+    better = candidate([0.5, 1.4, 2.6, 3.5])
     assert better.beats(start)
-    assert not noisy.beats(start)
-    assert not broken.beats(start)
-    assert start.beats(broken)
+    assert not candidate([9.0, 0.1, 0.1, 0.1]).beats(start)
+    assert not candidate([0.1, np.inf, 0.1, 0.1]).beats(start)
+    assert start.beats(candidate([0.1, np.inf, 0.1, 0.1]))
     assert not start.beats(start)
+    assert not candidate([0.5, 1.4, 2.6, 3.5], [2.0, 2.1, 1.9, 2.05]).beats(start)
 
 
 def test_layers_without_a_gradient_stay_as_they_are(calibrated):
@@ -212,7 +216,7 @@ def test_layers_without_a_gradient_stay_as_they_are(calibrated):
         objective,
         constraints,
         warm,
-        calibrated._selection_losses,
+        calibrated._scores,
         EFFORT,
     )
     knapsacks = [c for c in candidates if "nearest" not in c.origin]
