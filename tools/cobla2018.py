@@ -132,7 +132,7 @@ class Cobla2018:
         def slope(values: NDArray[np.float64]) -> NDArray[np.float64]:
             by_layer = self._loss.gradient(expand(values))
             sums = [np.add.reduceat(g, c[:-1]) for g, c in zip(by_layer, cuts, strict=True)]
-            return np.concatenate(sums)[free] / scale
+            return np.asarray(np.concatenate(sums)[free] / scale)
 
         scale = max(self._loss.value(expand(x[free])), 1e-12)
         result = minimize(
