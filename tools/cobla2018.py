@@ -132,7 +132,7 @@ class Cobla2018:
         def slope(values: NDArray[np.float64]) -> NDArray[np.float64]:
             by_layer = self._loss.gradient(expand(values))
             sums = [np.add.reduceat(g, c[:-1]) for g, c in zip(by_layer, cuts, strict=True)]
-            return np.concatenate(sums)[free] / scale
+            return np.asarray(np.concatenate(sums)[free] / scale)
 
         scale = max(self._loss.value(expand(x[free])), 1e-12)
         result = minimize(
@@ -148,7 +148,9 @@ class Cobla2018:
             },
             options={"maxiter": ITERATIONS, "ftol": 1e-4},
         )
-        return expand(_within_free(result.x, costs[:, free], rooms))
+        # Unscaled, SLSQP may end above its start, or nowhere.
+        found = result.x if result.fun <= 1.0 else x[free]
+        return expand(_within_free(found, costs[:, free], rooms))
 
     def _round(
         self, constraints: Sequence[Constraint], masks: Masks, kept: set[int]
@@ -191,10 +193,8 @@ class Cobla2018:
         return self.analysis.schemes[index][0].weight(factors.left @ factors.right)
 
     def _approximate(self, layer: int, curve: int, ranks: Sequence[int]) -> list[Approximation]:
-        matrix = self.analysis.schemes[layer][curve].matrix(
-            read_weight(self.model, self.analysis.layers[layer])
-        )
-        whole = factorize(matrix, max(ranks))
+        weight, bias = self._loss.path.whole[layer]
+        whole = factorize(self.analysis.schemes[layer][curve].matrix(weight), max(ranks))
         found = []
         for rank in ranks:
             factors = Factorization(
@@ -202,7 +202,8 @@ class Cobla2018:
                 whole.singular_values[:, :rank],
                 whole.right[:, :rank],
             )
-            found.append(Approximation(factors, self._dense(layer, factors), None))
+            # None would say that the layer has no bias, and the search would run without it.
+            found.append(Approximation(factors, self._dense(layer, factors), bias))
         return found
 
 

@@ -46,10 +46,18 @@ def soften(model: onnx.ModelProto, kinds: Mapping[str, LossKind]) -> onnx.ModelP
 
         logits = value.name
         if kind == "probabilities":
-            least = np.array(max(TINY, float(np.finfo(dtype).tiny)), dtype)
-            floor, bounded, logits = new("least"), new("bounded"), new("logarithm")
-            graph.initializer.append(onnx.numpy_helper.from_array(least, floor))
-            graph.node.add(op_type="Max", input=[value.name, floor], output=[bounded])
+            least = max(TINY, float(np.finfo(dtype).tiny))
+            bounded, logits = new("bounded"), new("logarithm")
+            if version < 8:
+                # Max does not broadcast yet.
+                clip = onnx.helper.make_node("Clip", [value.name], [bounded], min=least)
+                graph.node.append(clip)
+            else:
+                floor = new("least")
+                graph.initializer.append(
+                    onnx.numpy_helper.from_array(np.array(least, dtype), floor)
+                )
+                graph.node.add(op_type="Max", input=[value.name, floor], output=[bounded])
             graph.node.add(op_type="Log", input=[bounded], output=[logits])
         mean, centred = new("mean"), new("centred")
         if version < 18:

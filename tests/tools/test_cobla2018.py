@@ -6,9 +6,10 @@ import importlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from cobla_onnx.allocation import Budget
+from cobla_onnx.allocation import Budget, Choice
 from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.analysis import analyse
 from cobla_onnx.calibration.probe import Probe
@@ -76,6 +77,34 @@ def test_the_relaxed_loss_is_below_that_of_the_start(method):
     masks = method._relax(constraints, start, set())
     before = method._loss.value(masks_of(method.analysis.curves, start))
     assert method._loss.value(masks) < before
+
+
+def test_the_search_sees_the_network_that_the_ranks_make(method):
+    """Biases included: the loss at masks of 0 and 1 is that of the truncated weights."""
+    curves = method.analysis.curves
+    assert any(layer.bias is not None for layer in method.analysis.layers)
+    choices = [Choice(0, int(layer.curves[0].ranks[-1])) for layer in curves]
+    made = method._factorised(choices, {})
+    truncated = {index: (method._dense(index, factors), None) for index, factors in made}
+    expected = method.calibration.loss(truncated)
+    assert expected > 0
+    assert method._loss.value(masks_of(curves, choices)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("mem", [0.8, 0.6, 0.4])
+def test_the_result_is_not_worse_than_the_start_on_held_back_samples(method, mem):
+    baselines = importlib.import_module("baselines")
+    curves = method.analysis.curves
+    constraints = method.analysis.constraints(Budget(mem=mem))
+    start = method._factorised(baselines.greedy_energy_product(curves, constraints), {})
+    before = method.selection.loss({i: (method._dense(i, made), None) for i, made in start})
+    names = [layer.name for layer in method.analysis.layers]
+    after = {}
+    for made in method.compress(constraints):
+        index = names.index(made.layer.name)
+        scheme = method.analysis.schemes[index][0]
+        after[index] = scheme.weight(np.matmul(*scheme.unfold(made.first, made.second))), None
+    assert method.selection.loss(after) <= before
 
 
 def test_out_of_reach_is_refused(method):
