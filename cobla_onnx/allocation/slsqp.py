@@ -194,14 +194,24 @@ class _Search:
         self._space, self._objective, self._effort = space, objective, effort
         self._began = time.perf_counter()
         self.iterations = 0
+        self._values: dict[bytes, float] = {}
+        self._last: tuple[bytes, Float64] | None = None
 
     def value(self, flat: Float64, blocks: Blocks) -> float:
-        return self._objective.value(self._space.masks(flat, blocks.starts))
+        """Return the objective; masks that were seen before are not evaluated again."""
+        key = flat.tobytes()
+        if key not in self._values:
+            self._values[key] = self._objective.value(self._space.masks(flat, blocks.starts))
+        return self._values[key]
 
     def gradient(self, flat: Float64, blocks: Blocks) -> Float64:
-        """Return the derivative by each block."""
-        by_layer = self._objective.gradient(self._space.masks(flat, blocks.starts))
-        return np.asarray(np.add.reduceat(np.concatenate(by_layer), blocks.starts))
+        """Return the derivative by each block; the last one is kept."""
+        key = flat.tobytes() + blocks.starts.tobytes()
+        if self._last is None or self._last[0] != key:
+            by_layer = self._objective.gradient(self._space.masks(flat, blocks.starts))
+            by_block = np.add.reduceat(np.concatenate(by_layer), blocks.starts)
+            self._last = key, np.asarray(by_block)
+        return self._last[1]
 
     def run(self, blocks: Blocks, flat: Float64) -> tuple[Float64, str, str]:
         """Return masks, what is wrong with them, and why the run was ended if it was."""
@@ -217,29 +227,27 @@ class _Search:
         costs = blocks.costs[:, free] / roots
         room = 1.0 - blocks.costs[:, ~free] @ start[~free]
         best, best_value = flat, first
-        last = (start, first)
 
-        def expand(x: Float64) -> tuple[Float64, Float64]:
+        def expand(x: Float64) -> Float64:
             values = start.copy()
             # SLSQP leaves the box by a rounding error or two.
             values[free] = np.clip(x / roots, 0.0, 1.0)
-            return values, np.repeat(values, blocks.sizes)
+            return np.repeat(values, blocks.sizes)
 
         def value(x: Float64) -> float:
-            nonlocal best, best_value, last
+            nonlocal best, best_value
             limit = self._effort.seconds
             if limit is not None and time.perf_counter() - self._began > limit:
                 raise _TimeIsUp
-            values, masks = expand(x)
+            masks = expand(x)
             found = self.value(masks, blocks)
-            last = (values, found)
             if found < best_value and (costs @ x <= room + FEASIBILITY_TOLERANCE).all():
                 best, best_value = masks, found
             return found / scale
 
         def gradient(x: Float64) -> Float64:
-            values, masks = expand(x)
-            found = last[1] if np.array_equal(values, last[0]) else self.value(masks, blocks)
+            masks = expand(x)
+            found = self.value(masks, blocks)
             self._effort.watch(
                 Iteration(
                     self.iterations,
@@ -270,7 +278,7 @@ class _Search:
         stopped = "the iteration limit was reached" if result.status == 9 else ""
         if not np.isfinite(result.x).all() or not np.isfinite(result.fun):
             return flat, "its answer is not finite", ""
-        _, masks = expand(result.x)
+        masks = expand(result.x)
         if (costs @ result.x > room + FEASIBILITY_TOLERANCE).any():
             return flat, "its answer is over budget", ""
         return (masks if self.value(masks, blocks) <= best_value else best), "", stopped

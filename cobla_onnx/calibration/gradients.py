@@ -36,8 +36,6 @@ class GradientProbe:
     Parameters
     ----------
     probe : Probe
-    model : ModelProto
-        The original, of which the probe is one.
     threads : int
 
     Attributes
@@ -45,7 +43,7 @@ class GradientProbe:
     blocked : dict of int to str
         Layers whose derivative cannot be had, and why: the node that is in the way.
     left_out : int
-        Samples that the gradient does not see, since their shapes are too many.
+        Batches that the gradient does not see, since their shapes are too many.
     """
 
     def __init__(self, probe: Probe, threads: int) -> None:
