@@ -26,6 +26,7 @@ from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.network import NetworkLoss, Path
 from cobla_onnx.calibration.probe import Probe
+from cobla_onnx.calibration.quality import measure_quality
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import Sensitivity
@@ -84,11 +85,18 @@ class Calibrated:
     _report: dict[str, Any] = field(default_factory=dict)
     _first: dict[frozenset[str], Sensitivity] = field(default_factory=dict)
     _sensitivity: Sensitivity | None = None
+    _probe_samples: int = 0
     _gradient_probe: GradientProbe | None = None
     _search_selection: Probe | None = None
 
     def __post_init__(self) -> None:
         self._selection = self._probe(self.dataset.selection)
+
+    def start_over(self) -> None:
+        """Forget what was chosen for another budget; measurements stay."""
+        self._report = {}
+        self.history = []
+        self._sensitivity = None
 
     def batches(self, indices: Sequence[int]) -> Iterable[Feeds]:
         """Return a fresh iterator over samples."""
@@ -222,7 +230,7 @@ class Calibrated:
             indices = self.dataset.calibration
             step = max(1, len(indices) // PROBE_SAMPLES)
             probe = self._probe(indices[::step][:PROBE_SAMPLES])
-            self._report["probe_samples"] = probe.samples
+            self._probe_samples = probe.samples
             first = Sensitivity(
                 self.analysis.layers,
                 self.analysis.curves,
@@ -233,6 +241,7 @@ class Calibrated:
             first.measure(constraints, partial(self.progress, "sensitivity"))
             self._first[kinds] = first
         self._sensitivity = self._first[kinds].copy()
+        self._report["probe_samples"] = self._probe_samples
         return self._sensitivity
 
     def gradients(self) -> GradientProbe:
@@ -280,7 +289,9 @@ class Calibrated:
                 progress=partial(self.progress, "refit"),
             )
             self._report["refitted"] = kept
-        self._report["loss"] = self._loss(chosen, approximations)
+        weights = _weights(chosen, approximations)
+        self._report["loss"] = self._selection.loss(weights)
+        self._report["quality"] = measure_quality(self._selection, weights)
         return [
             make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
             for entry, found in zip(chosen, approximations, strict=True)
