@@ -159,7 +159,7 @@ class Study:
         if self.calibrated is None:
             replacements = _factorise(self.model, self.analysis, plan, self._notify)
         else:
-            replacements = self.calibrated.factorise(plan, self.settings.refit)
+            replacements = self.calibrated.factorise(plan)
         return Solution(
             budget,
             plan,
@@ -272,7 +272,15 @@ def open_study(
             classes = _labels(settings.labels, dataset)
             measure: LossName = settings.loss if classes is None else "ce"
             calibrated = Calibrated(
-                proto, analysis, dataset, settings.batch, measure, threads, notify, classes
+                proto,
+                analysis,
+                dataset,
+                settings.batch,
+                measure,
+                threads,
+                notify,
+                classes,
+                settings.refit,
             )
         seconds = time.perf_counter() - started
         try:
