@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "Plan", "Report", "Result", "compress", "gradient_graph"]
+__all__ = ["Budget", "Plan", "Report", "Result", "compress", "gradient_graph", "inspect"]
 
 if TYPE_CHECKING:
     from cobla_onnx.allocation import Budget
     from cobla_onnx.autodiff import gradient_graph
     from cobla_onnx.compression import compress
+    from cobla_onnx.inspection import inspect
     from cobla_onnx.plan import Plan
     from cobla_onnx.report import Report
     from cobla_onnx.result import Result
@@ -28,6 +29,7 @@ _HOMES = {
     "Result": "cobla_onnx.result",
     "compress": "cobla_onnx.compression",
     "gradient_graph": "cobla_onnx.autodiff",
+    "inspect": "cobla_onnx.inspection",
 }
 
 

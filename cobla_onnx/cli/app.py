@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from cobla_onnx import __version__
 from cobla_onnx.cli import options
 from cobla_onnx.cli.compress import compress
+from cobla_onnx.cli.inspect import inspect
 from cobla_onnx.errors import CoblaError
 from cobla_onnx.names import safe_text
 
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(compress)
+app.command()(inspect)
 
 
 @app.callback()

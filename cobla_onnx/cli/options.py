@@ -77,6 +77,8 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+Input = Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model.")]
+
 # Calibration data.
 DataPath = Annotated[
     Optional[Path],  # noqa: UP045
@@ -187,6 +189,7 @@ ExternalDataOption = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
 Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
 Version = Annotated[
     bool,

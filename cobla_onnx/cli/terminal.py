@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from cobla_onnx.progress import Progress
 
-__all__ = ["progress", "show"]
+__all__ = ["progress", "result", "show"]
 
 
 @contextmanager
@@ -34,12 +36,28 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
         yield advance
 
 
+class Result(Protocol):
+    """What commands come to: rich renders it, and it can be written as JSON."""
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+
+    def __rich__(self) -> RenderableType: ...
+
+
+def result(found: Result, *, json: bool, quiet: bool) -> None:
+    """Print what a command came to: JSON for scripts, a table for people, or nothing."""
+    if json:
+        sys.stdout.write(found.to_json() + "\n")
+    elif not quiet:
+        show(found)
+
+
 def show(renderable: Any) -> None:
-    """Print something that rich can render."""
+    """Print something that rich can render, in 80 columns where there is no terminal."""
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
-        # A pipe has no width: wide enough that no column is cut.
-        console = Console(width=160)
+        console = Console(width=80)
     console.print(renderable)
