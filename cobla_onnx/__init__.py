@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "Plan", "Report", "Result", "compress", "gradient_graph", "inspect"]
+__all__ = ["Budget", "Plan", "Report", "Result", "compare", "compress", "gradient_graph", "inspect"]
 
 if TYPE_CHECKING:
     from cobla_onnx.allocation import Budget
     from cobla_onnx.autodiff import gradient_graph
     from cobla_onnx.compression import compress
     from cobla_onnx.inspection import inspect
+    from cobla_onnx.pairing import compare
     from cobla_onnx.plan import Plan
     from cobla_onnx.report import Report
     from cobla_onnx.result import Result
@@ -27,6 +28,7 @@ _HOMES = {
     "Plan": "cobla_onnx.plan",
     "Report": "cobla_onnx.report",
     "Result": "cobla_onnx.result",
+    "compare": "cobla_onnx.pairing",
     "compress": "cobla_onnx.compression",
     "gradient_graph": "cobla_onnx.autodiff",
     "inspect": "cobla_onnx.inspection",

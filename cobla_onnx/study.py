@@ -47,7 +47,16 @@ from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
 from cobla_onnx.spill import Spill
 from cobla_onnx.verify import verify
 
-__all__ = ["ModelSource", "ObjectiveName", "Settings", "Solution", "Study", "open_study"]
+__all__ = [
+    "ModelSource",
+    "ObjectiveName",
+    "Settings",
+    "Solution",
+    "Study",
+    "available_cores",
+    "open_model",
+    "open_study",
+]
 
 ModelSource: TypeAlias = "onnx.ModelProto | str | os.PathLike[str]"
 ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
@@ -247,8 +256,8 @@ def open_study(
     """
     started = time.perf_counter()
     source = None if isinstance(model, onnx.ModelProto) else Path(model)
-    proto = _checked(model) if isinstance(model, onnx.ModelProto) else load_model(model)
-    threads = settings.threads or _cores()
+    proto = open_model(model)
+    threads = settings.threads or available_cores()
     notify = settings.progress or (lambda stage, done, total: None)
     needed = _objective(settings.objective, settings.data)
     if settings.labels is not None and settings.data is None:
@@ -288,6 +297,17 @@ def open_study(
         finally:
             if analysis.seen is not None:
                 analysis.seen.close()
+
+
+def open_model(model: ModelSource) -> onnx.ModelProto:
+    """Load a model, or check one that is in memory already.
+
+    Raises
+    ------
+    UsageError, ModelError
+        If it cannot be read or is damaged.
+    """
+    return _checked(model) if isinstance(model, onnx.ModelProto) else load_model(model)
 
 
 def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -364,7 +384,7 @@ def _see(
     return see
 
 
-def _cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from cobla_onnx import __version__
 from cobla_onnx.cli import options
+from cobla_onnx.cli.compare import compare
 from cobla_onnx.cli.compress import compress
 from cobla_onnx.cli.inspect import inspect
 from cobla_onnx.errors import CoblaError
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.command()(compress)
 app.command()(inspect)
+app.command()(compare)
 
 
 @app.callback()
