@@ -10,6 +10,7 @@ from cobla_onnx.allocation import Budget
 from cobla_onnx.calibration.labels import Labels
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions
+from cobla_onnx.errors import UsageError
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.result import Result
@@ -20,7 +21,7 @@ __all__ = ["compress"]
 
 def compress(
     model: ModelSource,
-    budget: Budget,
+    budget: Budget | None = None,
     *,
     solver: Literal["slsqp", "milp"] = "slsqp",
     objective: ObjectiveName = "auto",
@@ -48,8 +49,9 @@ def compress(
     ----------
     model : ModelProto or path
         It is not changed.
-    budget : Budget
-        Fractions of the original's weight bytes and MACs to keep at most.
+    budget : Budget, optional
+        Fractions of the original's weight bytes and MACs to keep at most. Needed unless
+        there is a plan.
     solver : {'slsqp', 'milp'}
         ``slsqp`` relaxes the masks, solves and rounds (COBLA); ``milp`` solves the
         separable integer problem alone.
@@ -89,7 +91,7 @@ def compress(
         Seconds that the search by the network's loss may take. The result then depends on
         the machine's speed.
     plan : Plan, optional
-        Apply these decisions instead of solving; the budget still holds.
+        Apply these decisions instead of solving; a budget that is given still holds.
     seed : int
         For the random inputs of the verification.
     threads : int, optional
@@ -133,5 +135,8 @@ def compress(
         threads=threads,
         progress=progress,
     )
-    with open_study(model, settings, macs_needed=budget.mac is not None) as study:
+    if budget is None and plan is None:
+        raise UsageError("no budget: give --mem or --mac, or both, e.g. --mem 0.5")
+    macs_needed = budget is not None and budget.mac is not None
+    with open_study(model, settings, macs_needed=macs_needed) as study:
         return study.compress(budget, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -109,25 +110,30 @@ class Result:
 def check_paths(
     source: Path,
     target: Path,
-    report: Path | None = None,
-    history: Path | None = None,
+    written: Mapping[str, Path | None] | None = None,
     *,
     in_place: bool = False,
 ) -> None:
     """Refuse paths that cannot work before any work is done.
 
+    Parameters
+    ----------
+    source, target : Path
+        The model to read and the one to write.
+    written : mapping of str to Path, optional
+        Other files to write, by the option that names them.
+
     Raises
     ------
     UsageError
-        If the output is the input and `in_place` does not allow it.
+        If two paths are the same, unless `in_place` allows that of the output and the input.
     WriteError
         If a folder to write to does not exist or is not writable.
     """
     if target.exists() and source.exists() and target.samefile(source) and not in_place:
         raise UsageError(f"{target}: is the input itself; give another path, or --in-place")
-    for path in (target, report, history):
-        if path is None:
-            continue
+    others = {option: path for option, path in (written or {}).items() if path is not None}
+    for path in (target, *others.values()):
         if path.is_dir():
             raise WriteError(f"{path}: is a directory; give the path of a file")
         if path.exists() and not path.is_file():
@@ -137,9 +143,7 @@ def check_paths(
         if not os.access(path.parent, os.W_OK):
             raise WriteError(f"{path}: its folder cannot be written to; give another path")
     taken = {source.resolve(): "a model's path", target.resolve(): "a model's path"}
-    for option, path in (("--report", report), ("--history", history)):
-        if path is None:
-            continue
+    for option, path in others.items():
         if path.resolve() in taken:
             raise UsageError(f"{option} {path}: is {taken[path.resolve()]}; give another one")
         taken[path.resolve()] = f"that of {option} too"

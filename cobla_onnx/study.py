@@ -92,7 +92,8 @@ class Solution:
 
     Attributes
     ----------
-    budget : Budget
+    budget : Budget or None
+        None where a plan was given without limits.
     plan : Plan
     allocation : Allocation or None
         None where the plan was given.
@@ -103,7 +104,7 @@ class Solution:
         Time that it took.
     """
 
-    budget: Budget
+    budget: Budget | None
     plan: Plan
     allocation: Allocation | None
     replacements: list[Replacement]
@@ -139,7 +140,7 @@ class Study:
     seconds: float = 0.0
     _notify: Progress = field(default=lambda stage, done, total: None, repr=False)
 
-    def compress(self, budget: Budget, plan: Plan | None = None) -> Result:
+    def compress(self, budget: Budget | None, plan: Plan | None = None) -> Result:
         """Find ranks and factors for a budget, verify them and report.
 
         Raises
@@ -148,7 +149,7 @@ class Study:
         """
         return self.finish(self.solve(budget, plan))
 
-    def solve(self, budget: Budget, plan: Plan | None = None) -> Solution:
+    def solve(self, budget: Budget | None, plan: Plan | None = None) -> Solution:
         """Find ranks, unless a plan has them, and factors.
 
         Raises
@@ -163,6 +164,7 @@ class Study:
             self.calibrated.start_over()
         allocation = None
         if plan is None:
+            assert budget is not None
             allocation = self._allocate(budget)
             plan = self.analysis.plan(allocation.choices)
         if self.calibrated is None:
@@ -406,9 +408,11 @@ def _factorise(
 
 
 def _check_budget(
-    analysis: Analysis, budget: Budget, plan: Plan, compressed: onnx.ModelProto
+    analysis: Analysis, budget: Budget | None, plan: Plan, compressed: onnx.ModelProto
 ) -> None:
     """Count again, from the result itself: budgets are hard."""
+    if budget is None:
+        return
     reached = {"mem": stored_bytes(compressed), "mac": analysis.macs_after(plan)}
     for name, limit in analysis.limits(budget).items():
         cost = reached[name]

@@ -60,12 +60,20 @@ def compress(
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.csv", help="Write the steps of --objective loss as CSV."),
     ] = None,
+    plan_out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.json", help="Write what becomes of each layer, to be edited."),
+    ] = None,
+    plan_in: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.json", help="Apply such a plan; limits that are set hold."),
+    ] = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Write a smaller, low-rank ONNX model that was verified in onnxruntime.
 
-    At least one of --mem and --mac is needed; both are hard limits.
+    At least one of --mem, --mac and --plan-in is needed; limits are hard.
     """
     from cobla_onnx.compression import compress as run
     from cobla_onnx.result import check_paths
@@ -73,10 +81,13 @@ def compress(
     shapes = parsing.input_shapes(input_shape)
     if report is not None and report.suffix != ".json":
         raise UsageError(f"--report {report}: only .json is known; give a name that ends in .json")
-    check_paths(input, output, report, history, in_place=in_place)
+    written = {"--report": report, "--history": history, "--plan-out": plan_out}
+    check_paths(input, output, written, in_place=in_place)
     from cobla_onnx.allocation import Budget
+    from cobla_onnx.plan import Plan
 
-    budget = Budget(mem=mem, mac=mac)
+    plan = None if plan_in is None else Plan.read(plan_in)
+    budget = None if mem is None and mac is None else Budget(mem=mem, mac=mac)
     images = parsing.image_options(mean, std, scale, channel_order, layout)
     with terminal.progress(quiet) as progress:
         result = run(
@@ -97,6 +108,7 @@ def compress(
             loss=loss.value,
             refit=refit,
             time_limit=time_limit,
+            plan=plan,
             seed=seed,
             threads=threads,
             progress=progress,
@@ -107,6 +119,8 @@ def compress(
         result.save_report(report)
     if history is not None:
         result.save_history(history)
+    if plan_out is not None:
+        result.plan.save(plan_out)
     if not quiet:
         terminal.show(result.report)
         typer.echo("dry run: nothing was written" if dry_run else f"written: {output}")
