@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "Plan", "Report", "Result", "compare", "compress", "gradient_graph", "inspect"]
+__all__ = [
+    "Budget",
+    "Plan",
+    "Report",
+    "Result",
+    "compare",
+    "compress",
+    "gradient_graph",
+    "inspect",
+    "sweep",
+]
 
 if TYPE_CHECKING:
     from cobla_onnx.allocation import Budget
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
     from cobla_onnx.plan import Plan
     from cobla_onnx.report import Report
     from cobla_onnx.result import Result
+    from cobla_onnx.sweeping import sweep
 
 _HOMES = {
     "Budget": "cobla_onnx.allocation",
@@ -32,6 +43,7 @@ _HOMES = {
     "compress": "cobla_onnx.compression",
     "gradient_graph": "cobla_onnx.autodiff",
     "inspect": "cobla_onnx.inspection",
+    "sweep": "cobla_onnx.sweeping",
 }
 
 

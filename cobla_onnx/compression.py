@@ -14,6 +14,7 @@ from cobla_onnx.errors import UsageError
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.result import Result
+from cobla_onnx.smallest import check_max_drop, smallest
 from cobla_onnx.study import ModelSource, ObjectiveName, Settings, open_study
 
 __all__ = ["compress"]
@@ -38,6 +39,7 @@ def compress(
     loss: LossName = "auto",
     refit: bool = True,
     time_limit: float | None = None,
+    max_drop: float | None = None,
     plan: Plan | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -51,7 +53,7 @@ def compress(
         It is not changed.
     budget : Budget, optional
         Fractions of the original's weight bytes and MACs to keep at most. Needed unless
-        there is a plan.
+        there is a plan or a `max_drop`.
     solver : {'slsqp', 'milp'}
         ``slsqp`` relaxes the masks, solves and rounds (COBLA); ``milp`` solves the
         separable integer problem alone.
@@ -90,6 +92,10 @@ def compress(
     time_limit : float, optional
         Seconds that the search by the network's loss may take. The result then depends on
         the machine's speed.
+    max_drop : float, optional
+        Find the smallest model that loses at most this on the samples held back: share of
+        agreement with the original's most likely class, of accuracy with `labels`, or
+        relative error where there are no classes. Needs data; a budget limits the search.
     plan : Plan, optional
         Apply these decisions instead of solving; a budget that is given still holds.
     seed : int
@@ -135,8 +141,14 @@ def compress(
         threads=threads,
         progress=progress,
     )
-    if budget is None and plan is None:
+    if max_drop is not None:
+        check_max_drop(max_drop)
+        if plan is not None:
+            raise UsageError("--max-drop: chooses ranks, which --plan-in has; give one of the two")
+    elif budget is None and plan is None:
         raise UsageError("no budget: give --mem or --mac, or both, e.g. --mem 0.5")
     macs_needed = budget is not None and budget.mac is not None
     with open_study(model, settings, macs_needed=macs_needed) as study:
+        if max_drop is not None:
+            return study.finish(smallest(study, max_drop, budget))
         return study.compress(budget, plan)

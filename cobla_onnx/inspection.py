@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cobla_onnx.allocation import Budget
+from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.curves import Curve
 from cobla_onnx.amounts import count_text
 from cobla_onnx.calibration.readers import ImageOptions
@@ -192,7 +191,7 @@ def _inspection(study: Study) -> Inspection:
     analysis = study.analysis
     known = Budget(mem=1.0, mac=None if analysis.mac_total is None else 1.0)
     least = {
-        constraint.name: _fraction(constraint.least(analysis.curves), constraint.total)
+        constraint.name: least_fraction(constraint, analysis.curves)
         for constraint in analysis.constraints(known)
     }
     layers = [
@@ -218,11 +217,6 @@ def _inspection(study: Study) -> Inspection:
         "weights" if analysis.seen is None else "outputs",
         analysis.notes,
     )
-
-
-def _fraction(cost: int, total: int) -> float:
-    """Share of the total, rounded up, so that a budget of it is within reach."""
-    return math.ceil(Fraction(cost, max(total, 1)) * 10_000) / 10_000
 
 
 def _schemes(curves: Sequence[Curve], size: int, macs: int | None) -> tuple[InspectedScheme, ...]:

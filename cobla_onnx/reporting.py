@@ -72,12 +72,8 @@ def make_report(
         input=None if source is None else str(source),
         output=None,
         budget={
-            "mem": _use(None if budget is None else budget.mem, analysis.mem_total, mem_after),
-            "mac": _use(
-                None if budget is None else budget.mac,
-                analysis.mac_total,
-                analysis.macs_after(plan),
-            ),
+            "mem": _use(mem, analysis.mem_total, mem_after),
+            "mac": _use(mac, analysis.mac_total, analysis.macs_after(plan)),
         },
         layers=tuple(layers),
         solver=None if allocation is None else _solver(allocation),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from cobla_onnx.report import Report
 from cobla_onnx.runtime import open_session
 from cobla_onnx.spill import Spill
 
-__all__ = ["Result", "check_paths"]
+__all__ = ["Result", "check_paths", "check_written"]
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Result:
 def check_paths(
     source: Path,
     target: Path,
-    written: Mapping[str, Path | None] | None = None,
+    written: Iterable[tuple[str, Path | None]] = (),
     *,
     in_place: bool = False,
 ) -> None:
@@ -120,8 +120,8 @@ def check_paths(
     ----------
     source, target : Path
         The model to read and the one to write.
-    written : mapping of str to Path, optional
-        Other files to write, by the option that names them.
+    written : iterable of (str, Path or None)
+        Other files to write, with the option that names each.
 
     Raises
     ------
@@ -132,18 +132,34 @@ def check_paths(
     """
     if target.exists() and source.exists() and target.samefile(source) and not in_place:
         raise UsageError(f"{target}: is the input itself; give another path, or --in-place")
-    others = {option: path for option, path in (written or {}).items() if path is not None}
-    for path in (target, *others.values()):
-        if path.is_dir():
-            raise WriteError(f"{path}: is a directory; give the path of a file")
-        if path.exists() and not path.is_file():
-            raise WriteError(f"{path}: is not a regular file; give another path")
-        if not path.parent.is_dir():
-            raise WriteError(f"{path}: its folder does not exist; create it first")
-        if not os.access(path.parent, os.W_OK):
-            raise WriteError(f"{path}: its folder cannot be written to; give another path")
-    taken = {source.resolve(): "a model's path", target.resolve(): "a model's path"}
-    for option, path in others.items():
+    _check_writable(target)
+    check_written((source, target), written)
+
+
+def check_written(models: Iterable[Path], written: Iterable[tuple[str, Path | None]]) -> None:
+    """Refuse files to write that cannot work, or that are one another or a model.
+
+    Raises
+    ------
+    UsageError, WriteError
+        See `check_paths`.
+    """
+    taken = {path.resolve(): "a model's path" for path in models}
+    for option, path in written:
+        if path is None:
+            continue
+        _check_writable(path)
         if path.resolve() in taken:
             raise UsageError(f"{option} {path}: is {taken[path.resolve()]}; give another one")
         taken[path.resolve()] = f"that of {option} too"
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise WriteError(f"{path}: is a directory; give the path of a file")
+    if path.exists() and not path.is_file():
+        raise WriteError(f"{path}: is not a regular file; give another path")
+    if not path.parent.is_dir():
+        raise WriteError(f"{path}: its folder does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise WriteError(f"{path}: its folder cannot be written to; give another path")

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from cobla_onnx.allocation import Allocation, Budget, WeightError, allocate
+from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.sequential import Step
 from cobla_onnx.analysis import Analysis, analyse
 from cobla_onnx.calibrated import Calibrated
@@ -129,6 +130,8 @@ class Study:
     threads : int
     seconds : float
         Time that the analysis took.
+    notify : callable
+        Told of progress.
     """
 
     model: onnx.ModelProto
@@ -138,7 +141,7 @@ class Study:
     settings: Settings
     threads: int
     seconds: float = 0.0
-    _notify: Progress = field(default=lambda stage, done, total: None, repr=False)
+    notify: Progress = field(default=lambda stage, done, total: None, repr=False)
 
     def compress(self, budget: Budget | None, plan: Plan | None = None) -> Result:
         """Find ranks and factors for a budget, verify them and report.
@@ -168,7 +171,7 @@ class Study:
             allocation = self._allocate(budget)
             plan = self.analysis.plan(allocation.choices)
         if self.calibrated is None:
-            replacements = _factorise(self.model, self.analysis, plan, self._notify)
+            replacements = _factorise(self.model, self.analysis, plan, self.notify)
         else:
             replacements = self.calibrated.factorise(plan)
         return Solution(
@@ -181,12 +184,22 @@ class Study:
             time.perf_counter() - started,
         )
 
+    @property
+    def objective(self) -> Literal["weights", "output", "loss"]:
+        """What is minimised, ``auto`` resolved."""
+        return _objective(self.settings.objective, self.settings.data)
+
+    def least_memory(self) -> float:
+        """Least fraction of memory within reach, rounded up so that it is."""
+        (constraint,) = self.analysis.constraints(Budget(mem=1.0))
+        return least_fraction(constraint, self.analysis.curves)
+
     def _allocate(self, budget: Budget) -> Allocation:
         constraints = self.analysis.constraints(budget)
         settings = self.settings
-        needed = _objective(settings.objective, settings.data)
+        needed = self.objective
         if needed == "weights" or self.calibrated is None:
-            self._notify("allocate", 0, 1)
+            self.notify("allocate", 0, 1)
             curves = self.analysis.curves
             return allocate(curves, WeightError(curves), constraints, solver=settings.solver)
         return self.calibrated.choose(constraints, settings.solver, needed, settings.time_limit)
@@ -207,7 +220,7 @@ class Study:
         _check_budget(self.analysis, solution.budget, solution.plan, compressed)
         verification = None
         if replacements:
-            self._notify("verify", 0, 1)
+            self.notify("verify", 0, 1)
             verification = verify(
                 self.model,
                 compressed,
@@ -217,7 +230,7 @@ class Study:
                 seed=self.settings.seed,
                 threads=self.threads,
             )
-            self._notify("verify", 1, 1)
+            self.notify("verify", 1, 1)
         report = make_report(
             self.analysis,
             solution.budget,

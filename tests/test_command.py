@@ -269,7 +269,8 @@ def test_macs_that_cannot_be_known_name_the_shape_to_give():
 
 
 def test_the_public_names_are_these():
-    names = ["Budget", "Plan", "Report", "Result", "compress", "gradient_graph"]
+    names = ["Budget", "Plan", "Report", "Result", "compare", "compress", "gradient_graph"]
+    names += ["inspect", "sweep"]
     assert cobla_onnx.__all__ == names
     for name in cobla_onnx.__all__:
         assert getattr(cobla_onnx, name).__name__ == name
@@ -324,7 +325,7 @@ def test_a_result_that_changed_on_disk_is_not_kept(demo_model, tmp_path):
 
 def test_paths_are_checked_before_the_work(tmp_path):
     with pytest.raises(errors.UsageError, match="--report"):
-        check_paths(tmp_path / "a", tmp_path / "b", {"--report": tmp_path / "b"})
+        check_paths(tmp_path / "a", tmp_path / "b", [("--report", tmp_path / "b")])
 
 
 def test_progress_is_reported(demo_model):

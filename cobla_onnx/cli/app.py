@@ -13,6 +13,7 @@ from cobla_onnx.cli import options
 from cobla_onnx.cli.compare import compare
 from cobla_onnx.cli.compress import compress
 from cobla_onnx.cli.inspect import inspect
+from cobla_onnx.cli.sweep import sweep
 from cobla_onnx.errors import CoblaError
 from cobla_onnx.names import safe_text
 
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 app.command()(compress)
 app.command()(inspect)
+app.command()(sweep)
 app.command()(compare)
 
 

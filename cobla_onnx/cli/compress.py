@@ -24,6 +24,14 @@ def compress(
         Optional[float],  # noqa: UP045
         typer.Option(metavar="F", help="Keep at most this fraction of the MACs."),
     ] = None,
+    max_drop: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="P%",
+            help="With --data: the smallest model that loses at most this share of agreement, "
+            "of accuracy with --labels, or relative error.",
+        ),
+    ] = None,
     data: options.DataPath = None,
     samples: options.Samples = None,
     batch: options.Batch = 16,
@@ -73,7 +81,7 @@ def compress(
 ) -> None:
     """Write a smaller, low-rank ONNX model that was verified in onnxruntime.
 
-    At least one of --mem, --mac and --plan-in is needed; limits are hard.
+    At least one of --mem, --mac, --max-drop and --plan-in is needed; limits are hard.
     """
     from cobla_onnx.compression import compress as run
     from cobla_onnx.result import check_paths
@@ -81,7 +89,7 @@ def compress(
     shapes = parsing.input_shapes(input_shape)
     if report is not None and report.suffix != ".json":
         raise UsageError(f"--report {report}: only .json is known; give a name that ends in .json")
-    written = {"--report": report, "--history": history, "--plan-out": plan_out}
+    written = [("--report", report), ("--history", history), ("--plan-out", plan_out)]
     check_paths(input, output, written, in_place=in_place)
     from cobla_onnx.allocation import Budget
     from cobla_onnx.plan import Plan
@@ -108,6 +116,7 @@ def compress(
             loss=loss.value,
             refit=refit,
             time_limit=time_limit,
+            max_drop=parsing.share("--max-drop", max_drop),
             plan=plan,
             seed=seed,
             threads=threads,

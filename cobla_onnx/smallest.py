@@ -1,0 +1,142 @@
+"""The smallest model that still is good enough: a search over budgets on one analysis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cobla_onnx.allocation import Budget
+from cobla_onnx.calibration.quality import Quality
+from cobla_onnx.errors import BudgetError, UsageError
+from cobla_onnx.study import Solution, Study
+
+__all__ = ["check_max_drop", "smallest"]
+
+# Budgets tried over the whole range, and then between the two that bracket the answer.
+COARSE, FINE = 5, 4
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A memory budget, and what came of it."""
+
+    mem: float
+    solution: Solution
+    quality: Quality
+
+
+def check_max_drop(max_drop: float) -> None:
+    """Refuse what is no share.
+
+    Raises
+    ------
+    UsageError
+    """
+    if not 0 <= max_drop < 1:
+        raise UsageError(
+            f"--max-drop {max_drop:g}: is not a share from 0 up to 1; write e.g. 1% or 0.01"
+        )
+
+
+def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Solution:
+    """Find the smallest memory whose quality on the selection split drops by at most `max_drop`.
+
+    A few budgets over the whole range are tried first, then the gap below the smallest that
+    was good enough is halved. Quality need not fall evenly with memory, so the answer is the
+    smallest budget that was tried and found good enough, not one that was reasoned out.
+
+    Parameters
+    ----------
+    study : Study
+        With data.
+    max_drop : float
+        Of accuracy or agreement, in shares of samples, or as relative error of the outputs.
+    limits : Budget, optional
+        Hold too.
+
+    Raises
+    ------
+    BudgetError
+        If the limits cannot be met, or no model that was tried is both smaller than the
+        original and good enough.
+    UsageError
+        If there is no data.
+    """
+    check_max_drop(max_drop)
+    if study.calibrated is None:
+        raise UsageError("--max-drop: is measured on samples; give --data too")
+    high = 1.0 if limits is None or limits.mem is None else limits.mem
+    mac = None if limits is None else limits.mac
+    low = study.least_memory()
+    if low > high:
+        # The ordinary refusal names what the model's layers allow.
+        study.solve(Budget(mem=high, mac=mac))
+    trials: list[_Trial] = []
+    # At the top is the original itself, unless something limits it.
+    free = limits is None or (mac is None and high == 1.0)
+    grid = [low + (high - low) * k / COARSE for k in range(1, COARSE + (not free))]
+    for mem in grid:
+        _try(study, mem, mac, trials, len(grid) + FINE)
+    passed = [trial.mem for trial in trials if trial.quality.drop <= max_drop]
+    if not passed and not free:
+        raise _refusal(max_drop, trials, limits)
+    above = min(passed, default=high)
+    below = max([mem for mem in grid if mem < above], default=low)
+    for _ in range(FINE):
+        middle = (below + above) / 2
+        _try(study, middle, mac, trials, len(grid) + FINE)
+        good = bool(trials) and trials[-1].mem == middle and trials[-1].quality.drop <= max_drop
+        below, above = (below, middle) if good else (middle, above)
+    good_ones = [trial for trial in trials if trial.quality.drop <= max_drop]
+    if not good_ones:
+        raise _refusal(max_drop, trials, limits)
+    best = min(good_ones, key=lambda trial: trial.mem)
+    return _noting(best, max_drop, trials, limits)
+
+
+def _try(study: Study, mem: float, mac: float | None, trials: list[_Trial], expected: int) -> None:
+    """Try a budget; one that cannot be met together with the MACs is passed over."""
+    study.notify(f"search: memory {mem:.3f}", len(trials), expected)
+    try:
+        solution = study.solve(Budget(mem=mem, mac=mac))
+    except BudgetError:
+        return
+    if solution.calibration is not None:
+        trials.append(_Trial(mem, solution, solution.calibration.quality))
+
+
+def _noting(best: _Trial, max_drop: float, trials: list[_Trial], limits: Budget | None) -> Solution:
+    quality = best.quality
+    note = (
+        f"--max-drop {max_drop:g}: {quality.measure} {quality.after:.4g} (of the original "
+        f"{quality.before:.4g}) on {quality.samples} held-back samples, the smallest of "
+        f"{len(trials)} budgets tried"
+    )
+    worse = [trial for trial in trials if trial.mem < best.mem]
+    if worse:
+        next_one = max(worse, key=lambda trial: trial.mem)
+        note += f"; memory {next_one.mem:.3f} would lose {next_one.quality.drop:.4g}"
+    allocation = best.solution.allocation
+    assert allocation is not None
+    allocation = allocation.noting(note)
+    if quality.measure != "relative error" and 0 < max_drop < 1 / quality.samples:
+        allocation = allocation.noting(
+            f"one of {quality.samples} held-back samples is {1 / quality.samples:.2g}: a drop of "
+            f"{max_drop:g} cannot be told from none, give more data"
+        )
+    return replace(best.solution, allocation=allocation, budget=limits)
+
+
+def _refusal(max_drop: float, trials: list[_Trial], limits: Budget | None) -> BudgetError:
+    limited = "" if limits is None else " within the limits"
+    if not trials:
+        return BudgetError(
+            f"--max-drop {max_drop:g}: no budget below the original can be met{limited}; raise "
+            "the limits, or let more layers be factorised"
+        )
+    best = min(trials, key=lambda trial: trial.quality.drop)
+    quality = best.quality
+    return BudgetError(
+        f"--max-drop {max_drop:g}: no smaller model keeps it{limited}; of {len(trials)} budgets "
+        f"tried the best, memory {best.mem:.3f}, loses {quality.drop:.4g} of {quality.measure} on "
+        f"{quality.samples} held-back samples; raise --max-drop, or give more data"
+    )
