@@ -104,8 +104,9 @@ def test_the_command(tmp_path):
     np.savez(tmp_path / "data.npz", **DATA)
     table, plot, folder = tmp_path / "t.csv", tmp_path / "p.svg", tmp_path / "out"
     done = run(
-        "sweep", tmp_path / "in.onnx", "--mem", "0.01,0.6:0.8:2", "--mac", "0.9", "--solver", "milp",
-        "--data", tmp_path / "data.npz", "--csv", table, "--plot", plot, "--out-dir", folder,
+        "sweep", tmp_path / "in.onnx", "--mem", "0.01,0.6:0.8:2", "--mac", "0.9",
+        "--solver", "milp", "--data", tmp_path / "data.npz", "--csv", table, "--plot", plot,
+        "--out-dir", folder,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= 80
