@@ -21,17 +21,19 @@ from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.allocation.sequential import Scores, Step, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import Analysis
+from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.network import NetworkLoss, Path
-from cobla_onnx.calibration.probe import Probe
+from cobla_onnx.calibration.probe import Probe, SpreadProbe
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import Sensitivity
 from cobla_onnx.calibration.soften import soften
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import read_bias, read_weight
+from cobla_onnx.parallel import Pool
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
@@ -65,6 +67,10 @@ class Calibrated:
     progress : callable
     labels : int64 array, shape (samples, rows of a sample), optional
         Of all samples of the dataset; with them `loss` is ``ce``.
+    pool : Pool
+        Over which layers are measured.
+    cache : Cache, optional
+        Keeps what was measured.
 
     Attributes
     ----------
@@ -80,6 +86,8 @@ class Calibrated:
     threads: int
     progress: Progress
     labels: NDArray[np.int64] | None = None
+    pool: Pool = field(default_factory=Pool)
+    cache: Cache | None = None
     history: list[Step] = field(default_factory=list)
     _report: dict[str, Any] = field(default_factory=dict)
     _first: dict[frozenset[str], Sensitivity] = field(default_factory=dict)
@@ -221,19 +229,33 @@ class Calibrated:
         if kinds not in self._first:
             indices = self.dataset.calibration
             step = max(1, len(indices) // PROBE_SAMPLES)
-            probe = self._probe(indices[::step][:PROBE_SAMPLES])
-            self._report["probe_samples"] = probe.samples
+            chosen = indices[::step][:PROBE_SAMPLES]
+            labels = None if self.labels is None else self.labels[list(chosen)]
+            layers = self.analysis.layers
+            probe = SpreadProbe(
+                self.pool, self.model, layers, self.batches(chosen), self.loss, labels
+            )
             first = Sensitivity(
-                self.analysis.layers,
+                layers,
                 self.analysis.curves,
                 self.analysis.schemes,
                 self._seen,
                 probe,
+                self.cache,
+                self._key(chosen, labels),
             )
             first.measure(constraints, partial(self.progress, "sensitivity"))
+            self._report["probe_samples"] = first.samples
             self._first[kinds] = first
         self._sensitivity = self._first[kinds].copy()
         return self._sensitivity
+
+    def _key(self, samples: Sequence[int], labels: NDArray[np.int64] | None) -> str:
+        """Stand for all that a loss on some samples depends on beside the layer."""
+        if self.cache is None:
+            return ""
+        content = self.dataset.content(samples)
+        return digest(self._seen.key, content, self.batch, self.loss, labels)
 
     def gradients(self) -> GradientProbe:
         """Open the gradient graph once, on the whole calibration split."""
