@@ -27,7 +27,8 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     ThreadPoolExecutor,
 )
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,7 +62,11 @@ CONNECT_SECONDS = 10
 
 
 class _OneThread:
-    """Limits linear algebra to one thread while any unit of this process runs."""
+    """Limits linear algebra of this process to one thread while anybody is inside.
+
+    To be entered in the thread that asks for the work and not in those that do it:
+    threadpoolctl lets one thread alone set limits.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -86,7 +91,7 @@ class _OneThread:
 one_thread = _OneThread()
 
 
-def _run(function: Callable[[Unit], Value], unit: Unit) -> Value:
+def _run_outside(function: Callable[[Unit], Value], unit: Unit) -> Value:
     with one_thread:
         return function(unit)
 
@@ -249,14 +254,20 @@ class Pool:
         UsageError
             If a worker has died.
         """
-        if self._executor is None:
-            for unit in units:
-                yield _run(function, unit)
-            return
+        with one_thread if self.inside else nullcontext():
+            if self._executor is None:
+                yield from map(function, units)
+            else:
+                run = function if self.inside else partial(_run_outside, function)
+                yield from self._mapped(self._executor, run, units)
+
+    def _mapped(
+        self, executor: Executor, function: Callable[[Unit], Value], units: Iterable[Unit]
+    ) -> Iterator[Value]:
         pending: deque[Future[Value]] = deque()
         try:
             for unit in units:
-                pending.append(self._executor.submit(_run, function, unit))
+                pending.append(executor.submit(function, unit))
                 if len(pending) >= 2 * self.width:
                     yield self._result(pending.popleft())
             while pending:
