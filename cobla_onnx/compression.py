@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from cobla_onnx.allocation import Allocation, Budget, WeightError, allocate
 from cobla_onnx.analysis import Analysis, analyse
@@ -35,7 +34,7 @@ from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.graph.model_file import load_model, stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.names import safe_text
-from cobla_onnx.parallel import Pool, choose_pool
+from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.reporting import make_report
@@ -128,7 +127,8 @@ def compress(
     seed : int
         For the random inputs of the verification.
     threads : int, optional
-        For linear algebra and onnxruntime; as many as there are cores.
+        Layers or samples that are worked on at a time, and onnxruntime's threads; as many as
+        there are cores. The result does not depend on it but for onnxruntime's rounding.
     workers : int, optional
         Processes of our own to which layers and shards of samples are given, in place of
         threads. The result is the same.
@@ -171,7 +171,7 @@ def compress(
     kept = None if cache is None else Cache(cache)
     with (
         _naming(source),
-        threadpool_limits(threads),
+        one_thread,
         choose_pool(threads, workers, executor, dask) as pool,
         _opened(proto, shapes, data, samples, images) as dataset,
     ):

@@ -25,7 +25,14 @@ from cobla_onnx.calibration.patches import Patch
 from cobla_onnx.parallel import Pool, Shared
 from cobla_onnx.runtime import Feeds, open_session, run_session
 
-__all__ = ["Moment", "MomentStore", "MomentSum", "collect_moments", "tapped"]
+__all__ = [
+    "Moment",
+    "MomentStore",
+    "MomentSum",
+    "Taps",
+    "collect_moments",
+    "parts_of",
+]
 
 # Bytes of sums that each unit of work holds at a time.
 LIMIT = 1 << 28
@@ -128,8 +135,17 @@ class MomentStore:
         self._finalizer()
 
 
-class _Taps:
-    """A session that yields inner tensors of a model, inputs included."""
+class Taps:
+    """A session that yields inner tensors of a model, inputs included.
+
+    Parameters
+    ----------
+    model : ModelProto
+    names : iterable of str
+    threads : int
+    extra_weights : mapping of str to array, optional
+        Initializers beside those that the model holds.
+    """
 
     def __init__(
         self,
@@ -144,20 +160,9 @@ class _Taps:
         self._session = open_session(model, threads, inner, extra_weights, optimized=True)
 
     def run(self, feeds: Feeds) -> dict[str, Any]:
+        """Return the tensors of one batch; several threads may call it."""
         values = run_session(self._session, feeds)
         return {name: values[name] if name in values else feeds[name] for name in self._names}
-
-
-def tapped(
-    model: onnx.ModelProto,
-    names: Iterable[str],
-    batches: Iterable[Feeds],
-    threads: int,
-    extra_weights: Mapping[str, NDArray[Any]] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Run a model over batches and yield the tensors `names` of each, inputs included."""
-    taps = _Taps(model, names, threads, extra_weights)
-    yield from map(taps.run, batches)
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ class _Unit:
 def _add_up(unit: _Unit) -> list[MomentSum]:
     """Sum over a unit's batches, for each of its patches."""
     sums = [MomentSum(patch.groups, patch.size) for patch in unit.patches]
-    taps = unit.model.built(_Taps, tuple(patch.data for patch in unit.patches), 1)
+    taps = unit.model.built(Taps, tuple(patch.data for patch in unit.patches), 1)
     for feeds in unit.batches:
         values = taps.run(feeds)
         for patch, total in zip(unit.patches, sums, strict=True):
@@ -215,7 +220,7 @@ def collect_moments(
     shared = pool.share(model)
     for number, group in enumerate(groups):
         progress(number, len(groups))
-        units = (_Unit(shared, tuple(group), part) for part in _parts(batches()))
+        units = (_Unit(shared, tuple(group), part) for part in parts_of(batches()))
         sums: list[MomentSum] = []
         for found_sums in pool.map(_add_up, units):
             for total, more in zip(sums, found_sums, strict=False):
@@ -232,7 +237,8 @@ def collect_moments(
     return store
 
 
-def _parts(batches: Iterable[Feeds]) -> Iterator[list[Feeds]]:
+def parts_of(batches: Iterable[Feeds]) -> Iterator[list[Feeds]]:
+    """Cut batches into units of work, always the same."""
     rest = iter(batches)
     while part := list(itertools.islice(rest, BATCHES_PER_UNIT)):
         yield part
