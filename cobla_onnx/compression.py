@@ -218,12 +218,12 @@ def compress(
             else:
                 allocation = calibrated.choose(constraints, solver, needed, time_limit)
             plan = analysis.plan(allocation.choices)
-        if calibrated is None:
-            replacements = _factorise(proto, analysis, plan, pool, kept, notify)
-        else:
-            replacements = calibrated.factorise(plan)
         spill = Spill()
-        replacements = spill.replacements(replacements)
+        replacements = spill.replacements(
+            _factorise(proto, analysis, plan, pool, kept, notify)
+            if calibrated is None
+            else calibrated.factorise(plan)
+        )
         compressed = rewrite(proto, replacements) if replacements else proto
         _check_budget(analysis, budget, plan, compressed)
         verification = None
@@ -363,21 +363,19 @@ def _factorise(
     pool: Pool,
     cache: Cache | None,
     progress: Progress,
-) -> list[Replacement]:
-    """Factorise the chosen layers over the pool."""
+) -> Iterator[Replacement]:
+    """Factorise the chosen layers over the pool, one after the other."""
     chosen: list[Decision] = [d for d in plan.decisions if d.scheme is not None]
     units = (
         FactorUnit(*found, pool.carry(read_weight(model, found[0])), cache)
         for found in map(analysis.resolve, chosen)
     )
-    replacements = []
     for number, factored in enumerate(pool.map(replace_layer, units)):
         progress("factorise", number, len(chosen))
-        replacements.append(factored.replacement)
         if cache is not None:
             cache.notes += factored.notes
+        yield factored.replacement
     progress("factorise", len(chosen), len(chosen))
-    return replacements
 
 
 def _check_budget(
