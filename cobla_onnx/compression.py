@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -13,10 +15,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from cobla_onnx.allocation import Allocation, Budget, WeightError, allocate
 from cobla_onnx.analysis import Analysis, analyse
+from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.dataset import Dataset, input_specs
 from cobla_onnx.calibration.labels import Labels, align_labels, read_labels
@@ -24,18 +26,20 @@ from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.errors import BudgetError, ModelError, UsageError
+from cobla_onnx.factors import FactorUnit, replace_layer
 from cobla_onnx.graph.checks import check_structure
+from cobla_onnx.graph.content import model_content
 from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.graph.model_file import load_model, stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
-from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.names import safe_text
+from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.reporting import make_report
 from cobla_onnx.result import Result
-from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
+from cobla_onnx.rewrite import Replacement, rewrite
 from cobla_onnx.spill import Spill
 from cobla_onnx.verify import verify
 
@@ -66,6 +70,10 @@ def compress(
     plan: Plan | None = None,
     seed: int = 0,
     threads: int | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    dask: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Compress a model so that it fits a budget, and verify it in onnxruntime.
@@ -119,7 +127,19 @@ def compress(
     seed : int
         For the random inputs of the verification.
     threads : int, optional
-        For linear algebra and onnxruntime; as many as there are cores.
+        Layers or samples that are worked on at a time, and onnxruntime's threads; as many as
+        there are cores. The result does not depend on it but for onnxruntime's rounding.
+    workers : int, optional
+        Processes of our own to which layers and shards of samples are given, in place of
+        threads. The result is the same.
+    executor : concurrent.futures.Executor, optional
+        The same over an executor of yours, which stays open: a process pool, or
+        ``dask.distributed.Client(...).get_executor()``.
+    dask : str, optional
+        The same over the dask cluster whose scheduler has this address.
+    cache : path, optional
+        A folder that keeps singular values and vectors, second moments and measured losses
+        by the content that they come from: another budget on the same model finds them.
     progress : callable, optional
         Called with (stage, done, total).
 
@@ -148,9 +168,11 @@ def compress(
     if labels is not None and data is None:
         raise UsageError("--labels: are those of the data; give --data too")
     shapes = input_shapes or {}
+    kept = None if cache is None else Cache(cache)
     with (
         _naming(source),
-        threadpool_limits(threads),
+        one_thread,
+        choose_pool(threads, workers, executor, dask) as pool,
         _opened(proto, shapes, data, samples, images) as dataset,
     ):
         analysis = analyse(
@@ -163,15 +185,27 @@ def compress(
             macs_needed=budget.mac is not None,
             threads=threads,
             progress=notify,
-            see=None if dataset is None else _see(proto, dataset, batch, threads, notify),
+            see=None if dataset is None else _see(proto, dataset, batch, pool, kept, notify),
             weigh=needed != "weights",
+            pool=pool,
+            cache=kept,
         )
         calibrated = None
         if dataset is not None:
             classes = _labels(labels, dataset)
             measure: LossName = loss if classes is None else "ce"
             calibrated = Calibrated(
-                proto, analysis, dataset, batch, measure, threads, notify, classes, refit
+                proto,
+                analysis,
+                dataset,
+                batch,
+                measure,
+                threads,
+                notify,
+                classes,
+                refit,
+                pool,
+                kept,
             )
         allocation: Allocation | None = None
         if plan is None:
@@ -184,12 +218,12 @@ def compress(
             else:
                 allocation = calibrated.choose(constraints, solver, needed, time_limit)
             plan = analysis.plan(allocation.choices)
-        if calibrated is None:
-            replacements = _factorise(proto, analysis, plan, notify)
-        else:
-            replacements = calibrated.factorise(plan)
         spill = Spill()
-        replacements = spill.replacements(replacements)
+        replacements = spill.replacements(
+            _factorise(proto, analysis, plan, pool, kept, notify)
+            if calibrated is None
+            else calibrated.factorise(plan)
+        )
         compressed = rewrite(proto, replacements) if replacements else proto
         _check_budget(analysis, budget, plan, compressed)
         verification = None
@@ -207,6 +241,8 @@ def compress(
             notify("verify", 1, 1)
         if analysis.seen is not None:
             analysis.seen.close()
+        if kept is not None:
+            analysis = replace(analysis, notes=(*analysis.notes, *dict.fromkeys(kept.notes)))
     report = make_report(
         analysis,
         budget,
@@ -288,14 +324,25 @@ def _opened(
 
 
 def _see(
-    model: onnx.ModelProto, dataset: Dataset, batch: int, threads: int, progress: Progress
+    model: onnx.ModelProto,
+    dataset: Dataset,
+    batch: int,
+    pool: Pool,
+    cache: Cache | None,
+    progress: Progress,
 ) -> Callable[[Sequence[Layer]], Seen]:
+    key = ""
+    if cache is not None:
+        key = digest(model_content(model), dataset.content(dataset.calibration), batch)
+
     def see(layers: Sequence[Layer]) -> Seen:
         return Seen(
             model,
             layers,
             lambda: dataset.batches(dataset.calibration, batch),
-            threads=threads,
+            pool=pool,
+            cache=cache,
+            key=key,
             progress=partial(progress, "second moments"),
         )
 
@@ -310,17 +357,25 @@ def _cores() -> int:
 
 
 def _factorise(
-    model: onnx.ModelProto, analysis: Analysis, plan: Plan, progress: Progress
-) -> list[Replacement]:
+    model: onnx.ModelProto,
+    analysis: Analysis,
+    plan: Plan,
+    pool: Pool,
+    cache: Cache | None,
+    progress: Progress,
+) -> Iterator[Replacement]:
+    """Factorise the chosen layers over the pool, one after the other."""
     chosen: list[Decision] = [d for d in plan.decisions if d.scheme is not None]
-    replacements = []
-    for number, decision in enumerate(chosen):
+    units = (
+        FactorUnit(*found, pool.carry(read_weight(model, found[0])), cache)
+        for found in map(analysis.resolve, chosen)
+    )
+    for number, factored in enumerate(pool.map(replace_layer, units)):
         progress("factorise", number, len(chosen))
-        layer, scheme, rank = analysis.resolve(decision)
-        factors = factorize(scheme.matrix(read_weight(model, layer)), rank)
-        replacements.append(make_replacement(layer, scheme, factors))
+        if cache is not None:
+            cache.notes += factored.notes
+        yield factored.replacement
     progress("factorise", len(chosen), len(chosen))
-    return replacements
 
 
 def _check_budget(

@@ -200,7 +200,7 @@ def _basis(matrix: Float64, moment: Float64, max_rank: int) -> _Basis:
         energy, vectors = _descending(gram)
         left = matrix @ vectors[:, : min(max_rank, size)]
         return _Basis(left, np.maximum(energy, 0.0))
-    values, axes = scipy.linalg.eigh(moment)
+    values, axes = np.linalg.eigh(moment)
     floor = REGULARISATION * max(float(values.mean()), np.finfo(np.float64).tiny)
     roots = np.sqrt(np.maximum(values, 0.0) + floor)
     half = (axes * roots).T @ matrix
@@ -210,7 +210,8 @@ def _basis(matrix: Float64, moment: Float64, max_rank: int) -> _Basis:
 
 
 def _descending(gram: Float64) -> tuple[Float64, Float64]:
-    values, vectors = scipy.linalg.eigh((gram + gram.T) / 2, overwrite_a=True)
+    # numpy's, unlike scipy's, lets other Python threads run meanwhile.
+    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
     return values[::-1], vectors[:, ::-1]
 
 
