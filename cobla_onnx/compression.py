@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any, Literal
 
 from cobla_onnx.allocation import Budget
@@ -43,6 +44,10 @@ def compress(
     plan: Plan | None = None,
     seed: int = 0,
     threads: int | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    dask: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Compress a model so that it fits a budget, and verify it in onnxruntime.
@@ -101,7 +106,19 @@ def compress(
     seed : int
         For the random inputs of the verification.
     threads : int, optional
-        For linear algebra and onnxruntime; as many as there are cores.
+        Layers or samples that are worked on at a time, and onnxruntime's threads; as many as
+        there are cores. The result does not depend on it but for onnxruntime's rounding.
+    workers : int, optional
+        Processes of our own to which layers and shards of samples are given, in place of
+        threads. The result is the same.
+    executor : concurrent.futures.Executor, optional
+        The same over an executor of yours, which stays open: a process pool, or
+        ``dask.distributed.Client(...).get_executor()``.
+    dask : str, optional
+        The same over the dask cluster whose scheduler has this address.
+    cache : path, optional
+        A folder that keeps singular values and vectors, second moments and measured losses
+        by the content that they come from: another budget on the same model finds them.
     progress : callable, optional
         Called with (stage, done, total).
 
@@ -139,6 +156,10 @@ def compress(
         time_limit=time_limit,
         seed=seed,
         threads=threads,
+        workers=workers,
+        executor=executor,
+        dask=dask,
+        cache=cache,
         progress=progress,
     )
     if max_drop is not None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnxruntime
-from threadpoolctl import threadpool_limits
 
 from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import model_costs
@@ -159,10 +158,7 @@ def compare(
     sources = _path(first), _path(second)
     names = _shown(sources[0], "the first model"), _shown(sources[1], "the second model")
     _check_ends(models, names, shapes)
-    with (
-        threadpool_limits(threads),
-        _inputs(models[0], shapes, data, samples, batch, images, seed, threads) as inputs,
-    ):
+    with _inputs(models[0], shapes, data, samples, batch, images, seed, threads) as inputs:
         outputs, count = _compare_outputs(models, names, inputs, threads, notify)
         notify("latency", 0, 1)
         stopwatch = timing.Stopwatch(threads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.calibration.quality import Quality
@@ -17,11 +17,38 @@ COARSE, FINE = 5, 4
 
 @dataclass(frozen=True)
 class _Trial:
-    """A memory budget, and what came of it."""
+    """A memory budget, and the quality that came of it."""
 
     mem: float
-    solution: Solution
     quality: Quality
+
+
+@dataclass
+class _Search:
+    """Budgets tried so far; of all solutions the best is held."""
+
+    study: Study
+    mac: float | None
+    max_drop: float
+    expected: int
+    trials: list[_Trial] = field(default_factory=list)
+    best: tuple[_Trial, Solution] | None = None
+
+    def good(self, mem: float) -> bool:
+        """Try a budget; one that cannot be met together with the MACs is not good."""
+        self.study.notify(f"search: memory {mem:.3f}", len(self.trials), self.expected)
+        try:
+            solution = self.study.solve(Budget(mem=mem, mac=self.mac))
+        except BudgetError:
+            return False
+        assert solution.calibration is not None
+        trial = _Trial(mem, solution.calibration.quality)
+        self.trials.append(trial)
+        if trial.quality.drop > self.max_drop:
+            return False
+        if self.best is None or mem < self.best[0].mem:
+            self.best = trial, solution
+        return True
 
 
 def check_max_drop(max_drop: float) -> None:
@@ -70,41 +97,31 @@ def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Sol
     if low > high:
         # The ordinary refusal names what the model's layers allow.
         study.solve(Budget(mem=high, mac=mac))
-    trials: list[_Trial] = []
     # At the top is the original itself, unless something limits it.
-    free = limits is None or (mac is None and high == 1.0)
+    free = high == 1.0 and mac is None
     grid = [low + (high - low) * k / COARSE for k in range(1, COARSE + (not free))]
-    for mem in grid:
-        _try(study, mem, mac, trials, len(grid) + FINE)
-    passed = [trial.mem for trial in trials if trial.quality.drop <= max_drop]
+    search = _Search(study, mac, max_drop, len(grid) + FINE)
+    passed = [mem for mem in grid if search.good(mem)]
     if not passed and not free:
-        raise _refusal(max_drop, trials, limits)
+        raise _refusal(max_drop, search.trials, limits)
     above = min(passed, default=high)
     below = max([mem for mem in grid if mem < above], default=low)
     for _ in range(FINE):
         middle = (below + above) / 2
-        _try(study, middle, mac, trials, len(grid) + FINE)
-        good = bool(trials) and trials[-1].mem == middle and trials[-1].quality.drop <= max_drop
-        below, above = (below, middle) if good else (middle, above)
-    good_ones = [trial for trial in trials if trial.quality.drop <= max_drop]
-    if not good_ones:
-        raise _refusal(max_drop, trials, limits)
-    best = min(good_ones, key=lambda trial: trial.mem)
-    return _noting(best, max_drop, trials, limits)
+        below, above = (below, middle) if search.good(middle) else (middle, above)
+    study.notify("search", search.expected, search.expected)
+    if search.best is None:
+        raise _refusal(max_drop, search.trials, limits)
+    return _noting(*search.best, max_drop, search.trials, limits)
 
 
-def _try(study: Study, mem: float, mac: float | None, trials: list[_Trial], expected: int) -> None:
-    """Try a budget; one that cannot be met together with the MACs is passed over."""
-    study.notify(f"search: memory {mem:.3f}", len(trials), expected)
-    try:
-        solution = study.solve(Budget(mem=mem, mac=mac))
-    except BudgetError:
-        return
-    if solution.calibration is not None:
-        trials.append(_Trial(mem, solution, solution.calibration.quality))
-
-
-def _noting(best: _Trial, max_drop: float, trials: list[_Trial], limits: Budget | None) -> Solution:
+def _noting(
+    best: _Trial,
+    solution: Solution,
+    max_drop: float,
+    trials: list[_Trial],
+    limits: Budget | None,
+) -> Solution:
     quality = best.quality
     note = (
         f"--max-drop {max_drop:g}: {quality.measure} {quality.after:.4g} (of the original "
@@ -115,7 +132,7 @@ def _noting(best: _Trial, max_drop: float, trials: list[_Trial], limits: Budget 
     if worse:
         next_one = max(worse, key=lambda trial: trial.mem)
         note += f"; memory {next_one.mem:.3f} would lose {next_one.quality.drop:.4g}"
-    allocation = best.solution.allocation
+    allocation = solution.allocation
     assert allocation is not None
     allocation = allocation.noting(note)
     if quality.measure != "relative error" and 0 < max_drop < 1 / quality.samples:
@@ -123,7 +140,7 @@ def _noting(best: _Trial, max_drop: float, trials: list[_Trial], limits: Budget 
             f"one of {quality.samples} held-back samples is {1 / quality.samples:.2g}: a drop of "
             f"{max_drop:g} cannot be told from none, give more data"
         )
-    return replace(best.solution, allocation=allocation, budget=limits)
+    return replace(solution, allocation=allocation, budget=limits)
 
 
 def _refusal(max_drop: float, trials: list[_Trial], limits: Budget | None) -> BudgetError:

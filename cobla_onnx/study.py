@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,12 +20,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from cobla_onnx.allocation import Allocation, Budget, WeightError, allocate
 from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.sequential import Step
 from cobla_onnx.analysis import Analysis, analyse
+from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.dataset import Dataset, input_specs
 from cobla_onnx.calibration.labels import Labels, align_labels, read_labels
@@ -32,19 +33,21 @@ from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.errors import BudgetError, ModelError, UsageError
+from cobla_onnx.factors import FactorUnit, replace_layer
 from cobla_onnx.graph.checks import check_structure
+from cobla_onnx.graph.content import model_content
 from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.graph.model_file import load_model, stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
-from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.names import safe_text
+from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
 from cobla_onnx.reporting import make_report
 from cobla_onnx.result import Result
-from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
+from cobla_onnx.rewrite import Replacement, rewrite
 from cobla_onnx.spill import Spill
 from cobla_onnx.verify import verify
 
@@ -84,6 +87,10 @@ class Settings:
     time_limit: float | None = None
     seed: int = 0
     threads: int | None = None
+    workers: int | None = None
+    executor: Executor | None = None
+    dask: str | None = None
+    cache: str | os.PathLike[str] | None = None
     progress: Progress | None = None
 
 
@@ -99,6 +106,8 @@ class Solution:
     allocation : Allocation or None
         None where the plan was given.
     replacements : list of Replacement
+    spill : Spill
+        Holds factors on disk where there are too many for memory.
     calibration : CalibrationReport or None
     history : tuple of Step
     seconds : float
@@ -109,6 +118,7 @@ class Solution:
     plan: Plan
     allocation: Allocation | None
     replacements: list[Replacement]
+    spill: Spill
     calibration: CalibrationReport | None
     history: tuple[Step, ...]
     seconds: float
@@ -128,6 +138,9 @@ class Study:
         None without data.
     settings : Settings
     threads : int
+    pool : Pool
+        Over which layers are factorised.
+    cache : Cache or None
     seconds : float
         Time that the analysis took.
     notify : callable
@@ -140,6 +153,8 @@ class Study:
     calibrated: Calibrated | None
     settings: Settings
     threads: int
+    pool: Pool
+    cache: Cache | None = None
     seconds: float = 0.0
     notify: Progress = field(default=lambda stage, done, total: None, repr=False)
 
@@ -170,15 +185,18 @@ class Study:
             assert budget is not None
             allocation = self._allocate(budget)
             plan = self.analysis.plan(allocation.choices)
-        if self.calibrated is None:
-            replacements = _factorise(self.model, self.analysis, plan, self.notify)
-        else:
-            replacements = self.calibrated.factorise(plan)
+        spill = Spill()
+        replacements = spill.replacements(
+            _factorise(self.model, self.analysis, plan, self.pool, self.cache, self.notify)
+            if self.calibrated is None
+            else self.calibrated.factorise(plan)
+        )
         return Solution(
             budget,
             plan,
             allocation,
             replacements,
+            spill,
             None if self.calibrated is None else self.calibrated.report(),
             () if self.calibrated is None else tuple(self.calibrated.history),
             time.perf_counter() - started,
@@ -214,8 +232,7 @@ class Study:
         VerificationError
         """
         started = time.perf_counter()
-        spill = Spill()
-        replacements = spill.replacements(solution.replacements)
+        replacements = solution.replacements
         compressed = rewrite(self.model, replacements) if replacements else self.model
         _check_budget(self.analysis, solution.budget, solution.plan, compressed)
         verification = None
@@ -231,8 +248,12 @@ class Study:
                 threads=self.threads,
             )
             self.notify("verify", 1, 1)
+        analysis = self.analysis
+        if self.cache is not None:
+            notes = dict.fromkeys((*analysis.notes, *self.cache.notes))
+            analysis = replace(analysis, notes=tuple(notes))
         report = make_report(
-            self.analysis,
+            analysis,
             solution.budget,
             solution.plan,
             solution.allocation,
@@ -246,7 +267,13 @@ class Study:
         )
         external = any(map(is_external, self.model.graph.initializer))
         return Result(
-            compressed, solution.plan, report, self.source, spill, external, solution.history
+            compressed,
+            solution.plan,
+            report,
+            self.source,
+            solution.spill,
+            external,
+            solution.history,
         )
 
 
@@ -277,7 +304,13 @@ def open_study(
     needed = _objective(settings.objective, settings.data)
     if settings.labels is not None and settings.data is None:
         raise UsageError("--labels: are those of the data; give --data too")
-    with _naming(source), threadpool_limits(threads), _opened(proto, settings) as dataset:
+    kept = None if settings.cache is None else Cache(settings.cache)
+    with (
+        _naming(source),
+        one_thread,
+        choose_pool(threads, settings.workers, settings.executor, settings.dask) as pool,
+        _opened(proto, settings) as dataset,
+    ):
         analysis = analyse(
             proto,
             input_shapes=settings.input_shapes or {},
@@ -288,8 +321,12 @@ def open_study(
             macs_needed=macs_needed,
             threads=threads,
             progress=notify,
-            see=None if dataset is None else _see(proto, dataset, settings.batch, threads, notify),
+            see=None
+            if dataset is None
+            else _see(proto, dataset, settings.batch, pool, kept, notify),
             weigh=needed != "weights",
+            pool=pool,
+            cache=kept,
         )
         calibrated = None
         if dataset is not None:
@@ -305,10 +342,14 @@ def open_study(
                 notify,
                 classes,
                 settings.refit,
+                pool,
+                kept,
             )
         seconds = time.perf_counter() - started
         try:
-            yield Study(proto, source, analysis, calibrated, settings, threads, seconds, notify)
+            yield Study(
+                proto, source, analysis, calibrated, settings, threads, pool, kept, seconds, notify
+            )
         finally:
             if analysis.seen is not None:
                 analysis.seen.close()
@@ -385,14 +426,25 @@ def _opened(model: onnx.ModelProto, settings: Settings) -> Iterator[Dataset | No
 
 
 def _see(
-    model: onnx.ModelProto, dataset: Dataset, batch: int, threads: int, progress: Progress
+    model: onnx.ModelProto,
+    dataset: Dataset,
+    batch: int,
+    pool: Pool,
+    cache: Cache | None,
+    progress: Progress,
 ) -> Callable[[Sequence[Layer]], Seen]:
+    key = ""
+    if cache is not None:
+        key = digest(model_content(model), dataset.content(dataset.calibration), batch)
+
     def see(layers: Sequence[Layer]) -> Seen:
         return Seen(
             model,
             layers,
             lambda: dataset.batches(dataset.calibration, batch),
-            threads=threads,
+            pool=pool,
+            cache=cache,
+            key=key,
             progress=partial(progress, "second moments"),
         )
 
@@ -407,17 +459,25 @@ def available_cores() -> int:
 
 
 def _factorise(
-    model: onnx.ModelProto, analysis: Analysis, plan: Plan, progress: Progress
-) -> list[Replacement]:
+    model: onnx.ModelProto,
+    analysis: Analysis,
+    plan: Plan,
+    pool: Pool,
+    cache: Cache | None,
+    progress: Progress,
+) -> Iterator[Replacement]:
+    """Factorise the chosen layers over the pool, one after the other."""
     chosen: list[Decision] = [d for d in plan.decisions if d.scheme is not None]
-    replacements = []
-    for number, decision in enumerate(chosen):
+    units = (
+        FactorUnit(*found, pool.carry(read_weight(model, found[0])), cache)
+        for found in map(analysis.resolve, chosen)
+    )
+    for number, factored in enumerate(pool.map(replace_layer, units)):
         progress("factorise", number, len(chosen))
-        layer, scheme, rank = analysis.resolve(decision)
-        factors = factorize(scheme.matrix(read_weight(model, layer)), rank)
-        replacements.append(make_replacement(layer, scheme, factors))
+        if cache is not None:
+            cache.notes += factored.notes
+        yield factored.replacement
     progress("factorise", len(chosen), len(chosen))
-    return replacements
 
 
 def _check_budget(

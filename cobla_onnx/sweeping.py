@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -175,6 +176,10 @@ def sweep(
     time_limit: float | None = None,
     seed: int = 0,
     threads: int | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    dask: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
     """Compress a model to many budgets; it is analysed once.
@@ -191,7 +196,9 @@ def sweep(
         See `Result.save`.
     solver, objective, input_shapes, include, exclude, min_size, scheme, data, samples, batch
         As those of `compress`.
-    images, labels, loss, refit, time_limit, seed, threads, progress
+    images, labels, loss, refit, time_limit, seed, threads
+        As those of `compress`.
+    workers, executor, dask, cache, progress
         As those of `compress`.
 
     Returns
@@ -236,6 +243,10 @@ def sweep(
         time_limit=time_limit,
         seed=seed,
         threads=threads,
+        workers=workers,
+        executor=executor,
+        dask=dask,
+        cache=cache,
         progress=progress,
     )
     folder = None if out_dir is None else _folder(Path(out_dir))

@@ -35,6 +35,7 @@ class Curve:
         from cobla_onnx.allocation.allocate import Certificate
         from cobla_onnx.plan import Plan
         from cobla_onnx.report import CalibrationReport
+        from cobla_onnx.spill import Spill
         from cobla_onnx.study import Solution
 
         if budget.mem < self.least:
@@ -44,7 +45,7 @@ class Curve:
         quality = Quality("agreement", 1.0, 1.0 - drop, drop, 1000)
         report = CalibrationReport("data", 4000, 1000, {}, 0.0, 0.0, quality)
         proof = Certificate("milp", "output", 0.0, 0.0, 0.0, {}, {})
-        return Solution(budget, Plan(()), Allocation((), proof), [], report, (), 0.0)
+        return Solution(budget, Plan(()), Allocation((), proof), [], Spill(), report, (), 0.0)
 
 
 def found(curve, max_drop, limits=None):

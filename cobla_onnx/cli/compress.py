@@ -53,6 +53,9 @@ def compress(
     scheme: options.SchemeOption = options.Scheme.auto,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    workers: options.Workers = None,
+    dask: options.Dask = None,
+    cache: options.CacheFolder = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but write the model.")
     ] = False,
@@ -120,6 +123,9 @@ def compress(
             plan=plan,
             seed=seed,
             threads=threads,
+            workers=workers,
+            dask=dask,
+            cache=cache,
             progress=progress,
         )
     if not dry_run:

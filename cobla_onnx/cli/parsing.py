@@ -50,12 +50,12 @@ def share(option: str, text: str | None) -> float | None:
     """Parse ``1%`` or ``0.01``."""
     if text is None:
         return None
-    number, percent, rest = text.partition("%")
+    number = text.removesuffix("%")
     try:
-        value = float(number) / (100 if percent else 1)
+        value = float(number) / (1 if number == text else 100)
     except ValueError:
-        rest = text
-    if rest or not math.isfinite(value):
+        value = math.nan
+    if not math.isfinite(value):
         raise UsageError(f"{option} {text}: is not a share; write e.g. 1% or 0.01")
     return value
 

@@ -56,6 +56,9 @@ def sweep(
     scheme: options.SchemeOption = options.Scheme.auto,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    workers: options.Workers = None,
+    dask: options.Dask = None,
+    cache: options.CacheFolder = None,
     external_data: options.ExternalDataOption = options.ExternalData.auto,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -103,6 +106,9 @@ def sweep(
             time_limit=time_limit,
             seed=seed,
             threads=threads,
+            workers=workers,
+            dask=dask,
+            cache=cache,
             progress=progress,
         )
     if csv is not None:
