@@ -40,6 +40,7 @@ from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.graph.model_file import load_model, stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
+from cobla_onnx.holding import explain
 from cobla_onnx.names import safe_text
 from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.plan import Decision, Plan
@@ -183,7 +184,11 @@ class Study:
         allocation = None
         if plan is None:
             assert budget is not None
-            allocation = self._allocate(budget)
+            try:
+                allocation = self._allocate(budget)
+            except BudgetError as error:
+                given = bool(self.settings.include), bool(self.settings.exclude)
+                raise explain(error, self.model, self.analysis, *given) from error
             plan = self.analysis.plan(allocation.choices)
         spill = Spill()
         replacements = spill.replacements(

@@ -154,6 +154,13 @@ def test_help_and_version_are_quick_and_load_nothing_heavy():
         (["TEXT", "OUT", "--mem", "0.5"], 3, "not an ONNX model"),
         (["IN", "OUT", "--mem", "0.001"], 4, "below the least reachable 0.0"),
         (["IN", "OUT", "--mem", "0.5", "--exclude", "*"], 4, "least reachable 1"),
+        (
+            ["IN", "OUT", "--mem", "0.1", "--exclude", "stage3*"],
+            4,
+            "left out by --exclude hold 0.30",
+        ),
+        (["IN", "OUT", "--mem", "0.1", "--include", "h*"], 4, "left out by --include hold 0.9"),
+        (["IN", "OUT", "--mem", "0.1", "--min-size", "40000"], 4, "lower --min-size"),
         (["IN", "no/such/folder/out.onnx", "--mem", "0.5"], 6, "folder does not exist"),
         (["IN", ".", "--mem", "0.5"], 6, "is a directory"),
     ],

@@ -165,6 +165,7 @@ def unreachable(constraints: Sequence[Constraint], least: dict[str, int]) -> Bud
     others = [f"--{c.name} {c.fraction:g}" for c in constraints if c.name not in least]
     within = f" together with {' and '.join(others)}" if others and len(constraints) > 1 else ""
     return BudgetError(
-        f"{' and '.join(parts)}{within}; raise it, or let more layers be factorised",
+        f"{' and '.join(parts)}{within}",
         fractions,
+        "raise it, or let more layers be factorised",
     )

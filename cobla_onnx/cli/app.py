@@ -36,7 +36,6 @@ class MainCommandGroup(TyperGroup):
 app = typer.Typer(
     cls=MainCommandGroup,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

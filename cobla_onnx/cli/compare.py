@@ -27,7 +27,9 @@ def compare(
     seed: options.Seed = 0,
     threads: options.Threads = None,
     json: options.Json = False,
+    config: options.Config = None,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
     """Compare outputs, size, MACs and latency of any two models with the same inputs.
@@ -39,7 +41,7 @@ def compare(
 
     shapes = parsing.input_shapes(input_shape)
     images = parsing.image_options(mean, std, scale, channel_order, layout)
-    with terminal.progress(quiet) as progress:
+    with terminal.progress(quiet, verbose) as progress:
         found = run(
             first,
             second,

@@ -79,7 +79,10 @@ def compress(
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.json", help="Apply such a plan; limits that are set hold."),
     ] = None,
+    json: options.Json = False,
+    config: options.Config = None,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
     """Write a smaller, low-rank ONNX model that was verified in onnxruntime.
@@ -100,7 +103,7 @@ def compress(
     plan = None if plan_in is None else Plan.read(plan_in)
     budget = None if mem is None and mac is None else Budget(mem=mem, mac=mac)
     images = parsing.image_options(mean, std, scale, channel_order, layout)
-    with terminal.progress(quiet) as progress:
+    with terminal.progress(quiet, verbose) as progress:
         result = run(
             input,
             budget,
@@ -136,6 +139,5 @@ def compress(
         result.save_history(history)
     if plan_out is not None:
         result.plan.save(plan_out)
-    if not quiet:
-        terminal.show(result.report)
-        typer.echo("dry run: nothing was written" if dry_run else f"written: {output}")
+    last = "dry run: nothing was written" if dry_run else f"written: {output}"
+    terminal.result(result.report, json=json, quiet=quiet, last=last)

@@ -24,7 +24,9 @@ def inspect(
     scheme: options.SchemeOption = options.Scheme.auto,
     threads: options.Threads = None,
     json: options.Json = False,
+    config: options.Config = None,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
     """Show layers, costs, spectra and what is within reach; nothing is written.
@@ -36,7 +38,7 @@ def inspect(
 
     shapes = parsing.input_shapes(input_shape)
     images = parsing.image_options(mean, std, scale, channel_order, layout)
-    with terminal.progress(quiet) as progress:
+    with terminal.progress(quiet, verbose) as progress:
         found = run(
             input,
             input_shapes=shapes,

@@ -75,7 +75,7 @@ def spread(option: str, text: str | None) -> tuple[float, ...] | None:
     return tuple(dict.fromkeys(values))
 
 
-def _spread(low: str, high: str | None = None, count: str = "2") -> list[float]:
+def _spread(low: str, high: str | None = None, count: str = "") -> list[float]:
     if high is None:
         return [float(low)]
     start, stop, points = float(low), float(high), int(count)

@@ -61,7 +61,9 @@ def sweep(
     cache: options.CacheFolder = None,
     external_data: options.ExternalDataOption = options.ExternalData.auto,
     json: options.Json = False,
+    config: options.Config = None,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
     """Compress to many budgets from one analysis, and show the Pareto front.
@@ -83,7 +85,7 @@ def sweep(
     budgets = [Budget(mem=m, mac=c) for m, c in pairs]
     shapes = parsing.input_shapes(input_shape)
     images = parsing.image_options(mean, std, scale, channel_order, layout)
-    with terminal.progress(quiet) as progress:
+    with terminal.progress(quiet, verbose) as progress:
         found = run(
             input,
             budgets,
