@@ -128,7 +128,17 @@ class CalibrationReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What was decided and measured. `to_dict` documents the JSON's keys by its fields."""
+    """What was decided and measured. `to_dict` documents the JSON's keys by its fields.
+
+    Examples
+    --------
+    >>> from cobla_onnx import Budget, compress
+    >>> report = compress("models/digits.onnx", Budget(mem=0.5)).report
+    >>> report.budget["mem"].reached <= report.budget["mem"].limit
+    True
+    >>> report.layers[0].name, report.verification.data
+    ('stem/conv', 'random')
+    """
 
     input: str | None
     output: str | None
