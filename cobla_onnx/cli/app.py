@@ -50,6 +50,8 @@ def cobla_onnx(version: options.Version = False) -> None:
     """Make ONNX models smaller by low-rank factorisation under hard budgets.
 
     The main job needs no command's name: cobla-onnx IN OUT --mem 0.3
+
+    Its options: cobla-onnx compress --help
     """
 
 

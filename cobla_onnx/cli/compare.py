@@ -32,10 +32,11 @@ def compare(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compare outputs, size, MACs and latency of any two models with the same inputs.
+    """Compare outputs, size, MACs and latency of two models.
 
-    Without --data inputs are random, which says little about real ones. Latency is that of
-    one sample in onnxruntime on this machine, both models in turn.
+    Any two with the same inputs and outputs. Without --data inputs are random, which says
+    little about real ones. Latency is that of one sample in onnxruntime on this machine,
+    both models in turn.
     """
     from cobla_onnx.pairing import compare as run
 

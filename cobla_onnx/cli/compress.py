@@ -85,7 +85,7 @@ def compress(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write a smaller, low-rank ONNX model that was verified in onnxruntime.
+    """Write a smaller ONNX model that was verified in onnxruntime.
 
     At least one of --mem, --mac, --max-drop and --plan-in is needed; limits are hard.
     """

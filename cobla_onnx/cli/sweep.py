@@ -66,9 +66,9 @@ def sweep(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compress to many budgets from one analysis, and show the Pareto front.
+    """Compress to many budgets and show the Pareto front.
 
-    Every point is verified in onnxruntime. Loss and agreement are measured on samples of
+    The model is analysed once; every point is verified in onnxruntime. Loss and agreement are measured on samples of
     --data that are held back.
     """
     grid = parsing.spread("--mem", mem), parsing.spread("--mac", mac)
