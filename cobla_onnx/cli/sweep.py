@@ -68,8 +68,8 @@ def sweep(
 ) -> None:
     """Compress to many budgets and show the Pareto front.
 
-    The model is analysed once; every point is verified in onnxruntime. Loss and agreement are measured on samples of
-    --data that are held back.
+    The model is analysed once; every point is verified in onnxruntime. Loss and agreement
+    are measured on samples of --data that are held back.
     """
     grid = parsing.spread("--mem", mem), parsing.spread("--mac", mac)
     for path in plot or ():
