@@ -111,7 +111,8 @@ class CalibrationReport:
     probe_samples : int
         Samples on which layers were truncated one at a time.
     candidates : tuple of float
-        Losses on the selection split of the allocations that were compared.
+        Losses on the selection split of the allocations that were compared, before refit, by
+        what decisions follow (logits where there are classes, see `calibrated`).
     """
 
     source: str
