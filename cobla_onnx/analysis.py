@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -13,6 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
+from cobla_onnx.allocation.grid import EVERY_RANK, RankRule
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.cost import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
@@ -58,6 +59,10 @@ class Analysis:
     notes : tuple of str
     seen : Seen or None
         What the layers saw in the calibration data.
+    shapes : dict of str to Shape
+        Of the model's tensors, as far as they are known.
+    time_total : int or None
+        Nanoseconds of one run of the model, where its layers were timed.
     """
 
     layers: tuple[Layer, ...]
@@ -70,13 +75,15 @@ class Analysis:
     input_shapes: dict[str, Shape]
     notes: tuple[str, ...]
     seen: Seen | None = None
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    time_total: int | None = None
 
     def constraints(self, budget: Budget) -> tuple[Constraint, ...]:
         """Turn a budget into hard integer constraints over the layers' choices."""
-        return budget.constraints(self.curves, self.mem_total, self.mac_total)
+        return budget.constraints(self.curves, self.mem_total, self.mac_total, self.time_total)
 
     def limits(self, budget: Budget) -> dict[str, int]:
-        """Absolute limits of a budget, in bytes and MACs."""
+        """Absolute limits of a budget, in bytes, MACs and nanoseconds."""
         return {constraint.name: constraint.limit for constraint in self.constraints(budget)}
 
     def plan(self, choices: Iterable[Choice | None]) -> Plan:
@@ -158,11 +165,13 @@ def analyse(
     progress: Callable[[str, int, int], None],
     see: Callable[[Sequence[Layer]], Seen] | None = None,
     weigh: bool = True,
+    ranks: RankRule = EVERY_RANK,
 ) -> Analysis:
     """Find a model's layers, count their costs and compute their singular values.
 
     With `see`, which shows the layers the calibration data, singular values and errors are
-    those of the layers' outputs and not of their weights, unless `weigh` is False.
+    those of the layers' outputs and not of their weights, unless `weigh` is False. `ranks`
+    says which ranks are candidates.
 
     Raises
     ------
@@ -188,11 +197,11 @@ def analyse(
             skipped.append(Skipped(layer.name, layer.op, Reason.NOT_A_MATRIX, detail, layer.params))
             continue
         whole = None if macs is None else sum(macs[use.node] for use in layer.uses)
-        found = _curves(
-            model, layer, schemes_for(layer, scheme), shapes, whole, seen if weigh else None
-        )
+        options, refusal = _options(layer, schemes_for(layer, scheme), shapes, whole, ranks)
+        found = _curves(model, layer, options, seen if weigh else None)
         if not found:
-            skipped.append(Skipped(layer.name, layer.op, Reason.NO_GAIN, "", layer.params))
+            reason, detail = (Reason.NO_GAIN, "") if options else refusal
+            skipped.append(Skipped(layer.name, layer.op, reason, detail, layer.params))
             continue
         layers.append(layer)
         schemes.append(tuple(one for one, _ in found))
@@ -212,6 +221,7 @@ def analyse(
         known,
         notes,
         seen,
+        shapes,
     )
 
 
@@ -302,18 +312,29 @@ def _costs(
     return shapes, None if unknown else macs, (note,)
 
 
-def _curves(
-    model: onnx.ModelProto,
+@dataclass(frozen=True)
+class _Option:
+    """A scheme, its candidate ranks and its costs per unit of rank."""
+
+    scheme: Scheme
+    ranks: NDArray[np.int64]
+    bytes_per_rank: int
+    macs_per_rank: int | None
+
+
+def _options(
     layer: Layer,
     schemes: Sequence[Scheme],
     shapes: Mapping[str, Shape],
     macs_whole: int | None,
-    seen: Seen | None,
-) -> list[tuple[Scheme, Curve]]:
-    """One curve for each scheme that makes the layer smaller, and not slower, at some rank."""
+    rule: RankRule,
+) -> tuple[list[_Option], tuple[Reason, str]]:
+    """Schemes that make the layer smaller and not slower at some rank; why there is none."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
-    found = []
-    candidates = []
+    blocked = layer.op == "Conv" and len(layer.shape) == 4
+    grid = rule.convolution if blocked else rule.product
+    pointwise = blocked and layer.shape[2:] == (1, 1)
+    options, most_of_all = [], 0
     for scheme in schemes:
         bytes_per_rank = scheme.params_per_rank() * dtype.itemsize
         most = min(*scheme.matrix_shape()[1:], (layer.stored_bytes - 1) // bytes_per_rank)
@@ -323,20 +344,39 @@ def _curves(
             macs_per_rank = sum(count for count in each if count is not None)
             if None in each or macs_per_rank == 0:
                 continue
-            most = min(most, macs_whole // macs_per_rank)
-        if most >= 1:
-            candidates.append((scheme, most, bytes_per_rank, macs_per_rank))
-    if not candidates:
+            most_of_all = max(most_of_all, min(most, macs_whole // macs_per_rank))
+            most = min(most, rule.most(macs_whole, macs_per_rank, pointwise=pointwise))
+        most_of_all = max(most_of_all, most)
+        ranks = grid.candidates(most)
+        if len(ranks):
+            options.append(_Option(scheme, ranks, bytes_per_rank, macs_per_rank))
+    if most_of_all < 1:
+        return options, (Reason.NO_GAIN, "")
+    return options, (Reason.NOT_FASTER, f"no rank below {most_of_all + 1} in {grid}")
+
+
+def _curves(
+    model: onnx.ModelProto, layer: Layer, options: Sequence[_Option], seen: Seen | None
+) -> list[tuple[Scheme, Curve]]:
+    """One curve for each scheme, with its singular values or its errors."""
+    if not options:
         return []
+    found = []
     weight = read_weight(model, layer)
-    for scheme, most, bytes_per_rank, macs_per_rank in candidates:
+    for option in options:
         if seen is None:
-            spectrum: Spectrum | None = (singular_values(scheme.matrix(weight)), None)
+            spectrum: Spectrum | None = (singular_values(option.scheme.matrix(weight)), None)
         else:
-            spectrum = seen.spectrum(layer, scheme, weight, most)
+            spectrum = seen.spectrum(layer, option.scheme, weight, int(option.ranks[-1]))
         if spectrum is not None:
-            ranks = np.arange(1, most + 1)
             values, errors = spectrum
-            curve = Curve(scheme.name, values, ranks, bytes_per_rank, macs_per_rank, errors)
-            found.append((scheme, curve))
+            curve = Curve(
+                option.scheme.name,
+                values,
+                option.ranks,
+                option.bytes_per_rank,
+                option.macs_per_rank,
+                errors,
+            )
+            found.append((option.scheme, curve))
     return found

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,7 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from cobla_onnx.allocation import Allocation, Budget, WeightError, allocate
+from cobla_onnx.allocation import Allocation, Budget, Constraint, WeightError, allocate
+from cobla_onnx.allocation.grid import RankMultiple, RankRule, rank_rule
 from cobla_onnx.analysis import Analysis, analyse
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.dataset import Dataset, input_specs
@@ -29,14 +31,19 @@ from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.graph.model_file import load_model, stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
+from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.lowrank.factorize import factorize
+from cobla_onnx.machine import convolution_block
 from cobla_onnx.names import safe_text
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
+from cobla_onnx.report import LatencyReport
 from cobla_onnx.reporting import make_report
 from cobla_onnx.result import Result
 from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
+from cobla_onnx.runtime import CPU, execution_provider
 from cobla_onnx.spill import Spill
+from cobla_onnx.timed import Timed, open_profile
 from cobla_onnx.verify import verify
 
 __all__ = ["compress"]
@@ -63,6 +70,10 @@ def compress(
     loss: LossName = "auto",
     refit: bool = True,
     time_limit: float | None = None,
+    rank_multiple: RankMultiple = "auto",
+    provider: str | None = None,
+    profile: str | os.PathLike[str] | None = None,
+    measure_latency: bool = False,
     plan: Plan | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -75,7 +86,7 @@ def compress(
     model : ModelProto or path
         It is not changed.
     budget : Budget
-        Fractions of the original's weight bytes and MACs to keep at most.
+        Fractions of the original's weight bytes, MACs and running time to keep at most.
     solver : {'slsqp', 'milp'}
         ``slsqp`` relaxes the masks, solves and rounds (COBLA); ``milp`` solves the
         separable integer problem alone.
@@ -114,6 +125,17 @@ def compress(
     time_limit : float, optional
         Seconds that the search by the network's loss may take. The result then depends on
         the machine's speed.
+    rank_multiple : 'auto' or int
+        Ranks are multiples of it. ``auto``: every rank under a budget of memory alone, else
+        those that the CPU computes without waste; see `rank_rule`.
+    provider : str, optional
+        onnxruntime's execution provider for all runs of the model; the CPU's.
+    profile : path, optional
+        Measured times are read from this file and added to it, so that the same plan
+        comes again. With a latency budget or `measure_latency`.
+    measure_latency : bool
+        Measure the time of the original and the result for the report; with a latency
+        budget that is always done.
     plan : Plan, optional
         Apply these decisions instead of solving; the budget still holds.
     seed : int
@@ -145,14 +167,26 @@ def compress(
     threads = threads or _cores()
     notify = progress or (lambda stage, done, total: None)
     needed = _objective(objective, data)
+    timing = measure_latency or budget.latency is not None
+    if profile is not None and not timing:
+        raise UsageError("--profile: is of times; give --latency or --measure-latency too")
     if labels is not None and data is None:
         raise UsageError("--labels: are those of the data; give --data too")
     shapes = input_shapes or {}
     with (
         _naming(source),
         threadpool_limits(threads),
+        execution_provider(provider) as running_on,
         _opened(proto, shapes, data, samples, images) as dataset,
     ):
+        times = open_profile(profile, threads) if timing else None
+        rule = rank_rule(
+            rank_multiple,
+            mac=budget.mac is not None,
+            latency=budget.latency is not None,
+            block=convolution_block(),
+            cpu=running_on == CPU,
+        )
         analysis = analyse(
             proto,
             input_shapes=shapes,
@@ -160,12 +194,19 @@ def compress(
             exclude=exclude,
             min_size=min_size,
             scheme=scheme,
-            macs_needed=budget.mac is not None,
+            macs_needed=budget.mac is not None or budget.latency is not None,
             threads=threads,
             progress=notify,
             see=None if dataset is None else _see(proto, dataset, batch, threads, notify),
             weigh=needed != "weights",
+            ranks=rule,
         )
+        timed = None
+        if times is not None:
+            stopwatch = Stopwatch(threads)
+            timed = Timed(proto, analysis, times, profile, seed, notify, stopwatch)
+            if budget.latency is not None and plan is None:
+                analysis = timed.table()
         calibrated = None
         if dataset is not None:
             classes = _labels(labels, dataset)
@@ -175,14 +216,19 @@ def compress(
             )
         allocation: Allocation | None = None
         if plan is None:
-            constraints = analysis.constraints(budget)
-            if needed == "weights" or calibrated is None:
+
+            def choose(constraints: Sequence[Constraint]) -> Allocation:
+                if needed != "weights" and calibrated is not None:
+                    return calibrated.choose(constraints, solver, needed, time_limit)
                 notify("allocate", 0, 1)
-                allocation = allocate(
-                    analysis.curves, WeightError(analysis.curves), constraints, solver=solver
-                )
-            else:
-                allocation = calibrated.choose(constraints, solver, needed, time_limit)
+                loss = WeightError(analysis.curves)
+                return allocate(analysis.curves, loss, constraints, solver=solver)
+
+            with _hinting(rule):
+                if timed is not None and budget.latency is not None:
+                    allocation = timed.choose(analysis, budget, choose)
+                else:
+                    allocation = choose(analysis.constraints(budget))
             plan = analysis.plan(allocation.choices)
         if calibrated is None:
             replacements = _factorise(proto, analysis, plan, notify)
@@ -205,6 +251,10 @@ def compress(
                 threads=threads,
             )
             notify("verify", 1, 1)
+        latency: LatencyReport | None = None
+        notes: tuple[str, ...] = ()
+        if timed is not None:
+            latency, notes = timed.report(compressed, plan, budget.latency)
         if analysis.seen is not None:
             analysis.seen.close()
     report = make_report(
@@ -219,6 +269,9 @@ def compress(
         seconds=time.perf_counter() - started,
         seed=seed,
         threads=threads,
+        provider=running_on,
+        latency=latency,
+        more_notes=notes,
     )
     external = any(map(is_external, proto.graph.initializer))
     history = () if calibrated is None else tuple(calibrated.history)
@@ -251,6 +304,17 @@ def _naming(source: Path | None) -> Iterator[None]:
             f"{shown}: needs more memory than there is; use a machine with more, or give "
             "smaller --input-shape"
         ) from error
+
+
+@contextmanager
+def _hinting(rule: RankRule) -> Iterator[None]:
+    """Say that more ranks could be had, where a budget cannot be met."""
+    try:
+        yield
+    except BudgetError as error:
+        if rule.complete:
+            raise
+        raise BudgetError(f"{error}; --rank-multiple 1 allows more ranks", error.least) from error
 
 
 def _objective(objective: ObjectiveName, data: Any) -> Literal["weights", "output", "loss"]:
@@ -326,9 +390,11 @@ def _factorise(
 def _check_budget(
     analysis: Analysis, budget: Budget, plan: Plan, compressed: onnx.ModelProto
 ) -> None:
-    """Count again, from the result itself: budgets are hard."""
+    """Count again, from the result itself: budgets are hard. Times are measured elsewhere."""
+    if budget.mem is None and budget.mac is None:
+        return
     reached = {"mem": stored_bytes(compressed), "mac": analysis.macs_after(plan)}
-    for name, limit in analysis.limits(budget).items():
+    for name, limit in analysis.limits(replace(budget, latency=None)).items():
         cost = reached[name]
         if cost is None or cost > limit:
             raise BudgetError(

@@ -119,7 +119,7 @@ def test_nonsense_budgets_are_refused(value):
 
 
 def test_a_budget_is_needed_and_one_is_met_by_keeping_all():
-    with pytest.raises(UsageError, match="--mem or --mac"):
+    with pytest.raises(UsageError, match="--mem, --mac or --latency"):
         Budget()
     layers = layers_of(1, 4, 6)
     result = allocate(
