@@ -24,6 +24,10 @@ def compress(
         Optional[float],  # noqa: UP045
         typer.Option(metavar="F", help="Keep at most this fraction of the MACs."),
     ] = None,
+    latency: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="F", help="Take at most this fraction of the time, measured here."),
+    ] = None,
     data: options.DataPath = None,
     samples: options.Samples = None,
     batch: options.Batch = 16,
@@ -43,6 +47,10 @@ def compress(
     exclude: options.Exclude = None,
     min_size: options.MinSize = 0,
     scheme: options.SchemeOption = options.Scheme.auto,
+    rank_multiple: options.RankMultiple = "auto",
+    provider: options.Provider = None,
+    profile: options.ProfileFile = None,
+    measure_latency: options.MeasureLatency = False,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     dry_run: Annotated[
@@ -65,7 +73,7 @@ def compress(
 ) -> None:
     """Write a smaller, low-rank ONNX model that was verified in onnxruntime.
 
-    At least one of --mem and --mac is needed; both are hard limits.
+    At least one of --mem, --mac and --latency is needed; all are hard limits.
     """
     from cobla_onnx.compression import compress as run
     from cobla_onnx.result import check_paths
@@ -73,10 +81,10 @@ def compress(
     shapes = parsing.input_shapes(input_shape)
     if report is not None and report.suffix != ".json":
         raise UsageError(f"--report {report}: only .json is known; give a name that ends in .json")
-    check_paths(input, output, report, history, in_place=in_place)
+    check_paths(input, output, report, history, profile, in_place=in_place)
     from cobla_onnx.allocation import Budget
 
-    budget = Budget(mem=mem, mac=mac)
+    budget = Budget(mem=mem, mac=mac, latency=latency)
     images = parsing.image_options(mean, std, scale, channel_order, layout)
     with terminal.progress(quiet) as progress:
         result = run(
@@ -97,6 +105,10 @@ def compress(
             loss=loss.value,
             refit=refit,
             time_limit=time_limit,
+            rank_multiple=parsing.rank_multiple(rank_multiple),
+            provider=provider,
+            profile=profile,
+            measure_latency=measure_latency,
             seed=seed,
             threads=threads,
             progress=progress,
