@@ -352,7 +352,7 @@ def _options(
             options.append(_Option(scheme, ranks, bytes_per_rank, macs_per_rank))
     if most_of_all < 1:
         return options, (Reason.NO_GAIN, "")
-    return options, (Reason.NOT_FASTER, f"no rank below {most_of_all + 1} in {grid}")
+    return options, (Reason.NOT_FASTER, "" if grid.complete else str(grid))
 
 
 def _curves(

@@ -48,9 +48,7 @@ class RankGrid:
         return self.step == 1 and (self.block == 1 or self.blocked_below <= 1)
 
     def __str__(self) -> str:
-        if self.blocked_below and self.block != self.step:
-            return f"multiples of {self.block}, from {self.blocked_below} on of {self.step}"
-        return f"multiples of {self.step}"
+        return f"ranks are multiples of {self.block if self.blocked_below else self.step}"
 
 
 @dataclass(frozen=True)

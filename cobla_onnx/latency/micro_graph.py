@@ -109,7 +109,8 @@ def micro_graph(
     if _listed(model, layer):
         value = onnx.helper.make_tensor_value_info(weight_name, layer.type, layer.shape)
         inputs.append(value)
-    output = onnx.helper.make_tensor_value_info(use.output, layer.type, None)
+    shape = _typed_shape(shapes.get(use.output))
+    output = onnx.helper.make_tensor_value_info(use.output, layer.type, shape)
     graph = onnx.helper.make_graph([node], "one layer", inputs, [output], tensors)
     result = onnx.helper.make_model(graph, opset_imports=list(model.opset_import))
     result.ir_version = max(model.ir_version, 4)
