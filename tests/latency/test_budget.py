@@ -65,6 +65,7 @@ def test_time_is_one_more_constraint_beside_memory_and_macs(demo_model, watch):
     assert report.solver.gap < 0.02
 
 
+@pytest.mark.slow
 def test_with_data_the_same_budget_is_met(demo_model, watch):
     watch(efficiency=0.9)
     calibration = demo_model.with_name("digits_calibration.npz")
@@ -155,6 +156,7 @@ def test_the_rank_grid_holds_for_the_plan(demo_model, watch):
         assert all(rank % 12 == 0 for rank in ranks)
 
 
+@pytest.mark.slow
 def test_the_grid_holds_for_the_loss_objective(demo_model):
     calibration = demo_model.with_name("digits_calibration.npz")
     result = compress(
