@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -14,8 +15,11 @@ from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
 from cobla_onnx.allocation.grid import EVERY_RANK, RankRule
+from cobla_onnx.cache import Cache
 from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.seen import spectra as weighted_spectra
 from cobla_onnx.errors import ModelError, UsageError
+from cobla_onnx.factors import ValuesUnit, weight_values
 from cobla_onnx.graph.cost import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.graph.layers import (
     Inventory,
@@ -27,8 +31,8 @@ from cobla_onnx.graph.layers import (
     read_weight,
 )
 from cobla_onnx.graph.model_file import stored_bytes
-from cobla_onnx.lowrank.factorize import singular_values
-from cobla_onnx.lowrank.schemes import Scheme, schemes_for
+from cobla_onnx.lowrank.schemes import Scheme, largest_rank, schemes_for
+from cobla_onnx.parallel import Pool, open_pool
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.runtime import measured_shapes
 
@@ -166,12 +170,15 @@ def analyse(
     see: Callable[[Sequence[Layer]], Seen] | None = None,
     weigh: bool = True,
     ranks: RankRule = EVERY_RANK,
+    pool: Pool | None = None,
+    cache: Cache | None = None,
 ) -> Analysis:
     """Find a model's layers, count their costs and compute their singular values.
 
     With `see`, which shows the layers the calibration data, singular values and errors are
-    those of the layers' outputs and not of their weights, unless `weigh` is False. `ranks`
-    says which ranks are candidates.
+    those of the layers' outputs and not of their weights, unless `weigh` is False. Layers are
+    mapped over `pool`, by default over `threads` of this process. `ranks` says which ranks are
+    candidates.
 
     Raises
     ------
@@ -188,28 +195,29 @@ def analyse(
     if see is not None:
         inventory = _without_unseen(inventory)
     seen = None if see is None else see(inventory.layers)
-    layers, curves, schemes, layer_macs = [], [], [], []
     skipped = list(inventory.skipped)
-    for number, layer in enumerate(inventory.layers):
-        progress("singular values", number, len(inventory.layers))
+    found: list[_Candidate] = []
+    for layer in inventory.layers:
         if _vector_meets_batch(layer, shapes):
             detail = "a stack of matrices meets a vector, or data of unknown rank"
             skipped.append(Skipped(layer.name, layer.op, Reason.NOT_A_MATRIX, detail, layer.params))
             continue
         whole = None if macs is None else sum(macs[use.node] for use in layer.uses)
-        options, refusal = _options(layer, schemes_for(layer, scheme), shapes, whole, ranks)
-        found = _curves(model, layer, options, seen if weigh else None)
-        if not found:
-            reason, detail = (Reason.NO_GAIN, "") if options else refusal
-            skipped.append(Skipped(layer.name, layer.op, reason, detail, layer.params))
+        options, refusal = _options(layer, scheme, shapes, whole, ranks)
+        found.append(_Candidate(layer, whole, options, refusal))
+    with nullcontext(pool) if pool is not None else open_pool(threads) as working:
+        _fill(model, found, seen if weigh else None, working, cache, progress)
+    layers, curves, schemes, layer_macs = [], [], [], []
+    for candidate in found:
+        layer = candidate.layer
+        if not candidate.curves:
+            skipped.append(Skipped(layer.name, layer.op, *candidate.refusal, layer.params))
             continue
         layers.append(layer)
-        schemes.append(tuple(one for one, _ in found))
-        layer_macs.append(whole)
-        curves.append(
-            LayerCurves(layer.name, layer.stored_bytes, whole, tuple(curve for _, curve in found))
-        )
-    progress("singular values", len(inventory.layers), len(inventory.layers))
+        schemes.append(tuple(one for one, _ in candidate.curves))
+        layer_macs.append(candidate.macs)
+        its_curves = tuple(curve for _, curve in candidate.curves)
+        curves.append(LayerCurves(layer.name, layer.stored_bytes, candidate.macs, its_curves))
     return Analysis(
         tuple(layers),
         tuple(curves),
@@ -314,17 +322,33 @@ def _costs(
 
 @dataclass(frozen=True)
 class _Option:
-    """A scheme, its candidate ranks and its costs per unit of rank."""
+    """A scheme that makes a layer smaller, and not slower, at some ranks."""
 
     scheme: Scheme
     ranks: NDArray[np.int64]
     bytes_per_rank: int
     macs_per_rank: int | None
 
+    def curve(self, spectrum: Spectrum) -> Curve:
+        values, errors = spectrum
+        costs = self.bytes_per_rank, self.macs_per_rank
+        return Curve(self.scheme.name, values, self.ranks, *costs, errors)
+
+
+@dataclass
+class _Candidate:
+    """A layer, its MACs, its options, and the curves of those once they are known."""
+
+    layer: Layer
+    macs: int | None
+    options: list[_Option]
+    refusal: tuple[Reason, str]
+    curves: list[tuple[Scheme, Curve]] = field(default_factory=list)
+
 
 def _options(
     layer: Layer,
-    schemes: Sequence[Scheme],
+    wanted: str,
     shapes: Mapping[str, Shape],
     macs_whole: int | None,
     rule: RankRule,
@@ -334,49 +358,84 @@ def _options(
     blocked = layer.op == "Conv" and len(layer.shape) == 4
     grid = rule.convolution if blocked else rule.product
     pointwise = blocked and layer.shape[2:] == (1, 1)
-    options, most_of_all = [], 0
-    for scheme in schemes:
+    options, useful = [], False
+    for scheme in schemes_for(layer, wanted):
         bytes_per_rank = scheme.params_per_rank() * dtype.itemsize
-        most = min(*scheme.matrix_shape()[1:], (layer.stored_bytes - 1) // bytes_per_rank)
+        most = largest_rank(layer, scheme)
         macs_per_rank = None
         if macs_whole is not None:
             each = [scheme.macs_per_rank(use, shapes) for use in layer.uses]
             macs_per_rank = sum(count for count in each if count is not None)
             if None in each or macs_per_rank == 0:
                 continue
-            most_of_all = max(most_of_all, min(most, macs_whole // macs_per_rank))
+            useful |= most >= 1 and macs_whole >= macs_per_rank
             most = min(most, rule.most(macs_whole, macs_per_rank, pointwise=pointwise))
-        most_of_all = max(most_of_all, most)
+        useful |= most >= 1
         ranks = grid.candidates(most)
         if len(ranks):
             options.append(_Option(scheme, ranks, bytes_per_rank, macs_per_rank))
-    if most_of_all < 1:
+    if options or not useful:
         return options, (Reason.NO_GAIN, "")
     return options, (Reason.NOT_FASTER, "" if grid.complete else str(grid))
 
 
-def _curves(
-    model: onnx.ModelProto, layer: Layer, options: Sequence[_Option], seen: Seen | None
-) -> list[tuple[Scheme, Curve]]:
-    """One curve for each scheme, with its singular values or its errors."""
-    if not options:
-        return []
-    found = []
-    weight = read_weight(model, layer)
-    for option in options:
-        if seen is None:
-            spectrum: Spectrum | None = (singular_values(option.scheme.matrix(weight)), None)
-        else:
-            spectrum = seen.spectrum(layer, option.scheme, weight, int(option.ranks[-1]))
-        if spectrum is not None:
-            values, errors = spectrum
-            curve = Curve(
-                option.scheme.name,
-                values,
-                option.ranks,
-                option.bytes_per_rank,
-                option.macs_per_rank,
-                errors,
+def _fill(
+    model: onnx.ModelProto,
+    candidates: Sequence[_Candidate],
+    seen: Seen | None,
+    pool: Pool,
+    cache: Cache | None,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Compute the curves of all options, the largest layers first."""
+    order = [c for c in candidates if c.options]
+    order.sort(key=lambda c: max(min(o.scheme.matrix_shape()[1:]) for o in c.options), reverse=True)
+    found = zip(order, _spectra(model, order, seen, pool, cache), strict=True)
+    for number, (candidate, spectra) in enumerate(found):
+        progress("singular values", number, len(order))
+        candidate.curves = [
+            (option.scheme, option.curve(spectrum))
+            for option, spectrum in zip(candidate.options, spectra, strict=True)
+            if spectrum is not None
+        ]
+    progress("singular values", len(order), len(order))
+
+
+def _spectra(
+    model: onnx.ModelProto,
+    candidates: Sequence[_Candidate],
+    seen: Seen | None,
+    pool: Pool,
+    cache: Cache | None,
+) -> Iterator[list[Spectrum | None]]:
+    """Yield for each candidate the spectra of its options."""
+    if seen is None:
+        values_units = (
+            ValuesUnit(
+                tuple(option.scheme for option in c.options),
+                pool.carry(read_weight(model, c.layer)),
+                cache,
             )
-            found.append((option.scheme, curve))
-    return found
+            for c in candidates
+        )
+        for values in pool.map(weight_values, values_units):
+            _note(cache, values.notes)
+            yield [(one, None) for one in values.values]
+        return
+    units = (
+        seen.unit(
+            c.layer,
+            [(option.scheme, int(option.ranks[-1])) for option in c.options],
+            pool.carry(read_weight(model, c.layer)),
+        )
+        for c in candidates
+    )
+    for found in pool.map(weighted_spectra, units):
+        _note(cache, found.notes)
+        yield list(found.spectra)
+
+
+def _note(cache: Cache | None, notes: list[str]) -> None:
+    """Take over what a unit of work has to say about its own copy of the cache."""
+    if cache is not None:
+        cache.notes += notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,11 +15,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from cobla_onnx.allocation import Allocation, Budget, Constraint, WeightError, allocate
 from cobla_onnx.allocation.grid import RankMultiple, RankRule, rank_rule
 from cobla_onnx.analysis import Analysis, analyse
+from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.dataset import Dataset, input_specs
 from cobla_onnx.calibration.labels import Labels, align_labels, read_labels
@@ -26,21 +27,23 @@ from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.errors import BudgetError, ModelError, UsageError
+from cobla_onnx.factors import FactorUnit, replace_layer
 from cobla_onnx.graph.checks import check_structure
+from cobla_onnx.graph.content import model_content
 from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.graph.model_file import load_model, stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.latency.timing import Stopwatch
-from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.machine import convolution_block
 from cobla_onnx.names import safe_text
+from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import LatencyReport
 from cobla_onnx.reporting import make_report
 from cobla_onnx.result import Result
-from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
+from cobla_onnx.rewrite import Replacement, rewrite
 from cobla_onnx.runtime import CPU, execution_provider
 from cobla_onnx.spill import Spill
 from cobla_onnx.timed import Timed, open_profile
@@ -77,6 +80,10 @@ def compress(
     plan: Plan | None = None,
     seed: int = 0,
     threads: int | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    dask: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Compress a model so that it fits a budget, and verify it in onnxruntime.
@@ -141,7 +148,19 @@ def compress(
     seed : int
         For the random inputs of the verification.
     threads : int, optional
-        For linear algebra and onnxruntime; as many as there are cores.
+        Layers or samples that are worked on at a time, and onnxruntime's threads; as many as
+        there are cores. The result does not depend on it but for onnxruntime's rounding.
+    workers : int, optional
+        Processes of our own to which layers and shards of samples are given, in place of
+        threads. The result is the same.
+    executor : concurrent.futures.Executor, optional
+        The same over an executor of yours, which stays open: a process pool, or
+        ``dask.distributed.Client(...).get_executor()``.
+    dask : str, optional
+        The same over the dask cluster whose scheduler has this address.
+    cache : path, optional
+        A folder that keeps singular values and vectors, second moments and measured losses
+        by the content that they come from: another budget on the same model finds them.
     progress : callable, optional
         Called with (stage, done, total).
 
@@ -173,9 +192,11 @@ def compress(
     if labels is not None and data is None:
         raise UsageError("--labels: are those of the data; give --data too")
     shapes = input_shapes or {}
+    kept = None if cache is None else Cache(cache)
     with (
         _naming(source),
-        threadpool_limits(threads),
+        one_thread,
+        choose_pool(threads, workers, executor, dask) as pool,
         execution_provider(provider) as running_on,
         _opened(proto, shapes, data, samples, images) as dataset,
     ):
@@ -197,9 +218,11 @@ def compress(
             macs_needed=budget.mac is not None or budget.latency is not None,
             threads=threads,
             progress=notify,
-            see=None if dataset is None else _see(proto, dataset, batch, threads, notify),
+            see=None if dataset is None else _see(proto, dataset, batch, pool, kept, notify),
             weigh=needed != "weights",
             ranks=rule,
+            pool=pool,
+            cache=kept,
         )
         timed = None
         if times is not None:
@@ -212,7 +235,17 @@ def compress(
             classes = _labels(labels, dataset)
             measure: LossName = loss if classes is None else "ce"
             calibrated = Calibrated(
-                proto, analysis, dataset, batch, measure, threads, notify, classes, refit
+                proto,
+                analysis,
+                dataset,
+                batch,
+                measure,
+                threads,
+                notify,
+                classes,
+                refit,
+                pool,
+                kept,
             )
         allocation: Allocation | None = None
         if plan is None:
@@ -230,12 +263,12 @@ def compress(
                 else:
                     allocation = choose(analysis.constraints(budget))
             plan = analysis.plan(allocation.choices)
-        if calibrated is None:
-            replacements = _factorise(proto, analysis, plan, notify)
-        else:
-            replacements = calibrated.factorise(plan)
         spill = Spill()
-        replacements = spill.replacements(replacements)
+        replacements = spill.replacements(
+            _factorise(proto, analysis, plan, pool, kept, notify)
+            if calibrated is None
+            else calibrated.factorise(plan)
+        )
         compressed = rewrite(proto, replacements) if replacements else proto
         _check_budget(analysis, budget, plan, compressed)
         verification = None
@@ -257,6 +290,8 @@ def compress(
             latency, notes = timed.report(compressed, plan, budget.latency)
         if analysis.seen is not None:
             analysis.seen.close()
+        if kept is not None:
+            analysis = replace(analysis, notes=(*analysis.notes, *dict.fromkeys(kept.notes)))
     report = make_report(
         analysis,
         budget,
@@ -352,14 +387,25 @@ def _opened(
 
 
 def _see(
-    model: onnx.ModelProto, dataset: Dataset, batch: int, threads: int, progress: Progress
+    model: onnx.ModelProto,
+    dataset: Dataset,
+    batch: int,
+    pool: Pool,
+    cache: Cache | None,
+    progress: Progress,
 ) -> Callable[[Sequence[Layer]], Seen]:
+    key = ""
+    if cache is not None:
+        key = digest(model_content(model), dataset.content(dataset.calibration), batch)
+
     def see(layers: Sequence[Layer]) -> Seen:
         return Seen(
             model,
             layers,
             lambda: dataset.batches(dataset.calibration, batch),
-            threads=threads,
+            pool=pool,
+            cache=cache,
+            key=key,
             progress=partial(progress, "second moments"),
         )
 
@@ -374,17 +420,25 @@ def _cores() -> int:
 
 
 def _factorise(
-    model: onnx.ModelProto, analysis: Analysis, plan: Plan, progress: Progress
-) -> list[Replacement]:
+    model: onnx.ModelProto,
+    analysis: Analysis,
+    plan: Plan,
+    pool: Pool,
+    cache: Cache | None,
+    progress: Progress,
+) -> Iterator[Replacement]:
+    """Factorise the chosen layers over the pool, one after the other."""
     chosen: list[Decision] = [d for d in plan.decisions if d.scheme is not None]
-    replacements = []
-    for number, decision in enumerate(chosen):
+    units = (
+        FactorUnit(*found, pool.carry(read_weight(model, found[0])), cache)
+        for found in map(analysis.resolve, chosen)
+    )
+    for number, factored in enumerate(pool.map(replace_layer, units)):
         progress("factorise", number, len(chosen))
-        layer, scheme, rank = analysis.resolve(decision)
-        factors = factorize(scheme.matrix(read_weight(model, layer)), rank)
-        replacements.append(make_replacement(layer, scheme, factors))
+        if cache is not None:
+            cache.notes += factored.notes
+        yield factored.replacement
     progress("factorise", len(chosen), len(chosen))
-    return replacements
 
 
 def _check_budget(

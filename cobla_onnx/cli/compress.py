@@ -53,6 +53,9 @@ def compress(
     measure_latency: options.MeasureLatency = False,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    workers: options.Workers = None,
+    dask: options.Dask = None,
+    cache: options.CacheFolder = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but write the model.")
     ] = False,
@@ -111,6 +114,9 @@ def compress(
             measure_latency=measure_latency,
             seed=seed,
             threads=threads,
+            workers=workers,
+            dask=dask,
+            cache=cache,
             progress=progress,
         )
     if not dry_run:

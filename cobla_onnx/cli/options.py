@@ -209,6 +209,26 @@ Threads = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--threads", metavar="N", help="Threads; as many as there are cores.", min=1),
 ]
+Workers = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "--workers", metavar="N", help="Processes that share the work, each one thread.", min=1
+    ),
+]
+Dask = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--dask", metavar="ADDRESS", help="Share the work over the dask cluster of a scheduler."
+    ),
+]
+CacheFolder = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        help="Keep spectra, factors and what data told there: the next budget is quicker.",
+    ),
+]
 ExternalDataOption = Annotated[
     ExternalData,
     typer.Option(
