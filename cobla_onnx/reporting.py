@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,23 @@ import cobla_onnx
 from cobla_onnx.allocation import Allocation, Budget
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.graph.layers import Layer, Reason
+from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.report import BudgetUse, CalibrationReport, Cost, LayerReport, Report, SolverReport
+from cobla_onnx.report import (
+    BudgetUse,
+    CalibrationReport,
+    Cost,
+    LatencyReport,
+    LayerLatency,
+    LayerReport,
+    Report,
+    SolverReport,
+    Spread,
+)
+from cobla_onnx.runtime import current_provider
 from cobla_onnx.verify import Verification
 
-__all__ = ["make_report"]
+__all__ = ["latency_report", "make_report"]
 
 
 def make_report(
@@ -34,6 +47,9 @@ def make_report(
     seconds: float,
     seed: int,
     threads: int,
+    provider: str,
+    latency: LatencyReport | None = None,
+    more_notes: tuple[str, ...] = (),
 ) -> Report:
     """Return the report of a run; see `Report` for its fields."""
     unchanged = all(decision.scheme is None for decision in plan.decisions)
@@ -58,7 +74,7 @@ def make_report(
         )
         for item in analysis.skipped
     )
-    notes = analysis.notes
+    notes = analysis.notes + more_notes
     if allocation is not None:
         notes += allocation.certificate.notes
     if verification is not None:
@@ -74,6 +90,7 @@ def make_report(
         budget={
             "mem": _use(mem, analysis.mem_total, mem_after),
             "mac": _use(mac, analysis.mac_total, analysis.macs_after(plan)),
+            "latency": _time_use(None if budget is None else budget.latency, latency),
         },
         layers=tuple(layers),
         solver=None if allocation is None else _solver(allocation),
@@ -92,7 +109,38 @@ def make_report(
             "scipy": scipy.__version__,
         },
         notes=notes,
+        latency=latency,
+        provider=provider,
     )
+
+
+def latency_report(
+    measured: Comparison,
+    predicted: float | None,
+    layers: Sequence[tuple[str, int, int]],
+    threads: int,
+) -> LatencyReport:
+    """Return the report of measured times; those of layers are in nanoseconds."""
+    return LatencyReport(
+        threads=threads,
+        provider=current_provider(),
+        repeats=measured.repeats,
+        before_ms=Spread(*measured.before),
+        after_ms=Spread(*measured.after),
+        ratio=measured.ratio,
+        ratio_low=measured.low,
+        ratio_high=measured.high,
+        predicted_ratio=predicted,
+        layers=tuple(LayerLatency(name, a / 1e6, b / 1e6) for name, a, b in layers),
+    )
+
+
+def _time_use(limit: float | None, latency: LatencyReport | None) -> BudgetUse:
+    """Measured medians in nanoseconds."""
+    if latency is None:
+        return BudgetUse(limit, None, None, None)
+    before, after = (round(1e6 * spread.median) for spread in (latency.before_ms, latency.after_ms))
+    return BudgetUse(limit, latency.ratio, before, after)
 
 
 def _use(limit: float | None, before: int | None, after: int | None) -> BudgetUse:

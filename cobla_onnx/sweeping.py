@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cobla_onnx.allocation import Budget
+from cobla_onnx.allocation.grid import RankMultiple
 from cobla_onnx.calibration.labels import Labels
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.quality import Quality
@@ -174,6 +175,10 @@ def sweep(
     loss: LossName = "auto",
     refit: bool = True,
     time_limit: float | None = None,
+    rank_multiple: RankMultiple = "auto",
+    provider: str | None = None,
+    profile: str | os.PathLike[str] | None = None,
+    measure_latency: bool = False,
     seed: int = 0,
     threads: int | None = None,
     workers: int | None = None,
@@ -198,7 +203,7 @@ def sweep(
         As those of `compress`.
     images, labels, loss, refit, time_limit, seed, threads
         As those of `compress`.
-    workers, executor, dask, cache, progress
+    rank_multiple, provider, profile, measure_latency, workers, executor, dask, cache, progress
         As those of `compress`.
 
     Returns
@@ -241,6 +246,10 @@ def sweep(
         loss=loss,
         refit=refit,
         time_limit=time_limit,
+        rank_multiple=rank_multiple,
+        provider=provider,
+        profile=profile,
+        measure_latency=measure_latency,
         seed=seed,
         threads=threads,
         workers=workers,
@@ -250,8 +259,7 @@ def sweep(
         progress=progress,
     )
     folder = None if out_dir is None else _folder(Path(out_dir))
-    macs_needed = any(budget.mac is not None for budget in wanted)
-    with open_study(model, settings, macs_needed=macs_needed) as study:
+    with open_study(model, settings, wanted) as study:
         points = []
         for number, budget in enumerate(wanted):
             study.notify(f"sweep: {_name(budget)}", number, len(wanted))
@@ -275,7 +283,7 @@ def _folder(path: Path) -> Path:
 
 
 def _name(budget: Budget) -> str:
-    limits = (("mem", budget.mem), ("mac", budget.mac))
+    limits = (("mem", budget.mem), ("mac", budget.mac), ("latency", budget.latency))
     return " ".join(f"{name} {value:g}" for name, value in limits if value is not None)
 
 

@@ -139,7 +139,7 @@ def test_help_and_version_are_quick_and_load_nothing_heavy():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["IN", "OUT"], 2, "--mem or --mac"),
+        (["IN", "OUT"], 2, "--mem, --mac or --latency"),
         (["IN", "OUT", "--mem", "nan"], 2, "--mem nan"),
         (["IN", "OUT", "--mem", "0"], 2, "above 0"),
         (["IN", "OUT", "--mem", "1.5"], 2, "at most 1"),

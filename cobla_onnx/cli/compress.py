@@ -24,6 +24,10 @@ def compress(
         Optional[float],  # noqa: UP045
         typer.Option(metavar="F", help="Keep at most this fraction of the MACs."),
     ] = None,
+    latency: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="F", help="Take at most this fraction of the time, measured here."),
+    ] = None,
     max_drop: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -51,6 +55,10 @@ def compress(
     exclude: options.Exclude = None,
     min_size: options.MinSize = 0,
     scheme: options.SchemeOption = options.Scheme.auto,
+    rank_multiple: options.RankMultiple = "auto",
+    provider: options.Provider = None,
+    profile: options.ProfileFile = None,
+    measure_latency: options.MeasureLatency = False,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     workers: options.Workers = None,
@@ -87,7 +95,8 @@ def compress(
 ) -> None:
     """Write a smaller ONNX model that was verified in onnxruntime.
 
-    At least one of --mem, --mac, --max-drop and --plan-in is needed; limits are hard.
+    At least one of --mem, --mac, --latency, --max-drop and --plan-in is needed; limits are
+    hard.
     """
     from cobla_onnx.compression import compress as run
     from cobla_onnx.result import check_paths
@@ -95,13 +104,19 @@ def compress(
     shapes = parsing.input_shapes(input_shape)
     if report is not None and report.suffix != ".json":
         raise UsageError(f"--report {report}: only .json is known; give a name that ends in .json")
-    written = [("--report", report), ("--history", history), ("--plan-out", plan_out)]
+    written = [
+        ("--report", report),
+        ("--history", history),
+        ("--plan-out", plan_out),
+        ("--profile", profile),
+    ]
     check_paths(input, output, written, in_place=in_place)
     from cobla_onnx.allocation import Budget
     from cobla_onnx.plan import Plan
 
     plan = None if plan_in is None else Plan.read(plan_in)
-    budget = None if mem is None and mac is None else Budget(mem=mem, mac=mac)
+    limited = any(value is not None for value in (mem, mac, latency))
+    budget = Budget(mem=mem, mac=mac, latency=latency) if limited else None
     images = parsing.image_options(mean, std, scale, channel_order, layout)
     with terminal.progress(quiet, verbose) as progress:
         result = run(
@@ -124,6 +139,10 @@ def compress(
             time_limit=time_limit,
             max_drop=parsing.share("--max-drop", max_drop),
             plan=plan,
+            rank_multiple=parsing.rank_multiple(rank_multiple),
+            provider=provider,
+            profile=profile,
+            measure_latency=measure_latency,
             seed=seed,
             threads=threads,
             workers=workers,
