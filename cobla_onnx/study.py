@@ -266,7 +266,8 @@ class Study:
         _check_budget(self.analysis, solution.budget, solution.plan, compressed)
         verification = None
         if replacements:
-            self.notify("verify", 0, 1)
+            steps = 1 if self.calibrated is None else self.calibrated.held_back_batches
+            self.notify("verify", 0, steps)
             verification = verify(
                 self.model,
                 compressed,
@@ -275,8 +276,9 @@ class Study:
                 data=None if self.calibrated is None else self.calibrated.held_back(),
                 seed=self.settings.seed,
                 threads=self.threads,
+                progress=lambda done: self.notify("verify", min(done, steps - 1), steps),
             )
-            self.notify("verify", 1, 1)
+            self.notify("verify", steps, steps)
         latency: LatencyReport | None = None
         more_notes: tuple[str, ...] = ()
         if self.timed is not None:

@@ -263,10 +263,13 @@ def sweep(
     )
     folder = None if out_dir is None else _folder(Path(out_dir))
     with open_study(model, settings, wanted) as study:
-        points = []
+        points: list[SweepPoint] = []
         for number, budget in enumerate(wanted):
             study.notify(f"sweep: {_name(budget)}", number, len(wanted))
-            points.append(_point(study, budget, folder, external_data))
+            try:
+                points.append(_point(study, budget, folder, external_data))
+            except KeyboardInterrupt:
+                raise _interrupted(points, folder) from None
         study.notify("sweep", len(wanted), len(wanted))
         chosen = study.objective
     if all(point.refused for point in points):
@@ -283,6 +286,14 @@ def _folder(path: Path) -> Path:
     if not os.access(path, os.W_OK):
         raise WriteError(f"--out-dir {path}: cannot be written to; give another")
     return path
+
+
+def _interrupted(points: Sequence[SweepPoint], folder: Path | None) -> KeyboardInterrupt:
+    """Say which models had been written before somebody interrupted."""
+    count = sum(point.file is not None for point in points)
+    if not count:
+        return KeyboardInterrupt()
+    return KeyboardInterrupt(f"interrupted; {count} models, finished before, are in {folder}")
 
 
 def _name(budget: Budget) -> str:

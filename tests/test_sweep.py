@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from cobla_onnx import Budget, compress, errors, sweep
+from cobla_onnx import Budget, compress, errors, sweep, sweeping
 from cobla_onnx.cli.parsing import spread
 from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.sweeping import COLUMNS, SweepPoint, _with_front
@@ -133,3 +133,20 @@ def test_the_command(tmp_path):
         done = run("sweep", tmp_path / "in.onnx", *arguments)
         assert done.returncode == code
         assert message in done.stderr
+
+
+def test_an_interrupt_tells_what_was_written_before(tmp_path, monkeypatch):
+    inner = sweeping._point
+
+    def stop(study, budget, folder, external_data):
+        if budget.mem == 0.7:
+            raise KeyboardInterrupt
+        return inner(study, budget, folder, external_data)
+
+    monkeypatch.setattr(sweeping, "_point", stop)
+    budgets = [Budget(mem=m) for m in (0.8, 0.7)]
+    with pytest.raises(KeyboardInterrupt, match="1 models, finished before, are in"):
+        sweep(small_network(), budgets, threads=1, out_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sweep(small_network(), budgets, threads=1)
+    assert str(caught.value) == ""

@@ -61,8 +61,8 @@ def main() -> None:
         app(standalone_mode=True)
     except CoblaError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "interrupted; nothing was written", 130)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
