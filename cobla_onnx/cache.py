@@ -31,6 +31,7 @@ import scipy.linalg  # loads its BLAS, which `environment` names
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info
 
+from cobla_onnx import __version__
 from cobla_onnx.errors import UsageError
 from cobla_onnx.names import safe_text
 
@@ -102,7 +103,7 @@ def environment() -> tuple[str, ...]:
         for info in threadpool_info()
         if info["user_api"] == "blas"
     )
-    versions = (np.__version__, scipy.__version__, onnxruntime.__version__)
+    versions = (__version__, np.__version__, scipy.__version__, onnxruntime.__version__)
     return (platform.machine(), *versions, *blas)
 
 

@@ -242,6 +242,11 @@ class Pool:
         self._executor, self.width = executor, width
         self.inside, self._folder, self._option = inside, folder, option
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether units are known to run on this machine."""
+        return self.inside or self._folder is not None
+
     def carry(self, array: NDArray[Any]) -> Carried:
         """Prepare an array for a unit."""
         return Carried(array, self._folder is not None)
@@ -250,11 +255,21 @@ class Pool:
         """Prepare a value that many units need."""
         return Shared(value, self._folder)
 
-    def map(self, function: Callable[[Unit], Value], units: Iterable[Unit]) -> Iterator[Value]:
+    def map(
+        self,
+        function: Callable[[Unit], Value],
+        units: Iterable[Unit],
+        at_most: int | None = None,
+    ) -> Iterator[Value]:
         """Yield ``function(unit)`` for each unit, in order.
 
         Units are taken from the iterable as workers get free, so that it may make them, with
         their arrays, one by one.
+
+        Parameters
+        ----------
+        at_most : int, optional
+            Units, or results that wait, at a time; by default twice as many as can run.
 
         Raises
         ------
@@ -268,16 +283,20 @@ class Pool:
                 yield from map(function, units)
             else:
                 run = function if self.inside else partial(_run_outside, function)
-                yield from self._mapped(self._executor, run, units)
+                yield from self._mapped(self._executor, run, units, at_most or 2 * self.width)
 
     def _mapped(
-        self, executor: Executor, function: Callable[[Unit], Value], units: Iterable[Unit]
+        self,
+        executor: Executor,
+        function: Callable[[Unit], Value],
+        units: Iterable[Unit],
+        at_most: int,
     ) -> Iterator[Value]:
         pending: deque[Future[Value]] = deque()
         try:
             for unit in units:
                 pending.append(executor.submit(function, unit))
-                if len(pending) >= 2 * self.width:
+                if len(pending) >= at_most:
                     yield self._result(pending.popleft())
             while pending:
                 yield self._result(pending.popleft())

@@ -79,6 +79,15 @@ def test_results_are_in_order_and_units_taken_as_needed(processes):
         assert list(results) == [n * n for n in range(1, 40)]
 
 
+def test_no_more_units_are_taken_than_allowed(processes):
+    for pool in pools(processes):
+        taken = []
+        results = pool.map(square, (taken.append(n) or n for n in range(9)), at_most=1)
+        for number, result in enumerate(results):
+            assert result == number**2
+            assert len(taken) == number + 1
+
+
 def test_every_unit_has_one_thread_of_linear_algebra(processes):
     np.ones((8, 8)) @ np.ones((8, 8))
     for pool in pools(processes):
@@ -168,6 +177,19 @@ def test_dask(demo_model, alone):
         with distributed.Client(cluster) as client:
             executor = client.get_executor()
             assert written(demo_model, threads=1, executor=executor) == alone
+
+
+@pytest.mark.slow
+def test_a_lost_dask_worker_is_a_clear_error():
+    distributed = pytest.importorskip("distributed", reason="dask is not installed")
+    with (
+        distributed.LocalCluster(
+            1, threads_per_worker=1, dashboard_address=None, silence_logs=50
+        ) as cluster,
+        pytest.raises(UsageError, match=r"--dask .*: a worker has ended"),
+        choose_pool(1, dask=cluster.scheduler_address) as pool,
+    ):
+        list(pool.map(die, range(3, 6)))
 
 
 @pytest.mark.slow
@@ -266,3 +288,26 @@ def _runs(process: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return "State:\tZ" not in status
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_an_interrupted_command_leaves_nothing(demo_model, tmp_path):
+    data = Path(demo_model).with_name("digits_calibration.npz")
+    out, temporary = tmp_path / "out.onnx", tmp_path / "tmp"
+    temporary.mkdir()
+    child = subprocess.Popen(
+        [COMMAND, demo_model, out, "--mem", "0.3", "--data", data, "--workers", "2", "-q"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    deadline = time.monotonic() + 60
+    while not list(temporary.glob("*/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # The model was handed over: the workers have begun, or are about to.
+    os.killpg(child.pid, signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert (child.returncode, errors) == (130, "error: interrupted; nothing was written\n")
+    assert not out.exists()
+    assert list(temporary.iterdir()) == []

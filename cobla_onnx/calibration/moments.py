@@ -34,8 +34,9 @@ __all__ = [
     "parts_of",
 ]
 
-# Bytes of sums that each unit of work holds at a time.
+# Bytes of sums that each unit of work holds at a time, and all units on this machine.
 LIMIT = 1 << 28
+ALL_UNITS = 1 << 30
 # Batches that are added up as one unit of work. Sums of units are added in their order, so
 # that the result does not depend on who adds what.
 BATCHES_PER_UNIT = 2
@@ -222,7 +223,7 @@ def collect_moments(
         progress(number, len(groups))
         units = (_Unit(shared, tuple(group), part) for part in parts_of(batches()))
         sums: list[MomentSum] = []
-        for found_sums in pool.map(_add_up, units):
+        for found_sums in pool.map(_add_up, units, _units_at_a_time(pool, group)):
             for total, more in zip(sums, found_sums, strict=False):
                 total.merge(more)
             sums = sums or found_sums
@@ -246,6 +247,11 @@ def parts_of(batches: Iterable[Feeds]) -> Iterator[list[Feeds]]:
 
 def _patch_key(key: str, patch: Patch) -> str:
     return digest("moment", key, patch, BATCHES_PER_UNIT)
+
+
+def _units_at_a_time(pool: Pool, patches: Sequence[Patch]) -> int | None:
+    size = sum(8 * patch.groups * patch.size**2 for patch in patches)
+    return max(1, min(2 * pool.width, ALL_UNITS // size)) if pool.shares_memory else None
 
 
 def _groups(patches: Sequence[Patch], limit: int) -> list[list[Patch]]:

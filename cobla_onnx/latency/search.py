@@ -189,8 +189,9 @@ class LatencySearch:
         raise BudgetError(
             f"--latency {limit:g}: the result takes {measured.ratio:.3f} of the original's time "
             f"({measured.low:.3f} to {measured.high:.3f}); the machine may be busy, or its "
-            "profile out of date: try again with a new one",
+            "profile out of date",
             {"latency": _rounded_up(measured.ratio)},
+            "try again with a new one",
         )
 
 
@@ -233,9 +234,9 @@ def _best(tried: Sequence[Found], limit: float, threads: int) -> Found:
         )
     raise BudgetError(
         f"--latency {limit:g}: the fastest of {len(tried)} plans takes {measured.ratio:.3f} of the "
-        f"original's time ({measured.low:.3f} to {measured.high:.3f}, {threads} threads); raise "
-        "it, or let more layers be factorised",
+        f"original's time ({measured.low:.3f} to {measured.high:.3f}, {threads} threads)",
         {"latency": _rounded_up(measured.ratio)},
+        "raise it, or let more layers be factorised",
     )
 
 
