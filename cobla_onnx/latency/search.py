@@ -95,7 +95,7 @@ class LatencySearch:
             times = self.stopwatch.times(
                 [self.model], self.feeds, seconds=SECONDS / 2, least=LEAST, most=MOST
             )
-            self._entry[WHOLE] = max(round(1e9 * float(np.median(times))), 1)
+            self._entry[WHOLE] = max(round(1e9 * float(np.nanmedian(times))), 1)
         return int(self._entry[WHOLE])
 
     def compare(self, compressed: onnx.ModelProto) -> Comparison:
