@@ -154,6 +154,7 @@ def compress(
     >>> result.report.budget["mem"].reached <= 0.5
     True
     """
+    timed = budget is not None and budget.latency is not None
     settings = Settings(
         solver=solver,
         objective=objective,
@@ -173,7 +174,7 @@ def compress(
         rank_multiple=rank_multiple,
         provider=provider,
         profile=profile,
-        measure_latency=measure_latency,
+        measure_latency=measure_latency or timed,
         seed=seed,
         threads=threads,
         workers=workers,
@@ -188,8 +189,14 @@ def compress(
             raise UsageError("--max-drop: chooses ranks, which --plan-in has; give one of the two")
     elif budget is None and plan is None:
         raise UsageError("no budget: give --mem, --mac or --latency, e.g. --mem 0.5")
-    budgets = () if budget is None else (budget,)
-    with open_study(model, settings, budgets, choosing=plan is None) as study:
+    macs_needed = budget is not None and budget.mac is not None
+    if max_drop is not None and timed:
+        raise UsageError("--max-drop: is not combined with --latency; give --mem or --mac")
+    if profile is not None and not (timed or measure_latency):
+        raise UsageError("--profile: is of times; give --latency or --measure-latency too")
+    with open_study(
+        model, settings, macs_needed=macs_needed, times_needed=timed and plan is None
+    ) as study:
         if max_drop is not None:
             return study.finish(smallest(study, max_drop, budget))
         return study.compress(budget, plan)

@@ -11,10 +11,13 @@ import numpy as np
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.budget import least_fraction
-from cobla_onnx.allocation.curves import Curve
+from cobla_onnx.allocation.curves import Curve, LayerCurves
+from cobla_onnx.allocation.grid import rank_rule
 from cobla_onnx.amounts import count_text
+from cobla_onnx.analysis import Analysis
 from cobla_onnx.calibration.readers import ImageOptions
 from cobla_onnx.graph.layers import Skipped
+from cobla_onnx.machine import convolution_block
 from cobla_onnx.names import safe_text
 from cobla_onnx.progress import Progress
 from cobla_onnx.study import ModelSource, Settings, Study, open_study
@@ -99,7 +102,10 @@ class Inspection:
     mac_total : int or None
         Multiply-accumulates of one run with `input_shapes`, None where they are not known.
     least : dict of str to float
-        ``mem`` and ``mac``: the least fraction that is within reach, each taken alone.
+        ``mem`` and ``mac``: the least fraction that is within reach, each taken alone, by the
+        ranks that are candidates then; see `rank_rule`.
+    least_of_all_ranks : dict of str to float
+        The same if every rank may be chosen, as ``--rank-multiple 1`` allows.
     input_shapes : dict of str to tuple
     measured_by : {'weights', 'outputs'}
         Whose singular values the spectra show: of weights, or with data of the outputs.
@@ -112,6 +118,7 @@ class Inspection:
     mem_total: int
     mac_total: int | None
     least: dict[str, float]
+    least_of_all_ranks: dict[str, float]
     input_shapes: dict[str, tuple[int | None, ...] | None]
     measured_by: str
     notes: tuple[str, ...]
@@ -189,11 +196,9 @@ def inspect(
 
 def _inspection(study: Study) -> Inspection:
     analysis = study.analysis
-    known = Budget(mem=1.0, mac=None if analysis.mac_total is None else 1.0)
-    least = {
-        constraint.name: least_fraction(constraint, analysis.curves)
-        for constraint in analysis.constraints(known)
-    }
+    every = _least(analysis, analysis.curves)
+    rule = rank_rule("auto", mac=True, latency=False, block=convolution_block())
+    least = {**every, **_least(analysis, analysis.curves_under(rule), mem=False)}
     layers = [
         InspectedLayer(
             layer.name,
@@ -213,10 +218,23 @@ def _inspection(study: Study) -> Inspection:
         analysis.mem_total,
         analysis.mac_total,
         least,
+        every,
         dict(analysis.input_shapes),
         "weights" if analysis.seen is None else "outputs",
         analysis.notes,
     )
+
+
+def _least(
+    analysis: Analysis, curves: Sequence[LayerCurves], *, mem: bool = True
+) -> dict[str, float]:
+    """Least fractions within reach; of memory unless that is not wanted."""
+    mac = None if analysis.mac_total is None else 1.0
+    if not mem and mac is None:
+        return {}
+    budget = Budget(mem=1.0 if mem else None, mac=mac)
+    constraints = budget.constraints(curves, analysis.mem_total, analysis.mac_total)
+    return {constraint.name: least_fraction(constraint, curves) for constraint in constraints}
 
 
 def _schemes(curves: Sequence[Curve], size: int, macs: int | None) -> tuple[InspectedScheme, ...]:
@@ -347,5 +365,6 @@ def _totals(found: Inspection) -> list[str]:
     return [
         *lines,
         f"MACs: {count_text(found.mac_total)} for {shapes}; "
-        f"least reachable: --mac {found.least['mac']:g}",
+        f"least reachable: --mac {found.least['mac']:g} "
+        f"({found.least_of_all_ranks['mac']:g} with --rank-multiple 1)",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,6 @@ def make_report(
     seconds: float,
     seed: int,
     threads: int,
-    provider: str,
     latency: LatencyReport | None = None,
     more_notes: tuple[str, ...] = (),
 ) -> Report:
@@ -83,14 +83,14 @@ def make_report(
         notes += (
             "no data was given: factors and ranks follow the weights alone; expect less accuracy",
         )
-    mem, mac = (None, None) if budget is None else (budget.mem, budget.mac)
+    limits = {} if budget is None else asdict(budget)
     return Report(
         input=None if source is None else str(source),
         output=None,
         budget={
-            "mem": _use(mem, analysis.mem_total, mem_after),
-            "mac": _use(mac, analysis.mac_total, analysis.macs_after(plan)),
-            "latency": _time_use(None if budget is None else budget.latency, latency),
+            "mem": _use(limits.get("mem"), analysis.mem_total, mem_after),
+            "mac": _use(limits.get("mac"), analysis.mac_total, analysis.macs_after(plan)),
+            "latency": _time_use(limits.get("latency"), latency),
         },
         layers=tuple(layers),
         solver=None if allocation is None else _solver(allocation),
@@ -110,7 +110,7 @@ def make_report(
         },
         notes=notes,
         latency=latency,
-        provider=provider,
+        provider=current_provider(),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Allocation, Budget, Constraint, WeightError, allocate
 from cobla_onnx.allocation.budget import least_fraction
-from cobla_onnx.allocation.grid import RankMultiple, RankRule, rank_rule
+from cobla_onnx.allocation.grid import EVERY_RANK, RankMultiple, RankRule, rank_rule
 from cobla_onnx.allocation.sequential import Step
 from cobla_onnx.analysis import Analysis, analyse
 from cobla_onnx.cache import Cache, digest
@@ -150,17 +150,15 @@ class Study:
     threads : int
     pool : Pool
         Over which layers are factorised.
-    rule : RankRule
-        Which ranks may be chosen.
-    provider : str
-        onnxruntime's execution provider.
     cache : Cache or None
-    timed : Timed or None
-        With a stopwatch, where time is limited or asked for.
     seconds : float
         Time that the analysis took.
     notify : callable
         Told of progress.
+    rule : RankRule
+        For the candidate ranks.
+    timed : Timed or None
+        Times of the model, where they are wanted.
     """
 
     model: onnx.ModelProto
@@ -170,12 +168,11 @@ class Study:
     settings: Settings
     threads: int
     pool: Pool
-    rule: RankRule
-    provider: str
     cache: Cache | None = None
-    timed: Timed | None = None
     seconds: float = 0.0
     notify: Progress = field(default=lambda stage, done, total: None, repr=False)
+    rule: RankRule = EVERY_RANK
+    timed: Timed | None = None
 
     def compress(self, budget: Budget | None, plan: Plan | None = None) -> Result:
         """Find ranks and factors for a budget, verify them and report.
@@ -206,8 +203,8 @@ class Study:
                 allocation = self._allocate(budget)
             except BudgetError as error:
                 given = bool(self.settings.include), bool(self.settings.exclude)
-                explained = explain(error, self.model, self.analysis, *given)
-                raise _hinting(explained, self.rule) from error
+                error = _with_more_ranks(error, self.rule)
+                raise explain(error, self.model, self.analysis, *given) from error
             plan = self.analysis.plan(allocation.choices)
         spill = Spill()
         replacements = spill.replacements(
@@ -237,19 +234,18 @@ class Study:
         return least_fraction(constraint, self.analysis.curves)
 
     def _allocate(self, budget: Budget) -> Allocation:
-        if self.timed is not None and budget.latency is not None:
+        if budget.latency is not None and self.timed is not None:
             return self.timed.choose(self.analysis, budget, self._choose)
         return self._choose(self.analysis.constraints(budget))
 
     def _choose(self, constraints: Sequence[Constraint]) -> Allocation:
-        settings, needed = self.settings, self.objective
-        if needed != "weights" and self.calibrated is not None:
-            return self.calibrated.choose(constraints, settings.solver, needed, settings.time_limit)
-        self.notify("allocate", 0, 1)
-        curves = self.analysis.curves
-        found = allocate(curves, WeightError(curves), constraints, solver=settings.solver)
-        self.notify("allocate", 1, 1)
-        return found
+        settings = self.settings
+        needed = self.objective
+        if needed == "weights" or self.calibrated is None:
+            self.notify("allocate", 0, 1)
+            curves = self.analysis.curves
+            return allocate(curves, WeightError(curves), constraints, solver=settings.solver)
+        return self.calibrated.choose(constraints, settings.solver, needed, settings.time_limit)
 
     def finish(self, solution: Solution) -> Result:
         """Rewrite the model, count it again, verify it and report.
@@ -300,7 +296,6 @@ class Study:
             seconds=self.seconds + solution.seconds + time.perf_counter() - started,
             seed=self.settings.seed,
             threads=self.threads,
-            provider=self.provider,
             latency=latency,
             more_notes=more_notes,
         )
@@ -320,9 +315,9 @@ class Study:
 def open_study(
     model: ModelSource,
     settings: Settings,
-    budgets: Collection[Budget] = (),
     *,
-    choosing: bool = True,
+    macs_needed: bool = False,
+    times_needed: bool = False,
 ) -> Iterator[Study]:
     """Load a model and analyse it; the study holds as long as the context.
 
@@ -331,10 +326,12 @@ def open_study(
     model : ModelProto or path
         It is not changed.
     settings : Settings
-    budgets : collection of Budget
-        Those that will be asked for: they tell what has to be known, MACs or times.
-    choosing : bool
-        Whether ranks will be chosen, and not taken from a plan.
+    macs_needed : bool
+        Whether there is a budget of MACs: it is an error if they are not known, and ranks
+        follow the grid for all budgets.
+    times_needed : bool
+        Whether there is a budget of time: layers are timed, and those left whole that would
+        not be faster.
 
     Raises
     ------
@@ -347,11 +344,6 @@ def open_study(
     threads = settings.threads or available_cores()
     notify = settings.progress or (lambda stage, done, total: None)
     needed = _objective(settings.objective, settings.data)
-    by_mac = any(budget.mac is not None for budget in budgets)
-    by_time = any(budget.latency is not None for budget in budgets)
-    timing = settings.measure_latency or by_time
-    if settings.profile is not None and not timing:
-        raise UsageError("--profile: is of times; give --latency or --measure-latency too")
     if settings.labels is not None and settings.data is None:
         raise UsageError("--labels: are those of the data; give --data too")
     kept = None if settings.cache is None else Cache(settings.cache)
@@ -359,16 +351,17 @@ def open_study(
         _naming(source),
         one_thread,
         choose_pool(threads, settings.workers, settings.executor, settings.dask) as pool,
-        execution_provider(settings.provider) as running_on,
+        execution_provider(settings.provider) as provider,
         _opened(proto, settings) as dataset,
     ):
-        times = open_profile(settings.profile, threads) if timing else None
+        timing = times_needed or settings.measure_latency
+        profile = open_profile(settings.profile, threads) if timing else None
         rule = rank_rule(
             settings.rank_multiple,
-            mac=by_mac,
-            latency=by_time,
+            mac=macs_needed,
+            latency=times_needed,
             block=convolution_block(),
-            cpu=running_on == CPU,
+            cpu=provider == CPU,
         )
         analysis = analyse(
             proto,
@@ -377,7 +370,7 @@ def open_study(
             exclude=settings.exclude,
             min_size=settings.min_size,
             scheme=settings.scheme,
-            macs_needed=by_mac or by_time,
+            macs_needed=macs_needed or times_needed,
             threads=threads,
             progress=notify,
             see=None
@@ -389,11 +382,17 @@ def open_study(
             cache=kept,
         )
         timed = None
-        if times is not None:
+        if profile is not None:
             timed = Timed(
-                proto, analysis, times, settings.profile, settings.seed, notify, Stopwatch(threads)
+                proto,
+                analysis,
+                profile,
+                settings.profile,
+                settings.seed,
+                notify,
+                Stopwatch(threads),
             )
-            if by_time and choosing:
+            if times_needed:
                 analysis = timed.table()
         calibrated = None
         if dataset is not None:
@@ -415,19 +414,18 @@ def open_study(
         seconds = time.perf_counter() - started
         try:
             yield Study(
-                model=proto,
-                source=source,
-                analysis=analysis,
-                calibrated=calibrated,
-                settings=settings,
-                threads=threads,
-                pool=pool,
-                rule=rule,
-                provider=running_on,
-                cache=kept,
-                timed=timed,
-                seconds=seconds,
-                notify=notify,
+                proto,
+                source,
+                analysis,
+                calibrated,
+                settings,
+                threads,
+                pool,
+                kept,
+                seconds,
+                notify,
+                rule,
+                timed,
             )
         finally:
             if analysis.seen is not None:
@@ -473,11 +471,14 @@ def _naming(source: Path | None) -> Iterator[None]:
         ) from error
 
 
-def _hinting(error: BudgetError, rule: RankRule) -> BudgetError:
-    """Say that more ranks could be had, where a budget cannot be met."""
+def _with_more_ranks(error: BudgetError, rule: RankRule) -> BudgetError:
+    """Advise to allow more ranks, where not all are."""
     if rule.complete:
         return error
-    return BudgetError(f"{error}; --rank-multiple 1 allows more ranks", error.least)
+    advice = "allow more ranks by --rank-multiple 1"
+    return BudgetError(
+        error.cause, error.least, f"{error.advice}, or {advice}" if error.advice else advice
+    )
 
 
 def _objective(objective: ObjectiveName, data: Any) -> Literal["weights", "output", "loss"]:

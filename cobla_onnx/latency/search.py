@@ -95,7 +95,7 @@ class LatencySearch:
             times = self.stopwatch.times(
                 [self.model], self.feeds, seconds=SECONDS / 2, least=LEAST, most=MOST
             )
-            self._entry[WHOLE] = max(round(1e9 * float(np.median(times))), 1)
+            self._entry[WHOLE] = max(round(1e9 * float(np.nanmedian(times))), 1)
         return int(self._entry[WHOLE])
 
     def compare(self, compressed: onnx.ModelProto) -> Comparison:
@@ -189,8 +189,9 @@ class LatencySearch:
         raise BudgetError(
             f"--latency {limit:g}: the result takes {measured.ratio:.3f} of the original's time "
             f"({measured.low:.3f} to {measured.high:.3f}); the machine may be busy, or its "
-            "profile out of date: try again with a new one",
+            "profile out of date",
             {"latency": _rounded_up(measured.ratio)},
+            "try again with a new one",
         )
 
 
@@ -233,9 +234,9 @@ def _best(tried: Sequence[Found], limit: float, threads: int) -> Found:
         )
     raise BudgetError(
         f"--latency {limit:g}: the fastest of {len(tried)} plans takes {measured.ratio:.3f} of the "
-        f"original's time ({measured.low:.3f} to {measured.high:.3f}, {threads} threads); raise "
-        "it, or let more layers be factorised",
+        f"original's time ({measured.low:.3f} to {measured.high:.3f}, {threads} threads)",
         {"latency": _rounded_up(measured.ratio)},
+        "raise it, or let more layers be factorised",
     )
 
 

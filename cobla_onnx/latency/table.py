@@ -108,7 +108,7 @@ def _measure_use(
     alone = micro_graph(model, layer, use, shapes)
     models = [alone.model, *(alone.factored(scheme, rank) for scheme, rank in missing)]
     times = stopwatch.times(models, None, seconds=SECONDS, least=LEAST, most=MOST)
-    medians = np.median(times, axis=0)
+    medians = np.nanmedian(times, axis=0)
     whole = table.setdefault(WHOLE, max(round(1e9 * float(medians[0])), 1))
     for (scheme, rank), median in zip(missing, medians[1:], strict=True):
         # By the ratio, so that all forms of a layer stay comparable.

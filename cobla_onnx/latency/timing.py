@@ -9,6 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 from cobla_onnx.allocation.curves import Float64
 from cobla_onnx.runtime import Feeds, open_session, random_feeds, run_session
 
@@ -20,6 +25,13 @@ WARM_UP = 2
 RESAMPLES = 500
 
 
+def involuntary_switches() -> int:
+    """How often the system has taken the processor from this process; 0 if it does not tell."""
+    if resource is None:
+        return 0
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)
+
+
 def interleaved(
     runs: Sequence[Callable[[], object]],
     *,
@@ -27,11 +39,13 @@ def interleaved(
     least: int,
     most: int,
     clock: Callable[[], float] = time.perf_counter,
+    switches: Callable[[], int] = involuntary_switches,
 ) -> Float64:
     """Time several calls in turn, every other round in reverse order.
 
     What slows the machine down for a while then meets all of them, and none gains by its
-    place.
+    place. Calls during which the system gave the processor to another program are not
+    counted, if each has `least` others; up to twice the time is spent to get these.
 
     Parameters
     ----------
@@ -39,26 +53,40 @@ def interleaved(
         After which no further round begins, if there were `least` of them.
     least, most : int
         Rounds.
+    clock, switches : callable
+        Seconds, and how often the system has taken the processor away.
 
     Returns
     -------
     float64 array, shape (rounds, calls)
-        Seconds.
+        Seconds; NaN for what is not counted.
     """
     for run in runs:
         for _ in range(WARM_UP):
             run()
     began = clock()
     rounds: list[list[float]] = []
-    while len(rounds) < least or (len(rounds) < most and clock() - began < seconds):
+    calm = np.zeros(len(runs), dtype=int)
+    while len(rounds) < least or (
+        len(rounds) < most and clock() - began < seconds * (1 if calm.min() >= least else 2)
+    ):
         times = [0.0] * len(runs)
         order = range(len(runs))
         for index in order if len(rounds) % 2 == 0 else reversed(order):
-            started = clock()
+            before, started = switches(), clock()
             runs[index]()
             times[index] = clock() - started
+            if switches() == before:
+                calm[index] += 1
+            else:
+                times[index] *= -1
         rounds.append(times)
-    return np.array(rounds)
+    found: Float64 = np.array(rounds)
+    disturbed = np.signbit(found)
+    np.abs(found, out=found)
+    if calm.min() >= least:
+        found[disturbed] = np.nan
+    return found
 
 
 class Stopwatch:
@@ -125,7 +153,7 @@ class Comparison:
     low, high : float
         95 % interval of the ratio, by resampling pairs of runs.
     repeats : int
-        Runs of each.
+        Runs of each, of which those are counted that were not interrupted.
     """
 
     before: tuple[float, float, float]
@@ -138,10 +166,10 @@ class Comparison:
 
 def compare(times: Float64) -> Comparison:
     """Compare the second column of times in seconds with the first."""
-    spread = 1000 * np.percentile(times, [50, 10, 90], axis=0)
+    spread = 1000 * np.nanpercentile(times, [50, 10, 90], axis=0)
     pick = np.random.default_rng(0).integers(0, len(times), (RESAMPLES, len(times)))
-    medians = np.median(times[pick], axis=1)
-    low, high = np.percentile(medians[:, 1] / medians[:, 0], [2.5, 97.5])
+    medians = np.nanmedian(times[pick], axis=1)
+    low, high = np.nanpercentile(medians[:, 1] / medians[:, 0], [2.5, 97.5])
     before, after = (tuple(map(float, column)) for column in spread.T[:2])
     return Comparison(
         (before[0], before[1], before[2]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from cobla_onnx import Budget, compress
@@ -204,6 +205,7 @@ def test_a_profile_without_times_to_take_is_an_error(demo_model, tmp_path):
 
 def test_rounds_go_back_and_forth_and_end_by_the_clock():
     order, now = [], [0.0]
+    calm = {"switches": lambda: 0}
 
     def run(name, seconds):
         def call():
@@ -213,17 +215,44 @@ def test_rounds_go_back_and_forth_and_end_by_the_clock():
         return call
 
     times = interleaved(
-        [run("a", 1.0), run("b", 2.0)], seconds=9.5, least=2, most=100, clock=lambda: now[0]
+        [run("a", 1.0), run("b", 2.0)], seconds=9.5, least=2, most=100, clock=lambda: now[0], **calm
     )
     assert times.tolist() == [[1.0, 2.0]] * 4
     assert order[4:] == list("abbaabba")
-    assert len(interleaved([run("a", 1.0)], seconds=0, least=3, most=9, clock=lambda: now[0])) == 3
-    assert len(interleaved([run("a", 0.0)], seconds=9, least=3, most=5, clock=lambda: now[0])) == 5
+    assert (
+        len(interleaved([run("a", 1.0)], seconds=0, least=3, most=9, clock=lambda: now[0], **calm))
+        == 3
+    )
+    assert (
+        len(interleaved([run("a", 0.0)], seconds=9, least=3, most=5, clock=lambda: now[0], **calm))
+        == 5
+    )
+
+
+def test_interrupted_runs_are_not_counted_if_there_are_others():
+    now, switches, number = [0.0], [0], [0]
+
+    def run():
+        number[0] += 1
+        late = number[0] % 3 == 0
+        now[0] += 5.0 if late else 1.0
+        switches[0] += late
+
+    options = {"clock": lambda: now[0], "switches": lambda: switches[0]}
+    times = interleaved([run], seconds=20, least=4, most=100, **options)[:, 0]
+    assert np.nanmedian(times) == np.nanmax(times) == 1.0
+    assert np.isnan(times).sum() == (len(times) + 2) // 3
+    now[0] = 0.0
+
+    def always_late():
+        now[0] += 5.0
+        switches[0] += 1
+
+    times = interleaved([always_late], seconds=20, least=3, most=100, **options)
+    assert times[:, 0].tolist() == [5.0] * 8, "twice the time, and then all are counted"
 
 
 def test_comparisons_are_of_medians_with_an_interval():
-    import numpy as np
-
     generator = np.random.default_rng(0)
     speed = 1 + generator.random((101, 1))
     found = compare(
