@@ -35,7 +35,7 @@ from cobla_onnx.parallel import Pool, open_pool
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.runtime import measured_shapes
 
-__all__ = ["Analysis", "analyse"]
+__all__ = ["Analysis", "analyse", "model_costs"]
 
 Spectrum: TypeAlias = "tuple[NDArray[np.float64], NDArray[np.float64] | None]"
 
@@ -180,7 +180,7 @@ def analyse(
     """
     inventory = _select(find_layers(model), include, exclude, min_size)
     known = fixed_input_shapes(model, input_shapes)
-    shapes, macs, notes = _costs(model, known, macs_needed, threads)
+    shapes, macs, notes = model_costs(model, known, macs_needed, threads)
     total = None if macs is None else sum(macs.values())
     notes += _warnings(model, inventory)
     if see is not None:
@@ -271,7 +271,7 @@ def _select(
     return replace(inventory, layers=tuple(layers), skipped=tuple(skipped))
 
 
-def _costs(
+def model_costs(
     model: onnx.ModelProto, known: Mapping[str, Shape], needed: bool, threads: int
 ) -> tuple[dict[str, Shape], dict[int, int] | None, tuple[str, ...]]:
     """Shapes and MACs; where shape inference does not reach, from one run."""

@@ -29,6 +29,7 @@ from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.network import NetworkLoss, Path
 from cobla_onnx.calibration.probe import Probe, SpreadProbe, Weights
+from cobla_onnx.calibration.quality import measure_quality
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import Sensitivity
@@ -109,6 +110,13 @@ class Calibrated:
         softened = self.loss == "auto" and CLASSES & set(self._selection.kinds.values())
         self._softened = soften(self.model, self._selection.kinds) if softened else None
         self._judge = self._followed(self.dataset.selection) if softened else self._selection
+
+    def start_over(self) -> None:
+        """Forget what was chosen for another budget; measurements stay."""
+        self._report = {}
+        self.history = []
+        self._sensitivity = None
+        self._refitted.clear()
 
     def batches(self, indices: Sequence[int]) -> Iterable[Feeds]:
         """Return a fresh iterator over samples."""
@@ -260,9 +268,9 @@ class Calibrated:
                 key,
             )
             first.measure(constraints, partial(self.progress, "sensitivity"))
-            self._report["probe_samples"] = first.samples
             self._first[kinds] = first
         self._sensitivity = self._first[kinds].copy()
+        self._report["probe_samples"] = self._sensitivity.samples
         return self._sensitivity
 
     def _spread(self, samples: Sequence[int]) -> tuple[SpreadProbe, str]:
@@ -320,7 +328,9 @@ class Calibrated:
             approximations, kept = self._refit(plan, chosen)
             self._report["refitted"] = kept
             self._refitted.clear()
-        self._report["loss"] = self._loss(chosen, approximations)
+        weights = _weights(chosen, approximations)
+        self._report["loss"] = self._selection.loss(weights)
+        self._report["quality"] = measure_quality(self._selection, weights)
         return [
             make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
             for entry, found in zip(chosen, approximations, strict=True)

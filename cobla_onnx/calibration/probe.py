@@ -48,6 +48,8 @@ class Probe:
         How each output is compared.
     samples : int
         Samples that are measured.
+    labelled : bool
+        Whether what is expected are given labels, and not the original's classes.
     exposed : Exposed
         The model as it is run.
     batches, expected : list of dict
@@ -77,6 +79,7 @@ class Probe:
         self.batches: list[Feeds] = []
         self.expected: list[Feeds] = []
         self.samples = 0
+        self.labelled = labels is not None
         self._keep(batches, loss, limit, None if labels is None else labels.reshape(-1))
 
     def _keep(
@@ -121,13 +124,18 @@ class Probe:
         -------
         float64 array, shape (samples,)
         """
-        fixed = self.feeds(weights)
         return np.concatenate(
             [
-                sample_losses(self.kinds, expected, run_session(self._session, {**feeds, **fixed}))
-                for feeds, expected in zip(self.batches, self.expected, strict=True)
+                sample_losses(self.kinds, expected, actual)
+                for expected, actual in self.outputs(weights)
             ]
         )
+
+    def outputs(self, weights: Weights) -> Iterator[tuple[Feeds, Feeds]]:
+        """Run batch by batch; yield what is expected (`expected`) and the outputs."""
+        fixed = self.feeds(weights)
+        for feeds, expected in zip(self.batches, self.expected, strict=True):
+            yield expected, run_session(self._session, {**feeds, **fixed})
 
     def feeds(self, weights: Weights) -> Feeds:
         """Return all layers' weights and biases as inputs of the exposed model."""

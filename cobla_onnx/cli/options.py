@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from cobla_onnx import __version__
+from cobla_onnx.cli.config import read_config
 
 
 class Solver(str, Enum):
@@ -76,6 +77,8 @@ def _version(wanted: bool) -> None:
         typer.echo(f"cobla-onnx {__version__}")
         raise typer.Exit
 
+
+Input = Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model.")]
 
 # Calibration data.
 DataPath = Annotated[
@@ -207,6 +210,20 @@ ExternalDataOption = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print each stage with its time to stderr.")
+]
+Config = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--config",
+        metavar="FILE.toml",
+        callback=read_config,
+        is_eager=True,
+        help="Options from a file; those on the command line win.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
 Version = Annotated[
     bool,
