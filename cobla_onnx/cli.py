@@ -231,7 +231,7 @@ def compress(
     ] = ExternalData.auto,
     report: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE.json", help="Write the report as JSON."),
+        typer.Option(metavar="FILE", help="Write the report, as .html, .md or .json."),
     ] = None,
     history: Annotated[
         Optional[Path],  # noqa: UP045
@@ -252,8 +252,6 @@ def compress(
     from cobla_onnx.result import check_paths
 
     shapes = _input_shapes(input_shape or [])
-    if report is not None and report.suffix != ".json":
-        raise UsageError(f"--report {report}: only .json is known; give a name that ends in .json")
     check_paths(input, output, report, history, in_place=in_place)
     from cobla_onnx.allocation import Budget
 
@@ -285,7 +283,7 @@ def compress(
     if not dry_run:
         result.save(output, external_data=external_data.value)
     if report is not None:
-        result.save_report(report)
+        result.save_report(report, sys.argv)
     if history is not None:
         result.save_history(history)
     if not quiet:

@@ -34,6 +34,7 @@ from cobla_onnx.names import safe_text
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.reporting import make_report
+from cobla_onnx.reproduce import call_text
 from cobla_onnx.result import Result
 from cobla_onnx.rewrite import Replacement, make_replacement, rewrite
 from cobla_onnx.spill import Spill
@@ -139,6 +140,7 @@ def compress(
     >>> result.report.budget["mem"].reached <= 0.5
     True
     """
+    call = call_text(compress, locals())
     started = time.perf_counter()
     source = None if isinstance(model, onnx.ModelProto) else Path(model)
     proto = _checked(model) if isinstance(model, onnx.ModelProto) else load_model(model)
@@ -207,6 +209,7 @@ def compress(
             notify("verify", 1, 1)
         if analysis.seen is not None:
             analysis.seen.close()
+    history = () if calibrated is None else tuple(calibrated.history)
     report = make_report(
         analysis,
         budget,
@@ -219,9 +222,10 @@ def compress(
         seconds=time.perf_counter() - started,
         seed=seed,
         threads=threads,
+        command=call,
+        history=history,
     )
     external = any(map(is_external, proto.graph.initializer))
-    history = () if calibrated is None else tuple(calibrated.history)
     return Result(compressed, plan, report, source, spill, external, history)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from cobla_onnx.errors import UsageError, VerificationError, WriteError
 from cobla_onnx.graph.model_file import load_model, stored_bytes, write_atomically
 from cobla_onnx.graph.saving import ExternalData, save_model
 from cobla_onnx.plan import Plan
+from cobla_onnx.rendering import report_writer
 from cobla_onnx.report import Report
+from cobla_onnx.reproduce import command_text
 from cobla_onnx.runtime import open_session
 from cobla_onnx.spill import Spill
 
@@ -83,9 +86,26 @@ class Result:
         if not self.report.unchanged:
             open_session(model, self.report.threads)
 
-    def save_report(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON, atomically."""
-        write_atomically(path, self.report.to_json().encode())
+    def save_report(
+        self, path: str | os.PathLike[str], arguments: Sequence[str] | None = None
+    ) -> None:
+        """Write the report as JSON, HTML or Markdown, by the ending of `path`, atomically.
+
+        Parameters
+        ----------
+        arguments : sequence of str, optional
+            The command line that asked for it, as in ``sys.argv``; without, the report says
+            how `compress` was called.
+
+        Raises
+        ------
+        UsageError
+            If the ending is none of ``.json``, ``.html`` and ``.md``.
+        """
+        report = self.report
+        if arguments is not None:
+            report = replace(report, command=command_text(arguments))
+        write_atomically(path, report_writer(path)(report).encode())
 
     def save_history(self, path: str | os.PathLike[str]) -> None:
         """Write the history as CSV, atomically: a line for each evaluation.
@@ -119,10 +139,13 @@ def check_paths(
     Raises
     ------
     UsageError
-        If the output is the input and `in_place` does not allow it.
+        If the output is the input and `in_place` does not allow it, or the report's ending
+        is not known.
     WriteError
         If a folder to write to does not exist or is not writable.
     """
+    if report is not None:
+        report_writer(report)
     if target.exists() and source.exists() and target.samefile(source) and not in_place:
         raise UsageError(f"{target}: is the input itself; give another path, or --in-place")
     for path in (target, report, history):

@@ -315,8 +315,8 @@ def test_a_result_that_changed_on_disk_is_not_kept(demo_model, tmp_path):
 
 
 def test_paths_are_checked_before_the_work(tmp_path):
-    with pytest.raises(errors.UsageError, match="--report"):
-        check_paths(tmp_path / "a", tmp_path / "b", tmp_path / "b")
+    with pytest.raises(errors.UsageError, match="a model's path"):
+        check_paths(tmp_path / "a", tmp_path / "b.json", tmp_path / "b.json")
 
 
 def test_progress_is_reported(demo_model):

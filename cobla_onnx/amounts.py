@@ -1,0 +1,37 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+__all__ = ["count_text", "percent_text"]
+
+
+def count_text(number: int | None) -> str:
+    """Write a count with three digits and a unit; a question mark where it is not known.
+
+    Examples
+    --------
+    >>> count_text(721064), count_text(None)
+    ('721k', '?')
+    """
+    if number is None:
+        return "?"
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def percent_text(fraction: float | None) -> str:
+    """Write a fraction as percent, with digits where they tell something.
+
+    Examples
+    --------
+    >>> percent_text(0.29981), percent_text(1.0), percent_text(0.00012)
+    ('29.98 %', '100 %', '0.012 %')
+    """
+    if fraction is None:
+        return "?"
+    if fraction in (0.0, 1.0):
+        return f"{fraction:.0%}".replace("%", " %")
+    digits = 2 if fraction >= 0.01 else 3
+    return f"{100 * fraction:.{digits}f} %"
