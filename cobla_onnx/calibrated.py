@@ -2,7 +2,9 @@
 
 The calibration split gives second moments, from which the factors follow, and the scale
 between layers. The selection split, which no factor sees, chooses between candidate plans
-and between a layer's factors before and after refit.
+and between a layer's factors before and after refit. All these decisions follow one loss;
+for class distributions that is the squared distance of centred logits, see `soften`, unless
+the divergence itself is asked for.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.network import NetworkLoss, Path
-from cobla_onnx.calibration.probe import Probe
+from cobla_onnx.calibration.probe import Probe, Weights
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import Sensitivity
 from cobla_onnx.calibration.soften import soften
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import read_bias, read_weight
-from cobla_onnx.plan import Plan
+from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
 from cobla_onnx.rewrite import Replacement, make_replacement
@@ -40,6 +42,8 @@ from cobla_onnx.runtime import Feeds
 
 __all__ = ["Calibrated"]
 
+# Kinds of outputs that are class distributions.
+CLASSES = {"probabilities", "logits"}
 # Samples on which layers are truncated one at a time.
 PROBE_SAMPLES = 48
 # Allocations at most, each with the points measured that the one before has chosen.
@@ -65,6 +69,8 @@ class Calibrated:
     progress : callable
     labels : int64 array, shape (samples, rows of a sample), optional
         Of all samples of the dataset; with them `loss` is ``ce``.
+    refit : bool
+        Whether factors are refitted after the allocation.
 
     Attributes
     ----------
@@ -80,15 +86,21 @@ class Calibrated:
     threads: int
     progress: Progress
     labels: NDArray[np.int64] | None = None
+    refit: bool = True
     history: list[Step] = field(default_factory=list)
     _report: dict[str, Any] = field(default_factory=dict)
     _first: dict[frozenset[str], Sensitivity] = field(default_factory=dict)
     _sensitivity: Sensitivity | None = None
     _gradient_probe: GradientProbe | None = None
-    _search_selection: Probe | None = None
+    _refitted: dict[tuple[Decision, ...], tuple[list[Approximation], int]] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         self._selection = self._probe(self.dataset.selection)
+        softened = self.loss == "auto" and CLASSES & set(self._selection.kinds.values())
+        self._softened = soften(self.model, self._selection.kinds) if softened else None
+        self._judge = self._followed(self.dataset.selection) if softened else self._selection
 
     def batches(self, indices: Sequence[int]) -> Iterable[Feeds]:
         """Return a fresh iterator over samples."""
@@ -176,13 +188,20 @@ class Calibrated:
             curves, self._path(), gradients, self._sensitivity.objective(), fixed=fixed
         )
         start = masks_of(curves, warm.choices)
-        # The separable model was measured as divergence: bring it to the search's scale.
+        # The separable model leaves out what layers do to each other's errors.
         ratio = objective.value(start) / max(objective.separable.value(start), 1e-12)
         objective = replace(objective, separable=objective.separable.scaled(ratio))
         allocation, candidates = allocate_by_loss(
-            curves, objective, constraints, warm, self._scores, effort, self._watch
+            curves,
+            objective,
+            constraints,
+            warm,
+            self._scores,
+            effort,
+            self._watch,
+            self._refitted_scores if self.refit else None,
         )
-        self._report["candidates"] += tuple(float(c.scores.final.mean()) for c in candidates[1:])
+        self._report["candidates"] += tuple(float(c.scores.searched.mean()) for c in candidates[1:])
         return allocation
 
     def allocate(
@@ -221,7 +240,7 @@ class Calibrated:
         if kinds not in self._first:
             indices = self.dataset.calibration
             step = max(1, len(indices) // PROBE_SAMPLES)
-            probe = self._probe(indices[::step][:PROBE_SAMPLES])
+            probe = self._followed(indices[::step][:PROBE_SAMPLES])
             self._report["probe_samples"] = probe.samples
             first = Sensitivity(
                 self.analysis.layers,
@@ -238,16 +257,15 @@ class Calibrated:
     def gradients(self) -> GradientProbe:
         """Open the gradient graph once, on the whole calibration split."""
         if self._gradient_probe is None:
-            probe = self._search_probe(self.dataset.calibration)
+            probe = self._followed(self.dataset.calibration)
             self._gradient_probe = GradientProbe(probe, self.threads)
         return self._gradient_probe
 
-    def _search_probe(self, indices: Sequence[int]) -> Probe:
-        """Open a probe of the loss that the search follows: logits where there are classes."""
-        kinds = self._selection.kinds
-        if any(kind.startswith("ce") for kind in kinds.values()):
+    def _followed(self, indices: Sequence[int]) -> Probe:
+        """Open a probe of the loss that decisions follow."""
+        if self._softened is None:
             return self._probe(indices)
-        return self._probe(indices, soften(self.model, kinds), "mse")
+        return self._probe(indices, self._softened, "mse")
 
     def _path(self) -> Path:
         def approximate(layer: int, curve: int, ranks: Sequence[int]) -> list[Approximation]:
@@ -265,26 +283,33 @@ class Calibrated:
         self.history.append(step)
         self.progress(f"network loss: {step.loss:.4g}", step.number, step.number + 1)
 
-    def factorise(self, plan: Plan, refit: bool) -> list[Replacement]:
-        """Factorise the chosen layers, and refit them if asked to."""
+    def factorise(self, plan: Plan) -> list[Replacement]:
+        """Factorise the chosen layers, and refit them if that is wanted."""
         chosen = self._chosen(plan)
         approximations = [entry.approximation for entry in chosen]
         self._report["loss_before_refit"] = self._loss(chosen, approximations)
-        if refit:
-            approximations, kept = refit_layers(
-                self.model,
-                chosen,
-                lambda: self.batches(self.dataset.calibration),
-                self._selection,
-                threads=self.threads,
-                progress=partial(self.progress, "refit"),
-            )
+        if self.refit:
+            approximations, kept = self._refit(plan, chosen)
             self._report["refitted"] = kept
+            self._refitted.clear()
         self._report["loss"] = self._loss(chosen, approximations)
         return [
             make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
             for entry, found in zip(chosen, approximations, strict=True)
         ]
+
+    def _refit(self, plan: Plan, chosen: Sequence[ChosenLayer]) -> tuple[list[Approximation], int]:
+        """Refit a plan's layers, once for each plan."""
+        if plan.decisions not in self._refitted:
+            self._refitted[plan.decisions] = refit_layers(
+                self.model,
+                chosen,
+                lambda: self.batches(self.dataset.calibration),
+                self._judge,
+                threads=self.threads,
+                progress=partial(self.progress, "refit"),
+            )
+        return self._refitted[plan.decisions]
 
     def held_back(self) -> tuple[str, Callable[[], Iterable[Feeds]]]:
         """Return the selection split's name, and fresh batches of it, for the verification."""
@@ -318,14 +343,21 @@ class Calibrated:
 
     def _scores(self, choices: Sequence[Choice | None]) -> Scores:
         chosen = self._chosen(self.analysis.plan(choices))
-        weights = _weights(chosen, [entry.approximation for entry in chosen])
-        if self._search_selection is None:
-            self._search_selection = self._search_probe(self.dataset.selection)
-        return Scores(self._search_selection.losses(weights), self._selection.losses(weights))
+        return self._scored(_weights(chosen, [entry.approximation for entry in chosen]))
+
+    def _refitted_scores(self, choices: Sequence[Choice | None]) -> Scores:
+        plan = self.analysis.plan(choices)
+        chosen = self._chosen(plan)
+        return self._scored(_weights(chosen, self._refit(plan, chosen)[0]))
+
+    def _scored(self, weights: Weights) -> Scores:
+        searched = self._judge.losses(weights)
+        final = searched if self._judge is self._selection else self._selection.losses(weights)
+        return Scores(searched, final)
 
     def _selection_loss(self, choices: Sequence[Choice | None]) -> float:
         chosen = self._chosen(self.analysis.plan(choices))
-        return self._loss(chosen, [entry.approximation for entry in chosen])
+        return self._judge.loss(_weights(chosen, [entry.approximation for entry in chosen]))
 
     def _loss(
         self, chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]

@@ -173,7 +173,7 @@ def compress(
             classes = _labels(labels, dataset)
             measure: LossName = loss if classes is None else "ce"
             calibrated = Calibrated(
-                proto, analysis, dataset, batch, measure, threads, notify, classes
+                proto, analysis, dataset, batch, measure, threads, notify, classes, refit
             )
         allocation: Allocation | None = None
         if plan is None:
@@ -189,7 +189,7 @@ def compress(
         if calibrated is None:
             replacements = _factorise(proto, analysis, plan, notify)
         else:
-            replacements = calibrated.factorise(plan, refit)
+            replacements = calibrated.factorise(plan)
         spill = Spill()
         replacements = spill.replacements(replacements)
         compressed = rewrite(proto, replacements) if replacements else proto

@@ -96,6 +96,14 @@ def test_a_model_that_meets_its_budget_is_copied_unchanged(demo_model, tmp_path)
     assert (tmp_path / "out.onnx").read_bytes() == demo_model.read_bytes()
 
 
+def test_the_main_command_may_be_named_and_options_may_come_first(demo_model, tmp_path):
+    for number, words in enumerate((["compress"], [])):
+        out = tmp_path / f"{number}.onnx"
+        done = run(*words, "--mem", 0.5, "--quiet", demo_model, out)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "0.onnx").read_bytes() == (tmp_path / "1.onnx").read_bytes()
+
+
 def test_dry_run_writes_nothing_and_quiet_prints_nothing(demo_model, tmp_path):
     done = run(demo_model, tmp_path / "out.onnx", "--mem", 0.5, "--dry-run", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -111,17 +111,24 @@ def slsqp_only() -> None:
 
 
 def divergence_itself() -> None:
-    """Let the search follow the divergence instead of the logits."""
-    import cobla_onnx.calibrated
+    """Let all decisions follow the divergence instead of the logits."""
     from cobla_onnx.calibrated import Calibrated
 
-    inner = Calibrated._probe
-    cobla_onnx.calibrated.soften = lambda model, kinds: model  # type: ignore[attr-defined]
+    begin = Calibrated.__post_init__
 
-    def probe(self: Any, indices: Any, model: Any = None, loss: Any = None) -> Any:
-        return inner(self, indices, model, None)
+    def by_divergence(self: Any) -> None:
+        self.loss = "kl"
+        begin(self)
 
-    Calibrated._probe = probe  # type: ignore[method-assign]
+    Calibrated.__post_init__ = by_divergence  # type: ignore[method-assign]
+
+
+def judged_before_refit() -> None:
+    """Choose between the candidates of the search as they are before refit."""
+    from cobla_onnx.allocation import sequential
+
+    inner = sequential._elected
+    sequential._elected = lambda candidates, _: inner(candidates, None)
 
 
 def no_noise_test() -> None:
@@ -138,10 +145,11 @@ PARTS: Mapping[str, tuple[str, Callable[[], None]]] = {
     "one scheme": ("ours", one_scheme),
     "one round": ("ours", one_round),
     "no bias correction": ("ours", no_bias),
+    "divergence itself": ("ours", divergence_itself),
     "all parts, loss": ("ours, loss", nothing),
     "knapsacks only": ("ours, loss", knapsacks_only),
     "SLSQP only": ("ours, loss", slsqp_only),
-    "divergence itself": ("ours, loss", divergence_itself),
+    "judged before refit": ("ours, loss", judged_before_refit),
     "no noise test": ("ours, loss", no_noise_test),
 }
 """Method, and the part that is switched off; each with and without refit."""

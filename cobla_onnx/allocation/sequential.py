@@ -10,10 +10,11 @@ of that model again and again:
 
 A calibration set of a few hundred samples is easily fitted too well: choices made for it
 can be no better on other samples. So every candidate is scored on samples that neither its
-factors nor its gradients have seen, and one takes the place of the start only if the loss
-that the search follows is lower there by more than half a standard error of the comparison, and
-the loss that counts in the end is not higher by more than a whole one (after Breiman et al.
-1984, Classification and Regression Trees, section 3.4.3).
+factors nor its gradients have seen. The best few are then finished as the answer will be
+(their factors refitted), and one takes the place of the start only if the loss that the
+search follows is lower on those samples by more than half a standard error of the
+comparison, and the loss that counts in the end is not higher by more than a whole one (after
+Breiman et al. 1984, Classification and Regression Trees, section 3.4.3).
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ DAMPINGS = (1.0, 2.0, 4.0)
 STEPS = 3
 # The model is not worth proving an optimum to more digits.
 RELATIVE_GAP = 1e-2
+# Candidates that are finished.
+SHORTLIST = 2
 # Standard errors by which a candidate has to be better than the start in the loss that the
 # search follows, and by which it may seem worse in the noisier loss that counts.
 SIGNIFICANCE, TOLERANCE = 0.5, 1.0
@@ -150,6 +153,7 @@ def allocate_by_loss(
     score: Callable[[Sequence[Choice | None]], Scores],
     effort: Effort,
     watch: Callable[[Step], None] = lambda step: None,
+    finish: Callable[[Sequence[Choice | None]], Scores] | None = None,
 ) -> tuple[Allocation, tuple[Candidate, ...]]:
     """Improve choices by the loss itself.
 
@@ -167,6 +171,8 @@ def allocate_by_loss(
         best candidate so far is the answer.
     watch : callable
         Called with every step.
+    finish : callable, optional
+        As `score`, after all that is done to the factors when ranks are chosen.
 
     Returns
     -------
@@ -175,7 +181,7 @@ def allocate_by_loss(
         All that were scored, the start first.
     """
     search = _Search(layers, objective, constraints, score, effort, watch)
-    start = search.add("output's knapsack", warm.choices)
+    search.add("output's knapsack", warm.choices)
     relaxed: Relaxed | None = None
     stopped = ""
     try:
@@ -188,8 +194,7 @@ def allocate_by_loss(
     except _TimeIsUp:
         stopped = "the time limit was reached"
     stopped = stopped or (relaxed.stopped if relaxed is not None else "")
-    better = [c for c in search.candidates if c.beats(start)]
-    best = min(better, key=lambda c: float(c.scores.searched.mean()), default=start)
+    best = _elected(search.candidates, finish)
     notes = tuple(n for n in warm.certificate.notes if not n.startswith("SLSQP"))
     if relaxed is not None and relaxed.masks is None:
         notes += (f"SLSQP on the network's loss: {relaxed.problem}; knapsacks alone were used",)
@@ -212,6 +217,25 @@ def allocate_by_loss(
         fronts={},
     )
     return Allocation(best.choices, certificate), tuple(search.candidates)
+
+
+def _elected(
+    candidates: Sequence[Candidate],
+    finish: Callable[[Sequence[Choice | None]], Scores] | None,
+) -> Candidate:
+    """The best that beats the start, the first; of a shortlist if each has to be finished."""
+
+    def searched(candidate: Candidate) -> float:
+        return float(candidate.scores.searched.mean())
+
+    start, *others = candidates
+    if finish is None or not others:
+        return min((c for c in others if c.beats(start)), key=searched, default=start)
+    finished = [
+        replace(candidate, scores=finish(candidate.choices))
+        for candidate in (start, *sorted(others, key=searched)[:SHORTLIST])
+    ]
+    return _elected(finished, None)
 
 
 class _TimeIsUp(Exception):

@@ -11,7 +11,7 @@ from cobla_onnx.autodiff.backward import backward
 from cobla_onnx.autodiff.casting import cast_tensor
 from cobla_onnx.autodiff.emitter import Emitter
 from cobla_onnx.autodiff.losses import KINDS, Losses, LossKind, write_losses
-from cobla_onnx.autodiff.masks import MaskedWeight, write_mask_gradients
+from cobla_onnx.autodiff.masks import MaskedWeight, through_factors, write_mask_gradients
 from cobla_onnx.autodiff.prepare import Prepared, prepare
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.layers import all_inputs
@@ -133,22 +133,24 @@ def differentiate(
     Parameters
     ----------
     masks : sequence of MaskedWeight
-        Weights whose gradient by the masks of a factorisation is wanted. The weight itself
-        becomes an input too.
+        Weights whose gradient by the masks of a factorisation is wanted. The weight, or
+        what the layer runs with in its place, becomes an input too.
     constants : sequence of str
         Further tensors that become inputs, without a gradient.
     element_type : {TensorProto.FLOAT, TensorProto.DOUBLE}
         Floating type of everything in the graph.
     """
     _check(model, loss)
-    exposed = list(dict.fromkeys([*weights, *(mask.weight for mask in masks), *constants]))
-    forward = prepare(model, exposed, input_shapes or {}, element_type, threads)
+    dense = [mask.weight for mask in masks if mask.mask is None]
+    exposed = list(dict.fromkeys([*weights, *dense, *constants]))
+    factors = through_factors(masks)
+    forward = prepare(model, exposed, input_shapes or {}, element_type, threads, factors)
     for name in exposed:
         if forward.types.get(name) != element_type:
             raise UsageError(f"tensor {name!r} is not of floating type and has no gradient")
     g = Emitter(_names(forward), element_type)
     written = write_losses(g, loss, _output_shapes(forward, loss))
-    layers = [node.output[0] for mask in masks for _, node in mask.uses]
+    layers = [mask.differentiated(use) for mask in masks for use in mask.uses]
     wanted = dict.fromkeys([*weights, *layers])
     found = backward(g, forward, written.seeds, wanted)
     gradients: dict[str, str] = {}
@@ -161,7 +163,7 @@ def differentiate(
     shapes = {gradients[name]: forward.shapes[name] for name in gradients}
     outputs = {written.loss: (written.samples,), **shapes, **contracted.shapes}
     return GradientGraph(
-        _assemble(g, forward, exposed, written, contracted.inputs, outputs),
+        _assemble(g, forward, [*exposed, *factors.inputs], written, contracted.inputs, outputs),
         written.loss,
         written.samples,
         gradients,

@@ -2,9 +2,12 @@
 
 With W = second diag(m) first, the layer's output is second(m z), z = first(x). So the
 derivative of a sample's loss by m_j is the sum over positions of z_j t_j, where
-t = second^T dy is the input gradient of the second factor node: two products of the size
-of the factors, per sample, whatever m is. (METHOD: dE/dm_j = s_j u_j^T (dE/dW) v_j,
+t = second^T dy is the gradient by what the second factor node reads: two products of the
+size of the factors, per sample, whatever m is. (Li and Shi's dE/dm_j = s_j u_j^T (dE/dW) v_j,
 contracted in another order.)
+
+If the layer itself runs through its factors, z and t are there already, and the gradients
+by all masks cost next to nothing beyond the forward and the backward pass.
 """
 
 from __future__ import annotations
@@ -13,16 +16,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 
 from cobla_onnx.autodiff.backward import Backward
 from cobla_onnx.autodiff.emitter import Emitter
-from cobla_onnx.autodiff.prepare import Prepared
+from cobla_onnx.autodiff.prepare import Prepared, Substitutes
 from cobla_onnx.autodiff.vjp import NoRuleError, Step, find_rule
 from cobla_onnx.autodiff.vjp.registry import Sizes
 from cobla_onnx.graph.cost import infer_tensors
 
-__all__ = ["Contracted", "MaskedWeight", "write_mask_gradients"]
+__all__ = ["Contracted", "MaskedWeight", "through_factors", "write_mask_gradients"]
+
+# Axis of the outputs of a convolution's weight.
+CONVOLUTIONS = {"Conv": 0, "ConvTranspose": 1}
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,10 @@ class MaskedWeight:
         For each node that reads the weight, the two that would replace it: the first reads
         the layer's input and `first`, the second the first's output and `second`, and is
         named for the layer's output. See `cobla_onnx.rewrite.factor_nodes`.
+    mask : str or None
+        Name of the masks, of shape (ranks,), which become an input: the layer runs as
+        second(m first(x)), and its weight is no input. Without, the layer runs with its
+        weight, which the caller makes of the masks.
     """
 
     weight: str
@@ -48,6 +59,25 @@ class MaskedWeight:
     first_shape: tuple[int, ...]
     second_shape: tuple[int, ...]
     uses: tuple[tuple[onnx.NodeProto, onnx.NodeProto], ...]
+    mask: str | None = None
+
+    def masked(self, use: tuple[onnx.NodeProto, onnx.NodeProto]) -> str:
+        """Name of what the second node of a use reads where there are masks."""
+        return f"{use[0].output[0]}/masked"
+
+    def differentiated(self, use: tuple[onnx.NodeProto, onnx.NodeProto]) -> str:
+        """Name of the tensor by which the backward pass has to give the gradient."""
+        return use[1].output[0] if self.mask is None else self.masked(use)
+
+    def mask_shape(self, use: tuple[onnx.NodeProto, onnx.NodeProto]) -> Sizes:
+        """Shape in which masks are multiplied onto the first node's output."""
+        node = use[0]
+        if node.op_type in CONVOLUTIONS:
+            ranks = self.first_shape[CONVOLUTIONS[node.op_type]]
+            return (ranks, *(1 for _ in self.first_shape[2:]))
+        if node.input[1] == self.first:
+            return (self.first_shape[-1],)
+        return (self.first_shape[-2], 1)
 
 
 @dataclass(frozen=True)
@@ -73,6 +103,32 @@ class Contracted:
     blocked: dict[str, str]
 
 
+def through_factors(masks: Sequence[MaskedWeight]) -> Substitutes:
+    """Nodes by which the layers run through their factors and masks."""
+    result = Substitutes()
+    for mask in masks:
+        if mask.mask is None:
+            continue
+        result.inputs[mask.first] = tuple(mask.first_shape)
+        result.inputs[mask.second] = tuple(mask.second_shape)
+        result.inputs[mask.mask] = mask.mask_shape(mask.uses[0])[:1]
+        for use in mask.uses:
+            between, masked = use[0].output[0], mask.masked(use)
+            shape = np.array(mask.mask_shape(use), np.int64)
+            result.constants.append(onnx.numpy_helper.from_array(shape, f"{masked}/shape"))
+            spread = f"{masked}/mask"
+            second = onnx.NodeProto()
+            second.CopyFrom(use[1])
+            second.input[list(second.input).index(between)] = masked
+            result.nodes[second.output[0]] = [
+                use[0],
+                onnx.helper.make_node("Reshape", [mask.mask, f"{masked}/shape"], [spread]),
+                onnx.helper.make_node("Mul", [between, spread], [masked]),
+                second,
+            ]
+    return result
+
+
 def write_mask_gradients(
     g: Emitter,
     forward: Prepared,
@@ -84,12 +140,13 @@ def write_mask_gradients(
     result = Contracted({}, {}, {}, {})
     for mask in masks:
         reasons = [
-            found.blocked[use[1].output[0]]
-            for use in mask.uses
-            if use[1].output[0] in found.blocked
+            found.blocked[name]
+            for name in map(mask.differentiated, mask.uses)
+            if name in found.blocked
         ]
-        result.inputs[mask.first] = tuple(mask.first_shape)
-        result.inputs[mask.second] = tuple(mask.second_shape)
+        if mask.mask is None:
+            result.inputs[mask.first] = tuple(mask.first_shape)
+            result.inputs[mask.second] = tuple(mask.second_shape)
         try:
             if reasons:
                 raise NoRuleError(reasons[0])
@@ -113,6 +170,34 @@ def _contract(
     samples: int,
 ) -> tuple[str, int]:
     """Sum z t over all but samples and ranks; return the sum and the number of ranks."""
+    first = use[0]
+    if mask.mask is None:
+        between, t, shape = _beside(g, forward, mask, use, found)
+    else:
+        between, t = first.output[0], found.gradients[mask.masked(use)]
+        shape = forward.shapes[between]
+    data_left = first.input[1] == mask.first
+    convolves = first.op_type in CONVOLUTIONS
+    axis = 1 if convolves else len(shape) - (1 if data_left else 2)
+    product = g.mul(between, t)
+    if axis == 0 or shape[0] % samples:
+        if samples > 1:
+            raise NoRuleError(f"samples do not lie along the first axis of {first.input[0]!r}")
+        total = g.sum(product, [a for a in range(len(shape)) if a != axis])
+        return g.reshape(total, [1, shape[axis]]), shape[axis]
+    # Rows that were flattened into the first axis belong to their sample.
+    split = [samples, shape[0] // samples, math.prod(shape[1:axis]), shape[axis], -1]
+    return g.sum(g.reshape(product, split), [1, 2, 4]), shape[axis]
+
+
+def _beside(
+    g: Emitter,
+    forward: Prepared,
+    mask: MaskedWeight,
+    use: tuple[onnx.NodeProto, onnx.NodeProto],
+    found: Backward,
+) -> tuple[str, str, Sizes]:
+    """Write z and t for a layer that runs with its weight; return them and their shape."""
     first, second = onnx.NodeProto(), use[1]
     first.CopyFrom(use[0])
     between = g.name(f"{mask.weight}/between")
@@ -135,18 +220,7 @@ def _contract(
     assert rule is not None
     t = rule(g, step)[place]
     assert t is not None
-    shape = shapes[between]
-    data_left = first.input[1] == mask.first
-    axis = 1 if first.op_type == "Conv" else len(shape) - (1 if data_left else 2)
-    product = g.mul(between, t)
-    if axis == 0 or shape[0] % samples:
-        if samples > 1:
-            raise NoRuleError(f"samples do not lie along the first axis of {first.input[0]!r}")
-        total = g.sum(product, [a for a in range(len(shape)) if a != axis])
-        return g.reshape(total, [1, shape[axis]]), shape[axis]
-    # Rows that were flattened into the first axis belong to their sample.
-    split = [samples, shape[0] // samples, math.prod(shape[1:axis]), shape[axis], -1]
-    return g.sum(g.reshape(product, split), [1, 2, 4]), shape[axis]
+    return between, t, shapes[between]
 
 
 def _shape(forward: Prepared, node: onnx.NodeProto, shapes: Mapping[str, Sizes]) -> Sizes:

@@ -8,7 +8,7 @@ known of every tensor: type, shape, and value where it is a small constant.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from cobla_onnx.graph.model_file import (
 )
 from cobla_onnx.runtime import first_line, open_session, random_feeds, run_session
 
-__all__ = ["OPSET", "Prepared", "prepare"]
+__all__ = ["OPSET", "Prepared", "Substitutes", "prepare"]
 
 OPSET = 18
 """Operator set of the gradient graph, unless the model's own is newer."""
@@ -48,6 +48,25 @@ DATA_SHAPED = {
     "StringSplit",
     "Unique",
 }
+
+
+@dataclass(frozen=True)
+class Substitutes:
+    """Nodes to run in place of others.
+
+    Attributes
+    ----------
+    nodes : dict of str to list of NodeProto
+        By the name of the tensor whose node they replace.
+    inputs : dict of str to tuple of int
+        Shapes of the inputs that they need.
+    constants : list of TensorProto
+        Initializers that they need.
+    """
+
+    nodes: dict[str, list[onnx.NodeProto]] = field(default_factory=dict)
+    inputs: dict[str, Sizes] = field(default_factory=dict)
+    constants: list[onnx.TensorProto] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -84,8 +103,11 @@ def prepare(
     input_shapes: Mapping[str, Sequence[int]],
     element_type: int,
     threads: int,
+    substitutes: Substitutes | None = None,
 ) -> Prepared:
     """Prepare a copy of `model` in which the tensors `exposed` are inputs.
+
+    Nodes are replaced by their `substitutes`, whose inputs are inputs of the copy.
 
     Raises
     ------
@@ -96,6 +118,8 @@ def prepare(
     """
     sizes = _input_sizes(model, input_shapes)
     light, stored = _lighten(model, exposed, sizes)
+    if substitutes is not None:
+        _substitute(light.graph, substitutes)
     replace_legacy(light)
     cast_model(light, element_type)
     light = _expand(_convert(light))
@@ -113,6 +137,19 @@ def prepare(
     _measure(light, known, types, threads)
     constants = known_values(light, known)
     return Prepared(light, stored, tuple(sizes), known, types, constants)
+
+
+def _substitute(graph: onnx.GraphProto, substitutes: Substitutes) -> None:
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.extend(substitutes.nodes.get(next(iter(node.output), ""), [node]))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+    graph.initializer.extend(substitutes.constants)
+    for name, shape in substitutes.inputs.items():
+        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        graph.input.append(value)
 
 
 def _dims(value: onnx.ValueInfoProto) -> Sequence[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,67 @@ def test_masks_of_all_schemes(kind):
             np.testing.assert_allclose(
                 alone[single.mask_gradients[name]][0], expected, rtol=1e-3, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("kind", ["spatial-hw", "spatial-wh", "channel", "input"])
+def test_layers_that_run_through_their_factors(kind):
+    """As the dense weight at the same masks: losses, and gradients by every mask."""
+    model, batch = network(), 2
+    layers = find_layers(model).layers
+    generator = np.random.default_rng(0)
+    feeds = {"x": random_array(batch, 4, 9, 8), "target/y": random_array(batch, 5, seed=9)}
+    weights, beside, through, given = {}, [], [], {}
+    for layer in layers:
+        schemes = schemes_for(layer)
+        scheme = next((s for s in schemes if s.name == kind), schemes[0])
+        mask, factors_, left, right = masked(model, layer, scheme, 3)
+        feeds |= factors_
+        groups = left.shape[0]
+        values = generator.uniform(0, 1, (groups, 3)).astype(np.float32)
+        weights[layer.source] = scheme.weight((left * values[:, None]) @ right).astype(np.float32)
+        given[f"mask/{layer.source}"] = values.reshape(-1)
+        beside.append(mask)
+        through.append(replace(mask, mask=f"mask/{layer.source}"))
+    shapes = {"input_shapes": {"x": [batch, 4, 9, 8]}}
+    dense = differentiate(model, {"y": "logits"}, masks=beside, **shapes)
+    factored = differentiate(model, {"y": "logits"}, masks=through, **shapes)
+    assert not {v.name for v in factored.model.graph.input} & set(weights)
+    expected, found = run(dense, {**feeds, **weights}), run(factored, {**feeds, **given})
+    np.testing.assert_allclose(found[factored.loss], expected[dense.loss], rtol=1e-4)
+    for name in weights:
+        actual = found[factored.mask_gradients[name]]
+        assert np.abs(actual).max() > 0
+        np.testing.assert_allclose(
+            actual, expected[dense.mask_gradients[name]], rtol=1e-3, atol=1e-5
+        )
+
+
+def test_transposed_convolution_through_its_factors():
+    nodes = [node("ConvTranspose", ["x", "w"], ["y"], strides=[2, 1], pads=[1, 0, 0, 1])]
+    model = model_of(nodes, {"w": random_array(4, 5, 3, 3)}, {"x": [2, 4, 5, 5]}, ["y"])
+    (layer,) = find_layers(model).layers
+    target = random_array(*shape_of(model), seed=3)
+    for scheme in schemes_for(layer):
+        mask, feeds, *_ = masked(model, layer, scheme, 3)
+        graph = differentiate(model, {"y": "mse"}, masks=[replace(mask, mask="m")])
+        feeds |= {"x": random_array(2, 4, 5, 5, seed=1), "target/y": target}
+        feeds |= {"power/y": np.float32(1)[...]}
+
+        def loss(m: np.ndarray, graph: GradientGraph = graph, feeds: Any = feeds) -> Any:
+            found = run(graph, {**feeds, "m": m.astype(np.float32)})
+            return found[graph.loss], found[graph.mask_gradients["w"]]
+
+        middle = np.array([0.2, 0.7, 0.4])
+        _, slope = loss(middle)
+        for j in range(3):
+            step = np.eye(3)[j] * 0.05
+            difference = (loss(middle + step)[0] - loss(middle - step)[0]) / 0.1
+            np.testing.assert_allclose(slope[:, j], difference, rtol=2e-3, atol=1e-4)
+
+
+def shape_of(model: onnx.ModelProto) -> tuple[int, ...]:
+    inferred = onnx.shape_inference.infer_shapes(model)
+    return tuple(d.dim_value for d in inferred.graph.output[0].type.tensor_type.shape.dim)
 
 
 def test_rows_that_were_flattened_belong_to_their_sample():

@@ -1,0 +1,71 @@
+"""The application: its commands, which of them is the main one, and how errors end it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from cobla_onnx import __version__
+from cobla_onnx.cli import options
+from cobla_onnx.cli.compress import compress
+from cobla_onnx.errors import CoblaError
+from cobla_onnx.names import safe_text
+
+__all__ = ["app", "main"]
+
+MAIN_COMMAND = "compress"
+
+
+class MainCommandGroup(TyperGroup):
+    """Commands of which one need not be named: ``cobla-onnx IN OUT`` is ``compress IN OUT``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the main command's name in front, where no command and no option of ours is."""
+        own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
+        if args and args[0] not in self.commands and args[0].partition("=")[0] not in own:
+            args = [MAIN_COMMAND, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=MainCommandGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(compress)
+
+
+@app.callback()
+def cobla_onnx(version: options.Version = False) -> None:
+    """Make ONNX models smaller by low-rank factorisation under hard budgets.
+
+    The main job needs no command's name: cobla-onnx IN OUT --mem 0.3
+    """
+
+
+def main() -> None:
+    """Run the command line; turn errors into one line and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except CoblaError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        _fail(
+            f"a bug in cobla-onnx {__version__}: {type(error).__name__}: {error}; "
+            "run again with --debug and report the traceback",
+            1,
+        )
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"error: {safe_text(message, 2000)}\n")
+    sys.exit(code)

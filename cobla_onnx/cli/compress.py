@@ -1,0 +1,110 @@
+"""``cobla-onnx [compress] IN OUT``: the main job."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from cobla_onnx.cli import options, parsing, terminal
+
+__all__ = ["compress"]
+
+
+def compress(
+    input: Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model to compress.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write the result.")],
+    mem: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="F", help="Keep at most this fraction of the weights' bytes."),
+    ] = None,
+    mac: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="F", help="Keep at most this fraction of the MACs."),
+    ] = None,
+    data: options.DataPath = None,
+    samples: options.Samples = None,
+    batch: options.Batch = 16,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    scale: options.Scale = 1.0,
+    channel_order: options.ChannelOrderOption = options.ChannelOrder.rgb,
+    layout: options.LayoutOption = options.Layout.nchw,
+    labels: options.LabelsFile = None,
+    loss: options.LossOption = options.Loss.auto,
+    refit: options.Refit = True,
+    solver: options.SolverOption = options.Solver.slsqp,
+    objective: options.ObjectiveOption = options.Objective.auto,
+    time_limit: options.TimeLimit = None,
+    input_shape: options.InputShapes = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    min_size: options.MinSize = 0,
+    scheme: options.SchemeOption = options.Scheme.auto,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything but write the model.")
+    ] = False,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Allow OUT to be the same file as IN.")
+    ] = False,
+    external_data: options.ExternalDataOption = options.ExternalData.auto,
+    report: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Write the report, as .html, .md or .json."),
+    ] = None,
+    history: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.csv", help="Write the steps of --objective loss as CSV."),
+    ] = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write a smaller, low-rank ONNX model that was verified in onnxruntime.
+
+    At least one of --mem and --mac is needed; both are hard limits.
+    """
+    from cobla_onnx.compression import compress as run
+    from cobla_onnx.result import check_paths
+
+    shapes = parsing.input_shapes(input_shape)
+    check_paths(input, output, report, history, in_place=in_place)
+    from cobla_onnx.allocation import Budget
+
+    budget = Budget(mem=mem, mac=mac)
+    images = parsing.image_options(mean, std, scale, channel_order, layout)
+    with terminal.progress(quiet) as progress:
+        result = run(
+            input,
+            budget,
+            solver=solver.value,
+            objective=objective.value,
+            input_shapes=shapes,
+            include=include or (),
+            exclude=exclude or (),
+            min_size=min_size,
+            scheme=scheme.value,
+            data=data,
+            samples=samples,
+            batch=batch,
+            images=images,
+            labels=labels,
+            loss=loss.value,
+            refit=refit,
+            time_limit=time_limit,
+            seed=seed,
+            threads=threads,
+            progress=progress,
+        )
+    if not dry_run:
+        result.save(output, external_data=external_data.value)
+    if report is not None:
+        result.save_report(report, sys.argv)
+    if history is not None:
+        result.save_history(history)
+    if not quiet:
+        terminal.show(result.report)
+        typer.echo("dry run: nothing was written" if dry_run else f"written: {output}")

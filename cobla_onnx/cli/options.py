@@ -1,0 +1,194 @@
+"""The options that commands share, each declared once.
+
+A command annotates its parameter with the option, ``data: options.Data = None``. Options of
+one command alone are declared there.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from cobla_onnx import __version__
+
+
+class Solver(str, Enum):
+    """Choices of --solver."""
+
+    slsqp = "slsqp"
+    milp = "milp"
+
+
+class Objective(str, Enum):
+    """Choices of --objective."""
+
+    auto = "auto"
+    weights = "weights"
+    output = "output"
+    loss = "loss"
+
+
+class Loss(str, Enum):
+    """Choices of --loss."""
+
+    auto = "auto"
+    kl = "kl"
+    mse = "mse"
+    ce = "ce"
+
+
+class ChannelOrder(str, Enum):
+    """Choices of --channel-order."""
+
+    rgb = "rgb"
+    bgr = "bgr"
+
+
+class ExternalData(str, Enum):
+    """Choices of --external-data."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class Layout(str, Enum):
+    """Choices of --layout."""
+
+    nchw = "nchw"
+    nhwc = "nhwc"
+
+
+class Scheme(str, Enum):
+    """Choices of --scheme."""
+
+    auto = "auto"
+    spatial = "spatial"
+    channel = "channel"
+    input = "input"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cobla-onnx {__version__}")
+        raise typer.Exit
+
+
+# Calibration data.
+DataPath = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        help="Unlabelled samples: .npz, .npy, a folder of images or of test_data_set_*.",
+    ),
+]
+Samples = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--samples", metavar="N", help="Use at most N samples.", min=2),
+]
+Batch = Annotated[
+    int, typer.Option("--batch", metavar="N", help="Samples that are run at a time.", min=1)
+]
+Mean = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--mean", metavar="M[,M,M]", help="Images: taken off each channel, after --scale."
+    ),
+]
+Std = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--std", metavar="S[,S,S]", help="Images: each channel is divided by it, last."),
+]
+Scale = Annotated[
+    float,
+    typer.Option("--scale", metavar="F", help="Images: pixels (0 to 255) are multiplied by it."),
+]
+ChannelOrderOption = Annotated[
+    ChannelOrder, typer.Option("--channel-order", help="Images: order of the model's channels.")
+]
+LayoutOption = Annotated[
+    Layout, typer.Option("--layout", help="Images: order of the model's axes.")
+]
+LabelsFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--labels",
+        metavar="FILE",
+        help="Classes of the samples, .csv, .npy or .npz: the loss is the cross-entropy.",
+    ),
+]
+LossOption = Annotated[
+    Loss, typer.Option("--loss", help="How outputs are compared with the original's.")
+]
+
+# Which layers, and how.
+InputShapes = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--input-shape", metavar="NAME:D,D", help="Shape of an input with unknown axes."),
+]
+Include = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--include", metavar="GLOB", help="Only layers whose name matches."),
+]
+Exclude = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--exclude", metavar="GLOB", help="Leave layers whose name matches."),
+]
+MinSize = Annotated[
+    int,
+    typer.Option("--min-size", metavar="N", help="Leave layers with fewer weights.", min=0),
+]
+SchemeOption = Annotated[
+    Scheme,
+    typer.Option("--scheme", help="How convolutions are unfolded; auto chooses per layer."),
+]
+
+# How ranks and factors are found.
+ObjectiveOption = Annotated[
+    Objective,
+    typer.Option(
+        "--objective",
+        help="weights: no data needed; output: each layer measured with --data; loss: the "
+        "network's loss by its gradient, slower.",
+    ),
+]
+SolverOption = Annotated[
+    Solver,
+    typer.Option("--solver", help="slsqp: relaxed masks, then rounding; milp: integer only."),
+]
+TimeLimit = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        "--time-limit", metavar="SECONDS", help="With --objective loss: of its search.", min=0
+    ),
+]
+Refit = Annotated[
+    bool,
+    typer.Option("--refit/--no-refit", help="With data: refit factors to changed inputs."),
+]
+
+# The run.
+Seed = Annotated[
+    int, typer.Option("--seed", help="For the random inputs of the verification.", min=0)
+]
+Threads = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--threads", metavar="N", help="Threads; as many as there are cores.", min=1),
+]
+ExternalDataOption = Annotated[
+    ExternalData,
+    typer.Option(
+        "--external-data",
+        help="Weights in a file beside OUT; auto: as they were, or if over 2 GB.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+]
