@@ -16,6 +16,7 @@ nitpicky = False
 html_theme = "furo"
 html_title = f"cobla-onnx {version}"
 html_show_sphinx = False
+html_show_copyright = False
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
