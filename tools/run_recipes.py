@@ -6,7 +6,7 @@
 A page's blocks run in their order, each in a process of its own, in a folder that holds
 `models` and nothing else; `python`, `sh` and `make` blocks count, and a `text` block right
 after one is what it printed. `<!-- needs: torch -->` before a block names the modules or
-commands without which it and the rest of the page are left out.
+commands without which it is left out.
 """
 
 from __future__ import annotations
@@ -89,20 +89,21 @@ def run_block(block: Block, folder: Path) -> str:
 
 
 def run_page(page: Path, folder: Path) -> tuple[list[tuple[Block, str]], list[str]]:
-    """Run a page until something it needs is not there.
+    """Run a page's blocks, except those that need what is not there.
 
     Returns
     -------
     list of (Block, printed), and what was missing
     """
     (folder / "models").symlink_to(ROOT / "models", target_is_directory=True)
-    results = []
+    results: list[tuple[Block, str]] = []
+    absent: list[str] = []
     for block in read_blocks(page.read_text(encoding="utf-8")):
         lacking = missing(block)
-        if lacking:
-            return results, lacking
-        results.append((block, run_block(block, folder)))
-    return results, []
+        absent += lacking
+        if not lacking:
+            results.append((block, run_block(block, folder)))
+    return results, absent
 
 
 def main() -> None:

@@ -63,6 +63,8 @@ def _totals(report: Report) -> str:
         return "The budgets are met as it is: the model is copied unchanged."
     rows = []
     for name, use in report.budget.items():
+        if use.limit is None and use.reached is None:
+            continue
         title = {"mem": "memory (bytes of weights)", "mac": "MACs"}.get(name, name)
         limit = "" if use.limit is None else percent_text(use.limit)
         costs = count_text(use.before), count_text(use.after)

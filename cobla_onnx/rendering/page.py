@@ -84,6 +84,7 @@ def to_html(report: Report) -> str:
         report=report,
         title=safe_text(report.input or "a model in memory", 120),
         latency=report.to_dict().get("latency"),
+        limit=report.budget["latency"].limit if "latency" in report.budget else None,
         meters=[_meter(name, report.budget[name]) for name in KINDS if name in report.budget],
         rows=_rows(report),
         skipped=_left_alone(report),
@@ -192,7 +193,7 @@ def _left_alone(report: Report) -> list[tuple[str, list[str]]]:
 
 
 def _noun(cost: str) -> str:
-    return {"mem": "memory", "mac": "MACs"}.get(cost, cost)
+    return {"mem": "memory", "mac": "MACs", "latency": "time"}.get(cost, cost)
 
 
 def _prices(report: Report) -> list[tuple[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from cobla_onnx import Budget, compress
@@ -20,10 +21,12 @@ class MeasuredReport(Report):
     latency: dict[str, Any] | None = None
 
 
+@lru_cache(maxsize=1)
 def small_report() -> Report:
     return compress(small_network(), Budget(mem=0.5, mac=0.7)).report
 
 
+@lru_cache(maxsize=1)
 def full_report() -> Report:
     """Return a report with hostile names, 300 layers, notes, a history and a latency."""
     report = small_report()

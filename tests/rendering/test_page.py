@@ -100,14 +100,16 @@ def test_a_model_that_needs_no_change(demo_model):
 
 def test_calibration_is_told(demo_model):
     data = demo_model.with_name("digits_calibration.npz")
-    report = compress(demo_model, Budget(mem=0.5), data=data, samples=40, refit=False).report
+    report = compress(
+        demo_model, Budget(mem=0.5), data=data, samples=40, refit=False, threads=1
+    ).report
     page = Strict(report.to_html()).text
     assert "were held back" in page
     assert "held-back samples" in page
     assert "were held back" in report.to_markdown()
     assert report.command == (
         f"compress({str(demo_model)!r}, Budget(mem=0.5, mac=None), data={str(data)!r}, "
-        "samples=40, refit=False)"
+        "samples=40, refit=False, threads=1)"
     )
 
 
