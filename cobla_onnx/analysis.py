@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -13,8 +14,11 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
+from cobla_onnx.cache import Cache
 from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.seen import spectra as weighted_spectra
 from cobla_onnx.errors import ModelError, UsageError
+from cobla_onnx.factors import ValuesUnit, weight_values
 from cobla_onnx.graph.cost import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.graph.layers import (
     Inventory,
@@ -26,12 +30,12 @@ from cobla_onnx.graph.layers import (
     read_weight,
 )
 from cobla_onnx.graph.model_file import stored_bytes
-from cobla_onnx.lowrank.factorize import singular_values
-from cobla_onnx.lowrank.schemes import Scheme, schemes_for
+from cobla_onnx.lowrank.schemes import Scheme, largest_rank, schemes_for
+from cobla_onnx.parallel import Pool, open_pool
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.runtime import measured_shapes
 
-__all__ = ["Analysis", "analyse"]
+__all__ = ["Analysis", "analyse", "model_costs"]
 
 Spectrum: TypeAlias = "tuple[NDArray[np.float64], NDArray[np.float64] | None]"
 
@@ -158,11 +162,14 @@ def analyse(
     progress: Callable[[str, int, int], None],
     see: Callable[[Sequence[Layer]], Seen] | None = None,
     weigh: bool = True,
+    pool: Pool | None = None,
+    cache: Cache | None = None,
 ) -> Analysis:
     """Find a model's layers, count their costs and compute their singular values.
 
     With `see`, which shows the layers the calibration data, singular values and errors are
-    those of the layers' outputs and not of their weights, unless `weigh` is False.
+    those of the layers' outputs and not of their weights, unless `weigh` is False. Layers are
+    mapped over `pool`, by default over `threads` of this process.
 
     Raises
     ------
@@ -173,34 +180,34 @@ def analyse(
     """
     inventory = _select(find_layers(model), include, exclude, min_size)
     known = fixed_input_shapes(model, input_shapes)
-    shapes, macs, notes = _costs(model, known, macs_needed, threads)
+    shapes, macs, notes = model_costs(model, known, macs_needed, threads)
     total = None if macs is None else sum(macs.values())
     notes += _warnings(model, inventory)
     if see is not None:
         inventory = _without_unseen(inventory)
     seen = None if see is None else see(inventory.layers)
-    layers, curves, schemes, layer_macs = [], [], [], []
     skipped = list(inventory.skipped)
-    for number, layer in enumerate(inventory.layers):
-        progress("singular values", number, len(inventory.layers))
+    found: list[_Candidate] = []
+    for layer in inventory.layers:
         if _vector_meets_batch(layer, shapes):
             detail = "a stack of matrices meets a vector, or data of unknown rank"
             skipped.append(Skipped(layer.name, layer.op, Reason.NOT_A_MATRIX, detail, layer.params))
             continue
         whole = None if macs is None else sum(macs[use.node] for use in layer.uses)
-        found = _curves(
-            model, layer, schemes_for(layer, scheme), shapes, whole, seen if weigh else None
-        )
-        if not found:
+        found.append(_Candidate(layer, whole, _options(layer, scheme, shapes, whole)))
+    with nullcontext(pool) if pool is not None else open_pool(threads) as working:
+        _fill(model, found, seen if weigh else None, working, cache, progress)
+    layers, curves, schemes, layer_macs = [], [], [], []
+    for candidate in found:
+        layer = candidate.layer
+        if not candidate.curves:
             skipped.append(Skipped(layer.name, layer.op, Reason.NO_GAIN, "", layer.params))
             continue
         layers.append(layer)
-        schemes.append(tuple(one for one, _ in found))
-        layer_macs.append(whole)
-        curves.append(
-            LayerCurves(layer.name, layer.stored_bytes, whole, tuple(curve for _, curve in found))
-        )
-    progress("singular values", len(inventory.layers), len(inventory.layers))
+        schemes.append(tuple(one for one, _ in candidate.curves))
+        layer_macs.append(candidate.macs)
+        its_curves = tuple(curve for _, curve in candidate.curves)
+        curves.append(LayerCurves(layer.name, layer.stored_bytes, candidate.macs, its_curves))
     return Analysis(
         tuple(layers),
         tuple(curves),
@@ -264,7 +271,7 @@ def _select(
     return replace(inventory, layers=tuple(layers), skipped=tuple(skipped))
 
 
-def _costs(
+def model_costs(
     model: onnx.ModelProto, known: Mapping[str, Shape], needed: bool, threads: int
 ) -> tuple[dict[str, Shape], dict[int, int] | None, tuple[str, ...]]:
     """Shapes and MACs; where shape inference does not reach, from one run."""
@@ -302,21 +309,40 @@ def _costs(
     return shapes, None if unknown else macs, (note,)
 
 
-def _curves(
-    model: onnx.ModelProto,
-    layer: Layer,
-    schemes: Sequence[Scheme],
-    shapes: Mapping[str, Shape],
-    macs_whole: int | None,
-    seen: Seen | None,
-) -> list[tuple[Scheme, Curve]]:
-    """One curve for each scheme that makes the layer smaller, and not slower, at some rank."""
+@dataclass(frozen=True)
+class _Option:
+    """A scheme that makes a layer smaller, and not slower, up to some rank."""
+
+    scheme: Scheme
+    most: int
+    bytes_per_rank: int
+    macs_per_rank: int | None
+
+    def curve(self, spectrum: Spectrum) -> Curve:
+        values, errors = spectrum
+        ranks = np.arange(1, self.most + 1)
+        costs = self.bytes_per_rank, self.macs_per_rank
+        return Curve(self.scheme.name, values, ranks, *costs, errors)
+
+
+@dataclass
+class _Candidate:
+    """A layer, its MACs, its options, and the curves of those once they are known."""
+
+    layer: Layer
+    macs: int | None
+    options: list[_Option]
+    curves: list[tuple[Scheme, Curve]] = field(default_factory=list)
+
+
+def _options(
+    layer: Layer, wanted: str, shapes: Mapping[str, Shape], macs_whole: int | None
+) -> list[_Option]:
     dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
-    found = []
-    candidates = []
-    for scheme in schemes:
+    options = []
+    for scheme in schemes_for(layer, wanted):
         bytes_per_rank = scheme.params_per_rank() * dtype.itemsize
-        most = min(*scheme.matrix_shape()[1:], (layer.stored_bytes - 1) // bytes_per_rank)
+        most = largest_rank(layer, scheme)
         macs_per_rank = None
         if macs_whole is not None:
             each = [scheme.macs_per_rank(use, shapes) for use in layer.uses]
@@ -325,18 +351,67 @@ def _curves(
                 continue
             most = min(most, macs_whole // macs_per_rank)
         if most >= 1:
-            candidates.append((scheme, most, bytes_per_rank, macs_per_rank))
-    if not candidates:
-        return []
-    weight = read_weight(model, layer)
-    for scheme, most, bytes_per_rank, macs_per_rank in candidates:
-        if seen is None:
-            spectrum: Spectrum | None = (singular_values(scheme.matrix(weight)), None)
-        else:
-            spectrum = seen.spectrum(layer, scheme, weight, most)
-        if spectrum is not None:
-            ranks = np.arange(1, most + 1)
-            values, errors = spectrum
-            curve = Curve(scheme.name, values, ranks, bytes_per_rank, macs_per_rank, errors)
-            found.append((scheme, curve))
-    return found
+            options.append(_Option(scheme, most, bytes_per_rank, macs_per_rank))
+    return options
+
+
+def _fill(
+    model: onnx.ModelProto,
+    candidates: Sequence[_Candidate],
+    seen: Seen | None,
+    pool: Pool,
+    cache: Cache | None,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Compute the curves of all options, the largest layers first."""
+    order = [c for c in candidates if c.options]
+    order.sort(key=lambda c: max(min(o.scheme.matrix_shape()[1:]) for o in c.options), reverse=True)
+    found = zip(order, _spectra(model, order, seen, pool, cache), strict=True)
+    for number, (candidate, spectra) in enumerate(found):
+        progress("singular values", number, len(order))
+        candidate.curves = [
+            (option.scheme, option.curve(spectrum))
+            for option, spectrum in zip(candidate.options, spectra, strict=True)
+            if spectrum is not None
+        ]
+    progress("singular values", len(order), len(order))
+
+
+def _spectra(
+    model: onnx.ModelProto,
+    candidates: Sequence[_Candidate],
+    seen: Seen | None,
+    pool: Pool,
+    cache: Cache | None,
+) -> Iterator[list[Spectrum | None]]:
+    """Yield for each candidate the spectra of its options."""
+    if seen is None:
+        values_units = (
+            ValuesUnit(
+                tuple(option.scheme for option in c.options),
+                pool.carry(read_weight(model, c.layer)),
+                cache,
+            )
+            for c in candidates
+        )
+        for values in pool.map(weight_values, values_units):
+            _note(cache, values.notes)
+            yield [(one, None) for one in values.values]
+        return
+    units = (
+        seen.unit(
+            c.layer,
+            [(option.scheme, option.most) for option in c.options],
+            pool.carry(read_weight(model, c.layer)),
+        )
+        for c in candidates
+    )
+    for found in pool.map(weighted_spectra, units):
+        _note(cache, found.notes)
+        yield list(found.spectra)
+
+
+def _note(cache: Cache | None, notes: list[str]) -> None:
+    """Take over what a unit of work has to say about its own copy of the cache."""
+    if cache is not None:
+        cache.notes += notes

@@ -23,17 +23,20 @@ from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.allocation.sequential import Scores, Step, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import Analysis
+from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.network import NetworkLoss, Path
-from cobla_onnx.calibration.probe import Probe, Weights
+from cobla_onnx.calibration.probe import Probe, SpreadProbe, Weights
+from cobla_onnx.calibration.quality import measure_quality
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import Sensitivity
 from cobla_onnx.calibration.soften import soften
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import read_bias, read_weight
+from cobla_onnx.parallel import Pool
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
@@ -71,6 +74,10 @@ class Calibrated:
         Of all samples of the dataset; with them `loss` is ``ce``.
     refit : bool
         Whether factors are refitted after the allocation.
+    pool : Pool
+        Over which layers are measured.
+    cache : Cache, optional
+        Keeps what was measured.
 
     Attributes
     ----------
@@ -87,6 +94,8 @@ class Calibrated:
     progress: Progress
     labels: NDArray[np.int64] | None = None
     refit: bool = True
+    pool: Pool = field(default_factory=Pool)
+    cache: Cache | None = None
     history: list[Step] = field(default_factory=list)
     _report: dict[str, Any] = field(default_factory=dict)
     _first: dict[frozenset[str], Sensitivity] = field(default_factory=dict)
@@ -101,6 +110,13 @@ class Calibrated:
         softened = self.loss == "auto" and CLASSES & set(self._selection.kinds.values())
         self._softened = soften(self.model, self._selection.kinds) if softened else None
         self._judge = self._followed(self.dataset.selection) if softened else self._selection
+
+    def start_over(self) -> None:
+        """Forget what was chosen for another budget; measurements stay."""
+        self._report = {}
+        self.history = []
+        self._sensitivity = None
+        self._refitted.clear()
 
     def batches(self, indices: Sequence[int]) -> Iterable[Feeds]:
         """Return a fresh iterator over samples."""
@@ -240,19 +256,39 @@ class Calibrated:
         if kinds not in self._first:
             indices = self.dataset.calibration
             step = max(1, len(indices) // PROBE_SAMPLES)
-            probe = self._followed(indices[::step][:PROBE_SAMPLES])
-            self._report["probe_samples"] = probe.samples
+            chosen = indices[::step][:PROBE_SAMPLES]
+            probe, key = self._spread(chosen)
             first = Sensitivity(
                 self.analysis.layers,
                 self.analysis.curves,
                 self.analysis.schemes,
                 self._seen,
                 probe,
+                self.cache,
+                key,
             )
             first.measure(constraints, partial(self.progress, "sensitivity"))
             self._first[kinds] = first
         self._sensitivity = self._first[kinds].copy()
+        self._report["probe_samples"] = self._sensitivity.samples
         return self._sensitivity
+
+    def _spread(self, samples: Sequence[int]) -> tuple[SpreadProbe, str]:
+        """Open a probe of the loss that decisions follow, over the pool.
+
+        With a key of all that its losses depend on beside the layer.
+        """
+        model, loss = self.model, self.loss
+        if self._softened is not None:
+            model, loss = self._softened, "mse"
+        labels = None if self.labels is None else self.labels[list(samples)]
+        batches = self.batches(samples)
+        probe = SpreadProbe(self.pool, model, self.analysis.layers, batches, loss, labels)
+        if self.cache is None:
+            return probe, ""
+        content = self.dataset.content(samples)
+        softened = self._softened is not None and self._selection.kinds
+        return probe, digest(self._seen.key, content, self.batch, loss, softened, labels)
 
     def gradients(self) -> GradientProbe:
         """Open the gradient graph once, on the whole calibration split."""
@@ -292,7 +328,9 @@ class Calibrated:
             approximations, kept = self._refit(plan, chosen)
             self._report["refitted"] = kept
             self._refitted.clear()
-        self._report["loss"] = self._loss(chosen, approximations)
+        weights = _weights(chosen, approximations)
+        self._report["loss"] = self._selection.loss(weights)
+        self._report["quality"] = measure_quality(self._selection, weights)
         return [
             make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
             for entry, found in zip(chosen, approximations, strict=True)

@@ -56,13 +56,18 @@ class BudgetError(CoblaError):
     ----------
     least : dict of str to float
         For each budget that is out of reach, the least fraction that can be reached.
+    cause, advice : str
+        The two parts of the message.
     """
 
     exit_code = 4
 
-    def __init__(self, message: str, least: dict[str, float] | None = None) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str, least: dict[str, float] | None = None, advice: str = ""
+    ) -> None:
+        super().__init__(f"{message}; {advice}" if advice else message)
         self.least = dict(least or {})
+        self.cause, self.advice = message, advice
 
 
 class VerificationError(CoblaError):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cobla_onnx.errors import UsageError
+from cobla_onnx.graph.model_file import write_atomically
+from cobla_onnx.names import quoted, safe_text
 
-__all__ = ["Decision", "Plan"]
+__all__ = ["SCHEMES", "Decision", "Plan"]
+
+SCHEMES = ("matrix", "channel", "input", "spatial-hw", "spatial-wh")
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,16 @@ class Plan:
     >>> plan = Plan((Decision("conv1", "channel", 8), Decision("conv2")))
     >>> Plan.from_json(plan.to_json()) == plan
     True
+
+    Ranks may be edited, and the plan applied again:
+
+    >>> from dataclasses import replace
+    >>> from cobla_onnx import Budget, compress
+    >>> plan = compress("models/digits.onnx", Budget(mem=0.5)).plan
+    >>> kept = [replace(d, scheme=None, rank=None) for d in plan.decisions if d.layer == "hidden"]
+    >>> edited = Plan(tuple(d for d in plan.decisions if d.layer != "hidden") + tuple(kept))
+    >>> compress("models/digits.onnx", plan=edited).plan == edited
+    True
     """
 
     decisions: tuple[Decision, ...]
@@ -45,37 +64,86 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read a plan.
+        """Read a plan; ``plan.schema.json`` in this package says what it may hold.
 
         Raises
         ------
         UsageError
-            If the text is not a plan; the message names the entry.
+            If the text is not a plan; the message names the entry, the field, and what is
+            allowed there.
         """
         try:
             content = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"plan: is not JSON ({error}); write one with Plan.to_json") from error
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"plan: is not JSON ({error}); write one with --plan-out") from error
         if not isinstance(content, dict) or content.get("version") != 1:
-            raise UsageError('plan: has no "version": 1; write one with Plan.to_json')
+            raise UsageError('plan: has no "version": 1; write one with --plan-out')
+        _check_names("plan", content, ("$schema", "version", "layers"))
         layers = content.get("layers")
         if not isinstance(layers, list):
-            raise UsageError('plan: has no list "layers"; write one with Plan.to_json')
+            raise UsageError('plan: has no list "layers"; write one with --plan-out')
         plan = cls(tuple(_decision(number, entry) for number, entry in enumerate(layers)))
-        names = [decision.layer for decision in plan.decisions]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        counted = Counter(decision.layer for decision in plan.decisions)
+        twice = sorted(name for name, count in counted.items() if count > 1)
         if twice:
-            raise UsageError(f"plan: layer {twice[0]!r} stands there twice; leave one")
+            raise UsageError(f"plan: layer {quoted(twice[0])} stands there twice; leave one")
         return plan
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, atomically.
+
+        Raises
+        ------
+        WriteError
+            If it cannot be written.
+        """
+        write_atomically(path, (self.to_json() + "\n").encode())
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan from a file.
+
+        Raises
+        ------
+        UsageError
+            If it cannot be read or is no plan; the message names the file.
+        """
+        shown = safe_text(os.fspath(path), 300)
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{shown}: cannot be read ({error}); check the path") from error
+        except UsageError as error:
+            raise UsageError(f"{shown}: {error}") from error
+
+
+def _check_names(where: str, entry: dict[str, Any], known: Sequence[str]) -> None:
+    unknown = sorted(set(entry) - set(known))
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        raise UsageError(f"{where}: there is no field {quoted(unknown[0])}; {hint}")
 
 
 def _decision(number: int, entry: Any) -> Decision:
     where = f"plan: layers[{number}]"
     if not isinstance(entry, dict) or not isinstance(entry.get("layer"), str):
         raise UsageError(f'{where}: needs a "layer", the name of a layer')
-    if entry.get("keep") is True:
+    where += f", {quoted(entry['layer'])}"
+    _check_names(where, entry, ("layer", "keep", "scheme", "rank"))
+    scheme, rank, keep = entry.get("scheme"), entry.get("rank"), entry.get("keep", False)
+    if not isinstance(keep, bool):
+        raise UsageError(f'{where}: "keep" is {_json(keep)}; write true or false')
+    if "scheme" in entry and scheme not in SCHEMES:
+        raise UsageError(f'{where}: "scheme" is {_json(scheme)}; allowed are {", ".join(SCHEMES)}')
+    if "rank" in entry and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise UsageError(f'{where}: "rank" is {_json(rank)}; write a whole number from 1 on')
+    if keep:
         return Decision(entry["layer"])
-    scheme, rank = entry.get("scheme"), entry.get("rank")
-    if not isinstance(scheme, str) or not isinstance(rank, int) or isinstance(rank, bool):
-        raise UsageError(f'{where}: needs "scheme" and a whole "rank", or "keep": true')
+    if scheme is None or rank is None:
+        raise UsageError(f'{where}: needs "scheme" and "rank", or "keep": true')
     return Decision(entry["layer"], scheme, rank)
+
+
+def _json(value: Any) -> str:
+    return safe_text(json.dumps(value), 60)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.amounts import count_text
+from cobla_onnx.calibration.quality import Quality
 from cobla_onnx.names import safe_text
 from cobla_onnx.verify import Verification
 
@@ -131,12 +132,15 @@ class CalibrationReport:
         ``probabilities`` or ``logits``, ``mse`` relative to the output's power, or ``ce``.
     loss, loss_before_refit : float
         On the selection split.
+    quality : Quality
+        Accuracy, agreement or relative error, on the selection split.
     refitted : int
         Layers whose refit was kept.
     probe_samples : int
         Samples on which layers were truncated one at a time.
     candidates : tuple of float
-        Losses on the selection split of the allocations that were compared.
+        Losses on the selection split of the allocations that were compared, before refit, by
+        what decisions follow (logits where there are classes, see `calibrated`).
     """
 
     source: str
@@ -145,6 +149,7 @@ class CalibrationReport:
     outputs: dict[str, str]
     loss: float
     loss_before_refit: float
+    quality: Quality
     refitted: int = 0
     probe_samples: int = 0
     candidates: tuple[float, ...] = ()

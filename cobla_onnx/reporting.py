@@ -32,7 +32,7 @@ SPECTRUM_POINTS = 64
 
 def make_report(
     analysis: Analysis,
-    budget: Budget,
+    budget: Budget | None,
     plan: Plan,
     allocation: Allocation | None,
     verification: Verification | None,
@@ -78,12 +78,13 @@ def make_report(
         notes += (
             "no data was given: factors and ranks follow the weights alone; expect less accuracy",
         )
+    mem, mac = (None, None) if budget is None else (budget.mem, budget.mac)
     return Report(
         input=None if source is None else str(source),
         output=None,
         budget={
-            "mem": _use(budget.mem, analysis.mem_total, mem_after),
-            "mac": _use(budget.mac, analysis.mac_total, analysis.macs_after(plan)),
+            "mem": _use(mem, analysis.mem_total, mem_after),
+            "mac": _use(mac, analysis.mac_total, analysis.macs_after(plan)),
         },
         layers=tuple(layers),
         solver=None if allocation is None else _solver(allocation),

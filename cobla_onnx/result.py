@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from cobla_onnx.reproduce import command_text
 from cobla_onnx.runtime import open_session
 from cobla_onnx.spill import Spill
 
-__all__ = ["Result", "check_paths"]
+__all__ = ["Result", "check_paths", "check_written"]
 
 
 @dataclass
@@ -129,40 +129,56 @@ class Result:
 def check_paths(
     source: Path,
     target: Path,
-    report: Path | None = None,
-    history: Path | None = None,
+    written: Iterable[tuple[str, Path | None]] = (),
     *,
     in_place: bool = False,
 ) -> None:
     """Refuse paths that cannot work before any work is done.
 
+    Parameters
+    ----------
+    source, target : Path
+        The model to read and the one to write.
+    written : iterable of (str, Path or None)
+        Other files to write, with the option that names each.
+
     Raises
     ------
     UsageError
-        If the output is the input and `in_place` does not allow it, or the report's ending
-        is not known.
+        If two paths are the same, unless `in_place` allows that of the output and the input.
     WriteError
         If a folder to write to does not exist or is not writable.
     """
-    if report is not None:
-        report_writer(report)
     if target.exists() and source.exists() and target.samefile(source) and not in_place:
         raise UsageError(f"{target}: is the input itself; give another path, or --in-place")
-    for path in (target, report, history):
+    _check_writable(target)
+    check_written((source, target), written)
+
+
+def check_written(models: Iterable[Path], written: Iterable[tuple[str, Path | None]]) -> None:
+    """Refuse files to write that cannot work, or that are one another or a model.
+
+    Raises
+    ------
+    UsageError, WriteError
+        See `check_paths`.
+    """
+    taken = {path.resolve(): "a model's path" for path in models}
+    for option, path in written:
         if path is None:
             continue
-        if path.is_dir():
-            raise WriteError(f"{path}: is a directory; give the path of a file")
-        if path.exists() and not path.is_file():
-            raise WriteError(f"{path}: is not a regular file; give another path")
-        if not path.parent.is_dir():
-            raise WriteError(f"{path}: its folder does not exist; create it first")
-        if not os.access(path.parent, os.W_OK):
-            raise WriteError(f"{path}: its folder cannot be written to; give another path")
-    taken = {source.resolve(): "a model's path", target.resolve(): "a model's path"}
-    for option, path in (("--report", report), ("--history", history)):
-        if path is None:
-            continue
+        _check_writable(path)
         if path.resolve() in taken:
             raise UsageError(f"{option} {path}: is {taken[path.resolve()]}; give another one")
         taken[path.resolve()] = f"that of {option} too"
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise WriteError(f"{path}: is a directory; give the path of a file")
+    if path.exists() and not path.is_file():
+        raise WriteError(f"{path}: is not a regular file; give another path")
+    if not path.parent.is_dir():
+        raise WriteError(f"{path}: its folder does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise WriteError(f"{path}: its folder cannot be written to; give another path")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,30 @@ class Spill:
     def __init__(self) -> None:
         self._folder: Path | None = None
 
-    def replacements(self, given: Sequence[Replacement]) -> list[Replacement]:
-        """Return replacements whose factors are mapped files, if they are large in all."""
-        if sum(r.first.nbytes + r.second.nbytes for r in given) <= SPILL_FROM:
-            return list(given)
-        self._folder = Path(tempfile.mkdtemp(prefix="cobla-onnx-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        return [
-            replace(
-                r,
-                first=self._mapped(r.first, f"{number}-first"),
-                second=self._mapped(r.second, f"{number}-second"),
-            )
-            for number, r in enumerate(given)
-        ]
+    def replacements(self, given: Iterable[Replacement]) -> list[Replacement]:
+        """Collect replacements; from a size in all on, their factors become mapped files.
+
+        They are taken one by one, so that no more than that is ever in memory.
+        """
+        kept: list[Replacement] = []
+        size = 0
+        for replacement in given:
+            size += replacement.first.nbytes + replacement.second.nbytes
+            if self._folder is None and size > SPILL_FROM:
+                self._folder = Path(tempfile.mkdtemp(prefix="cobla-onnx-"))
+                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+                kept = [self._on_disk(r, n) for n, r in enumerate(kept)]
+            if self._folder is not None:
+                replacement = self._on_disk(replacement, len(kept))
+            kept.append(replacement)
+        return kept
+
+    def _on_disk(self, replacement: Replacement, number: int) -> Replacement:
+        return replace(
+            replacement,
+            first=self._mapped(replacement.first, f"{number}-first"),
+            second=self._mapped(replacement.second, f"{number}-second"),
+        )
 
     def _mapped(self, array: NDArray[Any], name: str) -> NDArray[Any]:
         assert self._folder is not None

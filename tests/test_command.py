@@ -154,6 +154,13 @@ def test_help_and_version_are_quick_and_load_nothing_heavy():
         (["TEXT", "OUT", "--mem", "0.5"], 3, "not an ONNX model"),
         (["IN", "OUT", "--mem", "0.001"], 4, "below the least reachable 0.0"),
         (["IN", "OUT", "--mem", "0.5", "--exclude", "*"], 4, "least reachable 1"),
+        (
+            ["IN", "OUT", "--mem", "0.1", "--exclude", "stage3*"],
+            4,
+            "left out by --exclude hold 0.30",
+        ),
+        (["IN", "OUT", "--mem", "0.1", "--include", "h*"], 4, "left out by --include hold 0.9"),
+        (["IN", "OUT", "--mem", "0.1", "--min-size", "40000"], 4, "lower --min-size"),
         (["IN", "no/such/folder/out.onnx", "--mem", "0.5"], 6, "folder does not exist"),
         (["IN", ".", "--mem", "0.5"], 6, "is a directory"),
     ],
@@ -269,7 +276,8 @@ def test_macs_that_cannot_be_known_name_the_shape_to_give():
 
 
 def test_the_public_names_are_these():
-    names = ["Budget", "Plan", "Report", "Result", "compress", "gradient_graph"]
+    names = ["Budget", "Plan", "Report", "Result", "compare", "compress", "gradient_graph"]
+    names += ["inspect", "sweep"]
     assert cobla_onnx.__all__ == names
     for name in cobla_onnx.__all__:
         assert getattr(cobla_onnx, name).__name__ == name
@@ -323,8 +331,8 @@ def test_a_result_that_changed_on_disk_is_not_kept(demo_model, tmp_path):
 
 
 def test_paths_are_checked_before_the_work(tmp_path):
-    with pytest.raises(errors.UsageError, match="a model's path"):
-        check_paths(tmp_path / "a", tmp_path / "b.json", tmp_path / "b.json")
+    with pytest.raises(errors.UsageError, match="--report"):
+        check_paths(tmp_path / "a", tmp_path / "b", [("--report", tmp_path / "b")])
 
 
 def test_progress_is_reported(demo_model):

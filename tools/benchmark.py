@@ -406,16 +406,15 @@ def measure(
 
     `suffix` is put behind the names of the method and its variants.
     """
-    from threadpoolctl import threadpool_limits
-
     from cobla_onnx import Budget
     from cobla_onnx.errors import BudgetError
     from cobla_onnx.graph.model_file import stored_bytes
+    from cobla_onnx.parallel import one_thread
 
     results, assets, wheels = paths
     task = next(task for task in TASKS if task.name == task_name)
     bench = Bench(task, assets, wheels, threads)
-    with threadpool_limits(threads):
+    with one_thread:
         started = time.perf_counter()
         method = prepare(bench, name)
         analysis_seconds = time.perf_counter() - started

@@ -10,7 +10,7 @@ from fractions import Fraction
 from cobla_onnx.allocation.curves import Choice, Curve, LayerCurves
 from cobla_onnx.errors import BudgetError, UsageError
 
-__all__ = ["Budget", "Constraint", "require_reachable", "unreachable"]
+__all__ = ["Budget", "Constraint", "least_fraction", "require_reachable", "unreachable"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,16 @@ class Budget:
         return tuple(result)
 
 
+def least_fraction(constraint: Constraint, layers: Sequence[LayerCurves]) -> float:
+    """Return the least fraction that is within reach, rounded up to four digits."""
+    return _rounded_up(constraint.least(layers), constraint.total)
+
+
+def _rounded_up(cost: int, total: int) -> float:
+    """Cost as a fraction, rounded up, so that the number is itself within reach."""
+    return math.ceil(Fraction(cost, max(total, 1)) * 10_000) / 10_000
+
+
 def require_reachable(layers: Sequence[LayerCurves], constraints: Sequence[Constraint]) -> None:
     """Refuse limits that no choices reach, each taken alone.
 
@@ -138,7 +148,7 @@ def require_reachable(layers: Sequence[LayerCurves], constraints: Sequence[Const
     """
     beyond = {c.name: c.least(layers) for c in constraints if c.least(layers) > c.limit}
     if beyond:
-        raise unreachable(constraints, beyond)
+        raise unreachable([c for c in constraints if c.name in beyond], beyond)
 
 
 def unreachable(constraints: Sequence[Constraint], least: dict[str, int]) -> BudgetError:
@@ -147,9 +157,7 @@ def unreachable(constraints: Sequence[Constraint], least: dict[str, int]) -> Bud
     for constraint in constraints:
         if constraint.name not in least:
             continue
-        # Rounded up, so that the number named is itself within reach.
-        ratio = Fraction(least[constraint.name], constraint.total)
-        fractions[constraint.name] = math.ceil(ratio * 10_000) / 10_000
+        fractions[constraint.name] = _rounded_up(least[constraint.name], constraint.total)
         parts.append(
             f"--{constraint.name} {constraint.fraction:g} is below the least reachable "
             f"{fractions[constraint.name]:g}"
@@ -157,6 +165,7 @@ def unreachable(constraints: Sequence[Constraint], least: dict[str, int]) -> Bud
     others = [f"--{c.name} {c.fraction:g}" for c in constraints if c.name not in least]
     within = f" together with {' and '.join(others)}" if others and len(constraints) > 1 else ""
     return BudgetError(
-        f"{' and '.join(parts)}{within}; raise it, or let more layers be factorised",
+        f"{' and '.join(parts)}{within}",
         fractions,
+        "raise it, or let more layers be factorised",
     )

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cobla_onnx.cache import digest
 from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.runtime import Feeds
 
@@ -184,6 +185,14 @@ class Dataset:
             pending.append(index)
         if pending:
             yield self._feeds(pending)
+
+    def content(self, indices: Iterable[int]) -> str:
+        """Hash samples: their values, shapes, types and the names of the inputs."""
+        return digest(
+            [(spec.name, spec.dtype.str, spec.dtype.name) for spec in self._specs],
+            self.rows,
+            [digest(self._feeds([index])) for index in indices],
+        )
 
     def _alike(self, one: int, other: int) -> bool:
         shapes = [[shape for _, shape in self._places[i]] for i in (one, other)]

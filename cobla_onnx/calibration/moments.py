@@ -9,6 +9,7 @@ finished sums wait in a temporary file.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,13 +20,26 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibration.patches import Patch
+from cobla_onnx.parallel import Pool, Shared
 from cobla_onnx.runtime import Feeds, open_session, run_session
 
-__all__ = ["Moment", "MomentStore", "MomentSum", "collect_moments", "tapped"]
+__all__ = [
+    "Moment",
+    "MomentStore",
+    "MomentSum",
+    "Taps",
+    "collect_moments",
+    "parts_of",
+]
 
-# Bytes of sums that are held at a time.
-LIMIT = 1 << 29
+# Bytes of sums that each unit of work holds at a time, and all units on this machine.
+LIMIT = 1 << 28
+ALL_UNITS = 1 << 30
+# Batches that are added up as one unit of work. Sums of units are added in their order, so
+# that the result does not depend on who adds what.
+BATCHES_PER_UNIT = 2
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,12 @@ class MomentSum:
             self._second[group] += wide @ wide.T
             self._total[group] += wide.sum(axis=1)
         self._count += vectors.shape[2]
+
+    def merge(self, other: MomentSum) -> None:
+        """Add what another sum has added up."""
+        self._second += other._second
+        self._total += other._total
+        self._count += other._count
 
     def moment(self) -> Moment:
         """Return the mean over what was added."""
@@ -116,21 +136,53 @@ class MomentStore:
         self._finalizer()
 
 
-def tapped(
-    model: onnx.ModelProto,
-    names: Iterable[str],
-    batches: Iterable[Feeds],
-    threads: int,
-    extra_weights: Mapping[str, NDArray[Any]] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Run a model over batches and yield the tensors `names` of each, inputs included."""
-    names = list(dict.fromkeys(names))
-    inputs = {value.name for value in model.graph.input}
-    inner = [name for name in names if name not in inputs]
-    session = open_session(model, threads, inner, extra_weights, optimized=True)
-    for feeds in batches:
-        values = run_session(session, feeds)
-        yield {name: values[name] if name in values else feeds[name] for name in names}
+class Taps:
+    """A session that yields inner tensors of a model, inputs included.
+
+    Parameters
+    ----------
+    model : ModelProto
+    names : iterable of str
+    threads : int
+    extra_weights : mapping of str to array, optional
+        Initializers beside those that the model holds.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        names: Iterable[str],
+        threads: int,
+        extra_weights: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
+        self._names = list(dict.fromkeys(names))
+        inputs = {value.name for value in model.graph.input}
+        inner = [name for name in self._names if name not in inputs]
+        self._session = open_session(model, threads, inner, extra_weights, optimized=True)
+
+    def run(self, feeds: Feeds) -> dict[str, Any]:
+        """Return the tensors of one batch; several threads may call it."""
+        values = run_session(self._session, feeds)
+        return {name: values[name] if name in values else feeds[name] for name in self._names}
+
+
+@dataclass(frozen=True)
+class _Unit:
+    model: Shared
+    patches: tuple[Patch, ...]
+    batches: list[Feeds]
+
+
+def _add_up(unit: _Unit) -> list[MomentSum]:
+    """Sum over a unit's batches, for each of its patches."""
+    sums = [MomentSum(patch.groups, patch.size) for patch in unit.patches]
+    taps = unit.model.built(Taps, tuple(patch.data for patch in unit.patches), 1)
+    for feeds in unit.batches:
+        values = taps.run(feeds)
+        for patch, total in zip(unit.patches, sums, strict=True):
+            for vectors in patch.vectors(values[patch.data]):
+                total.add(vectors)
+    return sums
 
 
 def collect_moments(
@@ -138,7 +190,9 @@ def collect_moments(
     patches: Iterable[Patch],
     batches: Callable[[], Iterable[Feeds]],
     *,
-    threads: int,
+    pool: Pool,
+    cache: Cache | None = None,
+    key: str = "",
     limit: int = LIMIT,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MomentStore:
@@ -148,23 +202,56 @@ def collect_moments(
     ----------
     batches : callable
         Gives a fresh iterator over the batches; called once for each group of taps.
+    pool : Pool
+        Adds a few batches up at a time.
+    cache : Cache, optional
+        Moments come from there, and go there, by `key`, which stands for model and batches.
     limit : int
-        Bytes of sums held at a time; a single larger moment is a group of its own.
+        Bytes of sums held by a unit of work; a single larger moment is a group of its own.
     """
     store = MomentStore()
-    groups = _groups(list(dict.fromkeys(patches)), limit)
+    wanted = []
+    for patch in dict.fromkeys(patches):
+        found = None if cache is None else cache.get("moment", _patch_key(key, patch))
+        if found is None:
+            wanted.append(patch)
+        else:
+            store.put(patch, Moment(found["second"], found["mean"], int(found["count"])))
+    groups = _groups(wanted, limit)
+    shared = pool.share(model)
     for number, group in enumerate(groups):
         progress(number, len(groups))
-        sums = {patch: MomentSum(patch.groups, patch.size) for patch in group}
-        for values in tapped(model, (patch.data for patch in group), batches(), threads):
-            for patch, total in sums.items():
-                for vectors in patch.vectors(values[patch.data]):
-                    total.add(vectors)
-        for patch, total in sums.items():
-            store.put(patch, total.moment())
-        sums.clear()
+        units = (_Unit(shared, tuple(group), part) for part in parts_of(batches()))
+        sums: list[MomentSum] = []
+        for found_sums in pool.map(_add_up, units, _units_at_a_time(pool, group)):
+            for total, more in zip(sums, found_sums, strict=False):
+                total.merge(more)
+            sums = sums or found_sums
+        for patch, total in zip(group, sums, strict=True):
+            moment = total.moment()
+            store.put(patch, moment)
+            if cache is not None:
+                count = np.array(moment.count)
+                arrays = {"second": moment.second, "mean": moment.mean, "count": count}
+                cache.put("moment", _patch_key(key, patch), arrays)
     progress(len(groups), len(groups))
     return store
+
+
+def parts_of(batches: Iterable[Feeds]) -> Iterator[list[Feeds]]:
+    """Cut batches into units of work, always the same."""
+    rest = iter(batches)
+    while part := list(itertools.islice(rest, BATCHES_PER_UNIT)):
+        yield part
+
+
+def _patch_key(key: str, patch: Patch) -> str:
+    return digest("moment", key, patch, BATCHES_PER_UNIT)
+
+
+def _units_at_a_time(pool: Pool, patches: Sequence[Patch]) -> int | None:
+    size = sum(8 * patch.groups * patch.size**2 for patch in patches)
+    return max(1, min(2 * pool.width, ALL_UNITS // size)) if pool.shares_memory else None
 
 
 def _groups(patches: Sequence[Patch], limit: int) -> list[list[Patch]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from cobla_onnx.calibration.loss import LossKind, LossName, choose_kinds, sample
 from cobla_onnx.errors import DataError
 from cobla_onnx.graph.expose import expose
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
+from cobla_onnx.parallel import Pool, Shared
 from cobla_onnx.runtime import Feeds, open_session, run_session
 
-__all__ = ["Probe", "Weights"]
+__all__ = ["Probe", "SpreadProbe", "Weights"]
 
 Weights = Mapping[int, "tuple[NDArray[Any], NDArray[Any] | None]"]
 """Weight and bias of layers that differ from the original, by the index of the layer."""
@@ -46,6 +48,8 @@ class Probe:
         How each output is compared.
     samples : int
         Samples that are measured.
+    labelled : bool
+        Whether what is expected are given labels, and not the original's classes.
     exposed : Exposed
         The model as it is run.
     batches, expected : list of dict
@@ -75,6 +79,7 @@ class Probe:
         self.batches: list[Feeds] = []
         self.expected: list[Feeds] = []
         self.samples = 0
+        self.labelled = labels is not None
         self._keep(batches, loss, limit, None if labels is None else labels.reshape(-1))
 
     def _keep(
@@ -119,13 +124,18 @@ class Probe:
         -------
         float64 array, shape (samples,)
         """
-        fixed = self.feeds(weights)
         return np.concatenate(
             [
-                sample_losses(self.kinds, expected, run_session(self._session, {**feeds, **fixed}))
-                for feeds, expected in zip(self.batches, self.expected, strict=True)
+                sample_losses(self.kinds, expected, actual)
+                for expected, actual in self.outputs(weights)
             ]
         )
+
+    def outputs(self, weights: Weights) -> Iterator[tuple[Feeds, Feeds]]:
+        """Run batch by batch; yield what is expected (`expected`) and the outputs."""
+        fixed = self.feeds(weights)
+        for feeds, expected in zip(self.batches, self.expected, strict=True):
+            yield expected, run_session(self._session, {**feeds, **fixed})
 
     def feeds(self, weights: Weights) -> Feeds:
         """Return all layers' weights and biases as inputs of the exposed model."""
@@ -141,3 +151,84 @@ class Probe:
     def loss(self, weights: Weights) -> float:
         """Mean of `losses`."""
         return float(self.losses(weights).mean())
+
+    def mean_losses(self, candidates: Iterable[Sequence[Weights]]) -> Iterator[list[float]]:
+        """Yield the losses of one sequence of candidates after the other."""
+        for weights in candidates:
+            yield [self.loss(one) for one in weights]
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a probe is made of, for a worker that makes its own."""
+
+    model: onnx.ModelProto
+    layers: Sequence[Layer]
+    batches: list[Feeds]
+    loss: LossName
+    labels: NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
+class _Unit:
+    origin: Shared
+    candidates: Sequence[Weights]
+
+
+def _open(origin: _Origin) -> Probe:
+    # One thread, as everywhere in a unit of work: several units run at a time.
+    loss, labels = origin.loss, origin.labels
+    return Probe(origin.model, origin.layers, origin.batches, loss, 1, labels=labels)
+
+
+def _mean_losses(unit: _Unit) -> tuple[list[float], int]:
+    probe = unit.origin.built(_open)
+    return [probe.loss(weights) for weights in unit.candidates], probe.samples
+
+
+class SpreadProbe:
+    """A `Probe` in each worker of a pool, so that candidates are measured side by side.
+
+    Parameters
+    ----------
+    pool : Pool
+    model, layers, batches, loss, labels
+        As for `Probe`. Nothing is run before a loss is asked for.
+
+    Attributes
+    ----------
+    samples : int
+        Samples that are measured, once a loss was.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        model: onnx.ModelProto,
+        layers: Sequence[Layer],
+        batches: Iterable[Feeds],
+        loss: LossName,
+        labels: NDArray[np.int64] | None = None,
+    ) -> None:
+        self._pool = pool
+        self._origin = pool.share(_Origin(model, layers, _bounded(batches), loss, labels))
+        self.samples = 0
+
+    def mean_losses(self, candidates: Iterable[Sequence[Weights]]) -> Iterator[list[float]]:
+        """Yield the losses of one sequence of candidates after the other."""
+        units = (_Unit(self._origin, weights) for weights in candidates)
+        for losses, samples in self._pool.map(_mean_losses, units):
+            self.samples = samples
+            yield losses
+
+
+def _bounded(batches: Iterable[Feeds]) -> list[Feeds]:
+    """As many batches as a probe would keep at most."""
+    kept: list[Feeds] = []
+    room = KEPT_OUTPUTS
+    for feeds in batches:
+        kept.append(feeds)
+        room -= sum(value.nbytes for value in feeds.values())
+        if room < 0:
+            break
+    return kept

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.moments import Moment, MomentSum, tapped
+from cobla_onnx.calibration.moments import Moment, MomentSum, Taps, parts_of
 from cobla_onnx.calibration.patches import ConvPatch, ProductPatch, patch_of
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.seen import WIDE, Approximation
@@ -19,6 +19,7 @@ from cobla_onnx.graph.layers import Layer, all_inputs, read_weight
 from cobla_onnx.lowrank.factorize import Factorization, Float64
 from cobla_onnx.lowrank.refit import refit, refit_second
 from cobla_onnx.lowrank.schemes import Scheme
+from cobla_onnx.parallel import open_pool
 from cobla_onnx.runtime import Feeds
 
 __all__ = ["ChosenLayer", "refit_layers"]
@@ -184,18 +185,26 @@ class _Pass:
     def _joint(self, batches: Callable[[], Iterable[Feeds]], first: Float64 | None) -> Moment:
         """Moment of (inputs after compression, original outputs), stacked."""
         layer = self._entry.layer
-        after = prefix(self._model, [use.output for use in layer.uses])
-        total: MomentSum | None = None
-        inputs = tapped(
-            self._before, [use.data for use in layer.uses], batches(), self._threads, self._weights
-        )
-        outputs = tapped(after, [use.output for use in layer.uses], batches(), self._threads)
-        for read, given in zip(inputs, outputs, strict=True):
-            for patch, use in zip(self._patches, layer.uses, strict=True):
-                for stacked in _stacked(patch, read[use.data], given[use.output], first):
-                    total = total or MomentSum(*stacked.shape[:2])
-                    total.add(stacked)
-        assert total is not None
+        outputs = prefix(self._model, [use.output for use in layer.uses])
+        before = Taps(self._before, [use.data for use in layer.uses], 1, self._weights)
+        after = Taps(outputs, [use.output for use in layer.uses], 1)
+
+        def add_up(part: list[Feeds]) -> MomentSum:
+            total: MomentSum | None = None
+            for feeds in part:
+                read, given = before.run(feeds), after.run(feeds)
+                for patch, use in zip(self._patches, layer.uses, strict=True):
+                    for stacked in _stacked(patch, read[use.data], given[use.output], first):
+                        total = total or MomentSum(*stacked.shape[:2])
+                        total.add(stacked)
+            assert total is not None
+            return total
+
+        with open_pool(self._threads) as pool:
+            sums = pool.map(add_up, parts_of(batches()))
+            total = next(sums)
+            for found in sums:
+                total.merge(found)
         return total.moment()
 
 

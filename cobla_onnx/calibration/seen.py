@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cobla_onnx.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.calibration.moments import Moment, collect_moments
 from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.lowrank.factorize import Factorization, Float64
-from cobla_onnx.lowrank.schemes import Scheme
+from cobla_onnx.lowrank.schemes import Scheme, largest_rank
 from cobla_onnx.lowrank.weighted import OutputFactorizer, WeightedFactorizer
+from cobla_onnx.parallel import Carried, Pool, one_thread, open_pool
 from cobla_onnx.runtime import Feeds
 
-__all__ = ["Approximation", "Seen"]
+__all__ = ["Approximation", "Seen", "Spectra", "SpectraUnit", "Spectrum", "spectra"]
 
 Solver: TypeAlias = WeightedFactorizer | OutputFactorizer
+Spectrum: TypeAlias = tuple[Float64, Float64]
 
 # Vectors longer than this are not multiplied out: the moment of the outputs serves.
 WIDE = 5000
@@ -49,6 +54,67 @@ class Approximation:
     bias: Float64 | None
 
 
+@dataclass(frozen=True)
+class SpectraUnit:
+    """A layer, the schemes and largest ranks asked for, and what it has seen.
+
+    A unit of work for `spectra`, together with where its result may be kept.
+    """
+
+    ranks: tuple[tuple[Scheme, int], ...]
+    weight: Carried
+    wide: bool
+    second: Float64
+    cache: Cache | None
+    key: str
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """What `spectra` has found: one entry for each scheme, and the cache's notes."""
+
+    spectra: list[Spectrum | None]
+    notes: list[str]
+
+
+def spectra(unit: SpectraUnit) -> Spectra:
+    """Compute weighted singular values and errors of a layer under each of its schemes."""
+    found: list[Spectrum | None] = []
+    cache = None if unit.cache is None else unit.cache.fresh()
+    weight = unit.weight.array
+    key = "" if cache is None else digest(unit.key, weight)
+    for scheme, max_rank in unit.ranks:
+        if unit.wide and scheme.offsets > 1:
+            found.append(None)
+            continue
+        compute = partial(_spectrum, scheme, weight, unit.second, max_rank, unit.wide)
+        arrays = fetch(cache, "weighted", digest(key, scheme, max_rank, GRID), compute)
+        found.append((arrays["values"], arrays["errors"]))
+    return Spectra(found, [] if cache is None else cache.notes)
+
+
+def _spectrum(
+    scheme: Scheme, weight: NDArray[Any], second: Float64, max_rank: int, wide: bool
+) -> Arrays:
+    kind = OutputFactorizer if wide else WeightedFactorizer
+    solver = kind(scheme, weight, second, max_rank)
+    full_rank = min(scheme.matrix_shape()[1:])
+    ranks = np.arange(full_rank + 1)
+    if solver.energy <= 0:
+        return {"values": solver.singular_values, "errors": np.zeros(full_rank + 1)}
+    if scheme.offsets == 1:
+        errors = solver.errors(ranks) / solver.energy
+    else:
+        grid = np.unique(np.geomspace(1, max_rank, GRID).round().astype(np.int64))
+        known = np.log(np.maximum(solver.errors(grid) / solver.energy, 1e-9))
+        errors = np.exp(
+            np.interp(ranks, [0, *grid, full_rank], [0.0, *known, min(known[-1], -20.0)])
+        )
+    errors[-1] = 0.0
+    errors = np.minimum.accumulate(np.minimum(errors, 1.0))
+    return {"values": solver.singular_values, "errors": errors}
+
+
 class Seen:
     """Second moments of all layers' inputs, from one pass over the calibration split.
 
@@ -59,6 +125,11 @@ class Seen:
     batches : callable
         Gives a fresh iterator over batches of samples.
     threads : int
+        Of this process, if no pool is given.
+    pool : Pool, optional
+        Adds up the moments.
+    cache : Cache, optional
+        Keeps them by `key`, which stands for the model and the batches.
     progress : callable
     wide : int
         Layers with longer vectors are seen by their outputs; of their schemes only those
@@ -71,19 +142,26 @@ class Seen:
         layers: Sequence[Layer],
         batches: Callable[[], Iterable[Feeds]],
         *,
-        threads: int,
+        threads: int = 1,
+        pool: Pool | None = None,
+        cache: Cache | None = None,
+        key: str = "",
         progress: Callable[[int, int], None] = lambda done, total: None,
         wide: int = WIDE,
     ) -> None:
-        self._model = model
+        self._model, self._cache = model, cache
+        self.key = digest(key, wide)
         self._patches = {layer.name: _patches(model, layer, wide) for layer in layers}
-        self._store = collect_moments(
-            model,
-            [patch for patches in self._patches.values() for patch in patches],
-            batches,
-            threads=threads,
-            progress=progress,
-        )
+        with nullcontext(pool) if pool is not None else open_pool(threads) as working:
+            self._store = collect_moments(
+                model,
+                [patch for patches in self._patches.values() for patch in patches],
+                batches,
+                pool=working,
+                cache=cache,
+                key=self.key,
+                progress=progress,
+            )
         # Decompositions, the last used at the end, with their size in bytes.
         self._solvers: OrderedDict[tuple[str, str], tuple[Solver, int]] = OrderedDict()
 
@@ -97,7 +175,7 @@ class Seen:
 
     def spectrum(
         self, layer: Layer, scheme: Scheme, weight: NDArray[Any], max_rank: int
-    ) -> tuple[Float64, Float64] | None:
+    ) -> Spectrum | None:
         """Weighted singular values, and squared relative output errors at all ranks.
 
         Returns
@@ -105,23 +183,17 @@ class Seen:
         tuple of float64 arrays, shapes (full_rank,) and (full_rank + 1,), or None
             None where the layer is wide and the scheme needs more than its outputs.
         """
-        if self.is_wide(layer) and scheme.offsets > 1:
-            return None
-        solver = self._factorizer(layer, scheme, weight, max_rank)
-        full_rank = min(scheme.matrix_shape()[1:])
-        ranks = np.arange(full_rank + 1)
-        if solver.energy <= 0:
-            return solver.singular_values, np.zeros(full_rank + 1)
-        if scheme.offsets == 1:
-            errors = solver.errors(ranks) / solver.energy
-        else:
-            grid = np.unique(np.geomspace(1, max_rank, GRID).round().astype(np.int64))
-            known = np.log(np.maximum(solver.errors(grid) / solver.energy, 1e-9))
-            errors = np.exp(
-                np.interp(ranks, [0, *grid, full_rank], [0.0, *known, min(known[-1], -20.0)])
-            )
-        errors[-1] = 0.0
-        return solver.singular_values, np.minimum.accumulate(np.minimum(errors, 1.0))
+        unit = self.unit(layer, [(scheme, max_rank)], Carried(weight, False))
+        with one_thread:
+            return spectra(unit).spectra[0]
+
+    def unit(
+        self, layer: Layer, ranks: Sequence[tuple[Scheme, int]], weight: Carried
+    ) -> SpectraUnit:
+        """Put together what `spectra` needs, for schemes with the largest ranks asked for."""
+        moment = self._read(layer)
+        key = digest(self.key, self._patches[layer.name], self._is_centred(layer))
+        return SpectraUnit(tuple(ranks), weight, self.is_wide(layer), moment, self._cache, key)
 
     def approximate(
         self, layer: Layer, scheme: Scheme, ranks: Sequence[int]
@@ -129,40 +201,43 @@ class Seen:
         """Return the best approximations of a layer at the given ranks."""
         weight = read_weight(self._model, layer)
         bias = read_bias(self._model, layer)
-        solver = self._factorizer(layer, scheme, weight, max(ranks))
         result = []
-        for rank in ranks:
-            factors = solver.factorize(rank)
-            dense = scheme.weight(factors.left @ factors.right)
-            moved = None
-            if bias is not None:
-                moved = bias + self._shift(layer, scheme, weight, bias, factors)
-            result.append(Approximation(factors, dense, moved))
+        with one_thread:
+            solver = self._factorizer(layer, scheme, weight, max(ranks))
+            for rank in ranks:
+                factors = solver.factorize(rank)
+                dense = scheme.weight(factors.left @ factors.right)
+                moved = None
+                if bias is not None:
+                    moved = bias + self._shift(layer, scheme, weight, bias, factors)
+                result.append(Approximation(factors, dense, moved))
         return result
 
-    def _factorizer(
-        self, layer: Layer, scheme: Scheme, weight: NDArray[Any], max_rank: int
-    ) -> Solver:
+    def _factorizer(self, layer: Layer, scheme: Scheme, weight: NDArray[Any], rank: int) -> Solver:
         key = (layer.name, scheme.name)
         found = self._solvers.pop(key, None)
-        if found is None or found[0].max_rank < max_rank:
-            found = self._decompose(layer, scheme, weight, max_rank)
+        if found is None or found[0].max_rank < rank:
+            # The same number of directions whatever is asked for first, so that results do
+            # not depend on it.
+            usual = largest_rank(layer, scheme)
+            most = usual if rank <= usual else min(scheme.matrix_shape()[1:])
+            second = self._read(layer)
+            kind = OutputFactorizer if self.is_wide(layer) else WeightedFactorizer
+            solver = kind(scheme, weight, second, most)
+            found = solver, 2 * second.nbytes + 16 * layer.params
         self._solvers[key] = found
         while sum(size for _, size in self._solvers.values()) > KEPT and len(self._solvers) > 1:
             self._solvers.popitem(last=False)
         return found[0]
 
-    def _decompose(
-        self, layer: Layer, scheme: Scheme, weight: NDArray[Any], max_rank: int
-    ) -> tuple[Solver, int]:
+    def _read(self, layer: Layer) -> Float64:
         moment = self._moment(layer)
-        wide = self.is_wide(layer)
+        return moment.covariance() if self._is_centred(layer) else moment.second
+
+    def _is_centred(self, layer: Layer) -> bool:
         # A bias of its own absorbs the mean, any other is part of a wide layer's outputs.
         biased = len(self._model.graph.node[layer.uses[0].node].input) > 2
-        centred = layer.bias is not None or (wide and biased)
-        second = moment.covariance() if centred else moment.second
-        kind = OutputFactorizer if wide else WeightedFactorizer
-        return kind(scheme, weight, second, max_rank), 2 * second.nbytes + 16 * layer.params
+        return layer.bias is not None or (self.is_wide(layer) and biased)
 
     def _moment(self, layer: Layer) -> Moment:
         return self._store.get(self._patches[layer.name])

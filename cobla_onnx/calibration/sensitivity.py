@@ -10,13 +10,14 @@ correct the response of their own curve.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from cobla_onnx.allocation import Choice, Constraint, LayerCurves, OutputError
-from cobla_onnx.calibration.probe import Probe
+from cobla_onnx.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.calibration.probe import Probe, SpreadProbe, Weights
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.lowrank.factorize import Float64
@@ -73,8 +74,18 @@ class Sensitivity:
     ----------
     layers, curves, schemes : sequences, one entry for each layer
     seen : Seen
-    probe : Probe
+    probe : Probe or SpreadProbe
         On samples of the calibration split.
+    cache : Cache, optional
+        Losses come from there, and go there, by `key`, which stands for the model and the
+        samples and options of the probe.
+
+    Attributes
+    ----------
+    responses : list of Response
+        One for each layer.
+    samples : int
+        Samples on which they were measured.
     """
 
     def __init__(
@@ -83,11 +94,15 @@ class Sensitivity:
         curves: Sequence[LayerCurves],
         schemes: Sequence[Sequence[Scheme]],
         seen: Seen,
-        probe: Probe,
+        probe: Probe | SpreadProbe,
+        cache: Cache | None = None,
+        key: str = "",
     ) -> None:
         self._layers, self._curves, self._schemes = layers, curves, schemes
         self._seen, self._probe = seen, probe
-        self._floor = probe.loss({})
+        self._cache, self._key = cache, key
+        self._floor: float | None = None
+        self.samples = 0
         self.responses = [Response() for _ in layers]
         self._own: dict[tuple[int, int], Response] = {}
 
@@ -104,29 +119,36 @@ class Sensitivity:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Measure every layer under the scheme that is cheapest under the constraints."""
+        points = []
         for index, layer in enumerate(self._curves):
-            progress(index, len(self._curves))
             chosen = min(range(len(layer.curves)), key=lambda k: _price(layer, k, constraints))
-            ranks = sorted({_rank_at(layer, chosen, target) for target in TARGETS})
-            for rank, loss in zip(ranks, self._losses(index, chosen, ranks), strict=True):
-                error = float(layer.curves[chosen].relative_errors()[rank])
-                self.responses[index].add(error, loss)
-                self._own.setdefault((index, chosen), Response()).add(error, loss)
-        progress(len(self._curves), len(self._curves))
+            ranks = tuple(sorted({_rank_at(layer, chosen, target) for target in TARGETS}))
+            points.append(_Point(index, chosen, ranks))
+        for number, (point, losses) in enumerate(zip(points, self._measured(points), strict=True)):
+            progress(number, len(points))
+            errors = self._curves[point.layer].curves[point.curve].relative_errors()
+            for rank, loss in zip(point.ranks, losses, strict=True):
+                error = float(errors[rank])
+                self.responses[point.layer].add(error, loss)
+                self._own.setdefault((point.layer, point.curve), Response()).add(error, loss)
+        progress(len(points), len(points))
 
     def refine(self, choices: Sequence[Choice | None]) -> bool:
         """Measure the chosen points themselves; tell whether any of them was new."""
-        new = False
+        new = []
         for index, choice in enumerate(choices):
             if choice is None:
                 continue
             own = self._own.setdefault((index, choice.curve), Response())
-            error = float(self._curves[index].curves[choice.curve].relative_errors()[choice.rank])
-            if max(error, LEAST_ERROR) in own.points:
-                continue
-            own.add(error, self._losses(index, choice.curve, [choice.rank])[0])
-            new = True
-        return new
+            if max(self._error(index, choice), LEAST_ERROR) not in own.points:
+                new.append((index, choice))
+        points = [_Point(index, choice.curve, (choice.rank,)) for index, choice in new]
+        for (index, choice), losses in zip(new, self._measured(points), strict=True):
+            self._own[index, choice.curve].add(self._error(index, choice), losses[0])
+        return bool(new)
+
+    def _error(self, index: int, choice: Choice) -> float:
+        return float(self._curves[index].curves[choice.curve].relative_errors()[choice.rank])
 
     def objective(self) -> OutputError:
         """Return the separable loss that the measurements so far amount to."""
@@ -150,11 +172,54 @@ class Sensitivity:
         # Less error is never worse; errors fall with the rank.
         return np.minimum.accumulate(losses)
 
-    def _losses(self, index: int, number: int, ranks: Sequence[int]) -> list[float]:
-        scheme = self._schemes[index][number]
-        found = self._seen.approximate(self._layers[index], scheme, ranks)
-        losses = [self._probe.loss({index: (a.weight, a.bias)}) for a in found]
-        return [max(loss - self._floor, 0.0) for loss in losses]
+    def _measured(self, points: Sequence[_Point]) -> Iterator[list[float]]:
+        """Yield the losses at each point over the loss of the original."""
+        keys = [self._key_of(point) for point in points]
+        known = [None if self._cache is None else self._cache.get("loss", key) for key in keys]
+        floor = self._least()
+        open_points = (point for point, found in zip(points, known, strict=True) if found is None)
+        measured = self._probe.mean_losses(map(self._candidates, open_points))
+        for key, found in zip(keys, known, strict=True):
+            if found is None:
+                losses = [max(loss - floor, 0.0) for loss in next(measured)]
+                if self._cache is not None:
+                    self._cache.put("loss", key, {"losses": np.array(losses)})
+            else:
+                losses = found["losses"].tolist()
+            yield losses
+
+    def _least(self) -> float:
+        """Loss of the original, measured once; with the number of samples."""
+        if self._floor is None:
+            found = fetch(
+                self._cache, "loss", digest(self._key, "original"), self._measure_original
+            )
+            self._floor, self.samples = float(found["losses"][0]), int(found["samples"])
+        return self._floor
+
+    def _measure_original(self) -> Arrays:
+        (losses,) = self._probe.mean_losses([[{}]])
+        return {"losses": np.array(losses), "samples": np.array(self._probe.samples)}
+
+    def _candidates(self, point: _Point) -> list[Weights]:
+        scheme = self._schemes[point.layer][point.curve]
+        found = self._seen.approximate(self._layers[point.layer], scheme, point.ranks)
+        return [{point.layer: (a.weight, a.bias)} for a in found]
+
+    def _key_of(self, point: _Point) -> str:
+        if self._cache is None:
+            return ""
+        layer, scheme = self._layers[point.layer], self._schemes[point.layer][point.curve]
+        return digest(self._key, layer.name, scheme, point.ranks)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Ranks of a layer under a curve at which the loss is wanted."""
+
+    layer: int
+    curve: int
+    ranks: tuple[int, ...]
 
 
 def _rank_at(layer: LayerCurves, number: int, error: float) -> int:

@@ -1,11 +1,11 @@
-"""Logits in place of class distributions, on which a search overfits less.
+"""Logits in place of class distributions, on which decisions overfit less.
 
 The Kullback-Leibler divergence of a few hundred samples hangs on the few whose classes are
 close to each other: ranks that please these do not please other samples. At a temperature T
 logits are divided by T before the softmax, and as T grows the divergence becomes the squared
 distance of the logits, centred for each sample, to which all samples contribute alike
 (Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, section 2.1).
-That limit is what the search follows; what it finds is judged by the divergence itself.
+That limit is what decisions follow; the divergence itself is what the report states.
 """
 
 from __future__ import annotations

@@ -10,7 +10,10 @@ from typer.core import TyperGroup
 
 from cobla_onnx import __version__
 from cobla_onnx.cli import options
+from cobla_onnx.cli.compare import compare
 from cobla_onnx.cli.compress import compress
+from cobla_onnx.cli.inspect import inspect
+from cobla_onnx.cli.sweep import sweep
 from cobla_onnx.errors import CoblaError
 from cobla_onnx.names import safe_text
 
@@ -33,11 +36,13 @@ class MainCommandGroup(TyperGroup):
 app = typer.Typer(
     cls=MainCommandGroup,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.command()(compress)
+app.command()(inspect)
+app.command()(sweep)
+app.command()(compare)
 
 
 @app.callback()

@@ -24,6 +24,14 @@ def compress(
         Optional[float],  # noqa: UP045
         typer.Option(metavar="F", help="Keep at most this fraction of the MACs."),
     ] = None,
+    max_drop: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="P%",
+            help="With --data: the smallest model that loses at most this share of agreement, "
+            "of accuracy with --labels, or relative error.",
+        ),
+    ] = None,
     data: options.DataPath = None,
     samples: options.Samples = None,
     batch: options.Batch = 16,
@@ -45,6 +53,9 @@ def compress(
     scheme: options.SchemeOption = options.Scheme.auto,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    workers: options.Workers = None,
+    dask: options.Dask = None,
+    cache: options.CacheFolder = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but write the model.")
     ] = False,
@@ -60,23 +71,40 @@ def compress(
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.csv", help="Write the steps of --objective loss as CSV."),
     ] = None,
+    plan_out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.json", help="Write what becomes of each layer, to be edited."),
+    ] = None,
+    plan_in: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.json", help="Apply such a plan; limits that are set hold."),
+    ] = None,
+    json: options.Json = False,
+    config: options.Config = None,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
     """Write a smaller, low-rank ONNX model that was verified in onnxruntime.
 
-    At least one of --mem and --mac is needed; both are hard limits.
+    At least one of --mem, --mac, --max-drop and --plan-in is needed; limits are hard.
     """
     from cobla_onnx.compression import compress as run
+    from cobla_onnx.rendering import report_writer
     from cobla_onnx.result import check_paths
 
     shapes = parsing.input_shapes(input_shape)
-    check_paths(input, output, report, history, in_place=in_place)
+    if report is not None:
+        report_writer(report)
+    written = [("--report", report), ("--history", history), ("--plan-out", plan_out)]
+    check_paths(input, output, written, in_place=in_place)
     from cobla_onnx.allocation import Budget
+    from cobla_onnx.plan import Plan
 
-    budget = Budget(mem=mem, mac=mac)
+    plan = None if plan_in is None else Plan.read(plan_in)
+    budget = None if mem is None and mac is None else Budget(mem=mem, mac=mac)
     images = parsing.image_options(mean, std, scale, channel_order, layout)
-    with terminal.progress(quiet) as progress:
+    with terminal.progress(quiet, verbose) as progress:
         result = run(
             input,
             budget,
@@ -95,8 +123,13 @@ def compress(
             loss=loss.value,
             refit=refit,
             time_limit=time_limit,
+            max_drop=parsing.share("--max-drop", max_drop),
+            plan=plan,
             seed=seed,
             threads=threads,
+            workers=workers,
+            dask=dask,
+            cache=cache,
             progress=progress,
         )
     if not dry_run:
@@ -105,6 +138,7 @@ def compress(
         result.save_report(report, sys.argv)
     if history is not None:
         result.save_history(history)
-    if not quiet:
-        terminal.show(result.report)
-        typer.echo("dry run: nothing was written" if dry_run else f"written: {output}")
+    if plan_out is not None:
+        result.plan.save(plan_out)
+    last = "dry run: nothing was written" if dry_run else f"written: {output}"
+    terminal.result(result.report, json=json, quiet=quiet, last=last)

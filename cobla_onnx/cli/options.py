@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from cobla_onnx import __version__
+from cobla_onnx.cli.config import read_config
 
 
 class Solver(str, Enum):
@@ -76,6 +77,8 @@ def _version(wanted: bool) -> None:
         typer.echo(f"cobla-onnx {__version__}")
         raise typer.Exit
 
+
+Input = Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model.")]
 
 # Calibration data.
 DataPath = Annotated[
@@ -179,6 +182,26 @@ Threads = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--threads", metavar="N", help="Threads; as many as there are cores.", min=1),
 ]
+Workers = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "--workers", metavar="N", help="Processes that share the work, each one thread.", min=1
+    ),
+]
+Dask = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--dask", metavar="ADDRESS", help="Share the work over the dask cluster of a scheduler."
+    ),
+]
+CacheFolder = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        help="Keep spectra, factors and what data told there: the next budget is quicker.",
+    ),
+]
 ExternalDataOption = Annotated[
     ExternalData,
     typer.Option(
@@ -187,6 +210,20 @@ ExternalDataOption = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print each stage with its time to stderr.")
+]
+Config = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--config",
+        metavar="FILE.toml",
+        callback=read_config,
+        is_eager=True,
+        help="Options from a file; those on the command line win.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
 Version = Annotated[
     bool,

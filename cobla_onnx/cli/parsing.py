@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from cobla_onnx.errors import UsageError
@@ -10,7 +11,10 @@ if TYPE_CHECKING:
     from cobla_onnx.calibration.readers import ImageOptions
     from cobla_onnx.cli.options import ChannelOrder, Layout
 
-__all__ = ["image_options", "input_shapes"]
+__all__ = ["image_options", "input_shapes", "share", "spread"]
+
+# Budgets of a sweep in one direction.
+MOST_POINTS = 1000
 
 
 def input_shapes(entries: list[str] | None) -> dict[str, tuple[int, ...]]:
@@ -40,6 +44,45 @@ def image_options(
         channel_order=order.value,
         layout=layout.value,
     )
+
+
+def share(option: str, text: str | None) -> float | None:
+    """Parse ``1%`` or ``0.01``."""
+    if text is None:
+        return None
+    number = text.removesuffix("%")
+    try:
+        value = float(number) / (1 if number == text else 100)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(f"{option} {text}: is not a share; write e.g. 1% or 0.01")
+    return value
+
+
+def spread(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Parse numbers and ``LOW:HIGH:COUNT``, separated by commas."""
+    if text is None:
+        return None
+    try:
+        parts = [part.split(":") for part in text.split(",")]
+        values = [value for part in parts for value in _spread(*part)]
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"{option} {text}: is neither LOW:HIGH:COUNT nor numbers separated by commas, of at "
+            f"most {MOST_POINTS} points; write e.g. {option} 0.3:0.9:7"
+        ) from error
+    return tuple(dict.fromkeys(values))
+
+
+def _spread(low: str, high: str | None = None, count: str = "") -> list[float]:
+    if high is None:
+        return [float(low)]
+    start, stop, points = float(low), float(high), int(count)
+    if not 2 <= points <= MOST_POINTS:
+        raise ValueError(points)
+    step = (stop - start) / (points - 1)
+    return [round(start + step * number, 10) for number in range(points)]
 
 
 def _numbers(option: str, text: str | None, default: float) -> tuple[float, ...]:

@@ -9,14 +9,14 @@ rounding of float32 weights. The projection itself is exact at any rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
-__all__ = ["Factorization", "factorize", "singular_values"]
+__all__ = ["Basis", "Factorization", "factorize", "leading_vectors", "singular_values"]
 
 Float64: TypeAlias = NDArray[np.float64]
 # Elements that are converted to float64 at a time, so that a large weight is never
@@ -43,17 +43,38 @@ class Factorization:
     right: Float64
 
 
+@dataclass(frozen=True)
+class Basis:
+    """Leading singular vectors of the shorter sides of a stack of matrices.
+
+    Attributes
+    ----------
+    vectors : float64 array, shape (groups, min(rows, columns), count)
+    singular_values : float64 array, shape (groups, count)
+        Descending.
+    """
+
+    vectors: Float64
+    singular_values: Float64
+
+
 def _gram(matrix: NDArray[Any]) -> Float64:
     """Gram matrix over the smaller side, accumulated in float64 over chunks of the longer."""
     rows, columns = matrix.shape
-    if rows > columns:
-        return _gram(matrix.T)
-    step = max(1, CHUNK // rows)
-    gram = np.zeros((rows, rows))
-    for start in range(0, columns, step):
-        block = matrix[:, start : start + step].astype(np.float64)
-        gram += block @ block.T
+    gram = np.zeros((min(rows, columns),) * 2)
+    for _, block in _chunks(matrix):
+        gram += block @ block.T if rows <= columns else block.T @ block
     return gram
+
+
+def _chunks(matrix: NDArray[Any]) -> Iterator[tuple[slice, Float64]]:
+    """Cut the longer side up; contiguous, so that no memory layout decides the last bits."""
+    rows, columns = matrix.shape
+    step = max(1, CHUNK // min(rows, columns))
+    for start in range(0, max(rows, columns), step):
+        part = slice(start, start + step)
+        block = matrix[:, part] if rows <= columns else matrix[part]
+        yield part, np.ascontiguousarray(block, np.float64)
 
 
 def singular_values(stack: NDArray[Any]) -> Float64:
@@ -72,12 +93,35 @@ def singular_values(stack: NDArray[Any]) -> Float64:
     """
     energy = np.zeros(min(stack.shape[1:]))
     for matrix in stack:
-        eigenvalues = scipy.linalg.eigvalsh(_gram(matrix), overwrite_a=True)
-        energy += np.maximum(eigenvalues[::-1], 0.0)
+        energy += np.maximum(np.linalg.eigvalsh(_gram(matrix))[::-1], 0.0)
     return np.sqrt(energy)
 
 
-def factorize(stack: NDArray[Any], rank: int) -> Factorization:
+def leading_vectors(stack: NDArray[Any], count: int) -> Basis:
+    """Leading singular vectors of the shorter side of each matrix, with their values.
+
+    All of them are computed and the first `count` kept: the factors of a rank are then the
+    same whatever `count` was, and a kept basis serves every rank up to it. For all but the
+    lowest ranks this is also faster than to ask for some (docs/design.md has figures).
+
+    Parameters
+    ----------
+    stack : array, shape (groups, rows, columns)
+        Finite, of any floating type.
+    count : int
+        From 1 to min(rows, columns).
+    """
+    groups, rows, columns = stack.shape
+    vectors = np.empty((groups, min(rows, columns), count))
+    values = np.empty((groups, count))
+    for group, matrix in enumerate(stack):
+        eigenvalues, found = np.linalg.eigh(_gram(matrix))
+        values[group] = np.sqrt(np.maximum(eigenvalues[::-1][:count], 0.0))
+        vectors[group] = _fix_signs(found[:, ::-1][:, :count])
+    return Basis(vectors, values)
+
+
+def factorize(stack: NDArray[Any], rank: int, basis: Basis | None = None) -> Factorization:
     """Best approximation of each matrix of a stack by one of rank `rank`.
 
     Parameters
@@ -86,40 +130,31 @@ def factorize(stack: NDArray[Any], rank: int) -> Factorization:
         Finite, of any floating type.
     rank : int
         From 1 to min(rows, columns), the same for all matrices.
+    basis : Basis, optional
+        Of the same stack, with at least `rank` vectors; computed if not given.
     """
     groups, rows, columns = stack.shape
-    size = min(rows, columns)
+    found = basis or leading_vectors(stack, rank)
     left = np.empty((groups, rows, rank))
     right = np.empty((groups, rank, columns))
-    values = np.empty((groups, rank))
+    values = found.singular_values[:, :rank].copy()
     for group, matrix in enumerate(stack):
-        eigenvalues, vectors = scipy.linalg.eigh(
-            _gram(matrix), subset_by_index=(size - rank, size - 1), overwrite_a=True
-        )
-        values[group] = np.sqrt(np.maximum(eigenvalues[::-1], 0.0))
-        basis = _fix_signs(vectors[:, ::-1])
+        vectors = np.ascontiguousarray(found.vectors[group, :, :rank])
         # One half of each singular value on either side keeps both factors in the
         # range of a narrow type; where it vanishes the factor is left unscaled.
         root = np.sqrt(values[group])
         root[root <= 1e-6 * max(root[0], np.finfo(np.float64).tiny)] = 1.0
         if rows <= columns:
-            left[group] = basis * root
-            right[group] = _project(basis, matrix) / root[:, None]
+            left[group] = vectors * root
+            for part, block in _chunks(matrix):
+                right[group][:, part] = vectors.T @ block
+            right[group] /= root[:, None]
         else:
-            left[group] = (_project(basis, matrix.T) / root[:, None]).T
-            right[group] = basis.T * root[:, None]
+            for part, block in _chunks(matrix):
+                left[group][part] = block @ vectors
+            left[group] /= root
+            right[group] = vectors.T * root[:, None]
     return Factorization(left, values, right)
-
-
-def _project(basis: Float64, matrix: NDArray[Any]) -> Float64:
-    """``basis.T @ matrix`` in float64, over chunks of the longer side."""
-    rows, columns = matrix.shape
-    step = max(1, CHUNK // rows)
-    result = np.empty((basis.shape[1], columns))
-    for start in range(0, columns, step):
-        block = matrix[:, start : start + step].astype(np.float64)
-        result[:, start : start + step] = basis.T @ block
-    return result
 
 
 def _fix_signs(vectors: Float64) -> Float64:

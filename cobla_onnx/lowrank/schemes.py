@@ -26,12 +26,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.graph.cost import Shape
 from cobla_onnx.graph.layers import Layer, Use
 
-__all__ = ["ConvScheme", "ProductScheme", "Scheme", "TransposedConvScheme", "schemes_for"]
+__all__ = [
+    "ConvScheme",
+    "ProductScheme",
+    "Scheme",
+    "TransposedConvScheme",
+    "largest_rank",
+    "schemes_for",
+]
 
 
 @dataclass(frozen=True)
@@ -326,6 +334,13 @@ class ProductScheme:
 
 
 Scheme = ConvScheme | ProductScheme
+
+
+def largest_rank(layer: Layer, scheme: Scheme) -> int:
+    """Largest rank at which two factors take fewer bytes than the layer; may be 0."""
+    itemsize = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type).itemsize
+    fewer = (layer.stored_bytes - 1) // (scheme.params_per_rank() * itemsize)
+    return min(*scheme.matrix_shape()[1:], fewer)
 
 
 def schemes_for(layer: Layer, wanted: str = "auto") -> tuple[Scheme, ...]:

@@ -102,11 +102,8 @@ class WeightedFactorizer:
             return _tails(self.singular_values)[ranks]
         result = np.full(len(ranks), self.energy)
         for group in range(len(self._bases)):
-            products, cross = self._reduced(group, int(ranks.max(initial=0)))
-            for number, rank in enumerate(ranks):
-                if rank:
-                    _, explained = _solve(products[:rank, :, :rank], cross[:rank])
-                    result[number] -= explained
+            explained = _explained(*self._reduced(group, int(ranks.max(initial=0))))
+            result -= np.concatenate([[0.0], explained])[ranks]
         return np.asarray(np.maximum(result, 0.0))
 
     def factorize(self, rank: int) -> Factorization:
@@ -120,9 +117,7 @@ class WeightedFactorizer:
                 scale = left.T @ self._moment[group][:, 0, :, 0] @ left
                 right = _solve_symmetric(scale, right)
             else:
-                products, cross = self._reduced(group, rank)
-                solved, _ = _solve(products, cross)
-                right = solved.swapaxes(1, 2).reshape(rank, -1)
+                right = _solve(*self._reduced(group, rank)).swapaxes(1, 2).reshape(rank, -1)
             pairs.append((left, right))
         return balanced(self.scheme, pairs)
 
@@ -205,7 +200,7 @@ def _basis(matrix: Float64, moment: Float64, max_rank: int) -> _Basis:
         energy, vectors = _descending(gram)
         left = matrix @ vectors[:, : min(max_rank, size)]
         return _Basis(left, np.maximum(energy, 0.0))
-    values, axes = scipy.linalg.eigh(moment)
+    values, axes = np.linalg.eigh(moment)
     floor = REGULARISATION * max(float(values.mean()), np.finfo(np.float64).tiny)
     roots = np.sqrt(np.maximum(values, 0.0) + floor)
     half = (axes * roots).T @ matrix
@@ -215,25 +210,51 @@ def _basis(matrix: Float64, moment: Float64, max_rank: int) -> _Basis:
 
 
 def _descending(gram: Float64) -> tuple[Float64, Float64]:
-    values, vectors = scipy.linalg.eigh((gram + gram.T) / 2, overwrite_a=True)
+    # numpy's, unlike scipy's, lets other Python threads run meanwhile.
+    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
     return values[::-1], vectors[:, ::-1]
 
 
-def _solve(products: Float64, cross: Float64) -> tuple[Float64, float]:
-    """Least squares of outputs (rank, offsets, outputs) on reduced inputs; energy explained."""
+def _solve(products: Float64, cross: Float64) -> Float64:
+    """Least squares of outputs (rank, offsets, outputs) on reduced inputs."""
     rank, offsets, outputs = cross.shape
     size = rank * offsets
-    gram, right = products.reshape(size, size), cross.reshape(size, outputs)
-    solution = _solve_symmetric(gram, right)
-    explained = 2 * np.sum(solution * right) - np.sum(solution * (gram @ solution))
-    return solution.reshape(rank, offsets, outputs), float(explained)
+    right = cross.reshape(size, outputs)
+    solution = _solve_symmetric(products.reshape(size, size), right)
+    return solution.reshape(rank, offsets, outputs)
+
+
+def _explained(products: Float64, cross: Float64) -> Float64:
+    """Energy that the least squares of `_solve` explains at each rank from 1 on.
+
+    With G = L L^T the energy is the sum of squares of L^-1 cross; the systems of lower
+    ranks are leading blocks of that of the highest, and so are their factors.
+    """
+    rank, offsets, outputs = cross.shape
+    size = rank * offsets
+    if not size:
+        return np.zeros(0)
+    (lower, _), diagonal = _cholesky(products.reshape(size, size))
+    reached = scipy.linalg.solve_triangular(
+        lower, cross.reshape(size, outputs) / diagonal[:, None], lower=True, overwrite_b=True
+    )
+    each = np.einsum("so,so->s", reached, reached).reshape(rank, offsets).sum(axis=1)
+    return np.asarray(np.cumsum(each))
 
 
 def _solve_symmetric(gram: Float64, right: Float64) -> Float64:
-    """Solve a positive semidefinite system, scaled to a unit diagonal and regularised.
+    """Solve a positive semidefinite system."""
+    factor, diagonal = _cholesky(gram)
+    solution = scipy.linalg.cho_solve(factor, right / diagonal[:, None])
+    return np.asarray(solution) / diagonal[:, None]
+
+
+def _cholesky(gram: Float64) -> tuple[tuple[Float64, bool], Float64]:
+    """Factorise a positive semidefinite matrix, scaled to a unit diagonal and regularised.
 
     Where few samples leave directions that only rounding fills, the least regularisation
-    of `JITTERS` is taken with which the matrix is positive definite.
+    of `JITTERS` is taken with which the matrix is positive definite. Returns the lower
+    factor as scipy's `cho_solve` wants it, and the roots of the diagonal.
     """
     diagonal = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
     diagonal = np.where(diagonal > 1e-12 * diagonal.max(initial=0.0), diagonal, 1.0)
@@ -243,11 +264,9 @@ def _solve_symmetric(gram: Float64, right: Float64) -> Float64:
         scaled[np.diag_indices_from(scaled)] += jitter - added
         added = jitter
         try:
-            factor = scipy.linalg.cho_factor(scaled)
+            return scipy.linalg.cho_factor(scaled, lower=True), diagonal
         except np.linalg.LinAlgError:
             continue
-        solution = scipy.linalg.cho_solve(factor, right / diagonal[:, None])
-        return np.asarray(solution) / diagonal[:, None]
     raise np.linalg.LinAlgError("a moment matrix is not positive semidefinite")
 
 

@@ -14,6 +14,7 @@ from cobla_onnx.calibration.patches import patch_of
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
 from cobla_onnx.lowrank.schemes import schemes_for
+from cobla_onnx.parallel import Pool
 from cobla_onnx.runtime import open_session, run_session
 from tests.builders import model_of, random_array
 
@@ -137,7 +138,8 @@ def test_moments_do_not_depend_on_batches_or_groups():
         def batches():
             return ({"x": data[i : i + size]} for i in range(0, 12, size))
 
-        return collect_moments(model, [patch, patch], batches, threads=1, limit=limit).get([patch])
+        store = collect_moments(model, [patch, patch], batches, pool=Pool(), limit=limit)
+        return store.get([patch])
 
     whole, parts = moment(12, 1 << 30), moment(5, 1)
     vectors = np.concatenate(list(patch.vectors(data)), axis=2).astype(np.float64)
@@ -157,7 +159,7 @@ def test_uses_of_a_shared_weight_are_seen_together():
     layer = only_layer(model)
     data = random_array(50, 4, seed=7)
     patches = [patch_of(model, layer, use) for use in layer.uses]
-    store = collect_moments(model, patches, lambda: iter([{"x": data}]), threads=1)
+    store = collect_moments(model, patches, lambda: iter([{"x": data}]), pool=Pool())
     both = np.concatenate([data, data @ random_array(4, 4)]).astype(np.float64)
     found = store.get(patches)
     assert found.count == 100

@@ -108,7 +108,7 @@ def test_calibration_is_told(demo_model):
     assert "held-back samples" in page
     assert "were held back" in report.to_markdown()
     assert report.command == (
-        f"compress({str(demo_model)!r}, Budget(mem=0.5, mac=None), data={str(data)!r}, "
+        f"compress({str(demo_model)!r}, budget=Budget(mem=0.5, mac=None), data={str(data)!r}, "
         "samples=40, refit=False, threads=1)"
     )
 
@@ -156,7 +156,7 @@ def test_results_write_their_report_with_the_command(tmp_path):
     assert "\ncobla-onnx 'in put.onnx' --mem 0.5\n" in (tmp_path / "r.md").read_text("utf-8")
     result.save_report(tmp_path / "r.html")
     page = Strict((tmp_path / "r.html").read_text("utf-8")).text
-    assert "compress(<ModelProto>, Budget(mem=0.5, mac=None))" in page
+    assert "compress(<ModelProto>, budget=Budget(mem=0.5, mac=None))" in page
 
 
 def test_json_holds_spectra_fronts_and_history(full):

@@ -1,0 +1,93 @@
+"""Units of work on one layer's weight alone: its singular values, and its factor nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cobla_onnx.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.graph.layers import Layer
+from cobla_onnx.lowrank.factorize import (
+    Basis,
+    Float64,
+    factorize,
+    leading_vectors,
+    singular_values,
+)
+from cobla_onnx.lowrank.schemes import Scheme, largest_rank
+from cobla_onnx.parallel import Carried
+from cobla_onnx.rewrite import Replacement, make_replacement
+
+__all__ = ["FactorUnit", "Factored", "ValuesUnit", "WeightValues", "replace_layer", "weight_values"]
+
+
+@dataclass(frozen=True)
+class ValuesUnit:
+    """A weight, and the schemes under which its singular values are wanted."""
+
+    schemes: tuple[Scheme, ...]
+    weight: Carried
+    cache: Cache | None
+
+
+@dataclass(frozen=True)
+class WeightValues:
+    """Singular values for each scheme, and the cache's notes."""
+
+    values: list[Float64]
+    notes: list[str]
+
+
+def weight_values(unit: ValuesUnit) -> WeightValues:
+    """Compute, or find in the cache, the singular values of a weight under each scheme."""
+    weight = unit.weight.array
+    cache = None if unit.cache is None else unit.cache.fresh()
+    content = "" if cache is None else digest(weight)
+    values = []
+    for scheme in unit.schemes:
+
+        def compute(scheme: Scheme = scheme) -> Arrays:
+            return {"values": singular_values(scheme.matrix(weight))}
+
+        values.append(fetch(cache, "values", digest(content, scheme), compute)["values"])
+    return WeightValues(values, [] if cache is None else cache.notes)
+
+
+@dataclass(frozen=True)
+class FactorUnit:
+    """A layer, and the scheme and rank at which its factors are wanted."""
+
+    layer: Layer
+    scheme: Scheme
+    rank: int
+    weight: Carried
+    cache: Cache | None
+
+
+@dataclass(frozen=True)
+class Factored:
+    """The factor nodes' weights, and the cache's notes."""
+
+    replacement: Replacement
+    notes: list[str]
+
+
+def replace_layer(unit: FactorUnit) -> Factored:
+    """Factorise a weight at a rank.
+
+    In the cache are the singular vectors of all ranks at which the layer would be smaller,
+    so that any later budget finds them.
+    """
+    stack = unit.scheme.matrix(unit.weight.array)
+    most = largest_rank(unit.layer, unit.scheme)
+    if unit.cache is None or unit.rank > most:
+        return Factored(make_replacement(unit.layer, unit.scheme, factorize(stack, unit.rank)), [])
+
+    def compute() -> Arrays:
+        basis = leading_vectors(stack, most)
+        return {"vectors": basis.vectors, "values": basis.singular_values}
+
+    cache = unit.cache.fresh()
+    key = digest(digest(unit.weight.array), unit.scheme, most)
+    found = fetch(cache, "vectors", key, compute)
+    factors = factorize(stack, unit.rank, Basis(found["vectors"], found["values"]))
+    return Factored(make_replacement(unit.layer, unit.scheme, factors), cache.notes)

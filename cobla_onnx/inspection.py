@@ -1,0 +1,351 @@
+"""What could be done to a model: `inspect` looks at it and changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from cobla_onnx.allocation import Budget
+from cobla_onnx.allocation.budget import least_fraction
+from cobla_onnx.allocation.curves import Curve
+from cobla_onnx.amounts import count_text
+from cobla_onnx.calibration.readers import ImageOptions
+from cobla_onnx.graph.layers import Skipped
+from cobla_onnx.names import safe_text
+from cobla_onnx.progress import Progress
+from cobla_onnx.study import ModelSource, Settings, Study, open_study
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["InspectedLayer", "InspectedScheme", "Inspection", "LeftAlone", "inspect", "sparkline"]
+
+SCHEMA_VERSION = 1
+BARS = "▁▂▃▄▅▆▇█"
+# A sparkline spans this many powers of ten, from the largest singular value down.
+DECADES = 2.0
+
+
+@dataclass(frozen=True)
+class InspectedScheme:
+    """One way to unfold a layer's weight.
+
+    Attributes
+    ----------
+    name : str
+    full_rank : int
+    break_even_memory, break_even_macs : float or None
+        Ranks below these make the layer smaller and faster; MACs may not be known.
+    most : int
+        The largest rank that is offered to the solver.
+    half_error : float
+        Relative error, of the weight or with data of the layer's output, at the rank that
+        halves the layer's bytes; 1 if there is none.
+    error_ranks : dict of str to int
+        The least rank with at most that relative error.
+    singular_values : tuple of float
+        Relative to the largest.
+    """
+
+    name: str
+    full_rank: int
+    break_even_memory: float
+    break_even_macs: float | None
+    most: int
+    half_error: float
+    error_ranks: dict[str, int]
+    singular_values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class InspectedLayer:
+    """A layer that can be factorised; of `schemes` the first has the least `half_error`."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    params: int
+    bytes: int
+    macs: int | None
+    schemes: tuple[InspectedScheme, ...]
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A node that is left as it is, and why; `params` is 0 where its weight is not known."""
+
+    name: str
+    op: str
+    reason: str
+    params: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes
+    ----------
+    input : str or None
+        The file.
+    layers : tuple of InspectedLayer
+    left_alone : tuple of LeftAlone
+    mem_total : int
+        Bytes of all weights.
+    mac_total : int or None
+        Multiply-accumulates of one run with `input_shapes`, None where they are not known.
+    least : dict of str to float
+        ``mem`` and ``mac``: the least fraction that is within reach, each taken alone.
+    input_shapes : dict of str to tuple
+    measured_by : {'weights', 'outputs'}
+        Whose singular values the spectra show: of weights, or with data of the outputs.
+    notes : tuple of str
+    """
+
+    input: str | None
+    layers: tuple[InspectedLayer, ...]
+    left_alone: tuple[LeftAlone, ...]
+    mem_total: int
+    mac_total: int | None
+    least: dict[str, float]
+    input_shapes: dict[str, tuple[int | None, ...] | None]
+    measured_by: str
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain dicts and lists."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return {"schema_version": SCHEMA_VERSION, **found}
+
+    def to_json(self) -> str:
+        """Return it as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __rich__(self) -> RenderableType:
+        return _render(self)
+
+
+def inspect(
+    model: ModelSource,
+    *,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_size: int = 0,
+    scheme: Literal["auto", "spatial", "channel", "input"] = "auto",
+    data: Any = None,
+    samples: int | None = None,
+    batch: int = 16,
+    images: ImageOptions | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Look at what could be done to a model; nothing is changed or written.
+
+    Parameters
+    ----------
+    model : ModelProto or path
+    input_shapes, include, exclude, min_size, scheme, data, samples, batch, images, threads, progress
+        As those of `compress`. With data, spectra are those of the layers' outputs.
+
+    Returns
+    -------
+    Inspection
+
+    Raises
+    ------
+    UsageError, ModelError, DataError
+        See `cobla_onnx.errors`.
+
+    Examples
+    --------
+    >>> from cobla_onnx import inspect
+    >>> found = inspect("models/digits.onnx")
+    >>> found.layers[0].name, found.layers[0].op
+    ('stem/conv', 'Conv')
+    >>> found.least["mem"] < 0.05
+    True
+    """  # noqa: E501
+    settings = Settings(
+        input_shapes=input_shapes,
+        include=include,
+        exclude=exclude,
+        min_size=min_size,
+        scheme=scheme,
+        data=data,
+        samples=samples,
+        batch=batch,
+        images=images,
+        threads=threads,
+        progress=progress,
+    )
+    with open_study(model, settings) as study:
+        return _inspection(study)
+
+
+def _inspection(study: Study) -> Inspection:
+    analysis = study.analysis
+    known = Budget(mem=1.0, mac=None if analysis.mac_total is None else 1.0)
+    least = {
+        constraint.name: least_fraction(constraint, analysis.curves)
+        for constraint in analysis.constraints(known)
+    }
+    layers = [
+        InspectedLayer(
+            layer.name,
+            layer.op,
+            layer.shape,
+            layer.params,
+            layer.stored_bytes,
+            macs,
+            _schemes(curves.curves, layer.stored_bytes, macs),
+        )
+        for layer, curves, macs in zip(analysis.layers, analysis.curves, analysis.macs, strict=True)
+    ]
+    return Inspection(
+        None if study.source is None else str(study.source),
+        tuple(layers),
+        tuple(map(_left_alone, analysis.skipped)),
+        analysis.mem_total,
+        analysis.mac_total,
+        least,
+        dict(analysis.input_shapes),
+        "weights" if analysis.seen is None else "outputs",
+        analysis.notes,
+    )
+
+
+def _schemes(curves: Sequence[Curve], size: int, macs: int | None) -> tuple[InspectedScheme, ...]:
+    found = [
+        InspectedScheme(
+            name=curve.scheme,
+            full_rank=len(curve.relative_errors()) - 1,
+            break_even_memory=size / curve.bytes_per_rank,
+            break_even_macs=macs / curve.macs_per_rank if macs and curve.macs_per_rank else None,
+            most=int(curve.ranks[-1]),
+            half_error=_error_at(curve, size // 2 // curve.bytes_per_rank),
+            error_ranks={
+                f"{error:g}": _rank_at(curve, error * error) for error in (0.3, 0.1, 0.03, 0.01)
+            },
+            singular_values=tuple(_relative(curve)),
+        )
+        for curve in curves
+    ]
+    return tuple(sorted(found, key=lambda scheme: scheme.half_error))
+
+
+def _error_at(curve: Curve, rank: int) -> float:
+    errors = curve.relative_errors()
+    return float(np.sqrt(errors[min(rank, len(errors) - 1)]))
+
+
+def _rank_at(curve: Curve, error: float) -> int:
+    """Least rank whose squared relative error is at most `error`; full rank has none."""
+    return int(np.argmax(curve.relative_errors() <= error + 1e-12))
+
+
+def _relative(curve: Curve) -> list[float]:
+    values = np.asarray(curve.singular_values, dtype=np.float64)
+    largest = float(values.max(initial=0.0))
+    return [float(f"{v:.4g}") for v in values / largest] if largest > 0 else [0.0] * len(values)
+
+
+def _left_alone(item: Skipped) -> LeftAlone:
+    return LeftAlone(item.name, item.op, str(item), item.params)
+
+
+def sparkline(values: Sequence[float], width: int = 10) -> str:
+    """Draw descending numbers as bars on a logarithmic scale of two decades.
+
+    Parameters
+    ----------
+    values : sequence of float
+        Between 0 and 1.
+    width : int
+        Characters at most.
+
+    Examples
+    --------
+    >>> sparkline([1, 0.5, 0.1, 0.01, 0.001])
+    '█▇▄▁▁'
+    """
+    if not values:
+        return ""
+    places = np.linspace(0, len(values) - 1, min(width, len(values))).round().astype(int)
+    logs = np.log10(np.maximum(np.asarray(values, dtype=np.float64)[places], 10.0**-DECADES))
+    heights = np.rint((1 + logs / DECADES) * (len(BARS) - 1)).astype(int)
+    return "".join(BARS[height] for height in heights.clip(0, len(BARS) - 1))
+
+
+def _render(found: Inspection) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold", min_width=12)
+    for heading in ("op", "params", "MACs", "scheme", "ranks", "half"):
+        right = heading in ("params", "MACs", "half")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    table.add_column("spectrum", no_wrap=True)
+    for layer in found.layers:
+        best = layer.schemes[0]
+        table.add_row(
+            Text(safe_text(layer.name, 40)),
+            layer.op,
+            count_text(layer.params),
+            count_text(layer.macs),
+            best.name,
+            f"1-{best.most} of {best.full_rank}",
+            f"{best.half_error:.3f}",
+            sparkline(best.singular_values),
+        )
+    whose = "weight" if found.measured_by == "weights" else "output (on the data)"
+    lines = [
+        "ranks: those that make the layer smaller and no slower, by the best scheme",
+        f"half: relative error of the {whose} at half the layer's memory",
+        "spectrum: singular values, largest to smallest, two powers of ten high",
+        "",
+        *_groups(found),
+        *_totals(found),
+        *(f"note: {safe_text(note, 300)}" for note in found.notes),
+    ]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _groups(found: Inspection) -> list[str]:
+    groups: dict[str, list[LeftAlone]] = {}
+    for item in found.left_alone:
+        groups.setdefault(item.reason, []).append(item)
+    lines = []
+    for reason, items in groups.items():
+        names = ", ".join(safe_text(item.name, 28) for item in items[:3])
+        more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+        params = sum(item.params for item in items)
+        size = f", {count_text(params)} parameters" if params else ""
+        lines.append(f"left alone: {len(items)} x {safe_text(reason, 60)}{size}: {names}{more}")
+    return [*lines, ""] if lines else []
+
+
+def _totals(found: Inspection) -> list[str]:
+    count = len(found.layers)
+    lines = [
+        f"{count} layers can be factorised, {len(found.left_alone)} nodes are left alone",
+        f"memory: {count_text(found.mem_total)} bytes of weights; "
+        f"least reachable: --mem {found.least['mem']:g}",
+    ]
+    if found.mac_total is None:
+        return [*lines, "MACs: not known"]
+    shapes = ", ".join(
+        f"{safe_text(name, 28)} {'x'.join('?' if d is None else str(d) for d in shape or ())}"
+        for name, shape in found.input_shapes.items()
+    )
+    return [
+        *lines,
+        f"MACs: {count_text(found.mac_total)} for {shapes}; "
+        f"least reachable: --mac {found.least['mac']:g}",
+    ]

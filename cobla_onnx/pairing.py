@@ -1,0 +1,384 @@
+"""Any two models side by side: `compare` measures outputs, size, MACs and running time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from cobla_onnx.amounts import count_text
+from cobla_onnx.analysis import model_costs
+from cobla_onnx.calibration.dataset import InputSpec, input_specs
+from cobla_onnx.calibration.readers import ImageOptions, open_data
+from cobla_onnx.comparison import Comparison, OutputComparison, is_numeric
+from cobla_onnx.errors import ModelError, UsageError
+from cobla_onnx.graph.cost import fixed_input_shapes
+from cobla_onnx.graph.external import external_place, is_external
+from cobla_onnx.graph.model_file import stored_bytes
+from cobla_onnx.graph.tensors import all_tensors
+from cobla_onnx.latency import timing
+from cobla_onnx.names import quoted, safe_text
+from cobla_onnx.progress import Progress
+from cobla_onnx.runtime import Feeds, open_session, run_session, runnable_feeds
+from cobla_onnx.study import ModelSource, available_cores, open_model
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["ModelComparison", "ModelFacts", "compare"]
+
+SCHEMA_VERSION = 1
+# Seconds and runs for timing both models in turn.
+SECONDS, LEAST, MOST = 5.0, 9, 200
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What one of the models is.
+
+    Attributes
+    ----------
+    path : str or None
+    file_bytes : int or None
+        Of the file and its data files; None for a model in memory.
+    weight_bytes : int
+    macs : int or None
+        Of one sample; None where they are not known.
+    nodes : int
+    latency_ms : tuple of three float
+        Median, 10th and 90th percentile of the time of a run.
+    """
+
+    path: str | None
+    file_bytes: int | None
+    weight_bytes: int
+    macs: int | None
+    nodes: int
+    latency_ms: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """What `compare` found; the second model is measured against the first.
+
+    Attributes
+    ----------
+    first, second : ModelFacts
+    outputs : tuple of OutputComparison
+    data : str
+        Where the inputs came from; ``random`` says little about real data.
+    samples : int
+    latency : timing.Comparison
+        Of runs in turn, in milliseconds.
+    timed_shapes : dict of str to tuple
+        Shapes of the inputs of the timed runs.
+    threads : int
+    onnxruntime : str
+        Its version.
+    notes : tuple of str
+    """
+
+    first: ModelFacts
+    second: ModelFacts
+    outputs: tuple[OutputComparison, ...]
+    data: str
+    samples: int
+    latency: timing.Comparison
+    timed_shapes: dict[str, tuple[int, ...]]
+    threads: int
+    onnxruntime: str
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain dicts and lists."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return {"schema_version": SCHEMA_VERSION, **found}
+
+    def to_json(self) -> str:
+        """Return it as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __rich__(self) -> RenderableType:
+        return _render(self)
+
+
+def compare(
+    first: ModelSource,
+    second: ModelSource,
+    *,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    data: Any = None,
+    samples: int | None = None,
+    batch: int = 16,
+    images: ImageOptions | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ModelComparison:
+    """Compare two models that have the same inputs and outputs, whatever made them.
+
+    Parameters
+    ----------
+    first, second : ModelProto or path
+        Differences are relative to the first.
+    input_shapes, data, samples, batch, images
+        As those of `compress`; without data, inputs are random.
+    seed : int
+        For random inputs.
+    threads : int, optional
+        Of onnxruntime; as many as there are cores.
+    progress : callable, optional
+
+    Raises
+    ------
+    UsageError
+        If inputs or outputs have other names, types or shapes.
+    ModelError, DataError
+        See `cobla_onnx.errors`.
+
+    Examples
+    --------
+    >>> from cobla_onnx import Budget, compare, compress
+    >>> small = compress("models/digits.onnx", Budget(mem=0.5)).model
+    >>> found = compare("models/digits.onnx", small)
+    >>> found.second.weight_bytes <= 0.5 * found.first.weight_bytes
+    True
+    """
+    threads = threads or available_cores()
+    notify = progress or (lambda stage, done, total: None)
+    shapes = input_shapes or {}
+    models = open_model(first), open_model(second)
+    sources = _path(first), _path(second)
+    names = _shown(sources[0], "the first model"), _shown(sources[1], "the second model")
+    _check_ends(models, names, shapes)
+    with _inputs(models[0], shapes, data, samples, batch, images, seed, threads) as inputs:
+        outputs, count = _compare_outputs(models, names, inputs, threads, notify)
+        notify("latency", 0, 1)
+        stopwatch = timing.Stopwatch(threads)
+        times = stopwatch.times(models, inputs.example, seconds=SECONDS, least=LEAST, most=MOST)
+        notify("latency", 1, 1)
+        latency = timing.compare(times)
+        costs = [model_costs(m, fixed_input_shapes(m, shapes), False, threads) for m in models]
+    facts = [
+        _facts(model, source, macs, spread)
+        for model, source, (_, macs, _), spread in zip(
+            models, sources, costs, (latency.before, latency.after), strict=True
+        )
+    ]
+    return ModelComparison(
+        first=facts[0],
+        second=facts[1],
+        outputs=outputs,
+        data=inputs.name,
+        samples=count,
+        latency=latency,
+        timed_shapes={key: tuple(value.shape) for key, value in inputs.example.items()},
+        threads=threads,
+        onnxruntime=onnxruntime.__version__,
+        notes=tuple(dict.fromkeys(note for _, _, notes in costs for note in notes)),
+    )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What both models are fed with; `example` is one sample, to be timed."""
+
+    name: str
+    batches: Iterable[Feeds]
+    count: int
+    example: Feeds
+
+
+@contextmanager
+def _inputs(
+    model: onnx.ModelProto,
+    shapes: Mapping[str, Sequence[int]],
+    data: Any,
+    samples: int | None,
+    batch: int,
+    images: ImageOptions | None,
+    seed: int,
+    threads: int,
+) -> Iterator[_Inputs]:
+    if data is None:
+        session = open_session(model, threads, optimized=True)
+        feeds, _, _ = runnable_feeds(session, fixed_input_shapes(model, shapes), seed)
+        yield _Inputs("random", feeds, len(feeds), feeds[0])
+        return
+    with open_data(data, input_specs(model, shapes), samples=samples, images=images) as dataset:
+        (example,) = dataset.batches([0], 1)
+        total = -(-len(dataset) // batch)
+        yield _Inputs(dataset.source, dataset.batches(range(len(dataset)), batch), total, example)
+
+
+def _compare_outputs(
+    models: Sequence[onnx.ModelProto],
+    names: Sequence[str],
+    inputs: _Inputs,
+    threads: int,
+    notify: Progress,
+) -> tuple[tuple[OutputComparison, ...], int]:
+    sessions = [open_session(model, threads, optimized=True) for model in models]
+    comparison, count = Comparison(), 0
+    for number, feeds in enumerate(inputs.batches):
+        notify("outputs", number, inputs.count)
+        before, after = (run_session(session, feeds) for session in sessions)
+        _check_outputs(before, after, names)
+        comparison.add(before, after)
+        count += max((len(value) for value in feeds.values() if value.ndim), default=1)
+    notify("outputs", inputs.count, inputs.count)
+    return comparison.results(), count
+
+
+def _check_ends(
+    models: Sequence[onnx.ModelProto], names: Sequence[str], shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Refuse models that cannot take the same inputs and give the same outputs."""
+    inputs = [{spec.name: spec for spec in input_specs(model, shapes)} for model in models]
+    outputs = [{value.name: value for value in model.graph.output} for model in models]
+    for kind, (left, right) in (("inputs", inputs), ("outputs", outputs)):
+        if set(left) != set(right):
+            raise UsageError(
+                f"{kind} differ: {names[0]} has {_list(left)}, {names[1]} has {_list(right)}; "
+                f"give two models with the same {kind}, or rename those of one"
+            )
+    for name, spec in inputs[0].items():
+        if not _compatible(spec, inputs[1][name]):
+            raise UsageError(
+                f"input {quoted(name)}: {names[0]} takes {_typed(spec)}, {names[1]} takes "
+                f"{_typed(inputs[1][name])}; give two models that take the same inputs"
+            )
+
+
+def _compatible(one: InputSpec, other: InputSpec) -> bool:
+    if one.dtype != other.dtype:
+        return False
+    if one.shape is None or other.shape is None:
+        return True
+    if len(one.shape) != len(other.shape):
+        return False
+    return all(
+        None in pair or pair[0] == pair[1] for pair in zip(one.shape, other.shape, strict=True)
+    )
+
+
+def _typed(spec: InputSpec) -> str:
+    if spec.shape is None:
+        return str(spec.dtype)
+    return f"{spec.dtype} [{', '.join('?' if d is None else str(d) for d in spec.shape)}]"
+
+
+def _list(named: Iterable[str]) -> str:
+    return ", ".join(quoted(name) for name in sorted(named)) or "none"
+
+
+def _check_outputs(before: Feeds, after: Feeds, names: Sequence[str]) -> None:
+    for name, value in before.items():
+        other = after[name]
+        if not is_numeric(value):
+            continue
+        if not is_numeric(other) or value.shape != other.shape or value.dtype != other.dtype:
+            raise UsageError(
+                f"output {quoted(name)}: {names[0]} gives {value.dtype} {list(value.shape)}, "
+                f"{names[1]} gives {getattr(other, 'dtype', type(other).__name__)} "
+                f"{list(getattr(other, 'shape', ()))}; give two models with the same outputs"
+            )
+        if value.dtype.kind == "f" and np.isfinite(value).all() and not np.isfinite(other).all():
+            raise ModelError(
+                f"{names[1]}: output {quoted(name)} is not finite where {names[0]} gives numbers; "
+                "the model overflows, check how it was made"
+            )
+
+
+def _path(source: ModelSource) -> Path | None:
+    return None if isinstance(source, onnx.ModelProto) else Path(source)
+
+
+def _shown(source: Path | None, otherwise: str) -> str:
+    return otherwise if source is None else safe_text(str(source), 120)
+
+
+def _facts(
+    model: onnx.ModelProto,
+    source: Path | None,
+    macs: Mapping[int, int] | None,
+    latency: tuple[float, float, float],
+) -> ModelFacts:
+    return ModelFacts(
+        path=None if source is None else str(source),
+        file_bytes=None if source is None else _file_bytes(model, source),
+        weight_bytes=stored_bytes(model),
+        macs=None if macs is None else sum(macs.values()),
+        nodes=len(model.graph.node),
+        latency_ms=latency,
+    )
+
+
+def _file_bytes(model: onnx.ModelProto, source: Path) -> int:
+    """Size of the file and of the data files beside it."""
+    files = {source.resolve()}
+    for held in all_tensors(model):
+        if is_external(held.tensor):
+            folder, location, _, _ = external_place(held.tensor, held.label)
+            files.add((Path(folder) / location).resolve())
+    return sum(file.stat().st_size for file in files)
+
+
+def _render(found: ModelComparison) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for heading in ("A", "B", "B / A"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    one, two = found.first, found.second
+    for name, before, after in (
+        ("file, bytes", one.file_bytes, two.file_bytes),
+        ("weights, bytes", one.weight_bytes, two.weight_bytes),
+        ("MACs", one.macs, two.macs),
+        ("nodes", one.nodes, two.nodes),
+    ):
+        ratio = f"{after / before:.3f}" if before and after is not None else ""
+        table.add_row(name, count_text(before), count_text(after), ratio)
+    time = found.latency
+    table.add_row(
+        "latency, ms (median)", f"{time.before[0]:.3g}", f"{time.after[0]:.3g}", f"{time.ratio:.3f}"
+    )
+    table.add_row(
+        "  10th to 90th percentile",
+        *(f"{low:.3g} to {high:.3g}" for _, low, high in (time.before, time.after)),
+        f"{time.low:.2f}-{time.high:.2f}",
+    )
+    shapes = ", ".join(
+        f"{safe_text(name, 28)} {'x'.join(map(str, shape)) or 'scalar'}"
+        for name, shape in found.timed_shapes.items()
+    )
+    lines = [
+        f"A {_shown(None if one.path is None else Path(one.path), 'a model in memory')}",
+        f"B {_shown(None if two.path is None else Path(two.path), 'a model in memory')}",
+        "",
+        f"latency: {time.repeats} runs of each in turn, {found.threads} threads, {shapes};",
+        "  beside the ratio its 95 % interval",
+        f"outputs of B against A on {found.samples} samples, {safe_text(found.data, 60)}:",
+        *map(_output_line, found.outputs),
+        *(f"note: {safe_text(note, 300)}" for note in found.notes),
+    ]
+    return Group(*map(Text, lines[:3]), table, *map(Text, lines[2:]))
+
+
+def _output_line(output: OutputComparison) -> str:
+    agreement = output.argmax_agreement
+    same = "" if agreement is None else f", same arg-max {agreement:.1%}"
+    return (
+        f"  {safe_text(output.name)}: relative error {output.relative_l2:.3g}, largest "
+        f"difference {output.max_abs:.3g}{same}"
+    )

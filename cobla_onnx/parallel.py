@@ -1,0 +1,438 @@
+"""Map independent pieces of work over threads, processes or a cluster, results in order.
+
+Every unit of work runs with one thread of linear algebra, wherever it runs. Its result is
+then the same to the last bit whatever the number of threads, processes or machines (of one
+kind of processor), and many small matrices do not make threads wait for each other.
+
+Units that leave the process take with them what they need: arrays as bytes, or as a place in
+a file where they are mapped and the worker is on this machine; what many units share, such as
+the model, as a file that each worker reads once. Executors that the caller brings get bytes.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
+
+from cobla_onnx.errors import UsageError
+
+__all__ = [
+    "Carried",
+    "Pool",
+    "Shared",
+    "choose_pool",
+    "dask_pool",
+    "executor_pool",
+    "one_thread",
+    "open_pool",
+]
+
+Unit = TypeVar("Unit")
+Value = TypeVar("Value")
+
+# Units in flight where the caller's executor does not tell how many workers it has.
+UNKNOWN_WIDTH = 32
+# Values that are remembered: of other processes, and what was built from one's own.
+KEPT_SHARED = 4
+KEPT_BUILT = 2
+CONNECT_SECONDS = 10
+
+
+class _OneThread:
+    """Limits linear algebra of this process to one thread while anybody is inside.
+
+    To be entered in the thread that asks for the work and not in those that do it:
+    threadpoolctl lets one thread alone set limits.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._limits: Any = None
+        self._controller: ThreadpoolController | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._controller = self._controller or ThreadpoolController()
+                self._limits = self._controller.limit(limits=1, user_api="blas")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._limits.restore_original_limits()
+
+
+one_thread = _OneThread()
+
+
+def _run_outside(function: Callable[[Unit], Value], unit: Unit) -> Value:
+    with one_thread:
+        return function(unit)
+
+
+class Carried:
+    """An array on its way to a unit of work.
+
+    Pickled, a mapped array of a pool on this machine becomes its place in the file.
+    """
+
+    def __init__(self, array: NDArray[Any], by_file: bool) -> None:
+        self.array = array
+        self._by_file = by_file
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        array = self.array
+        if (
+            self._by_file
+            and isinstance(array, np.memmap)
+            and array.filename is not None
+            and array.flags.c_contiguous
+        ):
+            return str(array.filename), array.dtype, array.offset, array.shape
+        return (np.asarray(array),)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._by_file = False
+        if len(state) == 1:
+            (self.array,) = state
+            return
+        path, dtype, offset, shape = state
+        flat = np.memmap(path, np.uint8, "r", offset, (int(np.prod(shape)) * dtype.itemsize,))
+        self.array = flat.view(dtype).reshape(shape)
+
+
+class _Memory:
+    """The last few values by key, each made once though many threads ask for it."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._lock = threading.RLock()
+        self._values: OrderedDict[Any, Any] = OrderedDict()
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            found = self._values.pop(key) if key in self._values else make()
+            self._values[key] = found
+            while len(self._values) > self._size:
+                self._values.popitem(last=False)
+            return found
+
+
+_worker_memory = _Memory(KEPT_SHARED)
+
+
+class Shared:
+    """A value that many units need; a worker takes it once.
+
+    Parameters
+    ----------
+    value : picklable object
+    folder : path, optional
+        Where workers of this machine find it. Without it, it travels with every unit.
+    """
+
+    def __init__(self, value: Any, folder: Path | None) -> None:
+        self._token = uuid.uuid4().hex
+        self._folder = folder
+        self._held: tuple[Any] | None = (value,)
+        self._packed: Path | bytes | None = None
+        self._lock = threading.Lock()
+        self._memory = _Memory(KEPT_BUILT)
+
+    def value(self) -> Any:
+        """Return the value."""
+        if self._held is None:
+            assert self._packed is not None
+            packed = self._packed
+            self._held = (self._memory.get(self._token, lambda: _unpack(packed)),)
+        return self._held[0]
+
+    def built(self, make: Callable[..., Value], *arguments: Any) -> Value:
+        """Return ``make(value, *arguments)``, made once in each process while it is in use."""
+        key = (self._token, make.__module__, make.__qualname__, *arguments)
+        result: Value = self._memory.get(key, lambda: make(self.value(), *arguments))
+        return result
+
+    def __getstate__(self) -> tuple[str, Path | bytes]:
+        with self._lock:
+            if self._packed is None:
+                assert self._held is not None
+                data = pickle.dumps(self._held[0], protocol=5)
+                if self._folder is None:
+                    self._packed = data
+                else:
+                    path = self._folder / self._token
+                    path.write_bytes(data)
+                    self._packed = path
+        return self._token, self._packed
+
+    def __setstate__(self, state: tuple[str, Path | bytes]) -> None:
+        self._token, self._packed = state
+        self._folder, self._held = None, None
+        self._lock, self._memory = threading.Lock(), _worker_memory
+
+
+def _unpack(packed: Path | bytes) -> Any:
+    # Not a file that anybody could bring: this run's own, or bytes from its own process.
+    data = packed if isinstance(packed, bytes) else packed.read_bytes()
+    return pickle.loads(data)  # noqa: S301
+
+
+class Pool:
+    """Maps functions over units of work, results in the order of the units.
+
+    Use one of `open_pool`, `executor_pool`, `dask_pool` to make one.
+
+    Parameters
+    ----------
+    executor : Executor or None
+        None: units run one after the other where they are asked for.
+    width : int
+        Units that run at a time.
+    inside : bool
+        Whether units run in this process.
+    folder : path, optional
+        For files that workers on this machine read.
+    option : str
+        What the user asked for, for messages.
+    """
+
+    def __init__(
+        self,
+        executor: Executor | None = None,
+        width: int = 1,
+        *,
+        inside: bool = True,
+        folder: Path | None = None,
+        option: str = "--threads",
+    ) -> None:
+        self._executor, self.width = executor, width
+        self.inside, self._folder, self._option = inside, folder, option
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether units are known to run on this machine."""
+        return self.inside or self._folder is not None
+
+    def carry(self, array: NDArray[Any]) -> Carried:
+        """Prepare an array for a unit."""
+        return Carried(array, self._folder is not None)
+
+    def share(self, value: Any) -> Shared:
+        """Prepare a value that many units need."""
+        return Shared(value, self._folder)
+
+    def map(
+        self,
+        function: Callable[[Unit], Value],
+        units: Iterable[Unit],
+        at_most: int | None = None,
+    ) -> Iterator[Value]:
+        """Yield ``function(unit)`` for each unit, in order.
+
+        Units are taken from the iterable as workers get free, so that it may make them, with
+        their arrays, one by one.
+
+        Parameters
+        ----------
+        at_most : int, optional
+            Units, or results that wait, at a time; by default twice as many as can run.
+
+        Raises
+        ------
+        UsageError
+            If a worker has died.
+        """
+        with one_thread if self.inside else nullcontext():
+            if self._executor is None:
+                yield from map(function, units)
+            else:
+                run = function if self.inside else partial(_run_outside, function)
+                yield from self._mapped(self._executor, run, units, at_most or 2 * self.width)
+
+    def _mapped(
+        self,
+        executor: Executor,
+        function: Callable[[Unit], Value],
+        units: Iterable[Unit],
+        at_most: int,
+    ) -> Iterator[Value]:
+        pending: deque[Future[Value]] = deque()
+        try:
+            for unit in units:
+                pending.append(executor.submit(function, unit))
+                if len(pending) >= at_most:
+                    yield self._result(pending.popleft())
+            while pending:
+                yield self._result(pending.popleft())
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def _result(self, future: Future[Value]) -> Value:
+        try:
+            return future.result()
+        except Exception as error:
+            if not isinstance(error, (BrokenExecutor, *_lost())):
+                raise
+            raise UsageError(
+                f"{self._option}: a worker has ended without an answer, most likely for lack of "
+                "memory; use fewer workers, or none"
+            ) from error
+
+
+def _lost() -> tuple[type[Exception], ...]:
+    """What dask raises when a worker has died, if dask is in use."""
+    distributed = sys.modules.get("distributed")
+    return () if distributed is None else (distributed.KilledWorker,)
+
+
+@contextmanager
+def open_pool(threads: int, workers: int | None = None) -> Iterator[Pool]:
+    """Map over threads of this process, or over processes of our own.
+
+    Parameters
+    ----------
+    threads : int
+        Units that run at a time in this process.
+    workers : int, optional
+        Processes instead.
+    """
+    if workers is not None:
+        with _process_pool(workers) as pool:
+            yield pool
+    elif threads == 1:
+        yield Pool()
+    else:
+        with ThreadPoolExecutor(threads, "cobla-onnx") as executor:
+            yield Pool(executor, threads)
+
+
+class _Spawned(SpawnContext):
+    """Starts processes, and remembers them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        process = SpawnProcess(*args, **kwargs)
+        self.started.append(process)
+        return process
+
+
+def _begin_worker() -> None:
+    """End quietly on Ctrl-C: the main process says what there is to say."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def _process_pool(workers: int) -> Iterator[Pool]:
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: must be at least 1")
+    context = _Spawned()
+    folder = Path(tempfile.mkdtemp(prefix="cobla-onnx-work-"))
+    executor = ProcessPoolExecutor(workers, context, _begin_worker)
+    option = f"--workers {workers}"
+    try:
+        yield Pool(executor, workers, inside=False, folder=folder, option=option)
+    except BaseException:
+        # Do not wait for what nobody wants any more.
+        for process in context.started:
+            process.terminate()
+        raise
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def executor_pool(executor: Executor) -> Iterator[Pool]:
+    """Map over an executor that the caller has brought, and leave it open."""
+    width = int(getattr(executor, "_max_workers", UNKNOWN_WIDTH))
+    inside = isinstance(executor, ThreadPoolExecutor)
+    if not isinstance(executor, ProcessPoolExecutor):
+        yield Pool(executor, width, inside=inside, option="executor")
+        return
+    with tempfile.TemporaryDirectory(prefix="cobla-onnx-work-") as folder:
+        yield Pool(executor, width, inside=False, folder=Path(folder), option="executor")
+
+
+@contextmanager
+def dask_pool(address: str) -> Iterator[Pool]:
+    """Map over the workers of a dask cluster.
+
+    Raises
+    ------
+    UsageError
+        If dask is not installed, or there is no scheduler at the address.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UsageError(
+            f"--dask {address}: needs dask; install it with: pip install 'cobla-onnx[distributed]'"
+        ) from error
+    try:
+        client: Any = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--dask {address}: no scheduler answers there; start one with `dask scheduler`, and "
+            "give the address that it prints"
+        ) from error
+    with client:
+        width = sum(client.nthreads().values())
+        if not width:
+            raise UsageError(f"--dask {address}: the cluster has no workers; start some")
+        yield Pool(client.get_executor(pure=False), width, inside=False, option=f"--dask {address}")
+
+
+def choose_pool(
+    threads: int,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    dask: str | None = None,
+) -> AbstractContextManager[Pool]:
+    """Open the pool that the options ask for.
+
+    Raises
+    ------
+    UsageError
+        If they ask for more than one.
+    """
+    given = [
+        name
+        for name, value in (("--workers", workers), ("executor", executor), ("--dask", dask))
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: exclude each other; give one of them")
+    if executor is not None:
+        return executor_pool(executor)
+    return open_pool(threads, workers) if dask is None else dask_pool(dask)

@@ -1,0 +1,159 @@
+"""The smallest model that still is good enough: a search over budgets on one analysis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from cobla_onnx.allocation import Budget
+from cobla_onnx.calibration.quality import Quality
+from cobla_onnx.errors import BudgetError, UsageError
+from cobla_onnx.study import Solution, Study
+
+__all__ = ["check_max_drop", "smallest"]
+
+# Budgets tried over the whole range, and then between the two that bracket the answer.
+COARSE, FINE = 5, 4
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A memory budget, and the quality that came of it."""
+
+    mem: float
+    quality: Quality
+
+
+@dataclass
+class _Search:
+    """Budgets tried so far; of all solutions the best is held."""
+
+    study: Study
+    mac: float | None
+    max_drop: float
+    expected: int
+    trials: list[_Trial] = field(default_factory=list)
+    best: tuple[_Trial, Solution] | None = None
+
+    def good(self, mem: float) -> bool:
+        """Try a budget; one that cannot be met together with the MACs is not good."""
+        self.study.notify(f"search: memory {mem:.3f}", len(self.trials), self.expected)
+        try:
+            solution = self.study.solve(Budget(mem=mem, mac=self.mac))
+        except BudgetError:
+            return False
+        assert solution.calibration is not None
+        trial = _Trial(mem, solution.calibration.quality)
+        self.trials.append(trial)
+        if trial.quality.drop > self.max_drop:
+            return False
+        if self.best is None or mem < self.best[0].mem:
+            self.best = trial, solution
+        return True
+
+
+def check_max_drop(max_drop: float) -> None:
+    """Refuse what is no share.
+
+    Raises
+    ------
+    UsageError
+    """
+    if not 0 <= max_drop < 1:
+        raise UsageError(
+            f"--max-drop {max_drop:g}: is not a share from 0 up to 1; write e.g. 1% or 0.01"
+        )
+
+
+def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Solution:
+    """Find the smallest memory whose quality on the selection split drops by at most `max_drop`.
+
+    A few budgets over the whole range are tried first, then the gap below the smallest that
+    was good enough is halved. Quality need not fall evenly with memory, so the answer is the
+    smallest budget that was tried and found good enough, not one that was reasoned out.
+
+    Parameters
+    ----------
+    study : Study
+        With data.
+    max_drop : float
+        Of accuracy or agreement, in shares of samples, or as relative error of the outputs.
+    limits : Budget, optional
+        Hold too.
+
+    Raises
+    ------
+    BudgetError
+        If the limits cannot be met, or no model that was tried is both smaller than the
+        original and good enough.
+    UsageError
+        If there is no data.
+    """
+    check_max_drop(max_drop)
+    if study.calibrated is None:
+        raise UsageError("--max-drop: is measured on samples; give --data too")
+    high = 1.0 if limits is None or limits.mem is None else limits.mem
+    mac = None if limits is None else limits.mac
+    low = study.least_memory()
+    if low > high:
+        # The ordinary refusal names what the model's layers allow.
+        study.solve(Budget(mem=high, mac=mac))
+    # At the top is the original itself, unless something limits it.
+    free = high == 1.0 and mac is None
+    grid = [low + (high - low) * k / COARSE for k in range(1, COARSE + (not free))]
+    search = _Search(study, mac, max_drop, len(grid) + FINE)
+    passed = [mem for mem in grid if search.good(mem)]
+    if not passed and not free:
+        raise _refusal(max_drop, search.trials, limits)
+    above = min(passed, default=high)
+    below = max([mem for mem in grid if mem < above], default=low)
+    for _ in range(FINE):
+        middle = (below + above) / 2
+        below, above = (below, middle) if search.good(middle) else (middle, above)
+    study.notify("search", search.expected, search.expected)
+    if search.best is None:
+        raise _refusal(max_drop, search.trials, limits)
+    return _noting(*search.best, max_drop, search.trials, limits)
+
+
+def _noting(
+    best: _Trial,
+    solution: Solution,
+    max_drop: float,
+    trials: list[_Trial],
+    limits: Budget | None,
+) -> Solution:
+    quality = best.quality
+    note = (
+        f"--max-drop {max_drop:g}: {quality.measure} {quality.after:.4g} (of the original "
+        f"{quality.before:.4g}) on {quality.samples} held-back samples, the smallest of "
+        f"{len(trials)} budgets tried"
+    )
+    worse = [trial for trial in trials if trial.mem < best.mem]
+    if worse:
+        next_one = max(worse, key=lambda trial: trial.mem)
+        note += f"; memory {next_one.mem:.3f} would lose {next_one.quality.drop:.4g}"
+    allocation = solution.allocation
+    assert allocation is not None
+    allocation = allocation.noting(note)
+    if quality.measure != "relative error" and 0 < max_drop < 1 / quality.samples:
+        allocation = allocation.noting(
+            f"one of {quality.samples} held-back samples is {1 / quality.samples:.2g}: a drop of "
+            f"{max_drop:g} cannot be told from none, give more data"
+        )
+    return replace(solution, allocation=allocation, budget=limits)
+
+
+def _refusal(max_drop: float, trials: list[_Trial], limits: Budget | None) -> BudgetError:
+    limited = "" if limits is None else " within the limits"
+    if not trials:
+        return BudgetError(
+            f"--max-drop {max_drop:g}: no budget below the original can be met{limited}; raise "
+            "the limits, or let more layers be factorised"
+        )
+    best = min(trials, key=lambda trial: trial.quality.drop)
+    quality = best.quality
+    return BudgetError(
+        f"--max-drop {max_drop:g}: no smaller model keeps it{limited}; of {len(trials)} budgets "
+        f"tried the best, memory {best.mem:.3f}, loses {quality.drop:.4g} of {quality.measure} on "
+        f"{quality.samples} held-back samples; raise --max-drop, or give more data"
+    )

@@ -1,0 +1,507 @@
+"""One analysis of a model, open for any number of budgets.
+
+Analysing a model (second moments, singular values, sensitivities) takes most of the time,
+and does not depend on the budget. `open_study` does it once; each `Study.solve` then finds
+ranks and factors for a budget, and `Study.finish` rewrites, verifies and reports.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from cobla_onnx.allocation import Allocation, Budget, WeightError, allocate
+from cobla_onnx.allocation.budget import least_fraction
+from cobla_onnx.allocation.sequential import Step
+from cobla_onnx.analysis import Analysis, analyse
+from cobla_onnx.cache import Cache, digest
+from cobla_onnx.calibrated import Calibrated
+from cobla_onnx.calibration.dataset import Dataset, input_specs
+from cobla_onnx.calibration.labels import Labels, align_labels, read_labels
+from cobla_onnx.calibration.loss import LossName
+from cobla_onnx.calibration.readers import ImageOptions, open_data
+from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.errors import BudgetError, ModelError, UsageError
+from cobla_onnx.factors import FactorUnit, replace_layer
+from cobla_onnx.graph.checks import check_structure
+from cobla_onnx.graph.content import model_content
+from cobla_onnx.graph.external import is_external
+from cobla_onnx.graph.layers import Layer, read_weight
+from cobla_onnx.graph.model_file import load_model, stored_bytes
+from cobla_onnx.graph.tensors import all_tensors
+from cobla_onnx.holding import explain
+from cobla_onnx.names import safe_text
+from cobla_onnx.parallel import Pool, choose_pool, one_thread
+from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.progress import Progress
+from cobla_onnx.report import CalibrationReport
+from cobla_onnx.reporting import make_report
+from cobla_onnx.result import Result
+from cobla_onnx.rewrite import Replacement, rewrite
+from cobla_onnx.spill import Spill
+from cobla_onnx.verify import verify
+
+__all__ = [
+    "ModelSource",
+    "ObjectiveName",
+    "Settings",
+    "Solution",
+    "Study",
+    "available_cores",
+    "open_model",
+    "open_study",
+]
+
+ModelSource: TypeAlias = "onnx.ModelProto | str | os.PathLike[str]"
+ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compress, apart from the budget; `cobla_onnx.compress` documents each field.
+
+    ``call`` is how it was asked for, for the report.
+    """
+
+    solver: Literal["slsqp", "milp"] = "slsqp"
+    objective: ObjectiveName = "auto"
+    input_shapes: Mapping[str, Sequence[int]] | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    min_size: int = 0
+    scheme: Literal["auto", "spatial", "channel", "input"] = "auto"
+    data: Any = None
+    samples: int | None = None
+    batch: int = 16
+    images: ImageOptions | None = None
+    labels: Labels | str | os.PathLike[str] | None = None
+    loss: LossName = "auto"
+    refit: bool = True
+    time_limit: float | None = None
+    seed: int = 0
+    threads: int | None = None
+    workers: int | None = None
+    executor: Executor | None = None
+    dask: str | None = None
+    cache: str | os.PathLike[str] | None = None
+    progress: Progress | None = None
+    call: str | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Ranks and factors for a budget, not verified yet.
+
+    Attributes
+    ----------
+    budget : Budget or None
+        None where a plan was given without limits.
+    plan : Plan
+    allocation : Allocation or None
+        None where the plan was given.
+    replacements : list of Replacement
+    spill : Spill
+        Holds factors on disk where there are too many for memory.
+    calibration : CalibrationReport or None
+    history : tuple of Step
+    seconds : float
+        Time that it took.
+    """
+
+    budget: Budget | None
+    plan: Plan
+    allocation: Allocation | None
+    replacements: list[Replacement]
+    spill: Spill
+    calibration: CalibrationReport | None
+    history: tuple[Step, ...]
+    seconds: float
+
+
+@dataclass
+class Study:
+    """A model that was analysed; make it by `open_study`.
+
+    Attributes
+    ----------
+    model : ModelProto
+    source : Path or None
+        The file that it came from.
+    analysis : Analysis
+    calibrated : Calibrated or None
+        None without data.
+    settings : Settings
+    threads : int
+    pool : Pool
+        Over which layers are factorised.
+    cache : Cache or None
+    seconds : float
+        Time that the analysis took.
+    notify : callable
+        Told of progress.
+    """
+
+    model: onnx.ModelProto
+    source: Path | None
+    analysis: Analysis
+    calibrated: Calibrated | None
+    settings: Settings
+    threads: int
+    pool: Pool
+    cache: Cache | None = None
+    seconds: float = 0.0
+    notify: Progress = field(default=lambda stage, done, total: None, repr=False)
+
+    def compress(self, budget: Budget | None, plan: Plan | None = None) -> Result:
+        """Find ranks and factors for a budget, verify them and report.
+
+        Raises
+        ------
+        BudgetError, VerificationError, UsageError
+        """
+        return self.finish(self.solve(budget, plan))
+
+    def solve(self, budget: Budget | None, plan: Plan | None = None) -> Solution:
+        """Find ranks, unless a plan has them, and factors.
+
+        Raises
+        ------
+        BudgetError
+            If the budget cannot be met.
+        UsageError
+            If the plan does not fit the model.
+        """
+        started = time.perf_counter()
+        if self.calibrated is not None:
+            self.calibrated.start_over()
+        allocation = None
+        if plan is None:
+            assert budget is not None
+            try:
+                allocation = self._allocate(budget)
+            except BudgetError as error:
+                given = bool(self.settings.include), bool(self.settings.exclude)
+                raise explain(error, self.model, self.analysis, *given) from error
+            plan = self.analysis.plan(allocation.choices)
+        spill = Spill()
+        replacements = spill.replacements(
+            _factorise(self.model, self.analysis, plan, self.pool, self.cache, self.notify)
+            if self.calibrated is None
+            else self.calibrated.factorise(plan)
+        )
+        return Solution(
+            budget,
+            plan,
+            allocation,
+            replacements,
+            spill,
+            None if self.calibrated is None else self.calibrated.report(),
+            () if self.calibrated is None else tuple(self.calibrated.history),
+            time.perf_counter() - started,
+        )
+
+    @property
+    def objective(self) -> Literal["weights", "output", "loss"]:
+        """What is minimised, ``auto`` resolved."""
+        return _objective(self.settings.objective, self.settings.data)
+
+    def least_memory(self) -> float:
+        """Least fraction of memory within reach, rounded up so that it is."""
+        (constraint,) = self.analysis.constraints(Budget(mem=1.0))
+        return least_fraction(constraint, self.analysis.curves)
+
+    def _allocate(self, budget: Budget) -> Allocation:
+        constraints = self.analysis.constraints(budget)
+        settings = self.settings
+        needed = self.objective
+        if needed == "weights" or self.calibrated is None:
+            self.notify("allocate", 0, 1)
+            curves = self.analysis.curves
+            return allocate(curves, WeightError(curves), constraints, solver=settings.solver)
+        return self.calibrated.choose(constraints, settings.solver, needed, settings.time_limit)
+
+    def finish(self, solution: Solution) -> Result:
+        """Rewrite the model, count it again, verify it and report.
+
+        Raises
+        ------
+        BudgetError
+            If a plan that was given is over the budget.
+        VerificationError
+        """
+        started = time.perf_counter()
+        replacements = solution.replacements
+        compressed = rewrite(self.model, replacements) if replacements else self.model
+        _check_budget(self.analysis, solution.budget, solution.plan, compressed)
+        verification = None
+        if replacements:
+            self.notify("verify", 0, 1)
+            verification = verify(
+                self.model,
+                compressed,
+                replacements,
+                self.analysis.input_shapes,
+                data=None if self.calibrated is None else self.calibrated.held_back(),
+                seed=self.settings.seed,
+                threads=self.threads,
+            )
+            self.notify("verify", 1, 1)
+        analysis = self.analysis
+        if self.cache is not None:
+            notes = dict.fromkeys((*analysis.notes, *self.cache.notes))
+            analysis = replace(analysis, notes=tuple(notes))
+        report = make_report(
+            analysis,
+            solution.budget,
+            solution.plan,
+            solution.allocation,
+            verification,
+            solution.calibration,
+            source=self.source,
+            mem_after=stored_bytes(compressed),
+            seconds=self.seconds + solution.seconds + time.perf_counter() - started,
+            seed=self.settings.seed,
+            threads=self.threads,
+            command=self.settings.call,
+            history=solution.history,
+        )
+        external = any(map(is_external, self.model.graph.initializer))
+        return Result(
+            compressed,
+            solution.plan,
+            report,
+            self.source,
+            solution.spill,
+            external,
+            solution.history,
+        )
+
+
+@contextmanager
+def open_study(
+    model: ModelSource, settings: Settings, *, macs_needed: bool = False
+) -> Iterator[Study]:
+    """Load a model and analyse it; the study holds as long as the context.
+
+    Parameters
+    ----------
+    model : ModelProto or path
+        It is not changed.
+    settings : Settings
+    macs_needed : bool
+        Whether it is an error if MACs are not known.
+
+    Raises
+    ------
+    UsageError, ModelError, DataError
+        See `cobla_onnx.errors`.
+    """
+    started = time.perf_counter()
+    source = None if isinstance(model, onnx.ModelProto) else Path(model)
+    proto = open_model(model)
+    threads = settings.threads or available_cores()
+    notify = settings.progress or (lambda stage, done, total: None)
+    needed = _objective(settings.objective, settings.data)
+    if settings.labels is not None and settings.data is None:
+        raise UsageError("--labels: are those of the data; give --data too")
+    kept = None if settings.cache is None else Cache(settings.cache)
+    with (
+        _naming(source),
+        one_thread,
+        choose_pool(threads, settings.workers, settings.executor, settings.dask) as pool,
+        _opened(proto, settings) as dataset,
+    ):
+        analysis = analyse(
+            proto,
+            input_shapes=settings.input_shapes or {},
+            include=settings.include,
+            exclude=settings.exclude,
+            min_size=settings.min_size,
+            scheme=settings.scheme,
+            macs_needed=macs_needed,
+            threads=threads,
+            progress=notify,
+            see=None
+            if dataset is None
+            else _see(proto, dataset, settings.batch, pool, kept, notify),
+            weigh=needed != "weights",
+            pool=pool,
+            cache=kept,
+        )
+        calibrated = None
+        if dataset is not None:
+            classes = _labels(settings.labels, dataset)
+            measure: LossName = settings.loss if classes is None else "ce"
+            calibrated = Calibrated(
+                proto,
+                analysis,
+                dataset,
+                settings.batch,
+                measure,
+                threads,
+                notify,
+                classes,
+                settings.refit,
+                pool,
+                kept,
+            )
+        seconds = time.perf_counter() - started
+        try:
+            yield Study(
+                proto, source, analysis, calibrated, settings, threads, pool, kept, seconds, notify
+            )
+        finally:
+            if analysis.seen is not None:
+                analysis.seen.close()
+
+
+def open_model(model: ModelSource) -> onnx.ModelProto:
+    """Load a model, or check one that is in memory already.
+
+    Raises
+    ------
+    UsageError, ModelError
+        If it cannot be read or is damaged.
+    """
+    return _checked(model) if isinstance(model, onnx.ModelProto) else load_model(model)
+
+
+def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Check a model that did not come from a file of ours."""
+    with _naming(None):
+        check_structure(model)
+        for held in all_tensors(model):
+            if is_external(held.tensor):
+                raise ModelError(
+                    f"{held.label}: its external data is not loaded; pass the path of the file "
+                    "instead of the model, or load it with its data"
+                )
+    return model
+
+
+@contextmanager
+def _naming(source: Path | None) -> Iterator[None]:
+    """Put the name of the file before errors about the model."""
+    shown = "the model" if source is None else safe_text(str(source), 300)
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{shown}: {error}") from error
+    except MemoryError as error:
+        raise ModelError(
+            f"{shown}: needs more memory than there is; use a machine with more, or give "
+            "smaller --input-shape"
+        ) from error
+
+
+def _objective(objective: ObjectiveName, data: Any) -> Literal["weights", "output", "loss"]:
+    if objective in ("output", "loss") and data is None:
+        raise UsageError(
+            f"--objective {objective}: needs data; give --data, or --objective weights"
+        )
+    if objective == "auto":
+        return "weights" if data is None else "output"
+    return objective
+
+
+def _labels(
+    labels: Labels | str | os.PathLike[str] | None, dataset: Dataset
+) -> NDArray[np.int64] | None:
+    if isinstance(labels, (str, os.PathLike)):
+        labels = read_labels(Path(labels))
+    return None if labels is None else align_labels(labels, dataset)
+
+
+@contextmanager
+def _opened(model: onnx.ModelProto, settings: Settings) -> Iterator[Dataset | None]:
+    """Open the calibration data, if there is any, for as long as it is needed."""
+    if settings.data is None:
+        yield None
+        return
+    specs = input_specs(model, settings.input_shapes or {})
+    with open_data(
+        settings.data, specs, samples=settings.samples, images=settings.images
+    ) as dataset:
+        yield dataset
+
+
+def _see(
+    model: onnx.ModelProto,
+    dataset: Dataset,
+    batch: int,
+    pool: Pool,
+    cache: Cache | None,
+    progress: Progress,
+) -> Callable[[Sequence[Layer]], Seen]:
+    key = ""
+    if cache is not None:
+        key = digest(model_content(model), dataset.content(dataset.calibration), batch)
+
+    def see(layers: Sequence[Layer]) -> Seen:
+        return Seen(
+            model,
+            layers,
+            lambda: dataset.batches(dataset.calibration, batch),
+            pool=pool,
+            cache=cache,
+            key=key,
+            progress=partial(progress, "second moments"),
+        )
+
+    return see
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _factorise(
+    model: onnx.ModelProto,
+    analysis: Analysis,
+    plan: Plan,
+    pool: Pool,
+    cache: Cache | None,
+    progress: Progress,
+) -> Iterator[Replacement]:
+    """Factorise the chosen layers over the pool, one after the other."""
+    chosen: list[Decision] = [d for d in plan.decisions if d.scheme is not None]
+    units = (
+        FactorUnit(*found, pool.carry(read_weight(model, found[0])), cache)
+        for found in map(analysis.resolve, chosen)
+    )
+    for number, factored in enumerate(pool.map(replace_layer, units)):
+        progress("factorise", number, len(chosen))
+        if cache is not None:
+            cache.notes += factored.notes
+        yield factored.replacement
+    progress("factorise", len(chosen), len(chosen))
+
+
+def _check_budget(
+    analysis: Analysis, budget: Budget | None, plan: Plan, compressed: onnx.ModelProto
+) -> None:
+    """Count again, from the result itself: budgets are hard."""
+    if budget is None:
+        return
+    reached = {"mem": stored_bytes(compressed), "mac": analysis.macs_after(plan)}
+    for name, limit in analysis.limits(budget).items():
+        cost = reached[name]
+        if cost is None or cost > limit:
+            raise BudgetError(
+                f"--{name}: the plan costs {cost}, the budget allows {limit}; "
+                "lower its ranks or raise the budget"
+            )

@@ -1,0 +1,94 @@
+"""The plot of a sweep, by matplotlib (the extra ``plot``)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cobla_onnx.errors import UsageError
+
+if TYPE_CHECKING:
+    from cobla_onnx.sweeping import Sweep, SweepPoint
+
+__all__ = ["check_plot", "draw"]
+
+FORMATS = (".svg", ".png")
+# Colour-blind safe (Okabe and Ito, 2008).
+ON_FRONT, OTHER = "#0072B2", "#999999"
+
+
+def check_plot(path: Path) -> None:
+    """Refuse, before any work, a plot that could not be drawn.
+
+    Raises
+    ------
+    UsageError
+        If the ending is neither ``.svg`` nor ``.png``, or matplotlib is not installed.
+    """
+    if path.suffix not in FORMATS:
+        raise UsageError(f"--plot {path}: give a name that ends in .svg or .png")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f'--plot {path}: needs matplotlib; pip install "cobla-onnx[plot]"'
+        ) from error
+
+
+def draw(found: Sweep, path: Path) -> bytes:
+    """Draw a sweep: loss, and what quality was measured, against memory and MACs.
+
+    Returns
+    -------
+    bytes
+        An SVG or PNG file, by the ending of `path`; the same for the same sweep.
+
+    Raises
+    ------
+    UsageError
+        See `check_plot`.
+    """
+    check_plot(path)
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points = [point for point in found.points if not point.refused]
+    costs = [name for name in ("mem", "mac") if all(getattr(p, name) is not None for p in points)]
+    measured = points[0].quality
+    rows = ["loss", *([measured.measure] if measured else [])]
+    with matplotlib.rc_context({"svg.hashsalt": "cobla-onnx", "font.size": 9}):
+        figure = Figure(figsize=(3.8 * len(costs), 2.8 * len(rows)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(rows), len(costs), squeeze=False)
+        for row, quantity in enumerate(rows):
+            for column, cost in enumerate(costs):
+                _panel(axes[row][column], points, cost, quantity)
+        axes[0][0].legend(frameon=False)
+        file = io.BytesIO()
+        kind = path.suffix.removeprefix(".")
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(file, format=kind, dpi=150, metadata=metadata)
+    return file.getvalue()
+
+
+def _panel(axes: Any, points: Sequence[SweepPoint], cost: str, quantity: str) -> None:
+    def value(point: SweepPoint) -> float:
+        if quantity == "loss" or point.quality is None:
+            return point.loss or 0.0
+        return point.quality.after
+
+    for chosen, colour, marker, label in (
+        (True, ON_FRONT, "o", "Pareto front"),
+        (False, OTHER, "x", "dominated"),
+    ):
+        shown = sorted((getattr(p, cost), value(p)) for p in points if p.front is chosen)
+        if shown:
+            x, y = zip(*shown, strict=True)
+            line = "-" if chosen and cost == "mem" else "none"
+            axes.plot(x, y, color=colour, marker=marker, linestyle=line, label=label)
+    axes.set_xlabel({"mem": "memory kept", "mac": "MACs kept"}[cost])
+    axes.set_ylabel(quantity)
+    axes.grid(alpha=0.3)

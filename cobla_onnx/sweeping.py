@@ -1,0 +1,366 @@
+"""Many budgets on one analysis: `sweep` finds the Pareto front of a model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cobla_onnx.allocation import Budget
+from cobla_onnx.calibration.labels import Labels
+from cobla_onnx.calibration.loss import LossName
+from cobla_onnx.calibration.quality import Quality
+from cobla_onnx.calibration.readers import ImageOptions
+from cobla_onnx.errors import BudgetError, UsageError, WriteError
+from cobla_onnx.graph.model_file import write_atomically
+from cobla_onnx.graph.saving import ExternalData
+from cobla_onnx.names import safe_text
+from cobla_onnx.plan import Plan
+from cobla_onnx.progress import Progress
+from cobla_onnx.report import Report
+from cobla_onnx.study import ModelSource, ObjectiveName, Settings, Study, open_study
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["Sweep", "SweepPoint", "sweep"]
+
+SCHEMA_VERSION = 1
+COLUMNS = (
+    "mem_budget", "mac_budget", "mem", "mac", "loss", "measure", "quality", "drop", "front",
+    "file", "refused",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One budget and what came of it.
+
+    Attributes
+    ----------
+    budget : Budget
+    mem, mac : float or None
+        Fractions that are kept; None where the budget was refused or MACs are not known.
+    loss : float or None
+        On the selection split; without data the objective, summed weight errors.
+    quality : Quality or None
+        Accuracy, agreement or relative error on the selection split; needs data.
+    front : bool
+        Whether no other point is at least as good in memory, MACs and loss, and better in one.
+    plan : Plan or None
+    report : Report or None
+    file : str or None
+        Where the model was written.
+    refused : str or None
+        Why there is none.
+    """
+
+    budget: Budget
+    mem: float | None = None
+    mac: float | None = None
+    loss: float | None = None
+    quality: Quality | None = None
+    front: bool = False
+    plan: Plan | None = None
+    report: Report | None = None
+    file: str | None = None
+    refused: str | None = None
+
+    def row(self) -> list[Any]:
+        """Return the cells of the CSV's line, by `COLUMNS`; empty where there is nothing."""
+        quality = self.quality
+        cells = (
+            self.budget.mem, self.budget.mac, self.mem, self.mac, self.loss,
+            quality and quality.measure, quality and quality.after, quality and quality.drop,
+            int(self.front), self.file, self.refused,
+        )  # fmt: skip
+        return ["" if cell is None else cell for cell in cells]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `sweep` found: `points` in the order of the budgets.
+
+    Attributes
+    ----------
+    input : str or None
+        The file.
+    objective : str
+        What `loss` of the points is: ``output`` or ``loss`` on held-back samples, or
+        ``weights``.
+    points : tuple of SweepPoint
+    """
+
+    input: str | None
+    objective: str
+    points: tuple[SweepPoint, ...]
+
+    @property
+    def front(self) -> tuple[SweepPoint, ...]:
+        """The points that no other one dominates."""
+        return tuple(point for point in self.points if point.front)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain dicts and lists; each point with its whole report."""
+        points = []
+        for point in self.points:
+            entry = asdict(replace(point, plan=None, report=None))
+            entry["plan"] = None if point.plan is None else json.loads(point.plan.to_json())
+            entry["report"] = None if point.report is None else point.report.to_dict()
+            points.append(entry)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "input": self.input,
+            "objective": self.objective,
+            "points": points,
+        }
+
+    def to_json(self) -> str:
+        """Return it as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def to_csv(self) -> str:
+        """Return a line for each point; the columns are those of `COLUMNS`."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(point.row() for point in self.points)
+        return text.getvalue()
+
+    def save_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_csv`, atomically."""
+        write_atomically(path, self.to_csv().encode())
+
+    def save_plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the points, as ``.svg`` or ``.png`` by the ending of `path`.
+
+        Raises
+        ------
+        UsageError
+            If the ending is another, or matplotlib is not installed.
+        """
+        from cobla_onnx.sweep_plot import draw
+
+        write_atomically(path, draw(self, Path(path)))
+
+    def __rich__(self) -> RenderableType:
+        return _render(self)
+
+
+def sweep(
+    model: ModelSource,
+    budgets: Iterable[Budget],
+    *,
+    out_dir: str | os.PathLike[str] | None = None,
+    external_data: ExternalData = "auto",
+    solver: Literal["slsqp", "milp"] = "slsqp",
+    objective: ObjectiveName = "auto",
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_size: int = 0,
+    scheme: Literal["auto", "spatial", "channel", "input"] = "auto",
+    data: Any = None,
+    samples: int | None = None,
+    batch: int = 16,
+    images: ImageOptions | None = None,
+    labels: Labels | str | os.PathLike[str] | None = None,
+    loss: LossName = "auto",
+    refit: bool = True,
+    time_limit: float | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    dask: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Compress a model to many budgets; it is analysed once.
+
+    Each point is verified as `compress` does, and is what `compress` would give.
+
+    Parameters
+    ----------
+    model : ModelProto or path
+    budgets : iterable of Budget
+    out_dir : path, optional
+        A folder for the models, named by their budgets; it is made if it is missing.
+    external_data : {'auto', 'always', 'never'}
+        See `Result.save`.
+    solver, objective, input_shapes, include, exclude, min_size, scheme, data, samples, batch
+        As those of `compress`.
+    images, labels, loss, refit, time_limit, seed, threads
+        As those of `compress`.
+    workers, executor, dask, cache, progress
+        As those of `compress`.
+
+    Returns
+    -------
+    Sweep
+        With a point for each budget; those out of reach say so.
+
+    Raises
+    ------
+    BudgetError
+        If all budgets are out of reach.
+    UsageError, ModelError, DataError, VerificationError, WriteError
+        See `cobla_onnx.errors`.
+
+    Examples
+    --------
+    >>> from cobla_onnx import Budget, sweep
+    >>> found = sweep("models/digits.onnx", [Budget(mem=m) for m in (0.3, 0.6)], solver="milp")
+    >>> [point.mem <= point.budget.mem for point in found.points]
+    [True, True]
+    >>> print(found.to_csv().splitlines()[0])
+    mem_budget,mac_budget,mem,mac,loss,measure,quality,drop,front,file,refused
+    """
+    wanted = list(budgets)
+    if not wanted:
+        raise UsageError("no budgets: give --mem or --mac, e.g. --mem 0.3:0.9:7")
+    settings = Settings(
+        solver=solver,
+        objective=objective,
+        input_shapes=input_shapes,
+        include=include,
+        exclude=exclude,
+        min_size=min_size,
+        scheme=scheme,
+        data=data,
+        samples=samples,
+        batch=batch,
+        images=images,
+        labels=labels,
+        loss=loss,
+        refit=refit,
+        time_limit=time_limit,
+        seed=seed,
+        threads=threads,
+        workers=workers,
+        executor=executor,
+        dask=dask,
+        cache=cache,
+        progress=progress,
+    )
+    folder = None if out_dir is None else _folder(Path(out_dir))
+    macs_needed = any(budget.mac is not None for budget in wanted)
+    with open_study(model, settings, macs_needed=macs_needed) as study:
+        points = []
+        for number, budget in enumerate(wanted):
+            study.notify(f"sweep: {_name(budget)}", number, len(wanted))
+            points.append(_point(study, budget, folder, external_data))
+        study.notify("sweep", len(wanted), len(wanted))
+        chosen = study.objective
+    if all(point.refused for point in points):
+        raise BudgetError(f"no budget of the sweep is within reach: {points[-1].refused}")
+    source = None if study.source is None else str(study.source)
+    return Sweep(source, chosen, _with_front(points))
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"--out-dir {path}: cannot be made ({error}); give another") from error
+    if not os.access(path, os.W_OK):
+        raise WriteError(f"--out-dir {path}: cannot be written to; give another")
+    return path
+
+
+def _name(budget: Budget) -> str:
+    limits = (("mem", budget.mem), ("mac", budget.mac))
+    return " ".join(f"{name} {value:g}" for name, value in limits if value is not None)
+
+
+def _point(
+    study: Study, budget: Budget, folder: Path | None, external_data: ExternalData
+) -> SweepPoint:
+    try:
+        result = study.compress(budget)
+    except BudgetError as error:
+        return SweepPoint(budget, refused=str(error))
+    report = result.report
+    file = None
+    if folder is not None:
+        stem = "model" if study.source is None else study.source.stem
+        file = folder / f"{stem}-{_name(budget).replace(' ', '-')}.onnx"
+        result.save(file, external_data=external_data)
+        report = result.report
+    calibration = report.calibration
+    value = None if report.solver is None else report.solver.value
+    return SweepPoint(
+        budget=budget,
+        mem=report.budget["mem"].reached,
+        mac=report.budget["mac"].reached,
+        loss=value if calibration is None else calibration.loss,
+        quality=None if calibration is None else calibration.quality,
+        plan=result.plan,
+        report=report,
+        file=None if file is None else str(file),
+    )
+
+
+def _with_front(points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
+    """Mark the points that no other one dominates."""
+    found = [
+        (point.mem or 0.0, point.mac or 0.0, point.loss or 0.0)
+        for point in points
+        if not point.refused
+    ]
+
+    def dominated(point: SweepPoint) -> bool:
+        own = (point.mem or 0.0, point.mac or 0.0, point.loss or 0.0)
+        return any(
+            other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in found
+        )
+
+    return tuple(
+        point if point.refused else replace(point, front=not dominated(point)) for point in points
+    )
+
+
+def _render(found: Sweep) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    measured = [point.quality for point in found.points if point.quality is not None]
+    measure = measured[0].measure if measured else None
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    headings = ["budget", "memory", "MACs", "loss", *([measure] if measure else []), "front"]
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    notes = []
+    for point in found.points:
+        if point.refused:
+            table.add_row(_name(point.budget), "out of reach", style="dim")
+            notes.append(f"{_name(point.budget)}: {safe_text(point.refused, 300)}")
+            continue
+        cells = [_fraction(point.mem), _fraction(point.mac), f"{point.loss or 0.0:.4g}"]
+        if measure:
+            cells.append("" if point.quality is None else f"{point.quality.after:.4f}")
+        style = None if point.front else "dim"
+        table.add_row(_name(point.budget), *cells, "*" if point.front else "", style=style)
+    lines = [
+        "memory, MACs: fraction of the original that is kept",
+        _loss_meaning(found, measured),
+        "front: no other point is at least as good in memory, MACs and loss",
+    ]
+    return Group(table, *(Text(line) for line in (*lines, *notes)))
+
+
+def _fraction(value: float | None) -> str:
+    return "?" if value is None else f"{value:.4f}"
+
+
+def _loss_meaning(found: Sweep, measured: Sequence[Quality]) -> str:
+    if not measured:
+        return "loss: relative weight errors, summed; give --data to measure outputs"
+    return f"loss, {measured[0].measure}: on {measured[0].samples} held-back samples"

@@ -1,0 +1,114 @@
+"""Plans as files: written, edited by hand, checked, applied again."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+import jsonschema
+import onnx
+import pytest
+
+from cobla_onnx import Budget, Plan, compress, errors
+from cobla_onnx.graph.model_file import stored_bytes
+from cobla_onnx.plan import SCHEMES
+from tests.builders import small_network
+from tests.test_command import run
+
+SCHEMA = json.loads(resources.files("cobla_onnx").joinpath("plan.schema.json").read_text())
+
+GOOD = [
+    {"version": 1, "layers": []},
+    {"version": 1, "layers": [{"layer": "a", "keep": True}]},
+    {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 3}]},
+    {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 3, "keep": False}]},
+    {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 3, "keep": True}]},
+]
+BAD = [
+    ({"version": 2, "layers": []}, 'no "version": 1'),
+    ({"version": 1}, 'no list "layers"'),
+    ({"version": 1, "layers": {}}, 'no list "layers"'),
+    ({"version": 1, "layers": [], "layer": []}, "no field 'layer'; did you mean 'layers'?"),
+    ({"version": 1, "layers": [3]}, r'layers\[0\]: needs a "layer"'),
+    ({"version": 1, "layers": [{"rank": 3}]}, r'layers\[0\]: needs a "layer"'),
+    ({"version": 1, "layers": [{"layer": "a"}]}, '\'a\': needs "scheme" and "rank"'),
+    ({"version": 1, "layers": [{"layer": "a", "rank": 2}]}, "'a': needs \"scheme\""),
+    ({"version": 1, "layers": [{"layer": "a", "keep": False}]}, "'a': needs \"scheme\""),
+    ({"version": 1, "layers": [{"layer": "a", "keep": 1}]}, '"keep" is 1; write true or false'),
+    (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "chanel", "rank": 2}]},
+        '\'a\': "scheme" is "chanel"; allowed are matrix, channel,',
+    ),
+    (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 0}]},
+        '"rank" is 0; write a whole number from 1 on',
+    ),
+    (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": "8"}]},
+        '"rank" is "8"; write a whole number',
+    ),
+    (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rnak": 8}]},
+        "'a': there is no field 'rnak'; did you mean 'rank'?",
+    ),
+]
+
+
+def test_the_schema_is_one_and_knows_the_schemes():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["$defs"]["layer"]["properties"]["scheme"]["enum"] == list(SCHEMES)
+
+
+@pytest.mark.parametrize("content", GOOD)
+def test_schema_and_reader_take(content):
+    jsonschema.validate(content, SCHEMA)
+    Plan.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize(("content", "message"), BAD)
+def test_schema_and_reader_refuse(content, message):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, SCHEMA)
+    with pytest.raises(errors.UsageError, match=message):
+        Plan.from_json(json.dumps(content))
+
+
+def test_what_is_written_fits_the_schema():
+    plan = compress(small_network(), Budget(mem=0.6), threads=1).plan
+    jsonschema.validate(json.loads(plan.to_json()), SCHEMA)
+
+
+def test_a_plan_needs_no_budget_but_keeps_one():
+    plan = compress(small_network(), Budget(mem=0.6), threads=1).plan
+    result = compress(small_network(), plan=plan, threads=1)
+    assert result.plan == plan
+    assert result.report.budget["mem"].limit is None
+    assert result.report.budget["mem"].reached <= 0.6
+    with pytest.raises(errors.BudgetError, match="the plan costs"):
+        compress(small_network(), Budget(mem=0.4), plan=plan, threads=1)
+    with pytest.raises(errors.UsageError, match="no budget"):
+        compress(small_network())
+
+
+def test_out_edit_and_in_again(demo_model, tmp_path):
+    first, second, plan = (tmp_path / name for name in ("a.onnx", "b.onnx", "plan.json"))
+    done = run(demo_model, first, "--mem", 0.4, "--plan-out", plan, "-q")
+    assert (done.returncode, done.stderr) == (0, "")
+    content = json.loads(plan.read_text())
+    assert run(demo_model, second, "--plan-in", plan, "-q").returncode == 0
+    assert second.read_bytes() == first.read_bytes()
+    for entry in content["layers"]:
+        if entry["layer"] == "hidden":
+            entry.clear()
+            entry.update(layer="hidden", scheme="matrix", rank=5)
+    plan.write_text(json.dumps(content))
+    assert run(demo_model, second, "--plan-in", plan, "-q").returncode == 0
+    assert stored_bytes(onnx.load(second)) < stored_bytes(onnx.load(first))
+    plan.write_text('{"version": 1, "layers": [{"layer": "hiden", "keep": true}]}')
+    done = run(demo_model, second, "--plan-in", plan)
+    assert done.returncode == 2
+    assert "did you mean hidden" in done.stderr
+    plan.write_text("{")
+    done = run(demo_model, second, "--plan-in", plan)
+    assert done.returncode == 2
+    assert f"{plan}: plan: is not JSON" in done.stderr

@@ -1,0 +1,128 @@
+"""``cobla-onnx sweep`` and `cobla_onnx.sweep`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+
+from cobla_onnx import Budget, compress, errors, sweep
+from cobla_onnx.cli.parsing import spread
+from cobla_onnx.graph.model_file import stored_bytes
+from cobla_onnx.sweeping import COLUMNS, SweepPoint, _with_front
+from tests.builders import random_array, small_network
+from tests.test_command import run
+
+DATA = {"x": random_array(30, 3, 12, 12, seed=3)}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    budgets = [Budget(mem=m) for m in (0.01, 0.5, 0.8, 1.0)]
+    return sweep(small_network(), budgets, data=DATA, threads=1, solver="milp", out_dir=folder)
+
+
+def test_each_point_is_what_compress_gives(found):
+    for point in found.points[1:]:
+        alone = compress(small_network(), point.budget, data=DATA, threads=1, solver="milp")
+        assert alone.plan == point.plan
+        assert alone.report.calibration == point.report.calibration
+        written = onnx.load(point.file)
+        assert written.SerializeToString() == alone.model.SerializeToString()
+        assert stored_bytes(written) <= point.budget.mem * stored_bytes(small_network())
+        assert point.mem == alone.report.budget["mem"].reached
+        assert point.report.verification is not None or point.report.unchanged
+
+
+def test_what_is_out_of_reach_says_so_and_the_rest_goes_on(found):
+    first = found.points[0]
+    assert first.mem is first.file is None
+    assert "below the least reachable" in first.refused
+    assert not first.front
+    with pytest.raises(errors.BudgetError, match="no budget of the sweep is within reach"):
+        sweep(small_network(), [Budget(mem=0.01)], threads=1)
+
+
+def test_the_front_holds_exactly_what_nothing_dominates():
+    generator = np.random.default_rng(0)
+    points = [
+        SweepPoint(Budget(mem=1.0), *generator.integers(1, 6, 3).astype(float)) for _ in range(60)
+    ]
+    for point in _with_front(points):
+        own = np.array([point.mem, point.mac, point.loss])
+        others = np.array([[p.mem, p.mac, p.loss] for p in points])
+        dominated = ((others <= own).all(axis=1) & (others < own).any(axis=1)).any()
+        assert point.front == (not dominated)
+
+
+def test_csv_and_json_hold_the_points(found):
+    rows = list(csv.DictReader(found.to_csv().splitlines()))
+    assert tuple(rows[0]) == COLUMNS
+    assert [row["mem"] for row in rows] == ["", *(str(p.mem) for p in found.points[1:])]
+    content = json.loads(found.to_json())
+    assert [p["front"] for p in content["points"]] == [p.front for p in found.points]
+    assert content["points"][1]["report"]["schema_version"] == 1
+
+
+def test_plots_are_the_same_again_and_refused_where_they_cannot_be(found, tmp_path, monkeypatch):
+    for kind, start in (("svg", b"<?xml"), ("png", b"\x89PNG")):
+        path = tmp_path / f"plot.{kind}"
+        found.save_plot(path)
+        first = path.read_bytes()
+        assert first.startswith(start)
+        found.save_plot(path)
+        assert path.read_bytes() == first
+    assert b"Pareto front" in (tmp_path / "plot.svg").read_bytes()
+    with pytest.raises(errors.UsageError, match=r"\.svg or \.png"):
+        found.save_plot(tmp_path / "plot.pdf")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(errors.UsageError, match=r'pip install "cobla-onnx\[plot\]"'):
+        found.save_plot(tmp_path / "other.svg")
+
+
+def test_the_package_loads_without_matplotlib():
+    code = "import sys; sys.modules['matplotlib'] = None; import cobla_onnx.sweeping"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_ranges():
+    assert spread("--mem", "0.3:0.9:7") == (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    assert spread("--mem", "0.1,0.3:0.5:2,0.3") == (0.1, 0.3, 0.5)
+    for bad in ("", "a", "0.3:0.9", "0.3:0.9:1", "0.3:0.9:1e9", "0.3:0.9:9999", "1:2:3:4"):
+        with pytest.raises(errors.UsageError, match="--mem"):
+            spread("--mem", bad)
+
+
+def test_the_command(tmp_path):
+    onnx.save(small_network(), tmp_path / "in.onnx")
+    np.savez(tmp_path / "data.npz", **DATA)
+    table, plot, folder = tmp_path / "t.csv", tmp_path / "p.svg", tmp_path / "out"
+    done = run(
+        "sweep", tmp_path / "in.onnx", "--mem", "0.01,0.6:0.8:2", "--mac", "0.9",
+        "--solver", "milp", "--data", tmp_path / "data.npz", "--csv", table, "--plot", plot,
+        "--out-dir", folder,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "out of reach" in done.stdout
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "in-mem-0.6-mac-0.9.onnx",
+        "in-mem-0.8-mac-0.9.onnx",
+    ]
+    assert len(table.read_text().splitlines()) == 4
+    assert plot.exists()
+    for arguments, code, message in (
+        ([], 2, "no budget"),
+        (["--mem", "0.5", "--plot", tmp_path / "p.pdf"], 2, ".svg or .png"),
+        (["--mem", "0.5", "--csv", tmp_path / "in.onnx"], 2, "a model's path"),
+        (["--mem", "0.01"], 4, "no budget of the sweep is within reach"),
+    ):
+        done = run("sweep", tmp_path / "in.onnx", *arguments)
+        assert done.returncode == code
+        assert message in done.stderr
