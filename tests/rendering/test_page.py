@@ -106,6 +106,8 @@ def test_calibration_is_told(demo_model):
     page = Strict(report.to_html()).text
     assert "were held back" in page
     assert "held-back samples" in page
+    assert "Agreement" in page
+    assert "Agreement on 8 samples held back: 100 %" in report.to_markdown()
     assert "were held back" in report.to_markdown()
     assert report.command == (
         f"compress({str(demo_model)!r}, budget=Budget(mem=0.5, mac=None), data={str(data)!r}, "
