@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
+from cobla_onnx.allocation.grid import EVERY_RANK, RankRule
 from cobla_onnx.cache import Cache
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.calibration.seen import spectra as weighted_spectra
@@ -62,6 +63,10 @@ class Analysis:
     notes : tuple of str
     seen : Seen or None
         What the layers saw in the calibration data.
+    shapes : dict of str to Shape
+        Of the model's tensors, as far as they are known.
+    time_total : int or None
+        Nanoseconds of one run of the model, where its layers were timed.
     """
 
     layers: tuple[Layer, ...]
@@ -74,13 +79,15 @@ class Analysis:
     input_shapes: dict[str, Shape]
     notes: tuple[str, ...]
     seen: Seen | None = None
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    time_total: int | None = None
 
     def constraints(self, budget: Budget) -> tuple[Constraint, ...]:
         """Turn a budget into hard integer constraints over the layers' choices."""
-        return budget.constraints(self.curves, self.mem_total, self.mac_total)
+        return budget.constraints(self.curves, self.mem_total, self.mac_total, self.time_total)
 
     def limits(self, budget: Budget) -> dict[str, int]:
-        """Absolute limits of a budget, in bytes and MACs."""
+        """Absolute limits of a budget, in bytes, MACs and nanoseconds."""
         return {constraint.name: constraint.limit for constraint in self.constraints(budget)}
 
     def plan(self, choices: Iterable[Choice | None]) -> Plan:
@@ -162,6 +169,7 @@ def analyse(
     progress: Callable[[str, int, int], None],
     see: Callable[[Sequence[Layer]], Seen] | None = None,
     weigh: bool = True,
+    ranks: RankRule = EVERY_RANK,
     pool: Pool | None = None,
     cache: Cache | None = None,
 ) -> Analysis:
@@ -169,7 +177,8 @@ def analyse(
 
     With `see`, which shows the layers the calibration data, singular values and errors are
     those of the layers' outputs and not of their weights, unless `weigh` is False. Layers are
-    mapped over `pool`, by default over `threads` of this process.
+    mapped over `pool`, by default over `threads` of this process. `ranks` says which ranks are
+    candidates.
 
     Raises
     ------
@@ -194,14 +203,15 @@ def analyse(
             skipped.append(Skipped(layer.name, layer.op, Reason.NOT_A_MATRIX, detail, layer.params))
             continue
         whole = None if macs is None else sum(macs[use.node] for use in layer.uses)
-        found.append(_Candidate(layer, whole, _options(layer, scheme, shapes, whole)))
+        options, refusal = _options(layer, scheme, shapes, whole, ranks)
+        found.append(_Candidate(layer, whole, options, refusal))
     with nullcontext(pool) if pool is not None else open_pool(threads) as working:
         _fill(model, found, seen if weigh else None, working, cache, progress)
     layers, curves, schemes, layer_macs = [], [], [], []
     for candidate in found:
         layer = candidate.layer
         if not candidate.curves:
-            skipped.append(Skipped(layer.name, layer.op, Reason.NO_GAIN, "", layer.params))
+            skipped.append(Skipped(layer.name, layer.op, *candidate.refusal, layer.params))
             continue
         layers.append(layer)
         schemes.append(tuple(one for one, _ in candidate.curves))
@@ -219,6 +229,7 @@ def analyse(
         known,
         notes,
         seen,
+        shapes,
     )
 
 
@@ -311,18 +322,17 @@ def model_costs(
 
 @dataclass(frozen=True)
 class _Option:
-    """A scheme that makes a layer smaller, and not slower, up to some rank."""
+    """A scheme that makes a layer smaller, and not slower, at some ranks."""
 
     scheme: Scheme
-    most: int
+    ranks: NDArray[np.int64]
     bytes_per_rank: int
     macs_per_rank: int | None
 
     def curve(self, spectrum: Spectrum) -> Curve:
         values, errors = spectrum
-        ranks = np.arange(1, self.most + 1)
         costs = self.bytes_per_rank, self.macs_per_rank
-        return Curve(self.scheme.name, values, ranks, *costs, errors)
+        return Curve(self.scheme.name, values, self.ranks, *costs, errors)
 
 
 @dataclass
@@ -332,14 +342,23 @@ class _Candidate:
     layer: Layer
     macs: int | None
     options: list[_Option]
+    refusal: tuple[Reason, str]
     curves: list[tuple[Scheme, Curve]] = field(default_factory=list)
 
 
 def _options(
-    layer: Layer, wanted: str, shapes: Mapping[str, Shape], macs_whole: int | None
-) -> list[_Option]:
+    layer: Layer,
+    wanted: str,
+    shapes: Mapping[str, Shape],
+    macs_whole: int | None,
+    rule: RankRule,
+) -> tuple[list[_Option], tuple[Reason, str]]:
+    """Schemes that make the layer smaller and not slower at some rank; why there is none."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
-    options = []
+    blocked = layer.op == "Conv" and len(layer.shape) == 4
+    grid = rule.convolution if blocked else rule.product
+    pointwise = blocked and layer.shape[2:] == (1, 1)
+    options, useful = [], False
     for scheme in schemes_for(layer, wanted):
         bytes_per_rank = scheme.params_per_rank() * dtype.itemsize
         most = largest_rank(layer, scheme)
@@ -349,10 +368,15 @@ def _options(
             macs_per_rank = sum(count for count in each if count is not None)
             if None in each or macs_per_rank == 0:
                 continue
-            most = min(most, macs_whole // macs_per_rank)
-        if most >= 1:
-            options.append(_Option(scheme, most, bytes_per_rank, macs_per_rank))
-    return options
+            useful |= most >= 1 and macs_whole >= macs_per_rank
+            most = min(most, rule.most(macs_whole, macs_per_rank, pointwise=pointwise))
+        useful |= most >= 1
+        ranks = grid.candidates(most)
+        if len(ranks):
+            options.append(_Option(scheme, ranks, bytes_per_rank, macs_per_rank))
+    if options or not useful:
+        return options, (Reason.NO_GAIN, "")
+    return options, (Reason.NOT_FASTER, "" if grid.complete else str(grid))
 
 
 def _fill(
@@ -401,7 +425,7 @@ def _spectra(
     units = (
         seen.unit(
             c.layer,
-            [(option.scheme, option.most) for option in c.options],
+            [(option.scheme, int(option.ranks[-1])) for option in c.options],
             pool.carry(read_weight(model, c.layer)),
         )
         for c in candidates

@@ -353,6 +353,11 @@ class Calibrated:
         """Return the selection split's name, and fresh batches of it, for the verification."""
         return "held-back", lambda: self.batches(self.dataset.selection)
 
+    @property
+    def held_back_batches(self) -> int:
+        """About how many batches `held_back` gives; more where shapes differ."""
+        return max(1, -(-len(self.dataset.selection) // self.batch))
+
     def report(self) -> CalibrationReport:
         """Return what the data was and what it told."""
         return CalibrationReport(

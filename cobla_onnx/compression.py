@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from typing import Any, Literal
 
 from cobla_onnx.allocation import Budget
+from cobla_onnx.allocation.grid import RankMultiple
 from cobla_onnx.calibration.labels import Labels
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions
@@ -41,6 +42,10 @@ def compress(
     loss: LossName = "auto",
     refit: bool = True,
     time_limit: float | None = None,
+    rank_multiple: RankMultiple = "auto",
+    provider: str | None = None,
+    profile: str | os.PathLike[str] | None = None,
+    measure_latency: bool = False,
     max_drop: float | None = None,
     plan: Plan | None = None,
     seed: int = 0,
@@ -58,8 +63,8 @@ def compress(
     model : ModelProto or path
         It is not changed.
     budget : Budget, optional
-        Fractions of the original's weight bytes and MACs to keep at most. Needed unless
-        there is a plan or a `max_drop`.
+        Fractions of the original's weight bytes, MACs and running time to keep at most.
+        Needed unless there is a plan or a `max_drop`.
     solver : {'slsqp', 'milp'}
         ``slsqp`` relaxes the masks, solves and rounds (COBLA); ``milp`` solves the
         separable integer problem alone.
@@ -98,6 +103,17 @@ def compress(
     time_limit : float, optional
         Seconds that the search by the network's loss may take. The result then depends on
         the machine's speed.
+    rank_multiple : 'auto' or int
+        Ranks are multiples of it. ``auto``: every rank under a budget of memory alone, else
+        those that the CPU computes without waste; see `rank_rule`.
+    provider : str, optional
+        onnxruntime's execution provider for all runs of the model; the CPU's.
+    profile : path, optional
+        Measured times are read from this file and added to it, so that the same plan
+        comes again. With a latency budget or `measure_latency`.
+    measure_latency : bool
+        Measure the time of the original and the result for the report; with a latency
+        budget that is always done.
     max_drop : float, optional
         Find the smallest model that loses at most this on the samples held back: share of
         agreement with the original's most likely class, of accuracy with `labels`, or
@@ -156,6 +172,10 @@ def compress(
         loss=loss,
         refit=refit,
         time_limit=time_limit,
+        rank_multiple=rank_multiple,
+        provider=provider,
+        profile=profile,
+        measure_latency=measure_latency,
         seed=seed,
         threads=threads,
         workers=workers,
@@ -170,9 +190,9 @@ def compress(
         if plan is not None:
             raise UsageError("--max-drop: chooses ranks, which --plan-in has; give one of the two")
     elif budget is None and plan is None:
-        raise UsageError("no budget: give --mem or --mac, or both, e.g. --mem 0.5")
-    macs_needed = budget is not None and budget.mac is not None
-    with open_study(model, settings, macs_needed=macs_needed) as study:
+        raise UsageError("no budget: give --mem, --mac or --latency, e.g. --mem 0.5")
+    budgets = () if budget is None else (budget,)
+    with open_study(model, settings, budgets, choosing=plan is None) as study:
         if max_drop is not None:
             return study.finish(smallest(study, max_drop, budget))
         return study.compress(budget, plan)

@@ -271,7 +271,7 @@ def sparkline(values: Sequence[float], width: int = 10) -> str:
     Examples
     --------
     >>> sparkline([1, 0.5, 0.1, 0.01, 0.001])
-    '█▇▄▁▁'
+    '█▇▅▁▁'
     """
     if not values:
         return ""

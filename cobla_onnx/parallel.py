@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from cobla_onnx.errors import UsageError
+from cobla_onnx.runtime import CPU, current_provider, execution_provider
 
 __all__ = [
     "Carried",
@@ -89,6 +90,12 @@ class _OneThread:
 
 
 one_thread = _OneThread()
+
+
+def _run_on(provider: str, function: Callable[[Unit], Value], unit: Unit) -> Value:
+    """Open the sessions of a unit where those of the caller are opened."""
+    with execution_provider(provider):
+        return function(unit)
 
 
 def _run_outside(function: Callable[[Unit], Value], unit: Unit) -> Value:
@@ -269,6 +276,8 @@ class Pool:
         UsageError
             If a worker has died.
         """
+        if current_provider() != CPU:
+            function = partial(_run_on, current_provider(), function)
         with one_thread if self.inside else nullcontext():
             if self._executor is None:
                 yield from map(function, units)

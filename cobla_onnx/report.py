@@ -23,10 +23,13 @@ __all__ = [
     "BudgetUse",
     "CalibrationReport",
     "Cost",
+    "LatencyReport",
+    "LayerLatency",
     "LayerReport",
     "Report",
     "SolverReport",
     "Spectrum",
+    "Spread",
     "safe_text",
 ]
 
@@ -156,8 +159,67 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Times in milliseconds: their median, 10th and 90th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LayerLatency:
+    """Time of a layer run alone, in milliseconds, before and after."""
+
+    name: str
+    before_ms: float
+    after_ms: float
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """Measured time of one run in onnxruntime, the two models in turn.
+
+    Attributes
+    ----------
+    threads : int
+    provider : str
+    repeats : int
+        Runs of each model.
+    before_ms, after_ms : Spread
+    ratio : float
+        Of the medians, and its 95 % interval `ratio_low` to `ratio_high`.
+    predicted_ratio : float or None
+        What the table of layers promised, before it was corrected; None without one.
+    layers : tuple of LayerLatency
+        The ten slowest before, of those that could be factorised.
+    """
+
+    threads: int
+    provider: str
+    repeats: int
+    before_ms: Spread
+    after_ms: Spread
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    predicted_ratio: float | None
+    layers: tuple[LayerLatency, ...]
+
+
+@dataclass(frozen=True)
 class Report:
-    """What was decided and measured. `to_dict` documents the JSON's keys by its fields."""
+    """What was decided and measured. `to_dict` documents the JSON's keys by its fields.
+
+    Examples
+    --------
+    >>> from cobla_onnx import Budget, compress
+    >>> report = compress("models/digits.onnx", Budget(mem=0.5)).report
+    >>> report.budget["mem"].reached <= report.budget["mem"].limit
+    True
+    >>> report.layers[0].name, report.verification.data
+    ('stem/conv', 'random')
+    """
 
     input: str | None
     output: str | None
@@ -176,6 +238,8 @@ class Report:
     machine: dict[str, str] = field(default_factory=dict)
     command: str | None = None
     history: tuple[Step, ...] = ()
+    latency: LatencyReport | None = None
+    provider: str = "CPUExecutionProvider"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts and lists."""
@@ -190,6 +254,8 @@ class Report:
         result["history"] = list(result["history"])
         if self.verification is not None:
             result["verification"]["outputs"] = list(result["verification"]["outputs"])
+        if self.latency is not None:
+            result["latency"]["layers"] = list(result["latency"]["layers"])
         return result
 
     def to_json(self) -> str:
@@ -261,7 +327,32 @@ def render(report: Report) -> RenderableType:
             style=None if cut else "dim",
         )
     lines = [Text(_totals(*row)) for row in _budget_rows(report)]
+    lines += [Text(line) for line in _latency(report)]
     return Group(table, Text(""), *_left_alone(report), *lines, *_verdict(report))
+
+
+def _latency(report: Report) -> list[str]:
+    """Lines on the measured time, and on the slowest layers."""
+    time, limit = report.latency, report.budget["latency"].limit
+    if time is None:
+        return []
+    before, after = time.before_ms, time.after_ms
+    budget = f", budget {limit:g}" if limit is not None else ""
+    lines = [
+        f"latency: {time.ratio:.3f} ({time.ratio_low:.3f} to {time.ratio_high:.3f}{budget}), "
+        f"{before.median:.3g} ms ({before.low:.3g} to {before.high:.3g}) → {after.median:.3g} ms "
+        f"({after.low:.3g} to {after.high:.3g}), {time.repeats} runs in turn, "
+        f"{time.threads} threads, {time.provider}"
+    ]
+    cut = [layer for layer in time.layers if layer.after_ms != layer.before_ms]
+    lines += [
+        f"  {safe_text(layer.name, 40)}: {layer.before_ms:.3g} → {layer.after_ms:.3g} ms alone"
+        for layer in cut
+    ]
+    whole = [safe_text(layer.name, 40) for layer in time.layers if layer not in cut]
+    if whole:
+        lines.append(f"  as before, of the slowest: {', '.join(whole)}")
+    return lines
 
 
 def _budget_rows(report: Report) -> list[tuple[str, str, BudgetUse]]:

@@ -12,19 +12,24 @@ from cobla_onnx.allocation.sequential import Step
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.environment import machine, versions
 from cobla_onnx.graph.layers import Layer, Reason
+from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.report import (
     BudgetUse,
     CalibrationReport,
     Cost,
+    LatencyReport,
+    LayerLatency,
     LayerReport,
     Report,
     SolverReport,
     Spectrum,
+    Spread,
 )
+from cobla_onnx.runtime import current_provider
 from cobla_onnx.verify import Verification
 
-__all__ = ["make_report"]
+__all__ = ["latency_report", "make_report"]
 
 # Singular values of a layer that are kept for drawing.
 SPECTRUM_POINTS = 64
@@ -43,8 +48,11 @@ def make_report(
     seconds: float,
     seed: int,
     threads: int,
+    provider: str,
     command: str | None = None,
     history: Sequence[Step] = (),
+    latency: LatencyReport | None = None,
+    more_notes: tuple[str, ...] = (),
 ) -> Report:
     """Return the report of a run; see `Report` for its fields."""
     unchanged = all(decision.scheme is None for decision in plan.decisions)
@@ -69,7 +77,7 @@ def make_report(
         )
         for item in analysis.skipped
     )
-    notes = analysis.notes
+    notes = analysis.notes + more_notes
     if allocation is not None:
         notes += allocation.certificate.notes
     if verification is not None:
@@ -85,6 +93,7 @@ def make_report(
         budget={
             "mem": _use(mem, analysis.mem_total, mem_after),
             "mac": _use(mac, analysis.mac_total, analysis.macs_after(plan)),
+            "latency": _time_use(None if budget is None else budget.latency, latency),
         },
         layers=tuple(layers),
         solver=None if allocation is None else _solver(allocation),
@@ -99,7 +108,38 @@ def make_report(
         machine=machine(),
         command=command,
         history=tuple(history),
+        latency=latency,
+        provider=provider,
     )
+
+
+def latency_report(
+    measured: Comparison,
+    predicted: float | None,
+    layers: Sequence[tuple[str, int, int]],
+    threads: int,
+) -> LatencyReport:
+    """Return the report of measured times; those of layers are in nanoseconds."""
+    return LatencyReport(
+        threads=threads,
+        provider=current_provider(),
+        repeats=measured.repeats,
+        before_ms=Spread(*measured.before),
+        after_ms=Spread(*measured.after),
+        ratio=measured.ratio,
+        ratio_low=measured.low,
+        ratio_high=measured.high,
+        predicted_ratio=predicted,
+        layers=tuple(LayerLatency(name, a / 1e6, b / 1e6) for name, a, b in layers),
+    )
+
+
+def _time_use(limit: float | None, latency: LatencyReport | None) -> BudgetUse:
+    """Measured medians in nanoseconds."""
+    if latency is None:
+        return BudgetUse(limit, None, None, None)
+    before, after = (round(1e6 * spread.median) for spread in (latency.before_ms, latency.after_ms))
+    return BudgetUse(limit, latency.ratio, before, after)
 
 
 def _use(limit: float | None, before: int | None, after: int | None) -> BudgetUse:

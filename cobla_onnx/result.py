@@ -19,10 +19,12 @@ from cobla_onnx.plan import Plan
 from cobla_onnx.rendering import report_writer
 from cobla_onnx.report import Report
 from cobla_onnx.reproduce import command_text
-from cobla_onnx.runtime import open_session
+from cobla_onnx.runtime import execution_provider, open_session
 from cobla_onnx.spill import Spill
 
 __all__ = ["Result", "check_paths", "check_written"]
+
+BUDGETS = ("mem", "mac", "latency")
 
 
 @dataclass
@@ -84,7 +86,8 @@ class Result:
         if stored_bytes(model) != self.report.budget["mem"].after:
             raise VerificationError(f"{written}: holds other weights than were verified")
         if not self.report.unchanged:
-            open_session(model, self.report.threads)
+            with execution_provider(self.report.provider):
+                open_session(model, self.report.threads)
 
     def save_report(
         self, path: str | os.PathLike[str], arguments: Sequence[str] | None = None
@@ -111,14 +114,14 @@ class Result:
         """Write the history as CSV, atomically: a line for each evaluation.
 
         Columns: ``step``, ``stage``, ``loss`` (on the calibration split, as the search sees
-        it), ``selection_loss`` (where masks are 0 or 1), ``mem`` and ``mac`` (fraction of
-        the original, of the budgets that were set), ``seconds``.
+        it), ``selection_loss`` (where masks are 0 or 1), ``mem``, ``mac`` and ``latency``
+        (fraction of the original, of the budgets that were set), ``seconds``.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["step", "stage", "loss", "selection_loss", "mem", "mac", "seconds"])
+        writer.writerow(["step", "stage", "loss", "selection_loss", *BUDGETS, "seconds"])
         for step in self.history:
-            costs = [step.costs.get(name, "") for name in ("mem", "mac")]
+            costs = [step.costs.get(name, "") for name in BUDGETS]
             selection = "" if step.selection is None else step.selection
             writer.writerow(
                 [step.number, step.stage, step.loss, selection, *costs, round(step.seconds, 3)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,7 +14,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from cobla_onnx.errors import ModelError
+from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.cost import MOST_ELEMENTS, Shape
 from cobla_onnx.graph.external import external_place, is_external, open_external
 from cobla_onnx.graph.layers import all_inputs
@@ -21,7 +23,11 @@ from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.names import quoted, safe_text
 
 __all__ = [
+    "CPU",
     "Feeds",
+    "current_provider",
+    "execution_provider",
+    "find_provider",
     "first_line",
     "measured_shapes",
     "open_session",
@@ -37,6 +43,48 @@ MAPS_FILES = tuple(int(n) for n in onnxruntime.__version__.split(".")[:2]) >= (1
 SIZES_TO_TRY = (16, 64, 224, 512, 1)
 # Seconds that one run may take, so that a loop without end does not keep us.
 RUN_LIMIT = 900.0
+CPU = "CPUExecutionProvider"
+_provider: ContextVar[str] = ContextVar("execution provider", default=CPU)
+
+
+def find_provider(name: str | None) -> str:
+    """Return the full name of an available execution provider; the CPU's for None.
+
+    ``cuda`` stands for ``CUDAExecutionProvider``.
+
+    Raises
+    ------
+    UsageError
+        If onnxruntime does not have it here; names those that it has.
+    """
+    if name is None:
+        return CPU
+    available = list(onnxruntime.get_available_providers())
+    for known in available:
+        if name.lower() in (known.lower(), known.lower().removesuffix("executionprovider")):
+            return str(known)
+    raise UsageError(
+        f"--provider {name}: onnxruntime {onnxruntime.__version__} does not have it here; "
+        f"it has {', '.join(available)}"
+    )
+
+
+@contextmanager
+def execution_provider(name: str | None) -> Iterator[str]:
+    """Open all sessions of this context on an execution provider, see `find_provider`.
+
+    What a provider cannot compute goes to the CPU.
+    """
+    token = _provider.set(find_provider(name))
+    try:
+        yield _provider.get()
+    finally:
+        _provider.reset(token)
+
+
+def current_provider() -> str:
+    """Name of the execution provider on which sessions are opened."""
+    return _provider.get()
 
 
 def open_session(
@@ -46,17 +94,21 @@ def open_session(
     extra_weights: Mapping[str, NDArray[Any]] | None = None,
     *,
     optimized: bool = False,
+    timed: bool = False,
 ) -> onnxruntime.InferenceSession:
-    """Open a model in onnxruntime on the CPU, without serialising its weights.
+    """Open a model in onnxruntime without serialising its weights.
 
-    Graph optimisations are off unless asked for, so that two models are compared at the
-    same level. `extra_weights` are initializers beside those that the model holds.
+    It runs on the provider of `execution_provider`. Graph optimisations are off unless
+    asked for, so that two models are compared at the same level. `extra_weights` are
+    initializers beside those that the model holds. A session to be timed is one as users
+    open it, optimised and with threads that spin while it runs, and only then.
 
     Raises
     ------
     ModelError
         If onnxruntime does not load the model.
     """
+    provider = current_provider()
     folder = _mapped_folder(model)
     large = [tensor for tensor in model.graph.initializer if _to_hand_over(tensor, folder)]
     light = copy_without_initializers(model, {t.name for t in large})
@@ -94,9 +146,12 @@ def open_session(
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads that wait by spinning would take the cores from linear algebra.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not optimized:
+    if timed:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    else:
+        # Threads that wait by spinning would take the cores from linear algebra.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not (optimized or timed):
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
     if folder is not None:
@@ -105,14 +160,21 @@ def open_session(
     if names:
         options.add_external_initializers(names, values)
     try:
-        return onnxruntime.InferenceSession(
-            light.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(
+            light.SerializeToString(), options, providers=list(dict.fromkeys((provider, CPU)))
         )
     except Exception as error:
         raise ModelError(
             f"onnxruntime {onnxruntime.__version__} cannot load the model: {first_line(error)}; "
             "check the file with onnx.checker, or update onnxruntime"
         ) from error
+    if provider not in session.get_providers():
+        # onnxruntime goes on with the CPU, and only its log says so.
+        raise UsageError(
+            f"--provider {provider}: onnxruntime could not start it; check its driver and "
+            "libraries, or leave the option out"
+        )
+    return session
 
 
 def _mapped_folder(model: onnx.ModelProto) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,8 +21,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation import Allocation, Budget, WeightError, allocate
+from cobla_onnx.allocation import Allocation, Budget, Constraint, WeightError, allocate
 from cobla_onnx.allocation.budget import least_fraction
+from cobla_onnx.allocation.grid import RankMultiple, RankRule, rank_rule
 from cobla_onnx.allocation.sequential import Step
 from cobla_onnx.analysis import Analysis, analyse
 from cobla_onnx.cache import Cache, digest
@@ -41,15 +42,19 @@ from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.graph.model_file import load_model, stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.holding import explain
+from cobla_onnx.latency.timing import Stopwatch
+from cobla_onnx.machine import convolution_block
 from cobla_onnx.names import safe_text
 from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
-from cobla_onnx.report import CalibrationReport
+from cobla_onnx.report import CalibrationReport, LatencyReport
 from cobla_onnx.reporting import make_report
 from cobla_onnx.result import Result
 from cobla_onnx.rewrite import Replacement, rewrite
+from cobla_onnx.runtime import CPU, execution_provider
 from cobla_onnx.spill import Spill
+from cobla_onnx.timed import Timed, open_profile
 from cobla_onnx.verify import verify
 
 __all__ = [
@@ -89,6 +94,10 @@ class Settings:
     loss: LossName = "auto"
     refit: bool = True
     time_limit: float | None = None
+    rank_multiple: RankMultiple = "auto"
+    provider: str | None = None
+    profile: str | os.PathLike[str] | None = None
+    measure_latency: bool = False
     seed: int = 0
     threads: int | None = None
     workers: int | None = None
@@ -145,7 +154,13 @@ class Study:
     threads : int
     pool : Pool
         Over which layers are factorised.
+    rule : RankRule
+        Which ranks may be chosen.
+    provider : str
+        onnxruntime's execution provider.
     cache : Cache or None
+    timed : Timed or None
+        With a stopwatch, where time is limited or asked for.
     seconds : float
         Time that the analysis took.
     notify : callable
@@ -159,7 +174,10 @@ class Study:
     settings: Settings
     threads: int
     pool: Pool
+    rule: RankRule
+    provider: str
     cache: Cache | None = None
+    timed: Timed | None = None
     seconds: float = 0.0
     notify: Progress = field(default=lambda stage, done, total: None, repr=False)
 
@@ -192,7 +210,8 @@ class Study:
                 allocation = self._allocate(budget)
             except BudgetError as error:
                 given = bool(self.settings.include), bool(self.settings.exclude)
-                raise explain(error, self.model, self.analysis, *given) from error
+                explained = explain(error, self.model, self.analysis, *given)
+                raise _hinting(explained, self.rule) from error
             plan = self.analysis.plan(allocation.choices)
         spill = Spill()
         replacements = spill.replacements(
@@ -222,14 +241,19 @@ class Study:
         return least_fraction(constraint, self.analysis.curves)
 
     def _allocate(self, budget: Budget) -> Allocation:
-        constraints = self.analysis.constraints(budget)
-        settings = self.settings
-        needed = self.objective
-        if needed == "weights" or self.calibrated is None:
-            self.notify("allocate", 0, 1)
-            curves = self.analysis.curves
-            return allocate(curves, WeightError(curves), constraints, solver=settings.solver)
-        return self.calibrated.choose(constraints, settings.solver, needed, settings.time_limit)
+        if self.timed is not None and budget.latency is not None:
+            return self.timed.choose(self.analysis, budget, self._choose)
+        return self._choose(self.analysis.constraints(budget))
+
+    def _choose(self, constraints: Sequence[Constraint]) -> Allocation:
+        settings, needed = self.settings, self.objective
+        if needed != "weights" and self.calibrated is not None:
+            return self.calibrated.choose(constraints, settings.solver, needed, settings.time_limit)
+        self.notify("allocate", 0, 1)
+        curves = self.analysis.curves
+        found = allocate(curves, WeightError(curves), constraints, solver=settings.solver)
+        self.notify("allocate", 1, 1)
+        return found
 
     def finish(self, solution: Solution) -> Result:
         """Rewrite the model, count it again, verify it and report.
@@ -246,7 +270,8 @@ class Study:
         _check_budget(self.analysis, solution.budget, solution.plan, compressed)
         verification = None
         if replacements:
-            self.notify("verify", 0, 1)
+            steps = 1 if self.calibrated is None else self.calibrated.held_back_batches
+            self.notify("verify", 0, steps)
             verification = verify(
                 self.model,
                 compressed,
@@ -255,8 +280,14 @@ class Study:
                 data=None if self.calibrated is None else self.calibrated.held_back(),
                 seed=self.settings.seed,
                 threads=self.threads,
+                progress=lambda done: self.notify("verify", min(done, steps - 1), steps),
             )
-            self.notify("verify", 1, 1)
+            self.notify("verify", steps, steps)
+        latency: LatencyReport | None = None
+        more_notes: tuple[str, ...] = ()
+        if self.timed is not None:
+            limit = None if solution.budget is None else solution.budget.latency
+            latency, more_notes = self.timed.report(compressed, solution.plan, limit)
         analysis = self.analysis
         if self.cache is not None:
             notes = dict.fromkeys((*analysis.notes, *self.cache.notes))
@@ -275,6 +306,9 @@ class Study:
             threads=self.threads,
             command=self.settings.call,
             history=solution.history,
+            provider=self.provider,
+            latency=latency,
+            more_notes=more_notes,
         )
         external = any(map(is_external, self.model.graph.initializer))
         return Result(
@@ -290,7 +324,11 @@ class Study:
 
 @contextmanager
 def open_study(
-    model: ModelSource, settings: Settings, *, macs_needed: bool = False
+    model: ModelSource,
+    settings: Settings,
+    budgets: Collection[Budget] = (),
+    *,
+    choosing: bool = True,
 ) -> Iterator[Study]:
     """Load a model and analyse it; the study holds as long as the context.
 
@@ -299,8 +337,10 @@ def open_study(
     model : ModelProto or path
         It is not changed.
     settings : Settings
-    macs_needed : bool
-        Whether it is an error if MACs are not known.
+    budgets : collection of Budget
+        Those that will be asked for: they tell what has to be known, MACs or times.
+    choosing : bool
+        Whether ranks will be chosen, and not taken from a plan.
 
     Raises
     ------
@@ -313,6 +353,11 @@ def open_study(
     threads = settings.threads or available_cores()
     notify = settings.progress or (lambda stage, done, total: None)
     needed = _objective(settings.objective, settings.data)
+    by_mac = any(budget.mac is not None for budget in budgets)
+    by_time = any(budget.latency is not None for budget in budgets)
+    timing = settings.measure_latency or by_time
+    if settings.profile is not None and not timing:
+        raise UsageError("--profile: is of times; give --latency or --measure-latency too")
     if settings.labels is not None and settings.data is None:
         raise UsageError("--labels: are those of the data; give --data too")
     kept = None if settings.cache is None else Cache(settings.cache)
@@ -320,8 +365,17 @@ def open_study(
         _naming(source),
         one_thread,
         choose_pool(threads, settings.workers, settings.executor, settings.dask) as pool,
+        execution_provider(settings.provider) as running_on,
         _opened(proto, settings) as dataset,
     ):
+        times = open_profile(settings.profile, threads) if timing else None
+        rule = rank_rule(
+            settings.rank_multiple,
+            mac=by_mac,
+            latency=by_time,
+            block=convolution_block(),
+            cpu=running_on == CPU,
+        )
         analysis = analyse(
             proto,
             input_shapes=settings.input_shapes or {},
@@ -329,16 +383,24 @@ def open_study(
             exclude=settings.exclude,
             min_size=settings.min_size,
             scheme=settings.scheme,
-            macs_needed=macs_needed,
+            macs_needed=by_mac or by_time,
             threads=threads,
             progress=notify,
             see=None
             if dataset is None
             else _see(proto, dataset, settings.batch, pool, kept, notify),
             weigh=needed != "weights",
+            ranks=rule,
             pool=pool,
             cache=kept,
         )
+        timed = None
+        if times is not None:
+            timed = Timed(
+                proto, analysis, times, settings.profile, settings.seed, notify, Stopwatch(threads)
+            )
+            if by_time and choosing:
+                analysis = timed.table()
         calibrated = None
         if dataset is not None:
             classes = _labels(settings.labels, dataset)
@@ -359,7 +421,19 @@ def open_study(
         seconds = time.perf_counter() - started
         try:
             yield Study(
-                proto, source, analysis, calibrated, settings, threads, pool, kept, seconds, notify
+                model=proto,
+                source=source,
+                analysis=analysis,
+                calibrated=calibrated,
+                settings=settings,
+                threads=threads,
+                pool=pool,
+                rule=rule,
+                provider=running_on,
+                cache=kept,
+                timed=timed,
+                seconds=seconds,
+                notify=notify,
             )
         finally:
             if analysis.seen is not None:
@@ -403,6 +477,13 @@ def _naming(source: Path | None) -> Iterator[None]:
             f"{shown}: needs more memory than there is; use a machine with more, or give "
             "smaller --input-shape"
         ) from error
+
+
+def _hinting(error: BudgetError, rule: RankRule) -> BudgetError:
+    """Say that more ranks could be had, where a budget cannot be met."""
+    if rule.complete:
+        return error
+    return BudgetError(f"{error}; --rank-multiple 1 allows more ranks", error.least)
 
 
 def _objective(objective: ObjectiveName, data: Any) -> Literal["weights", "output", "loss"]:
@@ -494,11 +575,11 @@ def _factorise(
 def _check_budget(
     analysis: Analysis, budget: Budget | None, plan: Plan, compressed: onnx.ModelProto
 ) -> None:
-    """Count again, from the result itself: budgets are hard."""
-    if budget is None:
+    """Count again, from the result itself: budgets are hard. Times are measured elsewhere."""
+    if budget is None or (budget.mem is None and budget.mac is None):
         return
     reached = {"mem": stored_bytes(compressed), "mac": analysis.macs_after(plan)}
-    for name, limit in analysis.limits(budget).items():
+    for name, limit in analysis.limits(replace(budget, latency=None)).items():
         cost = reached[name]
         if cost is None or cost > limit:
             raise BudgetError(

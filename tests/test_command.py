@@ -139,7 +139,7 @@ def test_help_and_version_are_quick_and_load_nothing_heavy():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["IN", "OUT"], 2, "--mem or --mac"),
+        (["IN", "OUT"], 2, "--mem, --mac or --latency"),
         (["IN", "OUT", "--mem", "nan"], 2, "--mem nan"),
         (["IN", "OUT", "--mem", "0"], 2, "above 0"),
         (["IN", "OUT", "--mem", "1.5"], 2, "at most 1"),
@@ -225,7 +225,7 @@ def test_every_error_has_an_exit_code_of_its_own():
 @settings(max_examples=12)
 def test_budgets_hold_in_the_result_itself(mem, mac):
     model = small_network()
-    result = compress(model, Budget(mem=mem, mac=mac), threads=1)
+    result = compress(model, Budget(mem=mem, mac=mac), threads=1, rank_multiple=1)
     before = sum(len(t.raw_data) for t in model.graph.initializer)
     assert sum(len(t.raw_data) for t in result.model.graph.initializer) <= mem * before
     assert result.report.budget["mac"].reached <= mac
@@ -341,3 +341,53 @@ def test_progress_is_reported(demo_model):
         demo_model, Budget(mem=0.5), progress=lambda stage, done, total: seen.add((stage, done))
     )
     assert {"singular values", "factorise"} <= {stage for stage, _ in seen}
+
+
+def test_a_latency_budget_from_the_command_line(demo_model, tmp_path):
+    """Timing is real here: only what does not depend on it is asserted."""
+    report, profile = tmp_path / "r.json", tmp_path / "p.json"
+    options = ["--mac", 0.6, "--measure-latency", "--profile", profile, "--threads", 1]
+    done = run(demo_model, tmp_path / "o.onnx", *options, "--report", report, "--provider", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "latency: " in done.stdout
+    content = json.loads(report.read_text())
+    time = content["latency"]
+    assert (time["threads"], time["provider"]) == (1, "CPUExecutionProvider")
+    assert content["provider"] == "CPUExecutionProvider"
+    for spread in (time["before_ms"], time["after_ms"]):
+        assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+    assert time["ratio"] == pytest.approx(time["after_ms"]["median"] / time["before_ms"]["median"])
+    assert time["predicted_ratio"] is None
+    assert time["repeats"] >= 9
+    assert 1 <= len(time["layers"]) <= 10
+    assert set(time["layers"][0]) == {"name", "before_ms", "after_ms"}
+    chosen = [la["rank"] for la in content["layers"] if la["op"] == "Conv" and la["rank"]]
+    assert chosen
+    assert all(rank % 8 == 0 for rank in chosen)
+    assert json.loads(profile.read_text())["conditions"]["threads"] == 1
+    refused = run(demo_model, tmp_path / "p.onnx", "--latency", 0.001, "--threads", 1, "-q")
+    assert refused.returncode == 4
+    assert "--latency 0.001: the fastest of" in refused.stderr
+    assert not (tmp_path / "p.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--latency", "nan"], "--latency nan"),
+        (["--latency", 1.5], "--latency 1.5"),
+        (["--mac", 0.5, "--rank-multiple", 0], "--rank-multiple 0"),
+        (["--mac", 0.5, "--rank-multiple", "x"], "--rank-multiple x"),
+        (["--mac", 0.5, "--provider", "quantum"], "it has "),
+        (["--mac", 0.5, "--profile", "p.json"], "--profile: is of times"),
+        (["--latency", 0.5, "--profile", "missing/p.json"], "missing/p.json: its folder"),
+        (["--latency", 0.5, "--profile", "IN"], "is a model's path"),
+    ],
+)
+def test_bad_options_about_time(demo_model, tmp_path, options, message):
+    options = [str(demo_model) if option == "IN" else option for option in options]
+    done = run(demo_model, tmp_path / "o.onnx", *options)
+    assert done.returncode in (2, 6), done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "o.onnx").exists()

@@ -50,7 +50,10 @@ class Blocks:
 class Space:
     """The masks of all layers as one vector, with their costs and gains.
 
-    ``gains`` is what each singular value saves in the separable model.
+    ``gains`` is what each singular value saves in the separable model. ``costs``
+    (constraints, masks) and ``offset`` (constraints,) are shares of the room that a budget
+    leaves: what the masks cost, and what two factors cost at any rank. ``grid`` tells the
+    masks at which a block may begin, so that blocks are made of candidate ranks.
     """
 
     def __init__(
@@ -67,15 +70,22 @@ class Space:
         self.lengths = np.array([len(c.singular_values) for c in curves])
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         costs = np.zeros((len(constraints), self.offsets[-1]))
+        offset = np.zeros(len(constraints))
+        grid = np.zeros(self.offsets[-1], dtype=bool)
+        for curve, start in zip(curves, self.offsets[:-1], strict=True):
+            inside = curve.ranks[curve.ranks < len(curve.singular_values)]
+            grid[start + np.append(0, inside)] = True
         for k, constraint in enumerate(constraints):
             room = max(constraint.limit - constraint.fixed, 1)
             for i, (layer, curve) in enumerate(zip(layers, curves, strict=True)):
                 start, end = self.offsets[i], self.offsets[i + 1]
-                unit, tail = constraint.per_rank(curve), tails[i]
-                costs[k, start : start + tail] = unit / room
-                rest = (constraint.whole(layer) - tail * unit) / room
+                path, tail = constraint.path(curve), tails[i]
+                offset[k] += path[0] / room
+                costs[k, start : start + tail] = np.diff(path[: tail + 1]) / room
+                rest = (constraint.whole(layer) - path[tail]) / room
                 costs[k, start + tail : end] = rest / max(end - start - tail, 1)
-        self.costs = costs
+        self.costs, self.offset = costs, offset
+        self.grid = grid
 
     def masks(self, flat: Float64, starts: NDArray[np.int64]) -> Masks:
         """Cut the vector into layers; `starts` are those of all blocks."""
@@ -102,11 +112,11 @@ def active_schemes(
         whole = shares @ [c.whole(layer) for c in constraints]
         best, tangents = [], []
         for number, curve in enumerate(layer.curves):
-            unit = shares @ [c.per_rank(curve) for c in constraints]
             ranks = np.append(0, curve.ranks)
+            cost = shares @ np.stack([c.path(curve)[ranks] for c in constraints])
             loss = np.asarray(losses[index][number])[ranks]
-            best.append(float((loss + unit * ranks).min()))
-            missing = whole - unit * ranks
+            best.append(float((loss + cost).min()))
+            missing = whole - cost
             steep = np.where(missing > 0, loss / np.where(missing > 0, missing, 1.0), np.inf)
             tangents.append(int(ranks[np.argmin(steep)]))
         scheme = int(np.argmin(best)) if choice is None else choice.curve
@@ -147,9 +157,9 @@ def partition(
         none = gains[begin : begin + tail] * CERTAIN_DROP < price[begin : begin + tail]
         low = int(np.argmin(sure)) if tail and not sure.all() else tail
         high = max(low, tail - int(np.argmin(none[::-1])) if tail and not none.all() else low)
-        cuts = np.unique(np.linspace(low, high, each + 1).round().astype(int))
+        cuts = _nearest(np.flatnonzero(space.grid[begin:end]), np.linspace(low, high, each + 1))
         rank = min(int(flat[begin:end].sum()), tail)
-        edges = sorted({0, *cuts.tolist(), rank, tail} - ({end - begin} if end > begin else set()))
+        edges = sorted({0, *cuts[cuts <= tail].tolist(), rank, tail} - {end - begin})
         starts.extend(begin + e for e in edges)
         divisible.extend(e < tail for e in edges)
     blocks = _with_costs(space, np.array(starts), np.array(divisible))
@@ -162,6 +172,19 @@ def partition(
     still = np.isin(layer, list(fixed)) | (kept & (mean == 1.0)) | (dropped & (mean == 0.0))
     blocks.free = ~still
     return blocks
+
+
+def _nearest(grid: NDArray[np.int64], wanted: Float64) -> NDArray[np.int64]:
+    """Round to the nearest entries of an ascending grid, each named once."""
+    right = np.clip(np.searchsorted(grid, wanted), 1, max(len(grid) - 1, 1))
+    left, right = grid[right - 1], grid[np.minimum(right, len(grid) - 1)]
+    return np.unique(np.where(wanted - left < right - wanted, left, right))
+
+
+def _middle(grid: NDArray[np.bool_], start: int, size: int) -> NDArray[np.int64]:
+    """Where to split a block: the place on the grid nearest to its middle, if there is one."""
+    inside = np.flatnonzero(grid[start + 1 : start + size]) + start + 1
+    return inside[np.argsort(np.abs(inside - (start + size // 2)), kind="stable")[:1]]
 
 
 def _with_costs(space: Space, starts: NDArray[np.int64], divisible: NDArray[np.bool_]) -> Blocks:
@@ -178,7 +201,14 @@ def refine(space: Space, blocks: Blocks, flat: Float64, max_variables: int) -> B
     order = np.argsort(-blocks.sizes * (open_ & blocks.divisible), kind="stable")
     spare = max(0, max_variables - int(open_.sum()))
     split = [b for b in order[:spare] if open_[b] and blocks.divisible[b] and blocks.sizes[b] > 1]
-    halves = blocks.starts[split] + blocks.sizes[split] // 2
+    halves = np.array(
+        [
+            middle
+            for start, size in zip(blocks.starts[split], blocks.sizes[split], strict=True)
+            for middle in _middle(space.grid, start, size)
+        ],
+        dtype=np.int64,
+    )
     starts = np.concatenate([blocks.starts, halves])
     order = np.argsort(starts, kind="stable")
     divisible = np.concatenate([blocks.divisible, np.ones(len(halves), dtype=bool)])[order]

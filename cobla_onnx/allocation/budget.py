@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from cobla_onnx.allocation.curves import Choice, Curve, LayerCurves
+import numpy as np
+from numpy.typing import NDArray
+
+from cobla_onnx.allocation.curves import Choice, Curve, Float64, LayerCurves
 from cobla_onnx.errors import BudgetError, UsageError
 
 __all__ = ["Budget", "Constraint", "least_fraction", "require_reachable", "unreachable"]
@@ -15,11 +18,13 @@ __all__ = ["Budget", "Constraint", "least_fraction", "require_reachable", "unrea
 
 @dataclass(frozen=True)
 class Constraint:
-    """One limit, in whole bytes or MACs, on what the layers and the rest of the model cost.
+    """One limit on what the layers and the rest of the model cost.
+
+    In whole bytes, MACs or nanoseconds.
 
     Attributes
     ----------
-    name : {'mem', 'mac'}
+    name : {'mem', 'mac', 'latency'}
     fraction : float
         The limit as it was given, as a fraction of the total.
     total : int
@@ -27,7 +32,8 @@ class Constraint:
     limit : int
         The most that the compressed model may cost.
     fixed : int
-        Cost of all that no choice can change.
+        Cost of all that no choice can change. Of a latency it is what the layers, timed
+        one by one, leave of the whole model's time, and may be negative.
     """
 
     name: str
@@ -38,15 +44,50 @@ class Constraint:
 
     def whole(self, layer: LayerCurves) -> int:
         """Cost of a layer that is kept whole."""
-        cost = layer.bytes_whole if self.name == "mem" else layer.macs_whole
+        costs = {"mem": layer.bytes_whole, "mac": layer.macs_whole, "latency": layer.time_whole}
+        cost = costs[self.name]
         assert cost is not None
         return cost
 
     def per_rank(self, curve: Curve) -> int:
-        """Cost of a unit of rank on a curve."""
+        """Cost of a unit of rank on a curve, for costs that are proportional to it."""
         cost = curve.bytes_per_rank if self.name == "mem" else curve.macs_per_rank
         assert cost is not None
+        assert self.name != "latency"
         return cost
+
+    def costs(self, curve: Curve) -> NDArray[np.int64]:
+        """Cost at each of the candidate ranks of a curve."""
+        if self.name == "latency":
+            assert curve.times is not None
+            return curve.times
+        return curve.ranks * self.per_rank(curve)
+
+    def path(self, curve: Curve) -> Float64:
+        """Cost at ranks 0 to full rank: linear between candidates, and beyond them.
+
+        Rank 0 is where the line through the first two candidates meets it, not below 0.
+        """
+        ranks = np.arange(len(curve.singular_values) + 1)
+        if self.name != "latency":
+            return ranks.astype(np.float64) * self.per_rank(curve)
+        known, costs = curve.ranks, self.costs(curve).astype(np.float64)
+        if len(known) == 1:
+            return np.full(len(ranks), costs[0])
+        first, last = np.diff(costs)[[0, -1]] / np.diff(known)[[0, -1]]
+        path = np.interp(ranks, known, costs)
+        path += np.maximum(ranks - known[-1], 0) * last
+        before = costs[0] - first * np.maximum(known[0] - ranks, 0)
+        path = np.where(ranks < known[0], np.maximum(before, 0.0), path)
+        return np.asarray(path, dtype=np.float64)
+
+    def at(self, curve: Curve, rank: int) -> int:
+        """Cost at one of the candidate ranks, exactly."""
+        if self.name != "latency":
+            return rank * self.per_rank(curve)
+        index = int(np.searchsorted(curve.ranks, rank))
+        assert curve.ranks[index] == rank
+        return int(self.costs(curve)[index])
 
     def cost(self, layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) -> int:
         """Cost of the model under the given choices, exactly."""
@@ -55,7 +96,7 @@ class Constraint:
             if choice is None:
                 total += self.whole(layer)
             else:
-                total += choice.rank * self.per_rank(layer.curves[choice.curve])
+                total += self.at(layer.curves[choice.curve], choice.rank)
         return total
 
     def least(self, layers: Sequence[LayerCurves]) -> int:
@@ -63,7 +104,7 @@ class Constraint:
         return self.fixed + sum(
             min(
                 self.whole(layer),
-                *(int(curve.ranks[0]) * self.per_rank(curve) for curve in layer.curves),
+                *(int(self.costs(curve).min()) for curve in layer.curves),
             )
             for layer in layers
         )
@@ -79,25 +120,29 @@ class Budget:
         Fraction of the bytes of all weights, as `stored_bytes` counts them.
     mac : float, optional
         Fraction of the multiply-accumulate operations.
+    latency : float, optional
+        Fraction of the time of one run in onnxruntime on this machine.
 
     Raises
     ------
     UsageError
-        If neither is given, or one is not above 0 and at most 1.
+        If none is given, or one is not above 0 and at most 1.
 
     Examples
     --------
     >>> Budget(mem=0.3)
-    Budget(mem=0.3, mac=None)
+    Budget(mem=0.3, mac=None, latency=None)
     """
 
     mem: float | None = None
     mac: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
-        if self.mem is None and self.mac is None:
-            raise UsageError("no budget: give --mem or --mac, or both, e.g. --mem 0.5")
-        for name, value in (("mem", self.mem), ("mac", self.mac)):
+        budgets = (("mem", self.mem), ("mac", self.mac), ("latency", self.latency))
+        if all(value is None for _, value in budgets):
+            raise UsageError("no budget: give --mem, --mac or --latency, e.g. --mem 0.5")
+        for name, value in budgets:
             if value is not None and not (math.isfinite(value) and 0 < value <= 1):
                 raise UsageError(
                     f"--{name} {value:g}: is not a fraction of the original to keep; "
@@ -105,21 +150,29 @@ class Budget:
                 )
 
     def constraints(
-        self, layers: Sequence[LayerCurves], mem_total: int, mac_total: int | None
+        self,
+        layers: Sequence[LayerCurves],
+        mem_total: int,
+        mac_total: int | None,
+        time_total: int | None = None,
     ) -> tuple[Constraint, ...]:
         """Turn the fractions into integer limits, rounded down exactly.
 
         Raises
         ------
         UsageError
-            If a MAC budget is set but the MACs are not known.
+            If a budget is set of which the original's cost is not known.
         """
         result = []
-        for name, value, total in (("mem", self.mem, mem_total), ("mac", self.mac, mac_total)):
+        for name, value, total, unknown in (
+            ("mem", self.mem, mem_total, ""),
+            ("mac", self.mac, mac_total, "the MACs of the model are not known; give --input-shape"),
+            ("latency", self.latency, time_total, "the layers were not timed; use `compress`"),
+        ):
             if value is None:
                 continue
             if total is None:
-                raise UsageError("--mac: the MACs of the model are not known; give --input-shape")
+                raise UsageError(f"--{name}: {unknown}")
             # repr gives the decimal that was meant: 0.3 * 1000 is 300, not 299.
             limit = math.floor(Fraction(repr(float(value))) * total)
             bare = Constraint(name, value, total, limit, 0)

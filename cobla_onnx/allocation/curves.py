@@ -32,6 +32,8 @@ class Curve:
         ``macs_per_rank`` is None when the MACs of the model are not known.
     errors : float64 array, shape (full_rank + 1,), optional
         Squared relative error at each rank, where the singular values do not tell it.
+    times : int64 array, shape (candidates,), optional
+        Nanoseconds that the two factors take at each of `ranks`, never falling.
     """
 
     scheme: str
@@ -40,6 +42,7 @@ class Curve:
     bytes_per_rank: int
     macs_per_rank: int | None
     errors: Float64 | None = None
+    times: NDArray[np.int64] | None = None
 
     def relative_errors(self) -> Float64:
         """Squared relative error at ranks 0 to full rank: descending, 0 at the end."""
@@ -61,6 +64,8 @@ class LayerCurves:
         Name of the layer, for messages.
     bytes_whole, macs_whole : int
         Cost of the layer as it is; ``macs_whole`` is None when not known.
+    time_whole : int or None
+        Nanoseconds that the layer takes as it is, where that was measured.
     curves : tuple of Curve
         One per scheme that has at least one candidate rank; never empty.
     """
@@ -69,6 +74,7 @@ class LayerCurves:
     bytes_whole: int
     macs_whole: int | None
     curves: tuple[Curve, ...]
+    time_whole: int | None = None
 
 
 @dataclass(frozen=True)

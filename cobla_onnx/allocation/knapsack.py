@@ -83,9 +83,9 @@ def _table(
         whole = np.array([[c.whole(layer)] for c in constraints], dtype=np.float64)
         parts.append((index, -1, np.zeros(1, np.int64), np.zeros(1), whole))
         for number, curve in enumerate(layer.curves):
-            unit = np.array([[c.per_rank(curve)] for c in constraints], dtype=np.float64)
+            costs = np.array([c.costs(curve) for c in constraints], dtype=np.float64)
             loss = np.asarray(losses[index][number])[curve.ranks]
-            parts.append((index, number, curve.ranks, loss, unit * curve.ranks))
+            parts.append((index, number, curve.ranks, loss, costs))
     return _Table(
         np.concatenate([np.full(len(p[2]), p[0]) for p in parts]),
         np.concatenate([np.full(len(p[2]), p[1]) for p in parts]),
@@ -247,11 +247,7 @@ def _together(layers: Sequence[LayerCurves], constraints: Sequence[Constraint]) 
         return unreachable(constraints, {last.name: last.least(layers)})
     # Cost of the last constraint as loss, above the cost of keeping the layer whole.
     losses = [
-        [
-            (np.arange(len(c.singular_values) + 1) * last.per_rank(c) - last.whole(layer))
-            / last.total
-            for c in layer.curves
-        ]
+        [(last.path(curve) - last.whole(layer)) / last.total for curve in layer.curves]
         for layer in layers
     ]
     solution = knapsack(layers, losses, others, relative_gap=0.0)

@@ -225,7 +225,7 @@ class _Search:
         scale = first if first > 0 else 1.0
         roots = _roots(blocks.curvature[free] / scale)
         costs = blocks.costs[:, free] / roots
-        room = 1.0 - blocks.costs[:, ~free] @ start[~free]
+        room = 1.0 - self._space.offset - blocks.costs[:, ~free] @ start[~free]
         best, best_value = flat, first
 
         def expand(x: Float64) -> Float64:
@@ -252,7 +252,7 @@ class _Search:
                 Iteration(
                     self.iterations,
                     found,
-                    tuple(float(v) for v in self._space.costs @ masks),
+                    tuple(float(v) for v in self._space.offset + self._space.costs @ masks),
                     time.perf_counter() - self._began,
                 )
             )
@@ -303,7 +303,7 @@ def _kkt(space: Space, gradient: Float64, blocks: Blocks, flat: Float64) -> tupl
     x = (np.add.reduceat(flat, blocks.starts) / blocks.sizes)[free]
     gradient = gradient[free]
     costs = blocks.costs[:, free]
-    used = space.costs @ flat
+    used = space.offset + space.costs @ flat
     active = used > 1.0 - 1e-4
     inside = (x > 1e-4) & (x < 1 - 1e-4)
     multipliers = np.zeros(len(costs))

@@ -234,4 +234,4 @@ def _price(layer: LayerCurves, number: int, constraints: Sequence[Constraint]) -
     curve = layer.curves[number]
     rank = _rank_at(layer, number, TARGETS[1])
     missed = max(float(curve.relative_errors()[rank]) / TARGETS[1], 1.0)
-    return missed * sum(rank * c.per_rank(curve) / max(c.whole(layer), 1) for c in constraints)
+    return missed * sum(c.at(curve, rank) / max(c.whole(layer), 1) for c in constraints)

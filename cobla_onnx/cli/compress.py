@@ -24,6 +24,10 @@ def compress(
         Optional[float],  # noqa: UP045
         typer.Option(metavar="F", help="Keep at most this fraction of the MACs."),
     ] = None,
+    latency: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="F", help="Take at most this fraction of the time, measured here."),
+    ] = None,
     max_drop: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -51,6 +55,10 @@ def compress(
     exclude: options.Exclude = None,
     min_size: options.MinSize = 0,
     scheme: options.SchemeOption = options.Scheme.auto,
+    rank_multiple: options.RankMultiple = "auto",
+    provider: options.Provider = None,
+    profile: options.ProfileFile = None,
+    measure_latency: options.MeasureLatency = False,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     workers: options.Workers = None,
@@ -85,9 +93,10 @@ def compress(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write a smaller, low-rank ONNX model that was verified in onnxruntime.
+    """Write a smaller ONNX model that was verified in onnxruntime.
 
-    At least one of --mem, --mac, --max-drop and --plan-in is needed; limits are hard.
+    At least one of --mem, --mac, --latency, --max-drop and --plan-in is needed; limits are
+    hard.
     """
     from cobla_onnx.compression import compress as run
     from cobla_onnx.rendering import report_writer
@@ -96,13 +105,19 @@ def compress(
     shapes = parsing.input_shapes(input_shape)
     if report is not None:
         report_writer(report)
-    written = [("--report", report), ("--history", history), ("--plan-out", plan_out)]
+    written = [
+        ("--report", report),
+        ("--history", history),
+        ("--plan-out", plan_out),
+        ("--profile", profile),
+    ]
     check_paths(input, output, written, in_place=in_place)
     from cobla_onnx.allocation import Budget
     from cobla_onnx.plan import Plan
 
     plan = None if plan_in is None else Plan.read(plan_in)
-    budget = None if mem is None and mac is None else Budget(mem=mem, mac=mac)
+    limited = any(value is not None for value in (mem, mac, latency))
+    budget = Budget(mem=mem, mac=mac, latency=latency) if limited else None
     images = parsing.image_options(mean, std, scale, channel_order, layout)
     with terminal.progress(quiet, verbose) as progress:
         result = run(
@@ -125,6 +140,10 @@ def compress(
             time_limit=time_limit,
             max_drop=parsing.share("--max-drop", max_drop),
             plan=plan,
+            rank_multiple=parsing.rank_multiple(rank_multiple),
+            provider=provider,
+            profile=profile,
+            measure_latency=measure_latency,
             seed=seed,
             threads=threads,
             workers=workers,

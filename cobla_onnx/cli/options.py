@@ -174,6 +174,36 @@ Refit = Annotated[
     typer.Option("--refit/--no-refit", help="With data: refit factors to changed inputs."),
 ]
 
+# Speed.
+RankMultiple = Annotated[
+    str,
+    typer.Option(
+        "--rank-multiple",
+        metavar="auto|N",
+        help="Ranks are multiples of N; auto: as the CPU likes them, every rank with --mem alone.",
+    ),
+]
+Provider = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--provider", metavar="NAME", help="onnxruntime's execution provider; the CPU's if none."
+    ),
+]
+ProfileFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--profile",
+        metavar="FILE.json",
+        help="Measured times: read if the file is there, and kept for the next run.",
+    ),
+]
+MeasureLatency = Annotated[
+    bool,
+    typer.Option(
+        "--measure-latency", help="Time original and result; with --latency that is always done."
+    ),
+]
+
 # The run.
 Seed = Annotated[
     int, typer.Option("--seed", help="For the random inputs of the verification.", min=0)

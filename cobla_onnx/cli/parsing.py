@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from cobla_onnx.errors import UsageError
 
 if TYPE_CHECKING:
+    from cobla_onnx.allocation.grid import RankMultiple
     from cobla_onnx.calibration.readers import ImageOptions
     from cobla_onnx.cli.options import ChannelOrder, Layout
 
-__all__ = ["image_options", "input_shapes", "share", "spread"]
+__all__ = ["image_options", "input_shapes", "rank_multiple", "share", "spread"]
 
 # Budgets of a sweep in one direction.
 MOST_POINTS = 1000
@@ -29,6 +30,15 @@ def input_shapes(entries: list[str] | None) -> dict[str, tuple[int, ...]]:
             )
         shapes[name] = tuple(int(part) for part in parts)
     return shapes
+
+
+def rank_multiple(text: str) -> RankMultiple:
+    """Parse ``auto`` or a whole number from 1 on."""
+    if text == "auto":
+        return "auto"
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--rank-multiple {text}: give auto, or a whole number from 1 on")
+    return int(text)
 
 
 def image_options(

@@ -30,6 +30,7 @@ class Reason(str, Enum):
     EXCLUDED = "excluded by option"
     TOO_SMALL = "smaller than --min-size"
     NO_GAIN = "two factors would not be smaller"
+    NOT_FASTER = "two factors would not be faster"
     BUDGET = "budget is better spent elsewhere"
     MET = "budgets are met as it is"
 

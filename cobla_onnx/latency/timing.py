@@ -97,7 +97,7 @@ class Stopwatch:
         """
         runs = []
         for model in models:
-            session = open_session(model, self.threads, optimized=True)
+            session = open_session(model, self.threads, timed=True)
             if feeds is None:
                 declared = {v.name: tuple(v.shape) for v in session.get_inputs()}
                 feeds = random_feeds(session, declared, seed=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_nonsense_budgets_are_refused(value):
 
 
 def test_a_budget_is_needed_and_one_is_met_by_keeping_all():
-    with pytest.raises(UsageError, match="--mem or --mac"):
+    with pytest.raises(UsageError, match="--mem, --mac or --latency"):
         Budget()
     layers = layers_of(1, 4, 6)
     result = allocate(
@@ -283,3 +284,81 @@ def test_the_same_twice():
     constraints = Budget(mem=0.4, mac=0.5).constraints(layers, *totals(layers, 0))
     first, second = (allocate(layers, WeightError(layers), constraints) for _ in range(2))
     assert first == second
+
+
+def on_a_grid(layers: list[LayerCurves], step: int, start: int = 300) -> list[LayerCurves]:
+    """The same with ranks that are multiples of `step`, and times that do not begin at 0."""
+    result = []
+    for number, layer in enumerate(layers):
+        curves = []
+        for curve in layer.curves:
+            ranks = curve.ranks[curve.ranks % step == 0]
+            slow = 1 + 0.2 * (number % 3)
+            times = (start + slow * 10 * curve.macs_per_rank * ranks).astype(np.int64)
+            curves.append(replace(curve, ranks=ranks, times=times))
+        whole = 10 * (layer.macs_whole or 0) + start // 2
+        result.append(replace(layer, curves=tuple(curves), time_whole=whole))
+    return result
+
+
+@pytest.mark.parametrize("solver", ["slsqp", "milp"])
+@pytest.mark.parametrize("limit", [0.45, 0.7])
+def test_a_budget_of_time_on_a_grid(solver, limit):
+    layers = on_a_grid(big_layers(), 8)
+    mem, mac = totals(layers, 0)
+    # The model is faster than the sum of its layers, each timed with its overhead.
+    time = sum(layer.time_whole or 0 for layer in layers) - 500
+    budget = Budget(mem=0.8, latency=limit)
+    constraints = budget.constraints(layers, mem, mac, time)
+    assert constraints[-1].fixed == -500
+    result = allocate(layers, SkewedObjective(layers), constraints, solver=solver)
+    assert not result.certificate.notes
+    ranks = [choice.rank for choice in result.choices if choice is not None]
+    assert ranks
+    assert all(rank % 8 == 0 for rank in ranks)
+    assert all(c.cost(layers, result.choices) <= c.limit for c in constraints)
+    assert result.certificate.multipliers["latency"] > 0
+
+
+def test_relaxed_masks_change_on_the_grid_alone_and_keep_the_time():
+    layers = on_a_grid(big_layers(), 8)
+    time = sum(layer.time_whole or 0 for layer in layers)
+    constraints = Budget(latency=0.5).constraints(layers, *totals(layers, 0), time)
+    objective = WeightError(layers)
+    losses = [[objective.curve(i, 0)] for i in range(len(layers))]
+    warm = knapsack(layers, losses, constraints)
+    relaxed = relax(layers, objective, losses, constraints, warm.choices, warm.multipliers)
+    assert relaxed.masks is not None, relaxed.problem
+    assert relaxed.value <= warm.value
+    used = 0.0
+    for index, (layer, mask) in enumerate(zip(layers, relaxed.masks.values, strict=True)):
+        edges = relaxed.masks.blocks(index)
+        curve = layer.curves[0]
+        assert set(edges.tolist()) <= {0, 64, *curve.ranks.tolist()}
+        path, tail = constraints[0].path(curve), relaxed.tails[index]
+        rest = (layer.time_whole or 0) - path[tail]
+        used += path[0] + np.diff(path)[:tail] @ mask[:tail] + rest * mask[tail:].mean()
+    assert used <= constraints[0].limit * (1 + 1e-5)
+
+
+@given(st.integers(0, 10_000), st.floats(0.2, 0.95))
+@settings(max_examples=40)
+def test_a_budget_of_time_agrees_with_brute_force(seed, limit):
+    layers = on_a_grid(layers_of(seed, 3, 5), 1)
+    if not layers:
+        return
+    time = sum(layer.time_whole or 0 for layer in layers) + 1000
+    constraints = Budget(latency=limit).constraints(layers, *totals(layers), time)
+    objective = WeightError(layers)
+    feasible = [
+        choices
+        for choices in itertools.product(*map(options_of, layers))
+        if all(c.cost(layers, choices) <= c.limit for c in constraints)
+    ]
+    if not feasible:
+        with pytest.raises(BudgetError, match="--latency"):
+            allocate(layers, objective, constraints)
+        return
+    best = min(objective.value(masks_of(layers, choices)) for choices in feasible)
+    result = allocate(layers, objective, constraints, solver="milp")
+    assert result.certificate.value == pytest.approx(best, rel=2e-4, abs=1e-9)

@@ -1,0 +1,126 @@
+"""Which ranks are candidates: those that a machine computes without waste."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cobla_onnx.errors import UsageError
+
+__all__ = ["EVERY_RANK", "RankGrid", "RankMultiple", "RankRule", "rank_rule"]
+
+RankMultiple: TypeAlias = "Literal['auto'] | int"
+# Facts of onnxruntime's CPU kernels, measured with AVX-512 in single precision: ranks that are
+# no multiples of 4 leave the blocked layout; below about 128 they are padded to whole blocks;
+# two 1 x 1 convolutions are not faster than one above 0.8 of its MACs.
+STEP, PADDED_BELOW, POINTWISE_SHARE = 4, 128, 0.8
+# Of other execution providers: matrix units take operands in multiples of 8.
+OTHER_STEP = 8
+
+
+@dataclass(frozen=True)
+class RankGrid:
+    """Ranks that are multiples of `block` below `blocked_below`, and of `step` from there on.
+
+    Examples
+    --------
+    >>> RankGrid(4, block=16, blocked_below=32).candidates(40)
+    array([16, 32, 36, 40])
+    """
+
+    step: int = 1
+    block: int = 1
+    blocked_below: int = 0
+
+    def candidates(self, most: int) -> NDArray[np.int64]:
+        """Return the ranks from 1 to `most` that are on the grid, ascending."""
+        ranks = np.arange(1, most + 1, dtype=np.int64)
+        unit = np.where(ranks < self.blocked_below, self.block, self.step)
+        found: NDArray[np.int64] = ranks[ranks % unit == 0]
+        return found
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rank is on the grid."""
+        return self.step == 1 and (self.block == 1 or self.blocked_below <= 1)
+
+    def __str__(self) -> str:
+        return f"ranks are multiples of {self.block if self.blocked_below else self.step}"
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """The ranks that a layer may have.
+
+    Attributes
+    ----------
+    convolution : RankGrid
+        Of two-dimensional convolutions, which onnxruntime computes in blocks of channels.
+    product : RankGrid
+        Of all other layers.
+    faster : bool
+        Whether a choice must have fewer MACs than the whole layer, and not only no more.
+    pointwise_share : float
+        Share of the MACs of a 1 x 1 convolution that its factors may have at most.
+    """
+
+    convolution: RankGrid = RankGrid()
+    product: RankGrid = RankGrid()
+    faster: bool = False
+    pointwise_share: float = 1.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rank may be chosen that is worth its MACs."""
+        return self.convolution.complete and self.product.complete
+
+    def most(self, macs_whole: int, macs_per_rank: int, *, pointwise: bool) -> int:
+        """Return the largest rank that is worth its MACs."""
+        if not self.faster:
+            return macs_whole // macs_per_rank
+        share = self.pointwise_share if pointwise else 1.0
+        return min((macs_whole - 1) // macs_per_rank, int(share * macs_whole / macs_per_rank))
+
+
+EVERY_RANK = RankRule()
+
+
+def rank_rule(
+    multiple: RankMultiple, *, mac: bool, latency: bool, block: int, cpu: bool = True
+) -> RankRule:
+    """Return the rule for ranks under the budgets that are set.
+
+    Parameters
+    ----------
+    multiple : 'auto' or int
+        ``auto`` allows every rank where memory alone is limited. Else, on the CPU, those
+        that its convolutions compute without waste, and multiples of 8 elsewhere.
+    mac, latency : bool
+        Whether there is such a budget. With one of MACs alone, choices that would not be
+        faster are left out by their MACs; a latency budget has measured times for that.
+    block : int
+        Channels that the CPU convolves at a time.
+    cpu : bool
+        Whether the model runs on the CPU.
+
+    Raises
+    ------
+    UsageError
+        If a number is below 1.
+    """
+    timed = mac or latency
+    if multiple != "auto":
+        if multiple < 1:
+            raise UsageError(f"--rank-multiple {multiple}: give auto, or a number from 1 on")
+        convolution = product = RankGrid(multiple)
+    elif not timed:
+        convolution = product = RankGrid()
+    elif cpu:
+        convolution, product = RankGrid(STEP, block, PADDED_BELOW), RankGrid(STEP)
+    else:
+        convolution = product = RankGrid(OTHER_STEP)
+    share = POINTWISE_SHARE if mac and not latency else 1.0
+    return RankRule(convolution, product, timed, share)

@@ -1,0 +1,139 @@
+"""One node of a model as a model of its own, whole or in two factors, to be timed.
+
+The node keeps its attributes, the shape of its input and what is constant about it. What
+follows it is left out: an activation or a normalisation is fused into the whole node and
+into the second factor alike, so that it adds the same to both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from cobla_onnx.graph.cost import Shape
+from cobla_onnx.graph.layers import Layer, Use, find_layers, read_weight
+from cobla_onnx.graph.operands import attributes
+from cobla_onnx.graph.tensors import tensor_array
+from cobla_onnx.lowrank.schemes import Scheme, schemes_for
+from cobla_onnx.rewrite import Replacement, rewrite
+
+__all__ = ["MicroGraph", "layer_key", "micro_graph", "stand_in"]
+
+
+def _typed_shape(shape: Shape | None) -> list[int] | None:
+    known = [size for size in shape or () if size is not None]
+    return known if shape is not None and len(known) == len(shape) else None
+
+
+def layer_key(
+    model: onnx.ModelProto, layer: Layer, use: Use, shapes: Mapping[str, Shape]
+) -> str | None:
+    """Describe all that the time of one use of a layer depends on; None if it is not known.
+
+    Uses with the same description take the same time.
+    """
+    node = model.graph.node[use.node]
+    data = _typed_shape(shapes.get(use.data))
+    others = [_typed_shape(shapes.get(name)) if name else [] for name in node.input[2:]]
+    if data is None or None in others:
+        return None
+    values = {
+        name: value.decode() if isinstance(value, bytes) else value
+        for name, value in sorted(attributes(node).items())
+    }
+    parts = [
+        node.op_type,
+        onnx.TensorProto.DataType.Name(layer.type).lower(),
+        "x".join(map(str, data)),
+        f"weight[{layer.weight_input}] {'x'.join(map(str, layer.shape))}",
+        *(f"{name}={value}" for name, value in values.items()),
+    ]
+    if len(node.input) > 2:
+        parts.append(f"and {others}")
+    if _listed(model, layer):
+        parts.append("weight is an input")
+    return ", ".join(parts)
+
+
+def _listed(model: onnx.ModelProto, layer: Layer) -> bool:
+    """Whether the weight may be replaced at run time, which forbids onnxruntime its layouts."""
+    return model.ir_version >= 4 and any(v.name == layer.source for v in model.graph.input)
+
+
+@dataclass(frozen=True)
+class MicroGraph:
+    """A model of one node.
+
+    Attributes
+    ----------
+    model : onnx.ModelProto
+        Its first input is the data.
+    layer : Layer
+        The node, as it stands in `model`.
+    """
+
+    model: onnx.ModelProto
+    layer: Layer
+
+    def factored(self, scheme_name: str, rank: int) -> onnx.ModelProto:
+        """Return the model with two factors of random numbers in place of the weight."""
+        found = {scheme.name: scheme for scheme in schemes_for(self.layer)}
+        return rewrite(self.model, [stand_in(self.layer, found[scheme_name], rank)])
+
+
+def micro_graph(
+    model: onnx.ModelProto, layer: Layer, use: Use, shapes: Mapping[str, Shape]
+) -> MicroGraph:
+    """Cut one use of a layer out of a model; `layer_key` must know its shapes."""
+    node = onnx.NodeProto()
+    node.CopyFrom(model.graph.node[use.node])
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    weight_name = "weight"
+    node.input[layer.weight_input] = weight_name
+    tensors = [onnx.numpy_helper.from_array(np.ascontiguousarray(read_weight(model, layer)))]
+    tensors[0].name = weight_name
+    inputs = [
+        onnx.helper.make_tensor_value_info(use.data, layer.type, _typed_shape(shapes[use.data]))
+    ]
+    for name in dict.fromkeys(n for n in node.input[2:] if n):
+        if name in stored:
+            array = tensor_array(stored[name], name)
+            tensors.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
+        else:
+            shape = _typed_shape(shapes.get(name))
+            inputs.append(onnx.helper.make_tensor_value_info(name, layer.type, shape))
+    if _listed(model, layer):
+        value = onnx.helper.make_tensor_value_info(weight_name, layer.type, layer.shape)
+        inputs.append(value)
+    shape = _typed_shape(shapes.get(use.output))
+    output = onnx.helper.make_tensor_value_info(use.output, layer.type, shape)
+    graph = onnx.helper.make_graph([node], "one layer", inputs, [output], tensors)
+    result = onnx.helper.make_model(graph, opset_imports=list(model.opset_import))
+    result.ir_version = max(model.ir_version, 4)
+    (found,) = find_layers(result).layers
+    return MicroGraph(result, found)
+
+
+def stand_in(layer: Layer, scheme: Scheme, rank: int) -> Replacement:
+    """Return factors of the right shapes and random content, which take the same time.
+
+    They keep the size of numbers about as it is, so that none of them becomes so small
+    that the CPU slows down.
+    """
+    groups, rows, columns = scheme.matrix_shape()
+    generator = np.random.default_rng(0)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
+
+    def numbers(*shape: int, scale: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        uniform = generator.random(shape, dtype=np.float32)
+        return (uniform - np.float32(0.5)) * np.float32(scale)
+
+    # Uniform numbers between -1/2 and 1/2 have the variance 1/12.
+    left = numbers(groups, rows, rank, scale=math.sqrt(12 / rows))
+    right = numbers(groups, rank, columns, scale=math.sqrt(12 / rank))
+    first, second = (np.ascontiguousarray(f.astype(dtype)) for f in scheme.fold(left, right))
+    return Replacement(layer, scheme, first, second)

@@ -1,0 +1,250 @@
+"""Ranks that meet a limit on the whole model's time, as it is measured in the end.
+
+The table of layers leaves out what layers do to each other: caches, layouts, operators that
+are fused. So the whole model is timed under the plan that the table gives. What was saved in
+fact over what the table promised corrects the table, and the allocation is repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import onnx
+
+from cobla_onnx.allocation import Allocation, Budget, Constraint
+from cobla_onnx.analysis import Analysis
+from cobla_onnx.errors import BudgetError
+from cobla_onnx.graph.cost import Shape
+from cobla_onnx.graph.model_file import without_weights
+from cobla_onnx.latency.micro_graph import stand_in
+from cobla_onnx.latency.profile import WHOLE, Profile
+from cobla_onnx.latency.timing import Comparison, Stopwatch, compare
+from cobla_onnx.plan import Plan
+from cobla_onnx.rewrite import rewrite
+from cobla_onnx.runtime import Feeds, open_session, runnable_feeds
+
+__all__ = ["Found", "LatencySearch", "example_feeds"]
+
+# Allocations in a row, each with the table corrected by what the one before came to.
+ROUNDS = 4
+# A plan is good enough if it needs at least this share of what it may take.
+CLOSE = 0.98
+# Aimed at a little below the limit: the next measurement differs by the noise.
+AIM = 0.995
+# Bounds of what was saved in fact over what the table promised.
+LEAST_SCALE, MOST_SCALE = 0.2, 3.0
+# Seconds and runs for timing a whole model and one under a plan in turn.
+SECONDS, LEAST, MOST = 6.0, 9, 200
+# By how much the ratio of the same two models differs from process to process.
+NOISE = 0.03
+
+Choose = Callable[[Sequence[Constraint]], Allocation]
+
+
+@dataclass(frozen=True)
+class Found:
+    """An allocation, what share of the original's time the table promised, and what it took."""
+
+    allocation: Allocation
+    predicted: float
+    measured: Comparison
+
+
+def example_feeds(
+    model: onnx.ModelProto, shapes: dict[str, Shape], threads: int, seed: int
+) -> Feeds:
+    """Draw random inputs of one run that the model accepts.
+
+    Raises
+    ------
+    ModelError
+        If onnxruntime does not load or run it.
+    """
+    session = open_session(model, threads, optimized=True)
+    return runnable_feeds(session, shapes, seed)[0][0]
+
+
+@dataclass
+class LatencySearch:
+    """Times a model, whole and under plans; what the profile holds is not measured again.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+    feeds : dict
+        Inputs of one run.
+    profile : Profile
+    stopwatch : Stopwatch
+    """
+
+    model: onnx.ModelProto
+    feeds: Feeds
+    profile: Profile
+    stopwatch: Stopwatch
+
+    def __post_init__(self) -> None:
+        self._entry = self.profile.model(_model_key(self.model, self.feeds))
+
+    def original(self) -> int:
+        """Return the time of the original in nanoseconds."""
+        if self._entry[WHOLE] is None:
+            times = self.stopwatch.times(
+                [self.model], self.feeds, seconds=SECONDS / 2, least=LEAST, most=MOST
+            )
+            self._entry[WHOLE] = max(round(1e9 * float(np.median(times))), 1)
+        return int(self._entry[WHOLE])
+
+    def compare(self, compressed: onnx.ModelProto) -> Comparison:
+        """Time the original and another model in turn; the profile is not asked."""
+        times = self.stopwatch.times(
+            [self.model, compressed], self.feeds, seconds=SECONDS, least=LEAST, most=MOST
+        )
+        return compare(times)
+
+    def unchanged(self) -> Comparison:
+        """Time the original alone: what was not changed takes the same time."""
+        times = self.stopwatch.times(
+            [self.model], self.feeds, seconds=SECONDS / 2, least=LEAST, most=MOST
+        )
+        return compare(np.repeat(times, 2, axis=1))
+
+    def under(self, analysis: Analysis, plan: Plan) -> Comparison:
+        """Time the original and the model under a plan in turn, with factors of any content."""
+        chosen = [d for d in plan.decisions if d.scheme is not None]
+        key = hashlib.sha256(Plan(tuple(chosen)).to_json().encode()).hexdigest()[:16]
+        if key not in self._entry["plans"]:
+            compressed = rewrite(self.model, [stand_in(*analysis.resolve(d)) for d in chosen])
+            self._entry["plans"][key] = asdict(self.compare(compressed))
+        return Comparison(**self._entry["plans"][key])
+
+    def meet(self, analysis: Analysis, budget: Budget, choose: Choose) -> Found:
+        """Choose ranks until the measured time meets the budget.
+
+        Parameters
+        ----------
+        analysis : Analysis
+            With the times of its layers, see `time_layers`.
+        budget : Budget
+            With a latency.
+        choose : callable
+            Returns the best allocation within constraints.
+
+        Raises
+        ------
+        BudgetError
+            If no plan that was tried is fast enough; names the fastest.
+        """
+        limit = budget.latency
+        assert limit is not None
+        *others, latency = analysis.constraints(budget)
+        wanted, tried = _corrected(latency, 1.0), list[Found]()
+        for _ in range(ROUNDS):
+            try:
+                allocation = choose([*others, wanted])
+            except BudgetError as error:
+                if "latency" not in error.least:
+                    raise
+                # The table may be wrong: its fastest plan is tried before it is refused.
+                wanted = replace(latency, limit=math.ceil(error.least["latency"] * latency.total))
+                allocation = choose([*others, wanted])
+            if any(allocation.choices == found.allocation.choices for found in tried):
+                break
+            found = self._try(analysis, latency, allocation)
+            tried.append(found)
+            if CLOSE * limit <= found.measured.ratio <= limit or not any(allocation.choices):
+                break
+            wanted = _corrected(latency, _scale(found))
+        return _best(tried, limit, self.stopwatch.threads)
+
+    def _try(self, analysis: Analysis, latency: Constraint, allocation: Allocation) -> Found:
+        predicted = latency.cost(analysis.curves, allocation.choices) / latency.total
+        measured = self.under(analysis, analysis.plan(allocation.choices))
+        return Found(allocation, predicted, measured)
+
+    def confirm(self, compressed: onnx.ModelProto, limit: float) -> tuple[Comparison, str]:
+        """Time the result itself, twice if the first time is over the limit.
+
+        Returns
+        -------
+        comparison : Comparison
+        note : str
+            Empty where the limit is met without looking at the noise.
+
+        Raises
+        ------
+        BudgetError
+            If it is over the limit by more than the noise.
+        """
+        measured = self.compare(compressed)
+        if measured.ratio > limit:
+            measured = self.compare(compressed)
+        if measured.ratio <= limit:
+            return measured, ""
+        if min(measured.low, measured.ratio / (1 + NOISE)) <= limit:
+            return measured, _within_noise(limit, measured)
+        raise BudgetError(
+            f"--latency {limit:g}: the result takes {measured.ratio:.3f} of the original's time "
+            f"({measured.low:.3f} to {measured.high:.3f}); the machine may be busy, or its "
+            "profile out of date: try again with a new one",
+            {"latency": _rounded_up(measured.ratio)},
+        )
+
+
+def _model_key(model: onnx.ModelProto, feeds: Feeds) -> str:
+    """Hash all that a model's time depends on: its graph without weights, and its inputs."""
+    digest = hashlib.sha256(without_weights(model).SerializeToString(deterministic=True))
+    for name, value in sorted(feeds.items()):
+        digest.update(f"{name} {value.dtype} {value.shape}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _corrected(latency: Constraint, scale: float) -> Constraint:
+    """Demand as much of the table as gives the limit if only `scale` of what it promises comes.
+
+    That is to scale all times of the table, with the limit on their side of the inequality.
+    """
+    allowed = AIM * latency.limit if latency.limit < latency.total else latency.limit
+    limit = math.floor(latency.total - (latency.total - allowed) / scale)
+    return replace(latency, limit=min(limit, latency.total))
+
+
+def _scale(found: Found) -> float:
+    """Return what was saved in fact over what the table promised."""
+    promised, saved = 1.0 - found.predicted, 1.0 - found.measured.ratio
+    if promised <= 0:
+        return 1.0
+    return min(max(saved / promised, LEAST_SCALE), MOST_SCALE)
+
+
+def _best(tried: Sequence[Found], limit: float, threads: int) -> Found:
+    """Return the slowest plan that is fast enough, since it keeps most."""
+    met = [found for found in tried if found.measured.ratio <= limit]
+    if met:
+        return max(met, key=lambda found: found.measured.ratio)
+    fastest = min(tried, key=lambda found: found.measured.ratio)
+    measured = fastest.measured
+    if measured.low <= limit:
+        return replace(
+            fastest, allocation=fastest.allocation.noting(_within_noise(limit, measured))
+        )
+    raise BudgetError(
+        f"--latency {limit:g}: the fastest of {len(tried)} plans takes {measured.ratio:.3f} of the "
+        f"original's time ({measured.low:.3f} to {measured.high:.3f}, {threads} threads); raise "
+        "it, or let more layers be factorised",
+        {"latency": _rounded_up(measured.ratio)},
+    )
+
+
+def _within_noise(limit: float, measured: Comparison) -> str:
+    return (
+        f"the latency budget of {limit:g} is met within the noise only: {measured.ratio:.3f} was "
+        f"measured ({measured.low:.3f} to {measured.high:.3f})"
+    )
+
+
+def _rounded_up(ratio: float) -> float:
+    return math.ceil(ratio * 10_000) / 10_000

@@ -1,0 +1,220 @@
+"""The time of every layer at every candidate rank, from a few that are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
+
+from cobla_onnx.allocation import Curve, LayerCurves
+from cobla_onnx.allocation.curves import Float64
+from cobla_onnx.analysis import Analysis
+from cobla_onnx.graph.cost import Shape
+from cobla_onnx.graph.layers import Layer, Reason, Skipped, Use
+from cobla_onnx.latency.micro_graph import layer_key, micro_graph
+from cobla_onnx.latency.profile import WHOLE, Profile
+from cobla_onnx.latency.timing import Stopwatch
+from cobla_onnx.plan import Plan
+
+__all__ = ["interpolated", "measure_layer", "sampled", "slowest_layers", "time_layers"]
+
+# Ranks that are measured for each scheme.
+POINTS = 5
+# Seconds for each distinct layer, and how often each of its forms is run.
+SECONDS, LEAST, MOST = 0.5, 7, 60
+
+Form = tuple[str, int]
+"""A scheme and a rank."""
+
+
+def sampled(ranks: NDArray[np.int64]) -> list[int]:
+    """Return the ranks to measure: evenly spread over the candidates, the ends among them."""
+    places = np.linspace(0, len(ranks) - 1, min(POINTS, len(ranks))).round().astype(int)
+    return [int(rank) for rank in ranks[places]]
+
+
+def interpolated(
+    ranks: NDArray[np.int64], known: Sequence[int], times: Sequence[int]
+) -> NDArray[np.int64]:
+    """Interpolate times in nanoseconds between measured ranks.
+
+    More rank never takes less time: what noise says against it is averaged out by
+    isotonic regression.
+
+    Parameters
+    ----------
+    ranks : int64 array
+        Within the range of `known`.
+    known, times : sequence of int
+        Ascending ranks and the times measured there.
+
+    Returns
+    -------
+    int64 array, shape of `ranks`
+    """
+    rising: Float64 = isotonic_regression(np.asarray(times, dtype=np.float64)).x
+    return np.maximum(np.interp(ranks, known, rising).round().astype(np.int64), 1)
+
+
+def measure_layer(
+    model: onnx.ModelProto,
+    layer: Layer,
+    forms: Sequence[Form],
+    shapes: Mapping[str, Shape],
+    profile: Profile,
+    stopwatch: Stopwatch,
+) -> tuple[int, list[int]] | None:
+    """Return the time of a layer as it is and in the given forms, over all its uses.
+
+    What the profile does not hold is measured, interleaved with the whole layer, and added
+    to it.
+
+    Returns
+    -------
+    tuple of int and list of int, or None
+        Nanoseconds; None if the shapes of a use are not known.
+    """
+    keys = [layer_key(model, layer, use, shapes) for use in layer.uses]
+    known = [key for key in keys if key is not None]
+    if len(known) < len(keys):
+        return None
+    for key, use in zip(known, layer.uses, strict=True):
+        _measure_use(model, layer, use, key, forms, shapes, profile, stopwatch)
+    tables = [profile.layers[key] for key in known]
+    return (
+        sum(table[WHOLE] for table in tables),
+        [sum(table[f"{scheme}@{rank}"] for table in tables) for scheme, rank in forms],
+    )
+
+
+def _measure_use(
+    model: onnx.ModelProto,
+    layer: Layer,
+    use: Use,
+    key: str,
+    forms: Sequence[Form],
+    shapes: Mapping[str, Shape],
+    profile: Profile,
+    stopwatch: Stopwatch,
+) -> None:
+    table = profile.layers.setdefault(key, {})
+    missing = [form for form in forms if f"{form[0]}@{form[1]}" not in table]
+    if not missing and WHOLE in table:
+        return
+    alone = micro_graph(model, layer, use, shapes)
+    models = [alone.model, *(alone.factored(scheme, rank) for scheme, rank in missing)]
+    times = stopwatch.times(models, None, seconds=SECONDS, least=LEAST, most=MOST)
+    medians = np.median(times, axis=0)
+    whole = table.setdefault(WHOLE, max(round(1e9 * float(medians[0])), 1))
+    for (scheme, rank), median in zip(missing, medians[1:], strict=True):
+        # By the ratio, so that all forms of a layer stay comparable.
+        table[f"{scheme}@{rank}"] = max(round(whole * float(median / medians[0])), 1)
+
+
+def time_layers(
+    model: onnx.ModelProto,
+    analysis: Analysis,
+    time_total: int,
+    profile: Profile,
+    stopwatch: Stopwatch,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Analysis:
+    """Give every candidate rank its time; leave out those that are not faster.
+
+    Parameters
+    ----------
+    time_total : int
+        Nanoseconds of one run of the model.
+
+    Returns
+    -------
+    Analysis
+        Without the layers that no rank makes faster.
+    """
+    kept: list[int] = []
+    curves: list[LayerCurves] = []
+    schemes = []
+    skipped = list(analysis.skipped)
+    for index, layer in enumerate(analysis.layers):
+        progress(index, len(analysis.layers))
+        timed = _timed(model, layer, analysis.curves[index], analysis.shapes, profile, stopwatch)
+        places = [] if timed is None else [i for i, c in enumerate(timed.curves) if len(c.ranks)]
+        if timed is None or not places:
+            detail = "shapes not known" if timed is None else "measured"
+            skipped.append(Skipped(layer.name, layer.op, Reason.NOT_FASTER, detail, layer.params))
+            continue
+        kept.append(index)
+        curves.append(replace(timed, curves=tuple(timed.curves[i] for i in places)))
+        schemes.append(tuple(analysis.schemes[index][i] for i in places))
+    progress(len(analysis.layers), len(analysis.layers))
+    return replace(
+        analysis,
+        layers=tuple(analysis.layers[i] for i in kept),
+        curves=tuple(curves),
+        schemes=tuple(schemes),
+        macs=tuple(analysis.macs[i] for i in kept),
+        skipped=tuple(skipped),
+        time_total=time_total,
+    )
+
+
+def _timed(
+    model: onnx.ModelProto,
+    layer: Layer,
+    curves: LayerCurves,
+    shapes: Mapping[str, Shape],
+    profile: Profile,
+    stopwatch: Stopwatch,
+) -> LayerCurves | None:
+    """Put times on the curves of a layer; ranks that are not faster are left out."""
+    forms = [(curve.scheme, rank) for curve in curves.curves for rank in sampled(curve.ranks)]
+    measured = measure_layer(model, layer, forms, shapes, profile, stopwatch)
+    if measured is None:
+        return None
+    whole, times = measured
+    by_form = dict(zip(forms, times, strict=True))
+    result: list[Curve] = []
+    for curve in curves.curves:
+        known = sampled(curve.ranks)
+        along = interpolated(curve.ranks, known, [by_form[curve.scheme, rank] for rank in known])
+        faster = along < whole
+        result.append(replace(curve, ranks=curve.ranks[faster], times=along[faster]))
+    return replace(curves, curves=tuple(result), time_whole=whole)
+
+
+def slowest_layers(
+    model: onnx.ModelProto,
+    analysis: Analysis,
+    plan: Plan,
+    profile: Profile,
+    stopwatch: Stopwatch,
+    count: int = 10,
+) -> list[tuple[str, int, int]]:
+    """Return the slowest of the layers that may be factorised, before and after a plan.
+
+    Returns
+    -------
+    list of (name, nanoseconds before, nanoseconds after)
+        Slowest first.
+    """
+    shapes, decisions = analysis.shapes, {d.layer: d for d in plan.decisions}
+    timed = []
+    for layer in analysis.layers:
+        found = measure_layer(model, layer, (), shapes, profile, stopwatch)
+        if found is not None:
+            timed.append((found[0], layer))
+    timed.sort(key=lambda entry: -entry[0])
+    result = []
+    for before, layer in timed[:count]:
+        decision, after = decisions.get(layer.name), before
+        if decision is not None and decision.scheme is not None and decision.rank is not None:
+            form = (decision.scheme, decision.rank)
+            found = measure_layer(model, layer, [form], shapes, profile, stopwatch)
+            assert found is not None
+            after = found[1][0]
+        result.append((layer.name, before, after))
+    return result

@@ -1,0 +1,37 @@
+"""What this machine is, as far as running times depend on it."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["convolution_block", "cpu_name"]
+
+
+def cpu_name() -> str:
+    """Model of the CPU and its architecture, as the system names them."""
+    name = ""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except (OSError, UnicodeDecodeError):
+        # Only Linux has that file.
+        name = platform.processor()
+    features = "AVX-512" if convolution_block() == 16 else ""
+    return " ".join(part for part in (name, platform.machine(), features) if part)
+
+
+def convolution_block() -> int:
+    """Channels that onnxruntime convolves at a time on this CPU, in single precision.
+
+    16 with AVX-512, and 8 on all others (MLAS, ``MlasNchwcGetBlockSize``). numpy tells
+    what the CPU has, since it chooses its own loops by that.
+    """
+    extensions = (np.show_config(mode="dicts") or {}).get("SIMD Extensions", {})
+    found = [*extensions.get("baseline", []), *extensions.get("found", [])]
+    wide = any(name == "X86_V4" or name.startswith("AVX512") for name in found)
+    return 16 if wide else 8
