@@ -74,7 +74,10 @@ ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compress, apart from the budget; `cobla_onnx.compress` documents each field."""
+    """How to compress, apart from the budget; `cobla_onnx.compress` documents each field.
+
+    ``call`` is how it was asked for, for the report.
+    """
 
     solver: Literal["slsqp", "milp"] = "slsqp"
     objective: ObjectiveName = "auto"
@@ -102,6 +105,7 @@ class Settings:
     dask: str | None = None
     cache: str | os.PathLike[str] | None = None
     progress: Progress | None = None
+    call: str | None = None
 
 
 @dataclass(frozen=True)
@@ -298,6 +302,8 @@ class Study:
             threads=self.threads,
             latency=latency,
             more_notes=more_notes,
+            command=self.settings.call,
+            history=solution.history,
         )
         external = any(map(is_external, self.model.graph.initializer))
         return Result(
