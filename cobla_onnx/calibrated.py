@@ -364,6 +364,7 @@ class Calibrated:
             calibration_samples=len(self.dataset.calibration),
             selection_samples=self._selection.samples,
             outputs=dict(self._selection.kinds),
+            temperatures=dict(self._temperatures),
             **self._report,
         )
 

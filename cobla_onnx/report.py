@@ -143,7 +143,9 @@ class CalibrationReport:
         Samples on which layers were truncated one at a time.
     candidates : tuple of float
         Losses on the selection split of the allocations that were compared, before refit, by
-        what decisions follow (logits where there are classes, see `calibrated`).
+        what decisions follow (a divergence at a temperature, see `soften`).
+    temperatures : dict of str to float
+        At which decisions follow the divergence, by the name of the output.
     """
 
     source: str
@@ -156,6 +158,7 @@ class CalibrationReport:
     refitted: int = 0
     probe_samples: int = 0
     candidates: tuple[float, ...] = ()
+    temperatures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
