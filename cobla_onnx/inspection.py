@@ -99,7 +99,8 @@ class Inspection:
     mac_total : int or None
         Multiply-accumulates of one run with `input_shapes`, None where they are not known.
     least : dict of str to float
-        ``mem`` and ``mac``: the least fraction that is within reach, each taken alone.
+        ``mem`` and ``mac``: the least fraction that is within reach, each taken alone, with
+        ranks of any number (``rank_multiple=1``).
     input_shapes : dict of str to tuple
     measured_by : {'weights', 'outputs'}
         Whose singular values the spectra show: of weights, or with data of the outputs.
@@ -347,5 +348,5 @@ def _totals(found: Inspection) -> list[str]:
     return [
         *lines,
         f"MACs: {count_text(found.mac_total)} for {shapes}; "
-        f"least reachable: --mac {found.least['mac']:g}",
+        f"least reachable: --mac {found.least['mac']:g} with --rank-multiple 1",
     ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cobla_onnx.allocation import Budget
+from cobla_onnx.allocation.grid import RankMultiple
 from cobla_onnx.calibration.labels import Labels
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.quality import Quality
@@ -174,6 +175,8 @@ def sweep(
     loss: LossName = "auto",
     refit: bool = True,
     time_limit: float | None = None,
+    rank_multiple: RankMultiple = "auto",
+    provider: str | None = None,
     seed: int = 0,
     threads: int | None = None,
     workers: int | None = None,
@@ -184,7 +187,8 @@ def sweep(
 ) -> Sweep:
     """Compress a model to many budgets; it is analysed once.
 
-    Each point is verified as `compress` does, and is what `compress` would give.
+    Each point is verified as `compress` does, and is what `compress` would give; but where one
+    budget limits MACs, ``rank_multiple="auto"`` holds for all of them.
 
     Parameters
     ----------
@@ -196,7 +200,7 @@ def sweep(
         See `Result.save`.
     solver, objective, input_shapes, include, exclude, min_size, scheme, data, samples, batch
         As those of `compress`.
-    images, labels, loss, refit, time_limit, seed, threads
+    images, labels, loss, refit, time_limit, rank_multiple, provider, seed, threads
         As those of `compress`.
     workers, executor, dask, cache, progress
         As those of `compress`.
@@ -241,6 +245,8 @@ def sweep(
         loss=loss,
         refit=refit,
         time_limit=time_limit,
+        rank_multiple=rank_multiple,
+        provider=provider,
         seed=seed,
         threads=threads,
         workers=workers,

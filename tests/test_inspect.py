@@ -42,10 +42,11 @@ def test_numbers_are_those_of_the_weights(found):
 def test_the_least_is_reachable_and_nothing_below(found):
     for name in ("mem", "mac"):
         least = found.least[name]
-        result = compress(small_network(), Budget(**{name: least}), threads=1)
+        options = {"threads": 1, "rank_multiple": 1}
+        result = compress(small_network(), Budget(**{name: least}), **options)
         assert result.report.budget[name].reached <= least
         with pytest.raises(errors.BudgetError):
-            compress(small_network(), Budget(**{name: least - 0.01}), threads=1)
+            compress(small_network(), Budget(**{name: least - 0.01}), **options)
 
 
 def test_what_is_left_alone_has_a_reason():
