@@ -193,7 +193,8 @@ def sweep(
 ) -> Sweep:
     """Compress a model to many budgets; it is analysed once.
 
-    Each point is verified as `compress` does, and is what `compress` would give.
+    Each point is verified as `compress` does, and is what `compress` would give; but where one
+    budget limits MACs, ``rank_multiple="auto"`` holds for all of them.
 
     Parameters
     ----------
