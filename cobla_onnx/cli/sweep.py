@@ -53,8 +53,6 @@ def sweep(
     solver: options.SolverOption = options.Solver.slsqp,
     objective: options.ObjectiveOption = options.Objective.auto,
     time_limit: options.TimeLimit = None,
-    rank_multiple: options.RankMultiple = "auto",
-    provider: options.Provider = None,
     input_shape: options.InputShapes = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
