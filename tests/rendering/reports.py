@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.allocation.sequential import Step
-from cobla_onnx.report import Report
+from cobla_onnx.report import LatencyReport, LayerLatency, Report, Spread
 from tests.builders import small_network
 
 HOSTILE = "</script><img src=x onerror=document.title='owned'>\x1b[2J\u202e|`*_[a](b)"
 
 
-@dataclass(frozen=True)
-class MeasuredReport(Report):
-    """A report with a latency."""
-
-    latency: dict[str, Any] | None = None
-
-
 @lru_cache(maxsize=1)
 def small_report() -> Report:
-    return compress(small_network(), Budget(mem=0.5, mac=0.7)).report
+    return compress(small_network(), Budget(mem=0.5, mac=0.7), rank_multiple=1).report
 
 
 @lru_cache(maxsize=1)
@@ -37,12 +29,12 @@ def full_report() -> Report:
     skipped = replace(
         layers[0], decision="skipped", reason=HOSTILE, scheme=None, rank=None, spectrum=None
     )
-    spread = {"median": 12.5, "low": 12.1, "high": 13.0}
+    spread = Spread(median=12.5, low=12.1, high=13.0)
     verification = report.verification
     assert verification is not None
     outputs = tuple(replace(output, name=HOSTILE) for output in verification.outputs)
-    known = {field: getattr(report, field) for field in Report.__dataclass_fields__}
-    known.update(
+    return replace(
+        report,
         input=f"models/{HOSTILE}.onnx",
         layers=(*layers, skipped),
         verification=replace(verification, outputs=outputs),
@@ -52,14 +44,16 @@ def full_report() -> Report:
             Step("slsqp", n, 2.0 / (n + 1) if n != 3 else float("inf"), None, {}, 0.1 * n)
             for n in range(12)
         ),
-        latency={
-            "threads": 2,
-            "provider": HOSTILE,
-            "repeats": 30,
-            "before_ms": spread,
-            "after_ms": spread,
-            "ratio": 0.71,
-            "layers": [{"name": HOSTILE, "before_ms": 3.0, "after_ms": 1.5}],
-        },
+        latency=LatencyReport(
+            threads=2,
+            provider=HOSTILE,
+            repeats=30,
+            before_ms=spread,
+            after_ms=spread,
+            ratio=0.71,
+            ratio_low=0.69,
+            ratio_high=0.73,
+            predicted_ratio=0.7,
+            layers=(LayerLatency(HOSTILE, 3.0, 1.5),),
+        ),
     )
-    return MeasuredReport(**known)
