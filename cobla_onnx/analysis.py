@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
-from cobla_onnx.allocation.grid import EVERY_RANK, RankRule
+from cobla_onnx.allocation.grid import EVERY_RANK, RankGrid, RankRule
 from cobla_onnx.cache import Cache
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.calibration.seen import spectra as weighted_spectra
@@ -85,6 +85,24 @@ class Analysis:
     def constraints(self, budget: Budget) -> tuple[Constraint, ...]:
         """Turn a budget into hard integer constraints over the layers' choices."""
         return budget.constraints(self.curves, self.mem_total, self.mac_total, self.time_total)
+
+    def curves_under(self, rule: RankRule) -> tuple[LayerCurves, ...]:
+        """Curves with the ranks that a rule leaves; layers that keep none are left out."""
+        result = []
+        for layer, curves in zip(self.layers, self.curves, strict=True):
+            grid, pointwise = _grid(layer, rule)
+            kept = []
+            for curve in curves.curves:
+                most = int(curve.ranks[-1])
+                if curves.macs_whole is not None and curve.macs_per_rank is not None:
+                    costs = curves.macs_whole, curve.macs_per_rank
+                    most = min(most, rule.most(*costs, pointwise=pointwise))
+                ranks = np.intersect1d(grid.candidates(most), curve.ranks)
+                if len(ranks):
+                    kept.append(replace(curve, ranks=ranks))
+            if kept:
+                result.append(replace(curves, curves=tuple(kept)))
+        return tuple(result)
 
     def limits(self, budget: Budget) -> dict[str, int]:
         """Absolute limits of a budget, in bytes, MACs and nanoseconds."""
@@ -346,6 +364,12 @@ class _Candidate:
     curves: list[tuple[Scheme, Curve]] = field(default_factory=list)
 
 
+def _grid(layer: Layer, rule: RankRule) -> tuple[RankGrid, bool]:
+    """Ranks of a layer under a rule, and whether it is a 1 x 1 convolution."""
+    blocked = layer.op == "Conv" and len(layer.shape) == 4
+    return rule.convolution if blocked else rule.product, blocked and layer.shape[2:] == (1, 1)
+
+
 def _options(
     layer: Layer,
     wanted: str,
@@ -355,9 +379,7 @@ def _options(
 ) -> tuple[list[_Option], tuple[Reason, str]]:
     """Schemes that make the layer smaller and not slower at some rank; why there is none."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
-    blocked = layer.op == "Conv" and len(layer.shape) == 4
-    grid = rule.convolution if blocked else rule.product
-    pointwise = blocked and layer.shape[2:] == (1, 1)
+    grid, pointwise = _grid(layer, rule)
     options, useful = [], False
     for scheme in schemes_for(layer, wanted):
         bytes_per_rank = scheme.params_per_rank() * dtype.itemsize

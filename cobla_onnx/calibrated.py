@@ -3,13 +3,13 @@
 The calibration split gives second moments, from which the factors follow, and the scale
 between layers. The selection split, which no factor sees, chooses between candidate plans
 and between a layer's factors before and after refit. All these decisions follow one loss;
-for class distributions that is the squared distance of centred logits, see `soften`, unless
-the divergence itself is asked for.
+for class distributions that is their divergence at a temperature, see `soften`, unless the
+divergence itself is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -26,14 +26,14 @@ from cobla_onnx.analysis import Analysis
 from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.gradients import GradientProbe
-from cobla_onnx.calibration.loss import LossName
+from cobla_onnx.calibration.loss import LossKind, LossName
 from cobla_onnx.calibration.network import NetworkLoss, Path
 from cobla_onnx.calibration.probe import Probe, SpreadProbe, Weights
 from cobla_onnx.calibration.quality import measure_quality
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import Sensitivity
-from cobla_onnx.calibration.soften import soften
+from cobla_onnx.calibration.soften import soften, temperatures
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.parallel import Pool
@@ -45,8 +45,6 @@ from cobla_onnx.runtime import Feeds
 
 __all__ = ["Calibrated"]
 
-# Kinds of outputs that are class distributions.
-CLASSES = {"probabilities", "logits"}
 # Samples on which layers are truncated one at a time.
 PROBE_SAMPLES = 48
 # Allocations at most, each with the points measured that the one before has chosen.
@@ -107,9 +105,14 @@ class Calibrated:
 
     def __post_init__(self) -> None:
         self._selection = self._probe(self.dataset.selection)
-        softened = self.loss == "auto" and CLASSES & set(self._selection.kinds.values())
-        self._softened = soften(self.model, self._selection.kinds) if softened else None
-        self._judge = self._followed(self.dataset.selection) if softened else self._selection
+        self._temperatures = {}
+        if self.loss == "auto":
+            self._temperatures = temperatures(self._selection.kinds, self._selection.expected)
+        self._softened = None
+        self._judge = self._selection
+        if any(value > 1.0 for value in self._temperatures.values()):
+            self._softened = soften(self.model, self._selection.kinds, self._temperatures)
+            self._judge = self._followed(self.dataset.selection)
 
     def start_over(self) -> None:
         """Forget what was chosen for another budget; measurements stay."""
@@ -126,7 +129,7 @@ class Calibrated:
         self,
         indices: Sequence[int],
         model: onnx.ModelProto | None = None,
-        loss: LossName | None = None,
+        loss: LossName | Mapping[str, LossKind] | None = None,
     ) -> Probe:
         return Probe(
             model or self.model,
@@ -180,6 +183,11 @@ class Calibrated:
             warm = warm.noting(
                 f"{len(blocked)} layers have no gradient and stay as the objective output has "
                 f"them; {name!r}: {reason}"
+            )
+        if self.gradients().left_out:
+            warm = warm.noting(
+                f"the gradient does not see {self.gradients().left_out} batches, whose shapes are "
+                "more than it is made for; give samples of fewer shapes to have all of them count"
             )
         return self.improve(warm, constraints, replace(LOSS_EFFORT, seconds=seconds))
 
@@ -278,17 +286,15 @@ class Calibrated:
 
         With a key of all that its losses depend on beside the layer.
         """
-        model, loss = self.model, self.loss
-        if self._softened is not None:
-            model, loss = self._softened, "mse"
+        model, loss = self._softened or (self.model, self.loss)
         labels = None if self.labels is None else self.labels[list(samples)]
         batches = self.batches(samples)
         probe = SpreadProbe(self.pool, model, self.analysis.layers, batches, loss, labels)
         if self.cache is None:
             return probe, ""
         content = self.dataset.content(samples)
-        softened = self._softened is not None and self._selection.kinds
-        return probe, digest(self._seen.key, content, self.batch, loss, softened, labels)
+        how = loss, self._temperatures
+        return probe, digest(self._seen.key, content, self.batch, how, labels)
 
     def gradients(self) -> GradientProbe:
         """Open the gradient graph once, on the whole calibration split."""
@@ -299,9 +305,7 @@ class Calibrated:
 
     def _followed(self, indices: Sequence[int]) -> Probe:
         """Open a probe of the loss that decisions follow."""
-        if self._softened is None:
-            return self._probe(indices)
-        return self._probe(indices, self._softened, "mse")
+        return self._probe(indices, *(self._softened or ()))
 
     def _path(self) -> Path:
         def approximate(layer: int, curve: int, ranks: Sequence[int]) -> list[Approximation]:
@@ -353,6 +357,11 @@ class Calibrated:
         """Return the selection split's name, and fresh batches of it, for the verification."""
         return "held-back", lambda: self.batches(self.dataset.selection)
 
+    @property
+    def held_back_batches(self) -> int:
+        """About how many batches `held_back` gives; more where shapes differ."""
+        return max(1, -(-len(self.dataset.selection) // self.batch))
+
     def report(self) -> CalibrationReport:
         """Return what the data was and what it told."""
         return CalibrationReport(
@@ -360,6 +369,7 @@ class Calibrated:
             calibration_samples=len(self.dataset.calibration),
             selection_samples=self._selection.samples,
             outputs=dict(self._selection.kinds),
+            temperatures=dict(self._temperatures),
             **self._report,
         )
 

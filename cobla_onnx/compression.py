@@ -13,11 +13,14 @@ from cobla_onnx.calibration.labels import Labels
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions
 from cobla_onnx.errors import UsageError
+from cobla_onnx.opening import ModelSource
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
+from cobla_onnx.reproduce import call_text
 from cobla_onnx.result import Result
+from cobla_onnx.settings import ObjectiveName, Settings
 from cobla_onnx.smallest import check_max_drop, smallest
-from cobla_onnx.study import ModelSource, ObjectiveName, Settings, open_study
+from cobla_onnx.study import open_study
 
 __all__ = ["compress"]
 
@@ -154,6 +157,7 @@ def compress(
     >>> result.report.budget["mem"].reached <= 0.5
     True
     """
+    call = call_text(compress, {**locals(), "progress": None})
     timed = budget is not None and budget.latency is not None
     settings = Settings(
         solver=solver,
@@ -182,6 +186,7 @@ def compress(
         dask=dask,
         cache=cache,
         progress=progress,
+        call=call,
     )
     if max_drop is not None:
         check_max_drop(max_drop)

@@ -11,13 +11,18 @@ import numpy as np
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.budget import least_fraction
-from cobla_onnx.allocation.curves import Curve
+from cobla_onnx.allocation.curves import Curve, LayerCurves
+from cobla_onnx.allocation.grid import rank_rule
 from cobla_onnx.amounts import count_text
+from cobla_onnx.analysis import Analysis
 from cobla_onnx.calibration.readers import ImageOptions
 from cobla_onnx.graph.layers import Skipped
+from cobla_onnx.machine import convolution_block
 from cobla_onnx.names import safe_text
+from cobla_onnx.opening import ModelSource
 from cobla_onnx.progress import Progress
-from cobla_onnx.study import ModelSource, Settings, Study, open_study
+from cobla_onnx.settings import Settings
+from cobla_onnx.study import Study, open_study
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -99,8 +104,10 @@ class Inspection:
     mac_total : int or None
         Multiply-accumulates of one run with `input_shapes`, None where they are not known.
     least : dict of str to float
-        ``mem`` and ``mac``: the least fraction that is within reach, each taken alone, with
-        ranks of any number (``rank_multiple=1``).
+        ``mem`` and ``mac``: the least fraction that is within reach, each taken alone, by the
+        ranks that are candidates then; see `rank_rule`.
+    least_of_all_ranks : dict of str to float
+        The same if every rank may be chosen, as ``--rank-multiple 1`` allows.
     input_shapes : dict of str to tuple
     measured_by : {'weights', 'outputs'}
         Whose singular values the spectra show: of weights, or with data of the outputs.
@@ -113,6 +120,7 @@ class Inspection:
     mem_total: int
     mac_total: int | None
     least: dict[str, float]
+    least_of_all_ranks: dict[str, float]
     input_shapes: dict[str, tuple[int | None, ...] | None]
     measured_by: str
     notes: tuple[str, ...]
@@ -190,11 +198,9 @@ def inspect(
 
 def _inspection(study: Study) -> Inspection:
     analysis = study.analysis
-    known = Budget(mem=1.0, mac=None if analysis.mac_total is None else 1.0)
-    least = {
-        constraint.name: least_fraction(constraint, analysis.curves)
-        for constraint in analysis.constraints(known)
-    }
+    every = _least(analysis, analysis.curves)
+    rule = rank_rule("auto", mac=True, latency=False, block=convolution_block())
+    least = {**every, **_least(analysis, analysis.curves_under(rule), mem=False)}
     layers = [
         InspectedLayer(
             layer.name,
@@ -214,10 +220,23 @@ def _inspection(study: Study) -> Inspection:
         analysis.mem_total,
         analysis.mac_total,
         least,
+        every,
         dict(analysis.input_shapes),
         "weights" if analysis.seen is None else "outputs",
         analysis.notes,
     )
+
+
+def _least(
+    analysis: Analysis, curves: Sequence[LayerCurves], *, mem: bool = True
+) -> dict[str, float]:
+    """Least fractions within reach; of memory unless that is not wanted."""
+    mac = None if analysis.mac_total is None else 1.0
+    if not mem and mac is None:
+        return {}
+    budget = Budget(mem=1.0 if mem else None, mac=mac)
+    constraints = budget.constraints(curves, analysis.mem_total, analysis.mac_total)
+    return {constraint.name: least_fraction(constraint, curves) for constraint in constraints}
 
 
 def _schemes(curves: Sequence[Curve], size: int, macs: int | None) -> tuple[InspectedScheme, ...]:
@@ -272,7 +291,7 @@ def sparkline(values: Sequence[float], width: int = 10) -> str:
     Examples
     --------
     >>> sparkline([1, 0.5, 0.1, 0.01, 0.001])
-    '█▇▄▁▁'
+    '█▇▅▁▁'
     """
     if not values:
         return ""
@@ -348,5 +367,6 @@ def _totals(found: Inspection) -> list[str]:
     return [
         *lines,
         f"MACs: {count_text(found.mac_total)} for {shapes}; "
-        f"least reachable: --mac {found.least['mac']:g} with --rank-multiple 1",
+        f"least reachable: --mac {found.least['mac']:g} "
+        f"({found.least_of_all_ranks['mac']:g} with --rank-multiple 1)",
     ]

@@ -25,9 +25,9 @@ from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.latency import timing
 from cobla_onnx.names import quoted, safe_text
+from cobla_onnx.opening import ModelSource, available_cores, open_model
 from cobla_onnx.progress import Progress
-from cobla_onnx.runtime import Feeds, open_session, run_session, runnable_feeds
-from cobla_onnx.study import ModelSource, available_cores, open_model
+from cobla_onnx.runtime import Feeds, execution_provider, open_session, run_session, runnable_feeds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,6 +80,8 @@ class ModelComparison:
     timed_shapes : dict of str to tuple
         Shapes of the inputs of the timed runs.
     threads : int
+    provider : str
+        onnxruntime's execution provider.
     onnxruntime : str
         Its version.
     notes : tuple of str
@@ -93,6 +95,7 @@ class ModelComparison:
     latency: timing.Comparison
     timed_shapes: dict[str, tuple[int, ...]]
     threads: int
+    provider: str
     onnxruntime: str
     notes: tuple[str, ...]
 
@@ -118,6 +121,7 @@ def compare(
     samples: int | None = None,
     batch: int = 16,
     images: ImageOptions | None = None,
+    provider: str | None = None,
     seed: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -130,6 +134,8 @@ def compare(
         Differences are relative to the first.
     input_shapes, data, samples, batch, images
         As those of `compress`; without data, inputs are random.
+    provider : str, optional
+        onnxruntime's execution provider; the CPU's.
     seed : int
         For random inputs.
     threads : int, optional
@@ -158,7 +164,10 @@ def compare(
     sources = _path(first), _path(second)
     names = _shown(sources[0], "the first model"), _shown(sources[1], "the second model")
     _check_ends(models, names, shapes)
-    with _inputs(models[0], shapes, data, samples, batch, images, seed, threads) as inputs:
+    with (
+        execution_provider(provider) as running_on,
+        _inputs(models[0], shapes, data, samples, batch, images, seed, threads) as inputs,
+    ):
         outputs, count = _compare_outputs(models, names, inputs, threads, notify)
         notify("latency", 0, 1)
         stopwatch = timing.Stopwatch(threads)
@@ -181,6 +190,7 @@ def compare(
         latency=latency,
         timed_shapes={key: tuple(value.shape) for key, value in inputs.example.items()},
         threads=threads,
+        provider=running_on,
         onnxruntime=onnxruntime.__version__,
         notes=tuple(dict.fromkeys(note for _, _, notes in costs for note in notes)),
     )

@@ -297,16 +297,9 @@ class Pool:
             for unit in units:
                 pending.append(executor.submit(function, unit))
                 if len(pending) >= at_most:
-                    yield self._result(pending.popleft())
+                    yield pending.popleft().result()
             while pending:
-                yield self._result(pending.popleft())
-        finally:
-            for future in pending:
-                future.cancel()
-
-    def _result(self, future: Future[Value]) -> Value:
-        try:
-            return future.result()
+                yield pending.popleft().result()
         except Exception as error:
             if not isinstance(error, (BrokenExecutor, *_lost())):
                 raise
@@ -314,6 +307,9 @@ class Pool:
                 f"{self._option}: a worker has ended without an answer, most likely for lack of "
                 "memory; use fewer workers, or none"
             ) from error
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def _lost() -> tuple[type[Exception], ...]:
@@ -343,6 +339,21 @@ def open_pool(threads: int, workers: int | None = None) -> Iterator[Pool]:
             yield Pool(executor, threads)
 
 
+class _Worker(SpawnProcess):
+    """A process that never hears Ctrl-C, not even while it starts: the main process ends it."""
+
+    def start(self) -> None:
+        if not hasattr(signal, "pthread_sigmask"):
+            super().start()
+            return
+        # What is blocked stays blocked in the new process; for us it waits until the end.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Spawned(SpawnContext):
     """Starts processes, and remembers them."""
 
@@ -351,14 +362,13 @@ class _Spawned(SpawnContext):
         self.started: list[SpawnProcess] = []
 
     def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
-        process = SpawnProcess(*args, **kwargs)
+        process = _Worker(*args, **kwargs)
         self.started.append(process)
         return process
 
 
 def _begin_worker() -> None:
-    """End quietly on Ctrl-C: the main process says what there is to say."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
@@ -409,7 +419,9 @@ def dask_pool(address: str) -> Iterator[Pool]:
             f"--dask {address}: needs dask; install it with: pip install 'cobla-onnx[distributed]'"
         ) from error
     try:
-        client: Any = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
+        # Untyped, where dask is installed.
+        connect: Any = Client
+        client = connect(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"--dask {address}: no scheduler answers there; start one with `dask scheduler`, and "

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cobla_onnx.amounts import count_text
 from cobla_onnx.calibration.quality import Quality
 from cobla_onnx.names import safe_text
 from cobla_onnx.verify import Verification
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from cobla_onnx.allocation.front import Front
+    from cobla_onnx.allocation.sequential import Step
 
 __all__ = [
     "BudgetUse",
@@ -23,6 +28,7 @@ __all__ = [
     "LayerReport",
     "Report",
     "SolverReport",
+    "Spectrum",
     "Spread",
     "safe_text",
 ]
@@ -56,6 +62,25 @@ class BudgetUse:
 
 
 @dataclass(frozen=True)
+class Spectrum:
+    """Singular values of a layer, thinned out to be drawn.
+
+    Attributes
+    ----------
+    scheme : str
+        Under which the weight was unfolded.
+    ranks : tuple of int
+        Which of the singular values these are, from 1.
+    values : tuple of float
+        Relative to the largest: of the weight or, with data, of the layer's output.
+    """
+
+    scheme: str
+    ranks: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """One layer: ``decision`` is ``factorised``, ``whole`` (considered) or ``skipped``."""
 
@@ -70,6 +95,7 @@ class LayerReport:
     macs: Cost
     error: float | None
     reason: str
+    spectrum: Spectrum | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +105,7 @@ class SolverReport:
     ``value`` is the objective reached, ``lower_bound`` one that no choice within the
     budgets can beat, ``gap`` their relative distance. ``multipliers`` are the prices of
     the budgets: how much the objective falls per unit by which the fraction is raised.
+    ``fronts`` bound the objective at every fraction, each budget taken alone.
     """
 
     name: str
@@ -91,6 +118,7 @@ class SolverReport:
     kkt_residual: float | None = None
     iterations: int = 0
     variables: int = 0
+    fronts: dict[str, Front] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +143,9 @@ class CalibrationReport:
         Samples on which layers were truncated one at a time.
     candidates : tuple of float
         Losses on the selection split of the allocations that were compared, before refit, by
-        what decisions follow (logits where there are classes, see `calibrated`).
+        what decisions follow (a divergence at a temperature, see `soften`).
+    temperatures : dict of str to float
+        At which decisions follow the divergence, by the name of the output.
     """
 
     source: str
@@ -128,6 +158,7 @@ class CalibrationReport:
     refitted: int = 0
     probe_samples: int = 0
     candidates: tuple[float, ...] = ()
+    temperatures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -181,7 +212,17 @@ class LatencyReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What was decided and measured. `to_dict` documents the JSON's keys by its fields."""
+    """What was decided and measured. `to_dict` documents the JSON's keys by its fields.
+
+    Examples
+    --------
+    >>> from cobla_onnx import Budget, compress
+    >>> report = compress("models/digits.onnx", Budget(mem=0.5)).report
+    >>> report.budget["mem"].reached <= report.budget["mem"].limit
+    True
+    >>> report.layers[0].name, report.verification.data
+    ('stem/conv', 'random')
+    """
 
     input: str | None
     output: str | None
@@ -199,6 +240,9 @@ class Report:
     stages: dict[str, float] = field(default_factory=dict)
     latency: LatencyReport | None = None
     provider: str = "CPUExecutionProvider"
+    machine: dict[str, str] = field(default_factory=dict)
+    command: str | None = None
+    history: tuple[Step, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts and lists."""
@@ -207,6 +251,10 @@ class Report:
             layer["shape"] = list(layer["shape"])
         result["layers"] = list(result["layers"])
         result["notes"] = list(self.notes)
+        for step in result["history"]:
+            # A relaxed step can go where the loss is not a number; JSON has none of those.
+            step["loss"] = step["loss"] if math.isfinite(step["loss"]) else None
+        result["history"] = list(result["history"])
         if self.verification is not None:
             result["verification"]["outputs"] = list(result["verification"]["outputs"])
         if self.latency is not None:
@@ -217,23 +265,32 @@ class Report:
         """Return the report as indented JSON; NaN and infinity do not occur."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
+    def to_html(self) -> str:
+        """Return the report as one HTML page that needs nothing else."""
+        from cobla_onnx.rendering.page import to_html
+
+        return to_html(self)
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown."""
+        from cobla_onnx.rendering.markdown import to_markdown
+
+        return to_markdown(self)
+
     def __rich__(self) -> RenderableType:
         return render(self)
 
+    def _repr_html_(self) -> str:
+        """Show the page in a notebook, in a frame of its own: its style stays inside."""
+        from cobla_onnx.rendering.page import to_frame
 
-def _count(number: int | None) -> str:
-    if number is None:
-        return "?"
-    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)
+        return to_frame(self)
 
 
 def _change(cost: Cost) -> str:
     if cost.before is None or cost.before == cost.after:
-        return _count(cost.before)
-    return f"{_count(cost.before)} → {_count(cost.after)}"
+        return count_text(cost.before)
+    return f"{count_text(cost.before)} → {count_text(cost.after)}"
 
 
 def _totals(name: str, unit: str, use: BudgetUse) -> str:
@@ -243,7 +300,7 @@ def _totals(name: str, unit: str, use: BudgetUse) -> str:
     factor = f"{use.before / use.after:.1f}x smaller" if use.after else "all gone"
     return (
         f"{name}: kept {use.reached:.4f} ({factor}{limit}), "
-        f"{_count(use.before)} → {_count(use.after)} {unit}"
+        f"{count_text(use.before)} → {count_text(use.after)} {unit}"
     )
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
-import scipy
 
-import cobla_onnx
-from cobla_onnx.allocation import Allocation, Budget
+from cobla_onnx.allocation import Allocation, Budget, Curve
+from cobla_onnx.allocation.sequential import Step
 from cobla_onnx.analysis import Analysis
+from cobla_onnx.environment import machine, versions
 from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.plan import Decision, Plan
@@ -27,12 +24,16 @@ from cobla_onnx.report import (
     LayerReport,
     Report,
     SolverReport,
+    Spectrum,
     Spread,
 )
 from cobla_onnx.runtime import current_provider
 from cobla_onnx.verify import Verification
 
 __all__ = ["latency_report", "make_report"]
+
+# Singular values of a layer that are kept for drawing.
+SPECTRUM_POINTS = 64
 
 
 def make_report(
@@ -48,8 +49,15 @@ def make_report(
     seconds: float,
     seed: int,
     threads: int,
+<<<<<<< HEAD
+    command: str | None = None,
+    history: Sequence[Step] = (),
+=======
+>>>>>>> commands
     latency: LatencyReport | None = None,
     more_notes: tuple[str, ...] = (),
+    command: str | None = None,
+    history: Sequence[Step] = (),
 ) -> Report:
     """Return the report of a run; see `Report` for its fields."""
     unchanged = all(decision.scheme is None for decision in plan.decisions)
@@ -100,17 +108,13 @@ def make_report(
         seed=seed,
         threads=threads,
         unchanged=unchanged,
-        versions={
-            "cobla-onnx": cobla_onnx.__version__,
-            "python": platform.python_version(),
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-        },
+        versions=versions(),
         notes=notes,
         latency=latency,
         provider=current_provider(),
+        machine=machine(),
+        command=command,
+        history=tuple(history),
     )
 
 
@@ -150,14 +154,15 @@ def _use(limit: float | None, before: int | None, after: int | None) -> BudgetUs
 
 def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) -> LayerReport:
     layer: Layer = analysis.layers[index]
-    full_rank = max(len(curve.singular_values) for curve in analysis.curves[index].curves)
+    widest = max(analysis.curves[index].curves, key=lambda curve: len(curve.singular_values))
+    full_rank = len(widest.singular_values)
     if decision.scheme is None or decision.rank is None:
         reason = Reason.MET if unchanged else Reason.BUDGET
         params = Cost(layer.params, layer.params)
         macs = Cost(analysis.macs[index], analysis.macs[index])
         return LayerReport(
             layer.name, layer.op, layer.shape, "whole", None, None, full_rank, params, macs, None,
-            reason.value,
+            reason.value, _spectrum(widest),
         )  # fmt: skip
     _, scheme, rank = analysis.resolve(decision)
     curve = analysis.curve(decision)
@@ -176,6 +181,24 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
         macs=Cost(analysis.macs[index], analysis.layer_macs(decision)),
         error=error,
         reason="",
+        spectrum=None if curve is None else _spectrum(curve, rank),
+    )
+
+
+def _spectrum(curve: Curve, rank: int | None = None) -> Spectrum | None:
+    """Thin a curve's singular values out; those beside the cut are always there."""
+    values = curve.singular_values
+    largest = float(values.max(initial=0.0))
+    if not largest > 0:
+        return None
+    edges = [] if rank is None else [rank, min(rank + 1, len(values))]
+    chosen = np.linspace(1, len(values), SPECTRUM_POINTS - len(edges)).round()
+    ranks = np.unique([*chosen, *edges]).astype(np.int64)
+    relative = np.maximum(values[ranks - 1], 0.0) / largest
+    return Spectrum(
+        curve.scheme,
+        tuple(ranks.tolist()),
+        tuple(float(f"{value:.4g}") for value in relative.tolist()),
     )
 
 
@@ -192,4 +215,5 @@ def _solver(allocation: Allocation) -> SolverReport:
         kkt_residual=proof.kkt_residual,
         iterations=proof.iterations,
         variables=proof.variables,
+        fronts=dict(proof.fronts),
     )

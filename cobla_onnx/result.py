@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from cobla_onnx.errors import UsageError, VerificationError, WriteError
 from cobla_onnx.graph.model_file import load_model, stored_bytes, write_atomically
 from cobla_onnx.graph.saving import ExternalData, save_model
 from cobla_onnx.plan import Plan
+from cobla_onnx.rendering import report_writer
 from cobla_onnx.report import Report
+from cobla_onnx.reproduce import command_text
 from cobla_onnx.runtime import execution_provider, open_session
 from cobla_onnx.spill import Spill
 
@@ -87,9 +89,26 @@ class Result:
             with execution_provider(self.report.provider):
                 open_session(model, self.report.threads)
 
-    def save_report(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON, atomically."""
-        write_atomically(path, self.report.to_json().encode())
+    def save_report(
+        self, path: str | os.PathLike[str], arguments: Sequence[str] | None = None
+    ) -> None:
+        """Write the report as JSON, HTML or Markdown, by the ending of `path`, atomically.
+
+        Parameters
+        ----------
+        arguments : sequence of str, optional
+            The command line that asked for it, as in ``sys.argv``; without, the report says
+            how `compress` was called.
+
+        Raises
+        ------
+        UsageError
+            If the ending is none of ``.json``, ``.html`` and ``.md``.
+        """
+        report = self.report
+        if arguments is not None:
+            report = replace(report, command=command_text(arguments))
+        write_atomically(path, report_writer(path)(report).encode())
 
     def save_history(self, path: str | os.PathLike[str]) -> None:
         """Write the history as CSV, atomically: a line for each evaluation.

@@ -28,17 +28,17 @@ class _Search:
     """Budgets tried so far; of all solutions the best is held."""
 
     study: Study
-    mac: float | None
+    limits: Budget
     max_drop: float
     expected: int
     trials: list[_Trial] = field(default_factory=list)
     best: tuple[_Trial, Solution] | None = None
 
     def good(self, mem: float) -> bool:
-        """Try a budget; one that cannot be met together with the MACs is not good."""
+        """Try a budget; one that cannot be met together with the other limits is not good."""
         self.study.notify(f"search: memory {mem:.3f}", len(self.trials), self.expected)
         try:
-            solution = self.study.solve(Budget(mem=mem, mac=self.mac))
+            solution = self.study.solve(replace(self.limits, mem=mem))
         except BudgetError:
             return False
         assert solution.calibration is not None
@@ -91,16 +91,16 @@ def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Sol
     check_max_drop(max_drop)
     if study.calibrated is None:
         raise UsageError("--max-drop: is measured on samples; give --data too")
-    high = 1.0 if limits is None or limits.mem is None else limits.mem
-    mac = None if limits is None else limits.mac
+    hard = limits or Budget(mem=1.0)
+    high = 1.0 if hard.mem is None else hard.mem
     low = study.least_memory()
     if low > high:
         # The ordinary refusal names what the model's layers allow.
-        study.solve(Budget(mem=high, mac=mac))
+        study.solve(replace(hard, mem=high))
     # At the top is the original itself, unless something limits it.
-    free = high == 1.0 and mac is None
+    free = hard == Budget(mem=1.0)
     grid = [low + (high - low) * k / COARSE for k in range(1, COARSE + (not free))]
-    search = _Search(study, mac, max_drop, len(grid) + FINE)
+    search = _Search(study, hard, max_drop, len(grid) + FINE)
     passed = [mem for mem in grid if search.good(mem)]
     if not passed and not free:
         raise _refusal(max_drop, search.trials, limits)

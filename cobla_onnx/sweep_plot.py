@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_plot", "draw"]
 
+COSTS = {"mem": "memory kept", "mac": "MACs kept", "latency": "latency kept"}
 FORMATS = (".svg", ".png")
 # Colour-blind safe (Okabe and Ito, 2008).
 ON_FRONT, OTHER = "#0072B2", "#999999"
@@ -38,7 +39,7 @@ def check_plot(path: Path) -> None:
 
 
 def draw(found: Sweep, path: Path) -> bytes:
-    """Draw a sweep: loss, and what quality was measured, against memory and MACs.
+    """Draw a sweep: loss, and what quality was measured, against memory, MACs and latency.
 
     Returns
     -------
@@ -56,7 +57,7 @@ def draw(found: Sweep, path: Path) -> bytes:
     from matplotlib.figure import Figure
 
     points = [point for point in found.points if not point.refused]
-    costs = [name for name in ("mem", "mac") if all(getattr(p, name) is not None for p in points)]
+    costs = [name for name in COSTS if all(getattr(p, name) is not None for p in points)]
     measured = points[0].quality
     rows = ["loss", *([measured.measure] if measured else [])]
     with matplotlib.rc_context({"svg.hashsalt": "cobla-onnx", "font.size": 9}):
@@ -89,6 +90,6 @@ def _panel(axes: Any, points: Sequence[SweepPoint], cost: str, quantity: str) ->
             x, y = zip(*shown, strict=True)
             line = "-" if chosen and cost == "mem" else "none"
             axes.plot(x, y, color=colour, marker=marker, linestyle=line, label=label)
-    axes.set_xlabel({"mem": "memory kept", "mac": "MACs kept"}[cost])
+    axes.set_xlabel(COSTS[cost])
     axes.set_ylabel(quantity)
     axes.grid(alpha=0.3)

@@ -22,10 +22,12 @@ from cobla_onnx.errors import BudgetError, UsageError, WriteError
 from cobla_onnx.graph.model_file import write_atomically
 from cobla_onnx.graph.saving import ExternalData
 from cobla_onnx.names import safe_text
+from cobla_onnx.opening import ModelSource
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import Report
-from cobla_onnx.study import ModelSource, ObjectiveName, Settings, Study, open_study
+from cobla_onnx.settings import ObjectiveName, Settings
+from cobla_onnx.study import Study, open_study
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,8 +36,8 @@ __all__ = ["Sweep", "SweepPoint", "sweep"]
 
 SCHEMA_VERSION = 1
 COLUMNS = (
-    "mem_budget", "mac_budget", "mem", "mac", "loss", "measure", "quality", "drop", "front",
-    "file", "refused",
+    "mem_budget", "mac_budget", "latency_budget", "mem", "mac", "latency",
+    "loss", "measure", "quality", "drop", "front", "file", "refused",
 )  # fmt: skip
 
 
@@ -46,14 +48,16 @@ class SweepPoint:
     Attributes
     ----------
     budget : Budget
-    mem, mac : float or None
-        Fractions that are kept; None where the budget was refused or MACs are not known.
+    mem, mac, latency : float or None
+        Fractions that are kept; None where the budget was refused, MACs are not known, or time
+        was not measured.
     loss : float or None
         On the selection split; without data the objective, summed weight errors.
     quality : Quality or None
         Accuracy, agreement or relative error on the selection split; needs data.
     front : bool
         Whether no other point is at least as good in memory, MACs and loss, and better in one.
+        Latency does not count: its noise would put nearly every point there.
     plan : Plan or None
     report : Report or None
     file : str or None
@@ -65,6 +69,7 @@ class SweepPoint:
     budget: Budget
     mem: float | None = None
     mac: float | None = None
+    latency: float | None = None
     loss: float | None = None
     quality: Quality | None = None
     front: bool = False
@@ -77,7 +82,8 @@ class SweepPoint:
         """Return the cells of the CSV's line, by `COLUMNS`; empty where there is nothing."""
         quality = self.quality
         cells = (
-            self.budget.mem, self.budget.mac, self.mem, self.mac, self.loss,
+            self.budget.mem, self.budget.mac, self.budget.latency,
+            self.mem, self.mac, self.latency, self.loss,
             quality and quality.measure, quality and quality.after, quality and quality.drop,
             int(self.front), self.file, self.refused,
         )  # fmt: skip
@@ -177,6 +183,8 @@ def sweep(
     time_limit: float | None = None,
     rank_multiple: RankMultiple = "auto",
     provider: str | None = None,
+    profile: str | os.PathLike[str] | None = None,
+    measure_latency: bool = False,
     seed: int = 0,
     threads: int | None = None,
     workers: int | None = None,
@@ -200,9 +208,9 @@ def sweep(
         See `Result.save`.
     solver, objective, input_shapes, include, exclude, min_size, scheme, data, samples, batch
         As those of `compress`.
-    images, labels, loss, refit, time_limit, rank_multiple, provider, seed, threads
+    images, labels, loss, refit, time_limit, seed, threads
         As those of `compress`.
-    workers, executor, dask, cache, progress
+    rank_multiple, provider, profile, measure_latency, workers, executor, dask, cache, progress
         As those of `compress`.
 
     Returns
@@ -223,12 +231,14 @@ def sweep(
     >>> found = sweep("models/digits.onnx", [Budget(mem=m) for m in (0.3, 0.6)], solver="milp")
     >>> [point.mem <= point.budget.mem for point in found.points]
     [True, True]
-    >>> print(found.to_csv().splitlines()[0])
-    mem_budget,mac_budget,mem,mac,loss,measure,quality,drop,front,file,refused
+    >>> found.save_csv("front.csv")  # doctest: +SKIP
     """
     wanted = list(budgets)
     if not wanted:
         raise UsageError("no budgets: give --mem or --mac, e.g. --mem 0.3:0.9:7")
+    timed = any(budget.latency is not None for budget in wanted)
+    if profile is not None and not (timed or measure_latency):
+        raise UsageError("--profile: is of times; give --latency or --measure-latency too")
     settings = Settings(
         solver=solver,
         objective=objective,
@@ -247,6 +257,8 @@ def sweep(
         time_limit=time_limit,
         rank_multiple=rank_multiple,
         provider=provider,
+        profile=profile,
+        measure_latency=measure_latency or timed,
         seed=seed,
         threads=threads,
         workers=workers,
@@ -257,11 +269,14 @@ def sweep(
     )
     folder = None if out_dir is None else _folder(Path(out_dir))
     macs_needed = any(budget.mac is not None for budget in wanted)
-    with open_study(model, settings, macs_needed=macs_needed) as study:
-        points = []
+    with open_study(model, settings, macs_needed=macs_needed, times_needed=timed) as study:
+        points: list[SweepPoint] = []
         for number, budget in enumerate(wanted):
             study.notify(f"sweep: {_name(budget)}", number, len(wanted))
-            points.append(_point(study, budget, folder, external_data))
+            try:
+                points.append(_point(study, budget, folder, external_data))
+            except KeyboardInterrupt:
+                raise _interrupted(points, folder) from None
         study.notify("sweep", len(wanted), len(wanted))
         chosen = study.objective
     if all(point.refused for point in points):
@@ -280,8 +295,16 @@ def _folder(path: Path) -> Path:
     return path
 
 
+def _interrupted(points: Sequence[SweepPoint], folder: Path | None) -> KeyboardInterrupt:
+    """Say which models had been written before somebody interrupted."""
+    count = sum(point.file is not None for point in points)
+    if not count:
+        return KeyboardInterrupt()
+    return KeyboardInterrupt(f"interrupted; {count} models, finished before, are in {folder}")
+
+
 def _name(budget: Budget) -> str:
-    limits = (("mem", budget.mem), ("mac", budget.mac))
+    limits = (("mem", budget.mem), ("mac", budget.mac), ("latency", budget.latency))
     return " ".join(f"{name} {value:g}" for name, value in limits if value is not None)
 
 
@@ -305,6 +328,7 @@ def _point(
         budget=budget,
         mem=report.budget["mem"].reached,
         mac=report.budget["mac"].reached,
+        latency=report.budget["latency"].reached,
         loss=value if calibration is None else calibration.loss,
         quality=None if calibration is None else calibration.quality,
         plan=result.plan,
@@ -340,7 +364,9 @@ def _render(found: Sweep) -> RenderableType:
     measured = [point.quality for point in found.points if point.quality is not None]
     measure = measured[0].measure if measured else None
     table = Table(box=None, pad_edge=False, header_style="bold")
-    headings = ["budget", "memory", "MACs", "loss", *([measure] if measure else []), "front"]
+    timed = any(point.latency is not None for point in found.points)
+    headings = ["budget", "memory", "MACs", *(["latency"] if timed else []), "loss"]
+    headings += [*([measure] if measure else []), "front"]
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     notes = []
@@ -349,13 +375,15 @@ def _render(found: Sweep) -> RenderableType:
             table.add_row(_name(point.budget), "out of reach", style="dim")
             notes.append(f"{_name(point.budget)}: {safe_text(point.refused, 300)}")
             continue
-        cells = [_fraction(point.mem), _fraction(point.mac), f"{point.loss or 0.0:.4g}"]
+        cells = [_fraction(point.mem), _fraction(point.mac)]
+        cells += [_fraction(point.latency)] if timed else []
+        cells.append(f"{point.loss or 0.0:.4g}")
         if measure:
             cells.append("" if point.quality is None else f"{point.quality.after:.4f}")
         style = None if point.front else "dim"
         table.add_row(_name(point.budget), *cells, "*" if point.front else "", style=style)
     lines = [
-        "memory, MACs: fraction of the original that is kept",
+        f"memory, MACs{', latency' * timed}: fraction of the original that is kept",
         _loss_meaning(found, measured),
         "front: no other point is at least as good in memory, MACs and loss",
     ]

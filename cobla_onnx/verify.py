@@ -108,6 +108,7 @@ def verify(
     data: tuple[str, Callable[[], Iterable[Feeds]]] | None = None,
     seed: int = 0,
     threads: int = 1,
+    progress: Callable[[int], None] = lambda batches: None,
 ) -> Verification:
     """Prove the rewrite and measure the approximation.
 
@@ -118,6 +119,8 @@ def verify(
     data : tuple of str and callable, optional
         What the data is called, and a fresh iterator over its batches. Random inputs are
         used where there is none. The rewrite is proved on the first batches.
+    progress : callable
+        Called with the number of batches of data that were compared.
 
     Raises
     ------
@@ -153,7 +156,7 @@ def verify(
             comparison.add(expected, actual)
         samples = sum(_samples(feed) for feed in proof)
     else:
-        comparison, samples = _compare(original, compressed, data[1](), threads)
+        comparison, samples = _compare(original, compressed, data[1](), threads, progress)
     name = "random" if data is None else data[0]
     return Verification(name, samples, rewrite_error, network_error, comparison.results(), notes)
 
@@ -163,10 +166,12 @@ def _compare(
     compressed: onnx.ModelProto,
     batches: Iterable[Feeds],
     threads: int,
+    progress: Callable[[int], None],
 ) -> tuple[Comparison, int]:
     first, second = (open_session(model, threads) for model in (original, compressed))
     comparison, samples = Comparison(), 0
-    for feeds in batches:
+    for number, feeds in enumerate(batches):
+        progress(number)
         comparison.add(run_session(first, feeds), run_session(second, feeds))
         samples += _samples(feeds)
     return comparison, samples

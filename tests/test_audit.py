@@ -40,7 +40,13 @@ def test_only_the_two_folders_are_touched(tmp_path):
         [sys.executable, "-c", WATCHED, source, out], capture_output=True, text=True, check=True
     )
     seen = json.loads(child.stdout)
-    installed = (sys.prefix, sys.base_prefix, str(Path(onnx.__file__).parent.parent), "/proc/self")
+    installed = (
+        sys.prefix,
+        sys.base_prefix,
+        str(Path(onnx.__file__).parent.parent),
+        "/proc/self",
+        "/proc/cpuinfo",
+    )
     package = str(Path(__file__).resolve().parent.parent / "cobla_onnx")
     read = (str(tmp_path / "in"), *installed, package)
     assert any(entry[1] == str(source) for entry in seen), "the hook sees nothing"

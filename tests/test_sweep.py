@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from cobla_onnx import Budget, compress, errors, sweep
+from cobla_onnx import Budget, compress, errors, sweep, sweeping
 from cobla_onnx.cli.parsing import spread
 from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.sweeping import COLUMNS, SweepPoint, _with_front
@@ -52,7 +52,8 @@ def test_what_is_out_of_reach_says_so_and_the_rest_goes_on(found):
 def test_the_front_holds_exactly_what_nothing_dominates():
     generator = np.random.default_rng(0)
     points = [
-        SweepPoint(Budget(mem=1.0), *generator.integers(1, 6, 3).astype(float)) for _ in range(60)
+        SweepPoint(Budget(mem=1.0), mem=float(a), mac=float(b), loss=float(c))
+        for a, b, c in generator.integers(1, 6, (60, 3))
     ]
     for point in _with_front(points):
         own = np.array([point.mem, point.mac, point.loss])
@@ -91,6 +92,12 @@ def test_the_package_loads_without_matplotlib():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_time_is_measured_where_it_is_asked_for():
+    budgets = [Budget(mem=0.8)]
+    (point,) = sweep(small_network(), budgets, threads=1, measure_latency=True).points
+    assert point.latency == point.report.latency.ratio
+
+
 def test_ranges():
     assert spread("--mem", "0.3:0.9:7") == (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     assert spread("--mem", "0.1,0.3:0.5:2,0.3") == (0.1, 0.3, 0.5)
@@ -104,7 +111,7 @@ def test_the_command(tmp_path):
     np.savez(tmp_path / "data.npz", **DATA)
     table, plot, folder = tmp_path / "t.csv", tmp_path / "p.svg", tmp_path / "out"
     done = run(
-        "sweep", tmp_path / "in.onnx", "--mem", "0.01,0.6:0.8:2", "--mac", "0.9",
+        "sweep", tmp_path / "in.onnx", "--mem", "0.01,0.75:0.9:2", "--mac", "0.9",
         "--solver", "milp", "--data", tmp_path / "data.npz", "--csv", table, "--plot", plot,
         "--out-dir", folder, "--rank-multiple", 1,
     )  # fmt: skip
@@ -112,8 +119,8 @@ def test_the_command(tmp_path):
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "out of reach" in done.stdout
     assert sorted(p.name for p in folder.iterdir()) == [
-        "in-mem-0.6-mac-0.9.onnx",
-        "in-mem-0.8-mac-0.9.onnx",
+        "in-mem-0.75-mac-0.9.onnx",
+        "in-mem-0.9-mac-0.9.onnx",
     ]
     assert len(table.read_text().splitlines()) == 4
     assert plot.exists()
@@ -126,3 +133,20 @@ def test_the_command(tmp_path):
         done = run("sweep", tmp_path / "in.onnx", *arguments)
         assert done.returncode == code
         assert message in done.stderr
+
+
+def test_an_interrupt_tells_what_was_written_before(tmp_path, monkeypatch):
+    inner = sweeping._point
+
+    def stop(study, budget, folder, external_data):
+        if budget.mem == 0.7:
+            raise KeyboardInterrupt
+        return inner(study, budget, folder, external_data)
+
+    monkeypatch.setattr(sweeping, "_point", stop)
+    budgets = [Budget(mem=m) for m in (0.8, 0.7)]
+    with pytest.raises(KeyboardInterrupt, match="1 models, finished before, are in"):
+        sweep(small_network(), budgets, threads=1, out_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sweep(small_network(), budgets, threads=1)
+    assert str(caught.value) == ""

@@ -111,7 +111,7 @@ def slsqp_only() -> None:
 
 
 def divergence_itself() -> None:
-    """Let all decisions follow the divergence instead of the logits."""
+    """Let all decisions follow the divergence as it is, at temperature 1."""
     from cobla_onnx.calibrated import Calibrated
 
     begin = Calibrated.__post_init__

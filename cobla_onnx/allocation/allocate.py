@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from cobla_onnx.allocation.budget import Constraint, require_reachable
 from cobla_onnx.allocation.curves import Choice, LayerCurves
+from cobla_onnx.allocation.front import Front, least_losses
 from cobla_onnx.allocation.knapsack import LossCurves, knapsack
 from cobla_onnx.allocation.objective import Objective, masks_of
 from cobla_onnx.allocation.slsqp import Relaxed, nearest_choices, relax
@@ -40,6 +41,8 @@ class Certificate:
         Of SLSQP.
     notes : tuple of str
         What a reader has to know, such as a fallback.
+    fronts : mapping of str to Front
+        The least loss at every fraction of memory or MACs, each budget taken alone.
     """
 
     solver: str
@@ -54,6 +57,7 @@ class Certificate:
     iterations: int = 0
     variables: int = 0
     notes: tuple[str, ...] = ()
+    fronts: Mapping[str, Front] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,11 @@ def allocate(
             iterations=relaxed.iterations if relaxed else 0,
             variables=relaxed.variables if relaxed else 0,
             notes=notes,
+            fronts={
+                c.name: least_losses(layers, losses, c)
+                for c in constraints
+                if c.name in ("mem", "mac")
+            },
         ),
     )
 

@@ -214,6 +214,7 @@ def allocate_by_loss(
         iterations=relaxed.iterations if relaxed else 0,
         variables=relaxed.variables if relaxed else 0,
         notes=notes,
+        fronts={},
     )
     return Allocation(best.choices, certificate), tuple(search.candidates)
 

@@ -21,18 +21,20 @@ __all__ = ["LossKind", "LossName", "choose_kinds", "sample_losses"]
 LossName: TypeAlias = Literal["auto", "kl", "mse", "ce"]
 
 
-def choose_kinds(outputs: Mapping[str, NDArray[Any]], loss: LossName) -> dict[str, LossKind]:
+def choose_kinds(
+    outputs: Mapping[str, NDArray[Any]], loss: LossName | Mapping[str, LossKind]
+) -> dict[str, LossKind]:
     """Decide how each output of the model is compared.
 
     Parameters
     ----------
     outputs : mapping of str to array
         Outputs of the original on some samples.
-    loss : {'auto', 'kl', 'mse', 'ce'}
-        ``auto`` takes a two-dimensional output (but for axes of length 1) as a
-        distribution if its rows are one, as logits if they do not lie in [0, 1], and else
-        as numbers. ``kl`` insists on classes along axis 1; ``ce`` too, with the original's
-        most likely class as the label.
+    loss : {'auto', 'kl', 'mse', 'ce'} or mapping of str to str
+        A mapping is the answer. ``auto`` takes a two-dimensional output (but for axes of
+        length 1) as a distribution if its rows are one, as logits if they do not lie in
+        [0, 1], and else as numbers. ``kl`` insists on classes along axis 1; ``ce`` too,
+        with the original's most likely class as the label.
 
     Raises
     ------
@@ -41,6 +43,8 @@ def choose_kinds(outputs: Mapping[str, NDArray[Any]], loss: LossName) -> dict[st
     UsageError
         If the loss needs classes and an output has none.
     """
+    if not isinstance(loss, str):
+        return dict(loss)
     kinds: dict[str, LossKind] = {}
     for name, value in outputs.items():
         if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.size == 0:

@@ -37,7 +37,7 @@ class Probe:
         Those whose weights may be replaced.
     batches : iterable of dict
         Samples; as many are kept as `limit` bytes of inputs and outputs allow.
-    loss : {'auto', 'kl', 'mse', 'ce'}
+    loss : {'auto', 'kl', 'mse', 'ce'} or mapping of str to str
     threads : int
     labels : int64 array, shape (samples, rows of a sample), optional
         Classes in place of the original's most likely ones; for ``ce``.
@@ -61,7 +61,7 @@ class Probe:
         model: onnx.ModelProto,
         layers: Sequence[Layer],
         batches: Iterable[Feeds],
-        loss: LossName,
+        loss: LossName | Mapping[str, LossKind],
         threads: int,
         limit: int = KEPT_OUTPUTS,
         labels: NDArray[np.int64] | None = None,
@@ -85,7 +85,7 @@ class Probe:
     def _keep(
         self,
         batches: Iterable[Feeds],
-        loss: LossName,
+        loss: LossName | Mapping[str, LossKind],
         limit: int,
         labels: NDArray[np.int64] | None,
     ) -> None:
@@ -165,7 +165,7 @@ class _Origin:
     model: onnx.ModelProto
     layers: Sequence[Layer]
     batches: list[Feeds]
-    loss: LossName
+    loss: LossName | Mapping[str, LossKind]
     labels: NDArray[np.int64] | None
 
 
@@ -207,7 +207,7 @@ class SpreadProbe:
         model: onnx.ModelProto,
         layers: Sequence[Layer],
         batches: Iterable[Feeds],
-        loss: LossName,
+        loss: LossName | Mapping[str, LossKind],
         labels: NDArray[np.int64] | None = None,
     ) -> None:
         self._pool = pool

@@ -1,43 +1,110 @@
-"""Logits in place of class distributions, on which decisions overfit less.
+"""Class distributions at a higher temperature, on which decisions overfit less.
 
-The Kullback-Leibler divergence of a few hundred samples hangs on the few whose classes are
-close to each other: ranks that please these do not please other samples. At a temperature T
-logits are divided by T before the softmax, and as T grows the divergence becomes the squared
-distance of the logits, centred for each sample, to which all samples contribute alike
-(Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, section 2.1).
-That limit is what decisions follow; the divergence itself is what the report states.
+Where a network is sure of most samples, their Kullback-Leibler divergence hangs on the few
+whose classes are close to each other: ranks that please these do not please other samples.
+At a temperature T logits are divided by T before the softmax (Hinton, Vinyals and Dean 2015,
+Distilling the Knowledge in a Neural Network, section 2.1), and more samples have a say. How
+much one has is its divergence under a small equal disturbance of all logits, half of
+1 - sum p^2 to second order. The temperature is the least at which these shares are even
+enough, by Kish's effective sample size (1965, Survey Sampling); a network that leaves all
+samples in doubt is compared at temperature 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from cobla_onnx.autodiff.losses import TINY, LossKind
 from cobla_onnx.graph.model_file import copy_without_initializers, unique_name
 
-__all__ = ["soften"]
+__all__ = ["soften", "temperatures"]
+
+# Kinds of outputs that are class distributions.
+CLASSES = ("probabilities", "logits")
+# Temperatures in steps of the square root of 2; the last is nearly the limit, in which the
+# divergence is the squared distance of centred logits.
+LADDER = tuple(2.0 ** (step / 2) for step in range(9))
+# Effective share of the samples that is enough.
+EVEN = 0.6
 
 
-def soften(model: onnx.ModelProto, kinds: Mapping[str, LossKind]) -> onnx.ModelProto:
-    """Copy a model so that its class outputs are logits whose mean over classes is 0.
+def temperatures(
+    kinds: Mapping[str, LossKind], outputs: Iterable[Mapping[str, NDArray[Any]]]
+) -> dict[str, float]:
+    """Choose a temperature for each output that is a class distribution.
+
+    Parameters
+    ----------
+    kinds : mapping of str to str
+        How each output is compared.
+    outputs : iterable of dict
+        The original's outputs, batch by batch.
+    """
+    shares: dict[str, list[NDArray[np.float64]]] = {}
+    for batch in outputs:
+        for name, kind in kinds.items():
+            if kind in CLASSES:
+                shares.setdefault(name, []).append(_shares(batch[name], kind))
+    found = {}
+    for name, parts in shares.items():
+        even = _evenness(np.concatenate(parts, axis=1)) >= EVEN
+        found[name] = LADDER[int(np.argmax(even))] if even.any() else LADDER[-1]
+    return found
+
+
+def _shares(values: NDArray[Any], kind: LossKind) -> NDArray[np.float64]:
+    """1 - sum p^2 of each sample at each temperature, shape (temperatures, samples)."""
+    wide = values.astype(np.float64)
+    logits = np.log(np.maximum(wide, TINY)) if kind == "probabilities" else wide
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result = []
+    for temperature in LADDER:
+        p = np.exp(shifted / temperature)
+        p /= p.sum(axis=1, keepdims=True)
+        result.append(1.0 - np.square(p).sum(axis=1).reshape(len(p), -1).mean(axis=1))
+    return np.array(result)
+
+
+def _evenness(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Effective number of samples over their number, shape (temperatures,)."""
+    squares = shares.shape[1] * np.square(shares).sum(axis=1)
+    even = np.square(shares.sum(axis=1)) / np.maximum(squares, np.finfo(np.float64).tiny)
+    return np.asarray(even)
+
+
+def soften(
+    model: onnx.ModelProto, kinds: Mapping[str, LossKind], temperatures: Mapping[str, float]
+) -> tuple[onnx.ModelProto, dict[str, LossKind]]:
+    """Copy a model so that its class outputs are logits over a temperature.
 
     Parameters
     ----------
     model : ModelProto
     kinds : mapping of str to str
-        How each output is compared; only ``logits`` and ``probabilities`` are changed, the
-        latter by way of their logarithms.
+        How each output is compared.
+    temperatures : mapping of str to float
+        Of outputs that are ``logits`` or ``probabilities``, the latter by way of their
+        logarithms.
+
+    Returns
+    -------
+    model : ModelProto
+    kinds : dict of str to str
+        The same by the names of the copy.
     """
     result = copy_without_initializers(model, ())
     graph = result.graph
+    found = dict(kinds)
     taken = {name for node in graph.node for name in (*node.input, *node.output)}
     version = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     for value in graph.output:
         kind = kinds.get(value.name)
-        if kind not in ("logits", "probabilities"):
+        if value.name not in temperatures:
             continue
         dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
 
@@ -59,14 +126,12 @@ def soften(model: onnx.ModelProto, kinds: Mapping[str, LossKind]) -> onnx.ModelP
                 )
                 graph.node.add(op_type="Max", input=[value.name, floor], output=[bounded])
             graph.node.add(op_type="Log", input=[bounded], output=[logits])
-        mean, centred = new("mean"), new("centred")
-        if version < 18:
-            node = onnx.helper.make_node("ReduceMean", [logits], [mean], axes=[1], keepdims=1)
-        else:
-            axes = new("axes")
-            graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), axes))
-            node = onnx.helper.make_node("ReduceMean", [logits, axes], [mean], keepdims=1)
-        graph.node.append(node)
-        graph.node.add(op_type="Sub", input=[logits, mean], output=[centred])
-        value.name = centred
-    return result
+        softened, temperature = new("softened"), new("temperature")
+        graph.initializer.append(
+            onnx.numpy_helper.from_array(np.array([temperatures[value.name]], dtype), temperature)
+        )
+        graph.node.add(op_type="Div", input=[logits, temperature], output=[softened])
+        found[softened] = "logits"
+        del found[value.name]
+        value.name = softened
+    return result, found

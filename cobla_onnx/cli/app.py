@@ -50,6 +50,8 @@ def cobla_onnx(version: options.Version = False) -> None:
     """Make ONNX models smaller by low-rank factorisation under hard budgets.
 
     The main job needs no command's name: cobla-onnx IN OUT --mem 0.3
+
+    Its options: cobla-onnx compress --help
     """
 
 
@@ -59,8 +61,8 @@ def main() -> None:
         app(standalone_mode=True)
     except CoblaError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "interrupted; nothing was written", 130)
     except Exception as error:
         if "--debug" in sys.argv:
             raise

@@ -24,6 +24,7 @@ def compare(
     channel_order: options.ChannelOrderOption = options.ChannelOrder.rgb,
     layout: options.LayoutOption = options.Layout.nchw,
     input_shape: options.InputShapes = None,
+    provider: options.Provider = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -32,10 +33,11 @@ def compare(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compare outputs, size, MACs and latency of any two models with the same inputs.
+    """Compare outputs, size, MACs and latency of two models.
 
-    Without --data inputs are random, which says little about real ones. Latency is that of
-    one sample in onnxruntime on this machine, both models in turn.
+    Any two with the same inputs and outputs. Without --data inputs are random, which says
+    little about real ones. Latency is that of one sample in onnxruntime on this machine,
+    both models in turn.
     """
     from cobla_onnx.pairing import compare as run
 
@@ -50,6 +52,7 @@ def compare(
             samples=samples,
             batch=batch,
             images=images,
+            provider=provider,
             seed=seed,
             threads=threads,
             progress=progress,

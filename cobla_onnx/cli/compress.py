@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from cobla_onnx.cli import options, parsing, terminal
-from cobla_onnx.errors import UsageError
 
 __all__ = ["compress"]
 
@@ -73,7 +73,7 @@ def compress(
     external_data: options.ExternalDataOption = options.ExternalData.auto,
     report: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE.json", help="Write the report as JSON."),
+        typer.Option(metavar="FILE", help="Write the report, as .html, .md or .json."),
     ] = None,
     history: Annotated[
         Optional[Path],  # noqa: UP045
@@ -93,26 +93,31 @@ def compress(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write a smaller, low-rank ONNX model that was verified in onnxruntime.
+    """Write a smaller ONNX model that was verified in onnxruntime.
 
     At least one of --mem, --mac, --latency, --max-drop and --plan-in is needed; limits are
     hard.
     """
     from cobla_onnx.compression import compress as run
+    from cobla_onnx.rendering import report_writer
     from cobla_onnx.result import check_paths
 
     shapes = parsing.input_shapes(input_shape)
-    if report is not None and report.suffix != ".json":
-        raise UsageError(f"--report {report}: only .json is known; give a name that ends in .json")
-    written = [("--report", report), ("--history", history), ("--plan-out", plan_out)]
-    written.append(("--profile", profile))
+    if report is not None:
+        report_writer(report)
+    written = [
+        ("--report", report),
+        ("--history", history),
+        ("--plan-out", plan_out),
+        ("--profile", profile),
+    ]
     check_paths(input, output, written, in_place=in_place)
     from cobla_onnx.allocation import Budget
     from cobla_onnx.plan import Plan
 
     plan = None if plan_in is None else Plan.read(plan_in)
-    limits = {"mem": mem, "mac": mac, "latency": latency}
-    budget = None if set(limits.values()) == {None} else Budget(**limits)
+    limited = any(value is not None for value in (mem, mac, latency))
+    budget = Budget(mem=mem, mac=mac, latency=latency) if limited else None
     images = parsing.image_options(mean, std, scale, channel_order, layout)
     with terminal.progress(quiet, verbose) as progress:
         result = run(
@@ -149,7 +154,7 @@ def compress(
     if not dry_run:
         result.save(output, external_data=external_data.value)
     if report is not None:
-        result.save_report(report)
+        result.save_report(report, sys.argv)
     if history is not None:
         result.save_history(history)
     if plan_out is not None:

@@ -29,7 +29,7 @@ def inspect(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show layers, costs, spectra and what is within reach; nothing is written.
+    """Show layers, costs, spectra and what is within reach.
 
     For each layer that can be factorised: the ranks that make it smaller, and how its
     singular values fall. For every other node with weights: why it is left alone.

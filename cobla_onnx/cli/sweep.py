@@ -23,6 +23,10 @@ def sweep(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="LOW:HIGH:N", help="MAC budgets; with --mem all combinations."),
     ] = None,
+    latency: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="LOW:HIGH:N", help="Budgets of time, measured here."),
+    ] = None,
     out_dir: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FOLDER", help="Write the models there."),
@@ -49,13 +53,15 @@ def sweep(
     solver: options.SolverOption = options.Solver.slsqp,
     objective: options.ObjectiveOption = options.Objective.auto,
     time_limit: options.TimeLimit = None,
-    rank_multiple: options.RankMultiple = "auto",
-    provider: options.Provider = None,
     input_shape: options.InputShapes = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     min_size: options.MinSize = 0,
     scheme: options.SchemeOption = options.Scheme.auto,
+    rank_multiple: options.RankMultiple = "auto",
+    provider: options.Provider = None,
+    profile: options.ProfileFile = None,
+    measure_latency: options.MeasureLatency = False,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     workers: options.Workers = None,
@@ -68,12 +74,13 @@ def sweep(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compress to many budgets from one analysis, and show the Pareto front.
+    """Compress to many budgets and show the Pareto front.
 
-    Every point is verified in onnxruntime. Loss and agreement are measured on samples of
-    --data that are held back.
+    The model is analysed once; every point is verified in onnxruntime. Loss and agreement
+    are measured on samples of --data that are held back.
     """
-    grid = parsing.spread("--mem", mem), parsing.spread("--mac", mac)
+    limits = (("--mem", mem), ("--mac", mac), ("--latency", latency))
+    grid = [parsing.spread(option, text) for option, text in limits]
     for path in plot or ():
         from cobla_onnx.sweep_plot import check_plot
 
@@ -83,8 +90,8 @@ def sweep(
     from cobla_onnx.sweeping import sweep as run
 
     check_written([input], [("--csv", csv), *(("--plot", path) for path in plot or ())])
-    pairs = itertools.product(*(values or (None,) for values in grid))
-    budgets = [Budget(mem=m, mac=c) for m, c in pairs]
+    combined = itertools.product(*(values or (None,) for values in grid))
+    budgets = [Budget(mem=m, mac=c, latency=t) for m, c, t in combined]
     shapes = parsing.input_shapes(input_shape)
     images = parsing.image_options(mean, std, scale, channel_order, layout)
     with terminal.progress(quiet, verbose) as progress:
@@ -110,6 +117,8 @@ def sweep(
             time_limit=time_limit,
             rank_multiple=parsing.rank_multiple(rank_multiple),
             provider=provider,
+            profile=profile,
+            measure_latency=measure_latency,
             seed=seed,
             threads=threads,
             workers=workers,

@@ -19,7 +19,7 @@ from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.network import NetworkLoss
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.calibration.soften import soften
+from cobla_onnx.calibration.soften import soften, temperatures
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.runtime import open_session, run_session
 from tests.builders import random_array, small_network
@@ -247,21 +247,23 @@ def test_auto_falls_back_to_output_and_says_why():
     assert "TopK" in "".join(loss.certificate.notes)
 
 
-def test_softened_outputs_are_centred_logits():
+def test_softened_outputs_are_logits_over_the_temperature():
     model = small_network()
     feeds = samples(4)
     plain = run_session(open_session(model, 1), feeds)
     (name,) = plain
-    logits = plain[name].astype(np.float64)
-    found = run_session(open_session(soften(model, {name: "logits"}), 1), feeds)
+    softened, kinds = soften(model, {name: "logits"}, {name: 4.0})
+    found = run_session(open_session(softened, 1), feeds)
     (value,) = found.values()
-    np.testing.assert_allclose(value, logits - logits.mean(axis=1, keepdims=True), atol=1e-5)
-    untouched = run_session(open_session(soften(model, {name: "mse"}), 1), feeds)
-    np.testing.assert_array_equal(untouched[name], plain[name])
+    np.testing.assert_allclose(value, plain[name] / 4.0, rtol=1e-6)
+    assert kinds == dict.fromkeys(found, "logits")
+    untouched, kinds = soften(model, {name: "mse"}, {})
+    np.testing.assert_array_equal(run_session(open_session(untouched, 1), feeds)[name], plain[name])
+    assert kinds == {name: "mse"}
 
 
 @pytest.mark.parametrize("opset", [7, 13, 18])
-def test_softened_probabilities_are_centred_logarithms(opset):
+def test_softened_probabilities_are_logarithms(opset):
     x = onnx.helper.make_tensor_value_info("x", 1, ["N", 5])
     y = onnx.helper.make_tensor_value_info("y", 1, ["N", 5])
     node = onnx.helper.make_node("Softmax", ["x"], ["y"], axis=1)
@@ -269,10 +271,30 @@ def test_softened_probabilities_are_centred_logarithms(opset):
     opsets = [onnx.helper.make_opsetid("", opset)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
     logits = random_array(3, 5)
-    softened = soften(model, {"y": "probabilities"})
+    softened, _ = soften(model, {"y": "probabilities"}, {"y": 2.0})
     onnx.checker.check_model(softened, full_check=True)
     (found,) = run_session(open_session(softened, 1), {"x": logits}).values()
-    np.testing.assert_allclose(found, logits - logits.mean(axis=1, keepdims=True), atol=1e-5)
+    centred = found - found.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        centred, (logits - logits.mean(axis=1, keepdims=True)) / 2, atol=1e-5
+    )
+
+
+def test_the_temperature_rises_where_few_samples_are_in_doubt():
+    generator = np.random.default_rng(0)
+    doubtful = generator.standard_normal((64, 10))
+    sure = doubtful + 12.0 * np.eye(10)[generator.integers(0, 10, 64)]
+    sure[0] = 0.0
+
+    def chosen(logits: np.ndarray, kind: str = "logits") -> float:
+        return temperatures({"y": kind, "z": "mse"}, [{"y": logits[:40]}, {"y": logits[40:]}])["y"]
+
+    assert chosen(doubtful) == 1.0
+    assert chosen(sure) > 2.0
+    shares = np.exp(sure) / np.exp(sure).sum(axis=1, keepdims=True)
+    assert chosen(shares, "probabilities") == chosen(sure)
+    # However sure, the ladder ends.
+    assert chosen(1e4 * sure) == 16.0
 
 
 @pytest.mark.parametrize("loss", ["kl", "mse", "ce"])

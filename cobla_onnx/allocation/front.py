@@ -1,0 +1,90 @@
+"""The least loss at every cost: a bound under which no choice of ranks lies.
+
+For one budget the linear relaxation of the multiple-choice knapsack is solved for all limits at
+once: on each layer the lower convex hull of loss against cost, then all hull segments of all
+layers by what they lose per unit they save (Sinha and Zoltners 1979, The Multiple-Choice Knapsack
+Problem, Operations Research 27).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cobla_onnx.allocation.budget import Constraint
+from cobla_onnx.allocation.curves import Float64, LayerCurves
+from cobla_onnx.allocation.knapsack import LossCurves
+
+__all__ = ["Front", "least_losses"]
+
+
+@dataclass(frozen=True)
+class Front:
+    """Least loss against what is kept, for one cost.
+
+    Attributes
+    ----------
+    kept : tuple of float
+        Fractions of the original's cost, descending from 1.
+    losses : tuple of float
+        No choices that keep at most that fraction lose less; piecewise linear in between.
+    """
+
+    kept: tuple[float, ...]
+    losses: tuple[float, ...]
+
+
+def least_losses(
+    layers: Sequence[LayerCurves], losses: LossCurves, constraint: Constraint, points: int = 64
+) -> Front:
+    """Bound the loss at every cost.
+
+    Parameters
+    ----------
+    layers : sequence of LayerCurves
+    losses : sequence over layers and their curves of float64 array
+        Loss at ranks 0 to full rank.
+    constraint : Constraint
+        Whose cost is meant, ``mem`` or ``mac``; its limit does not matter.
+    points : int
+        How many points to return at most. Fewer than there are segments make the line lie
+        higher between them, never at them.
+    """
+    saved: list[Float64] = [np.zeros(1)]
+    lost: list[Float64] = [np.zeros(1)]
+    for number, layer in enumerate(layers):
+        whole = constraint.whole(layer)
+        savings: list[Float64] = [np.zeros(1)]
+        costs: list[Float64] = [np.zeros(1)]
+        for curve, loss in zip(layer.curves, losses[number], strict=True):
+            costs_of_ranks = curve.ranks.astype(np.float64) * constraint.per_rank(curve)
+            savings.append(whole - costs_of_ranks)
+            costs.append(loss[curve.ranks])
+        steps = _hull(np.concatenate(savings), np.concatenate(costs))
+        saved.append(np.diff(steps[0]))
+        lost.append(np.diff(steps[1]))
+    gains, prices = np.concatenate(saved), np.concatenate(lost)
+    order = np.argsort(prices / np.maximum(gains, 1e-300), kind="stable")
+    kept = 1.0 - np.cumsum(gains[order]) / max(constraint.total, 1)
+    values = np.cumsum(prices[order])
+    chosen = np.unique(np.searchsorted(-kept, -np.linspace(1.0, kept[-1], points)))
+    chosen = np.minimum(chosen, len(kept) - 1)
+    return Front(tuple(float(x) for x in kept[chosen]), tuple(float(y) for y in values[chosen]))
+
+
+def _hull(savings: Float64, losses: Float64) -> tuple[Float64, Float64]:
+    """Lower convex hull of loss against saving, from nothing saved to the most."""
+    hull: list[tuple[float, float]] = []
+    for x, y in sorted(zip(savings.tolist(), losses.tolist(), strict=True)):
+        if x < 0 or (hull and x <= hull[-1][0]):
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (x, y)):
+            hull.pop()
+        hull.append((x, y))
+    return np.array([x for x, _ in hull]), np.array([y for _, y in hull])
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])

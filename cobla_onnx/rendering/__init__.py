@@ -1,0 +1,36 @@
+"""The report as a file: which form it takes is said by the ending of its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from cobla_onnx.errors import UsageError
+from cobla_onnx.names import safe_text
+from cobla_onnx.report import Report
+
+__all__ = ["report_writer"]
+
+WRITERS: dict[str, Callable[[Report], str]] = {
+    ".json": Report.to_json,
+    ".html": Report.to_html,
+    ".md": Report.to_markdown,
+}
+
+
+def report_writer(path: str | os.PathLike[str]) -> Callable[[Report], str]:
+    """Return what turns a report into the text of a file of this name.
+
+    Raises
+    ------
+    UsageError
+        If the ending is not known.
+    """
+    writer = WRITERS.get(Path(path).suffix.lower())
+    if writer is None:
+        raise UsageError(
+            f"--report {safe_text(os.fspath(path), 200)}: its ending does not say in which form; "
+            f"give a name that ends in {', '.join(WRITERS)}"
+        )
+    return writer

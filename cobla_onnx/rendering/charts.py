@@ -1,0 +1,184 @@
+"""Geometry of the page's charts: points and ticks in drawing units. The template draws them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cobla_onnx.allocation.front import Front
+from cobla_onnx.allocation.sequential import Step
+from cobla_onnx.report import Spectrum
+
+__all__ = ["Chart", "Mark", "Sparkline", "Tick", "front_chart", "history_chart", "sparkline"]
+
+WIDTH, HEIGHT = 640, 260
+LEFT, RIGHT, TOP, BOTTOM = 64, 20, 28, 40
+# A sparkline's size, and the smallest singular value that it shows above its base.
+SPARK_WIDTH, SPARK_HEIGHT, SPARK_DECADES = 120, 28, 3.0
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A place on an axis, in drawing units, and what stands there."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point that stands out, with its text."""
+
+    x: float
+    y: float
+    text: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line with axes; `line` is the ``points`` of an SVG polyline."""
+
+    line: str
+    marks: tuple[Mark, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    x_title: str
+    y_title: str
+    description: str
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    top: int = TOP
+    bottom: int = HEIGHT - BOTTOM
+
+
+@dataclass(frozen=True)
+class Sparkline:
+    """A spectrum as two areas: what is kept, and what is cut off."""
+
+    kept: str
+    lost: str
+    cut: float | None
+    width: int = SPARK_WIDTH
+    height: int = SPARK_HEIGHT
+
+
+def sparkline(spectrum: Spectrum, rank: int | None) -> Sparkline:
+    """Draw a spectrum over its ranks, three decades high, with the cut after `rank`."""
+    last = spectrum.ranks[-1]
+    scale = SPARK_WIDTH / last
+    # Each singular value is a step as wide as the ranks up to the one before it.
+    corners = []
+    edge = 0.0
+    for number, value in zip(spectrum.ranks, spectrum.values, strict=True):
+        height = 0.0 if value <= 0 else max(0.0, 1.0 + math.log10(value) / SPARK_DECADES)
+        y = SPARK_HEIGHT * (1.0 - height)
+        corners.append((number, edge * scale, number * scale, y))
+        edge = number
+    kept = [c for c in corners if rank is None or c[0] <= rank]
+    lost = [c for c in corners if rank is not None and c[0] > rank]
+    return Sparkline(_area(kept), _area(lost), None if rank is None else round(rank * scale, 1))
+
+
+def _area(corners: Sequence[tuple[int, float, float, float]]) -> str:
+    if not corners:
+        return ""
+    points = [(corners[0][1], float(SPARK_HEIGHT))]
+    for _, begin, end, y in corners:
+        points += [(begin, y), (end, y)]
+    points.append((corners[-1][2], float(SPARK_HEIGHT)))
+    return _points(points)
+
+
+def front_chart(
+    front: Front, name: str, limit: float | None, reached: float | None, value: float
+) -> Chart | None:
+    """Draw the bound of the loss over what is kept, and where the result stands."""
+    positive = [loss for loss in front.losses if loss > 0]
+    if reached is None or len(positive) < 2 or value <= 0:
+        return None
+    # Three decades below the result: the line comes from 0, which a logarithm does not show.
+    low = min(value, max(min(positive), value / 1e3))
+    high = max(*positive, value)
+    across = _scale(min(front.kept), 1.0, LEFT, WIDTH - RIGHT)
+    up = _log_scale(low, high, HEIGHT - BOTTOM, TOP)
+    points = [(across(x), up(y)) for x, y in zip(front.kept, front.losses, strict=True) if y >= low]
+    marks = [Mark(across(reached), up(value), f"this model: {value:.3g}", "here")]
+    if limit is not None and limit > min(front.kept):
+        marks.append(Mark(across(limit), HEIGHT - BOTTOM, "budget", "limit"))
+    fifths = [fifth / 5 for fifth in range(6) if min(front.kept) <= fifth / 5]
+    return Chart(
+        _points(points),
+        tuple(marks),
+        tuple(Tick(round(across(x), 1), f"{100 * x:.0f} %") for x in fifths),
+        _decades(low, high, up),
+        f"{name} kept",
+        "objective",
+        f"Least objective at every share of {name} kept; this model keeps {100 * reached:.1f} %.",
+    )
+
+
+def history_chart(history: Sequence[Step]) -> Chart | None:
+    """Draw the search's loss over its evaluations."""
+    steps = [step for step in history if math.isfinite(step.loss)]
+    if len(steps) < 2:
+        return None
+    losses = [step.loss for step in steps]
+    low, high = min(losses), max(losses)
+    across = _scale(steps[0].number, steps[-1].number, LEFT, WIDTH - RIGHT)
+    wide = low > 0 and high / low > 20
+    if wide:
+        up = _log_scale(low, high, HEIGHT - BOTTOM, TOP)
+        ticks = _decades(low, high, up)
+    else:
+        up = _scale(low, high, HEIGHT - BOTTOM, TOP)
+        ticks = tuple(Tick(round(up(y), 1), f"{y:.3g}") for y in _nice(low, high))
+    best = min(steps, key=lambda step: step.loss)
+    mark = Mark(across(best.number), up(best.loss), f"{best.stage}: {best.loss:.3g}", "here")
+    numbers = _nice(steps[0].number, steps[-1].number)
+    return Chart(
+        _points([(across(step.number), up(step.loss)) for step in steps]),
+        (mark,),
+        tuple(Tick(round(across(x), 1), f"{x:.0f}") for x in numbers if x == round(x)),
+        ticks,
+        "evaluation",
+        "loss on the calibration split",
+        f"Loss over {len(steps)} evaluations; the least is {best.loss:.3g}.",
+    )
+
+
+def _points(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def _scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
+    span = high - low or 1.0
+    return lambda value: begin + (value - low) / span * (end - begin)
+
+
+def _log_scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
+    inner = _scale(math.log10(low), math.log10(high), begin, end)
+    return lambda value: inner(math.log10(value))
+
+
+def _decades(low: float, high: float, up: Callable[[float], float]) -> tuple[Tick, ...]:
+    """Ticks at powers of ten, at steps that leave six at most; the ends where there are few."""
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    values = [10.0**n for n in range(first, last + 1, max(1, math.ceil((last - first) / 5)))]
+    if len(values) < 2:
+        values = [low, high]
+    return tuple(Tick(round(up(y), 1), f"{y:.2g}") for y in values)
+
+
+def _nice(low: float, high: float) -> list[float]:
+    """Return about five round numbers between two."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / 5
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw)
+    first = math.ceil(low / step)
+    return [round(step * n, 12) for n in range(first, math.floor(high / step) + 1)]

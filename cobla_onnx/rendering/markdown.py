@@ -1,0 +1,180 @@
+"""The report as Markdown, for a model card, an issue or a review."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from cobla_onnx.amounts import count_text, percent_text
+from cobla_onnx.names import safe_text
+from cobla_onnx.report import Cost, Report
+
+__all__ = ["to_markdown"]
+
+
+def to_markdown(report: Report) -> str:
+    """Return the report as GitHub-flavoured Markdown.
+
+    Names from the model's file are shown as code, sentences with all signs escaped, so that
+    nothing in them becomes markup.
+    """
+    blocks = [
+        f"# Compression report: {_code(report.input or 'a model in memory', 120)}",
+        _totals(report),
+        *_solver(report),
+        "## Layers",
+        _layers(report),
+        *_left_alone(report),
+        *_verification(report),
+        *_calibration(report),
+        *_latency(report),
+        *_list("## Notes", [_plain(note, 600) for note in report.notes]),
+        *_environment(report),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _code(text: str, limit: int = 80) -> str:
+    """Show a text as code: longer fences than any inside, no line breaks, no cell borders."""
+    shown = safe_text(text, limit).replace("|", "\\|") or " "
+    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if longest else ""
+    return f"{fence}{space}{shown}{space}{fence}"
+
+
+def _plain(text: str, limit: int) -> str:
+    """Show a sentence with every sign escaped that Markdown gives a meaning."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", safe_text(text, limit))
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _list(heading: str, entries: Sequence[str]) -> list[str]:
+    return [heading, "\n".join(f"* {entry}" for entry in entries)] if entries else []
+
+
+def _totals(report: Report) -> str:
+    if report.unchanged:
+        return "The budgets are met as it is: the model is copied unchanged."
+    rows = []
+    for name, use in report.budget.items():
+        if use.limit is None and use.reached is None:
+            continue
+        title = {"mem": "memory (bytes of weights)", "mac": "MACs"}.get(name, name)
+        limit = "" if use.limit is None else percent_text(use.limit)
+        costs = count_text(use.before), count_text(use.after)
+        rows.append((title, *costs, percent_text(use.reached), limit))
+    return _table(("cost", "before", "after", "kept", "budget"), rows)
+
+
+def _solver(report: Report) -> list[str]:
+    solver = report.solver
+    if solver is None or report.unchanged:
+        return []
+    text = f"Objective {_code(solver.objective)} of {_code(solver.name)}: {solver.value:.4g}"
+    if solver.lower_bound is not None and solver.gap is not None:
+        text += (
+            f"; no choice of ranks within these budgets is below {solver.lower_bound:.4g} "
+            f"(gap {100 * solver.gap:.2f} %)"
+        )
+    return [text + "."]
+
+
+def _layers(report: Report) -> str:
+    def change(cost: Cost) -> str:
+        if cost.before == cost.after:
+            return count_text(cost.before)
+        return f"{count_text(cost.before)} → {count_text(cost.after)}"
+
+    rows = []
+    for layer in report.layers:
+        if layer.decision == "skipped":
+            continue
+        cut = layer.decision == "factorised"
+        rank = f"{layer.full_rank} → {layer.rank}" if cut else str(layer.full_rank or "")
+        error = "" if not cut or layer.error is None else percent_text(layer.error)
+        kind = layer.scheme if cut and layer.scheme else "whole"
+        names = _code(layer.name), _code(layer.op, 30)
+        rows.append((*names, kind, rank, change(layer.params), change(layer.macs), error))
+    return _table(("layer", "op", "decision", "rank", "parameters", "MACs", "error"), rows)
+
+
+def _left_alone(report: Report) -> list[str]:
+    if report.unchanged:
+        return []
+    reasons = Counter(layer.reason for layer in report.layers if layer.decision != "factorised")
+    entries = [f"{count} × {_plain(reason, 200)}" for reason, count in reasons.most_common()]
+    return _list("## Left as they are", entries)
+
+
+def _verification(report: Report) -> list[str]:
+    check = report.verification
+    if check is None:
+        return []
+    text = (
+        f"In onnxruntime on {check.samples} samples of {check.data} data; the rewrite is exact "
+        f"to {check.rewrite_max_error:.1g} of a layer's largest output."
+    )
+    rows = [
+        (
+            _code(output.name),
+            percent_text(output.relative_l2),
+            f"{output.cosine:.5f}",
+            "" if output.sqnr_db is None else f"{output.sqnr_db:.1f} dB",
+            "" if output.argmax_agreement is None else percent_text(output.argmax_agreement),
+        )
+        for output in check.outputs
+    ]
+    heads = ("output", "relative error", "cosine", "SQNR", "same arg-max")
+    return ["## Verification", text, _table(heads, rows)]
+
+
+def _calibration(report: Report) -> list[str]:
+    seen = report.calibration
+    if seen is None:
+        return []
+    return [
+        "## Calibration",
+        f"{_code(seen.source, 300)}: {seen.calibration_samples} samples made the factors, "
+        f"{seen.selection_samples} were held back. Loss on those {seen.loss:.4g}; before the "
+        f"refit of {seen.refitted} layers {seen.loss_before_refit:.4g}. "
+        f"{seen.quality.measure.capitalize()} on {seen.quality.samples} samples held back: "
+        f"{percent_text(seen.quality.before)} → {percent_text(seen.quality.after)}.",
+    ]
+
+
+def _latency(report: Report) -> list[str]:
+    latency = report.to_dict().get("latency")
+    if not latency:
+        return []
+    before, after = latency["before_ms"], latency["after_ms"]
+    text = (
+        f"{before['median']:.3g} ms ({before['low']:.3g} to {before['high']:.3g}) → "
+        f"{after['median']:.3g} ms ({after['low']:.3g} to {after['high']:.3g}), ratio "
+        f"{latency['ratio']:.3f}; {_code(str(latency['provider']))}, "
+        f"{latency['threads']} threads, {latency['repeats']} interleaved repeats."
+    )
+    rows = [
+        (_code(layer["name"]), f"{layer['before_ms']:.3g}", f"{layer['after_ms']:.3g}")
+        for layer in latency.get("layers") or ()
+    ]
+    table = [_table(("layer", "before, ms", "after, ms"), rows)] if rows else []
+    return ["## Latency", text, *table]
+
+
+def _environment(report: Report) -> list[str]:
+    facts = {**report.machine, **report.versions}
+    entries = [f"{key}: {_code(value, 120)}" for key, value in facts.items()]
+    entries.append(f"threads: {report.threads}, seed: {report.seed}, {report.seconds:.1f} s")
+    command = [] if report.command is None else [_fenced(safe_text(report.command, 4000))]
+    return ["## To make it again", *command, *_list("", entries)[1:]]
+
+
+def _fenced(text: str) -> str:
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"

@@ -1,0 +1,88 @@
+"""The documentation: links lead somewhere, the site builds without a warning, recipes run."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.run_recipes import RECIPES, Block, missing, read_blocks, run_page
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+LINK = re.compile(r"""\]\(([^)\s]+)\)|(?:src|href)="([^"]+)\"""")
+
+
+def test_links_within_the_repository_lead_somewhere():
+    broken = []
+    for page in PAGES:
+        if "_build" in page.parts:
+            continue
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for match in LINK.finditer(re.sub(r"`[^`\n]+`", "", text)):
+            target = (match[1] or match[2]).partition("#")[0]
+            if target and "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert broken == []
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    for name in ("sphinx", "myst_parser", "furo"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed; pip install '.[docs]'")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    done = subprocess.run(
+        [*command, "-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "html"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {path.relative_to(tmp_path / "html").as_posix() for path in tmp_path.rglob("*.html")}
+    sources = {
+        path.relative_to(ROOT / "docs").with_suffix(".html").as_posix()
+        for path in (ROOT / "docs").rglob("*.md")
+        if "_build" not in path.parts
+    }
+    assert sources <= pages
+    # The parts of README.md arrive: a marker that is gone would include nothing.
+    html = tmp_path / "html"
+    assert "--mem F" in (html / "commands" / "compress.html").read_text(encoding="utf-8")
+    assert "least output error" in (html / "commands" / "compress.html").read_text(encoding="utf-8")
+    assert "pip install" in (html / "quickstart.html").read_text(encoding="utf-8")
+    assert "cobla_onnx.compress" in (html / "python.html").read_text(encoding="utf-8")
+
+
+def test_blocks_of_recipes_are_found():
+    text = "<!-- needs: torch -->\n\n```python\na\n```\n\n```text\nb\n```\n\n```sh\nc\n```\n"
+    assert read_blocks(text) == [
+        Block(("torch",), "python", "a\n", "b\n"),
+        Block((), "sh", "c\n", None),
+    ]
+    assert missing(Block(("json", "no-such-command"), "sh", "", None)) == ["no-such-command"]
+    assert all(read_blocks(page.read_text(encoding="utf-8")) for page in RECIPES.glob("*.md"))
+
+
+def figures(text: str) -> tuple[str, list[float]]:
+    """Part a text into its words and its percentages and sizes."""
+    numbers = re.compile(r"\d+(?:\.\d+)?(?=%| kB)|(?<=kept: )\d\.\d+")
+    return " ".join(numbers.sub("#", text).split()), [float(n) for n in numbers.findall(text)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted(RECIPES.glob("*.md")), ids=lambda page: page.stem)
+def test_recipes_run_and_print_what_they_say(page, tmp_path):
+    results, lacking = run_page(page, tmp_path)
+    for block, printed in results:
+        if block.output is None:
+            continue
+        said, found = figures(block.output), figures(printed)
+        assert said[0] == found[0]
+        # Other versions and processors: one image of 100 or 400, a few kB.
+        assert found[1] == pytest.approx(said[1], abs=1.5, rel=0.02)
+    if lacking:
+        pytest.skip(f"{len(results)} blocks ran; the rest needs {', '.join(lacking)}")
