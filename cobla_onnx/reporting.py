@@ -49,11 +49,6 @@ def make_report(
     seconds: float,
     seed: int,
     threads: int,
-<<<<<<< HEAD
-    command: str | None = None,
-    history: Sequence[Step] = (),
-=======
->>>>>>> commands
     latency: LatencyReport | None = None,
     more_notes: tuple[str, ...] = (),
     command: str | None = None,
