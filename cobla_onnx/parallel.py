@@ -419,7 +419,9 @@ def dask_pool(address: str) -> Iterator[Pool]:
             f"--dask {address}: needs dask; install it with: pip install 'cobla-onnx[distributed]'"
         ) from error
     try:
-        client: Any = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
+        # Untyped, where dask is installed.
+        connect: Any = Client
+        client = connect(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"--dask {address}: no scheduler answers there; start one with `dask scheduler`, and "
