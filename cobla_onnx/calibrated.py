@@ -184,6 +184,11 @@ class Calibrated:
                 f"{len(blocked)} layers have no gradient and stay as the objective output has "
                 f"them; {name!r}: {reason}"
             )
+        if self.gradients().left_out:
+            warm = warm.noting(
+                f"the gradient does not see {self.gradients().left_out} batches, whose shapes are "
+                "more than it is made for; give samples of fewer shapes to have all of them count"
+            )
         return self.improve(warm, constraints, replace(LOSS_EFFORT, seconds=seconds))
 
     def improve(

@@ -13,12 +13,14 @@ from cobla_onnx.calibration.labels import Labels
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions
 from cobla_onnx.errors import UsageError
+from cobla_onnx.opening import ModelSource
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.reproduce import call_text
 from cobla_onnx.result import Result
+from cobla_onnx.settings import ObjectiveName, Settings
 from cobla_onnx.smallest import check_max_drop, smallest
-from cobla_onnx.study import ModelSource, ObjectiveName, Settings, open_study
+from cobla_onnx.study import open_study
 
 __all__ = ["compress"]
 

@@ -19,8 +19,10 @@ from cobla_onnx.calibration.readers import ImageOptions
 from cobla_onnx.graph.layers import Skipped
 from cobla_onnx.machine import convolution_block
 from cobla_onnx.names import safe_text
+from cobla_onnx.opening import ModelSource
 from cobla_onnx.progress import Progress
-from cobla_onnx.study import ModelSource, Settings, Study, open_study
+from cobla_onnx.settings import Settings
+from cobla_onnx.study import Study, open_study
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

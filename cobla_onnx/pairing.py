@@ -25,9 +25,9 @@ from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.latency import timing
 from cobla_onnx.names import quoted, safe_text
+from cobla_onnx.opening import ModelSource, available_cores, open_model
 from cobla_onnx.progress import Progress
 from cobla_onnx.runtime import Feeds, execution_provider, open_session, run_session, runnable_feeds
-from cobla_onnx.study import ModelSource, available_cores, open_model
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -238,11 +238,11 @@ class Report:
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
     stages: dict[str, float] = field(default_factory=dict)
+    latency: LatencyReport | None = None
+    provider: str = "CPUExecutionProvider"
     machine: dict[str, str] = field(default_factory=dict)
     command: str | None = None
     history: tuple[Step, ...] = ()
-    latency: LatencyReport | None = None
-    provider: str = "CPUExecutionProvider"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts and lists."""

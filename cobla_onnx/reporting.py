@@ -49,10 +49,10 @@ def make_report(
     seconds: float,
     seed: int,
     threads: int,
-    command: str | None = None,
-    history: Sequence[Step] = (),
     latency: LatencyReport | None = None,
     more_notes: tuple[str, ...] = (),
+    command: str | None = None,
+    history: Sequence[Step] = (),
 ) -> Report:
     """Return the report of a run; see `Report` for its fields."""
     unchanged = all(decision.scheme is None for decision in plan.decisions)
@@ -105,11 +105,11 @@ def make_report(
         unchanged=unchanged,
         versions=versions(),
         notes=notes,
+        latency=latency,
+        provider=current_provider(),
         machine=machine(),
         command=command,
         history=tuple(history),
-        latency=latency,
-        provider=current_provider(),
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from scipy.special import betaincinv
+
 from cobla_onnx.allocation import Budget
 from cobla_onnx.calibration.quality import Quality
 from cobla_onnx.errors import BudgetError, UsageError
@@ -135,12 +137,25 @@ def _noting(
     allocation = solution.allocation
     assert allocation is not None
     allocation = allocation.noting(note)
+    if quality.measure == "agreement":
+        allocation = allocation.noting(
+            f"a true drop of up to {_upper_bound(quality):.2g} can look like that on "
+            f"{quality.samples} samples (95 %), and the search took the best; measure on others"
+        )
     if quality.measure != "relative error" and 0 < max_drop < 1 / quality.samples:
         allocation = allocation.noting(
             f"one of {quality.samples} held-back samples is {1 / quality.samples:.2g}: a drop of "
             f"{max_drop:g} cannot be told from none, give more data"
         )
     return replace(solution, allocation=allocation, budget=limits)
+
+
+def _upper_bound(quality: Quality) -> float:
+    """Upper end of Clopper and Pearson's one-sided 95 % interval of a share."""
+    wrong = round(quality.drop * quality.samples)
+    if wrong >= quality.samples:
+        return 1.0
+    return float(betaincinv(wrong + 1, quality.samples - wrong, 0.95))
 
 
 def _refusal(max_drop: float, trials: list[_Trial], limits: Budget | None) -> BudgetError:

@@ -7,44 +7,43 @@ ranks and factors for a budget, and `Study.finish` rewrites, verifies and report
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Allocation, Budget, Constraint, WeightError, allocate
 from cobla_onnx.allocation.budget import least_fraction
-from cobla_onnx.allocation.grid import EVERY_RANK, RankMultiple, RankRule, rank_rule
+from cobla_onnx.allocation.grid import EVERY_RANK, RankRule, rank_rule
 from cobla_onnx.allocation.sequential import Step
 from cobla_onnx.analysis import Analysis, analyse
 from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
-from cobla_onnx.calibration.dataset import Dataset, input_specs
-from cobla_onnx.calibration.labels import Labels, align_labels, read_labels
+from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.loss import LossName
-from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.errors import BudgetError, ModelError, UsageError
+from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.factors import FactorUnit, replace_layer
-from cobla_onnx.graph.checks import check_structure
 from cobla_onnx.graph.content import model_content
 from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.layers import Layer, read_weight
-from cobla_onnx.graph.model_file import load_model, stored_bytes
-from cobla_onnx.graph.tensors import all_tensors
+from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.holding import explain
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.machine import convolution_block
-from cobla_onnx.names import safe_text
+from cobla_onnx.opening import (
+    ModelSource,
+    available_cores,
+    naming,
+    open_model,
+    open_samples,
+    sample_labels,
+)
 from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
@@ -53,59 +52,12 @@ from cobla_onnx.reporting import make_report
 from cobla_onnx.result import Result
 from cobla_onnx.rewrite import Replacement, rewrite
 from cobla_onnx.runtime import CPU, execution_provider
+from cobla_onnx.settings import Settings
 from cobla_onnx.spill import Spill
 from cobla_onnx.timed import Timed, open_profile
 from cobla_onnx.verify import verify
 
-__all__ = [
-    "ModelSource",
-    "ObjectiveName",
-    "Settings",
-    "Solution",
-    "Study",
-    "available_cores",
-    "open_model",
-    "open_study",
-]
-
-ModelSource: TypeAlias = "onnx.ModelProto | str | os.PathLike[str]"
-ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to compress, apart from the budget; `cobla_onnx.compress` documents each field.
-
-    ``call`` is how it was asked for, for the report.
-    """
-
-    solver: Literal["slsqp", "milp"] = "slsqp"
-    objective: ObjectiveName = "auto"
-    input_shapes: Mapping[str, Sequence[int]] | None = None
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    min_size: int = 0
-    scheme: Literal["auto", "spatial", "channel", "input"] = "auto"
-    data: Any = None
-    samples: int | None = None
-    batch: int = 16
-    images: ImageOptions | None = None
-    labels: Labels | str | os.PathLike[str] | None = None
-    loss: LossName = "auto"
-    refit: bool = True
-    time_limit: float | None = None
-    rank_multiple: RankMultiple = "auto"
-    provider: str | None = None
-    profile: str | os.PathLike[str] | None = None
-    measure_latency: bool = False
-    seed: int = 0
-    threads: int | None = None
-    workers: int | None = None
-    executor: Executor | None = None
-    dask: str | None = None
-    cache: str | os.PathLike[str] | None = None
-    progress: Progress | None = None
-    call: str | None = None
+__all__ = ["Solution", "Study", "open_study"]
 
 
 @dataclass(frozen=True)
@@ -230,7 +182,7 @@ class Study:
     @property
     def objective(self) -> Literal["weights", "output", "loss"]:
         """What is minimised, ``auto`` resolved."""
-        return _objective(self.settings.objective, self.settings.data)
+        return self.settings.needed
 
     def least_memory(self) -> float:
         """Least fraction of memory within reach, rounded up so that it is."""
@@ -300,10 +252,10 @@ class Study:
             seconds=self.seconds + solution.seconds + time.perf_counter() - started,
             seed=self.settings.seed,
             threads=self.threads,
-            command=self.settings.call,
-            history=solution.history,
             latency=latency,
             more_notes=more_notes,
+            command=self.settings.call,
+            history=solution.history,
         )
         external = any(map(is_external, self.model.graph.initializer))
         return Result(
@@ -349,16 +301,16 @@ def open_study(
     proto = open_model(model)
     threads = settings.threads or available_cores()
     notify = settings.progress or (lambda stage, done, total: None)
-    needed = _objective(settings.objective, settings.data)
+    needed = settings.needed
     if settings.labels is not None and settings.data is None:
         raise UsageError("--labels: are those of the data; give --data too")
     kept = None if settings.cache is None else Cache(settings.cache)
     with (
-        _naming(source),
+        naming(source),
         one_thread,
         choose_pool(threads, settings.workers, settings.executor, settings.dask) as pool,
         execution_provider(settings.provider) as provider,
-        _opened(proto, settings) as dataset,
+        open_samples(proto, settings) as dataset,
     ):
         timing = times_needed or settings.measure_latency
         profile = open_profile(settings.profile, threads) if timing else None
@@ -402,7 +354,7 @@ def open_study(
                 analysis = timed.table()
         calibrated = None
         if dataset is not None:
-            classes = _labels(settings.labels, dataset)
+            classes = sample_labels(settings.labels, dataset)
             measure: LossName = settings.loss if classes is None else "ce"
             calibrated = Calibrated(
                 proto,
@@ -438,45 +390,6 @@ def open_study(
                 analysis.seen.close()
 
 
-def open_model(model: ModelSource) -> onnx.ModelProto:
-    """Load a model, or check one that is in memory already.
-
-    Raises
-    ------
-    UsageError, ModelError
-        If it cannot be read or is damaged.
-    """
-    return _checked(model) if isinstance(model, onnx.ModelProto) else load_model(model)
-
-
-def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Check a model that did not come from a file of ours."""
-    with _naming(None):
-        check_structure(model)
-        for held in all_tensors(model):
-            if is_external(held.tensor):
-                raise ModelError(
-                    f"{held.label}: its external data is not loaded; pass the path of the file "
-                    "instead of the model, or load it with its data"
-                )
-    return model
-
-
-@contextmanager
-def _naming(source: Path | None) -> Iterator[None]:
-    """Put the name of the file before errors about the model."""
-    shown = "the model" if source is None else safe_text(str(source), 300)
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{shown}: {error}") from error
-    except MemoryError as error:
-        raise ModelError(
-            f"{shown}: needs more memory than there is; use a machine with more, or give "
-            "smaller --input-shape"
-        ) from error
-
-
 def _with_more_ranks(error: BudgetError, rule: RankRule) -> BudgetError:
     """Advise to allow more ranks, where not all are."""
     if rule.complete:
@@ -485,37 +398,6 @@ def _with_more_ranks(error: BudgetError, rule: RankRule) -> BudgetError:
     return BudgetError(
         error.cause, error.least, f"{error.advice}, or {advice}" if error.advice else advice
     )
-
-
-def _objective(objective: ObjectiveName, data: Any) -> Literal["weights", "output", "loss"]:
-    if objective in ("output", "loss") and data is None:
-        raise UsageError(
-            f"--objective {objective}: needs data; give --data, or --objective weights"
-        )
-    if objective == "auto":
-        return "weights" if data is None else "output"
-    return objective
-
-
-def _labels(
-    labels: Labels | str | os.PathLike[str] | None, dataset: Dataset
-) -> NDArray[np.int64] | None:
-    if isinstance(labels, (str, os.PathLike)):
-        labels = read_labels(Path(labels))
-    return None if labels is None else align_labels(labels, dataset)
-
-
-@contextmanager
-def _opened(model: onnx.ModelProto, settings: Settings) -> Iterator[Dataset | None]:
-    """Open the calibration data, if there is any, for as long as it is needed."""
-    if settings.data is None:
-        yield None
-        return
-    specs = input_specs(model, settings.input_shapes or {})
-    with open_data(
-        settings.data, specs, samples=settings.samples, images=settings.images
-    ) as dataset:
-        yield dataset
 
 
 def _see(
@@ -542,13 +424,6 @@ def _see(
         )
 
     return see
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _factorise(

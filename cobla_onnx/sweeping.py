@@ -22,10 +22,12 @@ from cobla_onnx.errors import BudgetError, UsageError, WriteError
 from cobla_onnx.graph.model_file import write_atomically
 from cobla_onnx.graph.saving import ExternalData
 from cobla_onnx.names import safe_text
+from cobla_onnx.opening import ModelSource
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import Report
-from cobla_onnx.study import ModelSource, ObjectiveName, Settings, Study, open_study
+from cobla_onnx.settings import ObjectiveName, Settings
+from cobla_onnx.study import Study, open_study
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -193,7 +195,8 @@ def sweep(
 ) -> Sweep:
     """Compress a model to many budgets; it is analysed once.
 
-    Each point is verified as `compress` does, and is what `compress` would give.
+    Each point is verified as `compress` does, and is what `compress` would give; but where one
+    budget limits MACs, ``rank_multiple="auto"`` holds for all of them.
 
     Parameters
     ----------

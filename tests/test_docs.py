@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.run_recipes import RECIPES, Block, missing, read_blocks, run_page
+from tools.run_recipes import PAGES as RECIPES
+from tools.run_recipes import Block, missing, read_blocks, run_block, run_page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -57,6 +58,25 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "cobla_onnx.compress" in (html / "python.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+def test_the_readme_shows_what_its_command_prints(tmp_path):
+    """Lines and layers are the same; figures nearly, for processors and versions differ."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"^    pip install \. && (cobla-onnx .*)$", text, re.MULTILINE)
+    shown = re.search(r"^```\n(layer .*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert command is not None
+    assert shown is not None
+    (tmp_path / "models").symlink_to(ROOT / "models", target_is_directory=True)
+    printed = run_block(Block((), "sh", command[1], None), tmp_path)
+    said, found = shown[1].split(), printed.partition("written:")[0].split()
+    assert [word for word in said if "/" in word] == [word for word in found if "/" in word]
+    for words in (said, found):
+        assert words.count("Conv") == 7
+    for label in ("kept", "output", "least"):
+        values = [float(words[words.index(label) + 1].rstrip(",")) for words in (said, found)]
+        assert values[1] == pytest.approx(values[0], rel=0.1), label
+
+
 def test_blocks_of_recipes_are_found():
     text = "<!-- needs: torch -->\n\n```python\na\n```\n\n```text\nb\n```\n\n```sh\nc\n```\n"
     assert read_blocks(text) == [
@@ -64,17 +84,22 @@ def test_blocks_of_recipes_are_found():
         Block((), "sh", "c\n", None),
     ]
     assert missing(Block(("json", "no-such-command"), "sh", "", None)) == ["no-such-command"]
-    assert all(read_blocks(page.read_text(encoding="utf-8")) for page in RECIPES.glob("*.md"))
+    found = {page.stem for page in RECIPES if read_blocks(page.read_text(encoding="utf-8"))}
+    assert {"quantise", "simplify", "pytorch", "make", "factors", "inspect", "sweep"} <= found
 
 
 def figures(text: str) -> tuple[str, list[float]]:
-    """Part a text into its words and its percentages and sizes."""
-    numbers = re.compile(r"\d+(?:\.\d+)?(?=%| kB)|(?<=kept: )\d\.\d+")
+    """Part a text into its words and its numbers that stand by themselves."""
+    numbers = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?=%|\s)")
     return " ".join(numbers.sub("#", text).split()), [float(n) for n in numbers.findall(text)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", sorted(RECIPES.glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [page for page in RECIPES if read_blocks(page.read_text(encoding="utf-8"))],
+    ids=lambda page: page.stem,
+)
 def test_recipes_run_and_print_what_they_say(page, tmp_path):
     results, lacking = run_page(page, tmp_path)
     for block, printed in results:
@@ -82,7 +107,7 @@ def test_recipes_run_and_print_what_they_say(page, tmp_path):
             continue
         said, found = figures(block.output), figures(printed)
         assert said[0] == found[0]
-        # Other versions and processors: one image of 100 or 400, a few kB.
-        assert found[1] == pytest.approx(said[1], abs=1.5, rel=0.02)
+        # Other versions and processors: one image of 100 or 400, a rank, a few kB.
+        assert found[1] == pytest.approx(said[1], abs=1.5, rel=0.1)
     if lacking:
         pytest.skip(f"{len(results)} blocks ran; the rest needs {', '.join(lacking)}")

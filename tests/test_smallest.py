@@ -88,6 +88,13 @@ def test_a_drop_that_the_samples_cannot_show_is_noted():
     assert any("cannot be told from none" in note for note in solution.allocation.certificate.notes)
 
 
+def test_the_note_bounds_the_true_drop():
+    """Of 1,000 samples none differs: (1 - p)^1000 = 0.05 at p = 0.003."""
+    solution = smallest(Curve(lambda mem: 0.0), 0.01)
+    (note,) = [n for n in solution.allocation.certificate.notes if "true drop" in n]
+    assert note.startswith("a true drop of up to 0.003 can look like that on 1000 samples")
+
+
 def test_agreement_on_real_factors():
     result = compress(small_network(), max_drop=0.2, data=DATA, threads=1, solver="milp")
     quality = result.report.calibration.quality

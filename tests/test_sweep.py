@@ -113,7 +113,7 @@ def test_the_command(tmp_path):
     done = run(
         "sweep", tmp_path / "in.onnx", "--mem", "0.01,0.75:0.9:2", "--mac", "0.9",
         "--solver", "milp", "--data", tmp_path / "data.npz", "--csv", table, "--plot", plot,
-        "--out-dir", folder,
+        "--out-dir", folder, "--rank-multiple", 1,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= 80

@@ -1,4 +1,4 @@
-"""Run the code of docs/recipes, as a reader would, and write what it printed into the pages.
+"""Run the code of docs/recipes and docs/commands as a reader would; write what it printed there.
 
     python tools/run_recipes.py            # run all pages
     python tools/run_recipes.py --write    # and bring the printed output in them up to date
@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = ROOT / "docs" / "recipes"
+PAGES = sorted(
+    [*(ROOT / "docs" / "recipes").glob("*.md"), *(ROOT / "docs" / "commands").glob("*.md")]
+)
 BLOCK = re.compile(
     r"(?:<!-- needs: (?P<needs>[^>]*) -->\n+)?"
     r"^```(?P<language>python|sh|make)\n(?P<code>.*?)^```\n"
@@ -85,7 +87,7 @@ def run_block(block: Block, folder: Path) -> str:
     )
     if done.returncode != 0:
         raise RuntimeError(f"{block.code}\n{done.stdout}\n{done.stderr}")
-    return done.stdout
+    return "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
 
 
 def run_page(page: Path, folder: Path) -> tuple[list[tuple[Block, str]], list[str]]:
@@ -109,7 +111,7 @@ def run_page(page: Path, folder: Path) -> tuple[list[tuple[Block, str]], list[st
 def main() -> None:
     """Run pages; write their output if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pages", nargs="*", type=Path, default=sorted(RECIPES.glob("*.md")))
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     for page in options.pages:

@@ -247,6 +247,14 @@ def test_auto_falls_back_to_output_and_says_why():
     assert "TopK" in "".join(loss.certificate.notes)
 
 
+def test_batches_that_the_gradient_does_not_see_are_a_note():
+    calibrated = calibrated_for(small_network(), 20)
+    calibrated.gradients().left_out = 3
+    constraints = calibrated.analysis.constraints(Budget(mem=0.6))
+    notes = calibrated.choose(constraints, "milp", "loss").certificate.notes
+    assert any("does not see 3 batches" in note for note in notes)
+
+
 def test_softened_outputs_are_logits_over_the_temperature():
     model = small_network()
     feeds = samples(4)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from cobla_onnx import Budget, compress
-from cobla_onnx.errors import BudgetError, UsageError
+from cobla_onnx.errors import BudgetError, CoblaError, UsageError
 from cobla_onnx.graph.cost import fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.graph.model_file import load_model
 from cobla_onnx.latency.timing import compare, interleaved
+from cobla_onnx.parallel import open_pool
 from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.runtime import current_provider, execution_provider, open_session
 from tests.latency.fakes import FakeStopwatch
 
 
@@ -271,3 +273,28 @@ def test_a_real_model_becomes_faster(assets):
     path = assets / "models" / "squeezenet1.1_fp32.onnx"
     result = compress(path, Budget(latency=0.7), threads=1)
     assert 0.3 < result.report.latency.ratio < 0.8
+
+
+def provider_here(_):
+    """Name the provider on which a unit of work would open its sessions."""
+    return current_provider()
+
+
+@pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 2}])
+def test_units_of_work_open_their_sessions_on_the_same_provider(monkeypatch, options):
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider", "OtherProvider"]
+    )
+    with open_pool(**options) as pool:
+        with execution_provider("OtherProvider"):
+            assert list(pool.map(provider_here, range(5))) == ["OtherProvider"] * 5
+        assert list(pool.map(provider_here, range(2))) == ["CPUExecutionProvider"] * 2
+
+
+def test_a_provider_that_does_not_start_is_an_error(demo_model, monkeypatch):
+    """onnxruntime itself goes on with the CPU."""
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider", "OtherProvider"]
+    )
+    with execution_provider("OtherProvider"), pytest.raises(CoblaError, match="OtherProvider"):
+        open_session(load_model(demo_model), 1)

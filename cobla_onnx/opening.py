@@ -1,0 +1,103 @@
+"""Models, samples and labels, opened and checked before any work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from cobla_onnx.calibration.dataset import Dataset, input_specs
+from cobla_onnx.calibration.labels import Labels, align_labels, read_labels
+from cobla_onnx.calibration.readers import open_data
+from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.checks import check_structure
+from cobla_onnx.graph.external import is_external
+from cobla_onnx.graph.model_file import load_model
+from cobla_onnx.graph.tensors import all_tensors
+from cobla_onnx.names import safe_text
+from cobla_onnx.settings import Settings
+
+__all__ = [
+    "ModelSource",
+    "available_cores",
+    "naming",
+    "open_model",
+    "open_samples",
+    "sample_labels",
+]
+
+ModelSource: TypeAlias = "onnx.ModelProto | str | os.PathLike[str]"
+
+
+def open_model(model: ModelSource) -> onnx.ModelProto:
+    """Load a model, or check one that is in memory already.
+
+    Raises
+    ------
+    UsageError, ModelError
+        If it cannot be read or is damaged.
+    """
+    return _checked(model) if isinstance(model, onnx.ModelProto) else load_model(model)
+
+
+def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Check a model that did not come from a file of ours."""
+    with naming(None):
+        check_structure(model)
+        for held in all_tensors(model):
+            if is_external(held.tensor):
+                raise ModelError(
+                    f"{held.label}: its external data is not loaded; pass the path of the file "
+                    "instead of the model, or load it with its data"
+                )
+    return model
+
+
+@contextmanager
+def naming(source: Path | None) -> Iterator[None]:
+    """Put the name of the file before errors about the model."""
+    shown = "the model" if source is None else safe_text(str(source), 300)
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{shown}: {error}") from error
+    except MemoryError as error:
+        raise ModelError(
+            f"{shown}: needs more memory than there is; use a machine with more, or give "
+            "smaller --input-shape"
+        ) from error
+
+
+@contextmanager
+def open_samples(model: onnx.ModelProto, settings: Settings) -> Iterator[Dataset | None]:
+    """Open the calibration data, if there is any, for as long as it is needed."""
+    if settings.data is None:
+        yield None
+        return
+    specs = input_specs(model, settings.input_shapes or {})
+    with open_data(
+        settings.data, specs, samples=settings.samples, images=settings.images
+    ) as dataset:
+        yield dataset
+
+
+def sample_labels(
+    labels: Labels | str | os.PathLike[str] | None, dataset: Dataset
+) -> NDArray[np.int64] | None:
+    """Read labels if they are a file, and put them in the order of the samples."""
+    if isinstance(labels, (str, os.PathLike)):
+        labels = read_labels(Path(labels))
+    return None if labels is None else align_labels(labels, dataset)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

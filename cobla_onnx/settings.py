@@ -1,0 +1,73 @@
+"""How to compress, apart from the budget: what `open_study` is told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from cobla_onnx.allocation.grid import RankMultiple
+from cobla_onnx.calibration.labels import Labels
+from cobla_onnx.calibration.loss import LossName
+from cobla_onnx.calibration.readers import ImageOptions
+from cobla_onnx.errors import UsageError
+from cobla_onnx.progress import Progress
+
+__all__ = ["ObjectiveName", "Settings"]
+
+ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compress, apart from the budget; `cobla_onnx.compress` documents each field.
+
+    ``call`` is how it was asked for, for the report.
+    """
+
+    solver: Literal["slsqp", "milp"] = "slsqp"
+    objective: ObjectiveName = "auto"
+    input_shapes: Mapping[str, Sequence[int]] | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    min_size: int = 0
+    scheme: Literal["auto", "spatial", "channel", "input"] = "auto"
+    data: Any = None
+    samples: int | None = None
+    batch: int = 16
+    images: ImageOptions | None = None
+    labels: Labels | str | os.PathLike[str] | None = None
+    loss: LossName = "auto"
+    refit: bool = True
+    time_limit: float | None = None
+    rank_multiple: RankMultiple = "auto"
+    provider: str | None = None
+    profile: str | os.PathLike[str] | None = None
+    measure_latency: bool = False
+    seed: int = 0
+    threads: int | None = None
+    workers: int | None = None
+    executor: Executor | None = None
+    dask: str | None = None
+    cache: str | os.PathLike[str] | None = None
+    progress: Progress | None = None
+    call: str | None = None
+
+    @property
+    def needed(self) -> Literal["weights", "output", "loss"]:
+        """The objective, ``auto`` resolved.
+
+        Raises
+        ------
+        UsageError
+            If it needs data and there is none.
+        """
+        if self.objective in ("output", "loss") and self.data is None:
+            raise UsageError(
+                f"--objective {self.objective}: needs data; give --data, or --objective weights"
+            )
+        if self.objective == "auto":
+            return "weights" if self.data is None else "output"
+        return self.objective
