@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -31,6 +31,13 @@ class MainCommandGroup(TyperGroup):
         if args and args[0] not in self.commands and args[0].partition("=")[0] not in own:
             args = [MAIN_COMMAND, *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Say that there was an interrupt: typer leaves without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            _fail(str(error) or "interrupted; nothing was written", 130)
 
 
 app = typer.Typer(
@@ -61,8 +68,6 @@ def main() -> None:
         app(standalone_mode=True)
     except CoblaError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt as error:
-        _fail(str(error) or "interrupted; nothing was written", 130)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
@@ -73,6 +78,6 @@ def main() -> None:
         )
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     sys.stderr.write(f"error: {safe_text(message, 2000)}\n")
     sys.exit(code)
