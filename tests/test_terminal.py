@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import subprocess
+import sys
 
 import pytest
 
@@ -157,3 +158,23 @@ def test_verbose_lines_tell_stages_once(capsys):
     assert lines[1:] == ["search: memory 0.5, 1 of 9"]
     with terminal.progress(quiet=True, verbose=True) as advance:
         assert advance is None
+
+
+def test_native_libraries_do_not_write_into_stdout(demo_model, tmp_path):
+    """HiGHS writes to file descriptor 1 now and then: here a solver does so each time."""
+    script = (
+        "import os, scipy.optimize, sys\n"
+        "solve = scipy.optimize.milp\n"
+        "def loud(*a, **k):\n"
+        "    os.write(1, b'noise')\n"
+        "    return solve(*a, **k)\n"
+        "scipy.optimize.milp = loud\n"
+        "from cobla_onnx.cli import main\n"
+        "main()\n"
+    )
+    arguments = [demo_model, tmp_path / "o.onnx", "--mem", "0.5", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["budget"]["mem"]["reached"] <= 0.5

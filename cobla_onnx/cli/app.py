@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -64,6 +65,7 @@ def cobla_onnx(version: options.Version = False) -> None:
 
 def main() -> None:
     """Run the command line; turn errors into one line and an exit code."""
+    _keep_stdout()
     try:
         app(standalone_mode=True)
     except CoblaError as error:
@@ -76,6 +78,27 @@ def main() -> None:
             "run again with --debug and report the traceback",
             1,
         )
+
+
+def _keep_stdout() -> None:
+    """Keep native libraries off stdout, for the scripts that read it.
+
+    HiGHS writes a line there now and then, whatever it is told.
+    """
+    if sys.stdout is None:
+        return
+    sys.stdout.flush()
+    terminal = sys.stdout.isatty()
+    sys.stdout = open(  # noqa: SIM115 - it stays open as long as the process
+        os.dup(1),
+        "w",
+        buffering=1 if terminal else -1,
+        encoding=sys.stdout.encoding,
+        errors=sys.stdout.errors,
+    )
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 def _fail(message: str, code: int) -> NoReturn:
