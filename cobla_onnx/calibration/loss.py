@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cobla_onnx.autodiff.losses import TINY, LossKind
 from cobla_onnx.errors import DataError, UsageError
 
-__all__ = ["LossKind", "LossName", "choose_kinds", "sample_losses"]
+__all__ = ["LossKind", "LossName", "choose_kinds", "log_probabilities", "sample_losses"]
 
 LossName: TypeAlias = Literal["auto", "kl", "mse", "ce"]
 
@@ -111,7 +111,7 @@ def _losses(kind: LossKind, expected: NDArray[Any], actual: NDArray[Any]) -> NDA
         power = float(np.square(p).mean())
         error: NDArray[np.float64] = np.square(p - q).mean(axis=1) / max(power, TINY)
         return error
-    log_p, log_q = (_log(v, kind.endswith("logits")) for v in (p, q))
+    log_p, log_q = (log_probabilities(v, kind.endswith("logits")) for v in (p, q))
     weight = np.exp(log_p)
     if kind.startswith("ce"):
         weight = (weight == weight.max(axis=1, keepdims=True)).astype(np.float64)
@@ -122,8 +122,8 @@ def _losses(kind: LossKind, expected: NDArray[Any], actual: NDArray[Any]) -> NDA
     return per_sample
 
 
-def _log(values: NDArray[np.float64], logits: bool) -> NDArray[np.float64]:
-    """Logarithms of class probabilities along axis 1."""
+def log_probabilities(values: NDArray[np.float64], logits: bool) -> NDArray[np.float64]:
+    """Logarithms of class probabilities along axis 1, from logits or from probabilities."""
     if not logits:
         return np.log(np.maximum(values, TINY))
     shifted = values - values.max(axis=1, keepdims=True)

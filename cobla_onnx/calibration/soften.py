@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.autodiff.losses import TINY, LossKind
+from cobla_onnx.calibration.loss import log_probabilities
 from cobla_onnx.graph.model_file import copy_without_initializers, unique_name
 
 __all__ = ["soften", "temperatures"]
@@ -60,13 +61,10 @@ def temperatures(
 
 def _shares(values: NDArray[Any], kind: LossKind) -> NDArray[np.float64]:
     """1 - sum p^2 of each sample at each temperature, shape (temperatures, samples)."""
-    wide = values.astype(np.float64)
-    logits = np.log(np.maximum(wide, TINY)) if kind == "probabilities" else wide
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    logits = log_probabilities(values.astype(np.float64), kind == "logits")
     result = []
     for temperature in LADDER:
-        p = np.exp(shifted / temperature)
-        p /= p.sum(axis=1, keepdims=True)
+        p = np.exp(log_probabilities(logits / temperature, True))
         result.append(1.0 - np.square(p).sum(axis=1).reshape(len(p), -1).mean(axis=1))
     return np.array(result)
 
