@@ -34,6 +34,7 @@ from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.lowrank.schemes import Scheme, largest_rank, schemes_for
 from cobla_onnx.parallel import Pool, open_pool
 from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.progress import Progress
 from cobla_onnx.runtime import measured_shapes
 
 __all__ = ["Analysis", "analyse", "model_costs"]
@@ -177,14 +178,14 @@ class Analysis:
 def analyse(
     model: onnx.ModelProto,
     *,
-    input_shapes: Mapping[str, Sequence[int]],
-    include: Sequence[str],
-    exclude: Sequence[str],
-    min_size: int,
-    scheme: str,
-    macs_needed: bool,
-    threads: int,
-    progress: Callable[[str, int, int], None],
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_size: int = 0,
+    scheme: str = "auto",
+    macs_needed: bool = False,
+    threads: int = 1,
+    progress: Progress = lambda stage, done, total: None,
     see: Callable[[Sequence[Layer]], Seen] | None = None,
     weigh: bool = True,
     ranks: RankRule = EVERY_RANK,
@@ -206,7 +207,7 @@ def analyse(
         If a weight is damaged.
     """
     inventory = _select(find_layers(model), include, exclude, min_size)
-    known = fixed_input_shapes(model, input_shapes)
+    known = fixed_input_shapes(model, input_shapes or {})
     shapes, macs, notes = model_costs(model, known, macs_needed, threads)
     total = None if macs is None else sum(macs.values())
     notes += _warnings(model, inventory)
@@ -407,7 +408,7 @@ def _fill(
     seen: Seen | None,
     pool: Pool,
     cache: Cache | None,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> None:
     """Compute the curves of all options, the largest layers first."""
     order = [c for c in candidates if c.options]

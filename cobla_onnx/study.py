@@ -323,7 +323,7 @@ def open_study(
         )
         analysis = analyse(
             proto,
-            input_shapes=settings.input_shapes or {},
+            input_shapes=settings.input_shapes,
             include=settings.include,
             exclude=settings.exclude,
             min_size=settings.min_size,

@@ -144,14 +144,9 @@ def analyse_for(bench: Bench, scheme: str, dataset: Any = None) -> Any:
 
     return analyse(
         bench.model,
-        input_shapes={},
-        include=(),
-        exclude=(),
-        min_size=0,
         scheme=scheme,
         macs_needed=True,
         threads=bench.threads,
-        progress=silent,
         see=None if dataset is None else see,
     )
 

@@ -41,7 +41,7 @@ from cobla_onnx.machine import convolution_block, cpu_name
 from cobla_onnx.runtime import CPU
 
 sys.path.insert(0, str(Path(__file__).parent))
-from benchmark import append, silent
+from benchmark import append
 from benchmark_tasks import ROOT, TASKS, find_model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -68,14 +68,8 @@ class Bench:
         )
         return analyse(
             self.model,
-            input_shapes={},
-            include=(),
-            exclude=(),
-            min_size=0,
-            scheme="auto",
             macs_needed=True,
             threads=2,
-            progress=silent,
             ranks=rule,
             cache=self.cache,
         )

@@ -124,14 +124,8 @@ class Setting:
 
         self.analysis = analyse(
             self.model,
-            input_shapes={},
-            include=(),
-            exclude=(),
-            min_size=0,
-            scheme="auto",
             macs_needed=True,
             threads=1,
-            progress=lambda *_: None,
             see=see,
         )
         self.probe = Probe(self.model, self.analysis.layers, self.batches(), "auto", 1)

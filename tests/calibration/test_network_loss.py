@@ -38,14 +38,7 @@ def calibrated_for(model: onnx.ModelProto, count: int = 30) -> Calibrated:
     dataset = Dataset("test", ({"x": row[None]} for row in data), specs)
     analysis = analyse(
         model,
-        input_shapes={},
-        include=(),
-        exclude=(),
-        min_size=0,
-        scheme="auto",
-        macs_needed=False,
         threads=1,
-        progress=silent,
         see=lambda layers: Seen(
             model, layers, lambda: dataset.batches(dataset.calibration, 8), threads=1
         ),

@@ -114,14 +114,8 @@ def test_under_a_mac_budget_ranks_must_save_macs():
 def analysed(model, rule=EVERY_RANK):
     return analyse(
         model,
-        input_shapes={},
-        include=(),
-        exclude=(),
-        min_size=0,
-        scheme="auto",
         macs_needed=True,
         threads=1,
-        progress=lambda *_: None,
         ranks=rule,
     )
 

@@ -36,14 +36,9 @@ def method_of(module):
     model = small_network()
     analysis = analyse(
         model,
-        input_shapes={},
-        include=(),
-        exclude=(),
-        min_size=0,
         scheme="channel",
         macs_needed=True,
         threads=1,
-        progress=lambda stage, done, total: None,
     )
     data = samples(24)["x"]
     calibration = Probe(model, analysis.layers, [{"x": data[:16]}], "auto", 1)
