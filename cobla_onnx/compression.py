@@ -197,8 +197,6 @@ def compress(
     macs_needed = budget is not None and budget.mac is not None
     if max_drop is not None and timed:
         raise UsageError("--max-drop: is not combined with --latency; give --mem or --mac")
-    if profile is not None and not (timed or measure_latency):
-        raise UsageError("--profile: is of times; give --latency or --measure-latency too")
     with open_study(
         model, settings, macs_needed=macs_needed, times_needed=timed and plan is None
     ) as study:

@@ -25,6 +25,11 @@ class Settings:
     """How to compress, apart from the budget; `cobla_onnx.compress` documents each field.
 
     ``call`` is how it was asked for, for the report.
+
+    Raises
+    ------
+    UsageError
+        If one needs another that is not given.
     """
 
     solver: Literal["slsqp", "milp"] = "slsqp"
@@ -54,6 +59,12 @@ class Settings:
     cache: str | os.PathLike[str] | None = None
     progress: Progress | None = None
     call: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.data is None:
+            raise UsageError("--labels: are those of the data; give --data too")
+        if self.profile is not None and not self.measure_latency:
+            raise UsageError("--profile: is of times; give --latency or --measure-latency too")
 
     @property
     def needed(self) -> Literal["weights", "output", "loss"]:

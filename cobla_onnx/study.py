@@ -27,7 +27,7 @@ from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.errors import BudgetError, UsageError
+from cobla_onnx.errors import BudgetError
 from cobla_onnx.factors import FactorUnit, replace_layer
 from cobla_onnx.graph.content import model_content
 from cobla_onnx.graph.external import is_external
@@ -289,7 +289,7 @@ def open_study(
         follow the grid for all budgets.
     times_needed : bool
         Whether there is a budget of time: layers are timed, and those left whole that would
-        not be faster.
+        not be faster. The settings must measure latency then.
 
     Raises
     ------
@@ -302,8 +302,6 @@ def open_study(
     threads = settings.threads or available_cores()
     notify = settings.progress or (lambda stage, done, total: None)
     needed = settings.needed
-    if settings.labels is not None and settings.data is None:
-        raise UsageError("--labels: are those of the data; give --data too")
     kept = None if settings.cache is None else Cache(settings.cache)
     with (
         naming(source),
@@ -312,8 +310,7 @@ def open_study(
         execution_provider(settings.provider) as provider,
         open_samples(proto, settings) as dataset,
     ):
-        timing = times_needed or settings.measure_latency
-        profile = open_profile(settings.profile, threads) if timing else None
+        profile = open_profile(settings.profile, threads) if settings.measure_latency else None
         rule = rank_rule(
             settings.rank_multiple,
             mac=macs_needed,

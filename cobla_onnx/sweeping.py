@@ -237,8 +237,6 @@ def sweep(
     if not wanted:
         raise UsageError("no budgets: give --mem or --mac, e.g. --mem 0.3:0.9:7")
     timed = any(budget.latency is not None for budget in wanted)
-    if profile is not None and not (timed or measure_latency):
-        raise UsageError("--profile: is of times; give --latency or --measure-latency too")
     settings = Settings(
         solver=solver,
         objective=objective,

