@@ -248,7 +248,7 @@ class Calibrated:
         for number in range(ROUNDS):
             self.progress("allocate", number, ROUNDS)
             allocation = allocate(curves, sensitivity.objective(), constraints, solver=solver)
-            found.append((self._selection_loss(allocation.choices), allocation))
+            found.append((self._judge.loss(self._truncated(allocation.choices)), allocation))
             if number == ROUNDS - 1 or not sensitivity.refine(allocation.choices):
                 break
         self.progress("allocate", ROUNDS, ROUNDS)
@@ -327,14 +327,16 @@ class Calibrated:
         """Factorise the chosen layers, and refit them if that is wanted."""
         chosen = self._chosen(plan)
         approximations = [entry.approximation for entry in chosen]
-        self._report["loss_before_refit"] = self._loss(chosen, approximations)
+        before: float | None = None
         if self.refit:
-            approximations, kept = self._refit(plan, chosen)
-            self._report["refitted"] = kept
+            before = self._selection.loss(_weights(chosen, approximations))
+            approximations, self._report["refitted"] = self._refit(plan, chosen)
             self._refitted.clear()
-        weights = _weights(chosen, approximations)
-        self._report["loss"] = self._selection.loss(weights)
-        self._report["quality"] = measure_quality(self._selection, weights)
+        outputs = list(self._selection.outputs(_weights(chosen, approximations)))
+        loss = float(self._selection.losses_of(outputs).mean())
+        self._report["loss"] = loss
+        self._report["loss_before_refit"] = loss if before is None else before
+        self._report["quality"] = measure_quality(self._selection, outputs)
         return [
             make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
             for entry, found in zip(chosen, approximations, strict=True)
@@ -389,9 +391,13 @@ class Calibrated:
             chosen.append(ChosenLayer(index[layer.name], layer, scheme, rank, found))
         return chosen
 
-    def _scores(self, choices: Sequence[Choice | None]) -> Scores:
+    def _truncated(self, choices: Sequence[Choice | None]) -> Weights:
+        """Weights and biases of the chosen layers before refit."""
         chosen = self._chosen(self.analysis.plan(choices))
-        return self._scored(_weights(chosen, [entry.approximation for entry in chosen]))
+        return _weights(chosen, [entry.approximation for entry in chosen])
+
+    def _scores(self, choices: Sequence[Choice | None]) -> Scores:
+        return self._scored(self._truncated(choices))
 
     def _refitted_scores(self, choices: Sequence[Choice | None]) -> Scores:
         plan = self.analysis.plan(choices)
@@ -402,15 +408,6 @@ class Calibrated:
         searched = self._judge.losses(weights)
         final = searched if self._judge is self._selection else self._selection.losses(weights)
         return Scores(searched, final)
-
-    def _selection_loss(self, choices: Sequence[Choice | None]) -> float:
-        chosen = self._chosen(self.analysis.plan(choices))
-        return self._judge.loss(_weights(chosen, [entry.approximation for entry in chosen]))
-
-    def _loss(
-        self, chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]
-    ) -> float:
-        return self._selection.loss(_weights(chosen, approximations))
 
 
 def _weights(

@@ -124,11 +124,12 @@ class Probe:
         -------
         float64 array, shape (samples,)
         """
+        return self.losses_of(self.outputs(weights))
+
+    def losses_of(self, outputs: Iterable[tuple[Feeds, Feeds]]) -> NDArray[np.float64]:
+        """Loss of every sample, from what `outputs` gives."""
         return np.concatenate(
-            [
-                sample_losses(self.kinds, expected, actual)
-                for expected, actual in self.outputs(weights)
-            ]
+            [sample_losses(self.kinds, expected, actual) for expected, actual in outputs]
         )
 
     def outputs(self, weights: Weights) -> Iterator[tuple[Feeds, Feeds]]:

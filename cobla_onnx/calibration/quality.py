@@ -7,12 +7,14 @@ people ask for. It is measured on samples that no factor has seen.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from cobla_onnx.autodiff.losses import TINY
-from cobla_onnx.calibration.probe import Probe, Weights
+from cobla_onnx.calibration.probe import Probe
+from cobla_onnx.runtime import Feeds
 
 __all__ = ["Quality", "measure_quality"]
 
@@ -42,12 +44,19 @@ class Quality:
     samples: int
 
 
-def measure_quality(probe: Probe, weights: Weights) -> Quality:
-    """Measure a model with some layers' weights replaced, on the samples of a probe."""
+def measure_quality(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> Quality:
+    """Measure a compressed model on the samples of a probe.
+
+    Parameters
+    ----------
+    probe : Probe
+    outputs : iterable of (dict, dict)
+        What `Probe.outputs` gives for the compressed model.
+    """
+    drops = _drops(probe, outputs)
     if probe.labelled:
-        before, after = (min(_drops(probe, w).values()) for w in ({}, weights))
+        before, after = (min(d.values()) for d in (_drops(probe, probe.outputs({})), drops))
         return Quality("accuracy", 1.0 - before, 1.0 - after, after - before, probe.samples)
-    drops = _drops(probe, weights)
     worst = max(drops, key=lambda name: drops[name])
     drop = drops[worst]
     if probe.kinds[worst] == "mse":
@@ -55,11 +64,11 @@ def measure_quality(probe: Probe, weights: Weights) -> Quality:
     return Quality("agreement", 1.0, 1.0 - drop, drop, probe.samples)
 
 
-def _drops(probe: Probe, weights: Weights) -> dict[str, float]:
+def _drops(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> dict[str, float]:
     """Share of rows of another class than expected, or relative error, of every output."""
     wrong = dict.fromkeys(probe.kinds, 0.0)
     whole = dict.fromkeys(probe.kinds, 0.0)
-    for expected, actual in probe.outputs(weights):
+    for expected, actual in outputs:
         for name, kind in probe.kinds.items():
             before, after = expected[name], actual[name]
             if kind == "mse":
