@@ -164,9 +164,7 @@ class Study:
             plan = self.analysis.plan(allocation.choices)
         spill = Spill()
         replacements = spill.replacements(
-            _factorise(self.model, self.analysis, plan, self.pool, self.cache, self.notify)
-            if self.calibrated is None
-            else self.calibrated.factorise(plan)
+            self._factorise(plan) if self.calibrated is None else self.calibrated.factorise(plan)
         )
         return Solution(
             budget,
@@ -178,6 +176,20 @@ class Study:
             () if self.calibrated is None else tuple(self.calibrated.history),
             time.perf_counter() - started,
         )
+
+    def _factorise(self, plan: Plan) -> Iterator[Replacement]:
+        """Factorise the chosen layers by their weights, over the pool, one after the other."""
+        chosen: list[Decision] = [d for d in plan.decisions if d.scheme is not None]
+        units = (
+            FactorUnit(*found, self.pool.carry(read_weight(self.model, found[0])), self.cache)
+            for found in map(self.analysis.resolve, chosen)
+        )
+        for number, factored in enumerate(self.pool.map(replace_layer, units)):
+            self.notify("factorise", number, len(chosen))
+            if self.cache is not None:
+                self.cache.notes += factored.notes
+            yield factored.replacement
+        self.notify("factorise", len(chosen), len(chosen))
 
     @property
     def objective(self) -> Literal["weights", "output", "loss"]:
@@ -421,28 +433,6 @@ def _see(
         )
 
     return see
-
-
-def _factorise(
-    model: onnx.ModelProto,
-    analysis: Analysis,
-    plan: Plan,
-    pool: Pool,
-    cache: Cache | None,
-    progress: Progress,
-) -> Iterator[Replacement]:
-    """Factorise the chosen layers over the pool, one after the other."""
-    chosen: list[Decision] = [d for d in plan.decisions if d.scheme is not None]
-    units = (
-        FactorUnit(*found, pool.carry(read_weight(model, found[0])), cache)
-        for found in map(analysis.resolve, chosen)
-    )
-    for number, factored in enumerate(pool.map(replace_layer, units)):
-        progress("factorise", number, len(chosen))
-        if cache is not None:
-            cache.notes += factored.notes
-        yield factored.replacement
-    progress("factorise", len(chosen), len(chosen))
 
 
 def _check_budget(
