@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ from cobla_onnx.allocation.grid import rank_rule
 from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.calibration.readers import ImageOptions
+from cobla_onnx.exported import Exported
 from cobla_onnx.graph.layers import Skipped
 from cobla_onnx.machine import convolution_block
 from cobla_onnx.names import safe_text
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["InspectedLayer", "InspectedScheme", "Inspection", "LeftAlone", "inspect", "sparkline"]
 
-SCHEMA_VERSION = 1
 BARS = "▁▂▃▄▅▆▇█"
 # A sparkline spans this many powers of ten, from the largest singular value down.
 DECADES = 2.0
@@ -90,7 +89,7 @@ class LeftAlone:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Exported):
     """What `inspect` found.
 
     Attributes
@@ -124,15 +123,6 @@ class Inspection:
     input_shapes: dict[str, tuple[int | None, ...] | None]
     measured_by: str
     notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain dicts and lists."""
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return {"schema_version": SCHEMA_VERSION, **found}
-
-    def to_json(self) -> str:
-        """Return it as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
 
     def __rich__(self) -> RenderableType:
         return _render(self)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from cobla_onnx.calibration.dataset import InputSpec, input_specs
 from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.comparison import Comparison, OutputComparison, is_numeric
 from cobla_onnx.errors import ModelError, UsageError
+from cobla_onnx.exported import Exported
 from cobla_onnx.graph.cost import fixed_input_shapes
 from cobla_onnx.graph.external import external_place, is_external
 from cobla_onnx.graph.model_file import stored_bytes
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelComparison", "ModelFacts", "compare"]
 
-SCHEMA_VERSION = 1
 # Seconds and runs for timing both models in turn.
 SECONDS, LEAST, MOST = 5.0, 9, 200
 
@@ -65,7 +64,7 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
-class ModelComparison:
+class ModelComparison(Exported):
     """What `compare` found; the second model is measured against the first.
 
     Attributes
@@ -98,15 +97,6 @@ class ModelComparison:
     provider: str
     onnxruntime: str
     notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain dicts and lists."""
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return {"schema_version": SCHEMA_VERSION, **found}
-
-    def to_json(self) -> str:
-        """Return it as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
 
     def __rich__(self) -> RenderableType:
         return _render(self)

@@ -19,6 +19,7 @@ from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.quality import Quality
 from cobla_onnx.calibration.readers import ImageOptions
 from cobla_onnx.errors import BudgetError, UsageError, WriteError
+from cobla_onnx.exported import Exported
 from cobla_onnx.graph.model_file import write_atomically
 from cobla_onnx.graph.saving import ExternalData
 from cobla_onnx.names import safe_text
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Sweep", "SweepPoint", "sweep"]
 
-SCHEMA_VERSION = 1
 COLUMNS = (
     "mem_budget", "mac_budget", "latency_budget", "mem", "mac", "latency",
     "loss", "measure", "quality", "drop", "front", "file", "refused",
@@ -91,7 +91,7 @@ class SweepPoint:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Exported):
     """What `sweep` found: `points` in the order of the budgets.
 
     Attributes
@@ -122,15 +122,11 @@ class Sweep:
             entry["report"] = None if point.report is None else point.report.to_dict()
             points.append(entry)
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": self.schema_version,
             "input": self.input,
             "objective": self.objective,
             "points": points,
         }
-
-    def to_json(self) -> str:
-        """Return it as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def to_csv(self) -> str:
         """Return a line for each point; the columns are those of `COLUMNS`."""

@@ -21,8 +21,8 @@ import cobla_onnx
 from cobla_onnx import Budget, Plan, Result, compress, errors
 from cobla_onnx.graph import model_file
 from cobla_onnx.graph.model_file import write_atomically
+from cobla_onnx.names import safe_text
 from cobla_onnx.plan import Decision
-from cobla_onnx.report import safe_text
 from cobla_onnx.result import check_paths
 from tests.builders import model_of, random_array, small_network
 

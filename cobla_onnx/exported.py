@@ -1,0 +1,31 @@
+"""Results as plain values and as JSON, with the version of their keys."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+__all__ = ["Exported"]
+
+
+class Exported:
+    """Base of dataclasses that programs read. NaN and infinity do not occur in them.
+
+    Attributes
+    ----------
+    schema_version : int
+        Raised when a key changes its meaning.
+    """
+
+    schema_version: ClassVar[int] = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain dicts and lists."""
+        fields: Any = self
+        found: dict[str, Any] = json.loads(json.dumps(asdict(fields), allow_nan=False))
+        return {"schema_version": self.schema_version, **found}
+
+    def to_json(self) -> str:
+        """Return it as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)

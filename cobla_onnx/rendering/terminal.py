@@ -1,0 +1,144 @@
+"""The report in a terminal: a table of the layers and a few lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from cobla_onnx.amounts import count_text
+from cobla_onnx.names import safe_text
+from cobla_onnx.report import BudgetUse, Cost, Report
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["render"]
+
+
+def _change(cost: Cost) -> str:
+    if cost.before is None or cost.before == cost.after:
+        return count_text(cost.before)
+    return f"{count_text(cost.before)} → {count_text(cost.after)}"
+
+
+def _totals(name: str, unit: str, use: BudgetUse) -> str:
+    if use.reached is None or use.before is None or use.after is None:
+        return f"{name}: not known"
+    limit = f", budget {use.limit:g}" if use.limit is not None else ""
+    factor = f"{use.before / use.after:.1f}x smaller" if use.after else "all gone"
+    return (
+        f"{name}: kept {use.reached:.4f} ({factor}{limit}), "
+        f"{count_text(use.before)} → {count_text(use.after)} {unit}"
+    )
+
+
+def render(report: Report) -> RenderableType:
+    """Render a report for the terminal with rich."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("layer", "op", "decision"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("rank", "parameters", "MACs", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in report.layers:
+        if layer.decision == "skipped":
+            continue
+        cut = layer.decision == "factorised"
+        table.add_row(
+            Text(safe_text(layer.name, 28)),
+            layer.op,
+            layer.scheme if cut else "whole",
+            f"{layer.full_rank} → {layer.rank}" if cut else str(layer.full_rank or ""),
+            _change(layer.params),
+            _change(layer.macs),
+            f"{layer.error:.3f}" if cut and layer.error is not None else "",
+            style=None if cut else "dim",
+        )
+    lines = [Text(_totals(*row)) for row in _budget_rows(report)]
+    lines += [Text(line) for line in _latency(report)]
+    return Group(table, Text(""), *_left_alone(report), *lines, *_verdict(report))
+
+
+def _latency(report: Report) -> list[str]:
+    """Lines on the measured time, and on the slowest layers."""
+    time, limit = report.latency, report.budget["latency"].limit
+    if time is None:
+        return []
+    before, after = time.before_ms, time.after_ms
+    budget = f", budget {limit:g}" if limit is not None else ""
+    lines = [
+        f"latency: {time.ratio:.3f} ({time.ratio_low:.3f} to {time.ratio_high:.3f}{budget}), "
+        f"{before.median:.3g} ms ({before.low:.3g} to {before.high:.3g}) → {after.median:.3g} ms "
+        f"({after.low:.3g} to {after.high:.3g}), {time.repeats} runs in turn, "
+        f"{time.threads} threads, {time.provider}"
+    ]
+    cut = [layer for layer in time.layers if layer.after_ms != layer.before_ms]
+    lines += [
+        f"  {safe_text(layer.name, 40)}: {layer.before_ms:.3g} → {layer.after_ms:.3g} ms alone"
+        for layer in cut
+    ]
+    whole = [safe_text(layer.name, 40) for layer in time.layers if layer not in cut]
+    if whole:
+        lines.append(f"  as before, of the slowest: {', '.join(whole)}")
+    return lines
+
+
+def _budget_rows(report: Report) -> list[tuple[str, str, BudgetUse]]:
+    return [
+        ("memory", "bytes of weights", report.budget["mem"]),
+        ("MACs", "MACs", report.budget["mac"]),
+    ]
+
+
+def _left_alone(report: Report) -> list[Any]:
+    from rich.text import Text
+
+    reasons = Counter(
+        (layer.decision, layer.reason)
+        for layer in report.layers
+        if layer.decision != "factorised" and not report.unchanged
+    )
+    words = {"whole": "kept whole", "skipped": "left alone"}
+    return [
+        Text(f"{words[decision]}: {count} x {safe_text(reason, 60)}")
+        for (decision, reason), count in reasons.items()
+    ]
+
+
+def _verdict(report: Report) -> list[Any]:
+    from rich.text import Text
+
+    lines = []
+    if report.solver is not None:
+        s = report.solver
+        line = f"solver: {s.name}, {s.objective} {s.value:.4g}"
+        if s.lower_bound is not None and s.gap is not None:
+            line += f", at least {s.lower_bound:.4g} within these budgets (gap {s.gap:.1%})"
+        lines.append(line)
+    seen = report.calibration
+    if seen is not None:
+        lines.append(
+            f"calibrated on {seen.calibration_samples} samples; loss on {seen.selection_samples} "
+            f"held back {seen.loss:.4g} (before refit of {seen.refitted} layers "
+            f"{seen.loss_before_refit:.4g})"
+        )
+    check = report.verification
+    if check is not None:
+        lines.append(
+            f"verified in onnxruntime on {check.samples} samples of {check.data} data: "
+            f"rewrite exact to {check.rewrite_max_error:.1g}"
+        )
+        for output in check.outputs:
+            agreement = output.argmax_agreement
+            same = "" if agreement is None else f", same arg-max {agreement:.1%}"
+            lines.append(
+                f"  {safe_text(output.name)}: relative error {output.relative_l2:.3g}, "
+                f"cosine {output.cosine:.4f}{same}"
+            )
+    if report.unchanged:
+        lines.append("the budgets are met as it is: the model is copied unchanged")
+    lines.extend(f"note: {safe_text(note, 300)}" for note in report.notes)
+    return [Text(line) for line in lines]
