@@ -47,6 +47,15 @@ def totals(layers: list[LayerCurves], extra: int = 50) -> tuple[int, int]:
     return sum(layer.bytes_whole for layer in layers) + extra, mac + 10 * extra
 
 
+def feasible_choices(layers, constraints):
+    """All choices within the limits, by brute force."""
+    return [
+        choices
+        for choices in itertools.product(*map(options_of, layers))
+        if all(c.cost(layers, choices) <= c.limit for c in constraints)
+    ]
+
+
 @given(st.integers(0, 10_000), st.floats(0.15, 0.99), st.floats(0.15, 0.99), st.integers(0, 2))
 @settings(max_examples=60)
 def test_agrees_with_brute_force(seed, mem, mac, which):
@@ -56,11 +65,7 @@ def test_agrees_with_brute_force(seed, mem, mac, which):
     budget = Budget(mem=mem if which != 1 else None, mac=mac if which != 0 else None)
     constraints = budget.constraints(layers, *totals(layers))
     objective = WeightError(layers)
-    feasible = [
-        choices
-        for choices in itertools.product(*map(options_of, layers))
-        if all(c.cost(layers, choices) <= c.limit for c in constraints)
-    ]
+    feasible = feasible_choices(layers, constraints)
     if not feasible:
         with pytest.raises(BudgetError) as caught:
             allocate(layers, objective, constraints)
@@ -350,11 +355,7 @@ def test_a_budget_of_time_agrees_with_brute_force(seed, limit):
     time = sum(layer.time_whole or 0 for layer in layers) + 1000
     constraints = Budget(latency=limit).constraints(layers, *totals(layers), time)
     objective = WeightError(layers)
-    feasible = [
-        choices
-        for choices in itertools.product(*map(options_of, layers))
-        if all(c.cost(layers, choices) <= c.limit for c in constraints)
-    ]
+    feasible = feasible_choices(layers, constraints)
     if not feasible:
         with pytest.raises(BudgetError, match="--latency"):
             allocate(layers, objective, constraints)
