@@ -9,9 +9,10 @@ divergence itself is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ from cobla_onnx.calibration.quality import measure_quality
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import Sensitivity
-from cobla_onnx.calibration.soften import soften, temperatures
+from cobla_onnx.calibration.soften import CLASSES, soften, temperatures
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.parallel import Pool
@@ -41,7 +42,7 @@ from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
 from cobla_onnx.rewrite import Replacement, make_replacement
-from cobla_onnx.runtime import Feeds
+from cobla_onnx.runtime import Feeds, open_session, run_session
 
 __all__ = ["Calibrated"]
 
@@ -106,13 +107,22 @@ class Calibrated:
     def __post_init__(self) -> None:
         self._selection = self._probe(self.dataset.selection)
         self._temperatures = {}
-        if self.loss == "auto":
-            self._temperatures = temperatures(self._selection.kinds, self._selection.expected)
+        kinds = self._selection.kinds
+        if self.loss == "auto" and any(kind in CLASSES for kind in kinds.values()):
+            # Of all samples: a fifth of them tells too little.
+            outputs = chain(self._selection.expected, self._originals())
+            self._temperatures = temperatures(kinds, outputs)
         self._softened = None
         self._judge = self._selection
         if any(value > 1.0 for value in self._temperatures.values()):
-            self._softened = soften(self.model, self._selection.kinds, self._temperatures)
+            self._softened = soften(self.model, kinds, self._temperatures)
             self._judge = self._followed(self.dataset.selection)
+
+    def _originals(self) -> Iterator[Feeds]:
+        """Outputs of the original on the calibration split, batch by batch."""
+        session = open_session(self.model, self.threads, optimized=True)
+        for feeds in self.batches(self.dataset.calibration):
+            yield run_session(session, feeds)
 
     def start_over(self) -> None:
         """Forget what was chosen for another budget; measurements stay."""

@@ -23,16 +23,15 @@ from cobla_onnx.autodiff.losses import TINY, LossKind
 from cobla_onnx.calibration.loss import log_probabilities
 from cobla_onnx.graph.model_file import copy_without_initializers, unique_name
 
-__all__ = ["soften", "temperatures"]
+__all__ = ["CLASSES", "soften", "temperatures"]
 
 # Kinds of outputs that are class distributions.
 CLASSES = ("probabilities", "logits")
 # Temperatures in steps of the square root of 2; the last is nearly the limit, in which the
 # divergence is the squared distance of centred logits.
 LADDER = tuple(2.0 ** (step / 2) for step in range(9))
-# Effective share of the samples that is enough. At a half, a guess from a few dozen samples is
-# on the right side for networks that leave most samples in doubt.
-EVEN = 0.5
+# Effective share of the samples that is enough.
+EVEN = 0.6
 
 
 def temperatures(
