@@ -295,7 +295,8 @@ class Pool:
         pending: deque[Future[Value]] = deque()
         try:
             for unit in units:
-                pending.append(executor.submit(function, unit))
+                with _interrupts_wait():
+                    pending.append(executor.submit(function, unit))
                 if len(pending) >= at_most:
                     yield pending.popleft().result()
             while pending:
@@ -310,6 +311,27 @@ class Pool:
         finally:
             for future in pending:
                 future.cancel()
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C wait until the block is left.
+
+    A pool that is interrupted while it starts a process or its own thread cannot be shut down.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        # Only the main thread is interrupted, and only by a handler.
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
 
 
 def _lost() -> tuple[type[Exception], ...]:
@@ -384,7 +406,9 @@ def _process_pool(workers: int) -> Iterator[Pool]:
     except BaseException:
         # Do not wait for what nobody wants any more.
         for process in context.started:
-            process.terminate()
+            # Not those that could not be started.
+            if process.is_alive():
+                process.terminate()
         raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +276,42 @@ def test_an_interrupt_ends_the_pool(tmp_path, group):
     assert not any(map(_runs, workers))
 
 
+def test_a_process_that_cannot_be_started_ends_the_pool(monkeypatch):
+    begin, started = SpawnProcess.start, []
+
+    def start(process):
+        if started:
+            raise OSError("no more processes")
+        begin(process)
+        started.append(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    with pytest.raises(OSError, match="no more processes"), choose_pool(1, workers=2) as pool:
+        list(pool.map(time.sleep, [600.0, 600.0]))
+    (process,) = started
+    process.join(10)
+    assert process.exitcode is not None
+
+
+def test_an_interrupt_waits_until_a_unit_is_handed_over():
+    handed = []
+
+    class Interrupted(ThreadPoolExecutor):
+        def submit(self, *args, **kwargs):
+            signal.raise_signal(signal.SIGINT)
+            handed.append(super().submit(*args, **kwargs))
+            return handed[-1]
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Interrupted(1) as executor,
+        choose_pool(1, executor=executor) as pool,
+    ):
+        list(pool.map(str, [1]))
+    assert len(handed) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def _children(process: int) -> list[int]:
     found = Path(f"/proc/{process}/task/{process}/children")
     if not found.exists():
@@ -307,8 +344,11 @@ def test_an_interrupted_command_leaves_nothing(demo_model, tmp_path):
         time.sleep(0.01)
     # The model was handed over: the workers have begun, or are about to.
     os.killpg(child.pid, signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == 130
+    watchdog = threading.Timer(60, os.killpg, (child.pid, signal.SIGKILL))
+    watchdog.start()
+    _, errors = child.communicate()
+    watchdog.cancel()
+    assert child.returncode == 130, errors
     assert "Traceback" not in errors
     assert not out.exists()
     assert list(temporary.glob("cobla-onnx*")) == []
