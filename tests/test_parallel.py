@@ -265,10 +265,7 @@ def test_an_interrupt_ends_the_pool(tmp_path, group):
         os.killpg(child.pid, signal.SIGINT)
     else:
         child.send_signal(signal.SIGINT)
-    watchdog = threading.Timer(30, child.kill)
-    watchdog.start()
-    _, errors = child.communicate()
-    watchdog.cancel()
+    errors = _last_words(child)
     assert errors.rstrip().endswith("KeyboardInterrupt")
     deadline = time.monotonic() + 10
     while any(map(_runs, workers)) and time.monotonic() < deadline:
@@ -312,6 +309,15 @@ def test_an_interrupt_waits_until_a_unit_is_handed_over():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def _last_words(child: subprocess.Popen[str]) -> str:
+    """What a process group wrote to stderr until its end, which comes in a minute."""
+    watchdog = threading.Timer(60, os.killpg, (child.pid, signal.SIGKILL))
+    watchdog.start()
+    _, errors = child.communicate()
+    watchdog.cancel()
+    return errors
+
+
 def _children(process: int) -> list[int]:
     found = Path(f"/proc/{process}/task/{process}/children")
     if not found.exists():
@@ -344,10 +350,7 @@ def test_an_interrupted_command_leaves_nothing(demo_model, tmp_path):
         time.sleep(0.01)
     # The model was handed over: the workers have begun, or are about to.
     os.killpg(child.pid, signal.SIGINT)
-    watchdog = threading.Timer(60, os.killpg, (child.pid, signal.SIGKILL))
-    watchdog.start()
-    _, errors = child.communicate()
-    watchdog.cancel()
+    errors = _last_words(child)
     assert child.returncode == 130, errors
     assert "Traceback" not in errors
     assert not out.exists()
