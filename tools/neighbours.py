@@ -1,0 +1,113 @@
+"""What other ranks would be worth: plans near the chosen one, refitted, on other images.
+
+Each layer's loss curve is multiplied by a random factor and the allocation solved again, so
+that every plan keeps the budget and is sensible. How much the plans differ on images that no
+decision saw says what a better allocation could gain; how well the samples at hand tell them
+apart says whether it could be found. The images are those that are neither the benchmark's
+calibration nor its test images, which leaves ResNet-20::
+
+    python tools/neighbours.py --assets ../shared --budget 0.4
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import benchmark
+from benchmark_tasks import ROOT, TASKS, Bench
+
+FIGURES = ("held back, before refit", "held back", "calibration", "others", "others' agreement")
+
+
+def other_images(bench: Bench, assets: Path) -> None:
+    """Let the bench measure on images that the benchmark leaves."""
+    images, labels = bench.task.images(assets)
+    used = len(bench.calibration) + len(bench.test)
+    rest = np.random.default_rng(0).permutation(len(images))[used:]
+    if len(rest) < 500:
+        raise typer.BadParameter(f"{bench.task.name} has {len(rest)} other images; 500 are needed")
+    bench.test = images[rest]
+    bench.labels = None if labels is None else labels[rest]
+    bench.expected = bench.outputs(bench.model)
+
+
+def plans(ours: benchmark.Ours, constraints: Any, count: int, spread: float) -> Any:
+    """Yield the chosen plan, then its neighbours."""
+    from cobla_onnx.allocation import OutputError, allocate
+
+    layers = ours.analysis.curves
+    chosen = ours.calibrated.allocate(constraints, "slsqp")
+    seen = {chosen.choices}
+    yield ours.analysis.plan(chosen.choices)
+    sensitivity = ours.calibrated._sensitivity
+    assert sensitivity is not None, "nothing had to be cut"
+    objective = sensitivity.objective()
+    generator = np.random.default_rng(1)
+    while len(seen) <= count:
+        factors = np.exp(generator.normal(0, spread, len(layers)))
+        curves = [
+            [factor * objective.curve(i, j) for j in range(len(layer.curves))]
+            for i, (factor, layer) in enumerate(zip(factors, layers, strict=True))
+        ]
+        choices = allocate(layers, OutputError(curves), constraints, solver="milp").choices
+        if choices not in seen:
+            seen.add(choices)
+            yield ours.analysis.plan(choices)
+
+
+def main(
+    assets: Annotated[Path, typer.Option(help="Folder with models/ and data/.")] = ROOT
+    / "../shared",
+    task: Annotated[str, typer.Option(help="Part of the task's name.")] = "ResNet-20",
+    budget: Annotated[float, typer.Option(help="Fraction of memory.")] = 0.4,
+    count: Annotated[int, typer.Option(help="Neighbours.")] = 15,
+    spread: Annotated[float, typer.Option(help="Of the factors' logarithm.")] = 0.2,
+    threads: int = 1,
+) -> None:
+    """Print each plan's losses, how much they vary, and how they go with the others' loss."""
+    from cobla_onnx import Budget
+    from cobla_onnx.calibrated import _weights
+    from cobla_onnx.parallel import one_thread
+    from cobla_onnx.rewrite import make_replacement, rewrite
+
+    bench = Bench(next(t for t in TASKS if task in t.name), assets, Path(), threads)
+    other_images(bench, assets)
+    print("| plan | " + " | ".join(FIGURES) + " |")
+    print("| --- |" + " --- |" * len(FIGURES))
+    rows = []
+    with one_thread:
+        ours = benchmark.prepare(bench, "ours")
+        calibrated = ours.calibrated
+        seen = calibrated._followed(calibrated.dataset.calibration)
+        constraints = ours.analysis.constraints(Budget(mem=budget))
+        for number, plan in enumerate(plans(ours, constraints, count, spread)):
+            chosen = calibrated._chosen(plan)
+            before = _weights(chosen, [entry.approximation for entry in chosen])
+            refitted, _ = calibrated._refit(plan, chosen)
+            calibrated._refitted.clear()
+            after = _weights(chosen, refitted)
+            replacements = [
+                make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
+                for entry, found in zip(chosen, refitted, strict=True)
+            ]
+            figures = bench.figures(rewrite(bench.model, replacements))
+            held_back, calibration = calibrated._judge.loss(after), seen.loss(after)
+            first = calibrated._judge.loss(before)
+            rows.append([first, held_back, calibration, figures["loss"], figures["agreement"]])
+            name = "chosen" if number == 0 else str(number)
+            print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in rows[-1]) + " |")
+    table = np.array(rows)
+    deviations = table.std(axis=0, ddof=1) / table.mean(axis=0)
+    correlations = np.corrcoef(table.T)[FIGURES.index("others")]
+    print("| deviation | " + " | ".join(f"{value:.1%}" for value in deviations) + " |")
+    print("| correlation | " + " | ".join(f"{value:.2f}" for value in correlations) + " |")
+
+
+if __name__ == "__main__":
+    typer.run(main)
