@@ -14,7 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -33,6 +33,8 @@ __all__ = [
     "collect_moments",
     "parts_of",
 ]
+
+Batch = TypeVar("Batch")
 
 # Bytes of sums that each unit of work holds at a time, and all units on this machine.
 LIMIT = 1 << 28
@@ -158,11 +160,14 @@ class Taps:
         self._names = list(dict.fromkeys(names))
         inputs = {value.name for value in model.graph.input}
         inner = [name for name in self._names if name not in inputs]
-        self._session = open_session(model, threads, inner, extra_weights, optimized=True)
+        # onnxruntime opens no graph without nodes.
+        self._session = (
+            open_session(model, threads, inner, extra_weights, optimized=True) if inner else None
+        )
 
     def run(self, feeds: Feeds) -> dict[str, Any]:
         """Return the tensors of one batch; several threads may call it."""
-        values = run_session(self._session, feeds)
+        values = {} if self._session is None else run_session(self._session, feeds)
         return {name: values[name] if name in values else feeds[name] for name in self._names}
 
 
@@ -238,7 +243,7 @@ def collect_moments(
     return store
 
 
-def parts_of(batches: Iterable[Feeds]) -> Iterator[list[Feeds]]:
+def parts_of(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
     """Cut batches into units of work, always the same."""
     rest = iter(batches)
     while part := list(itertools.islice(rest, BATCHES_PER_UNIT)):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.moments import Moment, MomentSum, Taps, parts_of
+from cobla_onnx.calibration.frontier import Frontier, Store
+from cobla_onnx.calibration.moments import Moment, MomentSum, parts_of
 from cobla_onnx.calibration.patches import ConvPatch, ProductPatch, patch_of
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.seen import WIDE, Approximation
-from cobla_onnx.graph.expose import expose, prefix
-from cobla_onnx.graph.layers import Layer, all_inputs, read_weight
+from cobla_onnx.graph.expose import expose, reached_from
+from cobla_onnx.graph.layers import Layer, Use, read_weight
 from cobla_onnx.lowrank.factorize import Factorization, Float64
 from cobla_onnx.lowrank.refit import refit, refit_second
 from cobla_onnx.lowrank.schemes import Scheme
@@ -23,6 +25,9 @@ from cobla_onnx.parallel import open_pool
 from cobla_onnx.runtime import Feeds
 
 __all__ = ["ChosenLayer", "refit_layers"]
+
+Stacker: TypeAlias = Callable[[NDArray[Any], NDArray[Any]], Iterator[Float64]]
+"""Yields a layer's input vectors above its outputs, from one batch of both tensors."""
 
 # Pull towards the original weight; the one with the least selection loss is taken.
 RIDGES = (0.1, 0.01)
@@ -84,12 +89,12 @@ def refit_layers(
     current = [entry.approximation for entry in chosen]
     best = selection.loss(_weights(chosen, current))
     kept = 0
+    walk = _Walk(model, chosen, batches, threads)
     for number, position in enumerate(order):
         progress(number, len(order))
-        pass_ = _Pass(model, chosen, current, position, threads)
-        if not pass_.has_approximated_inputs:
+        if not walk.is_moved(chosen[position].layer):
             continue
-        for candidate in pass_.candidates(batches):
+        for candidate in _Refit(model, chosen[position]).candidates(walk, current):
             trial = [*current]
             trial[position] = candidate
             loss = selection.loss(_weights(chosen, trial))
@@ -109,39 +114,106 @@ def _weights(
     }
 
 
-class _Pass:
-    """One layer's inputs in the compressed model beside its outputs in the original."""
+class _Walk:
+    """The original and the compressed model side by side, with all samples before a layer."""
 
     def __init__(
         self,
         model: onnx.ModelProto,
         chosen: Sequence[ChosenLayer],
-        current: Sequence[Approximation],
-        position: int,
+        batches: Callable[[], Iterable[Feeds]],
         threads: int,
     ) -> None:
-        self._model, self._threads = model, threads
-        self._entry = chosen[position]
-        layer = self._entry.layer
-        self._patches = [patch_of(model, layer, use) for use in layer.uses]
-        exposed = expose(model, [entry.layer for entry in chosen], as_inputs=False)
-        self._before = prefix(exposed.model, [use.data for use in layer.uses])
-        read = {name for node in self._before.graph.node for name in all_inputs(node)}
-        self._weights: dict[str, NDArray[Any]] = {}
-        for entry, found, weight, bias in zip(
-            chosen, current, exposed.weights, exposed.biases, strict=True
-        ):
+        self._chosen, self._threads = chosen, threads
+        self._exposed = expose(model, [entry.layer for entry in chosen], as_inputs=False)
+        self._original = Frontier(model, batches)
+        self._compressed = Frontier(self._exposed.model, batches)
+        self._moved = reached_from(self._exposed.model, self._exposed.weights)
+
+    def is_moved(self, layer: Layer) -> bool:
+        """Whether any approximated layer comes before."""
+        return any(use.data in self._moved for use in layer.uses)
+
+    def joint(
+        self, layer: Layer, current: Sequence[Approximation], stack: Sequence[Stacker]
+    ) -> Moment:
+        """Moment of (inputs after compression, original outputs), over all uses of a layer.
+
+        The samples move on to its first use.
+        """
+        weights = self._feeds(current)
+        places = self._original, self._compressed
+        sums: list[MomentSum] = []
+        for use, stacked in zip(layer.uses, stack, strict=True):
+            found, places = self._see(use, stacked, places, weights)
+            sums.append(found)
+            if use is layer.uses[0]:
+                self._original, self._compressed = places
+        for found in sums[1:]:
+            sums[0].merge(found)
+        return sums[0].moment()
+
+    def _feeds(self, current: Sequence[Approximation]) -> dict[str, NDArray[Any]]:
+        """Weights and biases of all chosen layers, by the names that the exposed model reads."""
+        feeds: dict[str, NDArray[Any]] = {}
+        names = zip(self._exposed.weights, self._exposed.biases, strict=True)
+        for entry, found, (weight, bias) in zip(self._chosen, current, names, strict=True):
             dtype = onnx.helper.tensor_dtype_to_np_dtype(entry.layer.type)
-            if weight in read:
-                self._weights[weight] = found.weight.astype(dtype)
-            if bias is not None and bias in read and found.bias is not None:
-                self._weights[bias] = found.bias.astype(dtype)
+            feeds[weight] = found.weight.astype(dtype)
+            if bias is not None and found.bias is not None:
+                feeds[bias] = found.bias.astype(dtype)
+        return feeds
 
-    @property
-    def has_approximated_inputs(self) -> bool:
-        return bool(self._weights)
+    def _see(
+        self,
+        use: Use,
+        stacked: Stacker,
+        places: tuple[Frontier, Frontier],
+        weights: dict[str, NDArray[Any]],
+    ) -> tuple[MomentSum, tuple[Frontier, Frontier]]:
+        """Add up over the samples at one use; return their places before it, too."""
+        original, compressed = places
+        crossing = original.crossing(use.node), compressed.crossing(use.node)
+        stores = Store(), Store()
+        right = original.taps([*crossing[0], use.output])
+        left = compressed.taps([*crossing[1], use.data], weights)
 
-    def candidates(self, batches: Callable[[], Iterable[Feeds]]) -> Iterator[Approximation]:
+        def add_up(part: list[tuple[Feeds, Feeds]]) -> tuple[MomentSum, list[list[Feeds]]]:
+            total: MomentSum | None = None
+            moved = []
+            for pair in part:
+                given, read = right.run(pair[0]), left.run(pair[1])
+                for vectors in stacked(read[use.data], given[use.output]):
+                    total = total or MomentSum(*vectors.shape[:2])
+                    total.add(vectors)
+                values = zip((given, read), crossing, strict=True)
+                moved.append([{name: found[name] for name in names} for found, names in values])
+            assert total is not None
+            return total, moved
+
+        total: MomentSum | None = None
+        pairs = zip(original.batches(), compressed.batches(), strict=True)
+        with open_pool(self._threads) as pool:
+            for found, moved in pool.map(add_up, parts_of(pairs)):
+                if total is None:
+                    total = found
+                else:
+                    total.merge(found)
+                for batch in moved:
+                    for store, values in zip(stores, batch, strict=True):
+                        store.put(values)
+        assert total is not None
+        return total, (original.moved_to(stores[0]), compressed.moved_to(stores[1]))
+
+
+class _Refit:
+    """One layer, refitted to what its factors should give on the inputs that they get."""
+
+    def __init__(self, model: onnx.ModelProto, entry: ChosenLayer) -> None:
+        self._model, self._entry = model, entry
+        self._patches = [patch_of(model, entry.layer, use) for use in entry.layer.uses]
+
+    def candidates(self, walk: _Walk, current: Sequence[Approximation]) -> Iterator[Approximation]:
         """Yield the refitted layer for each ridge."""
         entry = self._entry
         old = entry.approximation
@@ -150,7 +222,8 @@ class _Pass:
         if self._patches[0].size > WIDE:
             factors = old.factors
             first = factors.left if entry.scheme.inputs_first else factors.right.swapaxes(1, 2)
-        joint = self._joint(batches, first)
+        stack = [partial(_stacked, patch, first) for patch in self._patches]
+        joint = walk.joint(entry.layer, current, stack)
         outputs = entry.scheme.rows_of(old.weight).shape[1]
         size = joint.mean.shape[1] - outputs
         second = joint.second if old.bias is None else joint.covariance()
@@ -182,34 +255,9 @@ class _Pass:
             bias = (mean[:, size:] - reached).reshape(bias.shape)
         return Approximation(factors, dense, bias)
 
-    def _joint(self, batches: Callable[[], Iterable[Feeds]], first: Float64 | None) -> Moment:
-        """Moment of (inputs after compression, original outputs), stacked."""
-        layer = self._entry.layer
-        outputs = prefix(self._model, [use.output for use in layer.uses])
-        before = Taps(self._before, [use.data for use in layer.uses], 1, self._weights)
-        after = Taps(outputs, [use.output for use in layer.uses], 1)
-
-        def add_up(part: list[Feeds]) -> MomentSum:
-            total: MomentSum | None = None
-            for feeds in part:
-                read, given = before.run(feeds), after.run(feeds)
-                for patch, use in zip(self._patches, layer.uses, strict=True):
-                    for stacked in _stacked(patch, read[use.data], given[use.output], first):
-                        total = total or MomentSum(*stacked.shape[:2])
-                        total.add(stacked)
-            assert total is not None
-            return total
-
-        with open_pool(self._threads) as pool:
-            sums = pool.map(add_up, parts_of(batches()))
-            total = next(sums)
-            for found in sums:
-                total.merge(found)
-        return total.moment()
-
 
 def _stacked(
-    patch: ConvPatch | ProductPatch, data: NDArray[Any], output: NDArray[Any], first: Float64 | None
+    patch: ConvPatch | ProductPatch, first: Float64 | None, data: NDArray[Any], output: NDArray[Any]
 ) -> Iterator[NDArray[np.float64]]:
     """Yield input vectors, seen through the first factor if one is given, above outputs."""
     outputs = patch.outputs(output)

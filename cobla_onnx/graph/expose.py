@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import onnx
 
 from cobla_onnx.graph.layers import Layer, all_inputs
 from cobla_onnx.graph.model_file import copy_without_initializers
 
-__all__ = ["Exposed", "expose", "prefix"]
+__all__ = ["Exposed", "expose", "prefix", "reached_from"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,32 @@ def expose(model: onnx.ModelProto, layers: Sequence[Layer], *, as_inputs: bool) 
     return Exposed(result, tuple(weights), tuple(biases))
 
 
-def prefix(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
+def reached_from(model: onnx.ModelProto, names: Iterable[str]) -> set[str]:
+    """Tensors of the main graph that depend on any of `names`, these included."""
+    reached = set(names)
+    for node in model.graph.node:
+        if not reached.isdisjoint(all_inputs(node)):
+            reached.update(name for name in node.output if name)
+    return reached
+
+
+def prefix(
+    model: onnx.ModelProto, outputs: Iterable[str], given: Mapping[str, np.dtype[Any]] | None = None
+) -> onnx.ModelProto:
     """Copy what of a model is needed to compute the tensors `outputs`, and no more.
 
     The outputs of the result are those, without type and shape; a name that is an input
-    of the model is none.
+    of the result is none.
+
+    Parameters
+    ----------
+    given : mapping of str to numpy dtype, optional
+        Tensors that need not be computed: inputs of the result in place of the model's.
     """
     outputs = list(dict.fromkeys(outputs))
     producer = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
+    for name in given or {}:
+        producer.pop(name, None)
     needed: set[int] = set()
     pending = [producer[name] for name in outputs if name in producer]
     read: set[str] = set(outputs)
@@ -89,12 +109,22 @@ def prefix(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
     result = copy_without_initializers(model, unread)
     graph = result.graph
     inputs = [value for value in graph.input if value.name not in unread]
+    if given is not None:
+        declared = {value.name: value for value in inputs}
+        stored = {tensor.name for tensor in graph.initializer}
+        inputs = [declared.get(name) or _value(name, dtype) for name, dtype in given.items()]
+        inputs += [value for name, value in declared.items() if name in stored]
     nodes = [node for i, node in enumerate(model.graph.node) if i in needed]
     del graph.node[:], graph.output[:], graph.input[:]
     graph.node.extend(nodes)
     graph.input.extend(inputs)
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name in producer)
     return result
+
+
+def _value(name: str, dtype: np.dtype[Any]) -> onnx.ValueInfoProto:
+    kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+    return onnx.helper.make_tensor_value_info(name, kind, None)
 
 
 def _unread(model: onnx.ModelProto, read: Collection[str]) -> set[str]:

@@ -1,0 +1,134 @@
+"""Go through a model from node to node, with all samples, without beginning anew each time.
+
+Layers are looked at one after the other, and the weights of those before are only known
+then. Running the model from its inputs for each would take time that grows with the square
+of their number. A `Frontier` keeps, for every batch, the tensors that cross the line before
+some node; the next one starts from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from cobla_onnx.calibration.moments import Taps
+from cobla_onnx.graph.expose import prefix, reached_from
+from cobla_onnx.graph.layers import all_inputs
+from cobla_onnx.runtime import Feeds
+
+__all__ = ["Frontier", "Store"]
+
+# Bytes on disk of what crosses a line; where more does, the line stays behind.
+LIMIT = 1 << 29
+
+
+class Store:
+    """Tensors of one batch after the other, in an unnamed temporary file."""
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the store)
+        weakref.finalize(self, self._file.close)
+        self._limit = limit
+        self._places: list[dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]]] | None = []
+
+    @property
+    def whole(self) -> bool:
+        """Whether all that was put in is there."""
+        return self._places is not None
+
+    def put(self, values: Mapping[str, Any]) -> None:
+        """Keep a batch, unless it is too much, or not made of numbers."""
+        if self._places is None:
+            return
+        arrays = {n: v for n, v in values.items() if isinstance(v, np.ndarray)}
+        numbers = all(array.dtype.kind in "biuf" for array in arrays.values())
+        room = self._limit - self._file.seek(0, 2)
+        if len(arrays) < len(values) or not numbers or _size(arrays.values()) > room:
+            self._places = None
+            self._file.truncate(0)
+            return
+        places = {}
+        for name, array in arrays.items():
+            places[name] = (self._file.seek(0, 2), array.dtype, array.shape)
+            self._file.write(np.ascontiguousarray(array).data)
+        self._places.append(places)
+
+    def batches(self) -> Iterator[Feeds]:
+        """Yield what was put in, batch by batch."""
+        assert self._places is not None
+        for places in self._places:
+            yield {name: self._read(*place) for name, place in places.items()}
+
+    def _read(self, place: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        self._file.seek(place)
+        return np.fromfile(self._file, dtype, int(np.prod(shape))).reshape(shape)
+
+
+def _size(arrays: Iterable[NDArray[Any]]) -> int:
+    return sum(array.nbytes for array in arrays)
+
+
+class Frontier:
+    """All samples, and how far they have come through a model.
+
+    Parameters
+    ----------
+    model : ModelProto
+        With its nodes in topological order. Some weights may be missing.
+    batches : callable
+        Gives a fresh iterator over the model's inputs.
+    """
+
+    def __init__(self, model: onnx.ModelProto, batches: Callable[[], Iterable[Feeds]]) -> None:
+        self._model = model
+        self._batches = batches
+        self._producer = {n: i for i, node in enumerate(model.graph.node) for n in node.output}
+        self._last_reader = {
+            name: i for i, node in enumerate(model.graph.node) for name in all_inputs(node)
+        }
+        first = next(iter(batches()))
+        # What is the same for all samples is computed anew, and not kept for each.
+        self._varying = reached_from(model, first)
+        self._types = {name: value.dtype for name, value in first.items()}
+
+    def batches(self) -> Iterator[Feeds]:
+        """Yield the tensors of each batch that cross the line, for `taps` to be run on."""
+        return iter(self._batches())
+
+    def crossing(self, node: int) -> list[str]:
+        """Tensors that cross the line before a node, beyond the present one."""
+        return sorted(
+            name
+            for name in self._varying
+            if self._producer.get(name, -1) < node <= self._last_reader.get(name, -1)
+        )
+
+    def taps(self, names: Iterable[str], weights: Mapping[str, NDArray[Any]] | None = None) -> Taps:
+        """Open what leads from the present line to the tensors `names`.
+
+        Parameters
+        ----------
+        weights : mapping of str to array, optional
+            Those that the model lacks; others may be among them.
+        """
+        names = list(names)
+        piece = prefix(self._model, names, self._types)
+        read = {name for node in piece.graph.node for name in all_inputs(node)}
+        missing = {n: array for n, array in (weights or {}).items() if n in read}
+        return Taps(piece, names, 1, missing)
+
+    def moved_to(self, store: Store) -> Frontier:
+        """Return the frontier at the line whose tensors were stored; itself, where not all were."""
+        if not store.whole:
+            return self
+        moved = copy.copy(self)
+        moved._batches = store.batches
+        moved._types = {name: value.dtype for name, value in next(store.batches()).items()}
+        return moved
