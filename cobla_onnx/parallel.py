@@ -11,6 +11,7 @@ the model, as a file that each worker reads once. Executors that the caller brin
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import signal
@@ -29,6 +30,7 @@ from concurrent.futures import (
 )
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from multiprocessing import parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -391,6 +393,15 @@ class _Spawned(SpawnContext):
 
 def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the main one is gone, be it killed: nobody else would."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager

@@ -244,8 +244,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-@pytest.mark.parametrize("group", [False, True], ids=["main process", "terminal"])
-def test_an_interrupt_ends_the_pool(tmp_path, group):
+@pytest.mark.parametrize("how", ["main process", "terminal", "killed"])
+def test_workers_end_with_the_main_process(tmp_path, how):
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
     child = subprocess.Popen(
@@ -261,12 +261,12 @@ def test_an_interrupt_ends_the_pool(tmp_path, group):
     time.sleep(0.5)
     workers = _children(child.pid)
     assert len(workers) >= 2
-    if group:
+    if how == "terminal":
         os.killpg(child.pid, signal.SIGINT)
     else:
-        child.send_signal(signal.SIGINT)
+        child.send_signal(signal.SIGINT if how == "main process" else signal.SIGKILL)
     errors = _last_words(child)
-    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert how == "killed" or errors.rstrip().endswith("KeyboardInterrupt")
     deadline = time.monotonic() + 10
     while any(map(_runs, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
