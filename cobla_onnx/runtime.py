@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import onnx
@@ -40,6 +44,10 @@ Feeds: TypeAlias = "dict[str, NDArray[Any]]"
 # Option by which a model given as bytes finds its data files, and versions that know it.
 FOLDER = "session.model_external_initializers_file_folder_path"
 MAPS_FILES = tuple(int(n) for n in onnxruntime.__version__.split(".")[:2]) >= (1, 21)
+# Bytes of weights from which on a session gets them in a file, and where in it they begin.
+BY_FILE = 1 << 28
+PAGE = 4096
+WEIGHTS = "weights"
 SIZES_TO_TRY = (16, 64, 224, 512, 1)
 # Seconds that one run may take, so that a loop without end does not keep us.
 RUN_LIMIT = 900.0
@@ -115,33 +123,37 @@ def open_session(
     # onnxruntime drops what nobody reads, and then misses it.
     read = {name for node in light.graph.node for name in all_inputs(node)}
     read.update(value.name for value in light.graph.output)
-    large = [t for t in large if t.name in read]
-    names: list[str] = []
-    values: list[Any] = []
-
-    def hand_over(name: str, data_type: int, array: NDArray[Any]) -> None:
-        stub = light.graph.initializer.add(
-            name=name,
-            data_type=data_type,
-            dims=array.shape,
-            data_location=onnx.TensorProto.EXTERNAL,
-        )
-        stub.external_data.add(key="location", value="held in memory")
-        contiguous = np.ascontiguousarray(array)
-        names.append(name)
-        values.append(
-            onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(contiguous, data_type)
-        )
-
-    for tensor in large:
-        array = tensor_array(tensor, f"initializer {quoted(tensor.name)}")
-        hand_over(tensor.name, tensor.data_type, array)
-    for name, array in (extra_weights or {}).items():
-        hand_over(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array)
     present = {value.name for value in light.graph.output}
     for name in extra_outputs:
         if name not in present:
             light.graph.output.add(name=name)
+    options = _session_options(threads, optimized, timed)
+    if folder is not None:
+        options.add_session_config_entry(FOLDER, folder)
+        _leave_in_folder(light)
+    large = [t for t in large if t.name in read]
+    # Users' sessions have their weights in memory.
+    by_file = folder is None and not timed
+    with _handed_over(light, options, large, extra_weights or {}, by_file):
+        try:
+            session = onnxruntime.InferenceSession(
+                light.SerializeToString(), options, providers=list(dict.fromkeys((provider, CPU)))
+            )
+        except Exception as error:
+            raise ModelError(
+                f"onnxruntime {onnxruntime.__version__} cannot load the model: "
+                f"{first_line(error)}; check the file with onnx.checker, or update onnxruntime"
+            ) from error
+    if provider not in session.get_providers():
+        # onnxruntime goes on with the CPU, and only its log says so.
+        raise UsageError(
+            f"--provider {provider}: onnxruntime could not start it; check its driver and "
+            "libraries, or leave the option out"
+        )
+    return session
+
+
+def _session_options(threads: int, optimized: bool, timed: bool) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -154,27 +166,75 @@ def open_session(
     if not (optimized or timed):
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
-    if folder is not None:
-        options.add_session_config_entry(FOLDER, folder)
-        _leave_in_folder(light)
-    if names:
-        options.add_external_initializers(names, values)
-    try:
-        session = onnxruntime.InferenceSession(
-            light.SerializeToString(), options, providers=list(dict.fromkeys((provider, CPU)))
+    return options
+
+
+@contextmanager
+def _handed_over(
+    light: onnx.ModelProto,
+    options: onnxruntime.SessionOptions,
+    tensors: Sequence[onnx.TensorProto],
+    extra: Mapping[str, NDArray[Any]],
+    by_file: bool,
+) -> Iterator[None]:
+    """Let a session that is opened meanwhile find its weights beside the model.
+
+    In memory, of which onnxruntime makes a copy; where they are many in a file, which it
+    maps, one after the other.
+    """
+    size = sum(map(tensor_bytes, tensors)) + sum(array.nbytes for array in extra.values())
+    with ExitStack() as stack:
+        file: BinaryIO | None = None
+        if by_file and MAPS_FILES and os.name == "posix" and size >= BY_FILE:
+            folder = stack.enter_context(TemporaryDirectory(prefix="cobla-onnx-weights-"))
+            options.add_session_config_entry(FOLDER, folder)
+            file = stack.enter_context(Path(folder, WEIGHTS).open("wb"))
+        values = _add_weights(light, tensors, extra, file)
+        if values:
+            options.add_external_initializers(list(values), list(values.values()))
+        if file is not None:
+            file.flush()
+        yield
+
+
+def _add_weights(
+    light: onnx.ModelProto,
+    tensors: Iterable[onnx.TensorProto],
+    extra: Mapping[str, NDArray[Any]],
+    file: BinaryIO | None,
+) -> dict[str, onnxruntime.OrtValue]:
+    """Declare weights in a model, write them to a file, and return those that stay in memory."""
+    values = {}
+    for name, data_type, array in chain(map(_read, tensors), map(_typed, extra.items())):
+        stub = light.graph.initializer.add(
+            name=name,
+            data_type=data_type,
+            dims=array.shape,
+            data_location=onnx.TensorProto.EXTERNAL,
         )
-    except Exception as error:
-        raise ModelError(
-            f"onnxruntime {onnxruntime.__version__} cannot load the model: {first_line(error)}; "
-            "check the file with onnx.checker, or update onnxruntime"
-        ) from error
-    if provider not in session.get_providers():
-        # onnxruntime goes on with the CPU, and only its log says so.
-        raise UsageError(
-            f"--provider {provider}: onnxruntime could not start it; check its driver and "
-            "libraries, or leave the option out"
-        )
-    return session
+        contiguous = np.ascontiguousarray(array)
+        entries: dict[str, object] = {"location": "held in memory"}
+        # Not types of less than a byte, which numpy unpacks.
+        if file is not None and contiguous.nbytes == tensor_bytes(stub):
+            place = file.seek(-(-file.tell() // PAGE) * PAGE)
+            contiguous.tofile(file)
+            entries = {"location": WEIGHTS, "offset": place, "length": contiguous.nbytes}
+        else:
+            make = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
+            values[name] = make(contiguous, data_type)
+        for key, value in entries.items():
+            stub.external_data.add(key=key, value=str(value))
+    return values
+
+
+def _read(tensor: onnx.TensorProto) -> tuple[str, int, NDArray[Any]]:
+    array = tensor_array(tensor, f"initializer {quoted(tensor.name)}")
+    return tensor.name, tensor.data_type, array
+
+
+def _typed(item: tuple[str, NDArray[Any]]) -> tuple[str, int, NDArray[Any]]:
+    name, array = item
+    return name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array
 
 
 def _mapped_folder(model: onnx.ModelProto) -> str | None:

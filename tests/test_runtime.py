@@ -1,0 +1,72 @@
+"""Sessions give the same however their weights come to them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from cobla_onnx import runtime
+
+
+def mixed_model():
+    """Weights of several types, one of less than a byte, one too small to be handed over."""
+    generator = np.random.default_rng(0)
+    floats = generator.standard_normal((40, 50)).astype(np.float32)
+    halves = generator.standard_normal((50, 60)).astype(np.float16)
+    nibbles = helper.make_tensor("nibbles", TensorProto.UINT4, [60, 50], [3] * 3000)
+    scale = numpy_helper.from_array(np.float32(0.5), "scale")
+    nodes = [
+        helper.make_node("MatMul", ["x", "floats"], ["a"]),
+        helper.make_node("Cast", ["halves"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["a", "wide"], ["b"]),
+        helper.make_node("DequantizeLinear", ["nibbles", "scale"], ["c"]),
+        helper.make_node("MatMul", ["b", "c"], ["d"]),
+        helper.make_node("MatMul", ["d", "outside"], ["y"]),
+    ]
+    stored = [numpy_helper.from_array(floats, "floats"), numpy_helper.from_array(halves, "halves")]
+    graph = helper.make_graph(
+        nodes,
+        "mixed",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 40])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [*stored, nibbles, scale],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="mapped files cannot be deleted")
+@pytest.mark.parametrize("optimized", [False, True])
+def test_weights_in_a_file_are_those_in_memory(monkeypatch, tmp_path, optimized):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    outside = {"outside": np.random.default_rng(1).standard_normal((50, 30)).astype(np.float32)}
+    feeds = {"x": np.random.default_rng(2).standard_normal((3, 40)).astype(np.float32)}
+
+    def outputs(by_file_from):
+        monkeypatch.setattr(runtime, "BY_FILE", by_file_from)
+        session = runtime.open_session(mixed_model(), 1, ["a"], outside, optimized=optimized)
+        # The file is gone as soon as the session has it.
+        assert list(tmp_path.iterdir()) == []
+        return runtime.run_session(session, feeds)
+
+    made = []
+    inner = runtime.TemporaryDirectory
+    monkeypatch.setattr(
+        runtime, "TemporaryDirectory", lambda **given: made.append(given) or inner(**given)
+    )
+    in_memory = outputs(1 << 40)
+    assert made == []
+    in_file = outputs(0)
+    assert len(made) == 1
+    for name, expected in in_memory.items():
+        np.testing.assert_array_equal(in_file[name], expected)
+
+
+def test_timed_sessions_have_their_weights_in_memory(monkeypatch):
+    monkeypatch.setattr(runtime, "BY_FILE", 0)
+    monkeypatch.delattr(runtime, "TemporaryDirectory")
+    outside = {"outside": np.ones((50, 30), np.float32)}
+    assert runtime.open_session(mixed_model(), 1, (), outside, timed=True)
