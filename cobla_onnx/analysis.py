@@ -7,6 +7,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -34,7 +35,7 @@ from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.lowrank.schemes import Scheme, largest_rank, schemes_for
 from cobla_onnx.parallel import Pool, open_pool
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.progress import Progress
+from cobla_onnx.progress import Progress, tracked
 from cobla_onnx.runtime import measured_shapes
 
 __all__ = ["Analysis", "analyse", "model_costs"]
@@ -414,14 +415,12 @@ def _fill(
     order = [c for c in candidates if c.options]
     order.sort(key=lambda c: max(min(o.scheme.matrix_shape()[1:]) for o in c.options), reverse=True)
     found = zip(order, _spectra(model, order, seen, pool, cache), strict=True)
-    for number, (candidate, spectra) in enumerate(found):
-        progress("singular values", number, len(order))
+    for candidate, spectra in tracked(found, len(order), partial(progress, "singular values")):
         candidate.curves = [
             (option.scheme, option.curve(spectrum))
             for option, spectrum in zip(candidate.options, spectra, strict=True)
             if spectrum is not None
         ]
-    progress("singular values", len(order), len(order))
 
 
 def _spectra(

@@ -46,7 +46,7 @@ from cobla_onnx.opening import (
 )
 from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.progress import Progress
+from cobla_onnx.progress import Progress, tracked
 from cobla_onnx.report import CalibrationReport, LatencyReport
 from cobla_onnx.reporting import make_report
 from cobla_onnx.result import Result
@@ -184,12 +184,11 @@ class Study:
             FactorUnit(*found, self.pool.carry(read_weight(self.model, found[0])), self.cache)
             for found in map(self.analysis.resolve, chosen)
         )
-        for number, factored in enumerate(self.pool.map(replace_layer, units)):
-            self.notify("factorise", number, len(chosen))
+        made = self.pool.map(replace_layer, units)
+        for factored in tracked(made, len(chosen), partial(self.notify, "factorise")):
             if self.cache is not None:
                 self.cache.notes += factored.notes
             yield factored.replacement
-        self.notify("factorise", len(chosen), len(chosen))
 
     @property
     def objective(self) -> Literal["weights", "output", "loss"]:

@@ -22,6 +22,7 @@ from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.lowrank.factorize import Float64
 from cobla_onnx.lowrank.schemes import Scheme
+from cobla_onnx.progress import tracked
 
 __all__ = ["Response", "Sensitivity"]
 
@@ -124,14 +125,13 @@ class Sensitivity:
             chosen = min(range(len(layer.curves)), key=lambda k: _price(layer, k, constraints))
             ranks = tuple(sorted({_rank_at(layer, chosen, target) for target in TARGETS}))
             points.append(_Point(index, chosen, ranks))
-        for number, (point, losses) in enumerate(zip(points, self._measured(points), strict=True)):
-            progress(number, len(points))
+        measured = zip(points, self._measured(points), strict=True)
+        for point, losses in tracked(measured, len(points), progress):
             errors = self._curves[point.layer].curves[point.curve].relative_errors()
             for rank, loss in zip(point.ranks, losses, strict=True):
                 error = float(errors[rank])
                 self.responses[point.layer].add(error, loss)
                 self._own.setdefault((point.layer, point.curve), Response()).add(error, loss)
-        progress(len(points), len(points))
 
     def refine(self, choices: Sequence[Choice | None]) -> bool:
         """Measure the chosen points themselves; tell whether any of them was new."""
