@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.dataset import Dataset, input_specs
 from cobla_onnx.calibration.labels import Labels, align_labels, read_labels
 from cobla_onnx.calibration.readers import open_data
-from cobla_onnx.errors import ModelError
+from cobla_onnx.errors import ModelError, WriteError
 from cobla_onnx.graph.checks import check_structure
 from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.model_file import load_model
@@ -31,6 +33,9 @@ __all__ = [
     "open_samples",
     "sample_labels",
 ]
+
+# A full disk, a quota, a limit of the shell.
+NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 
 ModelSource: TypeAlias = "onnx.ModelProto | str | os.PathLike[str]"
 
@@ -61,7 +66,7 @@ def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @contextmanager
 def naming(source: Path | None) -> Iterator[None]:
-    """Put the name of the file before errors about the model."""
+    """Put the name of the file before errors about the model, and say what is full."""
     shown = "the model" if source is None else safe_text(str(source), 300)
     try:
         yield
@@ -71,6 +76,13 @@ def naming(source: Path | None) -> Iterator[None]:
         raise ModelError(
             f"{shown}: needs more memory than there is; use a machine with more, or give "
             "smaller --input-shape"
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise WriteError(
+            f"{safe_text(tempfile.gettempdir(), 300)}: has no room for temporary files "
+            f"({error.strerror}); free some space, or name another folder in TMPDIR"
         ) from error
 
 

@@ -217,7 +217,8 @@ def _add_weights(
         # Not types of less than a byte, which numpy unpacks.
         if file is not None and contiguous.nbytes == tensor_bytes(stub):
             place = file.seek(-(-file.tell() // PAGE) * PAGE)
-            contiguous.tofile(file)
+            # Not tofile, whose errors do not tell that the disk is full.
+            file.write(contiguous.reshape(-1).view(np.uint8).data)
             entries = {"location": WEIGHTS, "offset": place, "length": contiguous.nbytes}
         else:
             make = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type

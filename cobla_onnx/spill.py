@@ -55,5 +55,5 @@ class Spill:
     def _mapped(self, array: NDArray[Any], name: str) -> NDArray[Any]:
         assert self._folder is not None
         path = self._folder / name
-        array.tofile(path)
+        path.write_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return np.memmap(path, array.dtype, "r", shape=array.shape)

@@ -119,6 +119,26 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, demo_model):
         assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
 
 
+def test_a_full_temporary_folder_is_named(tmp_path, demo_model):
+    out = tmp_path / "out.onnx"
+    data = demo_model.with_name("digits_calibration.npz")
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    done = subprocess.run(
+        [COMMAND, demo_model, out, "--mem", "0.8", "--data", data],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
+        env={**plain, "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 6, done.stderr
+    assert done.stderr == (
+        f"error: {tmp_path}: has no room for temporary files (File too large); "
+        "free some space, or name another folder in TMPDIR\n"
+    )
+    # The one file is onnxruntime's.
+    assert {path.name for path in tmp_path.iterdir()} <= {".ses"}
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     tmp_path.chmod(0o555)

@@ -7,8 +7,6 @@ record at a time.
 
 from __future__ import annotations
 
-import tempfile
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from cobla_onnx.cache import digest
 from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.runtime import Feeds
+from cobla_onnx.scratch import scratch_file
 
 __all__ = ["Dataset", "InputSpec", "Record", "input_specs"]
 
@@ -140,8 +139,7 @@ class Dataset:
         self.source = source
         self.notes: tuple[str, ...] = ()
         self._specs = specs
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the dataset)
-        self._finalizer = weakref.finalize(self, self._file.close)
+        self._file, self._finalizer = scratch_file(self)
         # For each sample and input: where it begins, and its shape.
         self._places: list[list[tuple[int, tuple[int, ...]]]] = []
         self.rows = _rows_of_a_sample(specs)

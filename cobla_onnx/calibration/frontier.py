@@ -9,8 +9,6 @@ some node; the next one starts from there.
 from __future__ import annotations
 
 import copy
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +20,7 @@ from cobla_onnx.calibration.moments import Taps
 from cobla_onnx.graph.expose import prefix, reached_from
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.runtime import Feeds
+from cobla_onnx.scratch import scratch_file
 
 __all__ = ["Frontier", "Store"]
 
@@ -33,8 +32,7 @@ class Store:
     """Tensors of one batch after the other, in an unnamed temporary file."""
 
     def __init__(self, limit: int = LIMIT) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the store)
-        weakref.finalize(self, self._file.close)
+        self._file, _ = scratch_file(self)
         self._limit = limit
         self._places: list[dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]]] | None = []
 

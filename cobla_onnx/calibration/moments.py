@@ -10,8 +10,6 @@ finished sums wait in a temporary file.
 from __future__ import annotations
 
 import itertools
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,6 +22,7 @@ from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibration.patches import Patch
 from cobla_onnx.parallel import Pool, Shared
 from cobla_onnx.runtime import Feeds, open_session, run_session
+from cobla_onnx.scratch import scratch_file
 
 __all__ = [
     "Moment",
@@ -100,8 +99,7 @@ class MomentStore:
     """Moments by patch, in an unnamed temporary file; equal patches share one."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the store)
-        self._finalizer = weakref.finalize(self, self._file.close)
+        self._file, self._finalizer = scratch_file(self)
         self._places: dict[Patch, tuple[int, int]] = {}
 
     def __contains__(self, patch: Patch) -> bool:
@@ -110,8 +108,8 @@ class MomentStore:
     def put(self, patch: Patch, moment: Moment) -> None:
         """Keep a moment."""
         place = self._file.seek(0, 2)
-        moment.second.tofile(self._file)
-        moment.mean.tofile(self._file)
+        for array in (moment.second, moment.mean):
+            self._file.write(np.ascontiguousarray(array).data)
         self._places[patch] = (place, moment.count)
 
     def get(self, patches: Sequence[Patch]) -> Moment:
