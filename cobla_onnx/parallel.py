@@ -11,6 +11,7 @@ the model, as a file that each worker reads once. Executors that the caller brin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -404,6 +405,18 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _stop_reading(executor: ProcessPoolExecutor) -> None:
+    """Let a pool without workers end, which has more to hand over than a pipe holds.
+
+    Its thread would wait forever for a reader (https://github.com/python/cpython/issues/94777);
+    Python does this itself from 3.11.5 on.
+    """
+    if sys.version_info < (3, 11, 5):
+        queue: Any = getattr(executor, "_call_queue", None)
+        with contextlib.suppress(AttributeError, OSError):
+            queue._reader.close()
+
+
 @contextmanager
 def _process_pool(workers: int) -> Iterator[Pool]:
     if workers < 1:
@@ -420,6 +433,7 @@ def _process_pool(workers: int) -> Iterator[Pool]:
             # Not those that could not be started.
             if process.is_alive():
                 process.terminate()
+        _stop_reading(executor)
         raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
