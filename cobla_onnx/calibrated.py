@@ -31,7 +31,7 @@ from cobla_onnx.calibration.loss import LossKind, LossName
 from cobla_onnx.calibration.network import NetworkLoss, Path
 from cobla_onnx.calibration.probe import Probe, SpreadProbe, Weights
 from cobla_onnx.calibration.quality import measure_quality
-from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
+from cobla_onnx.calibration.refit import ChosenLayer, refit_layers, replaced_weights
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import Sensitivity
 from cobla_onnx.calibration.soften import CLASSES, soften, temperatures
@@ -339,10 +339,10 @@ class Calibrated:
         approximations = [entry.approximation for entry in chosen]
         before: float | None = None
         if self.refit:
-            before = self._selection.loss(_weights(chosen, approximations))
+            before = self._selection.loss(replaced_weights(chosen, approximations))
             approximations, self._report["refitted"] = self._refit(plan, chosen)
             self._refitted.clear()
-        outputs = list(self._selection.outputs(_weights(chosen, approximations)))
+        outputs = list(self._selection.outputs(replaced_weights(chosen, approximations)))
         loss = float(self._selection.losses_of(outputs).mean())
         self._report["loss"] = loss
         self._report["loss_before_refit"] = loss if before is None else before
@@ -404,7 +404,7 @@ class Calibrated:
     def _truncated(self, choices: Sequence[Choice | None]) -> Weights:
         """Weights and biases of the chosen layers before refit."""
         chosen = self._chosen(self.analysis.plan(choices))
-        return _weights(chosen, [entry.approximation for entry in chosen])
+        return replaced_weights(chosen, [entry.approximation for entry in chosen])
 
     def _scores(self, choices: Sequence[Choice | None]) -> Scores:
         return self._scored(self._truncated(choices))
@@ -412,18 +412,9 @@ class Calibrated:
     def _refitted_scores(self, choices: Sequence[Choice | None]) -> Scores:
         plan = self.analysis.plan(choices)
         chosen = self._chosen(plan)
-        return self._scored(_weights(chosen, self._refit(plan, chosen)[0]))
+        return self._scored(replaced_weights(chosen, self._refit(plan, chosen)[0]))
 
     def _scored(self, weights: Weights) -> Scores:
         searched = self._judge.losses(weights)
         final = searched if self._judge is self._selection else self._selection.losses(weights)
         return Scores(searched, final)
-
-
-def _weights(
-    chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]
-) -> dict[int, tuple[NDArray[np.float64], NDArray[np.float64] | None]]:
-    return {
-        entry.index: (found.weight, found.bias)
-        for entry, found in zip(chosen, approximations, strict=True)
-    }

@@ -72,7 +72,7 @@ def main(
 ) -> None:
     """Print each plan's losses, how much they vary, and how they go with the others' loss."""
     from cobla_onnx import Budget
-    from cobla_onnx.calibrated import _weights
+    from cobla_onnx.calibration.refit import replaced_weights
     from cobla_onnx.parallel import one_thread
     from cobla_onnx.rewrite import make_replacement, rewrite
 
@@ -88,10 +88,10 @@ def main(
         constraints = ours.analysis.constraints(Budget(mem=budget))
         for number, plan in enumerate(plans(ours, constraints, count, spread)):
             chosen = calibrated._chosen(plan)
-            before = _weights(chosen, [entry.approximation for entry in chosen])
+            before = replaced_weights(chosen, [entry.approximation for entry in chosen])
             refitted, _ = calibrated._refit(plan, chosen)
             calibrated._refitted.clear()
-            after = _weights(chosen, refitted)
+            after = replaced_weights(chosen, refitted)
             replacements = [
                 make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
                 for entry, found in zip(chosen, refitted, strict=True)

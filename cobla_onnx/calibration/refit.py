@@ -24,7 +24,7 @@ from cobla_onnx.lowrank.schemes import Scheme
 from cobla_onnx.parallel import open_pool
 from cobla_onnx.runtime import Feeds
 
-__all__ = ["ChosenLayer", "refit_layers"]
+__all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
 
 Stacker: TypeAlias = Callable[[NDArray[Any], NDArray[Any]], Iterator[Float64]]
 """Yields a layer's input vectors above its outputs, from one batch of both tensors."""
@@ -87,7 +87,7 @@ def refit_layers(
     """
     order = sorted(range(len(chosen)), key=lambda i: chosen[i].layer.uses[0].node)
     current = [entry.approximation for entry in chosen]
-    best = selection.loss(_weights(chosen, current))
+    best = selection.loss(replaced_weights(chosen, current))
     kept = 0
     walk = _Walk(model, chosen, batches, threads)
     for number, position in enumerate(order):
@@ -97,7 +97,7 @@ def refit_layers(
         for candidate in _Refit(model, chosen[position]).candidates(walk, current):
             trial = [*current]
             trial[position] = candidate
-            loss = selection.loss(_weights(chosen, trial))
+            loss = selection.loss(replaced_weights(chosen, trial))
             if loss < best:
                 kept += current[position] is chosen[position].approximation
                 current, best = trial, loss
@@ -105,9 +105,10 @@ def refit_layers(
     return current, kept
 
 
-def _weights(
+def replaced_weights(
     chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]
 ) -> dict[int, tuple[NDArray[Any], NDArray[Any] | None]]:
+    """Weight and bias of the chosen layers under approximations, as a `Probe` wants them."""
     return {
         entry.index: (found.weight, found.bias)
         for entry, found in zip(chosen, approximations, strict=True)
