@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.cost import MOST_ELEMENTS, Shape
-from cobla_onnx.graph.external import external_place, is_external, open_external
+from cobla_onnx.graph.external import PAGE, external_place, is_external, open_external
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.model_file import copy_without_initializers, tensor_bytes
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.names import quoted, safe_text
+from cobla_onnx.scratch import array_bytes
 
 __all__ = [
     "CPU",
@@ -44,9 +45,8 @@ Feeds: TypeAlias = "dict[str, NDArray[Any]]"
 # Option by which a model given as bytes finds its data files, and versions that know it.
 FOLDER = "session.model_external_initializers_file_folder_path"
 MAPS_FILES = tuple(int(n) for n in onnxruntime.__version__.split(".")[:2]) >= (1, 21)
-# Bytes of weights from which on a session gets them in a file, and where in it they begin.
+# Bytes of weights from which on a session gets them in a file.
 BY_FILE = 1 << 28
-PAGE = 4096
 WEIGHTS = "weights"
 SIZES_TO_TRY = (16, 64, 224, 512, 1)
 # Seconds that one run may take, so that a loop without end does not keep us.
@@ -217,8 +217,7 @@ def _add_weights(
         # Not types of less than a byte, which numpy unpacks.
         if file is not None and contiguous.nbytes == tensor_bytes(stub):
             place = file.seek(-(-file.tell() // PAGE) * PAGE)
-            # Not tofile, whose errors do not tell that the disk is full.
-            file.write(contiguous.reshape(-1).view(np.uint8).data)
+            file.write(array_bytes(contiguous))
             entries = {"location": WEIGHTS, "offset": place, "length": contiguous.nbytes}
         else:
             make = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.rewrite import Replacement
+from cobla_onnx.scratch import array_bytes
 
 __all__ = ["Spill"]
 
@@ -55,5 +56,5 @@ class Spill:
     def _mapped(self, array: NDArray[Any], name: str) -> NDArray[Any]:
         assert self._folder is not None
         path = self._folder / name
-        path.write_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        path.write_bytes(array_bytes(array))
         return np.memmap(path, array.dtype, "r", shape=array.shape)

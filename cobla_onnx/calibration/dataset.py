@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cobla_onnx.cache import digest
 from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.runtime import Feeds
-from cobla_onnx.scratch import scratch_file
+from cobla_onnx.scratch import ArrayFile, Place
 
 __all__ = ["Dataset", "InputSpec", "Record", "input_specs"]
 
@@ -139,9 +139,9 @@ class Dataset:
         self.source = source
         self.notes: tuple[str, ...] = ()
         self._specs = specs
-        self._file, self._finalizer = scratch_file(self)
-        # For each sample and input: where it begins, and its shape.
-        self._places: list[list[tuple[int, tuple[int, ...]]]] = []
+        self._file = ArrayFile()
+        # For each sample and input.
+        self._places: list[list[Place]] = []
         self.rows = _rows_of_a_sample(specs)
         for record in records:
             if not self._add(record, limit):
@@ -167,7 +167,7 @@ class Dataset:
 
     def close(self) -> None:
         """Give the disk space back."""
-        self._finalizer()
+        self._file.close()
 
     def batches(self, indices: Iterable[int], size: int) -> Iterator[Feeds]:
         """Yield samples as inputs for the model, up to `size` at a time where it allows.
@@ -193,20 +193,15 @@ class Dataset:
         )
 
     def _alike(self, one: int, other: int) -> bool:
-        shapes = [[shape for _, shape in self._places[i]] for i in (one, other)]
+        shapes = [[place.shape for place in self._places[i]] for i in (one, other)]
         return self.rows == 1 and shapes[0] == shapes[1]
 
     def _feeds(self, indices: Sequence[int]) -> Feeds:
         feeds: Feeds = {}
         for number, spec in enumerate(self._specs):
-            parts = [self._read(spec, *self._places[index][number]) for index in indices]
+            parts = [self._file.get(self._places[index][number]) for index in indices]
             feeds[spec.name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return feeds
-
-    def _read(self, spec: InputSpec, place: int, shape: tuple[int, ...]) -> NDArray[Any]:
-        self._file.seek(place)
-        count = int(np.prod(shape))
-        return np.fromfile(self._file, spec.dtype, count).reshape(shape)
 
     def _add(self, record: Record, limit: int | None) -> bool:
         """Check and keep a record; tell whether more are wanted."""
@@ -221,7 +216,7 @@ class Dataset:
             if limit is not None and len(self._places) >= limit:
                 return False
             self._places.append(
-                [self._write(a if start is None else a[start:stop]) for a in arrays]
+                [self._file.put(a if start is None else a[start:stop]) for a in arrays]
             )
         return limit is None or len(self._places) < limit
 
@@ -241,11 +236,6 @@ class Dataset:
             self.notes = (f"{rest} rows at the end do not fill a batch of {self.rows}",)
         for start in range(0, length - rest, self.rows):
             yield start, start + self.rows
-
-    def _write(self, array: NDArray[Any]) -> tuple[int, tuple[int, ...]]:
-        place = self._file.seek(0, 2)
-        self._file.write(np.ascontiguousarray(array).data)
-        return place, array.shape
 
     def _checked(self, spec: InputSpec, record: Record) -> NDArray[Any]:
         if spec.name not in record:

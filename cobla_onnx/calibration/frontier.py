@@ -20,7 +20,7 @@ from cobla_onnx.calibration.moments import Taps
 from cobla_onnx.graph.expose import prefix, reached_from
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.runtime import Feeds
-from cobla_onnx.scratch import scratch_file
+from cobla_onnx.scratch import ArrayFile, Place
 
 __all__ = ["Frontier", "Store"]
 
@@ -32,9 +32,9 @@ class Store:
     """Tensors of one batch after the other, in an unnamed temporary file."""
 
     def __init__(self, limit: int = LIMIT) -> None:
-        self._file, _ = scratch_file(self)
+        self._file = ArrayFile()
         self._limit = limit
-        self._places: list[dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]]] | None = []
+        self._places: list[dict[str, Place]] | None = []
 
     @property
     def whole(self) -> bool:
@@ -47,30 +47,18 @@ class Store:
             return
         arrays = {n: v for n, v in values.items() if isinstance(v, np.ndarray)}
         numbers = all(array.dtype.kind in "biuf" for array in arrays.values())
-        room = self._limit - self._file.seek(0, 2)
-        if len(arrays) < len(values) or not numbers or _size(arrays.values()) > room:
+        size = sum(array.nbytes for array in arrays.values())
+        if len(arrays) < len(values) or not numbers or size > self._limit - self._file.size:
             self._places = None
-            self._file.truncate(0)
+            self._file.clear()
             return
-        places = {}
-        for name, array in arrays.items():
-            places[name] = (self._file.seek(0, 2), array.dtype, array.shape)
-            self._file.write(np.ascontiguousarray(array).data)
-        self._places.append(places)
+        self._places.append({name: self._file.put(array) for name, array in arrays.items()})
 
     def batches(self) -> Iterator[Feeds]:
         """Yield what was put in, batch by batch."""
         assert self._places is not None
         for places in self._places:
-            yield {name: self._read(*place) for name, place in places.items()}
-
-    def _read(self, place: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        self._file.seek(place)
-        return np.fromfile(self._file, dtype, int(np.prod(shape))).reshape(shape)
-
-
-def _size(arrays: Iterable[NDArray[Any]]) -> int:
-    return sum(array.nbytes for array in arrays)
+            yield {name: self._file.get(place) for name, place in places.items()}
 
 
 class Frontier:

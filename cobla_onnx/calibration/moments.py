@@ -22,7 +22,7 @@ from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibration.patches import Patch
 from cobla_onnx.parallel import Pool, Shared
 from cobla_onnx.runtime import Feeds, open_session, run_session
-from cobla_onnx.scratch import scratch_file
+from cobla_onnx.scratch import ArrayFile, Place
 
 __all__ = [
     "Moment",
@@ -99,18 +99,16 @@ class MomentStore:
     """Moments by patch, in an unnamed temporary file; equal patches share one."""
 
     def __init__(self) -> None:
-        self._file, self._finalizer = scratch_file(self)
-        self._places: dict[Patch, tuple[int, int]] = {}
+        self._file = ArrayFile()
+        self._places: dict[Patch, tuple[Place, Place, int]] = {}
 
     def __contains__(self, patch: Patch) -> bool:
         return patch in self._places
 
     def put(self, patch: Patch, moment: Moment) -> None:
         """Keep a moment."""
-        place = self._file.seek(0, 2)
-        for array in (moment.second, moment.mean):
-            self._file.write(np.ascontiguousarray(array).data)
-        self._places[patch] = (place, moment.count)
+        places = self._file.put(moment.second), self._file.put(moment.mean)
+        self._places[patch] = (*places, moment.count)
 
     def get(self, patches: Sequence[Patch]) -> Moment:
         """Return the moment over all the given patches, those of one layer's uses."""
@@ -124,16 +122,12 @@ class MomentStore:
         return Moment(np.asarray(second), np.asarray(mean), count)
 
     def _read(self, patch: Patch) -> Moment:
-        place, count = self._places[patch]
-        groups, size = patch.groups, patch.size
-        self._file.seek(place)
-        second = np.fromfile(self._file, np.float64, groups * size * size)
-        mean = np.fromfile(self._file, np.float64, groups * size)
-        return Moment(second.reshape(groups, size, size), mean.reshape(groups, size), count)
+        second, mean, count = self._places[patch]
+        return Moment(self._file.get(second), self._file.get(mean), count)
 
     def close(self) -> None:
         """Give the disk space back; happens by itself when nobody holds the store."""
-        self._finalizer()
+        self._file.close()
 
 
 class Taps:

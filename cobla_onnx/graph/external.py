@@ -24,8 +24,17 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.names import quoted
 
-__all__ = ["external_bytes", "external_place", "is_external", "mapped_tensor", "open_external"]
+__all__ = [
+    "PAGE",
+    "external_bytes",
+    "external_place",
+    "is_external",
+    "mapped_tensor",
+    "open_external",
+]
 
+# Tensors that we write start at a page, so that they can be mapped.
+PAGE = 4096
 KEYS = {"location", "offset", "length", "checksum", "basepath"}
 
 

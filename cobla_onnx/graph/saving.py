@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import UsageError, WriteError
-from cobla_onnx.graph.external import external_bytes, is_external
+from cobla_onnx.graph.external import PAGE, external_bytes, is_external
 from cobla_onnx.graph.model_file import (
     PROTOBUF_LIMIT,
     copy_without_initializers,
@@ -36,8 +36,6 @@ __all__ = ["ExternalData", "save_model"]
 ExternalData: TypeAlias = Literal["auto", "always", "never"]
 # Smaller tensors stay in the model: a page each would cost more than it saves.
 SMALLEST = 1024
-# Tensors start at a page, so that they can be mapped.
-PAGE = 4096
 # Room in the model file for everything but initializers.
 RESERVE = 1 << 24
 CHUNK = 1 << 26
