@@ -11,11 +11,8 @@ the model, as a file that each worker reads once. Executors that the caller brin
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -31,8 +28,6 @@ from concurrent.futures import (
 )
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from multiprocessing import parent_process
-from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +36,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from cobla_onnx.errors import UsageError
+from cobla_onnx.processes import interrupts_wait, open_processes
 from cobla_onnx.runtime import CPU, current_provider, execution_provider
 
 __all__ = [
@@ -298,7 +294,7 @@ class Pool:
         pending: deque[Future[Value]] = deque()
         try:
             for unit in units:
-                with _interrupts_wait():
+                with interrupts_wait():
                     pending.append(executor.submit(function, unit))
                 if len(pending) >= at_most:
                     yield pending.popleft().result()
@@ -314,27 +310,6 @@ class Pool:
         finally:
             for future in pending:
                 future.cancel()
-
-
-@contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Let Ctrl-C wait until the block is left.
-
-    A pool that is interrupted while it starts a process or its own thread cannot be shut down.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        # Only the main thread is interrupted, and only by a handler.
-        yield
-        return
-    came: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[0])
 
 
 def _lost() -> tuple[type[Exception], ...]:
@@ -364,79 +339,16 @@ def open_pool(threads: int, workers: int | None = None) -> Iterator[Pool]:
             yield Pool(executor, threads)
 
 
-class _Worker(SpawnProcess):
-    """A process that never hears Ctrl-C, not even while it starts: the main process ends it."""
-
-    def start(self) -> None:
-        if not hasattr(signal, "pthread_sigmask"):
-            super().start()
-            return
-        # What is blocked stays blocked in the new process; for us it waits until the end.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Spawned(SpawnContext):
-    """Starts processes, and remembers them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started: list[SpawnProcess] = []
-
-    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
-        process = _Worker(*args, **kwargs)
-        self.started.append(process)
-        return process
-
-
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process when the main one is gone, be it killed: nobody else would."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _stop_reading(executor: ProcessPoolExecutor) -> None:
-    """Let a pool without workers end, which has more to hand over than a pipe holds.
-
-    Its thread would wait forever for a reader (https://github.com/python/cpython/issues/94777);
-    Python does this itself from 3.11.5 on.
-    """
-    if sys.version_info < (3, 11, 5):
-        queue: Any = getattr(executor, "_call_queue", None)
-        with contextlib.suppress(AttributeError, OSError):
-            queue._reader.close()
-
-
 @contextmanager
 def _process_pool(workers: int) -> Iterator[Pool]:
     if workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")
-    context = _Spawned()
     folder = Path(tempfile.mkdtemp(prefix="cobla-onnx-work-"))
-    executor = ProcessPoolExecutor(workers, context, _begin_worker)
     option = f"--workers {workers}"
     try:
-        yield Pool(executor, workers, inside=False, folder=folder, option=option)
-    except BaseException:
-        # Do not wait for what nobody wants any more.
-        for process in context.started:
-            # Not those that could not be started.
-            if process.is_alive():
-                process.terminate()
-        _stop_reading(executor)
-        raise
+        with open_processes(workers) as executor:
+            yield Pool(executor, workers, inside=False, folder=folder, option=option)
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 
