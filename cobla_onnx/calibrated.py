@@ -29,12 +29,13 @@ from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.loss import LossKind, LossName
 from cobla_onnx.calibration.network import NetworkLoss, Path
-from cobla_onnx.calibration.probe import Probe, SpreadProbe, Weights
+from cobla_onnx.calibration.probe import Probe, Weights
 from cobla_onnx.calibration.quality import measure_quality
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers, replaced_weights
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import Sensitivity
 from cobla_onnx.calibration.soften import CLASSES, soften, temperatures
+from cobla_onnx.calibration.spread import SpreadProbe
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.parallel import Pool

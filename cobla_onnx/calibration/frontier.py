@@ -79,6 +79,8 @@ class Frontier:
         self._last_reader = {
             name: i for i, node in enumerate(model.graph.node) for name in all_inputs(node)
         }
+        # An output may be wanted behind any line.
+        self._last_reader |= {value.name: len(model.graph.node) for value in model.graph.output}
         first = next(iter(batches()))
         # What is the same for all samples is computed anew, and not kept for each.
         self._varying = reached_from(model, first)
@@ -96,25 +98,41 @@ class Frontier:
             if self._producer.get(name, -1) < node <= self._last_reader.get(name, -1)
         )
 
-    def taps(self, names: Iterable[str], weights: Mapping[str, NDArray[Any]] | None = None) -> Taps:
+    def taps(
+        self,
+        names: Iterable[str],
+        weights: Mapping[str, NDArray[Any]] | None = None,
+        *,
+        inputs: Mapping[str, np.dtype[Any]] | None = None,
+        threads: int = 1,
+    ) -> Taps:
         """Open what leads from the present line to the tensors `names`.
 
         Parameters
         ----------
         weights : mapping of str to array, optional
             Those that the model lacks; others may be among them.
+        inputs : mapping of str to numpy dtype, optional
+            Weights that come with each batch instead.
         """
         names = list(names)
-        piece = prefix(self._model, names, self._types)
+        piece = prefix(self._model, names, {**self._types, **(inputs or {})})
         read = {name for node in piece.graph.node for name in all_inputs(node)}
         missing = {n: array for n, array in (weights or {}).items() if n in read}
-        return Taps(piece, names, 1, missing)
+        return Taps(piece, names, threads, missing)
 
     def moved_to(self, store: Store) -> Frontier:
         """Return the frontier at the line whose tensors were stored; itself, where not all were."""
         if not store.whole:
             return self
+        return self.at(next(store.batches()), store.batches)
+
+    def at(self, first: Feeds, batches: Callable[[], Iterable[Feeds]] | None = None) -> Frontier:
+        """Return the frontier at the line that the tensors of a first batch lie on.
+
+        Without `batches` it is of this batch alone.
+        """
         moved = copy.copy(self)
-        moved._batches = store.batches
-        moved._types = {name: value.dtype for name, value in next(store.batches()).items()}
+        moved._batches = batches or (lambda: [first])
+        moved._types = {name: value.dtype for name, value in first.items()}
         return moved

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from cobla_onnx.autodiff import GradientGraph, differentiate
-from cobla_onnx.calibration.probe import Probe, Weights
+from cobla_onnx.calibration.probe import Pair, Probe, Weights
 from cobla_onnx.runtime import Feeds, open_session, run_session
 
-__all__ = ["GradientProbe", "Pair"]
-
-Pair: TypeAlias = "tuple[NDArray[Any], NDArray[Any] | None]"
-"""A layer's weight and bias, or derivatives by them; None where the layer has no bias."""
+__all__ = ["GradientProbe"]
 
 # Gradient graphs are made for fixed shapes; batches of further shapes are left out.
 MOST_SHAPES = 4

@@ -24,8 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import LayerCurves, Masks, SeparableError
-from cobla_onnx.calibration.gradients import Pair
-from cobla_onnx.calibration.probe import Weights
+from cobla_onnx.calibration.probe import Pair, Weights
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.lowrank.factorize import Float64
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
+import onnxruntime
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.labels import one_hot
@@ -15,12 +15,14 @@ from cobla_onnx.calibration.loss import LossKind, LossName, choose_kinds, sample
 from cobla_onnx.errors import DataError
 from cobla_onnx.graph.expose import expose
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
-from cobla_onnx.parallel import Pool, Shared
 from cobla_onnx.runtime import Feeds, open_session, run_session
 
-__all__ = ["Probe", "SpreadProbe", "Weights"]
+__all__ = ["KEPT_OUTPUTS", "Pair", "Probe", "Weights"]
 
-Weights = Mapping[int, "tuple[NDArray[Any], NDArray[Any] | None]"]
+Pair: TypeAlias = "tuple[NDArray[Any], NDArray[Any] | None]"
+"""A layer's weight and bias, or derivatives by them; None: no bias, or as it is."""
+
+Weights: TypeAlias = Mapping[int, Pair]
 """Weight and bias of layers that differ from the original, by the index of the layer."""
 
 # Bytes of the original's outputs that are kept to compare with.
@@ -50,6 +52,7 @@ class Probe:
         Samples that are measured.
     labelled : bool
         Whether what is expected are given labels, and not the original's classes.
+    layers : sequence of Layer
     exposed : Exposed
         The model as it is run.
     batches, expected : list of dict
@@ -67,7 +70,7 @@ class Probe:
         labels: NDArray[np.int64] | None = None,
     ) -> None:
         self.exposed = exposed = expose(model, layers, as_inputs=True)
-        self._layers = layers
+        self.layers = layers
         self._names = list(zip(exposed.weights, exposed.biases, strict=True))
         self._original: Feeds = {}
         for layer, (weight, bias) in zip(layers, self._names, strict=True):
@@ -75,7 +78,8 @@ class Probe:
             stored = read_bias(model, layer)
             if bias is not None and stored is not None:
                 self._original[bias] = stored
-        self._session = open_session(exposed.model, threads, optimized=True)
+        self._threads = threads
+        self._session: onnxruntime.InferenceSession | None = None
         self.batches: list[Feeds] = []
         self.expected: list[Feeds] = []
         self.samples = 0
@@ -90,7 +94,7 @@ class Probe:
         labels: NDArray[np.int64] | None,
     ) -> None:
         for feeds in batches:
-            outputs = run_session(self._session, {**feeds, **self._original})
+            outputs = self._run({**feeds, **self._original})
             if not self.expected:
                 self.kinds: dict[str, LossKind] = choose_kinds(outputs, loss)
                 if labels is not None and len(self.kinds) > 1:
@@ -136,100 +140,33 @@ class Probe:
         """Run batch by batch; yield what is expected (`expected`) and the outputs."""
         fixed = self.feeds(weights)
         for feeds, expected in zip(self.batches, self.expected, strict=True):
-            yield expected, run_session(self._session, {**feeds, **fixed})
+            yield expected, self._run({**feeds, **fixed})
+
+    def _run(self, feeds: Feeds) -> Feeds:
+        if self._session is None:
+            self._session = open_session(self.exposed.model, self._threads, optimized=True)
+        return run_session(self._session, feeds)
+
+    def rest(self) -> None:
+        """Give the session's working memory back until something is run again."""
+        self._session = None
 
     def feeds(self, weights: Weights) -> Feeds:
         """Return all layers' weights and biases as inputs of the exposed model."""
-        changed: Feeds = {}
-        for index, (weight, bias) in weights.items():
-            names = self._names[index]
-            changed[names[0]] = np.ascontiguousarray(weight, dtype=self._original[names[0]].dtype)
-            if bias is not None and names[1] is not None:
-                old = self._original[names[1]]
-                changed[names[1]] = np.ascontiguousarray(bias, old.dtype).reshape(old.shape)
-        return {**self._original, **changed}
+        result = dict(self._original)
+        for index, pair in weights.items():
+            result |= self.feeds_of(index, pair)
+        return result
+
+    def feeds_of(self, index: int, pair: Pair) -> Feeds:
+        """Return one layer's weight and bias as inputs of the exposed model."""
+        (weight, bias), (name, bias_name) = pair, self._names[index]
+        result = {name: np.ascontiguousarray(weight, dtype=self._original[name].dtype)}
+        if bias is not None and bias_name is not None:
+            old = self._original[bias_name]
+            result[bias_name] = np.ascontiguousarray(bias, old.dtype).reshape(old.shape)
+        return result
 
     def loss(self, weights: Weights) -> float:
         """Mean of `losses`."""
         return float(self.losses(weights).mean())
-
-    def mean_losses(self, candidates: Iterable[Sequence[Weights]]) -> Iterator[list[float]]:
-        """Yield the losses of one sequence of candidates after the other."""
-        for weights in candidates:
-            yield [self.loss(one) for one in weights]
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What a probe is made of, for a worker that makes its own."""
-
-    model: onnx.ModelProto
-    layers: Sequence[Layer]
-    batches: list[Feeds]
-    loss: LossName | Mapping[str, LossKind]
-    labels: NDArray[np.int64] | None
-
-
-@dataclass(frozen=True)
-class _Unit:
-    origin: Shared
-    candidates: Sequence[Weights]
-
-
-def _open(origin: _Origin) -> Probe:
-    # One thread, as everywhere in a unit of work: several units run at a time.
-    loss, labels = origin.loss, origin.labels
-    return Probe(origin.model, origin.layers, origin.batches, loss, 1, labels=labels)
-
-
-def _mean_losses(unit: _Unit) -> tuple[list[float], int]:
-    probe = unit.origin.built(_open)
-    return [probe.loss(weights) for weights in unit.candidates], probe.samples
-
-
-class SpreadProbe:
-    """A `Probe` in each worker of a pool, so that candidates are measured side by side.
-
-    Parameters
-    ----------
-    pool : Pool
-    model, layers, batches, loss, labels
-        As for `Probe`. Nothing is run before a loss is asked for.
-
-    Attributes
-    ----------
-    samples : int
-        Samples that are measured, once a loss was.
-    """
-
-    def __init__(
-        self,
-        pool: Pool,
-        model: onnx.ModelProto,
-        layers: Sequence[Layer],
-        batches: Iterable[Feeds],
-        loss: LossName | Mapping[str, LossKind],
-        labels: NDArray[np.int64] | None = None,
-    ) -> None:
-        self._pool = pool
-        self._origin = pool.share(_Origin(model, layers, _bounded(batches), loss, labels))
-        self.samples = 0
-
-    def mean_losses(self, candidates: Iterable[Sequence[Weights]]) -> Iterator[list[float]]:
-        """Yield the losses of one sequence of candidates after the other."""
-        units = (_Unit(self._origin, weights) for weights in candidates)
-        for losses, samples in self._pool.map(_mean_losses, units):
-            self.samples = samples
-            yield losses
-
-
-def _bounded(batches: Iterable[Feeds]) -> list[Feeds]:
-    """As many batches as a probe would keep at most."""
-    kept: list[Feeds] = []
-    room = KEPT_OUTPUTS
-    for feeds in batches:
-        kept.append(feeds)
-        room -= sum(value.nbytes for value in feeds.values())
-        if room < 0:
-            break
-    return kept

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.calibration.frontier import Frontier, Store
 from cobla_onnx.calibration.moments import Moment, MomentSum, parts_of
+from cobla_onnx.calibration.onward import OnwardProbe
 from cobla_onnx.calibration.patches import ConvPatch, ProductPatch, patch_of
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.seen import WIDE, Approximation
@@ -89,18 +90,23 @@ def refit_layers(
     current = [entry.approximation for entry in chosen]
     best = selection.loss(replaced_weights(chosen, current))
     kept = 0
+    selection.rest()
     walk = _Walk(model, chosen, batches, threads)
+    onward = OnwardProbe(selection, threads)
     for number, position in enumerate(order):
         progress(number, len(order))
         if not walk.is_moved(chosen[position].layer):
             continue
-        for candidate in _Refit(model, chosen[position]).candidates(walk, current):
-            trial = [*current]
-            trial[position] = candidate
-            loss = selection.loss(replaced_weights(chosen, trial))
-            if loss < best:
-                kept += current[position] is chosen[position].approximation
-                current, best = trial, loss
+        candidates = _Refit(model, chosen[position]).candidates(walk, current)
+        losses = onward.losses(
+            chosen[position].index,
+            [(candidate.weight, candidate.bias) for candidate in candidates],
+            replaced_weights(chosen, current),
+        )
+        loss, number = min((float(each.mean()), k) for k, each in enumerate(losses))
+        if loss < best:
+            current[position], best = candidates[number], loss
+            kept += 1
     progress(len(order), len(order))
     return current, kept
 
@@ -214,8 +220,8 @@ class _Refit:
         self._model, self._entry = model, entry
         self._patches = [patch_of(model, entry.layer, use) for use in entry.layer.uses]
 
-    def candidates(self, walk: _Walk, current: Sequence[Approximation]) -> Iterator[Approximation]:
-        """Yield the refitted layer for each ridge."""
+    def candidates(self, walk: _Walk, current: Sequence[Approximation]) -> list[Approximation]:
+        """Refit the layer under each ridge."""
         entry = self._entry
         old = entry.approximation
         # Where vectors are too wide to be multiplied out, the first factor stays.
@@ -230,12 +236,14 @@ class _Refit:
         second = joint.second if old.bias is None else joint.covariance()
         inner, cross = second[:, :size, :size], second[:, size:, :size]
         weight = read_weight(self._model, entry.layer)
+        refitted = []
         for ridge in RIDGES:
             if first is None:
                 factors = refit(entry.scheme, weight, inner, cross, entry.rank, ridge)
             else:
                 factors = refit_second(entry.scheme, old.factors, inner, cross, ridge)
-            yield self._approximation(factors, joint.mean, size, first)
+            refitted.append(self._approximation(factors, joint.mean, size, first))
+        return refitted
 
     def _approximation(
         self, factors: Factorization, mean: Float64, size: int, first: Float64 | None

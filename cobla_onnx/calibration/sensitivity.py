@@ -17,8 +17,9 @@ import numpy as np
 
 from cobla_onnx.allocation import Choice, Constraint, LayerCurves, OutputError
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
-from cobla_onnx.calibration.probe import Probe, SpreadProbe, Weights
+from cobla_onnx.calibration.probe import Pair
 from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.spread import SpreadProbe
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.lowrank.factorize import Float64
 from cobla_onnx.lowrank.schemes import Scheme
@@ -75,7 +76,7 @@ class Sensitivity:
     ----------
     layers, curves, schemes : sequences, one entry for each layer
     seen : Seen
-    probe : Probe or SpreadProbe
+    probe : SpreadProbe
         On samples of the calibration split.
     cache : Cache, optional
         Losses come from there, and go there, by `key`, which stands for the model and the
@@ -95,7 +96,7 @@ class Sensitivity:
         curves: Sequence[LayerCurves],
         schemes: Sequence[Sequence[Scheme]],
         seen: Seen,
-        probe: Probe | SpreadProbe,
+        probe: SpreadProbe,
         cache: Cache | None = None,
         key: str = "",
     ) -> None:
@@ -198,13 +199,13 @@ class Sensitivity:
         return self._floor
 
     def _measure_original(self) -> Arrays:
-        (losses,) = self._probe.mean_losses([[{}]])
-        return {"losses": np.array(losses), "samples": np.array(self._probe.samples)}
+        loss, samples = self._probe.original()
+        return {"losses": np.array([loss]), "samples": np.array(samples)}
 
-    def _candidates(self, point: _Point) -> list[Weights]:
+    def _candidates(self, point: _Point) -> tuple[int, list[Pair]]:
         scheme = self._schemes[point.layer][point.curve]
         found = self._seen.approximate(self._layers[point.layer], scheme, point.ranks)
-        return [{point.layer: (a.weight, a.bias)} for a in found]
+        return point.layer, [(a.weight, a.bias) for a in found]
 
     def _key_of(self, point: _Point) -> str:
         if self._cache is None:

@@ -15,10 +15,12 @@ from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.calibration.sensitivity import Response, Sensitivity
+from cobla_onnx.calibration.spread import SpreadProbe
 from cobla_onnx.errors import DataError, UsageError
 from cobla_onnx.graph.expose import expose, prefix
 from cobla_onnx.graph.layers import find_layers, read_bias, read_weight
 from cobla_onnx.lowrank.schemes import schemes_for
+from cobla_onnx.parallel import Pool
 from cobla_onnx.rewrite import make_replacement, rewrite
 from cobla_onnx.runtime import open_session, run_session
 from tests.builders import random_array, small_network
@@ -192,7 +194,7 @@ def test_measured_points_are_on_the_curves(setting):
         setting.analysis.curves,
         setting.analysis.schemes,
         setting.seen,
-        setting.probe,
+        SpreadProbe(Pool(), setting.model, setting.analysis.layers, setting.batches(), "auto"),
     )
     constraints = setting.analysis.constraints(Budget(mem=0.6))
     sensitivity.measure(constraints)

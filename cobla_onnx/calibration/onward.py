@@ -1,0 +1,102 @@
+"""What the loss would be with another weight for one layer, then for one further on.
+
+Nothing that comes before a layer depends on its weight. An `OnwardProbe` runs that once and
+not for every weight, and for the next layer begins where the last one was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cobla_onnx.calibration.frontier import Frontier, Store
+from cobla_onnx.calibration.loss import sample_losses
+from cobla_onnx.calibration.probe import Pair, Probe, Weights
+from cobla_onnx.runtime import Feeds
+
+__all__ = ["OnwardProbe"]
+
+# Bytes of weights up to which a session is opened with all of them but the layer's own: it
+# runs faster then, for a copy in the order that its kernels like.
+PACKED = 1 << 28
+
+
+class OnwardProbe:
+    """The samples of a `Probe`, and how far they have come through its model.
+
+    Parameters
+    ----------
+    probe : Probe
+    threads : int
+    """
+
+    def __init__(self, probe: Probe, threads: int) -> None:
+        self._probe, self._threads = probe, threads
+        self._frontier = Frontier(probe.exposed.model, lambda: probe.batches)
+        self._line = 0
+
+    def losses(
+        self, index: int, candidates: Sequence[Pair], weights: Weights
+    ) -> list[NDArray[np.float64]]:
+        """Loss of every sample for each candidate of a layer; the samples move on to it.
+
+        Parameters
+        ----------
+        index : int
+            Of the layer; none that comes earlier in the model than the one before.
+        candidates : sequence of (array, array or None)
+            Weight and bias for the layer.
+        weights : mapping of int to (array, array or None)
+            What other layers have instead of their own; fixed for those already passed.
+
+        Returns
+        -------
+        list of float64 array, shape (samples,)
+        """
+        line = self._probe.layers[index].uses[0].node
+        assert line >= self._line
+        self._line = line
+        feeds = self._probe.feeds(weights)
+        crossing = self._frontier.crossing(line)
+        ahead = self._frontier.taps(crossing, feeds, threads=self._threads)
+        store = Store()
+        rest: _Rest | None = None
+        losses: list[list[NDArray[np.float64]]] = [[] for _ in candidates]
+        pairs = zip(self._frontier.batches(), self._probe.expected, strict=True)
+        for batch, expected in pairs:
+            values = ahead.run(batch)
+            store.put(values)
+            if not all(isinstance(value, np.ndarray) for value in values.values()):
+                # A sequence cannot be an input: everything is run anew.
+                values = batch
+            rest = rest or _Rest(
+                self._frontier.at(values), self._probe, index, feeds, self._threads
+            )
+            for found, pair in zip(losses, candidates, strict=True):
+                outputs = rest.run(values, self._probe.feeds_of(index, pair))
+                found.append(sample_losses(self._probe.kinds, expected, outputs))
+        self._frontier = self._frontier.moved_to(store)
+        return [np.concatenate(found) for found in losses]
+
+
+class _Rest:
+    """What comes behind a line, but for the weight of a layer."""
+
+    def __init__(
+        self, frontier: Frontier, probe: Probe, index: int, feeds: Feeds, threads: int
+    ) -> None:
+        names = probe.exposed.weights[index], probe.exposed.biases[index]
+        own = {name for name in names if name is not None}
+        packed = sum(array.nbytes for array in feeds.values()) <= PACKED
+        self._own = {name: feeds[name] for name in own}
+        self._fed = {} if packed else {n: array for n, array in feeds.items() if n not in own}
+        stored = {n: array for n, array in feeds.items() if packed and n not in own}
+        inputs = {n: array.dtype for n, array in (self._fed | self._own).items()}
+        self._taps = frontier.taps(probe.kinds, stored, inputs=inputs, threads=threads)
+
+    def run(self, values: Feeds, candidate: Feeds) -> dict[str, Any]:
+        """Return the compared outputs of one batch with another weight."""
+        return self._taps.run({**values, **self._fed, **self._own, **candidate})

@@ -1,0 +1,139 @@
+"""Measure what other weights for single layers cost, layers side by side over a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from cobla_onnx.calibration.loss import LossKind, LossName
+from cobla_onnx.calibration.onward import OnwardProbe
+from cobla_onnx.calibration.probe import KEPT_OUTPUTS, Pair, Probe
+from cobla_onnx.graph.layers import Layer
+from cobla_onnx.parallel import Pool, Shared
+from cobla_onnx.runtime import Feeds
+
+__all__ = ["SpreadProbe"]
+
+# Layers of one unit of work, the same whoever does it, and bytes of their candidates from
+# which on it has fewer.
+LAYERS_PER_UNIT = 4
+UNIT_BYTES = 1 << 26
+
+_Entry: TypeAlias = "tuple[int, list[Pair]]"
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a probe is made of, for a worker that makes its own."""
+
+    model: onnx.ModelProto
+    layers: Sequence[Layer]
+    batches: list[Feeds]
+    loss: LossName | Mapping[str, LossKind]
+    labels: NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
+class _Unit:
+    origin: Shared
+    entries: Sequence[_Entry]
+
+
+def _open(origin: _Origin) -> Probe:
+    # One thread, as everywhere in a unit of work: several units run at a time.
+    loss, labels = origin.loss, origin.labels
+    probe = Probe(origin.model, origin.layers, origin.batches, loss, 1, labels=labels)
+    probe.rest()
+    return probe
+
+
+def _measure_original(origin: Shared) -> tuple[float, int]:
+    probe = origin.built(_open)
+    loss = probe.loss({})
+    probe.rest()
+    return loss, probe.samples
+
+
+def _measure(unit: _Unit) -> list[list[float]]:
+    onward = OnwardProbe(unit.origin.built(_open), 1)
+    return [
+        [float(losses.mean()) for losses in onward.losses(index, candidates, {})]
+        for index, candidates in unit.entries
+    ]
+
+
+class SpreadProbe:
+    """Losses of a model with another weight for one layer, from the workers of a pool.
+
+    Parameters
+    ----------
+    pool : Pool
+    model, layers, batches, loss, labels
+        As for `Probe`. Nothing is run before a loss is asked for.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        model: onnx.ModelProto,
+        layers: Sequence[Layer],
+        batches: Iterable[Feeds],
+        loss: LossName | Mapping[str, LossKind],
+        labels: NDArray[np.int64] | None = None,
+    ) -> None:
+        self._pool = pool
+        self._layers = layers
+        self._origin = pool.share(_Origin(model, layers, _bounded(batches), loss, labels))
+
+    def original(self) -> tuple[float, int]:
+        """Mean loss of the model as it is, and on how many samples losses are measured."""
+        (found,) = self._pool.map(_measure_original, [self._origin])
+        return found
+
+    def mean_losses(self, wanted: Iterable[tuple[int, Iterable[Pair]]]) -> Iterator[list[float]]:
+        """Yield the mean losses of each layer's candidates, one layer after the other.
+
+        Parameters
+        ----------
+        wanted : iterable of (int, iterable of (array, array or None))
+            Index of a layer, and weights and biases for it.
+        """
+        units = (_Unit(self._origin, entries) for entries in self._units(wanted))
+        for found in self._pool.map(_measure, units):
+            yield from found
+
+    def _units(self, wanted: Iterable[tuple[int, Iterable[Pair]]]) -> Iterator[list[_Entry]]:
+        """Cut what is wanted into units; in each, layers follow each other as in the model."""
+        entries: list[_Entry] = []
+        size, last = 0, 0
+        for index, candidates in wanted:
+            layer = self._layers[index]
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.type)
+            narrow: list[Pair] = [(np.asarray(w, dtype), bias) for w, bias in candidates]
+            more = sum(weight.nbytes for weight, _ in narrow)
+            line = layer.uses[0].node
+            full = len(entries) == LAYERS_PER_UNIT or size + more > UNIT_BYTES
+            if entries and (full or line < last):
+                yield entries
+                entries, size = [], 0
+            entries.append((index, narrow))
+            size, last = size + more, line
+        if entries:
+            yield entries
+
+
+def _bounded(batches: Iterable[Feeds]) -> list[Feeds]:
+    """As many batches as a probe would keep at most."""
+    kept: list[Feeds] = []
+    room = KEPT_OUTPUTS
+    for feeds in batches:
+        kept.append(feeds)
+        room -= sum(value.nbytes for value in feeds.values())
+        if room < 0:
+            break
+    return kept
