@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TypeAlias
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
-from cobla_onnx.allocation.grid import EVERY_RANK, RankGrid, RankRule
+from cobla_onnx.allocation.grid import EVERY_RANK, RankRule
 from cobla_onnx.cache import Cache
 from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.calibration.seen import spectra as weighted_spectra
+from cobla_onnx.candidates import Candidate, add_curves, layer_grid, options_for
 from cobla_onnx.errors import ModelError, UsageError
-from cobla_onnx.factors import ValuesUnit, weight_values
 from cobla_onnx.graph.cost import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.graph.layers import (
     Inventory,
@@ -29,18 +25,15 @@ from cobla_onnx.graph.layers import (
     Skipped,
     find_layers,
     node_label,
-    read_weight,
 )
 from cobla_onnx.graph.model_file import stored_bytes
-from cobla_onnx.lowrank.schemes import Scheme, largest_rank, schemes_for
+from cobla_onnx.lowrank.schemes import Scheme, schemes_for
 from cobla_onnx.parallel import Pool, open_pool
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.progress import Progress, tracked
+from cobla_onnx.progress import Progress
 from cobla_onnx.runtime import measured_shapes
 
 __all__ = ["Analysis", "analyse", "model_costs"]
-
-Spectrum: TypeAlias = "tuple[NDArray[np.float64], NDArray[np.float64] | None]"
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,7 @@ class Analysis:
         """Curves with the ranks that a rule leaves; layers that keep none are left out."""
         result = []
         for layer, curves in zip(self.layers, self.curves, strict=True):
-            grid, pointwise = _grid(layer, rule)
+            grid, pointwise = layer_grid(layer, rule)
             kept = []
             for curve in curves.curves:
                 most = int(curve.ranks[-1])
@@ -216,17 +209,17 @@ def analyse(
         inventory = _without_unseen(inventory)
     seen = None if see is None else see(inventory.layers)
     skipped = list(inventory.skipped)
-    found: list[_Candidate] = []
+    found: list[Candidate] = []
     for layer in inventory.layers:
         if _vector_meets_batch(layer, shapes):
             detail = "a stack of matrices meets a vector, or data of unknown rank"
             skipped.append(Skipped(layer.name, layer.op, Reason.NOT_A_MATRIX, detail, layer.params))
             continue
         whole = None if macs is None else sum(macs[use.node] for use in layer.uses)
-        options, refusal = _options(layer, scheme, shapes, whole, ranks)
-        found.append(_Candidate(layer, whole, options, refusal))
+        options, refusal = options_for(layer, scheme, shapes, whole, ranks)
+        found.append(Candidate(layer, whole, options, refusal))
     with nullcontext(pool) if pool is not None else open_pool(threads) as working:
-        _fill(model, found, seen if weigh else None, working, cache, progress)
+        add_curves(model, found, seen if weigh else None, working, cache, progress)
     layers, curves, schemes, layer_macs = [], [], [], []
     for candidate in found:
         layer = candidate.layer
@@ -338,126 +331,3 @@ def model_costs(
     macs, unknown = node_macs(model, shapes)
     note = "shapes that ONNX shape inference does not give were read from a run in onnxruntime"
     return shapes, None if unknown else macs, (note,)
-
-
-@dataclass(frozen=True)
-class _Option:
-    """A scheme that makes a layer smaller, and not slower, at some ranks."""
-
-    scheme: Scheme
-    ranks: NDArray[np.int64]
-    bytes_per_rank: int
-    macs_per_rank: int | None
-
-    def curve(self, spectrum: Spectrum) -> Curve:
-        values, errors = spectrum
-        costs = self.bytes_per_rank, self.macs_per_rank
-        return Curve(self.scheme.name, values, self.ranks, *costs, errors)
-
-
-@dataclass
-class _Candidate:
-    """A layer, its MACs, its options, and the curves of those once they are known."""
-
-    layer: Layer
-    macs: int | None
-    options: list[_Option]
-    refusal: tuple[Reason, str]
-    curves: list[tuple[Scheme, Curve]] = field(default_factory=list)
-
-
-def _grid(layer: Layer, rule: RankRule) -> tuple[RankGrid, bool]:
-    """Ranks of a layer under a rule, and whether it is a 1 x 1 convolution."""
-    blocked = layer.op == "Conv" and len(layer.shape) == 4
-    return rule.convolution if blocked else rule.product, blocked and layer.shape[2:] == (1, 1)
-
-
-def _options(
-    layer: Layer,
-    wanted: str,
-    shapes: Mapping[str, Shape],
-    macs_whole: int | None,
-    rule: RankRule,
-) -> tuple[list[_Option], tuple[Reason, str]]:
-    """Schemes that make the layer smaller and not slower at some rank; why there is none."""
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
-    grid, pointwise = _grid(layer, rule)
-    options, useful = [], False
-    for scheme in schemes_for(layer, wanted):
-        bytes_per_rank = scheme.params_per_rank() * dtype.itemsize
-        most = largest_rank(layer, scheme)
-        macs_per_rank = None
-        if macs_whole is not None:
-            each = [scheme.macs_per_rank(use, shapes) for use in layer.uses]
-            macs_per_rank = sum(count for count in each if count is not None)
-            if None in each or macs_per_rank == 0:
-                continue
-            useful |= most >= 1 and macs_whole >= macs_per_rank
-            most = min(most, rule.most(macs_whole, macs_per_rank, pointwise=pointwise))
-        useful |= most >= 1
-        ranks = grid.candidates(most)
-        if len(ranks):
-            options.append(_Option(scheme, ranks, bytes_per_rank, macs_per_rank))
-    if options or not useful:
-        return options, (Reason.NO_GAIN, "")
-    return options, (Reason.NOT_FASTER, "" if grid.complete else str(grid))
-
-
-def _fill(
-    model: onnx.ModelProto,
-    candidates: Sequence[_Candidate],
-    seen: Seen | None,
-    pool: Pool,
-    cache: Cache | None,
-    progress: Progress,
-) -> None:
-    """Compute the curves of all options, the largest layers first."""
-    order = [c for c in candidates if c.options]
-    order.sort(key=lambda c: max(min(o.scheme.matrix_shape()[1:]) for o in c.options), reverse=True)
-    found = zip(order, _spectra(model, order, seen, pool, cache), strict=True)
-    for candidate, spectra in tracked(found, len(order), partial(progress, "singular values")):
-        candidate.curves = [
-            (option.scheme, option.curve(spectrum))
-            for option, spectrum in zip(candidate.options, spectra, strict=True)
-            if spectrum is not None
-        ]
-
-
-def _spectra(
-    model: onnx.ModelProto,
-    candidates: Sequence[_Candidate],
-    seen: Seen | None,
-    pool: Pool,
-    cache: Cache | None,
-) -> Iterator[list[Spectrum | None]]:
-    """Yield for each candidate the spectra of its options."""
-    if seen is None:
-        values_units = (
-            ValuesUnit(
-                tuple(option.scheme for option in c.options),
-                pool.carry(read_weight(model, c.layer)),
-                cache,
-            )
-            for c in candidates
-        )
-        for values in pool.map(weight_values, values_units):
-            _note(cache, values.notes)
-            yield [(one, None) for one in values.values]
-        return
-    units = (
-        seen.unit(
-            c.layer,
-            [(option.scheme, int(option.ranks[-1])) for option in c.options],
-            pool.carry(read_weight(model, c.layer)),
-        )
-        for c in candidates
-    )
-    for found in pool.map(weighted_spectra, units):
-        _note(cache, found.notes)
-        yield list(found.spectra)
-
-
-def _note(cache: Cache | None, notes: list[str]) -> None:
-    """Take over what a unit of work has to say about its own copy of the cache."""
-    if cache is not None:
-        cache.notes += notes

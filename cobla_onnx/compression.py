@@ -20,7 +20,7 @@ from cobla_onnx.reproduce import call_text
 from cobla_onnx.result import Result
 from cobla_onnx.settings import ObjectiveName, Settings
 from cobla_onnx.smallest import check_max_drop, smallest
-from cobla_onnx.study import open_study
+from cobla_onnx.starting import open_study
 
 __all__ = ["compress"]
 

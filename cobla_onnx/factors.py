@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.carrying import Carried
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.lowrank.factorize import (
     Basis,
@@ -14,7 +15,6 @@ from cobla_onnx.lowrank.factorize import (
     singular_values,
 )
 from cobla_onnx.lowrank.schemes import Scheme, largest_rank
-from cobla_onnx.parallel import Carried
 from cobla_onnx.rewrite import Replacement, make_replacement
 
 __all__ = ["FactorUnit", "Factored", "ValuesUnit", "WeightValues", "replace_layer", "weight_values"]

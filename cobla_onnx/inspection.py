@@ -22,7 +22,8 @@ from cobla_onnx.names import safe_text
 from cobla_onnx.opening import ModelSource
 from cobla_onnx.progress import Progress
 from cobla_onnx.settings import Settings
-from cobla_onnx.study import Study, open_study
+from cobla_onnx.starting import open_study
+from cobla_onnx.study import Study
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

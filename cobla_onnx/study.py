@@ -1,15 +1,15 @@
 """One analysis of a model, open for any number of budgets.
 
 Analysing a model (second moments, singular values, sensitivities) takes most of the time,
-and does not depend on the budget. `open_study` does it once; each `Study.solve` then finds
-ranks and factors for a budget, and `Study.finish` rewrites, verifies and reports.
+and does not depend on the budget. It is done once, by `starting.open_study`; each
+`Study.solve` then finds ranks and factors for a budget, and `Study.finish` rewrites, verifies
+and reports.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,45 +19,30 @@ import onnx
 
 from cobla_onnx.allocation import Allocation, Budget, Constraint, WeightError, allocate
 from cobla_onnx.allocation.budget import least_fraction
-from cobla_onnx.allocation.grid import EVERY_RANK, RankRule, rank_rule
+from cobla_onnx.allocation.grid import EVERY_RANK, RankRule
 from cobla_onnx.allocation.sequential import Step
-from cobla_onnx.analysis import Analysis, analyse
-from cobla_onnx.cache import Cache, digest
+from cobla_onnx.analysis import Analysis
+from cobla_onnx.cache import Cache
 from cobla_onnx.calibrated import Calibrated
-from cobla_onnx.calibration.dataset import Dataset
-from cobla_onnx.calibration.loss import LossName
-from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.factors import FactorUnit, replace_layer
-from cobla_onnx.graph.content import model_content
 from cobla_onnx.graph.external import is_external
-from cobla_onnx.graph.layers import Layer, read_weight
+from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.holding import explain
-from cobla_onnx.latency.timing import Stopwatch
-from cobla_onnx.machine import convolution_block
-from cobla_onnx.opening import (
-    ModelSource,
-    available_cores,
-    naming,
-    open_model,
-    open_samples,
-    sample_labels,
-)
-from cobla_onnx.parallel import Pool, choose_pool, one_thread
+from cobla_onnx.parallel import Pool
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress, tracked
 from cobla_onnx.report import CalibrationReport, LatencyReport
 from cobla_onnx.reporting import make_report
 from cobla_onnx.result import Result
 from cobla_onnx.rewrite import Replacement, rewrite
-from cobla_onnx.runtime import CPU, execution_provider
 from cobla_onnx.settings import Settings
 from cobla_onnx.spill import Spill
-from cobla_onnx.timed import Timed, open_profile
+from cobla_onnx.timed import Timed
 from cobla_onnx.verify import verify
 
-__all__ = ["Solution", "Study", "open_study"]
+__all__ = ["Solution", "Study"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +77,7 @@ class Solution:
 
 @dataclass
 class Study:
-    """A model that was analysed; make it by `open_study`.
+    """A model that was analysed; `starting.open_study` makes it.
 
     Attributes
     ----------
@@ -280,124 +265,6 @@ class Study:
         )
 
 
-@contextmanager
-def open_study(
-    model: ModelSource,
-    settings: Settings,
-    *,
-    macs_needed: bool = False,
-    times_needed: bool = False,
-) -> Iterator[Study]:
-    """Load a model and analyse it; the study holds as long as the context.
-
-    Parameters
-    ----------
-    model : ModelProto or path
-        It is not changed.
-    settings : Settings
-    macs_needed : bool
-        Whether there is a budget of MACs: it is an error if they are not known, and ranks
-        follow the grid for all budgets.
-    times_needed : bool
-        Whether there is a budget of time: layers are timed, and those left whole that would
-        not be faster. The settings must measure latency then.
-
-    Raises
-    ------
-    UsageError, ModelError, DataError
-        See `cobla_onnx.errors`.
-    """
-    started = time.perf_counter()
-    source = None if isinstance(model, onnx.ModelProto) else Path(model)
-    proto = open_model(model)
-    threads = settings.threads or available_cores()
-    notify = settings.progress or (lambda stage, done, total: None)
-    needed = settings.needed
-    kept = None if settings.cache is None else Cache(settings.cache)
-    with (
-        naming(source),
-        one_thread,
-        choose_pool(threads, settings.workers, settings.executor, settings.dask) as pool,
-        execution_provider(settings.provider) as provider,
-        open_samples(proto, settings) as dataset,
-    ):
-        profile = open_profile(settings.profile, threads) if settings.measure_latency else None
-        rule = rank_rule(
-            settings.rank_multiple,
-            mac=macs_needed,
-            latency=times_needed,
-            block=convolution_block(),
-            cpu=provider == CPU,
-        )
-        analysis = analyse(
-            proto,
-            input_shapes=settings.input_shapes,
-            include=settings.include,
-            exclude=settings.exclude,
-            min_size=settings.min_size,
-            scheme=settings.scheme,
-            macs_needed=macs_needed or times_needed,
-            threads=threads,
-            progress=notify,
-            see=None
-            if dataset is None
-            else _see(proto, dataset, settings.batch, pool, kept, notify),
-            weigh=needed != "weights",
-            ranks=rule,
-            pool=pool,
-            cache=kept,
-        )
-        timed = None
-        if profile is not None:
-            timed = Timed(
-                proto,
-                analysis,
-                profile,
-                settings.profile,
-                settings.seed,
-                notify,
-                Stopwatch(threads),
-            )
-            if times_needed:
-                analysis = timed.table()
-        calibrated = None
-        if dataset is not None:
-            classes = sample_labels(settings.labels, dataset)
-            measure: LossName = settings.loss if classes is None else "ce"
-            calibrated = Calibrated(
-                proto,
-                analysis,
-                dataset,
-                settings.batch,
-                measure,
-                threads,
-                notify,
-                classes,
-                settings.refit,
-                pool,
-                kept,
-            )
-        seconds = time.perf_counter() - started
-        try:
-            yield Study(
-                proto,
-                source,
-                analysis,
-                calibrated,
-                settings,
-                threads,
-                pool,
-                kept,
-                seconds,
-                notify,
-                rule,
-                timed,
-            )
-        finally:
-            if analysis.seen is not None:
-                analysis.seen.close()
-
-
 def _with_more_ranks(error: BudgetError, rule: RankRule) -> BudgetError:
     """Advise to allow more ranks, where not all are."""
     if rule.complete:
@@ -406,32 +273,6 @@ def _with_more_ranks(error: BudgetError, rule: RankRule) -> BudgetError:
     return BudgetError(
         error.cause, error.least, f"{error.advice}, or {advice}" if error.advice else advice
     )
-
-
-def _see(
-    model: onnx.ModelProto,
-    dataset: Dataset,
-    batch: int,
-    pool: Pool,
-    cache: Cache | None,
-    progress: Progress,
-) -> Callable[[Sequence[Layer]], Seen]:
-    key = ""
-    if cache is not None:
-        key = digest(model_content(model), dataset.content(dataset.calibration), batch)
-
-    def see(layers: Sequence[Layer]) -> Seen:
-        return Seen(
-            model,
-            layers,
-            lambda: dataset.batches(dataset.calibration, batch),
-            pool=pool,
-            cache=cache,
-            key=key,
-            progress=partial(progress, "second moments"),
-        )
-
-    return see
 
 
 def _check_budget(

@@ -28,7 +28,8 @@ from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import Report
 from cobla_onnx.settings import ObjectiveName, Settings
-from cobla_onnx.study import Study, open_study
+from cobla_onnx.starting import open_study
+from cobla_onnx.study import Study
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

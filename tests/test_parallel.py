@@ -20,8 +20,9 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from cobla_onnx import Budget, compress
+from cobla_onnx.carrying import Carried
 from cobla_onnx.errors import ModelError, UsageError
-from cobla_onnx.parallel import Carried, Pool, choose_pool, executor_pool, open_pool
+from cobla_onnx.parallel import Pool, choose_pool, executor_pool, open_pool
 from tests.test_command import COMMAND
 
 

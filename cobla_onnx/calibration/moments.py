@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibration.patches import Patch
-from cobla_onnx.parallel import Pool, Shared
+from cobla_onnx.carrying import Shared
+from cobla_onnx.parallel import Pool
 from cobla_onnx.runtime import Feeds, open_session, run_session
 from cobla_onnx.scratch import ArrayFile, Place
 

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.calibration.moments import Moment, collect_moments
 from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
+from cobla_onnx.carrying import Carried
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.lowrank.factorize import Factorization, Float64
 from cobla_onnx.lowrank.schemes import Scheme, largest_rank
 from cobla_onnx.lowrank.weighted import OutputFactorizer, WeightedFactorizer
-from cobla_onnx.parallel import Carried, Pool, one_thread, open_pool
+from cobla_onnx.parallel import Pool, one_thread, open_pool
 from cobla_onnx.runtime import Feeds
 
 __all__ = ["Approximation", "Seen", "Spectra", "SpectraUnit", "Spectrum", "spectra"]

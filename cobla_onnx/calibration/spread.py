@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.loss import LossKind, LossName
 from cobla_onnx.calibration.onward import OnwardProbe
 from cobla_onnx.calibration.probe import KEPT_OUTPUTS, Pair, Probe
+from cobla_onnx.carrying import Shared
 from cobla_onnx.graph.layers import Layer
-from cobla_onnx.parallel import Pool, Shared
+from cobla_onnx.parallel import Pool
 from cobla_onnx.runtime import Feeds
 
 __all__ = ["SpreadProbe"]
