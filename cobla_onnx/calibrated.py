@@ -83,6 +83,8 @@ class Calibrated:
     ----------
     history : list of Step
         What the search by the network's loss went through.
+    sensitivity : Sensitivity or None
+        Measured losses of single layers that the last allocation went by.
     """
 
     model: onnx.ModelProto
@@ -97,9 +99,9 @@ class Calibrated:
     pool: Pool = field(default_factory=Pool)
     cache: Cache | None = None
     history: list[Step] = field(default_factory=list)
+    sensitivity: Sensitivity | None = None
     _report: dict[str, Any] = field(default_factory=dict)
     _first: dict[frozenset[str], Sensitivity] = field(default_factory=dict)
-    _sensitivity: Sensitivity | None = None
     _gradient_probe: GradientProbe | None = None
     _refitted: dict[tuple[Decision, ...], tuple[list[Approximation], int]] = field(
         default_factory=dict
@@ -129,7 +131,7 @@ class Calibrated:
         """Forget what was chosen for another budget; measurements stay."""
         self._report = {}
         self.history = []
-        self._sensitivity = None
+        self.sensitivity = None
         self._refitted.clear()
 
     def batches(self, indices: Sequence[int]) -> Iterable[Feeds]:
@@ -213,14 +215,14 @@ class Calibrated:
         Of all candidates the best on the selection split, and `warm` where none is better
         there beyond the noise; see `allocate_by_loss`.
         """
-        if self._sensitivity is None or not any(warm.choices):
+        if self.sensitivity is None or not any(warm.choices):
             # Nothing had to be cut.
             return warm
         curves = self.analysis.curves
         gradients = self.gradients()
         fixed = frozenset(gradients.blocked)
         objective = NetworkLoss(
-            curves, self._path(), gradients, self._sensitivity.objective(), fixed=fixed
+            curves, self._path(), gradients, self.sensitivity.objective(), fixed=fixed
         )
         start = masks_of(curves, warm.choices)
         # The separable model leaves out what layers do to each other's errors.
@@ -288,9 +290,9 @@ class Calibrated:
             )
             first.measure(constraints, partial(self.progress, "sensitivity"))
             self._first[kinds] = first
-        self._sensitivity = self._first[kinds].copy()
-        self._report["probe_samples"] = self._sensitivity.samples
-        return self._sensitivity
+        self.sensitivity = self._first[kinds].copy()
+        self._report["probe_samples"] = self.sensitivity.samples
+        return self.sensitivity
 
     def _spread(self, samples: Sequence[int]) -> tuple[SpreadProbe, str]:
         """Open a probe of the loss that decisions follow, over the pool.

@@ -12,6 +12,7 @@ calibration nor its test images, which leaves ResNet-20::
 from __future__ import annotations
 
 import sys
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,16 +26,22 @@ from benchmark_tasks import ROOT, TASKS, Bench
 FIGURES = ("held back, before refit", "held back", "calibration", "others", "others' agreement")
 
 
-def other_images(bench: Bench, assets: Path) -> None:
-    """Let the bench measure on images that the benchmark leaves."""
-    images, labels = bench.task.images(assets)
+def with_images(bench: Bench, images: Any) -> Bench:
+    """Return a bench that measures on other images."""
+    result = copy(bench)
+    result.test, result.labels = images, None
+    result.expected = result.outputs(bench.model)
+    return result
+
+
+def other_images(bench: Bench, assets: Path) -> Any:
+    """Read the images that the benchmark leaves."""
+    images, _ = bench.task.images(assets)
     used = len(bench.calibration) + len(bench.test)
     rest = np.random.default_rng(0).permutation(len(images))[used:]
     if len(rest) < 500:
         raise typer.BadParameter(f"{bench.task.name} has {len(rest)} other images; 500 are needed")
-    bench.test = images[rest]
-    bench.labels = None if labels is None else labels[rest]
-    bench.expected = bench.outputs(bench.model)
+    return images[rest]
 
 
 def plans(ours: benchmark.Ours, constraints: Any, count: int, spread: float) -> Any:
@@ -45,7 +52,7 @@ def plans(ours: benchmark.Ours, constraints: Any, count: int, spread: float) -> 
     chosen = ours.calibrated.allocate(constraints, "slsqp")
     seen = {chosen.choices}
     yield ours.analysis.plan(chosen.choices)
-    sensitivity = ours.calibrated._sensitivity
+    sensitivity = ours.calibrated.sensitivity
     assert sensitivity is not None, "nothing had to be cut"
     objective = sensitivity.objective()
     generator = np.random.default_rng(1)
@@ -72,34 +79,23 @@ def main(
 ) -> None:
     """Print each plan's losses, how much they vary, and how they go with the others' loss."""
     from cobla_onnx import Budget
-    from cobla_onnx.calibration.refit import replaced_weights
     from cobla_onnx.parallel import one_thread
-    from cobla_onnx.rewrite import make_replacement, rewrite
+    from cobla_onnx.rewrite import rewrite
 
     bench = Bench(next(t for t in TASKS if task in t.name), assets, Path(), threads)
-    other_images(bench, assets)
+    seen = with_images(bench, bench.calibration)
+    others = with_images(bench, other_images(bench, assets))
     print("| plan | " + " | ".join(FIGURES) + " |")
     print("| --- |" + " --- |" * len(FIGURES))
     rows = []
     with one_thread:
         ours = benchmark.prepare(bench, "ours")
-        calibrated = ours.calibrated
-        seen = calibrated._followed(calibrated.dataset.calibration)
         constraints = ours.analysis.constraints(Budget(mem=budget))
         for number, plan in enumerate(plans(ours, constraints, count, spread)):
-            chosen = calibrated._chosen(plan)
-            before = replaced_weights(chosen, [entry.approximation for entry in chosen])
-            refitted, _ = calibrated._refit(plan, chosen)
-            calibrated._refitted.clear()
-            after = replaced_weights(chosen, refitted)
-            replacements = [
-                make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
-                for entry, found in zip(chosen, refitted, strict=True)
-            ]
-            figures = bench.figures(rewrite(bench.model, replacements))
-            held_back, calibration = calibrated._judge.loss(after), seen.loss(after)
-            first = calibrated._judge.loss(before)
-            rows.append([first, held_back, calibration, figures["loss"], figures["agreement"]])
+            model = rewrite(bench.model, ours.calibrated.factorise(plan))
+            report, figures = ours.calibrated.report(), others.figures(model)
+            losses = [report.loss_before_refit, report.loss, seen.figures(model)["loss"]]
+            rows.append([*losses, figures["loss"], figures["agreement"]])
             name = "chosen" if number == 0 else str(number)
             print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in rows[-1]) + " |")
     table = np.array(rows)

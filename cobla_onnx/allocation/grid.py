@@ -17,6 +17,9 @@ RankMultiple: TypeAlias = "Literal['auto'] | int"
 # no multiples of 4 leave the blocked layout; below about 128 they are padded to whole blocks;
 # two 1 x 1 convolutions are not faster than one above 0.8 of its MACs.
 STEP, PADDED_BELOW, POINTWISE_SHARE = 4, 128, 0.8
+# Below a block, for budgets of measured time: what is lost to padding, or to leaving the blocked
+# layout, the measurement tells, and few channels may be worth it.
+SMALL = (1, 4, 8)
 # Of other execution providers: matrix units take operands in multiples of 8.
 OTHER_STEP = 8
 
@@ -25,21 +28,26 @@ OTHER_STEP = 8
 class RankGrid:
     """Ranks that are multiples of `block` below `blocked_below`, and of `step` from there on.
 
+    Those in `small` are on the grid besides.
+
     Examples
     --------
     >>> RankGrid(4, block=16, blocked_below=32).candidates(40)
     array([16, 32, 36, 40])
+    >>> RankGrid(4, block=16, blocked_below=32, small=(1, 8)).candidates(40)
+    array([ 1,  8, 16, 32, 36, 40])
     """
 
     step: int = 1
     block: int = 1
     blocked_below: int = 0
+    small: tuple[int, ...] = ()
 
     def candidates(self, most: int) -> NDArray[np.int64]:
         """Return the ranks from 1 to `most` that are on the grid, ascending."""
         ranks = np.arange(1, most + 1, dtype=np.int64)
         unit = np.where(ranks < self.blocked_below, self.block, self.step)
-        found: NDArray[np.int64] = ranks[ranks % unit == 0]
+        found: NDArray[np.int64] = ranks[(ranks % unit == 0) | np.isin(ranks, self.small)]
         return found
 
     @property
@@ -48,7 +56,8 @@ class RankGrid:
         return self.step == 1 and (self.block == 1 or self.blocked_below <= 1)
 
     def __str__(self) -> str:
-        return f"ranks are multiples of {self.block if self.blocked_below else self.step}"
+        small = ", ".join([*map(str, self.small), ""])
+        return f"ranks are {small}multiples of {self.block if self.blocked_below else self.step}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,8 @@ def rank_rule(
     ----------
     multiple : 'auto' or int
         ``auto`` allows every rank where memory alone is limited. Else, on the CPU, those
-        that its convolutions compute without waste, and multiples of 8 elsewhere.
+        that its convolutions compute without waste, with 1, 4 and 8 where time is measured,
+        and multiples of 8 elsewhere.
     mac, latency : bool
         Whether there is such a budget. With one of MACs alone, choices that would not be
         faster are left out by their MACs; a latency budget has measured times for that.
@@ -119,7 +129,8 @@ def rank_rule(
     elif not timed:
         convolution = product = RankGrid()
     elif cpu:
-        convolution, product = RankGrid(STEP, block, PADDED_BELOW), RankGrid(STEP)
+        small = tuple(rank for rank in SMALL if rank < block) if latency else ()
+        convolution, product = RankGrid(STEP, block, PADDED_BELOW, small), RankGrid(STEP)
     else:
         convolution = product = RankGrid(OTHER_STEP)
     share = POINTWISE_SHARE if mac and not latency else 1.0

@@ -23,7 +23,7 @@ from cobla_onnx.plan import Plan
 __all__ = ["interpolated", "measure_layer", "sampled", "slowest_layers", "time_layers"]
 
 # Ranks that are measured for each scheme.
-POINTS = 5
+POINTS = 6
 # Seconds for each distinct layer, and how often each of its forms is run.
 SECONDS, LEAST, MOST = 0.5, 7, 60
 

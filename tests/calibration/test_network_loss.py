@@ -54,7 +54,7 @@ def calibrated() -> Calibrated:
 def objective_of(calibrated: Calibrated) -> tuple[NetworkLoss, tuple[Choice | None, ...]]:
     constraints = calibrated.analysis.constraints(Budget(mem=0.6))
     warm = calibrated.allocate(constraints, "milp")
-    sensitivity = calibrated._sensitivity
+    sensitivity = calibrated.sensitivity
     assert sensitivity is not None
     objective = NetworkLoss(
         calibrated.analysis.curves,

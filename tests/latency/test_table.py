@@ -27,7 +27,7 @@ def test_measured_ranks_are_candidates_with_both_ends(ranks):
     assert known == sorted(set(known))
     assert set(known) <= set(ranks)
     assert {ranks[0], ranks[-1]} <= set(known)
-    assert len(known) <= 5
+    assert len(known) <= 6
 
 
 @given(ascending, st.data())
@@ -87,6 +87,8 @@ def test_grid(most, step, block):
     found = grid.candidates(most)
     expected = [r for r in range(1, most + 1) if r % (block if r < 128 else step) == 0]
     assert found.tolist() == expected
+    with_small = RankGrid(step, block, 128, (1, 6)).candidates(most).tolist()
+    assert with_small == sorted({*expected, *(r for r in (1, 6) if r <= most)})
 
 
 def test_rules_follow_the_budgets():
@@ -96,6 +98,8 @@ def test_rules_follow_the_budgets():
     assert rule("auto") == EVERY_RANK
     assert rule("auto", mac=True).convolution.candidates(40).tolist() == [16, 32]
     assert rule("auto", mac=True).product.candidates(9).tolist() == [4, 8]
+    assert rule("auto", latency=True).convolution.candidates(40).tolist() == [1, 4, 8, 16, 32]
+    assert rule("auto", latency=True).product.candidates(9).tolist() == [4, 8]
     assert rule("auto", latency=True, cpu=False).convolution.candidates(20).tolist() == [8, 16]
     assert rule(6, mac=True).convolution.candidates(13).tolist() == [6, 12]
     assert rule(1, mac=True).complete
