@@ -233,10 +233,10 @@ class Calibrated:
             objective,
             constraints,
             warm,
-            self._scores,
+            self.scores,
             effort,
             self._watch,
-            self._refitted_scores if self.refit else None,
+            self.refitted_scores if self.refit else None,
         )
         self._report["candidates"] += tuple(float(c.scores.searched.mean()) for c in candidates[1:])
         return allocation
@@ -409,10 +409,12 @@ class Calibrated:
         chosen = self._chosen(self.analysis.plan(choices))
         return replaced_weights(chosen, [entry.approximation for entry in chosen])
 
-    def _scores(self, choices: Sequence[Choice | None]) -> Scores:
+    def scores(self, choices: Sequence[Choice | None]) -> Scores:
+        """Losses of a plan on the selection split, before refit."""
         return self._scored(self._truncated(choices))
 
-    def _refitted_scores(self, choices: Sequence[Choice | None]) -> Scores:
+    def refitted_scores(self, choices: Sequence[Choice | None]) -> Scores:
+        """Losses of a plan on the selection split, after refit."""
         plan = self.analysis.plan(choices)
         chosen = self._chosen(plan)
         return self._scored(replaced_weights(chosen, self._refit(plan, chosen)[0]))

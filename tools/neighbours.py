@@ -4,7 +4,8 @@ Each layer's loss curve is multiplied by a random factor and the allocation solv
 that every plan keeps the budget and is sensible. How much the plans differ on images that no
 decision saw says what a better allocation could gain; how well the samples at hand tell them
 apart says whether it could be found. The images are those that are neither the benchmark's
-calibration nor its test images, which leaves ResNet-20::
+calibration nor its test images, which leaves ResNet-20. The first two figures are by the loss
+that decisions follow, see `soften`::
 
     python tools/neighbours.py --assets ../shared --budget 0.4
 """
@@ -23,7 +24,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import benchmark
 from benchmark_tasks import ROOT, TASKS, Bench
 
-FIGURES = ("held back, before refit", "held back", "calibration", "others", "others' agreement")
+FIGURES = (
+    "held back, before refit",
+    "held back",
+    "held back, divergence",
+    "calibration, divergence",
+    "others, divergence",
+    "others, agreement",
+)
 
 
 def with_images(bench: Bench, images: Any) -> Bench:
@@ -45,13 +53,13 @@ def other_images(bench: Bench, assets: Path) -> Any:
 
 
 def plans(ours: benchmark.Ours, constraints: Any, count: int, spread: float) -> Any:
-    """Yield the chosen plan, then its neighbours."""
+    """Yield the choices of the chosen plan, then those of its neighbours."""
     from cobla_onnx.allocation import OutputError, allocate
 
     layers = ours.analysis.curves
     chosen = ours.calibrated.allocate(constraints, "slsqp")
     seen = {chosen.choices}
-    yield ours.analysis.plan(chosen.choices)
+    yield chosen.choices
     sensitivity = ours.calibrated.sensitivity
     assert sensitivity is not None, "nothing had to be cut"
     objective = sensitivity.objective()
@@ -65,7 +73,7 @@ def plans(ours: benchmark.Ours, constraints: Any, count: int, spread: float) -> 
         choices = allocate(layers, OutputError(curves), constraints, solver="milp").choices
         if choices not in seen:
             seen.add(choices)
-            yield ours.analysis.plan(choices)
+            yield choices
 
 
 def main(
@@ -91,16 +99,20 @@ def main(
     with one_thread:
         ours = benchmark.prepare(bench, "ours")
         constraints = ours.analysis.constraints(Budget(mem=budget))
-        for number, plan in enumerate(plans(ours, constraints, count, spread)):
-            model = rewrite(bench.model, ours.calibrated.factorise(plan))
-            report, figures = ours.calibrated.report(), others.figures(model)
-            losses = [report.loss_before_refit, report.loss, seen.figures(model)["loss"]]
-            rows.append([*losses, figures["loss"], figures["agreement"]])
+        calibrated = ours.calibrated
+        for number, choices in enumerate(plans(ours, constraints, count, spread)):
+            before, after = calibrated.scores(choices), calibrated.refitted_scores(choices)
+            plan = ours.analysis.plan(choices)
+            model = rewrite(bench.model, calibrated.factorise(plan))
+            figures = others.figures(model)
+            losses = [float(s.mean()) for s in (before.searched, after.searched, after.final)]
+            losses += [seen.figures(model)["loss"], figures["loss"]]
+            rows.append([*losses, figures["agreement"]])
             name = "chosen" if number == 0 else str(number)
             print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in rows[-1]) + " |")
     table = np.array(rows)
     deviations = table.std(axis=0, ddof=1) / table.mean(axis=0)
-    correlations = np.corrcoef(table.T)[FIGURES.index("others")]
+    correlations = np.corrcoef(table.T)[FIGURES.index("others, divergence")]
     print("| deviation | " + " | ".join(f"{value:.1%}" for value in deviations) + " |")
     print("| correlation | " + " | ".join(f"{value:.2f}" for value in correlations) + " |")
 

@@ -140,7 +140,7 @@ def test_the_search_is_never_worse_than_its_start_on_the_selection(calibrated):
         found = calibrated.improve(warm, constraints, EFFORT)
         for constraint in constraints:
             assert constraint.cost(calibrated.analysis.curves, found.choices) <= constraint.limit
-        before, after = (calibrated._scores(a.choices).searched.mean() for a in (warm, found))
+        before, after = (calibrated.scores(a.choices).searched.mean() for a in (warm, found))
         assert after <= before
         assert found.certificate.objective == "loss"
         assert found.certificate.lower_bound is None
@@ -171,7 +171,7 @@ def test_an_interrupt_keeps_the_best_so_far(calibrated, monkeypatch):
     monkeypatch.setattr(GradientProbe, "gradient", interrupted)
     found = calibrated.improve(warm, constraints, EFFORT)
     assert "interrupted" in found.certificate.notes[-1]
-    before, after = (calibrated._scores(a.choices).searched.mean() for a in (warm, found))
+    before, after = (calibrated.scores(a.choices).searched.mean() for a in (warm, found))
     assert after <= before
 
 
@@ -209,7 +209,7 @@ def test_layers_without_a_gradient_stay_as_they_are(calibrated):
         objective,
         constraints,
         warm,
-        calibrated._scores,
+        calibrated.scores,
         EFFORT,
     )
     knapsacks = [c for c in candidates if "nearest" not in c.origin]
