@@ -9,10 +9,9 @@ divergence itself is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -24,18 +23,22 @@ from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.allocation.sequential import Scores, Step, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import Analysis
-from cobla_onnx.cache import Cache, digest
+from cobla_onnx.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.gradients import GradientProbe
-from cobla_onnx.calibration.loss import LossKind, LossName
+from cobla_onnx.calibration.judge import Judge
+from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.network import NetworkLoss, Path
-from cobla_onnx.calibration.probe import Probe, Weights
+from cobla_onnx.calibration.probe import Weights
 from cobla_onnx.calibration.quality import measure_quality
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers, replaced_weights
 from cobla_onnx.calibration.seen import Approximation
-from cobla_onnx.calibration.sensitivity import Sensitivity
-from cobla_onnx.calibration.soften import CLASSES, soften, temperatures
-from cobla_onnx.calibration.spread import SpreadProbe
+from cobla_onnx.calibration.sensitivity import (
+    PROBE_SAMPLES,
+    Sensitivity,
+    enough_samples,
+    spread_over,
+)
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.parallel import Pool
@@ -43,12 +46,10 @@ from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
 from cobla_onnx.rewrite import Replacement, make_replacement
-from cobla_onnx.runtime import Feeds, open_session, run_session
+from cobla_onnx.runtime import Feeds
 
 __all__ = ["Calibrated"]
 
-# Samples on which layers are truncated one at a time.
-PROBE_SAMPLES = 48
 # Allocations at most, each with the points measured that the one before has chosen.
 ROUNDS = 4
 # Of SLSQP on the network's loss: each iteration is a pass forward and back.
@@ -81,6 +82,8 @@ class Calibrated:
 
     Attributes
     ----------
+    judge : Judge
+        Probes of the loss.
     history : list of Step
         What the search by the network's loss went through.
     sensitivity : Sensitivity or None
@@ -108,24 +111,15 @@ class Calibrated:
     )
 
     def __post_init__(self) -> None:
-        self._selection = self._probe(self.dataset.selection)
-        self._temperatures = {}
-        kinds = self._selection.kinds
-        if self.loss == "auto" and any(kind in CLASSES for kind in kinds.values()):
-            # Of all samples: a fifth of them tells too little.
-            outputs = chain(self._selection.expected, self._originals())
-            self._temperatures = temperatures(kinds, outputs)
-        self._softened = None
-        self._judge = self._selection
-        if any(value > 1.0 for value in self._temperatures.values()):
-            self._softened = soften(self.model, kinds, self._temperatures)
-            self._judge = self._followed(self.dataset.selection)
-
-    def _originals(self) -> Iterator[Feeds]:
-        """Outputs of the original on the calibration split, batch by batch."""
-        session = open_session(self.model, self.threads, optimized=True)
-        for feeds in self.batches(self.dataset.calibration):
-            yield run_session(session, feeds)
+        self.judge = Judge(
+            self.model,
+            self.analysis.layers,
+            self.dataset,
+            self.batch,
+            self.loss,
+            self.threads,
+            self.labels,
+        )
 
     def start_over(self) -> None:
         """Forget what was chosen for another budget; measurements stay."""
@@ -133,25 +127,6 @@ class Calibrated:
         self.history = []
         self.sensitivity = None
         self._refitted.clear()
-
-    def batches(self, indices: Sequence[int]) -> Iterable[Feeds]:
-        """Return a fresh iterator over samples."""
-        return self.dataset.batches(indices, self.batch)
-
-    def _probe(
-        self,
-        indices: Sequence[int],
-        model: onnx.ModelProto | None = None,
-        loss: LossName | Mapping[str, LossKind] | None = None,
-    ) -> Probe:
-        return Probe(
-            model or self.model,
-            self.analysis.layers,
-            self.batches(indices),
-            loss or self.loss,
-            self.threads,
-            labels=None if self.labels is None else self.labels[list(indices)],
-        )
 
     def choose(
         self,
@@ -261,7 +236,9 @@ class Calibrated:
         for number in range(ROUNDS):
             self.progress("allocate", number, ROUNDS)
             allocation = allocate(curves, sensitivity.objective(), constraints, solver=solver)
-            found.append((self._judge.loss(self._truncated(allocation.choices)), allocation))
+            found.append(
+                (self.judge.followed.loss(self._truncated(allocation.choices)), allocation)
+            )
             if number == ROUNDS - 1 or not sensitivity.refine(allocation.choices):
                 break
         self.progress("allocate", ROUNDS, ROUNDS)
@@ -275,18 +252,15 @@ class Calibrated:
         """
         kinds = frozenset(constraint.name for constraint in constraints)
         if kinds not in self._first:
-            indices = self.dataset.calibration
-            step = max(1, len(indices) // PROBE_SAMPLES)
-            chosen = indices[::step][:PROBE_SAMPLES]
-            probe, key = self._spread(chosen)
+            samples = self._probe_samples()
             first = Sensitivity(
                 self.analysis.layers,
                 self.analysis.curves,
                 self.analysis.schemes,
                 self._seen,
-                probe,
+                self.judge.spread_on(samples, self.pool),
                 self.cache,
-                key,
+                self._key(samples),
             )
             first.measure(constraints, partial(self.progress, "sensitivity"))
             self._first[kinds] = first
@@ -294,31 +268,38 @@ class Calibrated:
         self._report["probe_samples"] = self.sensitivity.samples
         return self.sensitivity
 
-    def _spread(self, samples: Sequence[int]) -> tuple[SpreadProbe, str]:
-        """Open a probe of the loss that decisions follow, over the pool.
-
-        With a key of all that its losses depend on beside the layer.
-        """
-        model, loss = self._softened or (self.model, self.loss)
-        labels = None if self.labels is None else self.labels[list(samples)]
-        batches = self.batches(samples)
-        probe = SpreadProbe(self.pool, model, self.analysis.layers, batches, loss, labels)
+    def _key(self, samples: Sequence[int]) -> str:
+        """Hash what losses on samples depend on beside the weights; empty without a cache."""
         if self.cache is None:
-            return probe, ""
-        content = self.dataset.content(samples)
-        how = loss, self._temperatures
-        return probe, digest(self._seen.key, content, self.batch, how, labels)
+            return ""
+        content, labels = self.dataset.content(samples), self.judge.labels_of(samples)
+        how = self.loss, self.judge.temperatures
+        return digest(self._seen.key, content, self.batch, how, labels)
+
+    def _probe_samples(self) -> Sequence[int]:
+        """Samples on which layers are truncated one at a time.
+
+        Losses of class distributions differ much from sample to sample. Those of images hardly
+        do, and cost the most: how many are enough is seen with all layers truncated a little.
+        """
+        chosen = spread_over(self.dataset.calibration, PROBE_SAMPLES)
+        if any(kind != "mse" for kind in self.judge.kinds.values()):
+            return chosen
+
+        def pilot() -> Arrays:
+            layers = self.analysis.curves
+            largest = [Choice(0, int(layer.curves[0].ranks[-1])) for layer in layers]
+            return {"losses": self.judge.on(chosen).losses(self._truncated(largest))}
+
+        key = digest(self._key(chosen), "pilot")
+        return spread_over(chosen, enough_samples(fetch(self.cache, "loss", key, pilot)["losses"]))
 
     def gradients(self) -> GradientProbe:
         """Open the gradient graph once, on the whole calibration split."""
         if self._gradient_probe is None:
-            probe = self._followed(self.dataset.calibration)
+            probe = self.judge.on(self.dataset.calibration)
             self._gradient_probe = GradientProbe(probe, self.threads)
         return self._gradient_probe
-
-    def _followed(self, indices: Sequence[int]) -> Probe:
-        """Open a probe of the loss that decisions follow."""
-        return self._probe(indices, *(self._softened or ()))
 
     def _path(self) -> Path:
         def approximate(layer: int, curve: int, ranks: Sequence[int]) -> list[Approximation]:
@@ -342,14 +323,14 @@ class Calibrated:
         approximations = [entry.approximation for entry in chosen]
         before: float | None = None
         if self.refit:
-            before = self._selection.loss(replaced_weights(chosen, approximations))
+            before = self.judge.selection.loss(replaced_weights(chosen, approximations))
             approximations, self._report["refitted"] = self._refit(plan, chosen)
             self._refitted.clear()
-        outputs = list(self._selection.outputs(replaced_weights(chosen, approximations)))
-        loss = float(self._selection.losses_of(outputs).mean())
+        outputs = list(self.judge.selection.outputs(replaced_weights(chosen, approximations)))
+        loss = float(self.judge.selection.losses_of(outputs).mean())
         self._report["loss"] = loss
         self._report["loss_before_refit"] = loss if before is None else before
-        self._report["quality"] = measure_quality(self._selection, outputs)
+        self._report["quality"] = measure_quality(self.judge.selection, outputs)
         return [
             make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
             for entry, found in zip(chosen, approximations, strict=True)
@@ -361,8 +342,8 @@ class Calibrated:
             self._refitted[plan.decisions] = refit_layers(
                 self.model,
                 chosen,
-                lambda: self.batches(self.dataset.calibration),
-                self._judge,
+                lambda: self.judge.batches(self.dataset.calibration),
+                self.judge.followed,
                 threads=self.threads,
                 progress=partial(self.progress, "refit"),
             )
@@ -370,7 +351,7 @@ class Calibrated:
 
     def held_back(self) -> tuple[str, Callable[[], Iterable[Feeds]]]:
         """Return the selection split's name, and fresh batches of it, for the verification."""
-        return "held-back", lambda: self.batches(self.dataset.selection)
+        return "held-back", lambda: self.judge.batches(self.dataset.selection)
 
     @property
     def held_back_batches(self) -> int:
@@ -382,9 +363,9 @@ class Calibrated:
         return CalibrationReport(
             source=self.dataset.source,
             calibration_samples=len(self.dataset.calibration),
-            selection_samples=self._selection.samples,
-            outputs=dict(self._selection.kinds),
-            temperatures=dict(self._temperatures),
+            selection_samples=self.judge.selection.samples,
+            outputs=dict(self.judge.kinds),
+            temperatures=dict(self.judge.temperatures),
             **self._report,
         )
 
@@ -411,15 +392,10 @@ class Calibrated:
 
     def scores(self, choices: Sequence[Choice | None]) -> Scores:
         """Losses of a plan on the selection split, before refit."""
-        return self._scored(self._truncated(choices))
+        return self.judge.scores(self._truncated(choices))
 
     def refitted_scores(self, choices: Sequence[Choice | None]) -> Scores:
         """Losses of a plan on the selection split, after refit."""
         plan = self.analysis.plan(choices)
         chosen = self._chosen(plan)
-        return self._scored(replaced_weights(chosen, self._refit(plan, chosen)[0]))
-
-    def _scored(self, weights: Weights) -> Scores:
-        searched = self._judge.losses(weights)
-        final = searched if self._judge is self._selection else self._selection.losses(weights)
-        return Scores(searched, final)
+        return self.judge.scores(replaced_weights(chosen, self._refit(plan, chosen)[0]))

@@ -10,9 +10,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cobla_onnx import Budget, Plan, compress, errors
 from cobla_onnx.calibrated import Calibrated
+from cobla_onnx.calibration.sensitivity import enough_samples
 from cobla_onnx.graph.model_file import stored_bytes
 from tests.builders import random_array, small_network
 from tests.test_command import ROOT, run
@@ -194,6 +197,47 @@ def test_several_inputs_and_outputs():
     result = compress(model, Budget(mem=0.6), data=data)
     assert set(result.report.calibration.outputs.values()) == {"mse"}
     assert len(result.report.verification.outputs) == 2
+
+
+@pytest.mark.parametrize(("head", "fewer"), [("image", True), ("classes", False)])
+def test_losses_of_images_need_fewer_samples_than_those_of_classes(head, fewer):
+    helper = onnx.helper
+    same = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["h"], "one", **same),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Conv", ["r", "v"], ["y"], "two", **same),
+    ]
+    if head == "classes":
+        nodes[2].output[0] = "c"
+        nodes.append(helper.make_node("GlobalMaxPool", ["c"], ["p"]))
+        nodes.append(helper.make_node("Flatten", ["p"], ["f"]))
+        nodes.append(helper.make_node("Softmax", ["f"], ["y"]))
+    from tests.builders import model_of
+
+    weights = {"w": random_array(16, 8, 3, 3), "v": random_array(16, 16, 3, 3, seed=1)}
+    model = model_of(nodes, weights, {"x": ["N", 8, 20, 20]}, ["y"])
+    data = {"x": random_array(40, 8, 20, 20)}
+    told = []
+    for budget in (Budget(mem=0.6), Budget(mem=0.4)):
+        calibration = compress(model, budget, data=data).report.calibration
+        told.append((calibration.calibration_samples, calibration.probe_samples))
+    # Whatever the budget, so that a sweep and single runs come to the same.
+    assert told[0] == told[1]
+    samples, probed = told[0]
+    assert 4 <= probed < samples if fewer else probed == samples
+
+
+@given(
+    losses=st.lists(st.floats(0.1, 10), min_size=1, max_size=60).map(np.array),
+    scale=st.floats(1e-3, 1e3),
+)
+def test_enough_samples_bring_the_mean_within_a_tenth(losses, scale):
+    count = enough_samples(losses)
+    assert min(4, len(losses)) <= count <= len(losses)
+    if count < len(losses):
+        assert losses.std(ddof=1) / np.sqrt(count) <= 0.1 * losses.mean() * (1 + 1e-9)
+    assert abs(enough_samples(losses * scale) - count) <= 1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ correct the response of their own curve.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -25,7 +26,12 @@ from cobla_onnx.lowrank.factorize import Float64
 from cobla_onnx.lowrank.schemes import Scheme
 from cobla_onnx.progress import tracked
 
-__all__ = ["Response", "Sensitivity"]
+__all__ = ["PROBE_SAMPLES", "Response", "Sensitivity", "enough_samples", "spread_over"]
+
+# Samples on which layers are truncated one at a time; where fewer tell as much, at least so many.
+PROBE_SAMPLES, LEAST_SAMPLES = 48, 4
+# Standard error of a mean loss, over that loss, that is good enough.
+PRECISION = 0.1
 
 # Squared relative output errors at which every layer is measured.
 TARGETS = (0.03, 0.1, 0.3)
@@ -34,6 +40,38 @@ LEAST_LOSS = 1e-8
 LEAST_ERROR = 1e-9
 # Logarithm of the largest loss told apart: two close points extrapolate beyond any float.
 MOST_LOG = 500.0
+
+
+def spread_over(indices: Sequence[int], count: int) -> Sequence[int]:
+    """Return `count` of the indices, or all if there are fewer, evenly spread."""
+    step = max(1, len(indices) // count)
+    return indices[::step][:count]
+
+
+def enough_samples(losses: Float64) -> int:
+    """Return how many samples give the mean of losses like these to within `PRECISION`.
+
+    By the standard error of the mean: n = (deviation / (mean * precision))^2.
+
+    Parameters
+    ----------
+    losses : float64 array, shape (samples,)
+
+    Returns
+    -------
+    int
+        From `LEAST_SAMPLES` to the number of losses, whichever that is.
+
+    Examples
+    --------
+    >>> enough_samples(np.array([1.0, 1.2] * 20)), enough_samples(np.array([0.0, 1.0] * 20))
+    (4, 40)
+    """
+    mean = float(losses.mean())
+    if len(losses) <= LEAST_SAMPLES or mean <= LEAST_LOSS:
+        return len(losses)
+    needed = (float(losses.std(ddof=1)) / (PRECISION * mean)) ** 2
+    return min(max(math.ceil(needed), LEAST_SAMPLES), len(losses))
 
 
 @dataclass
