@@ -60,7 +60,8 @@ def _tables(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> None:
         if tops:
             for name in ("ours", "ours, loss"):
                 kept = [_top1(by.get((name, kind, v))) for v in values]
-                print(f"| *top-1 of {name}* | " + " | ".join(kept) + " |")
+                if any(kept):
+                    print(f"| *top-1 of {name}* | " + " | ".join(kept) + " |")
         for heading, pair in COMPARED.items():
             gaps = [_gap(by, pair, kind, v) for v in values]
             if any(gaps):
