@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-@pytest.fixture
-def tools(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    yield importlib.import_module
-    for name in ("benchmark", "benchmark_tasks", "benchmark_table", "ablation", "baselines"):
-        sys.modules.pop(name, None)
+from tests.tools.conftest import TOOLS
 
 
 def row(method: str, losses: np.ndarray, same: np.ndarray | None) -> dict[str, object]:
@@ -96,7 +86,6 @@ import cobla_onnx.calibration.soften
 # The highest temperature: the demo model's own is 1, with nothing to switch off.
 cobla_onnx.calibration.soften.EVEN = 2.0
 from dataclasses import replace
-from pathlib import Path
 from cobla_onnx import Budget
 method, switch_off = ablation.PARTS[sys.argv[2]]
 switch_off()

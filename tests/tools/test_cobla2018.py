@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,16 +18,10 @@ from cobla_onnx.runtime import open_session, run_session
 from tests.builders import small_network
 from tests.calibration.test_network import samples
 
-TOOLS = str(Path(__file__).resolve().parents[2] / "tools")
-
 
 @pytest.fixture
-def method(monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    module = importlib.import_module("cobla2018")
-    yield method_of(module)
-    for name in ("cobla2018", "baselines"):
-        sys.modules.pop(name, None)
+def method(tools):
+    return method_of(tools("cobla2018"))
 
 
 def method_of(module):

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
-import pytest
 
 from cobla_onnx import Budget
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-@pytest.fixture
-def tools(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    yield importlib.import_module
-    for name in ("neighbours", "benchmark", "benchmark_tasks", "benchmark_table", "baselines"):
-        sys.modules.pop(name, None)
 
 
 def test_neighbours_differ_and_keep_the_budget(tools, tmp_path):
