@@ -2,7 +2,8 @@
 
 The table of layers leaves out what layers do to each other: caches, layouts, operators that
 are fused. So the whole model is timed under the plan that the table gives. What was saved in
-fact over what the table promised corrects the table, and the allocation is repeated.
+fact over what the table promised corrects the table, and the allocation is repeated; once a plan
+is fast enough, a curve through all of them says where to aim.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import onnx
+from scipy.interpolate import PchipInterpolator
 
 from cobla_onnx.allocation import Allocation, Budget, Constraint
 from cobla_onnx.analysis import Analysis
@@ -29,12 +31,14 @@ from cobla_onnx.runtime import Feeds, open_session, runnable_feeds
 
 __all__ = ["Found", "LatencySearch", "example_feeds"]
 
-# Allocations in a row, each with the table corrected by what the one before came to.
-ROUNDS = 4
+# Allocations in a row, each with the table corrected by what those before came to.
+ROUNDS = 6
 # A plan is good enough if it needs at least this share of what it may take.
 CLOSE = 0.98
 # Aimed at a little below the limit: the next measurement differs by the noise.
 AIM = 0.995
+# Share of the way between the nearest plans on both sides that the next one keeps from either.
+INSIDE = 0.1
 # Bounds of what was saved in fact over what the table promised.
 LEAST_SCALE, MOST_SCALE = 0.2, 3.0
 # Seconds and runs for timing a whole model and one under a plan in turn.
@@ -157,7 +161,7 @@ class LatencySearch:
             tried.append(found)
             if CLOSE * limit <= found.measured.ratio <= limit or not any(allocation.choices):
                 break
-            wanted = _corrected(latency, _scale(found))
+            wanted = _aimed(latency, limit, tried)
         return _best(tried, limit, self.stopwatch.threads)
 
     def _try(self, analysis: Analysis, latency: Constraint, allocation: Allocation) -> Found:
@@ -211,6 +215,24 @@ def _corrected(latency: Constraint, scale: float) -> Constraint:
     allowed = AIM * latency.limit if latency.limit < latency.total else latency.limit
     limit = math.floor(latency.total - (latency.total - allowed) / scale)
     return replace(latency, limit=min(limit, latency.total))
+
+
+def _aimed(latency: Constraint, limit: float, tried: Sequence[Found]) -> Constraint:
+    """Limit the table so that the measured time comes out at the limit, by the plans so far.
+
+    While none is fast enough, by what the last one saved; else by the monotone curve through
+    all of them and the original, well between the nearest plans on either side.
+    """
+    if not any(found.measured.ratio <= limit for found in tried):
+        return _corrected(latency, _scale(tried[-1]))
+    promised = {found.measured.ratio: found.predicted for found in tried} | {1.0: 1.0}
+    ratios = sorted(promised)
+    curve = PchipInterpolator(ratios, [promised[ratio] for ratio in ratios])
+    low = promised[max(ratio for ratio in ratios if ratio <= limit)]
+    high = promised[min((ratio for ratio in ratios if ratio > limit), default=1.0)]
+    least, most = sorted((low + INSIDE * (high - low), high - INSIDE * (high - low)))
+    aim = min(max(float(curve(AIM * limit)), least), most)
+    return replace(latency, limit=math.floor(aim * latency.total))
 
 
 def _scale(found: Found) -> float:

@@ -18,16 +18,26 @@ class FakeStopwatch(Stopwatch):
     efficiency : float
         Share of the MACs that are saved which a whole model gains by them; a layer alone
         gains all.
+    bend : float
+        Power of the share of MACs saved that the share of time saved grows with.
     noise : float
         Relative, the same for all models of a round.
     """
 
     def __init__(
-        self, threads=1, *, overhead=2000.0, efficiency=1.0, noise=0.0, whole=None, drift=0.0
+        self,
+        threads=1,
+        *,
+        overhead=2000.0,
+        efficiency=1.0,
+        bend=1.0,
+        noise=0.0,
+        whole=None,
+        drift=0.0,
     ):
         super().__init__(threads)
         self.overhead, self.efficiency, self.noise = overhead, efficiency, noise
-        self.whole, self.drift = whole, drift
+        self.whole, self.drift, self.bend = whole, drift, bend
         self.calls = 0
         self.measured = 0
 
@@ -39,7 +49,8 @@ class FakeStopwatch(Stopwatch):
         if len(model.graph.node) <= 2:
             return total + self.overhead
         if self.whole is not None:
-            total = self.whole - self.efficiency * (self.whole - total)
+            saved = max(1 - total / self.whole, 0) ** self.bend
+            total = self.whole * (1 - self.efficiency * saved)
         return total + self.overhead * 4
 
     def times(self, models, feeds, *, seconds, least, most):

@@ -58,6 +58,15 @@ def test_the_measured_time_meets_the_budget(demo_model, watch, efficiency, limit
     assert 1 - time.ratio == pytest.approx(efficiency * saved, rel=0.05)
 
 
+@pytest.mark.parametrize("bend", [0.6, 2.5])
+@pytest.mark.parametrize("limit", [0.8, 0.6, 0.4])
+def test_savings_that_do_not_grow_with_those_of_the_table(demo_model, watch, bend, limit):
+    """What one plan saved says little about the next: they have to close in on the limit."""
+    watch(bend=bend)
+    time = compress(demo_model, Budget(latency=limit), solver="milp").report.latency
+    assert 0.95 * limit < time.ratio <= limit
+
+
 def test_time_is_one_more_constraint_beside_memory_and_macs(demo_model, watch):
     watch()
     budget = Budget(mem=0.5, mac=0.9, latency=0.6)
