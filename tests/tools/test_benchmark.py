@@ -86,6 +86,7 @@ import cobla_onnx.calibration.soften
 # The highest temperature: the demo model's own is 1, with nothing to switch off.
 cobla_onnx.calibration.soften.EVEN = 2.0
 from dataclasses import replace
+from pathlib import Path
 from cobla_onnx import Budget
 method, switch_off = ablation.PARTS[sys.argv[2]]
 switch_off()
