@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -252,15 +252,14 @@ class Calibrated:
         """
         kinds = frozenset(constraint.name for constraint in constraints)
         if kinds not in self._first:
-            samples = self._probe_samples()
             first = Sensitivity(
                 self.analysis.layers,
                 self.analysis.curves,
                 self.analysis.schemes,
                 self._seen,
-                self.judge.spread_on(samples, self.pool),
+                self.judge.spread_on(self._probe_samples, self.pool),
                 self.cache,
-                self._key(samples),
+                self._key(self._probe_samples),
             )
             first.measure(constraints, partial(self.progress, "sensitivity"))
             self._first[kinds] = first
@@ -270,12 +269,9 @@ class Calibrated:
 
     def _key(self, samples: Sequence[int]) -> str:
         """Hash what losses on samples depend on beside the weights; empty without a cache."""
-        if self.cache is None:
-            return ""
-        content, labels = self.dataset.content(samples), self.judge.labels_of(samples)
-        how = self.loss, self.judge.temperatures
-        return digest(self._seen.key, content, self.batch, how, labels)
+        return "" if self.cache is None else digest(self._seen.key, self.judge.key(samples))
 
+    @cached_property
     def _probe_samples(self) -> Sequence[int]:
         """Samples on which layers are truncated one at a time.
 

@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation.sequential import Scores
+from cobla_onnx.cache import digest
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.loss import LossKind, LossName
 from cobla_onnx.calibration.probe import Probe, Weights
@@ -65,7 +66,8 @@ class Judge:
     temperatures: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._softened: tuple[onnx.ModelProto, Mapping[str, LossKind]] | None = None
+        self._follows: tuple[onnx.ModelProto, LossName | Mapping[str, LossKind]]
+        self._follows = self.model, self.loss
         self.selection = self.followed = self.on(self.dataset.selection)
         kinds = self.selection.kinds
         if self.loss == "auto" and any(kind in CLASSES for kind in kinds.values()):
@@ -73,7 +75,7 @@ class Judge:
             outputs = chain(self.selection.expected, self._originals())
             self.temperatures = temperatures(kinds, outputs)
         if any(value > 1.0 for value in self.temperatures.values()):
-            self._softened = soften(self.model, kinds, self.temperatures)
+            self._follows = soften(self.model, kinds, self.temperatures)
             self.followed = self.on(self.dataset.selection)
 
     def _originals(self) -> Iterator[Feeds]:
@@ -95,15 +97,20 @@ class Judge:
         """Labels of samples, if there are any."""
         return None if self.labels is None else self.labels[list(indices)]
 
+    def key(self, indices: Sequence[int]) -> str:
+        """Hash what losses on samples depend on beside the model and the weights."""
+        how = self.loss, dict(self.kinds), self.temperatures, self.batch
+        return digest(self.dataset.content(indices), self.labels_of(indices), how)
+
     def on(self, indices: Sequence[int]) -> Probe:
         """Open a probe of the loss that decisions follow."""
-        model, loss = self._softened or (self.model, self.loss)
+        model, loss = self._follows
         labels = self.labels_of(indices)
         return Probe(model, self.layers, self.batches(indices), loss, self.threads, labels=labels)
 
     def spread_on(self, indices: Sequence[int], pool: Pool) -> SpreadProbe:
         """Open a probe of the loss that decisions follow, over a pool."""
-        model, loss = self._softened or (self.model, self.loss)
+        model, loss = self._follows
         labels = self.labels_of(indices)
         return SpreadProbe(pool, model, self.layers, self.batches(indices), loss, labels)
 

@@ -43,7 +43,7 @@ MOST_LOG = 500.0
 
 
 def spread_over(indices: Sequence[int], count: int) -> Sequence[int]:
-    """Return `count` of the indices, or all if there are fewer, evenly spread."""
+    """Return `count` of the indices, or all if there are fewer: each n-th from the first on."""
     step = max(1, len(indices) // count)
     return indices[::step][:count]
 
@@ -60,7 +60,7 @@ def enough_samples(losses: Float64) -> int:
     Returns
     -------
     int
-        From `LEAST_SAMPLES` to the number of losses, whichever that is.
+        At least `LEAST_SAMPLES`, and at most as many as there are losses.
 
     Examples
     --------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 import pytest
 
@@ -57,8 +55,8 @@ def test_budgets_hold_and_the_model_runs(method, budget):
     assert run_session(open_session(model, 1), samples(2))
 
 
-def test_the_relaxed_loss_is_below_that_of_the_start(method):
-    baselines = importlib.import_module("baselines")
+def test_the_relaxed_loss_is_below_that_of_the_start(method, tools):
+    baselines = tools("baselines")
     constraints = method.analysis.constraints(Budget(mem=0.6))
     start = baselines.greedy_energy_product(method.analysis.curves, constraints)
     masks = method._relax(constraints, start, set())
@@ -79,8 +77,8 @@ def test_the_search_sees_the_network_that_the_ranks_make(method):
 
 
 @pytest.mark.parametrize("mem", [0.8, 0.6, 0.4])
-def test_the_result_is_not_worse_than_the_start_on_held_back_samples(method, mem):
-    baselines = importlib.import_module("baselines")
+def test_the_result_is_not_worse_than_the_start_on_held_back_samples(method, tools, mem):
+    baselines = tools("baselines")
     curves = method.analysis.curves
     constraints = method.analysis.constraints(Budget(mem=mem))
     start = method._factorised(baselines.greedy_energy_product(curves, constraints), {})
