@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,7 @@ from cobla_onnx.graph.layers import (
 )
 from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.lowrank.schemes import Scheme, schemes_for
+from cobla_onnx.names import matching
 from cobla_onnx.parallel import Pool, open_pool
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
@@ -276,17 +276,20 @@ def _select(
 ) -> Inventory:
     names = [layer.name for layer in inventory.layers]
     names += [item.name for item in inventory.skipped]
+    meant: dict[str, set[str]] = {}
     for option, patterns in (("--include", include), ("--exclude", exclude)):
+        found = meant[option] = set()
         for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            its = matching(pattern, names)
+            found |= its
+            if not its:
                 close = difflib.get_close_matches(pattern, names, 3, 0.4)
                 hint = f"did you mean {', '.join(close)}?" if close else "see the report's names"
                 raise UsageError(f"{option} {pattern!r}: matches no layer; {hint}")
     layers, skipped = [], list(inventory.skipped)
     for layer in inventory.layers:
-        excluded = any(fnmatch.fnmatchcase(layer.name, p) for p in exclude)
-        included = not include or any(fnmatch.fnmatchcase(layer.name, p) for p in include)
-        if excluded or not included:
+        included = not include or layer.name in meant["--include"]
+        if layer.name in meant["--exclude"] or not included:
             skipped.append(Skipped(layer.name, layer.op, Reason.EXCLUDED, "", layer.params))
         elif layer.params < min_size:
             skipped.append(Skipped(layer.name, layer.op, Reason.TOO_SMALL, "", layer.params))

@@ -1,10 +1,12 @@
-"""Show names that come from a file: they may hold anything, so they all pass through here."""
+"""Show names that come from a file, which may hold anything, and find those that a user means."""
 
 from __future__ import annotations
 
+import fnmatch
 import unicodedata
+from collections.abc import Collection
 
-__all__ = ["quoted", "safe_text"]
+__all__ = ["matching", "quoted", "safe_text"]
 
 
 def safe_text(text: str, limit: int = 48) -> str:
@@ -31,3 +33,18 @@ def quoted(name: str) -> str:
     "'conv1'"
     """
     return f"'{safe_text(name, 80)}'"
+
+
+def matching(pattern: str, names: Collection[str]) -> set[str]:
+    """Names that a user means: the very name if there is one, else those that a glob matches.
+
+    Examples
+    --------
+    >>> matching("blocks[0]/fc", ["blocks[0]/fc", "blocks0/fc"])
+    {'blocks[0]/fc'}
+    >>> matching("blocks[0]/fc", ["blocks0/fc"])
+    {'blocks0/fc'}
+    """
+    if pattern in names:
+        return {pattern}
+    return {name for name in names if fnmatch.fnmatchcase(name, pattern)}

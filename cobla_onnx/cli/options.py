@@ -135,11 +135,11 @@ InputShapes = Annotated[
 ]
 Include = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option("--include", metavar="GLOB", help="Only layers whose name matches."),
+    typer.Option("--include", metavar="GLOB", help="Only layers of this name, or that match."),
 ]
 Exclude = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option("--exclude", metavar="GLOB", help="Leave layers whose name matches."),
+    typer.Option("--exclude", metavar="GLOB", help="Leave layers of this name, or that match."),
 ]
 MinSize = Annotated[
     int,
