@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -106,6 +107,8 @@ def open_study(
             pool=pool,
             cache=kept,
         )
+        if dataset is not None:
+            analysis = replace(analysis, notes=(*analysis.notes, *dataset.notes))
         timed = None
         if profile is not None:
             timed = Timed(

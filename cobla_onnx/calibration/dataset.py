@@ -102,7 +102,7 @@ class Dataset:
     limit : int, optional
         No record is asked for once there are as many samples.
 
-    positions, source_samples, names : optional
+    positions, source_samples, names, source_names : optional
         As the attributes of the same names.
 
     Attributes
@@ -116,8 +116,9 @@ class Dataset:
         Which of the source's samples each one is.
     source_samples : int
         How many samples the source has; of one that is read as it comes, how many were read.
-    names : tuple of str
-        File name of each sample, where it is one.
+    names, source_names : tuple of str
+        Path of each sample's file relative to the source, with forward slashes, and those of
+        all files there; empty where samples are no files.
 
     Raises
     ------
@@ -135,6 +136,7 @@ class Dataset:
         positions: Sequence[int] | None = None,
         source_samples: int | None = None,
         names: Sequence[str] = (),
+        source_names: Sequence[str] = (),
     ) -> None:
         self.source = source
         self.notes: tuple[str, ...] = ()
@@ -155,6 +157,7 @@ class Dataset:
         self.positions = range(len(self._places)) if positions is None else positions
         self.source_samples = len(self._places) if source_samples is None else source_samples
         self.names = tuple(names)
+        self.source_names = tuple(source_names) or self.names
 
     def __len__(self) -> int:
         return len(self._places)

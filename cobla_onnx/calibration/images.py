@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,14 +15,21 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.dataset import InputSpec
 from cobla_onnx.errors import DataError, UsageError
 
-__all__ = ["IMAGE_TYPES", "ImageOptions", "read_image", "target_size"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["IMAGE_TYPES", "ImageOptions", "find_images", "read_image", "target_size"]
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+# What systems leave in folders, beside what is hidden by a dot.
+LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
 
 
 @dataclass(frozen=True)
 class ImageOptions:
     """How pixels become inputs: (pixel * scale - mean) / std, pixels from 0 to 255.
+
+    Inputs of type uint8 get the pixels as they are.
 
     Attributes
     ----------
@@ -52,6 +61,50 @@ class ImageOptions:
             )
 
 
+def find_images(folder: Path) -> tuple[list[str], tuple[str, ...]]:
+    """Find the images in and below a folder, links to other folders followed.
+
+    What is hidden (a name that starts with a dot) or left behind by systems is passed over.
+
+    Returns
+    -------
+    paths : list of str
+        Relative to the folder, with forward slashes, sorted folder by folder.
+    notes : tuple of str
+        About files that are no images, and links that lead nowhere.
+    """
+    found: list[str] = []
+    others, broken = 0, []
+    for path in _files(folder, (os.path.realpath(folder),)):
+        if not path.exists():
+            broken.append(path)
+        elif path.suffix.lower() not in IMAGE_TYPES or not path.is_file():
+            others += 1
+        else:
+            found.append(path.relative_to(folder).as_posix())
+    notes: tuple[str, ...] = (f"{folder}: {others} files are no images",) if others else ()
+    if broken:
+        rest = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
+        notes += (f"{min(broken)}: is a link that leads nowhere{rest}; left out",)
+    return found, notes
+
+
+def _files(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """Files in and below a folder, by name; `above` are the true paths of the folders above."""
+    for path in sorted(folder.iterdir()):
+        if _passed_over(path.name):
+            continue
+        if not path.is_dir():
+            yield path
+        elif (true := os.path.realpath(path)) not in above:
+            # Else a link leads back up.
+            yield from _files(path, (*above, true))
+
+
+def _passed_over(name: str) -> bool:
+    return name.startswith(".") or name.lower() in LEFT_BEHIND
+
+
 def target_size(spec: InputSpec, options: ImageOptions) -> tuple[int, int, int]:
     """Channels, height and width that an input wants.
 
@@ -59,7 +112,10 @@ def target_size(spec: InputSpec, options: ImageOptions) -> tuple[int, int, int]:
     ------
     DataError
         If the input is not of images, or its size is not known.
+    UsageError
+        If the options do not fit it.
     """
+    _check_type(spec, options)
     if spec.shape is None or len(spec.shape) != 4:
         raise DataError(
             f"input {spec.name!r}: is not of images, which have 4 axes; give an .npz instead"
@@ -82,10 +138,29 @@ def target_size(spec: InputSpec, options: ImageOptions) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def _check_type(spec: InputSpec, options: ImageOptions) -> None:
+    """Refuse inputs that do not take pixels, and to normalise what takes them as they are."""
+    if spec.dtype.kind == "f":
+        return
+    if spec.dtype != np.uint8:
+        raise DataError(
+            f"input {spec.name!r}: is {spec.dtype}, and what pixels become there is not known; "
+            "give an .npz of what the model is fed with"
+        )
+    if set(options.mean) != {0.0} or set(options.std) != {1.0} or options.scale != 1.0:
+        raise UsageError(
+            f"--mean, --std, --scale: input {spec.name!r} is uint8 and gets pixels as they are; "
+            "leave these options away"
+        )
+
+
 def read_image(
     path: Path, channels: int, height: int, width: int, options: ImageOptions
 ) -> NDArray[np.float32]:
     """Read an image, resize its tighter side, crop the centre, normalise.
+
+    It is turned as its EXIF entry says, 16 bits become 8, and what is transparent is laid on
+    white.
 
     Returns
     -------
@@ -109,12 +184,14 @@ def read_image(
             # Pillow warns of decompression bombs before it refuses larger ones.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
-                picture = opened.convert("RGB" if channels == 3 else "L")
+                picture = _upright(opened).convert("RGB" if channels == 3 else "L")
     except (
         UnidentifiedImageError, OSError, ValueError, SyntaxError,
         Image.DecompressionBombError, Image.DecompressionBombWarning,
     ) as error:  # fmt: skip
-        raise DataError(f"{path}: cannot be read as an image ({error}); remove it") from error
+        raise DataError(
+            f"{path}: cannot be read as an image ({error}); remove or replace it"
+        ) from error
     ratio = max(height / picture.height, width / picture.width)
     size = (max(round(picture.width * ratio), width), max(round(picture.height * ratio), height))
     if size != picture.size:
@@ -128,3 +205,21 @@ def read_image(
     values = (pixels * np.float32(options.scale) - mean) / std
     ordered: NDArray[np.float32] = values if options.layout == "nhwc" else values.transpose(2, 0, 1)
     return ordered
+
+
+def _upright(picture: Image) -> Image:
+    """Turn a picture as people see it, in 8 bits and without transparency."""
+    from PIL import Image, ImageOps
+
+    turned = ImageOps.exif_transpose(picture)
+    if turned.mode == "I" or turned.mode.startswith("I;16"):
+        # Grey of 16 bits; Pillow itself cuts it off at 255. Colours it brings to 8 bits.
+        levels = np.asarray(turned, np.float64) / 257
+        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+    if turned.mode == "F":
+        raise ValueError("it holds floating-point numbers")
+    if turned.has_transparency_data:
+        clear = turned.convert("RGBA")
+        white = Image.new("RGBA", clear.size, "white")
+        return Image.alpha_composite(white, clear)
+    return turned

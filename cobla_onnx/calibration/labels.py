@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,7 +18,10 @@ from cobla_onnx.names import quoted
 __all__ = ["Labels", "align_labels", "one_hot", "read_labels"]
 
 Labels: TypeAlias = "Sequence[int] | NDArray[Any] | Mapping[str, int]"
-"""Classes in the order of the samples, or by file name where they are files."""
+"""Classes in the order of the samples, or by path where they are files."""
+
+# A path in parts, and as it is written.
+_Key: TypeAlias = "tuple[tuple[str, ...], str]"
 
 NAMES = ("labels", "label", "y")
 
@@ -29,8 +33,9 @@ def read_labels(path: Path) -> Labels:
     ----------
     path : Path
         An ``.npy`` file, an ``.npz`` file with one array, or one called ``labels``,
-        ``label`` or ``y``, or a ``.csv`` file with a class on each line, or a file name and
-        a class; a first line without a number is a heading.
+        ``label`` or ``y``, or a ``.csv`` file with a class on each line, or with a file or
+        the number of a sample, from 0, and a class. Commas, semicolons or tabs are between
+        them; a first line without a number is a heading.
 
     Raises
     ------
@@ -62,26 +67,59 @@ def read_labels(path: Path) -> Labels:
 
 def _read_csv(path: Path) -> Labels:
     try:
-        rows = [row for row in csv.reader(path.read_text().splitlines()) if row]
+        # Spreadsheets put a byte-order mark first.
+        text = path.read_text(encoding="utf-8-sig")
+        rows = _rows(text)
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: is no text of comma-separated values; save it again") from error
-    if rows and not _is_class(rows[0][-1]):
+    if rows and _class(rows[0][1][-1]) is None and not _is_number(rows[0][1][-1]):
         rows = rows[1:]
-    widths = {len(row) for row in rows}
-    wrong = next((row for row in rows if not _is_class(row[-1])), None)
+    widths = {len(row) for _, row in rows}
+    wrong = next(((line, row) for line, row in rows if _class(row[-1]) is None), None)
     if not rows or wrong is not None or widths - {1, 2} or len(widths) > 1:
-        shown = "" if wrong is None else f", and not {quoted(','.join(wrong))}"
+        shown = "" if wrong is None else f"; line {wrong[0]} has {quoted(','.join(wrong[1]))}"
         raise DataError(
             f"{path}: needs a class, a whole number from 0, on each line, or a file name and a "
             f"class{shown}; write it so"
         )
     if widths == {1}:
-        return np.array([int(row[0]) for row in rows])
-    return {Path(row[0].strip()).name: int(row[1]) for row in rows}
+        return np.array([_class(row[0]) for _, row in rows])
+    labels: dict[str, int] = {}
+    for line, (name, text) in rows:
+        label = _class(text)
+        assert label is not None
+        if labels.setdefault(name.strip(), label) != label:
+            raise DataError(
+                f"{path}: line {line} gives {quoted(name)} a second class; keep one of them"
+            )
+    numbers = {int(name): label for name, label in labels.items() if name.isdecimal()}
+    if sorted(numbers) == list(range(len(labels))):
+        return np.array([numbers[number] for number in range(len(labels))])
+    return labels
 
 
-def _is_class(text: str) -> bool:
-    return text.strip().isdecimal()
+def _rows(text: str) -> list[tuple[int, list[str]]]:
+    """Numbered rows of a table, split by what gives all of them two cells, else by commas."""
+    tables = []
+    for delimiter in ",;\t":
+        reader = csv.reader(text.splitlines(), delimiter=delimiter)
+        tables.append([(reader.line_num, row) for row in reader if any(map(str.strip, row))])
+    return next((t for t in tables if t and {len(row) for _, row in t} == {2}), tables[0])
+
+
+def _class(text: str) -> int | None:
+    """Return the class that a cell holds: a whole number from 0, maybe written with a point."""
+    if not _is_number(text):
+        return None
+    value = float(text)
+    return int(value) if value >= 0 and value.is_integer() else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def align_labels(labels: Labels, dataset: Dataset) -> NDArray[np.int64]:
@@ -94,24 +132,11 @@ def align_labels(labels: Labels, dataset: Dataset) -> NDArray[np.int64]:
     Raises
     ------
     DataError
-        If they are not classes, too many or too few, or a file has none.
+        If they are not classes, too many or too few, or a file has none, or more than one.
     """
     if isinstance(labels, Mapping):
-        if not dataset.names:
-            raise DataError(
-                "--labels: are by file name, but the data is not a folder of images; give them "
-                "in the order of the samples"
-            )
-        missing = [name for name in dataset.names if name not in labels]
-        if missing:
-            raise DataError(f"--labels: there is none for {quoted(missing[0])}; add it")
-        return np.array([[labels[name]] for name in dataset.names], np.int64)
-    array = np.asarray(labels)
-    if array.dtype.kind not in "iu" or array.ndim != 1 or (array.size and array.min() < 0):
-        raise DataError(
-            f"--labels: have shape {list(array.shape)} and type {array.dtype}; give one whole "
-            "number from 0 for each sample"
-        )
+        return _by_name(labels, dataset)
+    array = _classes(np.asarray(labels))
     rows = dataset.rows or 1
     known = dataset.source_samples
     if len(array) // rows != known or len(array) < known * rows:
@@ -121,6 +146,103 @@ def align_labels(labels: Labels, dataset: Dataset) -> NDArray[np.int64]:
     grouped = array[: known * rows].reshape(known, rows).astype(np.int64)
     aligned: NDArray[np.int64] = grouped[list(dataset.positions)]
     return aligned
+
+
+def _classes(array: NDArray[Any]) -> NDArray[np.int64]:
+    """Classes from an array [N] or [N, 1] of whole numbers, of any type, or from one-hot [N, C].
+
+    Raises
+    ------
+    DataError
+        If it is something else; names the sample.
+    """
+    shape = list(array.shape)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.dtype.kind not in "biuf" or array.ndim not in (1, 2):
+        raise DataError(
+            f"--labels: have shape {shape} and type {array.dtype}; give one whole number from 0 "
+            "for each sample"
+        )
+    if array.ndim == 2:
+        # Exactly one 1 and else nothing: other tables of numbers are no classes.
+        if not ((array == 1).sum(axis=1) == 1).all() or not np.isin(array, (0, 1)).all():
+            raise DataError(
+                f"--labels: have shape {shape} and are not one-hot; give one whole number from 0 "
+                "for each sample"
+            )
+        found: NDArray[np.int64] = array.argmax(axis=1)
+        return found
+    wrong = np.flatnonzero(~(array >= 0) | (array != np.floor(array)))
+    if len(wrong):
+        raise DataError(
+            f"--labels: sample {wrong[0]} (from 0) has {array[wrong[0]]:g}; give one whole number "
+            "from 0 for each sample"
+        )
+    return array.astype(np.int64)
+
+
+def _by_name(labels: Mapping[str, int], dataset: Dataset) -> NDArray[np.int64]:
+    """Labels of files: by path relative to the data, by a longer path, or by the end of one.
+
+    An end, such as the bare name, must not stand for two files.
+    """
+    if not dataset.names:
+        raise DataError(
+            "--labels: are by file name, but the data is not a folder of images; give them "
+            "in the order of the samples, or by their numbers from 0"
+        )
+    by_end: dict[str, list[_Key]] = {}
+    for key in labels:
+        parts = _parts(key)
+        by_end.setdefault(parts[-1] if parts else "", []).append((parts, key))
+    folder = _parts(str(Path(dataset.source).resolve()))
+    meant = {
+        name: _meant(_parts(name), folder, by_end.get(Path(name).name, ()))
+        for name in dataset.source_names
+    }
+    owners: dict[str, str] = {}
+    for name, keys in meant.items():
+        for key in keys:
+            other = owners.setdefault(key, name)
+            if other != name:
+                raise DataError(
+                    f"--labels: {quoted(key)} is {quoted(other)} as well as {quoted(name)}; give "
+                    "paths relative to the data folder"
+                )
+    return np.array([[_label(name, labels, meant[name])] for name in dataset.names], np.int64)
+
+
+def _meant(name: tuple[str, ...], folder: tuple[str, ...], keys: Sequence[_Key]) -> tuple[str, ...]:
+    """Of keys with the same last part those that a file may be called by, the best alone.
+
+    That is its path relative to the folder; else the longest end of its full path; else paths
+    from elsewhere that end in it.
+    """
+    full = (*folder, *name)
+    ends = [(its, key) for its, key in keys if full[-len(its) :] == its]
+    best = max(ends, key=lambda end: (end[0] == name, len(end[0])), default=None)
+    if best is not None:
+        return tuple(key for its, key in ends if its == best[0])
+    return tuple(key for its, key in keys if its[-len(name) :] == name)
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    return tuple(
+        part for part in path.strip().replace("\\", "/").split("/") if part not in ("", ".")
+    )
+
+
+def _label(name: str, labels: Mapping[str, int], keys: Sequence[str]) -> int:
+    if not keys:
+        raise DataError(f"--labels: there is none for {quoted(name)}; add it")
+    found = {int(_classes(np.array([labels[key]]))[0]) for key in keys}
+    if len(found) > 1:
+        raise DataError(
+            f"--labels: {quoted(name)} may be {quoted(keys[0])} or {quoted(keys[1])}, which have "
+            "different classes; give paths relative to the data folder"
+        )
+    return found.pop()
 
 
 def one_hot(output: NDArray[Any], labels: NDArray[np.int64] | None) -> NDArray[Any]:

@@ -13,7 +13,13 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.dataset import Dataset, InputSpec, Record
-from cobla_onnx.calibration.images import IMAGE_TYPES, ImageOptions, read_image, target_size
+from cobla_onnx.calibration.images import (
+    IMAGE_TYPES,
+    ImageOptions,
+    find_images,
+    read_image,
+    target_size,
+)
 from cobla_onnx.errors import DataError, UsageError
 
 __all__ = ["ImageOptions", "open_data"]
@@ -270,8 +276,7 @@ def _skip(file: Any, count: int) -> None:
 def _open_images(
     folder: Path, specs: Sequence[InputSpec], samples: int | None, options: ImageOptions
 ) -> Dataset:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    pictures = [p for p in files if p.suffix.lower() in IMAGE_TYPES]
+    pictures, notes = find_images(folder)
     if not pictures:
         raise DataError(
             f"{folder}: holds neither images ({', '.join(IMAGE_TYPES)}) nor test_data_set_* "
@@ -279,11 +284,12 @@ def _open_images(
         )
     if len(specs) != 1:
         raise DataError(f"{folder}: are images, the model has {len(specs)} inputs; give an .npz")
-    channels, height, width = target_size(specs[0], options)
+    size = target_size(specs[0], options)
     positions = _spread(len(pictures), samples)
     chosen = [pictures[i] for i in positions]
     records = (
-        {specs[0].name: read_image(path, channels, height, width, options)[None]} for path in chosen
+        {specs[0].name: read_image(folder / name, *size, options)[None].astype(specs[0].dtype)}
+        for name in chosen
     )
     dataset = Dataset(
         str(folder),
@@ -292,10 +298,10 @@ def _open_images(
         samples,
         positions=positions,
         source_samples=len(pictures),
-        names=[path.name for path in chosen],
+        names=chosen,
+        source_names=pictures,
     )
-    if len(pictures) < len(files):
-        dataset.notes += (f"{folder}: {len(files) - len(pictures)} files are no images",)
+    dataset.notes += notes
     return dataset
 
 

@@ -28,7 +28,7 @@ def test_files_of_labels(tmp_path):
     for name in ("a.npy", "one.npz", "named.npz", "plain.csv"):
         np.testing.assert_array_equal(read_labels(tmp_path / name), CLASSES)
     (tmp_path / "files.csv").write_text("file,class\nfolder/b.jpg,7\na.jpg, 2\n")
-    assert read_labels(tmp_path / "files.csv") == {"b.jpg": 7, "a.jpg": 2}
+    assert read_labels(tmp_path / "files.csv") == {"folder/b.jpg": 7, "a.jpg": 2}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_files_of_labels(tmp_path):
         ("a.txt", "1", UsageError, "neither .csv"),
         ("empty.csv", "", DataError, "needs a class"),
         ("words.csv", "1\ncat\n", DataError, "'cat'"),
-        ("negative.csv", "1\n-1\n", DataError, "'-1'"),
+        ("negative.csv", "class\n1\n-1\n", DataError, "line 3 has '-1'"),
         ("mixed.csv", "1\na.jpg,1\n", DataError, "needs a class"),
         ("bad.npy", "not numpy", DataError, "holds no numbers"),
     ],
@@ -55,13 +55,90 @@ def test_arrays_that_are_none(tmp_path):
     with pytest.raises(DataError, match="no array called"):
         read_labels(tmp_path / "two.npz")
     dataset = open_data({"x": random_array(10, 2)}, SPECS)
-    for wrong in (CLASSES.astype(float), CLASSES[None], CLASSES - 1):
+    for wrong in (CLASSES + 0.5, CLASSES[None], CLASSES[:, None, None], np.array(["a"] * 10)):
         with pytest.raises(DataError, match="whole number"):
             align_labels(wrong, dataset)
+    with pytest.raises(DataError, match=r"sample 3 \(from 0\) has -1"):
+        align_labels(CLASSES - 1, dataset)
+    for table in (np.ones((10, 3)), np.eye(10) * 2, np.eye(10) - np.eye(10)[0]):
+        with pytest.raises(DataError, match="not one-hot"):
+            align_labels(table, dataset)
     with pytest.raises(DataError, match="are 9, the data has 10"):
         align_labels(CLASSES[:9], dataset)
     with pytest.raises(DataError, match="by file name"):
         align_labels({"a": 1}, dataset)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        CLASSES[:, None],
+        CLASSES.astype(np.float32),
+        CLASSES.astype(np.float64)[:, None],
+        np.eye(4)[CLASSES],
+        np.eye(4, dtype=bool)[CLASSES],
+        CLASSES.tolist(),
+    ],
+)
+def test_arrays_that_people_have(labels):
+    dataset = open_data({"x": random_array(10, 2)}, SPECS)
+    np.testing.assert_array_equal(align_labels(labels, dataset)[:, 0], CLASSES)
+
+
+LINES = [str(c) for c in CLASSES]
+TABLES = {
+    "plain": "\n".join(LINES),
+    "mark": "\ufeff" + "\n".join(LINES),
+    "mark and heading": "\ufeffclass\n" + "\n".join(LINES),
+    "windows": "\r\n".join(LINES) + "\r\n",
+    "floats": "\n".join(f"{c}.0" for c in CLASSES),
+    "empty lines": "\n\n" + "\n\n".join(LINES) + "\n,\n",
+    "numbered": "id,class\n" + "\n".join(f"{i},{c}" for i, c in enumerate(CLASSES)),
+    "semicolons": "id;class\n" + "\n".join(f"{i};{c}" for i, c in enumerate(CLASSES)),
+    "tabs": "\n".join(reversed([f"{i}\t{c}" for i, c in enumerate(CLASSES)])),
+    "quotes": "\n".join(f'"{i}","{c}"' for i, c in enumerate(CLASSES)),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_as_programs_save_them(tmp_path, table):
+    (tmp_path / "y.csv").write_bytes(TABLES[table].encode())
+    np.testing.assert_array_equal(read_labels(tmp_path / "y.csv"), CLASSES)
+
+
+def files(tmp_path, *names: str) -> Dataset:
+    """A dataset as of images, without reading any."""
+    records = [{"x": np.zeros((1, 2), np.float32)} for _ in names]
+    return Dataset(str(tmp_path), records, SPECS, names=names)
+
+
+def test_files_of_the_same_name_are_told_apart(tmp_path):
+    dataset = files(tmp_path / "val", "cat/1.png", "dog/1.png", "dog/2.png")
+
+    def of(**labels: int) -> list[int]:
+        return align_labels(labels, dataset)[:, 0].tolist()
+
+    wanted = [0, 1, 2]
+    assert of(**{"cat/1.png": 0, "dog/1.png": 1, "2.png": 2}) == wanted
+    assert of(**{"./cat/1.png": 0, "dog\\1.png": 1, "val/dog/2.png": 2}) == wanted
+    full = tmp_path.as_posix()
+    assert of(**{f"{full}/val/{name}": i for i, name in enumerate(dataset.names)}) == wanted
+    # Of two folders' files those of this one.
+    both = {f"{top}/{n}": i for top in ("train", "val") for i, n in enumerate(dataset.names)}
+    assert of(**{key: y if "val" in key else 9 for key, y in both.items()}) == wanted
+    assert of(**{f"elsewhere/{name}": i for i, name in enumerate(dataset.names)}) == wanted
+    with pytest.raises(DataError, match=r"'1\.png' is 'cat/1\.png' as well as 'dog/1\.png'"):
+        of(**{"1.png": 0, "2.png": 1})
+    with pytest.raises(DataError, match=r"'cat/1\.png' may be 'a/cat/1\.png' or 'b/cat/1\.png'"):
+        of(**{"a/cat/1.png": 0, "b/cat/1.png": 1, "dog/1.png": 1, "dog/2.png": 1})
+    with pytest.raises(DataError, match=r"none for 'dog/1\.png'"):
+        of(**{"cat/1.png": 0, "dog/2.png": 1})
+
+
+def test_a_file_with_two_classes_is_refused(tmp_path):
+    (tmp_path / "y.csv").write_text("file,class\na.png,1\nb.png,1\na.png,0\n")
+    with pytest.raises(DataError, match=r"line 4 gives 'a\.png' a second class"):
+        read_labels(tmp_path / "y.csv")
 
 
 @pytest.mark.parametrize("kind", ["arrays", "npz", "npy", "iterable"])

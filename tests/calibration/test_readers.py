@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobla_onnx.calibration.dataset import Dataset, InputSpec, input_specs
+from cobla_onnx.calibration.images import read_image
 from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.errors import DataError, ModelError, UsageError
 from tests.builders import random_array, small_network
@@ -290,6 +291,74 @@ def test_images_are_cropped_and_normalised(tmp_path):
     grey = InputSpec("image", F32, (None, 1, 4, 4))
     with open_data(tmp_path, [grey]) as dataset:
         assert everything(dataset, "image").shape == (2, 1, 4, 4)
+
+
+def test_pictures_as_people_see_them(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+
+    def read(name: str, channels: int = 3) -> np.ndarray:
+        found = read_image(tmp_path / name, channels, 8, 8, ImageOptions())
+        return found.transpose(1, 2, 0).squeeze()
+
+    deep = np.random.default_rng(1).integers(0, 65536, (8, 8), np.uint16)
+    image.fromarray(deep).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(read("deep.png", 1), (deep / 257).round())
+    np.testing.assert_array_equal(read("deep.png")[..., 2], (deep / 257).round())
+    turned = image.Exif()
+    turned[0x112] = 6
+    image.fromarray(np.rot90(pixels).copy()).save(tmp_path / "turned.png", exif=turned)
+    np.testing.assert_array_equal(read("turned.png"), pixels)
+    clear = np.dstack([pixels, np.where(np.arange(8) < 4, 255, 0) * np.ones((8, 1))])
+    seen = np.where(np.arange(8)[None, :, None] < 4, pixels, 255)
+    image.fromarray(clear.astype(np.uint8)).save(tmp_path / "clear.png")
+    np.testing.assert_array_equal(read("clear.png"), seen)
+    grey = image.fromarray(pixels[..., 0])
+    grey.save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(read("grey.png"), pixels[..., :1].repeat(3, axis=2))
+    grey.convert("P").save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read("palette.png"), pixels[..., :1].repeat(3, axis=2))
+    image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=95)
+    assert np.abs(read("print.jpg") - [255, 0, 0]).max() < 8
+
+
+def test_what_lies_beside_pictures(tmp_path):
+    pytest.importorskip("PIL")
+    folder = tmp_path / "img"
+    for place in ("sub/deep", ".thumbs", "__MACOSX"):
+        (folder / place).mkdir(parents=True)
+        picture(folder / place / "p.png", 8, 8)
+    (tmp_path / "else").mkdir()
+    picture(tmp_path / "else" / "b.png", 8, 8)
+    picture(folder / "z.png", 8, 8)
+    (folder / "linked").symlink_to("../else")
+    (folder / "sub" / "up").symlink_to("..")
+    for name in ("._z.png", "Thumbs.db", ".DS_Store"):
+        (folder / name).write_text("no image")
+    with open_data(folder, [IMAGE]) as dataset:
+        assert dataset.names == ("linked/b.png", "sub/deep/p.png", "z.png")
+        assert dataset.notes == ()
+    (folder / "lost.png").symlink_to("nowhere.png")
+    with open_data(folder, [IMAGE], samples=2) as dataset:
+        assert dataset.names == ("linked/b.png", "z.png")
+        assert dataset.source_names == ("linked/b.png", "sub/deep/p.png", "z.png")
+        assert dataset.notes == (f"{folder}/lost.png: is a link that leads nowhere; left out",)
+
+
+def test_pixels_for_inputs_of_integers(tmp_path):
+    pixels = picture(tmp_path / "a.png", 8, 8)
+    picture(tmp_path / "b.png", 8, 8)
+    spec = InputSpec("image", np.dtype(np.uint8), (None, 8, 8, 3))
+    as_is = ImageOptions(layout="nhwc")
+    with open_data(tmp_path, [spec], images=as_is) as dataset:
+        found = everything(dataset, "image")
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found[0], pixels)
+    with pytest.raises(UsageError, match="gets pixels as they are; leave these options away"):
+        open_data(tmp_path, [spec], images=ImageOptions(scale=1 / 255, layout="nhwc"))
+    signed = InputSpec("image", np.dtype(np.int8), (None, 8, 8, 3))
+    with pytest.raises(DataError, match=r"is int8.*give an \.npz"):
+        open_data(tmp_path, [signed], images=as_is)
 
 
 def test_images_that_cannot_be_used(tmp_path):
