@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from onnx import helper
 from cobla_onnx import Budget, compress
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph import layers, model_file
+from cobla_onnx.graph.model_file import load_model
 from tests.builders import model_of, random_array, small_network
 from tests.hostile import CASES, DATA_CASES, with_external_data
 from tests.test_command import COMMAND
@@ -62,6 +64,103 @@ def test_hostile_external_data_gets_its_message(case, tmp_path):
         compress(path, Budget(mem=0.5), threads=1)
     assert str(caught.value) == f"{path}: initializer 'w1': {case.message}"
     assert listing(tmp_path) == before
+
+
+def cache(root: Path) -> Path:
+    """Lay a model with external data out as a Hugging Face cache does."""
+    (root / "blobs").mkdir(parents=True)
+    snapshot = root / "snapshots" / "0123abc" / "onnx"
+    snapshot.mkdir(parents=True)
+    with_external_data(snapshot, {})
+    for name, blob in (("model.onnx", "b0"), ("w.bin", "b1")):
+        (snapshot / name).rename(root / "blobs" / blob)
+        (snapshot / name).symlink_to(f"../../../blobs/{blob}")
+    return snapshot
+
+
+def test_models_in_a_cache_of_links_are_read(tmp_path):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    with_external_data(plain, {})
+    path = cache(tmp_path / "models--a--b") / "model.onnx"
+    done = run_limited(path, tmp_path / "linked.onnx", "--mem", 0.5, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    done = run_limited(plain / "model.onnx", tmp_path / "plain.onnx", "--mem", 0.5, "--threads", 1)
+    written = [onnx.load(tmp_path / name) for name in ("linked.onnx", "plain.onnx")]
+    assert written[0] == written[1]
+    assert sorted((tmp_path / "models--a--b" / "blobs").iterdir()) == [
+        tmp_path / "models--a--b" / "blobs" / name for name in ("b0", "b1")
+    ]
+
+
+def _relink(snapshot: Path, target: str | Path) -> None:
+    (snapshot / "w.bin").unlink()
+    (snapshot / "w.bin").symlink_to(target)
+
+
+def _blobs_elsewhere(snapshot: Path) -> None:
+    root = snapshot.parents[2]
+    (root / "blobs").rename(root.parent / "private")
+    (root / "blobs").symlink_to("../private")
+
+
+def _link_as_blob(snapshot: Path) -> None:
+    blob = snapshot.parents[2] / "blobs" / "b1"
+    blob.rename(blob.parents[2] / "secret")
+    blob.symlink_to("../../secret")
+
+
+def _without_snapshots(snapshot: Path) -> None:
+    (snapshot.parents[1]).rename(snapshot.parents[2] / "versions")
+
+
+HOSTILE_LINKS = {
+    "out of the cache": lambda s: (
+        (s.parents[2] / "blobs" / "b1").rename(s.parents[3] / "secret"),
+        _relink(s, "../../../../secret"),
+    ),
+    "absolute": lambda s: _relink(s, s.parents[2] / "blobs" / "b1"),
+    "to a link": lambda s: (
+        (s / "again").symlink_to("../../../blobs/b1"),
+        _relink(s, "again"),
+    ),
+    "to a blob that is a link": _link_as_blob,
+    "to a blob with a second name": lambda s: os.link(
+        s.parents[2] / "blobs" / "b1", s.parents[3] / "other"
+    ),
+    "to blobs that are a link": _blobs_elsewhere,
+    "below blobs": lambda s: (
+        (s.parents[2] / "blobs" / "sub").mkdir(),
+        (s.parents[2] / "blobs" / "b1").rename(s.parents[2] / "blobs" / "sub" / "b1"),
+        _relink(s, "../../../blobs/sub/b1"),
+    ),
+    "to another repository's blobs": lambda s: (
+        (s.parents[3] / "other" / "blobs").mkdir(parents=True),
+        (s.parents[2] / "blobs" / "b1").rename(s.parents[3] / "other" / "blobs" / "b1"),
+        _relink(s, "../../../../other/blobs/b1"),
+    ),
+    "to a folder of nearly that name": lambda s: (
+        (s.parents[2] / "blobs").rename(s.parents[2] / "Blobs"),
+        (s / "model.onnx").unlink(),
+        (s / "model.onnx").symlink_to("../../../Blobs/b0"),
+        _relink(s, "../../../Blobs/b1"),
+    ),
+    "outside of snapshots": _without_snapshots,
+    "to a pipe": lambda s: (
+        os.mkfifo(s.parents[2] / "blobs" / "pipe"),
+        _relink(s, "../../../blobs/pipe"),
+    ),
+    "to nothing": lambda s: _relink(s, "../../../blobs/b2"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_LINKS)
+def test_other_links_in_a_cache_are_refused(case, tmp_path):
+    snapshot = cache(tmp_path / "hub" / "models--a--b")
+    HOSTILE_LINKS[case](snapshot)
+    (path,) = (tmp_path / "hub").rglob("model.onnx")
+    with pytest.raises(ModelError, match=r"its external data '(w\.bin|b1|b2|pipe)'"):
+        load_model(path)
 
 
 @pytest.mark.parametrize(

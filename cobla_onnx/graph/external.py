@@ -5,6 +5,9 @@ absolute path, no ``..``, no symlink, no hard link, no pipe or device, nothing b
 end of the file. onnx's reader was patched three times for these (CVE-2022-25882,
 CVE-2024-27318, CVE-2026-27489); older onnx versions let some through.
 
+One kind of symlink is followed, once, when the model is loaded: that of a Hugging Face cache,
+from its ``snapshots`` to a file directly in the ``blobs`` beside them, see `true_place`.
+
 Large tensors of the main graph stay on disk. `load_model` notes the model's folder under
 the key ``basepath``, so that any copy of the tensor can be read later.
 """
@@ -31,6 +34,7 @@ __all__ = [
     "is_external",
     "mapped_tensor",
     "open_external",
+    "true_place",
 ]
 
 # Tensors that we write start at a page, so that they can be mapped.
@@ -85,6 +89,35 @@ def _stays_inside(location: str) -> bool:
     if not location or "\0" in location or windows.drive or windows.root:
         return False
     return not PurePosixPath(location).is_absolute() and ".." not in windows.parts
+
+
+def true_place(folder: str, location: str) -> tuple[str, str]:
+    """Follow a link of a Hugging Face cache; return any other place as it is.
+
+    Such a cache keeps files as ``ROOT/blobs/HASH``, and a model's folder as relative symlinks
+    ``ROOT/snapshots/REVISION/.../NAME`` to them. Whoever can put a link there can put a file
+    into ``blobs``, too, so the link leads to nothing else. It has to be relative and lead
+    directly to a regular file, not over other links or folders; folders on the way are none.
+
+    Parameters
+    ----------
+    folder : str
+        Of the model, resolved.
+    location : str
+        Of the data, as the tensor has it.
+    """
+    path = Path(folder, location)
+    if not _stays_inside(location) or not path.is_symlink():
+        return folder, location
+    if os.path.realpath(path.parent) != os.path.normpath(path.parent):
+        return folder, location
+    found = next((p for p in path.parent.parents if p.name == "snapshots"), None)
+    written = Path(path.readlink())
+    target = Path(os.path.normpath(path.parent / written))
+    if found is None or written.is_absolute() or target.parent != found.parent / "blobs":
+        return folder, location
+    # A link in place of the file or of ``blobs`` itself is left for `open_external` to refuse.
+    return str(target.parent), target.name
 
 
 def _number(label: str, key: str, text: str) -> int:

@@ -16,7 +16,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cobla_onnx.errors import ModelError, UsageError, WriteError
 from cobla_onnx.graph.checks import check_structure
-from cobla_onnx.graph.external import external_bytes, is_external, open_external
+from cobla_onnx.graph.external import external_bytes, is_external, open_external, true_place
 from cobla_onnx.graph.protos import copy_fields
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import all_tensors, constant_value, subgraphs
@@ -92,10 +92,7 @@ def _bind_external(model: onnx.ModelProto, folder: Path) -> None:
         tensor = held.tensor
         if not is_external(tensor):
             continue
-        kept = [entry for entry in tensor.external_data if entry.key != "basepath"]
-        del tensor.external_data[:]
-        tensor.external_data.extend(kept)
-        tensor.external_data.add(key="basepath", value=base)
+        _note_place(tensor, base)
         open_external(tensor, held.label).close()
         size = tensor_bytes(tensor)
         if held.main and size > MAPPED_FROM:
@@ -110,6 +107,18 @@ def _bind_external(model: onnx.ModelProto, folder: Path) -> None:
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")
         tensor.raw_data = data
+
+
+def _note_place(tensor: onnx.TensorProto, base: str) -> None:
+    """Note the folder of a tensor's data, that of the model or where a link of a cache leads."""
+    kept = [entry for entry in tensor.external_data if entry.key != "basepath"]
+    locations = [entry for entry in kept if entry.key == "location"]
+    # Several are damage, which the reader names.
+    for entry in locations if len(locations) == 1 else ():
+        base, entry.value = true_place(base, entry.value)
+    del tensor.external_data[:]
+    tensor.external_data.extend(kept)
+    tensor.external_data.add(key="basepath", value=base)
 
 
 def stored_bytes(model: onnx.ModelProto) -> int:
