@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -28,6 +28,7 @@ from cobla_onnx.settings import Settings
 __all__ = [
     "ModelSource",
     "available_cores",
+    "known_shapes",
     "naming",
     "open_model",
     "open_samples",
@@ -97,6 +98,32 @@ def open_samples(model: onnx.ModelProto, settings: Settings) -> Iterator[Dataset
         settings.data, specs, samples=settings.samples, images=settings.images
     ) as dataset:
         yield dataset
+
+
+def known_shapes(
+    settings: Settings, dataset: Dataset | None
+) -> tuple[dict[str, Sequence[int]], tuple[str, ...]]:
+    """Shapes of inputs as they are given, else as the samples have them, and notes.
+
+    Where samples differ it is the commonest shape, and a note says so.
+    """
+    given = dict(settings.input_shapes or {})
+    if dataset is None:
+        return given, ()
+    shapes = dataset.shapes()
+    if any(tuple(given[name]) != shapes.get(name) for name in given):
+        # Those of the samples would not go with these.
+        return given, ()
+    if dataset.uniform:
+        return {**shapes}, ()
+    shown = ", ".join(
+        f"{safe_text(name)} {'x'.join(map(str, shape)) or 'scalar'}"
+        for name, shape in shapes.items()
+    )
+    note = (
+        f"samples differ in shape; MACs are of the commonest, {shown}; --input-shape sets another"
+    )
+    return {**shapes}, (note,)
 
 
 def sample_labels(

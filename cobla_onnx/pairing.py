@@ -164,7 +164,8 @@ def compare(
         times = stopwatch.times(models, inputs.example, seconds=SECONDS, least=LEAST, most=MOST)
         notify("latency", 1, 1)
         latency = timing.compare(times)
-        costs = [model_costs(m, fixed_input_shapes(m, shapes), False, threads) for m in models]
+        known = {**inputs.shapes, **shapes}
+        costs = [model_costs(m, fixed_input_shapes(m, known), False, threads) for m in models]
     facts = [
         _facts(model, source, macs, spread)
         for model, source, (_, macs, _), spread in zip(
@@ -188,12 +189,16 @@ def compare(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What both models are fed with; `example` is one sample, to be timed."""
+    """What both models are fed with; `example` is one sample, to be timed.
+
+    `shapes` are those of samples, empty where inputs are random.
+    """
 
     name: str
     batches: Iterable[Feeds]
     count: int
     example: Feeds
+    shapes: Mapping[str, Sequence[int]]
 
 
 @contextmanager
@@ -210,12 +215,14 @@ def _inputs(
     if data is None:
         session = open_session(model, threads, optimized=True)
         feeds, _, _ = runnable_feeds(session, fixed_input_shapes(model, shapes), seed)
-        yield _Inputs("random", feeds, len(feeds), feeds[0])
+        yield _Inputs("random", feeds, len(feeds), feeds[0], {})
         return
     with open_data(data, input_specs(model, shapes), samples=samples, images=images) as dataset:
         (example,) = dataset.batches([0], 1)
         total = -(-len(dataset) // batch)
-        yield _Inputs(dataset.source, dataset.batches(range(len(dataset)), batch), total, example)
+        batches = dataset.batches(range(len(dataset)), batch)
+        sizes = {name: array.shape for name, array in example.items()}
+        yield _Inputs(dataset.source, batches, total, example, sizes)
 
 
 def _compare_outputs(

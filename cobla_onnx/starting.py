@@ -25,6 +25,7 @@ from cobla_onnx.machine import convolution_block
 from cobla_onnx.opening import (
     ModelSource,
     available_cores,
+    known_shapes,
     naming,
     open_model,
     open_samples,
@@ -89,9 +90,10 @@ def open_study(
             block=convolution_block(),
             cpu=provider == CPU,
         )
+        shapes, notes = known_shapes(settings, dataset)
         analysis = analyse(
             proto,
-            input_shapes=settings.input_shapes,
+            input_shapes=shapes,
             include=settings.include,
             exclude=settings.exclude,
             min_size=settings.min_size,
@@ -108,7 +110,7 @@ def open_study(
             cache=kept,
         )
         if dataset is not None:
-            analysis = replace(analysis, notes=(*analysis.notes, *dataset.notes))
+            analysis = replace(analysis, notes=(*analysis.notes, *notes, *dataset.notes))
         timed = None
         if profile is not None:
             timed = Timed(

@@ -7,6 +7,8 @@ record at a time.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -17,14 +19,18 @@ from numpy.typing import NDArray
 
 from cobla_onnx.cache import digest
 from cobla_onnx.errors import DataError, ModelError
+from cobla_onnx.graph.first_axis import FirstAxis, first_axes
+from cobla_onnx.names import quoted
 from cobla_onnx.runtime import Feeds
 from cobla_onnx.scratch import ArrayFile, Place
 
-__all__ = ["Dataset", "InputSpec", "Record", "input_specs"]
+__all__ = ["Dataset", "InputSpec", "Record", "input_specs", "rows_of_a_sample"]
 
 Record: TypeAlias = "Mapping[str, Any]"
 # A fifth is held back, and at least this many if half of the samples are as many.
 LEAST_HELD_BACK = 4
+# Missing inputs that a message names.
+MOST_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,32 @@ class InputSpec:
     dtype : numpy dtype
     shape : tuple of (int or None) or None
         None for an axis of any size; None as a whole where the rank is not known.
+    first : {'batch', 'other', 'unknown'}
+        What the first axis is, see `cobla_onnx.graph.first_axis`.
+    given : tuple of int or None, optional
+        Sizes that the user gives, which stand in for open axes where nothing else tells them.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...] | None
+    first: FirstAxis = "batch"
+    given: tuple[int | None, ...] | None = None
+
+    @property
+    def filled(self) -> tuple[int | None, ...] | None:
+        """The shape with the sizes that are given, but for the first axis."""
+        if self.shape is None or self.given is None or len(self.given) != len(self.shape):
+            return self.shape
+        rest = zip(self.shape[1:], self.given[1:], strict=True)
+        return (*self.shape[:1], *(new if known is None else known for known, new in rest))
+
+    @property
+    def shown(self) -> str:
+        """The shape as messages show it, ``?`` for an axis of any size."""
+        if self.shape is None:
+            return "of any shape"
+        return f"[{', '.join('?' if size is None else str(size) for size in self.shape)}]"
 
 
 def input_specs(
@@ -52,7 +79,7 @@ def input_specs(
     Parameters
     ----------
     shapes : mapping of str to sequence of int, optional
-        Sizes of symbolic axes; the first axis stays symbolic if it is.
+        Sizes of symbolic axes, kept beside the model's own.
 
     Raises
     ------
@@ -60,14 +87,17 @@ def input_specs(
         If an input is not a tensor of numbers.
     """
     stored = {tensor.name for tensor in model.graph.initializer}
+    axes = first_axes(model)
     return tuple(
-        _spec(value, (shapes or {}).get(value.name))
+        _spec(value, axes[value.name], (shapes or {}).get(value.name))
         for value in model.graph.input
         if value.name not in stored
     )
 
 
-def _spec(value: onnx.ValueInfoProto, given: Sequence[int | None] | None) -> InputSpec:
+def _spec(
+    value: onnx.ValueInfoProto, first: FirstAxis, given: Sequence[int | None] | None
+) -> InputSpec:
     kind = value.type.tensor_type
     if not value.type.HasField("tensor_type") or kind.elem_type == onnx.TensorProto.STRING:
         raise ModelError(
@@ -76,21 +106,20 @@ def _spec(value: onnx.ValueInfoProto, given: Sequence[int | None] | None) -> Inp
         )
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
     if not kind.HasField("shape"):
-        return InputSpec(value.name, dtype, None)
+        return InputSpec(value.name, dtype, None, first)
     sizes = [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim]
     # Sizes of 0 and below stand for "any" in some exporters.
     sizes = [size if size is not None and size > 0 else None for size in sizes]
-    if given is not None and len(given) == len(sizes):
-        rest = zip(sizes[1:], given[1:], strict=True)
-        sizes[1:] = [known if known is not None else new for known, new in rest]
-    return InputSpec(value.name, dtype, tuple(sizes))
+    return InputSpec(
+        value.name, dtype, tuple(sizes), first, None if given is None else tuple(given)
+    )
 
 
 class Dataset:
     """Samples in a temporary file, split into those that make factors and those held back.
 
-    A sample is one row where every input's first axis may be of any size, as many rows as
-    that axis has where it is fixed, and otherwise a record as it was given.
+    Where the first axis of every input is of samples, a sample is one row of it, or as many as
+    a fixed axis has, filled over records if need be. Otherwise it is a record as it was given.
 
     Parameters
     ----------
@@ -102,6 +131,9 @@ class Dataset:
     limit : int, optional
         No record is asked for once there are as many samples.
 
+    whole : bool, optional
+        Whether records are samples as they are; by default unless the first axis of every
+        input is known to be of samples.
     positions, source_samples, names, source_names : optional
         As the attributes of the same names.
 
@@ -133,6 +165,7 @@ class Dataset:
         specs: Sequence[InputSpec],
         limit: int | None = None,
         *,
+        whole: bool | None = None,
         positions: Sequence[int] | None = None,
         source_samples: int | None = None,
         names: Sequence[str] = (),
@@ -144,15 +177,19 @@ class Dataset:
         self._file = ArrayFile()
         # For each sample and input.
         self._places: list[list[Place]] = []
-        self.rows = _rows_of_a_sample(specs)
+        if whole is None:
+            whole = any(spec.first != "batch" or spec.shape is None for spec in specs)
+        self.rows = None if whole else rows_of_a_sample(specs)
+        # A fixed batch takes samples of its size only.
+        self._joins = self.rows == 1 and all(s.shape and s.shape[0] is None for s in specs)
+        # Rows that do not fill a batch yet, by input.
+        self._rest: list[list[NDArray[Any]]] = [[] for _ in specs]
         for record in records:
             if not self._add(record, limit):
                 break
+        self._tell_what_was_taken(specs)
         if len(self._places) < 2:
-            raise DataError(
-                f"{source}: gives {len(self._places)} samples of {self.rows or 1} rows, at least "
-                "2 are needed, one of them to be held back; give more data"
-            )
+            raise DataError(self._too_few())
         self.calibration, self.selection = _split(len(self._places))
         self.positions = range(len(self._places)) if positions is None else positions
         self.source_samples = len(self._places) if source_samples is None else source_samples
@@ -187,6 +224,23 @@ class Dataset:
         if pending:
             yield self._feeds(pending)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the commonest sample's inputs; of equally common ones the middle by size."""
+        found = Counter(tuple(self._shapes_of(index)) for index in range(len(self)))
+        most = max(found.values())
+        common = [shapes for shapes, count in found.items() if count == most]
+        common.sort(key=lambda shapes: (sum(map(math.prod, shapes)), shapes))
+        middle = common[(len(common) - 1) // 2]
+        return {spec.name: shape for spec, shape in zip(self._specs, middle, strict=True)}
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all samples have the same shapes."""
+        return all(self._shapes_of(0) == self._shapes_of(i) for i in range(1, len(self)))
+
+    def _shapes_of(self, index: int) -> list[tuple[int, ...]]:
+        return [place.shape for place in self._places[index]]
+
     def content(self, indices: Iterable[int]) -> str:
         """Hash samples: their values, shapes, types and the names of the inputs."""
         return digest(
@@ -196,8 +250,7 @@ class Dataset:
         )
 
     def _alike(self, one: int, other: int) -> bool:
-        shapes = [[place.shape for place in self._places[i]] for i in (one, other)]
-        return self.rows == 1 and shapes[0] == shapes[1]
+        return self._joins and self._shapes_of(one) == self._shapes_of(other)
 
     def _feeds(self, indices: Sequence[int]) -> Feeds:
         feeds: Feeds = {}
@@ -208,6 +261,7 @@ class Dataset:
 
     def _add(self, record: Record, limit: int | None) -> bool:
         """Check and keep a record; tell whether more are wanted."""
+        self._refuse_missing(record)
         arrays = [self._checked(spec, record) for spec in self._specs]
         extra = sorted(set(record) - {spec.name for spec in self._specs})
         if extra:
@@ -215,17 +269,16 @@ class Dataset:
                 f"{self.source}: {extra[0]!r} is no input of the model, whose inputs are "
                 f"{', '.join(repr(spec.name) for spec in self._specs)}; leave it out"
             )
-        for start, stop in self._pieces(arrays):
+        for sample in self._samples(arrays):
             if limit is not None and len(self._places) >= limit:
                 return False
-            self._places.append(
-                [self._file.put(a if start is None else a[start:stop]) for a in arrays]
-            )
+            self._places.append([self._file.put(array) for array in sample])
         return limit is None or len(self._places) < limit
 
-    def _pieces(self, arrays: Sequence[NDArray[Any]]) -> Iterator[tuple[int | None, int | None]]:
+    def _samples(self, arrays: list[NDArray[Any]]) -> Iterator[list[NDArray[Any]]]:
+        """Cut a record into samples; rows that do not fill one wait for the next record."""
         if self.rows is None:
-            yield None, None
+            yield arrays
             return
         lengths = {len(array) for array in arrays}
         if len(lengths) > 1:
@@ -233,34 +286,78 @@ class Dataset:
                 f"{self.source}: inputs have different numbers of samples, "
                 f"{', '.join(map(str, sorted(lengths)))}; give as many for each"
             )
-        length = lengths.pop()
-        rest = length % self.rows
-        if rest and not self.notes:
-            self.notes = (f"{rest} rows at the end do not fill a batch of {self.rows}",)
-        for start in range(0, length - rest, self.rows):
-            yield start, start + self.rows
+        joined = [
+            np.concatenate([*rest, array]) if rest else array
+            for rest, array in zip(self._rest, arrays, strict=True)
+        ]
+        full = len(joined[0]) - len(joined[0]) % self.rows
+        for start in range(0, full, self.rows):
+            yield [array[start : start + self.rows] for array in joined]
+        self._rest = [[array[full:].copy()] if len(array) > full else [] for array in joined]
+
+    def _tell_what_was_taken(self, specs: Sequence[InputSpec]) -> None:
+        left = len(self._rest[0][0]) if self._rest and self._rest[0] else 0
+        if left:
+            self.notes += (f"{left} rows at the end do not fill a batch of {self.rows}",)
+        unsure = next((spec.name for spec in specs if spec.first == "unknown"), None)
+        if unsure is None or any(spec.first == "other" for spec in specs):
+            return
+        if self.rows is not None:
+            self.notes += (
+                f"the first axis of input {quoted(unsure)} was taken for samples; if it is not, "
+                "put an axis of samples before it",
+            )
+        elif any(place.shape[:1] > (1,) for sample in self._places for place in sample):
+            self.notes += (
+                f"the first axis of input {quoted(unsure)} may not be of samples, so records were "
+                "kept whole; if it is, give all rows as one array",
+            )
+
+    def _too_few(self) -> str:
+        found = f"{self.source}: gives {len(self._places)} samples"
+        if self.rows is not None:
+            found += f" of {self.rows} rows"
+        advice = "give more data"
+        kept = next((spec.name for spec in self._specs if spec.first != "batch"), None)
+        if self.rows is None and kept is not None:
+            advice = (
+                f"the first axis of input {quoted(kept)} is not of samples: give arrays with an "
+                "axis of samples before it"
+            )
+        return f"{found}, at least 2 are needed, one of them to be held back; {advice}"
+
+    def _refuse_missing(self, record: Record) -> None:
+        """Say which inputs a record lacks, and for a decoder's past how it is given."""
+        missing = [spec for spec in self._specs if spec.name not in record]
+        if not missing:
+            return
+        shown = ", ".join(f"{quoted(spec.name)} {spec.shown}" for spec in missing[:MOST_SHOWN])
+        if len(missing) > MOST_SHOWN:
+            shown += f" and {len(missing) - MOST_SHOWN} more"
+        advice = "give an array for each"
+        if any("past" in spec.name.lower() or "cache" in spec.name.lower() for spec in missing):
+            advice += ", a past that is still empty with a length of 0 on its axis of time"
+        raise DataError(
+            f"{self.source}: has nothing for input {shown}; it has "
+            f"{', '.join(map(quoted, sorted(record))) or 'nothing at all'}; {advice}"
+        )
 
     def _checked(self, spec: InputSpec, record: Record) -> NDArray[Any]:
-        if spec.name not in record:
-            raise DataError(
-                f"{self.source}: has nothing for input {spec.name!r}; it has "
-                f"{', '.join(map(repr, sorted(record))) or 'nothing at all'}"
-            )
         where = f"{self.source}: input {spec.name!r}"
         array = _converted(np.asarray(record[spec.name]), spec.dtype, where)
+        if self.rows is not None and spec.shape and array.ndim == len(spec.shape) - 1:
+            # One row, without the axis of samples.
+            array = array[None]
         _check_shape(array, spec, self.rows is not None, where)
         return array
 
 
-def _rows_of_a_sample(specs: Sequence[InputSpec]) -> int | None:
-    """Rows that make a sample, None where records are taken as they are."""
-    firsts = {spec.shape[0] if spec.shape else 0 for spec in specs if spec.shape is not None}
-    if any(spec.shape is None for spec in specs):
-        firsts.add(0)
-    if len(firsts) != 1:
+def rows_of_a_sample(specs: Sequence[InputSpec]) -> int | None:
+    """Rows that make a sample, None where the inputs' first axes cannot go together."""
+    if any(not spec.shape for spec in specs):
         return None
-    first = firsts.pop()
-    return 1 if first is None else first or None
+    fixed = {spec.shape[0] for spec in specs if spec.shape} - {None}
+    return None if len(fixed) > 1 else fixed.pop() if fixed else 1
 
 
 def _split(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -301,10 +398,7 @@ def _check_shape(array: NDArray[Any], spec: InputSpec, rows: bool, where: str) -
         spec.shape[axis] in (None, array.shape[axis]) for axis in axes
     )
     if not fits:
-        wanted = ", ".join("?" if size is None else str(size) for size in spec.shape)
         raise DataError(
-            f"{where}: has shape {list(array.shape)}, the model wants [{wanted}]; "
+            f"{where}: has shape {list(array.shape)}, the model wants {spec.shown}; "
             "check the data's layout"
         )
-    if array.size == 0:
-        raise DataError(f"{where}: is empty; give some samples")

@@ -116,12 +116,13 @@ def target_size(spec: InputSpec, options: ImageOptions) -> tuple[int, int, int]:
         If the options do not fit it.
     """
     _check_type(spec, options)
-    if spec.shape is None or len(spec.shape) != 4:
+    sizes = spec.filled
+    if sizes is None or len(sizes) != 4:
         raise DataError(
             f"input {spec.name!r}: is not of images, which have 4 axes; give an .npz instead"
         )
     axes = (1, 2, 3) if options.layout == "nchw" else (3, 1, 2)
-    channels, height, width = (spec.shape[axis] for axis in axes)
+    channels, height, width = (sizes[axis] for axis in axes)
     if height is None or width is None:
         raise DataError(
             f"input {spec.name!r}: its height and width are not fixed; give them by --input-shape"

@@ -19,12 +19,15 @@ MOST_POINTS = 1000
 
 
 def input_shapes(entries: list[str] | None) -> dict[str, tuple[int, ...]]:
-    """Parse ``name:1,3,224,224``; the name itself may hold colons."""
+    """Parse ``name:1,3,224,224``; the name itself may hold colons.
+
+    An axis may be empty, as the past of a decoder is at its first step.
+    """
     shapes = {}
     for entry in entries or ():
         name, colon, sizes = entry.rpartition(":")
         parts = sizes.split(",")
-        if not colon or not name or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        if not colon or not name or not all(p.isascii() and p.isdecimal() for p in parts):
             raise UsageError(
                 f"--input-shape {entry}: is not NAME:SIZE,SIZE,...; write e.g. image:1,3,224,224"
             )

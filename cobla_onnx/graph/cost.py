@@ -67,6 +67,11 @@ def fixed_input_shapes(
 
 
 def _agreed(name: str, given: tuple[int, ...], declared: list[int | None] | None) -> Shape:
+    if given[:1] == (0,) or any(size < 0 for size in given):
+        raise UsageError(
+            f"--input-shape {name}:{','.join(map(str, given))}: its first axis has to be at least "
+            "1, others 0; write e.g. past:1,2,0,16 for an empty past"
+        )
     if declared is not None:
         fits = len(given) == len(declared) and all(
             d is None or d == g for g, d in zip(given, declared, strict=True)
