@@ -354,12 +354,23 @@ class Calibrated:
         """About how many batches `held_back` gives; more where shapes differ."""
         return max(1, -(-len(self.dataset.selection) // self.batch))
 
+    @property
+    def held_back_samples(self) -> int:
+        """Samples of the selection split."""
+        return self.dataset.count(self.dataset.selection)
+
+    @property
+    def _measured_samples(self) -> int:
+        """Of these, those on which the loss is measured; records kept whole are batches."""
+        selection = self.judge.selection
+        return len(selection.batches) if self.dataset.rows is None else selection.samples
+
     def report(self) -> CalibrationReport:
         """Return what the data was and what it told."""
         return CalibrationReport(
             source=self.dataset.source,
-            calibration_samples=len(self.dataset.calibration),
-            selection_samples=self.judge.selection.samples,
+            calibration_samples=self.dataset.count(self.dataset.calibration),
+            selection_samples=self._measured_samples,
             outputs=dict(self.judge.kinds),
             temperatures=dict(self.judge.temperatures),
             **self._report,

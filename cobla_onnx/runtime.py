@@ -287,7 +287,8 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
         shapes = {safe_text(name): list(value.shape) for name, value in feeds.items()}
         raise ModelError(
             f"onnxruntime cannot run the model on inputs of shapes {shapes}: "
-            f"{first_line(error)}; give shapes that it accepts by --input-shape"
+            f"{first_line(error)}; give inputs that it accepts, or --input-shape where they are "
+            "random"
         ) from error
     finally:
         timer.cancel()

@@ -226,6 +226,8 @@ class Study:
                 threads=self.threads,
                 progress=lambda done: self.notify("verify", min(done, steps - 1), steps),
             )
+            if self.calibrated is not None:
+                verification = replace(verification, samples=self.calibrated.held_back_samples)
             self.notify("verify", steps, steps)
         latency: LatencyReport | None = None
         more_notes: tuple[str, ...] = ()
