@@ -124,6 +124,8 @@ def _open_images(
         records,
         specs,
         samples,
+        # A picture is a sample, even where the graph does not tell.
+        whole=specs[0].first == "other",
         positions=positions,
         source_samples=len(pictures),
         names=chosen,
