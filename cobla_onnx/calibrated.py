@@ -354,23 +354,15 @@ class Calibrated:
         """About how many batches `held_back` gives; more where shapes differ."""
         return max(1, -(-len(self.dataset.selection) // self.batch))
 
-    @property
-    def held_back_samples(self) -> int:
-        """Samples of the selection split."""
-        return self.dataset.count(self.dataset.selection)
-
-    @property
-    def _measured_samples(self) -> int:
-        """Of these, those on which the loss is measured; records kept whole are batches."""
-        selection = self.judge.selection
-        return len(selection.batches) if self.dataset.rows is None else selection.samples
-
     def report(self) -> CalibrationReport:
         """Return what the data was and what it told."""
+        measured = self.judge.selection
+        # Records that are kept whole are batches.
+        whole = self.dataset.rows is None
         return CalibrationReport(
             source=self.dataset.source,
             calibration_samples=self.dataset.count(self.dataset.calibration),
-            selection_samples=self._measured_samples,
+            selection_samples=len(measured.batches) if whole else measured.samples,
             outputs=dict(self.judge.kinds),
             temperatures=dict(self.judge.temperatures),
             **self._report,

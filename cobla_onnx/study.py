@@ -227,7 +227,9 @@ class Study:
                 progress=lambda done: self.notify("verify", min(done, steps - 1), steps),
             )
             if self.calibrated is not None:
-                verification = replace(verification, samples=self.calibrated.held_back_samples)
+                dataset = self.calibrated.dataset
+                samples = dataset.count(dataset.selection)
+                verification = replace(verification, samples=samples)
             self.notify("verify", steps, steps)
         latency: LatencyReport | None = None
         more_notes: tuple[str, ...] = ()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.cache import digest
+from cobla_onnx.calibration.fitting import InputSpec, check_shape, converted
 from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.graph.first_axis import FirstAxis, first_axes
 from cobla_onnx.names import quoted
@@ -31,44 +31,6 @@ Record: TypeAlias = "Mapping[str, Any]"
 LEAST_HELD_BACK = 4
 # Missing inputs that a message names.
 MOST_SHOWN = 4
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """An input of the graph that is no initializer.
-
-    Attributes
-    ----------
-    name : str
-    dtype : numpy dtype
-    shape : tuple of (int or None) or None
-        None for an axis of any size; None as a whole where the rank is not known.
-    first : {'batch', 'other', 'unknown'}
-        What the first axis is, see `cobla_onnx.graph.first_axis`.
-    given : tuple of int or None, optional
-        Sizes that the user gives, which stand in for open axes where nothing else tells them.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | None, ...] | None
-    first: FirstAxis = "batch"
-    given: tuple[int | None, ...] | None = None
-
-    @property
-    def filled(self) -> tuple[int | None, ...] | None:
-        """The shape with the sizes that are given, but for the first axis."""
-        if self.shape is None or self.given is None or len(self.given) != len(self.shape):
-            return self.shape
-        rest = zip(self.shape[1:], self.given[1:], strict=True)
-        return (*self.shape[:1], *(new if known is None else known for known, new in rest))
-
-    @property
-    def shown(self) -> str:
-        """The shape as messages show it, ``?`` for an axis of any size."""
-        if self.shape is None:
-            return "of any shape"
-        return f"[{', '.join('?' if size is None else str(size) for size in self.shape)}]"
 
 
 def input_specs(
@@ -348,11 +310,11 @@ class Dataset:
 
     def _checked(self, spec: InputSpec, record: Record) -> NDArray[Any]:
         where = f"{self.source}: input {spec.name!r}"
-        array = _converted(np.asarray(record[spec.name]), spec.dtype, where)
+        array = converted(np.asarray(record[spec.name]), spec.dtype, where)
         if self.rows is not None and spec.shape and array.ndim == len(spec.shape) - 1:
             # One row, without the axis of samples.
             array = array[None]
-        _check_shape(array, spec, self.rows is not None, where)
+        check_shape(array, spec, self.rows is not None, where)
         return array
 
 
@@ -369,40 +331,3 @@ def _split(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     chosen = {int((i + 0.5) * count / held) for i in range(held)}
     rest = tuple(i for i in range(count) if i not in chosen)
     return rest, tuple(sorted(chosen))
-
-
-def _converted(array: NDArray[Any], dtype: np.dtype[Any], where: str) -> NDArray[Any]:
-    """Convert to the input's type, where no meaning is lost."""
-    if array.dtype.kind not in "fiub":
-        raise DataError(f"{where}: holds {array.dtype}, not numbers")
-    if dtype.kind == "f":
-        if array.dtype.kind != "f":
-            raise DataError(
-                f"{where}: is {array.dtype}, the model wants {dtype}; convert and normalise it "
-                "as in training first"
-            )
-        if not np.isfinite(array).all():
-            raise DataError(f"{where}: holds NaN or infinity; clean the data")
-        if array.size and float(np.abs(array).max()) > float(np.finfo(dtype).max):
-            raise DataError(f"{where}: its values overflow {dtype}; check the preprocessing")
-        return array.astype(dtype, copy=False)
-    if array.dtype.kind == "f" or (dtype.kind == "b") != (array.dtype.kind == "b"):
-        raise DataError(f"{where}: is {array.dtype}, the model wants {dtype}; convert it first")
-    converted = array.astype(dtype, copy=False)
-    if not np.array_equal(converted, array):
-        raise DataError(f"{where}: its values do not fit into {dtype}; convert it first")
-    return converted
-
-
-def _check_shape(array: NDArray[Any], spec: InputSpec, rows: bool, where: str) -> None:
-    if spec.shape is None:
-        return
-    axes = range(1 if rows else 0, len(spec.shape))
-    fits = array.ndim == len(spec.shape) and all(
-        spec.shape[axis] in (None, array.shape[axis]) for axis in axes
-    )
-    if not fits:
-        raise DataError(
-            f"{where}: has shape {list(array.shape)}, the model wants {spec.shown}; "
-            "check the data's layout"
-        )

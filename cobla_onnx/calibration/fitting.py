@@ -1,0 +1,101 @@
+"""What an input wants, and arrays brought to its type and checked against its shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cobla_onnx.errors import DataError
+from cobla_onnx.graph.first_axis import FirstAxis
+
+__all__ = ["InputSpec", "check_shape", "converted"]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input of the graph that is no initializer.
+
+    Attributes
+    ----------
+    name : str
+    dtype : numpy dtype
+    shape : tuple of (int or None) or None
+        None for an axis of any size; None as a whole where the rank is not known.
+    first : {'batch', 'other', 'unknown'}
+        What the first axis is, see `cobla_onnx.graph.first_axis`.
+    given : tuple of int or None, optional
+        Sizes that the user gives, which stand in for open axes where nothing else tells them.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...] | None
+    first: FirstAxis = "batch"
+    given: tuple[int | None, ...] | None = None
+
+    @property
+    def filled(self) -> tuple[int | None, ...] | None:
+        """The shape with the sizes that are given, but for the first axis."""
+        if self.shape is None or self.given is None or len(self.given) != len(self.shape):
+            return self.shape
+        rest = zip(self.shape[1:], self.given[1:], strict=True)
+        return (*self.shape[:1], *(new if known is None else known for known, new in rest))
+
+    @property
+    def shown(self) -> str:
+        """The shape as messages show it, ``?`` for an axis of any size."""
+        if self.shape is None:
+            return "of any shape"
+        return f"[{', '.join('?' if size is None else str(size) for size in self.shape)}]"
+
+
+def converted(array: NDArray[Any], dtype: np.dtype[Any], where: str) -> NDArray[Any]:
+    """Convert to the input's type, where no meaning is lost.
+
+    Raises
+    ------
+    DataError
+        If it would be, or a number is not finite.
+    """
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{where}: holds {array.dtype}, not numbers")
+    if dtype.kind == "f":
+        if array.dtype.kind != "f":
+            raise DataError(
+                f"{where}: is {array.dtype}, the model wants {dtype}; convert and normalise it "
+                "as in training first"
+            )
+        if not np.isfinite(array).all():
+            raise DataError(f"{where}: holds NaN or infinity; clean the data")
+        if array.size and float(np.abs(array).max()) > float(np.finfo(dtype).max):
+            raise DataError(f"{where}: its values overflow {dtype}; check the preprocessing")
+        return array.astype(dtype, copy=False)
+    if array.dtype.kind == "f" or (dtype.kind == "b") != (array.dtype.kind == "b"):
+        raise DataError(f"{where}: is {array.dtype}, the model wants {dtype}; convert it first")
+    converted = array.astype(dtype, copy=False)
+    if not np.array_equal(converted, array):
+        raise DataError(f"{where}: its values do not fit into {dtype}; convert it first")
+    return converted
+
+
+def check_shape(array: NDArray[Any], spec: InputSpec, rows: bool, where: str) -> None:
+    """Refuse an array that does not fit an input; with `rows` its first axis may be of any size.
+
+    Raises
+    ------
+    DataError
+    """
+    if spec.shape is None:
+        return
+    axes = range(1 if rows else 0, len(spec.shape))
+    fits = array.ndim == len(spec.shape) and all(
+        spec.shape[axis] in (None, array.shape[axis]) for axis in axes
+    )
+    if not fits:
+        raise DataError(
+            f"{where}: has shape {list(array.shape)}, the model wants {spec.shown}; "
+            "check the data's layout"
+        )
