@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import onnx
 
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.errors import BudgetError
-from cobla_onnx.graph.layers import Reason, find_layers
+from cobla_onnx.graph.layers import Reason, Skipped, find_layers
+from cobla_onnx.names import safe_text
 
 __all__ = ["explain"]
 
 # Shares of the least below this are not worth a word.
 NOTABLE = 0.1
+QUANTISED_OPERATORS = {
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulNBits",
+    "QGemm",
+    "QLinearConv",
+    "QLinearMatMul",
+}
 
 
 @dataclass(frozen=True)
@@ -46,12 +56,39 @@ def explain(
         if group.bytes >= NOTABLE * least * total
     ]
     if not groups:
-        return error
+        return _nothing_to_cut(error, analysis)
     held = " and ".join(
         f"the {group.count} layers {group.text} hold {group.bytes / total:.4g}" for group in groups
     )
     advice = ", ".join(group.advice for group in groups)
     return BudgetError(f"{error.cause}, of which {held}", error.least, f"{advice}, or raise it")
+
+
+def _nothing_to_cut(error: BudgetError, analysis: Analysis) -> BudgetError:
+    """Say why no layer can be cut, where none can: more of them cannot be asked for."""
+    if analysis.layers or not analysis.skipped:
+        return error
+    counts = Counter(_why(item) for item in analysis.skipped)
+    reasons = ", ".join(f"{count} x {why}" for why, count in counts.most_common(3))
+    quantised = any(Reason.QUANTISED.value in why for why in counts)
+    advice = (
+        "compress the model before it is quantised"
+        if quantised
+        else "only Conv, ConvTranspose, Gemm and MatMul with constant weights can be"
+    )
+    return BudgetError(
+        f"{error.cause}: no layer can be factorised ({reasons})",
+        error.least,
+        f"{advice}; `cobla-onnx inspect` lists the nodes",
+    )
+
+
+def _why(item: Skipped) -> str:
+    """Why a node is left alone; of operators that hold weights of their own, which it is."""
+    if item.reason is not Reason.OPERATOR:
+        return str(item.reason.value)
+    kind = Reason.QUANTISED if item.op in QUANTISED_OPERATORS else item.reason
+    return f"{safe_text(item.op)}: {kind.value}"
 
 
 def _groups(
@@ -64,7 +101,7 @@ def _groups(
     texts = {
         Reason.EXCLUDED: (f"left out by {options}", "leave fewer layers out"),
         Reason.TOO_SMALL: ("below --min-size", "lower --min-size"),
-        Reason.UNSEEN: ("that data cannot weight", "leave --data away"),
+        Reason.UNSEEN: ("that data cannot weight", "leave --data out"),
     }
     found = []
     for reason, (text, advice) in texts.items():

@@ -122,8 +122,9 @@ def open_session(
     light = copy_without_initializers(model, {t.name for t in large})
     # onnxruntime drops what nobody reads, and then misses it.
     read = {name for node in light.graph.node for name in all_inputs(node)}
-    read.update(value.name for value in light.graph.output)
     present = {value.name for value in light.graph.output}
+    # A weight may be an output itself.
+    read |= present | set(extra_outputs)
     for name in extra_outputs:
         if name not in present:
             light.graph.output.add(name=name)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, parser
 
 from cobla_onnx import Budget, compress, errors, inspect
 from cobla_onnx.inspection import sparkline
@@ -100,3 +100,34 @@ def test_the_command(demo_model, tmp_path):
     assert run("inspect", tmp_path / "missing.onnx").returncode == 2
     data = ROOT / "models" / "digits_calibration.npz"
     assert "on the data" in run("inspect", demo_model, "--data", data, "--samples", 20).stdout
+
+
+@pytest.mark.parametrize(
+    ("nodes", "stored", "reasons"),
+    [
+        (
+            "d = DequantizeLinear(w, s) y = MatMul(x, d)",
+            "int8[2, 2] w = {1, 2, 3, 4}, float s = {1}",
+            r"1 x weight is quantised\); compress the model before it is quantised",
+        ),
+        (
+            "q, s, z = DynamicQuantizeLinear(x) i = MatMulInteger(q, w, z) "
+            "f = Cast <to = 1> (i) y = Mul(f, s)",
+            "int8[2, 2] w = {1, 2, 3, 4}",
+            r"1 x MatMulInteger: weight is quantised\); compress the model before",
+        ),
+        (
+            "y, h, c = LSTM <hidden_size = 1> (x, w, r)",
+            "float[1, 4, 2] w = {1, 1, 1, 1, 1, 1, 1, 1}, float[1, 4, 1] r = {1, 1, 1, 1}",
+            r"1 x LSTM: operator is not factorised\); only Conv",
+        ),
+    ],
+)
+def test_a_refusal_says_why_no_layer_can_be_cut(nodes, stored, reasons):
+    rank = "T, N, 2" if "LSTM" in nodes else "N, 2"
+    out = "T, D, N, 1" if "LSTM" in nodes else "N, 2"
+    model = parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["": 17]>
+        whole (float[{rank}] x) => (float[{out}] y) <{stored}> {{ {nodes} }}""")
+    with pytest.raises(errors.BudgetError, match=reasons):
+        compress(model, Budget(mem=0.7))

@@ -7,7 +7,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from cobla_onnx import runtime
 
@@ -70,3 +70,14 @@ def test_timed_sessions_have_their_weights_in_memory(monkeypatch):
     monkeypatch.delattr(runtime, "TemporaryDirectory")
     outside = {"outside": np.ones((50, 30), np.float32)}
     assert runtime.open_session(mixed_model(), 1, (), outside, timed=True)
+
+
+def test_a_weight_that_is_also_an_output_is_handed_over():
+    weight = np.arange(1024, dtype=np.float32).reshape(32, 32)
+    model = parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 17]>
+        kept (float[N, 32] x) => (float[N, 32] y) { y = Relu(x) }""")
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    session = runtime.open_session(model, 1, ["w"])
+    found = runtime.run_session(session, {"x": np.zeros((1, 32), np.float32)})
+    np.testing.assert_array_equal(found["w"], weight)

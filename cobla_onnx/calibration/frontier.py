@@ -17,15 +17,22 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.moments import Taps
-from cobla_onnx.graph.expose import prefix, reached_from
+from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.cost import infer_tensors
+from cobla_onnx.graph.expose import make_value, prefix, reached_from
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.runtime import Feeds
 from cobla_onnx.scratch import ArrayFile, Place
 
-__all__ = ["Frontier", "Store"]
+__all__ = ["Frontier", "Store", "can_be_fed"]
 
 # Bytes on disk of what crosses a line; where more does, the line stays behind.
 LIMIT = 1 << 29
+
+
+def can_be_fed(values: Mapping[str, Any]) -> bool:
+    """Whether the tensors of a batch can be inputs: arrays of numbers, and no sequences."""
+    return all(isinstance(v, np.ndarray) and v.dtype.kind in "biuf" for v in values.values())
 
 
 class Store:
@@ -45,14 +52,12 @@ class Store:
         """Keep a batch, unless it is too much, or not made of numbers."""
         if self._places is None:
             return
-        arrays = {n: v for n, v in values.items() if isinstance(v, np.ndarray)}
-        numbers = all(array.dtype.kind in "biuf" for array in arrays.values())
-        size = sum(array.nbytes for array in arrays.values())
-        if len(arrays) < len(values) or not numbers or size > self._limit - self._file.size:
+        room = self._limit - self._file.size
+        if not can_be_fed(values) or sum(array.nbytes for array in values.values()) > room:
             self._places = None
             self._file.clear()
             return
-        self._places.append({name: self._file.put(array) for name, array in arrays.items()})
+        self._places.append({name: self._file.put(array) for name, array in values.items()})
 
     def batches(self) -> Iterator[Feeds]:
         """Yield what was put in, batch by batch."""
@@ -63,6 +68,9 @@ class Store:
 
 class Frontier:
     """All samples, and how far they have come through a model.
+
+    Where onnxruntime does not open what lies behind the line, the samples go back to the
+    model's inputs: a part on its own is nobody's model, and its errors are nobody's errors.
 
     Parameters
     ----------
@@ -84,7 +92,9 @@ class Frontier:
         first = next(iter(batches()))
         # What is the same for all samples is computed anew, and not kept for each.
         self._varying = reached_from(model, first)
-        self._types = {name: value.dtype for name, value in first.items()}
+        self._shapes, self._types = infer_tensors(model, {})
+        self._given = {name: self._declared(name, value) for name, value in first.items()}
+        self._start = self._batches, self._given
 
     def batches(self) -> Iterator[Feeds]:
         """Yield the tensors of each batch that cross the line, for `taps` to be run on."""
@@ -115,11 +125,37 @@ class Frontier:
         inputs : mapping of str to numpy dtype, optional
             Weights that come with each batch instead.
         """
-        names = list(names)
-        piece = prefix(self._model, names, {**self._types, **(inputs or {})})
+        fed = {name: make_value(name, dtype) for name, dtype in (inputs or {}).items()}
+        try:
+            return self._open(list(names), weights or {}, fed, threads)
+        except ModelError:
+            if self._given is self._start[1]:
+                raise
+        self._batches, self._given = self._start
+        return self._open(list(names), weights or {}, fed, threads)
+
+    def _open(
+        self,
+        names: list[str],
+        weights: Mapping[str, NDArray[Any]],
+        fed: Mapping[str, onnx.ValueInfoProto],
+        threads: int,
+    ) -> Taps:
+        piece = prefix(self._model, names, {**self._given, **fed})
         read = {name for node in piece.graph.node for name in all_inputs(node)}
-        missing = {n: array for n, array in (weights or {}).items() if n in read}
+        missing = {name: array for name, array in weights.items() if name in read}
         return Taps(piece, names, threads, missing)
+
+    def _declared(self, name: str, array: NDArray[Any]) -> onnx.ValueInfoProto:
+        """Declare a tensor that crosses the line, as closely as holds for all batches.
+
+        Without its rank, and for a shape that is computed its length, onnxruntime's own
+        inference goes astray in what reads it.
+        """
+        known = self._shapes.get(name, ())
+        if len(known) != array.ndim:
+            known = (None,) * array.ndim
+        return make_value(name, array.dtype, known)
 
     def moved_to(self, store: Store) -> Frontier:
         """Return the frontier at the line whose tensors were stored; itself, where not all were."""
@@ -130,9 +166,11 @@ class Frontier:
     def at(self, first: Feeds, batches: Callable[[], Iterable[Feeds]] | None = None) -> Frontier:
         """Return the frontier at the line that the tensors of a first batch lie on.
 
-        Without `batches` it is of this batch alone.
+        Without `batches` it is of this batch alone, and has no way back.
         """
         moved = copy.copy(self)
         moved._batches = batches or (lambda: [first])
-        moved._types = {name: value.dtype for name, value in first.items()}
+        moved._given = {name: self._declared(name, value) for name, value in first.items()}
+        if batches is None:
+            moved._start = moved._batches, moved._given
         return moved

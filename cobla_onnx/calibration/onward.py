@@ -7,14 +7,16 @@ not for every weight, and for the next layer begins where the last one was.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.frontier import Frontier, Store
+from cobla_onnx.calibration.frontier import Frontier, Store, can_be_fed
 from cobla_onnx.calibration.loss import sample_losses
 from cobla_onnx.calibration.probe import Pair, Probe, Weights
+from cobla_onnx.errors import ModelError
 from cobla_onnx.runtime import Feeds
 
 __all__ = ["OnwardProbe"]
@@ -69,25 +71,41 @@ class OnwardProbe:
         for batch, expected in pairs:
             values = ahead.run(batch)
             store.put(values)
-            if not all(isinstance(value, np.ndarray) for value in values.values()):
-                # A sequence cannot be an input: everything is run anew.
-                values = batch
-            rest = rest or _Rest(
-                self._frontier.at(values), self._probe, index, feeds, self._threads
-            )
+            rest = rest or self._rest(values, batch, index, feeds)
+            given = values if rest.from_line else batch
             for found, pair in zip(losses, candidates, strict=True):
-                outputs = rest.run(values, self._probe.feeds_of(index, pair))
+                outputs = rest.run(given, self._probe.feeds_of(index, pair))
                 found.append(sample_losses(self._probe.kinds, expected, outputs))
-        self._frontier = self._frontier.moved_to(store)
+        if rest is not None and rest.from_line:
+            self._frontier = self._frontier.moved_to(store)
         return [np.concatenate(found) for found in losses]
+
+    def _rest(self, values: Feeds, batch: Feeds, index: int, feeds: Feeds) -> _Rest:
+        """Open what comes behind the line; from where the samples are, if it is not to be cut."""
+        begin = partial(_Rest, probe=self._probe, index=index, feeds=feeds, threads=self._threads)
+        if can_be_fed(values):
+            try:
+                return begin(self._frontier.at(values), from_line=True)
+            except ModelError:
+                # onnxruntime does not take this part on its own.
+                pass
+        return begin(self._frontier.at(batch), from_line=False)
 
 
 class _Rest:
-    """What comes behind a line, but for the weight of a layer."""
+    """What comes behind a line, or from where the samples are, but for the weight of a layer."""
 
     def __init__(
-        self, frontier: Frontier, probe: Probe, index: int, feeds: Feeds, threads: int
+        self,
+        frontier: Frontier,
+        *,
+        probe: Probe,
+        index: int,
+        feeds: Feeds,
+        threads: int,
+        from_line: bool,
     ) -> None:
+        self.from_line = from_line
         names = probe.exposed.weights[index], probe.exposed.biases[index]
         own = {name for name in names if name is not None}
         packed = sum(array.nbytes for array in feeds.values()) <= PACKED

@@ -12,7 +12,7 @@ import onnx
 from cobla_onnx.graph.layers import Layer, all_inputs
 from cobla_onnx.graph.model_file import copy_without_initializers
 
-__all__ = ["Exposed", "expose", "prefix", "reached_from"]
+__all__ = ["Exposed", "expose", "make_value", "prefix", "reached_from"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def reached_from(model: onnx.ModelProto, names: Iterable[str]) -> set[str]:
 
 
 def prefix(
-    model: onnx.ModelProto, outputs: Iterable[str], given: Mapping[str, np.dtype[Any]] | None = None
+    model: onnx.ModelProto,
+    outputs: Iterable[str],
+    given: Mapping[str, onnx.ValueInfoProto] | None = None,
 ) -> onnx.ModelProto:
     """Copy what of a model is needed to compute the tensors `outputs`, and no more.
 
@@ -87,8 +89,9 @@ def prefix(
 
     Parameters
     ----------
-    given : mapping of str to numpy dtype, optional
+    given : mapping of str to ValueInfoProto, optional
         Tensors that need not be computed: inputs of the result in place of the model's.
+        What the model itself declares counts first.
     """
     outputs = list(dict.fromkeys(outputs))
     producer = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
@@ -112,7 +115,7 @@ def prefix(
     if given is not None:
         declared = {value.name: value for value in inputs}
         stored = {tensor.name for tensor in graph.initializer}
-        inputs = [declared.get(name) or _value(name, dtype) for name, dtype in given.items()]
+        inputs = [declared.get(name) or value for name, value in given.items()]
         inputs += [value for name, value in declared.items() if name in stored]
     nodes = [node for i, node in enumerate(model.graph.node) if i in needed]
     del graph.node[:], graph.output[:], graph.input[:]
@@ -122,9 +125,12 @@ def prefix(
     return result
 
 
-def _value(name: str, dtype: np.dtype[Any]) -> onnx.ValueInfoProto:
+def make_value(
+    name: str, dtype: np.dtype[Any], shape: Sequence[int | None] | None = None
+) -> onnx.ValueInfoProto:
+    """Declare a tensor; axes that are None may have any size, and without a shape any rank."""
     kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-    return onnx.helper.make_tensor_value_info(name, kind, None)
+    return onnx.helper.make_tensor_value_info(name, kind, shape)
 
 
 def _unread(model: onnx.ModelProto, read: Collection[str]) -> set[str]:

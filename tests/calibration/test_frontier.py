@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import parser
 
+from cobla_onnx.calibration import frontier as frontier_module
 from cobla_onnx.calibration.frontier import Frontier, Store
 from cobla_onnx.calibration.moments import Taps
 
@@ -109,3 +111,51 @@ def test_weights_come_from_outside():
     (here,) = (moved := frontier.moved_to(store)).batches()
     values = moved.taps(["y"], {"second": second}).run(here)
     np.testing.assert_allclose(values["y"], 10 * data["x"], rtol=1e-6)
+
+
+# The sizes of a Resize come from shapes, as in a ViT that resizes its position embedding.
+RESIZED = parser.parse_model("""
+    <ir_version: 8, opset_import: ["": 14]>
+    resized (float[N, 2, H, W] x) => (float[A, B, C, D] y) <
+        float[2, 2, 1, 1] w = {1, 2, 3, 4}, int64[1] zero = {0}, int64[1] two = {2},
+        int64[2] twice = {8, 8}
+    > {
+        c = Conv(x, w)
+        shape = Shape(c)
+        head = Slice(shape, zero, two, zero)
+        sizes = Concat <axis = 0> (head, twice)
+        r = Relu(c)
+        big = Resize <mode = "nearest"> (r, , , sizes)
+        y = Conv(big, w)
+    }""")
+
+
+def images(sizes):
+    generator = np.random.default_rng(1)
+    return [{"x": generator.standard_normal((n, 2, 3, 4)).astype(np.float32)} for n in sizes]
+
+
+@pytest.mark.parametrize("line", range(1, len(RESIZED.graph.node)))
+def test_computed_sizes_are_known_behind_every_line(line):
+    frontier = move(Frontier(RESIZED, lambda: images([2, 1])), line, 1 << 20)
+    taps = frontier.taps(["y"])
+    expected = Taps(RESIZED, ["y"], 1)
+    here = list(frontier.batches())
+    # The samples did move on.
+    assert here[0].keys() == set(frontier.crossing(line))
+    for feeds, data in zip(here, images([2, 1]), strict=True):
+        np.testing.assert_array_equal(taps.run(feeds)["y"], expected.run(data)["y"])
+
+
+def test_samples_go_back_to_the_inputs_where_a_part_does_not_open(monkeypatch):
+    # Without lengths of computed shapes onnxruntime does not open the part with the Resize.
+    monkeypatch.setattr(frontier_module, "infer_tensors", lambda model, inputs: ({}, {}))
+    line = next(i for i, n in enumerate(RESIZED.graph.node) if n.op_type == "Slice")
+    frontier = move(Frontier(RESIZED, lambda: images([2, 1])), line, 1 << 20)
+    assert next(frontier.batches()).keys() == {"c", "shape"}
+    taps = frontier.taps(["y"])
+    here = list(frontier.batches())
+    assert [sorted(feeds) for feeds in here] == [["x"], ["x"]]
+    expected = Taps(RESIZED, ["y"], 1)
+    for feeds in here:
+        np.testing.assert_array_equal(taps.run(feeds)["y"], expected.run(feeds)["y"])
