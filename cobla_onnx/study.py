@@ -137,6 +137,8 @@ class Study:
         started = time.perf_counter()
         if self.calibrated is not None:
             self.calibrated.start_over()
+        if self.timed is not None:
+            self.timed.start_over()
         allocation = None
         if plan is None:
             assert budget is not None
