@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["count_text", "percent_text"]
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cobla_onnx.allocation import Budget
+
+__all__ = ["budget_name", "count_text", "percent_text"]
 
 
 def count_text(number: int | None) -> str:
@@ -35,3 +40,9 @@ def percent_text(fraction: float | None) -> str:
         return f"{fraction:.0%}".replace("%", " %")
     digits = 2 if fraction >= 0.01 else 3
     return f"{100 * fraction:.{digits}f} %"
+
+
+def budget_name(budget: Budget) -> str:
+    """Write a budget as ``mem 0.5 mac 0.7``."""
+    limits = (("mem", budget.mem), ("mac", budget.mac), ("latency", budget.latency))
+    return " ".join(f"{name} {value:g}" for name, value in limits if value is not None)

@@ -15,7 +15,7 @@ from cobla_onnx.allocation.grid import EVERY_RANK, RankRule
 from cobla_onnx.cache import Cache
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.candidates import Candidate, add_curves, layer_grid, options_for
-from cobla_onnx.errors import ModelError, UsageError
+from cobla_onnx.errors import BudgetError, ModelError, UsageError
 from cobla_onnx.graph.cost import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.graph.layers import (
     Inventory,
@@ -31,6 +31,7 @@ from cobla_onnx.names import matching
 from cobla_onnx.parallel import Pool, open_pool
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
+from cobla_onnx.reach import ranks_in_reach
 from cobla_onnx.runtime import measured_shapes
 
 __all__ = ["Analysis", "analyse", "model_costs"]
@@ -185,6 +186,9 @@ def analyse(
     ranks: RankRule = EVERY_RANK,
     pool: Pool | None = None,
     cache: Cache | None = None,
+    budgets: Sequence[Budget] = (),
+    refine: bool = False,
+    refuse: Callable[[BudgetError, Analysis], BudgetError] = lambda error, analysis: error,
 ) -> Analysis:
     """Find a model's layers, count their costs and compute their singular values.
 
@@ -207,17 +211,31 @@ def analyse(
     notes += _warnings(model, inventory)
     if see is not None:
         inventory = _without_unseen(inventory)
-    seen = None if see is None else see(inventory.layers)
     skipped = list(inventory.skipped)
-    found: list[Candidate] = []
+    taken: list[Layer] = []
     for layer in inventory.layers:
         if _vector_meets_batch(layer, shapes):
             detail = "a stack of matrices meets a vector, or data of unknown rank"
             skipped.append(Skipped(layer.name, layer.op, Reason.NOT_A_MATRIX, detail, layer.params))
-            continue
-        whole = None if macs is None else sum(macs[use.node] for use in layer.uses)
-        options, refusal = options_for(layer, scheme, shapes, whole, ranks)
-        found.append(Candidate(layer, whole, options, refusal))
+        else:
+            taken.append(layer)
+
+    def candidates(rule: RankRule) -> list[Candidate]:
+        return [_candidate(layer, scheme, shapes, macs, rule) for layer in taken]
+
+    rules = [ranks, *(ranks.finer() if refine and not ranks.complete else ())]
+    mem_total = stored_bytes(model)
+    try:
+        found, used = ranks_in_reach(budgets, rules, candidates, mem_total, total)
+    except BudgetError as error:
+        costs = Analysis((), (), (), (), tuple(skipped), mem_total, total, known, notes)
+        raise refuse(error, costs) from error
+    if used is not ranks:
+        notes += (
+            "the budget is out of reach with the ranks that are computed without waste; smaller "
+            "ones were added, which save less time than MACs",
+        )
+    seen = None if see is None else see(inventory.layers)
     with nullcontext(pool) if pool is not None else open_pool(threads) as working:
         add_curves(model, found, seen if weigh else None, working, cache, progress)
     layers, curves, schemes, layer_macs = [], [], [], []
@@ -237,13 +255,24 @@ def analyse(
         tuple(schemes),
         tuple(layer_macs),
         tuple(skipped),
-        stored_bytes(model),
+        mem_total,
         total,
         known,
         notes,
         seen,
         shapes,
     )
+
+
+def _candidate(
+    layer: Layer,
+    scheme: str,
+    shapes: Mapping[str, Shape],
+    macs: Mapping[int, int] | None,
+    rule: RankRule,
+) -> Candidate:
+    whole = None if macs is None else sum(macs[use.node] for use in layer.uses)
+    return Candidate(layer, whole, *options_for(layer, scheme, shapes, whole, rule))
 
 
 def _vector_meets_batch(layer: Layer, shapes: Mapping[str, Shape]) -> bool:

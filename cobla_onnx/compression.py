@@ -197,8 +197,13 @@ def compress(
     macs_needed = budget is not None and budget.mac is not None
     if max_drop is not None and timed:
         raise UsageError("--max-drop: is not combined with --latency; give --mem or --mac")
+    asked = () if budget is None or plan is not None else (budget,)
     with open_study(
-        model, settings, macs_needed=macs_needed, times_needed=timed and plan is None
+        model,
+        settings,
+        macs_needed=macs_needed,
+        times_needed=timed and plan is None,
+        budgets=asked,
     ) as study:
         if max_drop is not None:
             return study.finish(smallest(study, max_drop, budget))

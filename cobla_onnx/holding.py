@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import onnx
 
+from cobla_onnx.allocation.grid import RankRule
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.layers import Reason, Skipped, find_layers
 from cobla_onnx.names import safe_text
+from cobla_onnx.settings import Settings
 
 __all__ = ["explain"]
 
@@ -37,15 +39,23 @@ class _Group:
 
 
 def explain(
-    error: BudgetError, model: onnx.ModelProto, analysis: Analysis, include: bool, exclude: bool
+    error: BudgetError,
+    model: onnx.ModelProto,
+    analysis: Analysis,
+    settings: Settings,
+    rule: RankRule,
 ) -> BudgetError:
     """Add to a refusal of memory which layers hold the least that is within reach.
 
     Parameters
     ----------
-    include, exclude : bool
-        Whether the option was given.
+    settings : Settings
+        Whose options are named.
+    rule : RankRule
+        For the candidate ranks; where it leaves any out, that is said, too.
     """
+    error = _with_more_ranks(error, rule)
+    include, exclude = bool(settings.include), bool(settings.exclude)
     least = error.least.get("mem")
     if least is None:
         return error
@@ -89,6 +99,16 @@ def _why(item: Skipped) -> str:
         return str(item.reason.value)
     kind = Reason.QUANTISED if item.op in QUANTISED_OPERATORS else item.reason
     return f"{safe_text(item.op)}: {kind.value}"
+
+
+def _with_more_ranks(error: BudgetError, rule: RankRule) -> BudgetError:
+    """Advise to allow more ranks, where not all are."""
+    if rule.complete:
+        return error
+    advice = "allow more ranks by --rank-multiple 1"
+    return BudgetError(
+        error.cause, error.least, f"{error.advice}, or {advice}" if error.advice else advice
+    )
 
 
 def _groups(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import onnx
 
-from cobla_onnx.allocation.grid import rank_rule
+from cobla_onnx.allocation import Budget
+from cobla_onnx.allocation.grid import EVERY_RANK, rank_rule
 from cobla_onnx.analysis import analyse
 from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
@@ -20,6 +21,7 @@ from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.content import model_content
 from cobla_onnx.graph.layers import Layer
+from cobla_onnx.holding import explain
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.machine import convolution_block
 from cobla_onnx.opening import (
@@ -48,6 +50,7 @@ def open_study(
     *,
     macs_needed: bool = False,
     times_needed: bool = False,
+    budgets: Sequence[Budget] = (),
 ) -> Iterator[Study]:
     """Load a model and analyse it; the study holds as long as the context.
 
@@ -62,10 +65,13 @@ def open_study(
     times_needed : bool
         Whether there is a budget of time: layers are timed, and those left whole that would
         not be faster. The settings must measure latency then.
+    budgets : sequence of Budget
+        Those that will be asked for, where they are known. If none can be met, that is said
+        before anything is run over data; if some need ranks off the grid, they are added.
 
     Raises
     ------
-    UsageError, ModelError, DataError
+    UsageError, ModelError, DataError, BudgetError
         See `cobla_onnx.errors`.
     """
     started = time.perf_counter()
@@ -91,6 +97,7 @@ def open_study(
             cpu=provider == CPU,
         )
         shapes, notes = known_shapes(settings, dataset)
+        refine = settings.rank_multiple == "auto"
         analysis = analyse(
             proto,
             input_shapes=shapes,
@@ -108,6 +115,12 @@ def open_study(
             ranks=rule,
             pool=pool,
             cache=kept,
+            budgets=budgets,
+            refine=refine,
+            # All ranks were tried then.
+            refuse=lambda error, found: explain(
+                error, proto, found, settings, EVERY_RANK if refine else rule
+            ),
         )
         if dataset is not None:
             analysis = replace(analysis, notes=(*analysis.notes, *notes, *dataset.notes))

@@ -137,15 +137,15 @@ class Study:
         started = time.perf_counter()
         if self.calibrated is not None:
             self.calibrated.start_over()
+        if self.timed is not None:
+            self.timed.start_over()
         allocation = None
         if plan is None:
             assert budget is not None
             try:
                 allocation = self._allocate(budget)
             except BudgetError as error:
-                given = bool(self.settings.include), bool(self.settings.exclude)
-                error = _with_more_ranks(error, self.rule)
-                raise explain(error, self.model, self.analysis, *given) from error
+                raise explain(error, self.model, self.analysis, self.settings, self.rule) from error
             plan = self.analysis.plan(allocation.choices)
         spill = Spill()
         replacements = spill.replacements(
@@ -267,16 +267,6 @@ class Study:
             external,
             solution.history,
         )
-
-
-def _with_more_ranks(error: BudgetError, rule: RankRule) -> BudgetError:
-    """Advise to allow more ranks, where not all are."""
-    if rule.complete:
-        return error
-    advice = "allow more ranks by --rank-multiple 1"
-    return BudgetError(
-        error.cause, error.least, f"{error.advice}, or {advice}" if error.advice else advice
-    )
 
 
 def _check_budget(

@@ -8,12 +8,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.grid import RankMultiple
+from cobla_onnx.amounts import budget_name
 from cobla_onnx.calibration.labels import Labels
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.quality import Quality
@@ -22,7 +24,6 @@ from cobla_onnx.errors import BudgetError, UsageError, WriteError
 from cobla_onnx.exported import Exported
 from cobla_onnx.graph.model_file import write_atomically
 from cobla_onnx.graph.saving import ExternalData
-from cobla_onnx.names import safe_text
 from cobla_onnx.opening import ModelSource
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
@@ -154,7 +155,9 @@ class Sweep(Exported):
         write_atomically(path, draw(self, Path(path)))
 
     def __rich__(self) -> RenderableType:
-        return _render(self)
+        from cobla_onnx.rendering.sweep_table import sweep_table
+
+        return sweep_table(self)
 
 
 def sweep(
@@ -264,10 +267,17 @@ def sweep(
     )
     folder = None if out_dir is None else _folder(Path(out_dir))
     macs_needed = any(budget.mac is not None for budget in wanted)
-    with open_study(model, settings, macs_needed=macs_needed, times_needed=timed) as study:
+    with ExitStack() as stack:
+        try:
+            opened = open_study(
+                model, settings, macs_needed=macs_needed, times_needed=timed, budgets=wanted
+            )
+            study = stack.enter_context(opened)
+        except BudgetError as error:
+            raise _none_within_reach(str(error)) from error
         points: list[SweepPoint] = []
         for number, budget in enumerate(wanted):
-            study.notify(f"sweep: {_name(budget)}", number, len(wanted))
+            study.notify(f"sweep: {budget_name(budget)}", number, len(wanted))
             try:
                 points.append(_point(study, budget, folder, external_data))
             except KeyboardInterrupt:
@@ -275,9 +285,13 @@ def sweep(
         study.notify("sweep", len(wanted), len(wanted))
         chosen = study.objective
     if all(point.refused for point in points):
-        raise BudgetError(f"no budget of the sweep is within reach: {points[-1].refused}")
+        raise _none_within_reach(points[-1].refused)
     source = None if study.source is None else str(study.source)
     return Sweep(source, chosen, _with_front(points))
+
+
+def _none_within_reach(last: str | None) -> BudgetError:
+    return BudgetError(f"no budget of the sweep is within reach: {last}")
 
 
 def _folder(path: Path) -> Path:
@@ -298,11 +312,6 @@ def _interrupted(points: Sequence[SweepPoint], folder: Path | None) -> KeyboardI
     return KeyboardInterrupt(f"interrupted; {count} models, finished before, are in {folder}")
 
 
-def _name(budget: Budget) -> str:
-    limits = (("mem", budget.mem), ("mac", budget.mac), ("latency", budget.latency))
-    return " ".join(f"{name} {value:g}" for name, value in limits if value is not None)
-
-
 def _point(
     study: Study, budget: Budget, folder: Path | None, external_data: ExternalData
 ) -> SweepPoint:
@@ -314,7 +323,7 @@ def _point(
     file = None
     if folder is not None:
         stem = "model" if study.source is None else study.source.stem
-        file = folder / f"{stem}-{_name(budget).replace(' ', '-')}.onnx"
+        file = folder / f"{stem}-{budget_name(budget).replace(' ', '-')}.onnx"
         result.save(file, external_data=external_data)
         report = result.report
     calibration = report.calibration
@@ -349,47 +358,3 @@ def _with_front(points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
     return tuple(
         point if point.refused else replace(point, front=not dominated(point)) for point in points
     )
-
-
-def _render(found: Sweep) -> RenderableType:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    measured = [point.quality for point in found.points if point.quality is not None]
-    measure = measured[0].measure if measured else None
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    timed = any(point.latency is not None for point in found.points)
-    headings = ["budget", "memory", "MACs", *(["latency"] if timed else []), "loss"]
-    headings += [*([measure] if measure else []), "front"]
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    notes = []
-    for point in found.points:
-        if point.refused:
-            table.add_row(_name(point.budget), "out of reach", style="dim")
-            notes.append(f"{_name(point.budget)}: {safe_text(point.refused, 300)}")
-            continue
-        cells = [_fraction(point.mem), _fraction(point.mac)]
-        cells += [_fraction(point.latency)] if timed else []
-        cells.append(f"{point.loss or 0.0:.4g}")
-        if measure:
-            cells.append("" if point.quality is None else f"{point.quality.after:.4f}")
-        style = None if point.front else "dim"
-        table.add_row(_name(point.budget), *cells, "*" if point.front else "", style=style)
-    lines = [
-        f"memory, MACs{', latency' * timed}: fraction of the original that is kept",
-        _loss_meaning(found, measured),
-        "front: no other point is at least as good in memory, MACs and loss",
-    ]
-    return Group(table, *(Text(line) for line in (*lines, *notes)))
-
-
-def _fraction(value: float | None) -> str:
-    return "?" if value is None else f"{value:.4f}"
-
-
-def _loss_meaning(found: Sweep, measured: Sequence[Quality]) -> str:
-    if not measured:
-        return "loss: relative weight errors, summed; give --data to measure outputs"
-    return f"loss, {measured[0].measure}: on {measured[0].samples} held-back samples"

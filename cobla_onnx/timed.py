@@ -81,6 +81,10 @@ class Timed:
         self._save()
         return result
 
+    def start_over(self) -> None:
+        """Forget what was promised for another budget; measurements stay."""
+        self._predicted = None
+
     def choose(
         self,
         analysis: Analysis,

@@ -45,6 +45,11 @@ def test_the_least_is_reachable_and_nothing_below(found):
             options = {"threads": 1, "rank_multiple": multiple, "solver": "milp"}
             result = compress(small_network(), Budget(**{name: least}), **options)
             assert result.report.budget[name].reached <= least
+            if multiple == "auto" and least > found.least_of_all_ranks[name]:
+                beyond = Budget(**{name: found.least_of_all_ranks[name]})
+                notes = compress(small_network(), beyond, **options).report.notes
+                assert any("smaller ones were added" in note for note in notes)
+                continue
             with pytest.raises(errors.BudgetError):
                 compress(small_network(), Budget(**{name: least - 0.01}), **options)
 

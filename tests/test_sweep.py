@@ -49,6 +49,41 @@ def test_what_is_out_of_reach_says_so_and_the_rest_goes_on(found):
         sweep(small_network(), [Budget(mem=0.01)], threads=1)
 
 
+@pytest.mark.parametrize(
+    "budgets",
+    [[Budget(mem=0.01)], [Budget(mac=0.001)], [Budget(mem=0.01), Budget(mem=0.4, mac=0.01)]],
+)
+def test_what_is_out_of_reach_is_refused_before_the_model_runs_on_data(monkeypatch, budgets):
+    def looked_at(*arguments, **options):
+        raise AssertionError("the data was looked at")
+
+    monkeypatch.setattr("cobla_onnx.starting.Seen", looked_at)
+    with pytest.raises(errors.BudgetError, match=r"no budget .* below the least reachable 0\."):
+        sweep(small_network(), budgets, data=DATA, threads=1)
+    if len(budgets) == 1:
+        with pytest.raises(errors.BudgetError, match="below the least reachable") as caught:
+            compress(small_network(), budgets[0], data=DATA, threads=1)
+        assert "--rank-multiple 1" not in str(caught.value)
+        monkeypatch.undo()
+        within = Budget(**caught.value.least)
+        assert compress(small_network(), within, data=DATA, threads=1).report.budget
+
+
+def test_a_budget_that_some_rank_reaches_is_not_refused_because_of_the_grid(monkeypatch):
+    """Layers of at most 24 channels have no multiple of 16 that is worth it."""
+    monkeypatch.setattr("cobla_onnx.starting.convolution_block", lambda: 16)
+    with pytest.raises(errors.BudgetError) as caught:
+        compress(small_network(), Budget(mac=0.4), rank_multiple=16, threads=1)
+    assert "--rank-multiple 1" in str(caught.value)
+    result = compress(small_network(), Budget(mac=0.4), threads=1)
+    assert result.report.budget["mac"].reached <= 0.4
+    assert any("smaller ones were added" in note for note in result.report.notes)
+    ranks = {d.rank for d in result.plan.decisions if d.rank is not None}
+    assert ranks <= {1, 2, 4, 8, 12, 16, 20}
+    on_grid = compress(small_network(), Budget(mac=0.99), threads=1)
+    assert not any("smaller ones" in note for note in on_grid.report.notes)
+
+
 def test_the_front_holds_exactly_what_nothing_dominates():
     generator = np.random.default_rng(0)
     points = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -80,6 +81,24 @@ class RankRule:
     product: RankGrid = RankGrid()
     faster: bool = False
     pointwise_share: float = 1.0
+
+    def finer(self) -> Iterator[RankRule]:
+        """Yield rules with ever smaller ranks added, for budgets that the grid cannot reach.
+
+        Halves of the least rank first, so that as few as possible are off the grid; in the end
+        all ranks, as slow as they may be.
+        """
+        small: tuple[int, ...] = ()
+        rank = max(self.convolution.block, self.convolution.step, self.product.step) // 2
+        while rank:
+            small = (rank, *small)
+            yield replace(
+                self,
+                convolution=replace(self.convolution, small=small),
+                product=replace(self.product, small=small),
+            )
+            rank //= 2
+        yield EVERY_RANK
 
     @property
     def complete(self) -> bool:

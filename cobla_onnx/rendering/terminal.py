@@ -116,7 +116,7 @@ def _verdict(report: Report) -> list[Any]:
         s = report.solver
         line = f"solver: {s.name}, {s.objective} {s.value:.4g}"
         if s.lower_bound is not None and s.gap is not None:
-            line += f", at least {s.lower_bound:.4g} within these budgets (gap {s.gap:.1%})"
+            line += f", at least {s.lower_bound:.4g} within these budgets (gap {s.gap:.2%})"
         lines.append(line)
     seen = report.calibration
     if seen is not None:

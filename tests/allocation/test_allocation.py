@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
@@ -78,7 +79,7 @@ def test_agrees_with_brute_force(seed, mem, mac, which):
     for solver in ("milp", "slsqp"):
         result = allocate(layers, objective, constraints, solver=solver)
         proof = result.certificate
-        assert proof.value == pytest.approx(best, rel=2e-4, abs=1e-9)
+        assert proof.value == pytest.approx(best, rel=2e-3, abs=1e-9)
         assert proof.lower_bound <= best + 1e-9
         assert proof.value >= proof.lower_bound
         for constraint in constraints:
@@ -284,6 +285,32 @@ def test_zero_weights_cost_nothing_to_drop():
     assert np.isfinite(result.certificate.value)
 
 
+def test_branch_and_bound_ends_where_the_next_digit_is_not_worth_it(monkeypatch):
+    """Layers of equal cost, as in a transformer: plans by the thousand are as good as the best."""
+    nodes = []
+
+    def counted(*arguments, **options):
+        nodes.append(scipy.optimize.milp(*arguments, **options))
+        return nodes[-1]
+
+    monkeypatch.setattr("cobla_onnx.allocation.knapsack.milp", counted)
+    generator = np.random.default_rng(0)
+    layers = []
+    for number in range(18):
+        long = 1536 if number % 6 > 3 else 384
+        values = np.sort(generator.gamma(2.0, size=384))[::-1]
+        ranks = np.arange(1, 384 * long // (384 + long))
+        curve = Curve("matrix", values, ranks, 4 * (384 + long), None)
+        layers.append(LayerCurves(str(number), 4 * 384 * long, None, (curve,)))
+    mem = sum(layer.bytes_whole for layer in layers) + 47_000_000
+    for fraction in (0.74, 0.75, 0.76, 0.77):
+        constraints = Budget(mem=fraction).constraints(layers, mem, None)
+        found = allocate(layers, WeightError(layers), constraints, solver="milp").certificate
+        assert found.gap <= 1e-3
+    assert len(nodes) == 4
+    assert max(result.mip_node_count for result in nodes) <= 20
+
+
 def test_the_same_twice():
     layers = big_layers()
     constraints = Budget(mem=0.4, mac=0.5).constraints(layers, *totals(layers, 0))
@@ -362,4 +389,4 @@ def test_a_budget_of_time_agrees_with_brute_force(seed, limit):
         return
     best = min(objective.value(masks_of(layers, choices)) for choices in feasible)
     result = allocate(layers, objective, constraints, solver="milp")
-    assert result.certificate.value == pytest.approx(best, rel=2e-4, abs=1e-9)
+    assert result.certificate.value == pytest.approx(best, rel=2e-3, abs=1e-9)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from cobla_onnx import Budget, compress
+from cobla_onnx import Budget, compress, sweep
 from cobla_onnx.errors import BudgetError, CoblaError, UsageError
 from cobla_onnx.graph.cost import fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.graph.model_file import load_model
@@ -84,6 +84,13 @@ def test_with_data_the_same_budget_is_met(demo_model, watch):
     report = compress(demo_model, Budget(latency=0.6), data=calibration, samples=40).report
     assert report.solver.objective == "output"
     assert report.latency.ratio <= 0.6
+
+
+def test_a_sweep_promises_times_only_where_time_is_limited(demo_model, watch):
+    watch()
+    timed, small = sweep(demo_model, [Budget(latency=0.6), Budget(mem=0.8)], solver="milp").points
+    assert timed.report.latency.predicted_ratio is not None
+    assert small.report.latency.predicted_ratio is None
 
 
 def test_what_cannot_be_met_is_refused_with_the_best(demo_model, watch):

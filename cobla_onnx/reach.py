@@ -1,0 +1,92 @@
+"""Which budgets costs alone put within reach, and with which ranks, before data is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from cobla_onnx.allocation import Budget, Curve, LayerCurves
+from cobla_onnx.allocation.budget import require_reachable
+from cobla_onnx.allocation.grid import RankRule
+from cobla_onnx.allocation.knapsack import knapsack
+from cobla_onnx.candidates import Candidate
+from cobla_onnx.errors import BudgetError
+
+__all__ = ["ranks_in_reach"]
+
+
+def ranks_in_reach(
+    budgets: Sequence[Budget],
+    rules: Sequence[RankRule],
+    candidates: Callable[[RankRule], Sequence[Candidate]],
+    mem_total: int,
+    mac_total: int | None,
+) -> tuple[Sequence[Candidate], RankRule]:
+    """Return the candidates of the first rule under which most budgets can be met.
+
+    Parameters
+    ----------
+    budgets : sequence of Budget
+        Limits of time do not count: they are not known before layers are timed.
+    rules : sequence of RankRule
+        Those after the first are for budgets that it puts out of reach.
+    candidates : callable
+        The layers' candidates under a rule.
+    mem_total, mac_total : int
+        Bytes and MACs of the model; the latter None where they are not known.
+
+    Raises
+    ------
+    BudgetError
+        If no budget can be met under any rule; that of the last budget.
+    """
+    untimed = [replace(b, latency=None) for b in budgets if b.mem is not None or b.mac is not None]
+    best: tuple[int, Sequence[Candidate], RankRule] | None = None
+    for rule in rules:
+        found = candidates(rule)
+        errors = [
+            error for budget in untimed if (error := _refusal(budget, found, mem_total, mac_total))
+        ]
+        if best is None or len(errors) < best[0]:
+            best = len(errors), found, rule
+        if not errors:
+            break
+    assert best is not None
+    if budgets and best[0] == len(budgets):
+        raise errors[-1]
+    return best[1], best[2]
+
+
+def _refusal(
+    budget: Budget, candidates: Sequence[Candidate], mem_total: int, mac_total: int | None
+) -> BudgetError | None:
+    layers = [_costs(candidate) for candidate in candidates if candidate.options]
+    constraints = budget.constraints(layers, mem_total, mac_total)
+    if all(c.cost(layers, (None,) * len(layers)) <= c.limit for c in constraints):
+        return None
+    try:
+        require_reachable(layers, constraints)
+        if len(constraints) > 1:
+            nothing = [[np.zeros(len(c.singular_values) + 1) for c in x.curves] for x in layers]
+            knapsack(layers, nothing, constraints)
+    except BudgetError as error:
+        return error
+    return None
+
+
+def _costs(candidate: Candidate) -> LayerCurves:
+    """A layer's costs at all of its candidate ranks; singular values are not known yet."""
+    curves = tuple(
+        Curve(
+            option.scheme.name,
+            np.zeros(min(option.scheme.matrix_shape()[1:])),
+            option.ranks,
+            option.bytes_per_rank,
+            option.macs_per_rank,
+        )
+        for option in candidate.options
+    )
+    layer = candidate.layer
+    return LayerCurves(layer.name, layer.stored_bytes, candidate.macs, curves)
