@@ -205,8 +205,6 @@ def analyse(
     shapes, macs, notes = model_costs(model, known, macs_needed, threads)
     total = None if macs is None else sum(macs.values())
     notes += _warnings(model, inventory)
-    if see is not None:
-        inventory = _without_unseen(inventory)
     seen = None if see is None else see(inventory.layers)
     skipped = list(inventory.skipped)
     found: list[Candidate] = []
@@ -251,14 +249,6 @@ def _vector_meets_batch(layer: Layer, shapes: Mapping[str, Shape]) -> bool:
     if layer.op != "MatMul" or len(layer.shape) == 2:
         return False
     return any(len(shapes.get(use.data) or ()) < 2 for use in layer.uses)
-
-
-def _without_unseen(inventory: Inventory) -> Inventory:
-    """Leave out the layers whose inputs no patch describes."""
-    unseen = [layer for layer in inventory.layers if layer.op == "ConvTranspose"]
-    skipped = [Skipped(x.name, x.op, Reason.UNSEEN, "", x.params) for x in unseen]
-    kept = tuple(layer for layer in inventory.layers if layer not in unseen)
-    return replace(inventory, layers=kept, skipped=(*inventory.skipped, *skipped))
 
 
 def _warnings(model: onnx.ModelProto, inventory: Inventory) -> tuple[str, ...]:

@@ -252,7 +252,7 @@ def test_old_models_with_weights_among_the_inputs_are_warned_about():
     assert stored <= {item.name for item in result.model.graph.input}
 
 
-def test_transposed_convolutions_are_factorised_without_data_and_left_with_data():
+def test_transposed_convolutions_are_factorised_without_data_and_with_it():
     nodes = [
         node("Conv", ["x", "w"], ["a"], "down", strides=[2, 2]),
         node("Relu", ["a"], ["r"]),
@@ -267,7 +267,6 @@ def test_transposed_convolutions_are_factorised_without_data_and_left_with_data(
     result = compressed(model, 0.5)
     assert {d.layer for d in result.plan.decisions if d.scheme} == {"down", "up"}
     data = {"x": random_array(40, 8, 9, 9, seed=3)}
-    seen = compress(model, Budget(mem=0.8), data=data, batch=4, threads=1)
-    left = {layer.name: layer.reason for layer in seen.report.layers}
-    assert left["up"] == "cannot be weighted by data yet"
-    assert seen.report.budget["mem"].reached <= 0.8
+    seen = compress(model, Budget(mem=0.5), data=data, batch=4, threads=1)
+    assert "up" in {layer.name for layer in seen.report.layers if layer.scheme}
+    assert seen.report.budget["mem"].reached <= 0.5
