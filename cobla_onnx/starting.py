@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cobla_onnx.analysis import analyse
 from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.dataset import Dataset
+from cobla_onnx.calibration.evidence import lack_of_evidence
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.content import model_content
@@ -106,6 +108,9 @@ def open_study(
             pool=pool,
             cache=kept,
         )
+        if dataset is not None:
+            notes = (*analysis.notes, *lack_of_evidence(dataset))
+            analysis = replace(analysis, notes=notes)
         timed = None
         if profile is not None:
             timed = Timed(

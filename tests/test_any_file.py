@@ -270,3 +270,26 @@ def test_transposed_convolutions_are_factorised_without_data_and_with_it():
     seen = compress(model, Budget(mem=0.5), data=data, batch=4, threads=1)
     assert "up" in {layer.name for layer in seen.report.layers if layer.scheme}
     assert seen.report.budget["mem"].reached <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("data", "note"),
+    [
+        (np.zeros((8, 6), np.float32), "all samples are zeros"),
+        (np.ones((8, 6), np.float32), "all samples are the same"),
+        (random_array(3, 6), "only 3 different samples"),
+        (random_array(8, 6), ""),
+    ],
+)
+def test_samples_that_tell_nothing_are_noted(data, note):
+    nodes = [
+        node("MatMul", ["x", "v"], ["a"], "one"),
+        node("Relu", ["a"], ["r"]),
+        node("MatMul", ["r", "w"], ["y"], "two"),
+    ]
+    weights = {"v": random_array(6, 30), "w": random_array(30, 20, seed=2)}
+    model = model_of(nodes, weights, {"x": ["N", 6]}, ["y"])
+    result = compress(model, Budget(mem=0.6), data={"x": data}, threads=1)
+    found = [text for text in result.report.notes if "too little to judge by" in text]
+    assert bool(found) == bool(note)
+    assert note in "".join(found)
