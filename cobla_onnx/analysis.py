@@ -209,8 +209,6 @@ def analyse(
     shapes, macs, notes = model_costs(model, known, macs_needed, threads)
     total = None if macs is None else sum(macs.values())
     notes += _warnings(model, inventory)
-    if see is not None:
-        inventory = _without_unseen(inventory)
     skipped = list(inventory.skipped)
     taken: list[Layer] = []
     for layer in inventory.layers:
@@ -235,7 +233,7 @@ def analyse(
             "the budget is out of reach with the ranks that are computed without waste; smaller "
             "ones were added, which save less time than MACs",
         )
-    seen = None if see is None else see(inventory.layers)
+    seen = None if see is None else see(taken)
     with nullcontext(pool) if pool is not None else open_pool(threads) as working:
         add_curves(model, found, seen if weigh else None, working, cache, progress)
     layers, curves, schemes, layer_macs = [], [], [], []
@@ -280,14 +278,6 @@ def _vector_meets_batch(layer: Layer, shapes: Mapping[str, Shape]) -> bool:
     if layer.op != "MatMul" or len(layer.shape) == 2:
         return False
     return any(len(shapes.get(use.data) or ()) < 2 for use in layer.uses)
-
-
-def _without_unseen(inventory: Inventory) -> Inventory:
-    """Leave out the layers whose inputs no patch describes."""
-    unseen = [layer for layer in inventory.layers if layer.op == "ConvTranspose"]
-    skipped = [Skipped(x.name, x.op, Reason.UNSEEN, "", x.params) for x in unseen]
-    kept = tuple(layer for layer in inventory.layers if layer not in unseen)
-    return replace(inventory, layers=kept, skipped=(*inventory.skipped, *skipped))
 
 
 def _warnings(model: onnx.ModelProto, inventory: Inventory) -> tuple[str, ...]:

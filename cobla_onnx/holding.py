@@ -121,7 +121,6 @@ def _groups(
     texts = {
         Reason.EXCLUDED: (f"left out by {options}", "leave fewer layers out"),
         Reason.TOO_SMALL: ("below --min-size", "lower --min-size"),
-        Reason.UNSEEN: ("that data cannot weight", "leave --data out"),
     }
     found = []
     for reason, (text, advice) in texts.items():

@@ -17,6 +17,7 @@ from cobla_onnx.analysis import analyse
 from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.dataset import Dataset
+from cobla_onnx.calibration.evidence import lack_of_evidence
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.content import model_content
@@ -123,7 +124,8 @@ def open_study(
             ),
         )
         if dataset is not None:
-            analysis = replace(analysis, notes=(*analysis.notes, *notes, *dataset.notes))
+            told = (*notes, *dataset.notes, *lack_of_evidence(dataset))
+            analysis = replace(analysis, notes=(*analysis.notes, *told))
         timed = None
         if profile is not None:
             timed = Timed(

@@ -43,7 +43,7 @@ def plain_svd() -> None:
         if layer.bias is not None:
             # The covariance is what counts then.
             second += found.mean[:, :, None] * found.mean[:, None, :]
-        return Moment(second, found.mean, found.count)
+        return Moment(second, found.mean, found.count, found.effective)
 
     Seen._moment = white  # type: ignore[method-assign]
 

@@ -18,8 +18,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.cache import Cache, digest
+from cobla_onnx.cache import Arrays, Cache, digest
 from cobla_onnx.calibration.patches import Patch
+from cobla_onnx.calibration.positions import LEAST, NUMBERS, choose_positions, sample_seeds
 from cobla_onnx.carrying import Shared
 from cobla_onnx.parallel import Pool
 from cobla_onnx.runtime import Feeds, open_session, run_session
@@ -42,6 +43,8 @@ ALL_UNITS = 1 << 30
 # Batches that are added up as one unit of work. Sums of units are added in their order, so
 # that the result does not depend on who adds what.
 BATCHES_PER_UNIT = 2
+# Samples whose moments differ by less, relative to their squares, are the same.
+SAME = 1e-12
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,22 @@ class Moment:
     Attributes
     ----------
     second : float64 array, shape (groups, size, size)
-        E[x x^T] over all positions of all samples.
+        E[x x^T] over all positions of all samples, or those that were chosen.
     mean : float64 array, shape (groups, size)
         E[x].
     count : int
         Vectors seen.
+    effective : float64 array, shape (groups,)
+        Independent vectors that they are worth, see `MomentSum.moment`; 0 where nothing tells.
+    share : float
+        Of the positions that were there.
     """
 
     second: NDArray[np.float64]
     mean: NDArray[np.float64]
     count: int
+    effective: NDArray[np.float64]
+    share: float = 1.0
 
     def covariance(self) -> NDArray[np.float64]:
         """E[(x - E x) (x - E x)^T]: what matters where a bias can absorb the mean."""
@@ -74,26 +83,89 @@ class MomentSum:
         self._second = np.zeros((groups, size, size))
         self._total = np.zeros((groups, size))
         self._count = 0
+        self._positions = 0.0
+        # Over samples, the squares of what each adds: of its products, and of its number.
+        self._spread = np.zeros(groups)
+        self._samples, self._squares = 0, 0
+        self._fourth = np.zeros(groups)
 
-    def add(self, vectors: NDArray[Any]) -> None:
-        """Add vectors of shape (groups, size, positions)."""
+    def add(self, vectors: NDArray[Any], each: int = 1, share: float = 1.0) -> None:
+        """Add vectors of shape (groups, size, positions).
+
+        Parameters
+        ----------
+        each : int
+            Vectors of a sample; those of one sample are not independent.
+        share : float
+            Of the vectors that there are.
+        """
+        samples = vectors.shape[2] // each
         for group, block in enumerate(vectors):
             # Contiguous double precision: numpy then uses the symmetric product.
             wide = np.ascontiguousarray(block, np.float64)
             self._second[group] += wide @ wide.T
             self._total[group] += wide.sum(axis=1)
+            squares = np.einsum("sp,sp->p", wide, wide)
+            self._fourth[group] += squares @ squares
+            self._spread[group] += _spread(wide, squares, each)
         self._count += vectors.shape[2]
+        self._positions += vectors.shape[2] / share
+        self._samples += samples
+        self._squares += samples * each**2
 
     def merge(self, other: MomentSum) -> None:
         """Add what another sum has added up."""
         self._second += other._second
         self._total += other._total
         self._count += other._count
+        self._positions += other._positions
+        self._spread += other._spread
+        self._samples += other._samples
+        self._squares += other._squares
+        self._fourth += other._fourth
 
     def moment(self) -> Moment:
-        """Return the mean over what was added."""
+        """Return the mean over what was added.
+
+        How much the samples' own moments S_k differ tells the variance of S, their mean:
+        sum ||S_k - S||^2 / (m (m - 1)) (Ledoit and Wolf 2004, Lemma 3.4, with samples in
+        place of vectors). The mean over N independent normal vectors would have the variance
+        (tr(S)^2 + ||S||^2 - 2 ||mean||^4) / N; the N with which it is the same is the number
+        of vectors that the samples are worth. A single sample, or one that comes again and
+        again, is judged by its positions, as if they were independent; a single vector is
+        worth none, since nothing tells how much it says about others.
+        """
         count = max(self._count, 1)
-        return Moment(self._second / count, self._total / count, self._count)
+        second, mean = self._second / count, self._total / count
+        norms = np.einsum("gij,gij->g", second, second)
+        traces = np.einsum("gii->g", second)
+        normal = traces**2 + norms - 2 * np.einsum("gi,gi->g", mean, mean) ** 2
+        sums = self._spread - self._squares * norms
+        parts, repeated = self._samples, 1
+        if parts < 2 or bool(np.all(sums <= SAME * self._spread)):
+            parts, repeated = self._count, max(self._samples, 1)
+            sums = self._fourth - self._count * norms
+        if parts <= repeated or bool(np.all(sums <= SAME * self._fourth)):
+            effective = np.zeros_like(norms)
+        else:
+            variance = np.maximum(sums, 0.0) * parts / (parts - 1) / count**2 * repeated
+            # Never worth more than there are.
+            least = np.maximum(normal * repeated / count, np.finfo(np.float64).tiny)
+            effective = normal / np.maximum(variance, least)
+        share = self._count / self._positions if self._positions else 1.0
+        return Moment(second, mean, self._count, effective, share)
+
+
+def _spread(wide: NDArray[np.float64], squares: NDArray[np.float64], each: int) -> float:
+    """Sum over samples of ||X X^T||^2, by the smaller of X X^T and X^T X."""
+    if each == 1:
+        return float(squares @ squares)
+    total = 0.0
+    for start in range(0, wide.shape[1], each):
+        part = np.ascontiguousarray(wide[:, start : start + each])
+        gram = part @ part.T if len(part) < each else part.T @ part
+        total += float(np.vdot(gram, gram))
+    return total
 
 
 class MomentStore:
@@ -101,15 +173,16 @@ class MomentStore:
 
     def __init__(self) -> None:
         self._file = ArrayFile()
-        self._places: dict[Patch, tuple[Place, Place, int]] = {}
+        self._places: dict[Patch, tuple[Place, Place, Place, int, float]] = {}
 
     def __contains__(self, patch: Patch) -> bool:
         return patch in self._places
 
     def put(self, patch: Patch, moment: Moment) -> None:
         """Keep a moment."""
-        places = self._file.put(moment.second), self._file.put(moment.mean)
-        self._places[patch] = (*places, moment.count)
+        arrays = moment.second, moment.mean, moment.effective
+        second, mean, effective = (self._file.put(array) for array in arrays)
+        self._places[patch] = second, mean, effective, moment.count, moment.share
 
     def get(self, patches: Sequence[Patch]) -> Moment:
         """Return the moment over all the given patches, those of one layer's uses."""
@@ -120,11 +193,15 @@ class MomentStore:
         shares = [moment.count / max(count, 1) for moment in found]
         second = sum(share * moment.second for share, moment in zip(shares, found, strict=True))
         mean = sum(share * moment.mean for share, moment in zip(shares, found, strict=True))
-        return Moment(np.asarray(second), np.asarray(mean), count)
+        # The uses see the same samples: together they are not worth the sum.
+        effective = np.max([moment.effective for moment in found], axis=0)
+        share = min(moment.share for moment in found)
+        return Moment(np.asarray(second), np.asarray(mean), count, effective, share)
 
     def _read(self, patch: Patch) -> Moment:
-        second, mean, count = self._places[patch]
-        return Moment(self._file.get(second), self._file.get(mean), count)
+        *places, count, share = self._places[patch]
+        second, mean, effective = (self._file.get(place) for place in places)
+        return Moment(second, mean, count, effective, share)
 
     def close(self) -> None:
         """Give the disk space back; happens by itself when nobody holds the store."""
@@ -176,10 +253,12 @@ def _add_up(unit: _Unit) -> list[MomentSum]:
     sums = [MomentSum(patch.groups, patch.size) for patch in unit.patches]
     taps = unit.model.built(Taps, tuple(patch.data for patch in unit.patches), 1)
     for feeds in unit.batches:
-        values = taps.run(feeds)
+        values, seeds = taps.run(feeds), sample_seeds(feeds)
         for patch, total in zip(unit.patches, sums, strict=True):
-            for vectors in patch.vectors(values[patch.data]):
-                total.add(vectors)
+            data = values[patch.data]
+            chosen = choose_positions(patch, data, seeds)
+            for vectors in patch.vectors(data, chosen.index, chosen.each):
+                total.add(vectors, chosen.each, chosen.share)
     return sums
 
 
@@ -214,7 +293,7 @@ def collect_moments(
         if found is None:
             wanted.append(patch)
         else:
-            store.put(patch, Moment(found["second"], found["mean"], int(found["count"])))
+            store.put(patch, _moment(found))
     groups = _groups(wanted, limit)
     shared = pool.share(model)
     for number, group in enumerate(groups):
@@ -229,9 +308,7 @@ def collect_moments(
             moment = total.moment()
             store.put(patch, moment)
             if cache is not None:
-                count = np.array(moment.count)
-                arrays = {"second": moment.second, "mean": moment.mean, "count": count}
-                cache.put("moment", _patch_key(key, patch), arrays)
+                cache.put("moment", _patch_key(key, patch), _arrays(moment))
     progress(len(groups), len(groups))
     return store
 
@@ -243,8 +320,23 @@ def parts_of(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
         yield part
 
 
+def _arrays(moment: Moment) -> Arrays:
+    return {
+        "second": moment.second,
+        "mean": moment.mean,
+        "effective": moment.effective,
+        "count": np.array(moment.count),
+        "share": np.array(moment.share),
+    }
+
+
+def _moment(arrays: Arrays) -> Moment:
+    count, share = int(arrays["count"]), float(arrays["share"])
+    return Moment(arrays["second"], arrays["mean"], count, arrays["effective"], share)
+
+
 def _patch_key(key: str, patch: Patch) -> str:
-    return digest("moment", key, patch, BATCHES_PER_UNIT)
+    return digest("moment", key, patch, BATCHES_PER_UNIT, NUMBERS, LEAST, "effective")
 
 
 def _units_at_a_time(pool: Pool, patches: Sequence[Patch]) -> int | None:

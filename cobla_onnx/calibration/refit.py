@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.frontier import Frontier, Store
 from cobla_onnx.calibration.moments import Moment, MomentSum, parts_of
 from cobla_onnx.calibration.onward import OnwardProbe
-from cobla_onnx.calibration.patches import ConvPatch, ProductPatch, patch_of
+from cobla_onnx.calibration.patches import ReadPatch, patch_of
+from cobla_onnx.calibration.positions import Chosen, choose_positions, sample_seeds
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.seen import WIDE, Approximation
 from cobla_onnx.graph.expose import expose, reached_from
@@ -22,13 +23,17 @@ from cobla_onnx.graph.layers import Layer, Use, read_weight
 from cobla_onnx.lowrank.factorize import Factorization, Float64
 from cobla_onnx.lowrank.refit import refit, refit_second
 from cobla_onnx.lowrank.schemes import Scheme
+from cobla_onnx.lowrank.shrinkage import shrink_joint
 from cobla_onnx.parallel import open_pool
 from cobla_onnx.runtime import Feeds
 
 __all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
 
-Stacker: TypeAlias = Callable[[NDArray[Any], NDArray[Any]], Iterator[Float64]]
+Stacker: TypeAlias = Callable[[NDArray[Any], NDArray[Any], Chosen], Iterator[Float64]]
 """Yields a layer's input vectors above its outputs, from one batch of both tensors."""
+
+Seeded: TypeAlias = tuple[tuple[Feeds, Feeds], tuple[int, ...]]
+"""A batch in the original and in the compressed model, and the seeds of its samples."""
 
 # Pull towards the original weight; the one with the least selection loss is taken.
 RIDGES = (0.1, 0.01)
@@ -131,7 +136,8 @@ class _Walk:
         batches: Callable[[], Iterable[Feeds]],
         threads: int,
     ) -> None:
-        self._chosen, self._threads = chosen, threads
+        self._model, self._chosen, self._threads = model, chosen, threads
+        self._seeds = [sample_seeds(feeds) for feeds in batches()]
         self._exposed = expose(model, [entry.layer for entry in chosen], as_inputs=False)
         self._original = Frontier(model, batches)
         self._compressed = Frontier(self._exposed.model, batches)
@@ -152,7 +158,7 @@ class _Walk:
         places = self._original, self._compressed
         sums: list[MomentSum] = []
         for use, stacked in zip(layer.uses, stack, strict=True):
-            found, places = self._see(use, stacked, places, weights)
+            found, places = self._see(layer, use, stacked, places, weights)
             sums.append(found)
             if use is layer.uses[0]:
                 self._original, self._compressed = places
@@ -173,6 +179,7 @@ class _Walk:
 
     def _see(
         self,
+        layer: Layer,
         use: Use,
         stacked: Stacker,
         places: tuple[Frontier, Frontier],
@@ -185,14 +192,17 @@ class _Walk:
         right = original.taps([*crossing[0], use.output])
         left = compressed.taps([*crossing[1], use.data], weights)
 
-        def add_up(part: list[tuple[Feeds, Feeds]]) -> tuple[MomentSum, list[list[Feeds]]]:
+        patch = patch_of(self._model, layer, use)
+
+        def add_up(part: list[Seeded]) -> tuple[MomentSum, list[list[Feeds]]]:
             total: MomentSum | None = None
             moved = []
-            for pair in part:
+            for pair, seeds in part:
                 given, read = right.run(pair[0]), left.run(pair[1])
-                for vectors in stacked(read[use.data], given[use.output]):
+                chosen = choose_positions(patch, read[use.data], seeds)
+                for vectors in stacked(read[use.data], given[use.output], chosen):
                     total = total or MomentSum(*vectors.shape[:2])
-                    total.add(vectors)
+                    total.add(vectors, chosen.each, chosen.share)
                 values = zip((given, read), crossing, strict=True)
                 moved.append([{name: found[name] for name in names} for found, names in values])
             assert total is not None
@@ -201,7 +211,8 @@ class _Walk:
         total: MomentSum | None = None
         pairs = zip(original.batches(), compressed.batches(), strict=True)
         with open_pool(self._threads) as pool:
-            for found, moved in pool.map(add_up, parts_of(pairs)):
+            seeded = zip(pairs, self._seeds, strict=True)
+            for found, moved in pool.map(add_up, parts_of(seeded)):
                 if total is None:
                     total = found
                 else:
@@ -234,8 +245,15 @@ class _Refit:
         outputs = entry.scheme.rows_of(old.weight).shape[1]
         size = joint.mean.shape[1] - outputs
         second = joint.second if old.bias is None else joint.covariance()
-        inner, cross = second[:, :size, :size], second[:, size:, :size]
         weight = read_weight(self._model, entry.layer)
+        rows = entry.scheme.rows_of(weight).astype(np.float64)
+        if first is not None:
+            last = old.factors.right if entry.scheme.inputs_first else old.factors.left
+            rows = last.swapaxes(1, 2) if entry.scheme.inputs_first else last
+        mean = joint.mean[:, :size] * (old.bias is None)
+        inner, cross = shrink_joint(
+            second[:, :size, :size], second[:, size:, :size], rows, joint.effective, mean
+        )
         refitted = []
         for ridge in RIDGES:
             if first is None:
@@ -258,7 +276,8 @@ class _Refit:
                 last = factors.right if entry.scheme.inputs_first else factors.left.swapaxes(1, 2)
                 begin = factors.left if entry.scheme.inputs_first else factors.right.swapaxes(1, 2)
                 # The first factor was rescaled: its outputs are those seen, column by column.
-                scale = np.linalg.norm(begin, axis=1) / np.linalg.norm(first, axis=1)
+                before = np.linalg.norm(first, axis=1)
+                scale = np.linalg.norm(begin, axis=1) / np.where(before > 0, before, 1.0)
                 signs = np.sign(np.einsum("gsr,gsr->gr", begin, first))
                 reached = np.einsum("gro,gr->go", last, mean[:, :size] * scale * signs)
             bias = (mean[:, size:] - reached).reshape(bias.shape)
@@ -266,12 +285,18 @@ class _Refit:
 
 
 def _stacked(
-    patch: ConvPatch | ProductPatch, first: Float64 | None, data: NDArray[Any], output: NDArray[Any]
+    patch: ReadPatch,
+    first: Float64 | None,
+    data: NDArray[Any],
+    output: NDArray[Any],
+    chosen: Chosen,
 ) -> Iterator[NDArray[np.float64]]:
     """Yield input vectors, seen through the first factor if one is given, above outputs."""
     outputs = patch.outputs(output)
+    if chosen.index is not None:
+        outputs = outputs[:, :, chosen.index]
     done = 0
-    for vectors in patch.vectors(data):
+    for vectors in patch.vectors(data, chosen.index, chosen.each):
         wide = vectors.astype(np.float64)
         if first is not None:
             wide = first.swapaxes(1, 2) @ wide

@@ -19,7 +19,8 @@ from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
 from cobla_onnx.carrying import Carried
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.lowrank.factorize import Factorization, Float64
-from cobla_onnx.lowrank.schemes import Scheme, largest_rank
+from cobla_onnx.lowrank.schemes import Scheme, largest_rank, schemes_for
+from cobla_onnx.lowrank.shrinkage import FLOOR, shrink, shrink_outputs
 from cobla_onnx.lowrank.weighted import OutputFactorizer, WeightedFactorizer
 from cobla_onnx.parallel import Pool, one_thread, open_pool
 from cobla_onnx.runtime import Feeds
@@ -192,8 +193,8 @@ class Seen:
         self, layer: Layer, ranks: Sequence[tuple[Scheme, int]], weight: Carried
     ) -> SpectraUnit:
         """Put together what `spectra` needs, for schemes with the largest ranks asked for."""
-        moment = self._read(layer)
-        key = digest(self.key, self._patches[layer.name], self._is_centred(layer))
+        moment = self._read(layer, weight.array)
+        key = digest(self.key, self._patches[layer.name], self._is_centred(layer), FLOOR)
         return SpectraUnit(tuple(ranks), weight, self.is_wide(layer), moment, self._cache, key)
 
     def approximate(
@@ -222,7 +223,7 @@ class Seen:
             # not depend on it.
             usual = largest_rank(layer, scheme)
             most = usual if rank <= usual else min(scheme.matrix_shape()[1:])
-            second = self._read(layer)
+            second = self._read(layer, weight)
             kind = OutputFactorizer if self.is_wide(layer) else WeightedFactorizer
             solver = kind(scheme, weight, second, most)
             found = solver, 2 * second.nbytes + 16 * layer.params
@@ -231,9 +232,16 @@ class Seen:
             self._solvers.popitem(last=False)
         return found[0]
 
-    def _read(self, layer: Layer) -> Float64:
+    def _read(self, layer: Layer, weight: NDArray[Any]) -> Float64:
+        """Moment of a layer's inputs or outputs, drawn towards that of no data."""
         moment = self._moment(layer)
-        return moment.covariance() if self._is_centred(layer) else moment.second
+        second, mean = moment.second, moment.mean
+        if self._is_centred(layer):
+            second, mean = moment.covariance(), np.zeros_like(mean)
+        if self.is_wide(layer):
+            rows = schemes_for(layer)[0].rows_of(weight)
+            return shrink_outputs(second, rows, moment.effective, mean)[0]
+        return shrink(second, moment.effective, mean)[0]
 
     def _is_centred(self, layer: Layer) -> bool:
         # A bias of its own absorbs the mean, any other is part of a wide layer's outputs.

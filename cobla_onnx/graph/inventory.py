@@ -25,7 +25,6 @@ class Reason(str, Enum):
     EMPTY = "weight has no elements"
     DEPTHWISE = "depthwise convolution"
     GROUPED = "grouped transposed convolution"
-    UNSEEN = "cannot be weighted by data yet"
     SUBGRAPH = "inside a sub-graph or function"
     EXCLUDED = "excluded by option"
     TOO_SMALL = "smaller than --min-size"

@@ -187,7 +187,7 @@ def _own_bias(graph: GraphIndex, members: list[tuple[int, int, Origin]]) -> str 
     """Name of the bias of a layer's only node, if the layer may change it."""
     index, position, origin = members[0]
     node = graph.nodes[index]
-    if len(members) > 1 or len(node.input) < 3 or node.op_type not in ("Conv", "Gemm"):
+    if len(members) > 1 or len(node.input) < 3 or node.op_type == "MatMul":
         return None
     name = node.input[2]
     tensor = graph.stored.get(name)
@@ -201,6 +201,8 @@ def _own_bias(graph: GraphIndex, members: list[tuple[int, int, Origin]]) -> str 
         return None
     if node.op_type == "Conv":
         outputs = shape[0]
+    elif node.op_type == "ConvTranspose":
+        outputs = shape[1] * values.get("group", 1)
     else:
         right = position == 1
         transposed = values.get("transB" if right else "transA", 0)

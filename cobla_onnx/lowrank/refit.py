@@ -49,11 +49,7 @@ def refit(
     rows = scheme.rows_of(weight).astype(np.float64)
     targets = np.empty_like(rows)
     for group, moment in enumerate(second):
-        pull = ridge * max(float(np.trace(moment)) / len(moment), np.finfo(np.float64).tiny)
-        system = moment.copy()
-        system[np.diag_indices_from(system)] += pull
-        right = cross[group] + pull * rows[group]
-        targets[group] = scipy.linalg.solve(system, right.T, assume_a="pos").T
+        targets[group] = _pulled(moment, cross[group], rows[group], ridge).T
     return WeightedFactorizer(scheme, scheme.weight_of(targets), second, rank).factorize(rank)
 
 
@@ -74,10 +70,16 @@ def refit_second(
         first, last = last.swapaxes(1, 2), first.swapaxes(1, 2)
     pairs = []
     for group, moment in enumerate(second):
-        pull = ridge * max(float(np.trace(moment)) / len(moment), np.finfo(np.float64).tiny)
-        system = moment.copy()
-        system[np.diag_indices_from(system)] += pull
-        right = cross[group] + pull * last[group].T
-        solved = scipy.linalg.solve(system, right.T, assume_a="pos")
-        pairs.append((first[group], np.asarray(solved)))
+        pairs.append((first[group], _pulled(moment, cross[group], last[group].T, ridge)))
     return balanced(scheme, pairs)
+
+
+def _pulled(moment: Float64, cross: Float64, rows: Float64, ridge: float) -> Float64:
+    """Least squares of outputs on inputs, drawn towards `rows`; shape (size, outputs)."""
+    energy = float(np.trace(moment))
+    # Inputs that are always zero tell nothing, and leave the weight as it is.
+    pull = ridge * energy / len(moment) if energy > 0 else 1.0
+    system = moment.copy()
+    system[np.diag_indices_from(system)] += pull
+    right = cross + pull * rows
+    return np.asarray(scipy.linalg.solve(system, right.T, assume_a="pos"))

@@ -222,6 +222,14 @@ class TransposedConvScheme(ConvScheme):
         """Turn the weights of the two transposed convolutions back into matrix factors."""
         return super().unfold(first.swapaxes(0, 1), second.swapaxes(0, 1))
 
+    def rows_of(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """Reshape a weight to one row for each output, shape (1, outputs, size)."""
+        return super().rows_of(weight.swapaxes(0, 1))
+
+    def weight_of(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Turn one row for each output back into a weight: the inverse of `rows_of`."""
+        return super().weight_of(rows).swapaxes(0, 1)
+
     def macs_per_rank(self, use: Use, shapes: Mapping[str, Shape]) -> int | None:
         """MACs of both factors for each unit of rank, or None where shapes are unknown.
 

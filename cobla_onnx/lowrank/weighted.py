@@ -3,9 +3,10 @@
 For a layer y = M^T x with second moment S = E[x x^T] the best M' of rank r minimises
 E||(M - M')^T x||^2. It is the truncated SVD of S^(1/2) M with the root divided out again,
 and the discarded squared singular values are the output error (Wang et al. 2024, SVD-LLM,
-arXiv 2403.07378; for convolutions BALF 2025, arXiv 2509.25136). Where M has fewer columns
-than rows the inverse-free form is cheaper and exact for singular S: with V the leading
-eigenvectors of M^T S M, M' = M V V^T.
+arXiv 2403.07378; for convolutions BALF 2025, arXiv 2509.25136). The root need not be divided
+out: with V the leading right singular vectors of S^(1/2) M, which are the eigenvectors of
+M^T S M, M' = M V V^T. The factors M V and V^T are as well conditioned as M is, whatever
+the rank of S.
 
 Where the second factor moves over several positions (``spatial``, ``input``) the matrix is
 not what the layer multiplies as a whole: the first factor is chosen by the moment of the
@@ -27,23 +28,19 @@ from numpy.typing import NDArray
 
 from cobla_onnx.lowrank.factorize import Factorization, Float64
 from cobla_onnx.lowrank.schemes import Scheme
+from cobla_onnx.lowrank.shrinkage import without_zeros
 
 __all__ = ["OutputFactorizer", "WeightedFactorizer", "balanced"]
-
-# Added to every direction, relative to the mean over them, where S has to be inverted.
-REGULARISATION = 1e-6
-# Added to a unit diagonal before it is decomposed, the first that suffices.
-JITTERS = (1e-9, 1e-7, 1e-5, 1e-3, 1.0)
 
 
 @dataclass(frozen=True)
 class _Basis:
-    """First factors of all ranks of one group, and what they explain.
+    """Right singular vectors of a weighted matrix, and its squared singular values.
 
-    ``left`` has shape (inputs, full_rank), ``energy`` the squared singular values.
+    ``right`` has shape (columns, max_rank), its columns are orthonormal.
     """
 
-    left: Float64
+    right: Float64
     energy: Float64
 
 
@@ -56,6 +53,7 @@ class WeightedFactorizer:
     weight : array, shape ``scheme.shape``
     second : float64 array, shape (groups, size, size)
         Second moment (or covariance, where a bias absorbs the mean) of the layer's vectors.
+        `shrunk` makes it positive definite; one of zeros stands for the identity.
     max_rank : int
         No rank above it is asked for.
 
@@ -76,10 +74,7 @@ class WeightedFactorizer:
         if not scheme.inputs_first:
             stack = stack.swapaxes(1, 2)
         self._stack = stack
-        # Inputs that were always zero say nothing: the weight alone is approximated.
-        silent = np.einsum("gii->g", second) <= 0
-        if silent.any():
-            second = np.where(silent[:, None, None], np.eye(second.shape[1]), second)
+        second = without_zeros(second)
         self._moment = scheme.split_moment(second)
         groups, rows, columns = stack.shape
         outputs = columns // scheme.offsets
@@ -88,10 +83,17 @@ class WeightedFactorizer:
         flat = self._target.reshape(groups, -1, outputs)
         moment = self._moment.reshape(groups, flat.shape[1], -1)
         self._cross = np.matmul(moment, flat)
-        self.energy = float(np.sum((flat * self._cross)[~silent]))
+        self.energy = float(np.sum(flat * self._cross))
         self._bases = [
             _basis(stack[g], np.einsum("ajbj->ab", self._moment[g]), max_rank)
             for g in range(groups)
+        ]
+        # Of the first factors only the span matters where the second is fitted to them.
+        self._lefts = [
+            stack[g] @ basis.right
+            if scheme.offsets == 1
+            else np.linalg.qr(stack[g] @ basis.right)[0]
+            for g, basis in enumerate(self._bases)
         ]
         total = sum(basis.energy for basis in self._bases)
         self.singular_values: Float64 = np.sqrt(np.asarray(total))
@@ -110,20 +112,15 @@ class WeightedFactorizer:
         """Return the factors of the given rank in the order of the scheme's matrix."""
         pairs = []
         for group, basis in enumerate(self._bases):
-            left = basis.left[:, :rank]
-            if self.scheme.offsets == 1:
-                # By the moment, not by M^T left: S-orthonormal columns make it the projection.
-                right = left.T @ self._cross[group]
-                scale = left.T @ self._moment[group][:, 0, :, 0] @ left
-                right = _solve_symmetric(scale, right)
-            else:
+            left, right = self._lefts[group][:, :rank], basis.right[:, :rank].T
+            if self.scheme.offsets > 1:
                 right = _solve(*self._reduced(group, rank)).swapaxes(1, 2).reshape(rank, -1)
             pairs.append((left, right))
         return balanced(self.scheme, pairs)
 
     def _reduced(self, group: int, rank: int) -> tuple[Float64, Float64]:
         """Second moment of the first factor's outputs, and their product with y."""
-        left = self._bases[group].left[:, :rank]
+        left = self._lefts[group][:, :rank]
         moment = self._moment[group]
         rows, offsets = moment.shape[:2]
         half = (left.T @ moment.reshape(rows, -1)).reshape(rank, offsets, rows, offsets)
@@ -195,18 +192,17 @@ def _basis(matrix: Float64, moment: Float64, max_rank: int) -> _Basis:
     """Leading directions of a matrix under a moment, by the cheaper of the two forms."""
     rows, columns = matrix.shape
     size = min(rows, columns)
+    count = min(max_rank, size)
     if columns <= rows:
-        gram = matrix.T @ moment @ matrix
-        energy, vectors = _descending(gram)
-        left = matrix @ vectors[:, : min(max_rank, size)]
-        return _Basis(left, np.maximum(energy, 0.0))
+        energy, vectors = _descending(matrix.T @ moment @ matrix)
+        return _Basis(vectors[:, :count], np.maximum(energy, 0.0))
     values, axes = np.linalg.eigh(moment)
-    floor = REGULARISATION * max(float(values.mean()), np.finfo(np.float64).tiny)
-    roots = np.sqrt(np.maximum(values, 0.0) + floor)
-    half = (axes * roots).T @ matrix
+    half = (axes * np.sqrt(np.maximum(values, 0.0))).T @ matrix
     energy, vectors = _descending(half @ half.T)
-    left = (axes / roots) @ vectors[:, : min(max_rank, size)]
-    return _Basis(left, np.maximum(energy, 0.0))
+    # Singular vectors but for their lengths, the singular values. Where these are rounding
+    # the columns are made orthogonal: any direction does, but none twice.
+    right = np.linalg.qr(half.T @ vectors[:, :count])[0]
+    return _Basis(right, np.maximum(energy, 0.0))
 
 
 def _descending(gram: Float64) -> tuple[Float64, Float64]:
@@ -220,8 +216,9 @@ def _solve(products: Float64, cross: Float64) -> Float64:
     rank, offsets, outputs = cross.shape
     size = rank * offsets
     right = cross.reshape(size, outputs)
-    solution = _solve_symmetric(products.reshape(size, size), right)
-    return solution.reshape(rank, offsets, outputs)
+    factor, scale = _cholesky(products.reshape(size, size))
+    solution = scipy.linalg.cho_solve(factor, right / scale[:, None]) / scale[:, None]
+    return np.asarray(solution).reshape(rank, offsets, outputs)
 
 
 def _explained(products: Float64, cross: Float64) -> Float64:
@@ -234,40 +231,21 @@ def _explained(products: Float64, cross: Float64) -> Float64:
     size = rank * offsets
     if not size:
         return np.zeros(0)
-    (lower, _), diagonal = _cholesky(products.reshape(size, size))
+    (lower, _), scale = _cholesky(products.reshape(size, size))
     reached = scipy.linalg.solve_triangular(
-        lower, cross.reshape(size, outputs) / diagonal[:, None], lower=True, overwrite_b=True
+        lower, cross.reshape(size, outputs) / scale[:, None], lower=True, overwrite_b=True
     )
     each = np.einsum("so,so->s", reached, reached).reshape(rank, offsets).sum(axis=1)
     return np.asarray(np.cumsum(each))
 
 
-def _solve_symmetric(gram: Float64, right: Float64) -> Float64:
-    """Solve a positive semidefinite system."""
-    factor, diagonal = _cholesky(gram)
-    solution = scipy.linalg.cho_solve(factor, right / diagonal[:, None])
-    return np.asarray(solution) / diagonal[:, None]
-
-
 def _cholesky(gram: Float64) -> tuple[tuple[Float64, bool], Float64]:
-    """Factorise a positive semidefinite matrix, scaled to a unit diagonal and regularised.
+    """Factorise a positive definite matrix, scaled to a unit diagonal.
 
-    Where few samples leave directions that only rounding fills, the least regularisation
-    of `JITTERS` is taken with which the matrix is positive definite. Returns the lower
-    factor as scipy's `cho_solve` wants it, and the roots of the diagonal.
+    Returns the lower factor as scipy's `cho_solve` wants it, and the roots of the diagonal.
     """
-    diagonal = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
-    diagonal = np.where(diagonal > 1e-12 * diagonal.max(initial=0.0), diagonal, 1.0)
-    scaled = gram / np.outer(diagonal, diagonal)
-    added = 0.0
-    for jitter in JITTERS:
-        scaled[np.diag_indices_from(scaled)] += jitter - added
-        added = jitter
-        try:
-            return scipy.linalg.cho_factor(scaled, lower=True), diagonal
-        except np.linalg.LinAlgError:
-            continue
-    raise np.linalg.LinAlgError("a moment matrix is not positive semidefinite")
+    scale = np.sqrt(np.maximum(np.diagonal(gram), np.finfo(np.float64).tiny))
+    return scipy.linalg.cho_factor(gram / np.outer(scale, scale), lower=True), scale
 
 
 def _balance(left: Float64, right: Float64) -> tuple[Float64, Float64, Float64]:

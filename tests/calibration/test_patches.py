@@ -1,0 +1,92 @@
+"""What a layer multiplies, against what onnxruntime gives for it."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from onnx import helper
+
+from cobla_onnx.calibration.patches import patch_of
+from cobla_onnx.calibration.positions import choose_positions, sample_seeds
+from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.lowrank.schemes import schemes_for
+from cobla_onnx.runtime import open_session, run_session
+from tests.builders import model_of, random_array
+
+
+def check(node, weight, data):
+    model = model_of([node], {"w": weight}, {"x": list(data.shape)}, ["y"])
+    output = run_session(open_session(model, 1), {"x": data})["y"]
+    (layer,) = find_layers(model).layers
+    patch = patch_of(model, layer, layer.uses[0])
+    vectors = np.concatenate(list(patch.vectors(data)), axis=2)
+    rows = schemes_for(layer)[0].rows_of(read_weight(model, layer))
+    expected = patch.outputs(output)
+    assert patch.positions(data) == expected.shape[2]
+    np.testing.assert_allclose(rows @ vectors, expected, rtol=1e-4, atol=1e-4)
+    some = np.arange(expected.shape[2])[::2]
+    chosen = np.concatenate(list(patch.vectors(data, some)), axis=2)
+    np.testing.assert_array_equal(chosen, vectors[:, :, some])
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from([(), (1,), (1, 1), (3,), (1, 3), (2, 1), (2, 3)]),
+    st.sampled_from([(), (1,), (3,), (2, 3), (2, 1), (1, 3), (5, 1, 3), (5, 2, 3)]),
+    st.booleans(),
+)
+def test_stacks_broadcast_as_products_do(lead, batch, right):
+    try:
+        np.broadcast_shapes(lead, batch)
+    except ValueError:
+        assume(False)
+    names = ["x", "w"] if right else ["w", "x"]
+    weight = random_array(*lead, *((6, 5) if right else (5, 4)))
+    check(helper.make_node("MatMul", names, ["y"], "m"), weight, random_array(*batch, 4, 6))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.tuples(*[st.integers(1, 3)] * 2),
+    st.tuples(*[st.integers(1, 3)] * 2),
+    st.tuples(*[st.integers(1, 2)] * 2),
+    st.sampled_from(["pads", "more", "SAME_UPPER", "SAME_LOWER", "VALID", "shape"]),
+    st.integers(0, 1),
+)
+def test_transposed_convolutions_are_seen_exactly(kernel, strides, dilations, how, pad):
+    values = {"strides": strides, "dilations": dilations}
+    spans = [(k - 1) * d for k, d in zip(kernel, dilations, strict=True)]
+    pads = [min(pad, span) for span in spans]
+    if how in ("pads", "more"):
+        values["pads"] = [*pads, *(0 for _ in pads)]
+        if how == "more":
+            values["output_padding"] = [s - 1 for s in strides]
+    elif how == "shape":
+        places = zip(strides, spans, pads, strict=True)
+        values["output_shape"] = [3 * s + span + 1 - p for s, span, p in places]
+    else:
+        values["auto_pad"] = how
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], "up", **values)
+    check(node, random_array(3, 4, *kernel), random_array(2, 3, 4, 4))
+
+
+def test_few_of_many_positions_give_the_moment_and_do_not_depend_on_the_batch(monkeypatch):
+    monkeypatch.setattr("cobla_onnx.calibration.positions.NUMBERS", 1)
+    monkeypatch.setattr("cobla_onnx.calibration.positions.LEAST", 500)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "c", pads=[1] * 4)
+    model = model_of([node], {"w": random_array(4, 3, 3, 3)}, {"x": ["N", 3, 60, 60]}, ["y"])
+    (layer,) = find_layers(model).layers
+    patch = patch_of(model, layer, layer.uses[0])
+    data = random_array(4, 3, 60, 60)
+
+    def vectors(part):
+        chosen = choose_positions(patch, part, sample_seeds({"x": part}))
+        assert chosen.each == 500
+        return np.concatenate(list(patch.vectors(part, chosen.index, chosen.each)), axis=2)[0]
+
+    together = vectors(data)
+    np.testing.assert_array_equal(together, np.hstack([vectors(data[i : i + 1]) for i in range(4)]))
+    every = np.concatenate(list(patch.vectors(data)), axis=2)[0]
+    whole, some = (v @ v.T / v.shape[1] for v in (every, together))
+    assert np.linalg.norm(whole - some) < 0.2 * np.linalg.norm(whole)
