@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -185,13 +185,14 @@ def analyse(
     ranks: RankRule = EVERY_RANK,
     pool: Pool | None = None,
     cache: Cache | None = None,
+    unmeasured: Collection[str] = (),
 ) -> Analysis:
     """Find a model's layers, count their costs and compute their singular values.
 
     With `see`, which shows the layers the calibration data, singular values and errors are
     those of the layers' outputs and not of their weights, unless `weigh` is False. Layers are
     mapped over `pool`, by default over `threads` of this process. `ranks` says which ranks are
-    candidates.
+    candidates. The layers called `unmeasured` are left whole: no loss would see their errors.
 
     Raises
     ------
@@ -206,7 +207,7 @@ def analyse(
     total = None if macs is None else sum(macs.values())
     notes += _warnings(model, inventory)
     if see is not None:
-        inventory = _without_unseen(inventory)
+        inventory = _without_unseen(inventory, unmeasured)
     seen = None if see is None else see(inventory.layers)
     skipped = list(inventory.skipped)
     found: list[Candidate] = []
@@ -253,11 +254,16 @@ def _vector_meets_batch(layer: Layer, shapes: Mapping[str, Shape]) -> bool:
     return any(len(shapes.get(use.data) or ()) < 2 for use in layer.uses)
 
 
-def _without_unseen(inventory: Inventory) -> Inventory:
-    """Leave out the layers whose inputs no patch describes."""
-    unseen = [layer for layer in inventory.layers if layer.op == "ConvTranspose"]
-    skipped = [Skipped(x.name, x.op, Reason.UNSEEN, "", x.params) for x in unseen]
-    kept = tuple(layer for layer in inventory.layers if layer not in unseen)
+def _without_unseen(inventory: Inventory, unmeasured: Collection[str]) -> Inventory:
+    """Leave out the layers whose inputs no patch describes, and those called `unmeasured`."""
+    reasons = {
+        layer.name: Reason.UNMEASURED if layer.name in unmeasured else Reason.UNSEEN
+        for layer in inventory.layers
+        if layer.name in unmeasured or layer.op == "ConvTranspose"
+    }
+    unseen = [layer for layer in inventory.layers if layer.name in reasons]
+    skipped = [Skipped(x.name, x.op, reasons[x.name], "", x.params) for x in unseen]
+    kept = tuple(layer for layer in inventory.layers if layer.name not in reasons)
     return replace(inventory, layers=kept, skipped=(*inventory.skipped, *skipped))
 
 

@@ -65,6 +65,7 @@ def _groups(
         Reason.EXCLUDED: (f"left out by {options}", "leave fewer layers out"),
         Reason.TOO_SMALL: ("below --min-size", "lower --min-size"),
         Reason.UNSEEN: ("that data cannot weight", "leave --data away"),
+        Reason.UNMEASURED: ("whose loss cannot be measured", "give --objective weights"),
     }
     found = []
     for reason, (text, advice) in texts.items():

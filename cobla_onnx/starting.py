@@ -16,9 +16,10 @@ from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.loss import LossName
+from cobla_onnx.calibration.outputs import MeasuredModel, measured_model
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.content import model_content
-from cobla_onnx.graph.layers import Layer
+from cobla_onnx.graph.layers import Layer, find_layers
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.machine import convolution_block
 from cobla_onnx.opening import (
@@ -37,6 +38,9 @@ from cobla_onnx.study import Study
 from cobla_onnx.timed import Timed, open_profile
 
 __all__ = ["open_study"]
+
+# Samples on which it is seen what shapes and types the outputs have.
+EXAMPLES = 6
 
 
 @contextmanager
@@ -88,6 +92,7 @@ def open_study(
             block=convolution_block(),
             cpu=provider == CPU,
         )
+        measured = None if dataset is None else _measured(proto, dataset, threads)
         analysis = analyse(
             proto,
             input_shapes=settings.input_shapes,
@@ -105,6 +110,7 @@ def open_study(
             ranks=rule,
             pool=pool,
             cache=kept,
+            unmeasured=() if measured is None or needed == "weights" else measured.unmeasured,
         )
         timed = None
         if profile is not None:
@@ -135,6 +141,7 @@ def open_study(
                 settings.refit,
                 pool,
                 kept,
+                measured,
             )
         seconds = time.perf_counter() - started
         try:
@@ -155,6 +162,12 @@ def open_study(
         finally:
             if analysis.seen is not None:
                 analysis.seen.close()
+
+
+def _measured(model: onnx.ModelProto, dataset: Dataset, threads: int) -> MeasuredModel:
+    """Choose where the loss is taken, by the graph and a few samples."""
+    examples = list(dataset.batches(dataset.calibration[:EXAMPLES], 1))
+    return measured_model(model, find_layers(model).layers, examples, threads=threads)
 
 
 def _see(

@@ -26,6 +26,7 @@ class Reason(str, Enum):
     DEPTHWISE = "depthwise convolution"
     GROUPED = "grouped transposed convolution"
     UNSEEN = "cannot be weighted by data yet"
+    UNMEASURED = "changes no tensor that the loss can be taken at"
     SUBGRAPH = "inside a sub-graph or function"
     EXCLUDED = "excluded by option"
     TOO_SMALL = "smaller than --min-size"
