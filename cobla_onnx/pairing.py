@@ -24,6 +24,7 @@ from cobla_onnx.graph.cost import fixed_input_shapes
 from cobla_onnx.graph.external import external_place, is_external
 from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
+from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
 from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.opening import ModelSource, available_cores, open_model
@@ -212,7 +213,8 @@ def _inputs(
 ) -> Iterator[_Inputs]:
     if data is None:
         session = open_session(model, threads, optimized=True)
-        feeds, _, _ = runnable_feeds(session, fixed_input_shapes(model, shapes), seed)
+        known = fixed_input_shapes(model, shapes)
+        feeds, _, _ = runnable_feeds(session, known, seed, known_words(model))
         yield _Inputs("random", feeds, len(feeds), feeds[0])
         return
     with open_data(data, input_specs(model, shapes), samples=samples, images=images) as dataset:

@@ -26,6 +26,7 @@ from cobla_onnx.graph.layers import read_bias
 from cobla_onnx.graph.model_file import without_weights
 from cobla_onnx.graph.randomness import random_nodes
 from cobla_onnx.graph.varying import varying_tensors
+from cobla_onnx.graph.words import known_words
 from cobla_onnx.names import quoted
 from cobla_onnx.rewrite import Replacement
 from cobla_onnx.runtime import Feeds, first_line, open_session, run_session, runnable_feeds
@@ -136,7 +137,7 @@ def verify(
     notes = check_model(original, compressed)
     session = open_session(original, threads)
     if data is None:
-        proof, reference, unknown = runnable_feeds(session, shapes, seed)
+        proof, reference, unknown = runnable_feeds(session, shapes, seed, known_words(original))
         if any(None in (shape or (None,)) for shape in shapes.values()):
             notes += (f"unknown input axes were set to {unknown} for verification",)
     else:

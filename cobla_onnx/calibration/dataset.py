@@ -57,7 +57,7 @@ def input_specs(
     Raises
     ------
     ModelError
-        If an input is not a tensor of numbers.
+        If an input is not a tensor.
     """
     stored = {tensor.name for tensor in model.graph.initializer}
     return tuple(
@@ -69,12 +69,13 @@ def input_specs(
 
 def _spec(value: onnx.ValueInfoProto, given: Sequence[int | None] | None) -> InputSpec:
     kind = value.type.tensor_type
-    if not value.type.HasField("tensor_type") or kind.elem_type == onnx.TensorProto.STRING:
+    if not value.type.HasField("tensor_type"):
         raise ModelError(
-            f"input {value.name!r}: is not a tensor of numbers, which calibration data could "
-            "feed; leave --data away"
+            f"input {value.name!r}: is not a tensor, which calibration data could feed; leave "
+            "--data away"
         )
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    text = kind.elem_type == onnx.TensorProto.STRING
+    dtype = np.dtype("U" if text else onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
     if not kind.HasField("shape"):
         return InputSpec(value.name, dtype, None)
     sizes = [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim]
@@ -269,6 +270,8 @@ def _split(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _converted(array: NDArray[Any], dtype: np.dtype[Any], where: str) -> NDArray[Any]:
     """Convert to the input's type, where no meaning is lost."""
+    if dtype.kind == "U":
+        return _as_text(array, where)
     if array.dtype.kind not in "fiub":
         raise DataError(f"{where}: holds {array.dtype}, not numbers")
     if dtype.kind == "f":
@@ -288,6 +291,20 @@ def _converted(array: NDArray[Any], dtype: np.dtype[Any], where: str) -> NDArray
     if not np.array_equal(converted, array):
         raise DataError(f"{where}: its values do not fit into {dtype}; convert it first")
     return converted
+
+
+def _as_text(array: NDArray[Any], where: str) -> NDArray[Any]:
+    if array.dtype.kind == "S":
+        try:
+            array = np.char.decode(array, "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: is not UTF-8 text; encode it again") from error
+    texts = array.dtype.kind == "U" or all(isinstance(item, str) for item in array.ravel())
+    if not texts:
+        raise DataError(f"{where}: holds {array.dtype}, the model wants text; save strings")
+    array = array.astype(str)
+    # An array of empty texts takes no bytes, and could not be read back.
+    return array if array.dtype.itemsize else array.astype("U1")
 
 
 def _check_shape(array: NDArray[Any], spec: InputSpec, rows: bool, where: str) -> None:

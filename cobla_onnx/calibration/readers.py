@@ -226,7 +226,8 @@ def _header(
             raise DataError(f"{path}: {member!r} is no array; save it again") from error
         if dtype.hasobject:
             raise DataError(
-                f"{path}: {member!r} holds Python objects, which are not read; save numbers"
+                f"{path}: {member!r} holds Python objects, which are not read; save numbers, "
+                "or texts as an array of dtype str"
             )
         size = int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize
         if file.tell() + size != archive.getinfo(member).file_size:
