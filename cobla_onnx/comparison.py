@@ -68,7 +68,7 @@ class _Reaction:
         batched = bool(value.ndim) and len(value) == samples
         rows = value if batched else value[None]
         if self.first is None:
-            self.first = rows[0]
+            self.first = np.asarray(rows[0])
         if rows.shape[1:] != self.first.shape:
             # Inputs of another shape give other outputs by that alone.
             self.comparable = False

@@ -60,7 +60,7 @@ def test_text_sequences_and_maps_are_compared():
         "maps": [{"b": 2.0, "a": 1.0}, {"a": 3.0, "b": 4.0}],
     }
     comparison = Comparison()
-    comparison.add(before, after)
+    comparison.add(before, after, 4)
     found = {output.name: output for output in comparison.results()}
     assert (found["text"].equal, found["text"].relative_l2) == (0.75, None)
     assert found["list"].relative_l2 == pytest.approx(np.sqrt(0.5))
@@ -170,3 +170,69 @@ def test_labels_as_integers_are_compared_by_what_is_equal():
     (found,) = compress(model, Budget(mem=0.8)).report.verification.outputs
     assert 0 <= found.equal <= 1
     assert found.argmax_agreement is None
+
+
+def test_texts_are_drawn_and_read_from_data(tmp_path):
+    """Texts that the model knows, as input and as output."""
+    nodes = [
+        NODE(
+            "LabelEncoder", ["s"], ["i"], "number", domain="ai.onnx.ml",
+            keys_strings=["red", "green"], values_int64s=[0, 1], default_int64=2,
+        ),
+        NODE("Gather", ["table", "i"], ["x"], "gather"),
+        NODE("MatMul", ["x", "w1"], ["a"], "fc1"),
+        NODE("MatMul", ["a", "w2"], ["y"], "fc2"),
+        NODE("ArgMax", ["y"], ["best"], "best", axis=1, keepdims=0),
+        NODE(
+            "LabelEncoder", ["best"], ["word"], "word", domain="ai.onnx.ml",
+            keys_int64s=list(range(8)), values_strings=list("abcdefgh"), default_string="?",
+        ),
+    ]  # fmt: skip
+    arrays = {
+        "table": random_array(3, 16),
+        "w1": random_array(16, 16, seed=1),
+        "w2": random_array(16, 8, seed=2),
+    }
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "words",
+        [info("s", TensorProto.STRING, ["n"])],
+        [info("y", TensorProto.FLOAT, ["n", 8]), info("word", TensorProto.STRING, ["n"])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 2)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    outputs = compress(model, Budget(mem=0.8)).report.verification.outputs
+    assert {output.name for output in outputs} == {"y", "word"}
+    assert outputs[0].reacts
+    for texts in (np.array(["red", "green"] * 10), np.array([b"red", b"green"] * 10)):
+        np.savez(tmp_path / "d.npz", s=texts)
+        report = compress(model, Budget(mem=0.8), data=tmp_path / "d.npz").report
+        assert report.calibration.loss < 1e-3
+    np.savez(tmp_path / "o.npz", s=np.array(["red", "green"], object))
+    with pytest.raises(errors.DataError, match="dtype str"):
+        compress(model, Budget(mem=0.8), data=tmp_path / "o.npz")
+
+
+def test_an_output_that_numpy_does_not_know_is_named():
+    nodes = [
+        NODE("MatMul", ["x", "w1"], ["a"], "fc1"),
+        NODE("Cast", ["a"], ["y"], "cast", to=TensorProto.BFLOAT16),
+    ]
+    model = model_of(nodes, {"w1": random_array(16, 16)}, {"x": ["n", 16]}, [])
+    model.graph.output.append(helper.make_tensor_value_info("y", TensorProto.BFLOAT16, ["n", 16]))
+    check = compress(model, Budget(mem=0.8)).report.verification
+    assert check.outputs == ()
+    assert any("'y'" in note and "not compared" in note for note in check.notes)
+
+
+def test_a_part_that_does_not_load_is_not_blamed_on_the_file():
+    from cobla_onnx.runtime import open_session
+
+    broken = noisy("normal")
+    broken.graph.node[0].op_type = "NoSuchOperator"
+    with pytest.raises(errors.PartError, match=r"cut out for the loss.*not at fault") as caught:
+        open_session(broken, 1, part="the loss")
+    assert caught.value.exit_code == 1
+    assert "fc1" in str(caught.value) or "NoSuchOperator" in str(caught.value)
