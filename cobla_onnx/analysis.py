@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -189,13 +189,14 @@ def analyse(
     budgets: Sequence[Budget] = (),
     refine: bool = False,
     refuse: Callable[[BudgetError, Analysis], BudgetError] = lambda error, analysis: error,
+    unmeasured: Collection[str] = (),
 ) -> Analysis:
     """Find a model's layers, count their costs and compute their singular values.
 
     With `see`, which shows the layers the calibration data, singular values and errors are
     those of the layers' outputs and not of their weights, unless `weigh` is False. Layers are
     mapped over `pool`, by default over `threads` of this process. `ranks` says which ranks are
-    candidates.
+    candidates. The layers called `unmeasured` are left whole: no loss would see their errors.
 
     Raises
     ------
@@ -209,6 +210,7 @@ def analyse(
     shapes, macs, notes = model_costs(model, known, macs_needed, threads)
     total = None if macs is None else sum(macs.values())
     notes += _warnings(model, inventory)
+    inventory = _without_unmeasured(inventory, unmeasured)
     skipped = list(inventory.skipped)
     taken: list[Layer] = []
     for layer in inventory.layers:
@@ -278,6 +280,14 @@ def _vector_meets_batch(layer: Layer, shapes: Mapping[str, Shape]) -> bool:
     if layer.op != "MatMul" or len(layer.shape) == 2:
         return False
     return any(len(shapes.get(use.data) or ()) < 2 for use in layer.uses)
+
+
+def _without_unmeasured(inventory: Inventory, unmeasured: Collection[str]) -> Inventory:
+    """Leave out the layers called `unmeasured`, whose loss cannot be taken."""
+    blind = [layer for layer in inventory.layers if layer.name in unmeasured]
+    skipped = [Skipped(x.name, x.op, Reason.UNMEASURED, "", x.params) for x in blind]
+    kept = tuple(layer for layer in inventory.layers if layer.name not in unmeasured)
+    return replace(inventory, layers=kept, skipped=(*inventory.skipped, *skipped))
 
 
 def _warnings(model: onnx.ModelProto, inventory: Inventory) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.judge import Judge
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.network import NetworkLoss, Path
+from cobla_onnx.calibration.outputs import MeasuredModel
 from cobla_onnx.calibration.probe import Weights
 from cobla_onnx.calibration.quality import measure_quality
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers, replaced_weights
@@ -79,6 +80,8 @@ class Calibrated:
         Over which layers are measured.
     cache : Cache, optional
         Keeps what was measured.
+    measured : MeasuredModel, optional
+        Where the loss is taken; at all outputs of the model.
 
     Attributes
     ----------
@@ -101,6 +104,7 @@ class Calibrated:
     refit: bool = True
     pool: Pool = field(default_factory=Pool)
     cache: Cache | None = None
+    measured: MeasuredModel | None = None
     history: list[Step] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
     _report: dict[str, Any] = field(default_factory=dict)
@@ -111,8 +115,10 @@ class Calibrated:
     )
 
     def __post_init__(self) -> None:
+        if self.measured is None:
+            self.measured = MeasuredModel(self.model, {})
         self.judge = Judge(
-            self.model,
+            self.measured.model,
             self.analysis.layers,
             self.dataset,
             self.batch,
@@ -350,21 +356,28 @@ class Calibrated:
         return "held-back", lambda: self.judge.batches(self.dataset.selection)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What is measured in place of what."""
+        return () if self.measured is None else self.measured.notes
+
+    @property
     def held_back_batches(self) -> int:
         """About how many batches `held_back` gives; more where shapes differ."""
         return max(1, -(-len(self.dataset.selection) // self.batch))
 
     def report(self) -> CalibrationReport:
         """Return what the data was and what it told."""
-        measured = self.judge.selection
+        assert self.measured is not None
+        shown = self.measured.shown
+        selection = self.judge.selection
         # Records that are kept whole are batches.
         whole = self.dataset.rows is None
         return CalibrationReport(
             source=self.dataset.source,
             calibration_samples=self.dataset.count(self.dataset.calibration),
-            selection_samples=len(measured.batches) if whole else measured.samples,
-            outputs=dict(self.judge.kinds),
-            temperatures=dict(self.judge.temperatures),
+            selection_samples=len(selection.batches) if whole else selection.samples,
+            outputs={shown(name): kind for name, kind in self.judge.kinds.items()},
+            temperatures={shown(name): t for name, t in self.judge.temperatures.items()},
             **self._report,
         )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from cobla_onnx.errors import VerificationError
 from cobla_onnx.names import quoted
 
-__all__ = ["Comparison", "OutputComparison", "is_numeric"]
+__all__ = ["Comparison", "OutputComparison", "as_array", "differently_made", "is_numeric"]
+
+# Values this near to 0 and 1 are what a saturated activation gives.
+SATURATED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -23,28 +26,81 @@ class OutputComparison:
     Attributes
     ----------
     name : str
-    max_abs : float
-        Largest absolute difference.
-    relative_l2 : float
-        Norm of the difference over the norm of the original.
-    cosine : float
-        Cosine of the angle between the two; 1 is the same direction.
+    max_abs : float or None
+        Largest absolute difference; None for text.
+    relative_l2 : float or None
+        Norm of the difference over the norm of the original; None for text.
+    cosine : float or None
+        Cosine of the angle between the two; 1 is the same direction. None for text.
     sqnr_db : float or None
         Signal to quantisation noise, 20 log10(norm / norm of difference); None if equal.
     argmax_agreement : float or None
         Share of samples with the same largest entry along axis 1, None if there is none.
+    equal : float or None
+        Share of entries that are the same, for outputs that are not of floating type.
+    reacts : bool
+        Whether the original's output differs between the inputs; where not, that the two are
+        near says nothing about the approximation.
     """
 
     name: str
-    max_abs: float
-    relative_l2: float
-    cosine: float
+    max_abs: float | None
+    relative_l2: float | None
+    cosine: float | None
     sqnr_db: float | None
     argmax_agreement: float | None
+    equal: float | None = None
+    reacts: bool = True
+
+
+@dataclass
+class _Reaction:
+    """Whether an output differs between samples, by more than rounding or saturation."""
+
+    first: NDArray[Any] | None = None
+    rows: int = 0
+    scale: float = 0.0
+    deviation: float = 0.0
+    saturated: bool = True
+    comparable: bool = True
+
+    def add(self, value: NDArray[Any], samples: int | None) -> None:
+        batched = bool(value.ndim) and len(value) == samples
+        rows = value if batched else value[None]
+        if self.first is None:
+            self.first = np.asarray(rows[0])
+        if rows.shape[1:] != self.first.shape:
+            # Inputs of another shape give other outputs by that alone.
+            self.comparable = False
+            return
+        self.rows += len(rows)
+        if value.dtype.kind not in "fiub":
+            self.deviation = max(self.deviation, float((rows != self.first).any()))
+            return
+        wide = rows.astype(np.float64)
+        first = self.first.astype(np.float64)
+        finite = np.isfinite(wide) & np.isfinite(first)
+        wide = np.where(finite, wide, 0.0)
+        change = np.where(finite, np.abs(wide - np.where(np.isfinite(first), first, 0.0)), 0.0)
+        self.scale = max(self.scale, float(np.abs(wide).max(initial=0.0)))
+        self.deviation = max(self.deviation, float(change.max(initial=0.0)))
+        near = np.abs(wide - np.round(wide)) <= SATURATED
+        self.saturated &= bool(near.all() and (np.abs(wide) <= 1 + SATURATED).all())
+
+    def reacts(self, dtype: np.dtype[Any]) -> bool:
+        """Whether it does, as far as can be seen."""
+        if self.rows < 2 or not self.comparable:
+            return True
+        if dtype.kind != "f":
+            return self.deviation > 0
+        if self.saturated and self.scale >= 1 - SATURATED and self.deviation <= 2 * SATURATED:
+            return False
+        return self.deviation > 8 * float(np.finfo(dtype).eps) * self.scale
 
 
 @dataclass
 class _Sums:
+    dtype: np.dtype[Any]
     largest: float = 0.0
     expected: float = 0.0
     actual: float = 0.0
@@ -52,36 +108,71 @@ class _Sums:
     noise: float = 0.0
     same: int = 0
     compared: int = 0
+    equal: int = 0
+    entries: int = 0
+    reaction: _Reaction = field(default_factory=_Reaction)
 
 
 class Comparison:
-    """Compares outputs of two models over any number of batches."""
+    """Compares outputs of two models over any number of batches.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    varying : collection of str
+        Outputs whose shape follows from the data: where it differs they are counted, and not
+        compared.
+    """
+
+    def __init__(self, varying: Collection[str] = ()) -> None:
+        self._varying = set(varying)
         self._sums: dict[str, _Sums] = {}
+        self._batches = 0
+        self._other_shape: dict[str, int] = {}
 
-    def add(self, expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
-        """Add the outputs of one batch.
+    def add(
+        self, expected: Mapping[str, Any], actual: Mapping[str, Any], samples: int | None = None
+    ) -> None:
+        """Add the outputs of one batch of so many samples.
 
         Raises
         ------
         VerificationError
             If a shape or a type changed, or an output is no longer finite.
         """
-        for name, before in expected.items():
-            if is_numeric(before):
-                self._add(name, before, actual[name])
+        self._batches += 1
+        for name, value in expected.items():
+            before, after = as_array(value), as_array(actual[name])
+            if before is None or after is None:
+                if (before is None) != (after is None):
+                    self._refuse(name)
+                continue
+            if differently_made(before, after, name in self._varying):
+                self._refuse(name)
+            if before.shape != after.shape:
+                self._other_shape[name] = self._other_shape.get(name, 0) + 1
+            elif before.size:
+                self._add(name, before, after, samples)
 
-    def _add(self, name: str, before: NDArray[Any], after: NDArray[Any]) -> None:
-        if before.shape != after.shape or before.dtype != after.dtype:
-            raise VerificationError(
-                f"output {quoted(name)}: shape or type changed; nothing was written"
-            )
-        sums = self._sums.setdefault(name, _Sums())
-        if before.ndim >= 2 and before.shape[1] >= 2:
+    @staticmethod
+    def _refuse(name: str) -> None:
+        raise VerificationError(
+            f"output {quoted(name)}: shape or type changed; nothing was written"
+        )
+
+    def _add(
+        self, name: str, before: NDArray[Any], after: NDArray[Any], samples: int | None
+    ) -> None:
+        sums = self._sums.setdefault(name, _Sums(before.dtype))
+        sums.reaction.add(before, samples)
+        if before.dtype.kind != "f":
+            sums.equal += int((before == after).sum())
+            sums.entries += before.size
+        elif before.ndim >= 2 and before.shape[1] >= 2:
             same = np.argmax(before, axis=1) == np.argmax(after, axis=1)
             sums.same += int(same.sum())
             sums.compared += same.size
+        if not is_numeric(before):
+            return
         old, new = np.ravel(before).astype(np.float64), np.ravel(after).astype(np.float64)
         both = np.isfinite(old) & np.isfinite(new)
         if not both.all():
@@ -98,8 +189,23 @@ class Comparison:
         sums.noise += float(difference @ difference)
 
     def results(self) -> tuple[OutputComparison, ...]:
-        """Return what was measured, one entry for each numeric output."""
+        """Return what was measured, one entry for each output that could be compared."""
         return tuple(_result(name, sums) for name, sums in self._sums.items())
+
+    def notes(self) -> tuple[str, ...]:
+        """Say what could not be compared, and where nothing follows from the comparison."""
+        notes = tuple(
+            f"output {quoted(name)}: could not be compared on {count} of {self._batches} batches, "
+            "its shape follows from the data and differs"
+            for name, count in self._other_shape.items()
+        )
+        results = self.results()
+        if results and not any(output.reacts for output in results):
+            notes += (
+                "no output of the original reacts to these inputs, so the comparison of outputs "
+                "tells nothing about the approximation; give inputs of the real kind by --data",
+            )
+        return notes
 
 
 def is_numeric(value: Any) -> bool:
@@ -107,13 +213,51 @@ def is_numeric(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.size > 0
 
 
+def as_array(value: Any) -> NDArray[Any] | None:
+    """Turn an output of any kind into one array; None where there is nothing to compare.
+
+    A sequence becomes an array with an axis more where its members are alike, and otherwise
+    the list of all their entries; a map the values in the order of its keys.
+    """
+    if isinstance(value, np.ndarray):
+        return value if value.dtype.kind in "fiubOUS" else None
+    if isinstance(value, Mapping):
+        value = [value[key] for key in sorted(value)]
+    if isinstance(value, (list, tuple)):
+        members = [as_array(member) for member in value]
+        arrays = [member for member in members if member is not None]
+        if len(arrays) < len(members):
+            return None
+        if not arrays:
+            return np.zeros(0, np.float32)
+        if len({array.shape for array in arrays}) == 1:
+            return np.stack(arrays)
+        return np.concatenate([array.ravel() for array in arrays])
+    if isinstance(value, float):
+        # Maps hold single precision, which Python widens.
+        return np.asarray(value, np.float32)
+    return np.asarray(value) if isinstance(value, (int, str)) else None
+
+
+def differently_made(before: NDArray[Any], after: NDArray[Any], varying: bool) -> bool:
+    """Whether two outputs differ in type or rank, or in a shape that does not follow from data."""
+    text = before.dtype.kind in "OUS" and after.dtype.kind in "OUS"
+    if before.dtype != after.dtype and not text:
+        return True
+    return before.ndim != after.ndim or (before.shape != after.shape and not varying)
+
+
 def _result(name: str, sums: _Sums) -> OutputComparison:
     norm, other, noise = (math.sqrt(v) for v in (sums.expected, sums.actual, sums.noise))
+    numbers = sums.dtype.kind in "fiub"
+    cosine = sums.product / (norm * other) if norm > 0 and other > 0 else float(noise == 0)
     return OutputComparison(
         name=name,
-        max_abs=sums.largest,
-        relative_l2=noise / norm if norm > 0 else noise,
-        cosine=sums.product / (norm * other) if norm > 0 and other > 0 else float(noise == 0),
+        max_abs=sums.largest if numbers else None,
+        relative_l2=(noise / norm if norm > 0 else noise) if numbers else None,
+        cosine=cosine if numbers else None,
         sqnr_db=None if noise == 0 or norm == 0 else 20 * math.log10(norm / noise),
         argmax_agreement=sums.same / sums.compared if sums.compared else None,
+        equal=sums.equal / sums.entries if sums.entries else None,
+        reacts=sums.reaction.reacts(sums.dtype),
     )

@@ -3,6 +3,7 @@
 CoblaError
  ├── UsageError          exit 2   an option, a name or a path that cannot be used
  ├── ModelError          exit 3   the model is invalid, or is of a kind we cannot read
+ │    └── PartError      exit 1   a part that we cut from the graph does not load: our fault
  ├── DataError           exit 3   the calibration data is invalid, or does not fit the model
  ├── BudgetError         exit 4   the budget cannot be met; names the smallest that can
  ├── VerificationError   exit 5   the result did not pass; nothing was written
@@ -19,6 +20,7 @@ __all__ = [
     "CoblaError",
     "DataError",
     "ModelError",
+    "PartError",
     "UsageError",
     "VerificationError",
     "WriteError",
@@ -41,6 +43,12 @@ class ModelError(CoblaError):
     """The model is invalid, or is of a kind that cannot be read."""
 
     exit_code = 3
+
+
+class PartError(ModelError):
+    """A part that was cut from the graph does not load, though the file as a whole does."""
+
+    exit_code = 1
 
 
 class DataError(CoblaError):

@@ -121,6 +121,7 @@ def _groups(
     texts = {
         Reason.EXCLUDED: (f"left out by {options}", "leave fewer layers out"),
         Reason.TOO_SMALL: ("below --min-size", "lower --min-size"),
+        Reason.UNMEASURED: ("whose loss cannot be measured", "give --objective weights"),
     }
     found = []
     for reason, (text, advice) in texts.items():

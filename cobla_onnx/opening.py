@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.dataset import Dataset, input_specs
 from cobla_onnx.calibration.labels import Labels, align_labels, read_labels
 from cobla_onnx.calibration.readers import open_data
-from cobla_onnx.errors import ModelError, WriteError
+from cobla_onnx.errors import ModelError, PartError, WriteError
 from cobla_onnx.graph.checks import check_structure
 from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.model_file import load_model
@@ -71,6 +71,8 @@ def naming(source: Path | None) -> Iterator[None]:
     shown = "the model" if source is None else safe_text(str(source), 300)
     try:
         yield
+    except PartError as error:
+        raise PartError(f"{error} ({shown})") from error
     except ModelError as error:
         raise ModelError(f"{shown}: {error}") from error
     except MemoryError as error:

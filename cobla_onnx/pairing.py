@@ -11,23 +11,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnxruntime
+from numpy.typing import NDArray
 
 from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import model_costs
 from cobla_onnx.calibration.dataset import InputSpec, input_specs
 from cobla_onnx.calibration.readers import ImageOptions, open_data
-from cobla_onnx.comparison import Comparison, OutputComparison, is_numeric
+from cobla_onnx.comparison import Comparison, OutputComparison, as_array, differently_made
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.exported import Exported
 from cobla_onnx.graph.cost import fixed_input_shapes
 from cobla_onnx.graph.external import external_place, is_external
 from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
+from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
 from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.opening import ModelSource, available_cores, open_model
 from cobla_onnx.progress import Progress
+from cobla_onnx.rendering.terminal import output_text
 from cobla_onnx.runtime import Feeds, execution_provider, open_session, run_session, runnable_feeds
+from cobla_onnx.verify import varying_outputs
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -158,7 +162,7 @@ def compare(
         execution_provider(provider) as running_on,
         _inputs(models[0], shapes, data, samples, batch, images, seed, threads) as inputs,
     ):
-        outputs, count = _compare_outputs(models, names, inputs, threads, notify)
+        outputs, count, more = _compare_outputs(models, names, inputs, threads, notify)
         notify("latency", 0, 1)
         stopwatch = timing.Stopwatch(threads)
         times = stopwatch.times(models, inputs.example, seconds=SECONDS, least=LEAST, most=MOST)
@@ -183,7 +187,7 @@ def compare(
         threads=threads,
         provider=running_on,
         onnxruntime=onnxruntime.__version__,
-        notes=tuple(dict.fromkeys(note for _, _, notes in costs for note in notes)),
+        notes=tuple(dict.fromkeys([*(n for _, _, notes in costs for n in notes), *more])),
     )
 
 
@@ -214,7 +218,8 @@ def _inputs(
 ) -> Iterator[_Inputs]:
     if data is None:
         session = open_session(model, threads, optimized=True)
-        feeds, _, _ = runnable_feeds(session, fixed_input_shapes(model, shapes), seed)
+        known = fixed_input_shapes(model, shapes)
+        feeds, _, _ = runnable_feeds(session, known, seed, known_words(model))
         yield _Inputs("random", feeds, len(feeds), feeds[0], {})
         return
     with open_data(data, input_specs(model, shapes), samples=samples, images=images) as dataset:
@@ -231,17 +236,19 @@ def _compare_outputs(
     inputs: _Inputs,
     threads: int,
     notify: Progress,
-) -> tuple[tuple[OutputComparison, ...], int]:
+) -> tuple[tuple[OutputComparison, ...], int, tuple[str, ...]]:
     sessions = [open_session(model, threads, optimized=True) for model in models]
-    comparison, count = Comparison(), 0
+    varying = frozenset().union(*(varying_outputs(model, inputs.example) for model in models))
+    comparison, count = Comparison(varying), 0
     for number, feeds in enumerate(inputs.batches):
         notify("outputs", number, inputs.count)
         before, after = (run_session(session, feeds) for session in sessions)
-        _check_outputs(before, after, names)
-        comparison.add(before, after)
-        count += max((len(value) for value in feeds.values() if value.ndim), default=1)
+        _check_outputs(before, after, names, varying)
+        samples = max((len(value) for value in feeds.values() if value.ndim), default=1)
+        comparison.add(before, after, samples)
+        count += samples
     notify("outputs", inputs.count, inputs.count)
-    return comparison.results(), count
+    return comparison.results(), count, comparison.notes()
 
 
 def _check_ends(
@@ -286,22 +293,27 @@ def _list(named: Iterable[str]) -> str:
     return ", ".join(quoted(name) for name in sorted(named)) or "none"
 
 
-def _check_outputs(before: Feeds, after: Feeds, names: Sequence[str]) -> None:
-    for name, value in before.items():
-        other = after[name]
-        if not is_numeric(value):
+def _check_outputs(
+    before: Feeds, after: Feeds, names: Sequence[str], varying: frozenset[str]
+) -> None:
+    for name, given in before.items():
+        value, other = as_array(given), as_array(after[name])
+        if value is None and other is None:
             continue
-        if not is_numeric(other) or value.shape != other.shape or value.dtype != other.dtype:
+        if value is None or other is None or differently_made(value, other, name in varying):
             raise UsageError(
-                f"output {quoted(name)}: {names[0]} gives {value.dtype} {list(value.shape)}, "
-                f"{names[1]} gives {getattr(other, 'dtype', type(other).__name__)} "
-                f"{list(getattr(other, 'shape', ()))}; give two models with the same outputs"
+                f"output {quoted(name)}: {names[0]} gives {_made(value)}, {names[1]} gives "
+                f"{_made(other)}; give two models with the same outputs"
             )
         if value.dtype.kind == "f" and np.isfinite(value).all() and not np.isfinite(other).all():
             raise ModelError(
                 f"{names[1]}: output {quoted(name)} is not finite where {names[0]} gives numbers; "
                 "the model overflows, check how it was made"
             )
+
+
+def _made(value: NDArray[Any] | None) -> str:
+    return "nothing that is compared" if value is None else f"{value.dtype} {list(value.shape)}"
 
 
 def _path(source: ModelSource) -> Path | None:
@@ -383,9 +395,4 @@ def _render(found: ModelComparison) -> RenderableType:
 
 
 def _output_line(output: OutputComparison) -> str:
-    agreement = output.argmax_agreement
-    same = "" if agreement is None else f", same arg-max {agreement:.1%}"
-    return (
-        f"  {safe_text(output.name)}: relative error {output.relative_l2:.3g}, largest "
-        f"difference {output.max_abs:.3g}{same}"
-    )
+    return f"  {safe_text(output.name)}: {output_text(output, largest=True)}"

@@ -25,6 +25,7 @@ from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.model_file import copy_without_initializers, tensor_bytes
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.names import quoted, safe_text
+from cobla_onnx.parts import part_error
 from cobla_onnx.scratch import array_bytes
 
 __all__ = [
@@ -103,18 +104,20 @@ def open_session(
     *,
     optimized: bool = False,
     timed: bool = False,
+    part: str = "",
 ) -> onnxruntime.InferenceSession:
     """Open a model in onnxruntime without serialising its weights.
 
     It runs on the provider of `execution_provider`. Graph optimisations are off unless
     asked for, so that two models are compared at the same level. `extra_weights` are
     initializers beside those that the model holds. A session to be timed is one as users
-    open it, optimised and with threads that spin while it runs, and only then.
+    open it, optimised and with threads that spin while it runs, and only then. `part` says
+    what for the model was cut from one that loads as a whole.
 
     Raises
     ------
     ModelError
-        If onnxruntime does not load the model.
+        If onnxruntime does not load the model; `PartError` if it is a part.
     """
     provider = current_provider()
     folder = _mapped_folder(model)
@@ -141,6 +144,8 @@ def open_session(
                 light.SerializeToString(), options, providers=list(dict.fromkeys((provider, CPU)))
             )
         except Exception as error:
+            if part:
+                raise part_error(light, part, first_line(error)) from error
             raise ModelError(
                 f"onnxruntime {onnxruntime.__version__} cannot load the model: "
                 f"{first_line(error)}; check the file with onnx.checker, or update onnxruntime"
@@ -270,20 +275,20 @@ def first_line(error: Exception) -> str:
 
 
 def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str, Any]:
-    """Run a session for all its outputs, by name.
+    """Run a session for all its outputs by name, but for bfloat16, which numpy has not.
 
     Raises
     ------
     ModelError
         If onnxruntime fails on these inputs.
     """
-    names = [output.name for output in session.get_outputs()]
+    names = [o.name for o in session.get_outputs() if "bfloat16" not in o.type]
     options = onnxruntime.RunOptions()
     timer = threading.Timer(RUN_LIMIT, setattr, (options, "terminate", True))
     timer.daemon = True
     timer.start()
     try:
-        return dict(zip(names, session.run(names, feeds, options), strict=True))
+        return dict(zip(names, session.run(names, feeds, options) if names else (), strict=True))
     except Exception as error:
         shapes = {safe_text(name): list(value.shape) for name, value in feeds.items()}
         raise ModelError(
@@ -301,17 +306,18 @@ def random_feeds(
     seed: int,
     batch: int = 1,
     unknown: int = SIZES_TO_TRY[0],
+    words: Sequence[str] = ("0", "1"),
 ) -> Feeds:
     """Draw inputs that fit the types and shapes of a model's inputs.
 
-    Floats are standard normal, integers 0 or 1 (valid as token, index and mask), each
-    from `seed`. A symbolic first axis becomes `batch`, and so do axes of the same symbol;
-    other unknown axes become `unknown`.
+    Floats are standard normal, integers 0 or 1 (valid as token, index and mask), texts some
+    of `words`, each from `seed`. A symbolic first axis becomes `batch`, and so do axes of the
+    same symbol; other unknown axes become `unknown`.
 
     Raises
     ------
     ModelError
-        If an input is of a type that cannot be drawn, such as a string or a sequence.
+        If an input is of a type that cannot be drawn, such as a sequence.
     """
     generator = np.random.default_rng(seed)
     feeds: Feeds = {}
@@ -339,6 +345,9 @@ def random_feeds(
             feeds[value.name] = generator.standard_normal(sizes).astype(dtype)
         elif kind == "bool" or kind.lstrip("u").startswith("int"):
             feeds[value.name] = generator.integers(0, 2, sizes).astype(kind)
+        elif kind == "string":
+            drawn = generator.integers(0, len(words), sizes)
+            feeds[value.name] = np.array(words, object)[drawn].reshape(sizes)
         else:
             raise ModelError(
                 f"input {quoted(value.name)}: cannot make random values of {value.type}"
@@ -347,26 +356,31 @@ def random_feeds(
 
 
 def runnable_feeds(
-    session: onnxruntime.InferenceSession, shapes: Mapping[str, Shape], seed: int
+    session: onnxruntime.InferenceSession,
+    shapes: Mapping[str, Shape],
+    seed: int,
+    words: Sequence[str] = ("0", "1"),
 ) -> tuple[list[Feeds], list[dict[str, Any]], int]:
     """Find sizes for unknown axes that the model accepts; return inputs and outputs."""
     failure: ModelError | None = None
     for unknown in SIZES_TO_TRY:
         try:
-            feeds = [random_feeds(session, shapes, seed, 1, unknown)]
+            feeds = [random_feeds(session, shapes, seed, 1, unknown, words)]
             results = [run_session(session, feeds[0])]
         except ModelError as error:
             failure = failure or error
             if all(None not in (shape or (None,)) for shape in shapes.values()):
                 break
             continue
-        more = random_feeds(session, shapes, seed + 1, 3, unknown)
-        try:
-            results.append(run_session(session, more))
+        # Many a graph has the batch written into a Reshape: another single one must do then.
+        for batch in (3, 1):
+            more = random_feeds(session, shapes, seed + 1, batch, unknown, words)
+            try:
+                results.append(run_session(session, more))
+            except ModelError:
+                continue
             feeds.append(more)
-        except ModelError:
-            # Many a graph has the batch written into a Reshape: one sample must do.
-            pass
+            break
         return feeds, results, unknown
     assert failure is not None
     raise failure

@@ -19,9 +19,10 @@ from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.evidence import lack_of_evidence
 from cobla_onnx.calibration.loss import LossName
+from cobla_onnx.calibration.outputs import MeasuredModel, measured_model
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.content import model_content
-from cobla_onnx.graph.layers import Layer
+from cobla_onnx.graph.layers import Layer, find_layers
 from cobla_onnx.holding import explain
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.machine import convolution_block
@@ -42,6 +43,9 @@ from cobla_onnx.study import Study
 from cobla_onnx.timed import Timed, open_profile
 
 __all__ = ["open_study"]
+
+# Samples on which it is seen what shapes and types the outputs have.
+EXAMPLES = 6
 
 
 @contextmanager
@@ -99,6 +103,7 @@ def open_study(
         )
         shapes, notes = known_shapes(settings, dataset)
         refine = settings.rank_multiple == "auto"
+        measured = None if dataset is None else _measured(proto, dataset, threads)
         analysis = analyse(
             proto,
             input_shapes=shapes,
@@ -122,6 +127,7 @@ def open_study(
             refuse=lambda error, found: explain(
                 error, proto, found, settings, EVERY_RANK if refine else rule
             ),
+            unmeasured=() if measured is None or needed == "weights" else measured.unmeasured,
         )
         if dataset is not None:
             told = (*notes, *dataset.notes, *lack_of_evidence(dataset))
@@ -155,6 +161,7 @@ def open_study(
                 settings.refit,
                 pool,
                 kept,
+                measured,
             )
         seconds = time.perf_counter() - started
         try:
@@ -175,6 +182,12 @@ def open_study(
         finally:
             if analysis.seen is not None:
                 analysis.seen.close()
+
+
+def _measured(model: onnx.ModelProto, dataset: Dataset, threads: int) -> MeasuredModel:
+    """Choose where the loss is taken, by the graph and a few samples."""
+    examples = list(dataset.batches(dataset.calibration[:EXAMPLES], 1))
+    return measured_model(model, find_layers(model).layers, examples, threads=threads)
 
 
 def _see(

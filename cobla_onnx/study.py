@@ -232,10 +232,11 @@ class Study:
                 verification = replace(verification, samples=samples)
             self.notify("verify", steps, steps)
         latency: LatencyReport | None = None
-        more_notes: tuple[str, ...] = ()
+        more_notes = () if self.calibrated is None else self.calibrated.notes
         if self.timed is not None:
             limit = None if solution.budget is None else solution.budget.latency
-            latency, more_notes = self.timed.report(compressed, solution.plan, limit)
+            latency, of_time = self.timed.report(compressed, solution.plan, limit)
+            more_notes += of_time
         analysis = self.analysis
         if self.cache is not None:
             notes = dict.fromkeys((*analysis.notes, *self.cache.notes))

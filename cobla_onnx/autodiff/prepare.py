@@ -287,7 +287,7 @@ def _measure(
             missing.extend(unknown)
     if not missing:
         return
-    session = open_session(model, threads, extra_outputs=missing)
+    session = open_session(model, threads, extra_outputs=missing, part="gradients")
     results = run_session(session, random_feeds(session, dict(shapes), seed=0))
     for name in missing:
         if isinstance(results[name], np.ndarray):

@@ -271,7 +271,8 @@ def _shape(path: Path, archive: zipfile.ZipFile, member: str) -> tuple[int, ...]
             raise DataError(f"{path}: {member!r} is no array; save it again") from error
         if dtype.hasobject:
             raise DataError(
-                f"{path}: {member!r} holds Python objects, which are not read; save numbers"
+                f"{path}: {member!r} holds Python objects, which are not read; save numbers, "
+                "or texts as an array of dtype str"
             )
         size = int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize
         if file.tell() + size != archive.getinfo(member).file_size:

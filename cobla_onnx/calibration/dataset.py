@@ -46,7 +46,7 @@ def input_specs(
     Raises
     ------
     ModelError
-        If an input is not a tensor of numbers.
+        If an input is not a tensor.
     """
     stored = {tensor.name for tensor in model.graph.initializer}
     axes = first_axes(model)
@@ -61,12 +61,13 @@ def _spec(
     value: onnx.ValueInfoProto, first: FirstAxis, given: Sequence[int | None] | None
 ) -> InputSpec:
     kind = value.type.tensor_type
-    if not value.type.HasField("tensor_type") or kind.elem_type == onnx.TensorProto.STRING:
+    if not value.type.HasField("tensor_type"):
         raise ModelError(
-            f"input {value.name!r}: is not a tensor of numbers, which calibration data could "
-            "feed; leave --data away"
+            f"input {value.name!r}: is not a tensor, which calibration data could feed; leave "
+            "--data away"
         )
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    text = kind.elem_type == onnx.TensorProto.STRING
+    dtype = np.dtype("U" if text else onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
     if not kind.HasField("shape"):
         return InputSpec(value.name, dtype, None, first)
     sizes = [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim]

@@ -60,6 +60,8 @@ def converted(array: NDArray[Any], dtype: np.dtype[Any], where: str) -> NDArray[
     DataError
         If it would be, or a number is not finite.
     """
+    if dtype.kind == "U":
+        return _as_text(array, where)
     if array.dtype.kind not in "fiub":
         raise DataError(f"{where}: holds {array.dtype}, not numbers")
     if dtype.kind == "f":
@@ -79,6 +81,20 @@ def converted(array: NDArray[Any], dtype: np.dtype[Any], where: str) -> NDArray[
     if not np.array_equal(converted, array):
         raise DataError(f"{where}: its values do not fit into {dtype}; convert it first")
     return converted
+
+
+def _as_text(array: NDArray[Any], where: str) -> NDArray[Any]:
+    if array.dtype.kind == "S":
+        try:
+            array = np.char.decode(array, "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: is not UTF-8 text; encode it again") from error
+    texts = array.dtype.kind == "U" or all(isinstance(item, str) for item in array.ravel())
+    if not texts:
+        raise DataError(f"{where}: holds {array.dtype}, the model wants text; save strings")
+    array = array.astype(str)
+    # An array of empty texts takes no bytes, and could not be read back.
+    return array if array.dtype.itemsize else array.astype("U1")
 
 
 def check_shape(array: NDArray[Any], spec: InputSpec, rows: bool, where: str) -> None:

@@ -113,7 +113,7 @@ class GradientProbe:
         for name, reason in graph.blocked.items():
             places = exposed.weights if name in exposed.weights else exposed.biases
             self.blocked.setdefault(places.index(name), reason)
-        session = open_session(graph.model, self._threads, optimized=True)
+        session = open_session(graph.model, self._threads, optimized=True, part="gradients")
         return _Graph(session, graph)
 
 

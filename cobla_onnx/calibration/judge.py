@@ -80,7 +80,7 @@ class Judge:
 
     def _originals(self) -> Iterator[Feeds]:
         """Outputs of the original on the calibration split, batch by batch."""
-        session = open_session(self.model, self.threads, optimized=True)
+        session = open_session(self.model, self.threads, optimized=True, part="the loss")
         for feeds in self.batches(self.dataset.calibration):
             yield run_session(session, feeds)
 

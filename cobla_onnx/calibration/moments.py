@@ -232,7 +232,11 @@ class Taps:
         inner = [name for name in self._names if name not in inputs]
         # onnxruntime opens no graph without nodes.
         self._session = (
-            open_session(model, threads, inner, extra_weights, optimized=True) if inner else None
+            open_session(
+                model, threads, inner, extra_weights, optimized=True, part="what layers see"
+            )
+            if inner
+            else None
         )
 
     def run(self, feeds: Feeds) -> dict[str, Any]:

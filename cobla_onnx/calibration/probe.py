@@ -144,7 +144,9 @@ class Probe:
 
     def _run(self, feeds: Feeds) -> Feeds:
         if self._session is None:
-            self._session = open_session(self.exposed.model, self._threads, optimized=True)
+            self._session = open_session(
+                self.exposed.model, self._threads, optimized=True, part="the loss"
+            )
         return run_session(self._session, feeds)
 
     def rest(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import typer
@@ -69,6 +70,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except CoblaError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
         _fail(str(error), error.exit_code)
     except Exception as error:
         if "--debug" in sys.argv:

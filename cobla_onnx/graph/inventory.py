@@ -25,6 +25,7 @@ class Reason(str, Enum):
     EMPTY = "weight has no elements"
     DEPTHWISE = "depthwise convolution"
     GROUPED = "grouped transposed convolution"
+    UNMEASURED = "changes no tensor that the loss can be taken at"
     SUBGRAPH = "inside a sub-graph or function"
     EXCLUDED = "excluded by option"
     TOO_SMALL = "smaller than --min-size"

@@ -15,6 +15,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 from cobla_onnx.allocation.curves import Float64
+from cobla_onnx.errors import ModelError
 from cobla_onnx.runtime import Feeds, open_session, random_feeds, run_session
 
 __all__ = ["Comparison", "Stopwatch", "compare", "interleaved"]
@@ -129,9 +130,10 @@ class Stopwatch:
             if feeds is None:
                 declared = {v.name: tuple(v.shape) for v in session.get_inputs()}
                 feeds = random_feeds(session, declared, seed=0)
-            # The first run is guarded against those that never end.
-            run_session(session, feeds)
-            names = [output.name for output in session.get_outputs()]
+            # The first run is guarded against those that never end, and gives what can be had.
+            names = list(run_session(session, feeds))
+            if not names:
+                raise ModelError("the model has no output that numpy can hold; cast it to float")
             runs.append(_bound(session.run, names, feeds))
         return interleaved(runs, seconds=seconds, least=least, most=most)
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from cobla_onnx.amounts import count_text, percent_text
+from cobla_onnx.comparison import OutputComparison
 from cobla_onnx.names import safe_text
 from cobla_onnx.report import Cost, Report
 
@@ -120,18 +121,22 @@ def _verification(report: Report) -> list[str]:
         f"In onnxruntime on {check.samples} samples of {check.data} data; the rewrite is exact "
         f"to {check.rewrite_max_error:.1g} of a layer's largest output."
     )
-    rows = [
-        (
-            _code(output.name),
-            percent_text(output.relative_l2),
-            f"{output.cosine:.5f}",
-            "" if output.sqnr_db is None else f"{output.sqnr_db:.1f} dB",
-            "" if output.argmax_agreement is None else percent_text(output.argmax_agreement),
-        )
-        for output in check.outputs
-    ]
+    rows = [(_code(output.name), *_measures(output)) for output in check.outputs]
     heads = ("output", "relative error", "cosine", "SQNR", "same arg-max")
     return ["## Verification", text, _table(heads, rows)]
+
+
+def _measures(output: OutputComparison) -> tuple[str, str, str, str]:
+    if not output.reacts:
+        return "tells nothing: the same for all inputs", "", "", ""
+    if output.equal is not None:
+        return f"{percent_text(output.equal)} of the entries equal", "", "", ""
+    return (
+        percent_text(output.relative_l2),
+        "" if output.cosine is None else f"{output.cosine:.5f}",
+        "" if output.sqnr_db is None else f"{output.sqnr_db:.1f} dB",
+        "" if output.argmax_agreement is None else percent_text(output.argmax_agreement),
+    )
 
 
 def _calibration(report: Report) -> list[str]:

@@ -211,9 +211,15 @@ def _agreement(report: Report) -> tuple[str, str] | None:
     check = report.verification
     if check is None or not check.outputs:
         return None
-    outputs: Sequence[Any] = check.outputs
+    where = f"{check.samples} {check.data} samples"
+    outputs: Sequence[Any] = [output for output in check.outputs if output.reacts]
+    if not outputs:
+        return "?", f"no output reacts to the {where}: the comparison tells nothing"
     shares = [o.argmax_agreement for o in outputs if o.argmax_agreement is not None]
     if shares:
-        return percent_text(min(shares)), f"same top class, {check.samples} {check.data} samples"
+        return percent_text(min(shares)), f"same top class, {where}"
+    equal = [o.equal for o in outputs if o.equal is not None]
+    if equal:
+        return percent_text(min(equal)), f"equal entries, {where}"
     worst = max(o.relative_l2 for o in outputs)
-    return percent_text(worst), f"relative error, {check.samples} {check.data} samples"
+    return percent_text(worst), f"relative error, {where}"

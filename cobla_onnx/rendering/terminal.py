@@ -6,13 +6,14 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.amounts import count_text
+from cobla_onnx.comparison import OutputComparison
 from cobla_onnx.names import safe_text
 from cobla_onnx.report import BudgetUse, Cost, Report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["render"]
+__all__ = ["output_text", "render"]
 
 
 def _change(cost: Cost) -> str:
@@ -30,6 +31,24 @@ def _totals(name: str, unit: str, use: BudgetUse) -> str:
         f"{name}: kept {use.reached:.4f} ({factor}{limit}), "
         f"{count_text(use.before)} → {count_text(use.after)} {unit}"
     )
+
+
+def output_text(output: OutputComparison, largest: bool = False) -> str:
+    """Say how far an output is from the original's, or that the comparison tells nothing.
+
+    Parameters
+    ----------
+    largest : bool
+        Say the largest difference in place of the cosine.
+    """
+    if not output.reacts:
+        return "the original gives the same for all inputs, so the comparison tells nothing"
+    if output.equal is not None:
+        return f"{output.equal:.1%} of the entries are equal"
+    text = f"relative error {output.relative_l2:.3g}, "
+    text += f"largest difference {output.max_abs:.3g}" if largest else f"cosine {output.cosine:.4f}"
+    agreement = output.argmax_agreement
+    return text if agreement is None else f"{text}, same arg-max {agreement:.1%}"
 
 
 def render(report: Report) -> RenderableType:
@@ -132,12 +151,7 @@ def _verdict(report: Report) -> list[Any]:
             f"rewrite exact to {check.rewrite_max_error:.1g}"
         )
         for output in check.outputs:
-            agreement = output.argmax_agreement
-            same = "" if agreement is None else f", same arg-max {agreement:.1%}"
-            lines.append(
-                f"  {safe_text(output.name)}: relative error {output.relative_l2:.3g}, "
-                f"cosine {output.cosine:.4f}{same}"
-            )
+            lines.append(f"  {safe_text(output.name)}: {output_text(output)}")
     if report.unchanged:
         lines.append("the budgets are met as it is: the model is copied unchanged")
     lines.extend(f"note: {safe_text(note, 300)}" for note in report.notes)

@@ -39,8 +39,12 @@ def test_inputs_of_a_model():
     assert spec.shape == (None, 3, None, None)
     assert spec.filled == (None, 3, 32, 48)
     text = onnx.helper.make_tensor_value_info("a", onnx.TensorProto.STRING, [1])
-    with pytest.raises(ModelError, match="tensor of numbers"):
-        input_specs(onnx.helper.make_model(onnx.helper.make_graph([], "g", [text], [])))
+    (spec,) = input_specs(onnx.helper.make_model(onnx.helper.make_graph([], "g", [text], [])))
+    assert spec.dtype.kind == "U"
+    kind = onnx.helper.make_sequence_type_proto(onnx.helper.make_tensor_type_proto(1, None))
+    several = onnx.helper.make_value_info("a", kind)
+    with pytest.raises(ModelError, match="not a tensor"):
+        input_specs(onnx.helper.make_model(onnx.helper.make_graph([], "g", [several], [])))
 
 
 class Reader:

@@ -1,0 +1,36 @@
+"""Find the nodes that draw random numbers."""
+
+from __future__ import annotations
+
+import onnx
+
+from cobla_onnx.graph.operands import node_label
+from cobla_onnx.graph.tensors import subgraphs
+from cobla_onnx.names import quoted
+
+__all__ = ["random_nodes"]
+
+DRAWING = {
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
+
+
+def random_nodes(model: onnx.ModelProto) -> list[str]:
+    """Names and operators of the nodes that draw random numbers, sub-graphs included.
+
+    A Dropout is one of them where it is told to train.
+    """
+    found = []
+    graphs = [model.graph]
+    while graphs:
+        for index, node in enumerate(graphs.pop().node):
+            training = node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]
+            if node.op_type in DRAWING or training:
+                found.append(f"{quoted(node_label(node, index))} ({node.op_type})")
+            graphs.extend(subgraphs(node))
+    return found
