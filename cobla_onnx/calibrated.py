@@ -24,6 +24,7 @@ from cobla_onnx.allocation.sequential import Scores, Step, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.calibration.choosing import Compared
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.judge import Judge
@@ -79,6 +80,8 @@ class Calibrated:
         Over which layers are measured.
     cache : Cache, optional
         Keeps what was measured.
+    compared : Compared, optional
+        How outputs are compared; by `loss` where it is not given.
 
     Attributes
     ----------
@@ -101,6 +104,7 @@ class Calibrated:
     refit: bool = True
     pool: Pool = field(default_factory=Pool)
     cache: Cache | None = None
+    compared: Compared | None = None
     history: list[Step] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
     _report: dict[str, Any] = field(default_factory=dict)
@@ -119,6 +123,7 @@ class Calibrated:
             self.loss,
             self.threads,
             self.labels,
+            self.compared,
         )
 
     def start_over(self) -> None:
@@ -279,7 +284,7 @@ class Calibrated:
         do, and cost the most: how many are enough is seen with all layers truncated a little.
         """
         chosen = spread_over(self.dataset.calibration, PROBE_SAMPLES)
-        if any(kind != "mse" for kind in self.judge.kinds.values()):
+        if any(measure.kind != "mse" for measure in self.judge.measures.values()):
             return chosen
 
         def pilot() -> Arrays:
@@ -360,7 +365,7 @@ class Calibrated:
             source=self.dataset.source,
             calibration_samples=len(self.dataset.calibration),
             selection_samples=self.judge.selection.samples,
-            outputs=dict(self.judge.kinds),
+            outputs={name: measure.kind for name, measure in self.judge.measures.items()},
             temperatures=dict(self.judge.temperatures),
             **self._report,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from cobla_onnx.allocation.grid import rank_rule
 from cobla_onnx.analysis import analyse
 from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
+from cobla_onnx.calibration.choosing import Chooser, look_at
 from cobla_onnx.calibration.dataset import Dataset
-from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.content import model_content
 from cobla_onnx.graph.layers import Layer
@@ -88,6 +89,13 @@ def open_study(
             block=convolution_block(),
             cpu=provider == CPU,
         )
+        compared = None
+        if dataset is not None:
+            classes = sample_labels(settings.labels, dataset)
+            chooser = Chooser.of(proto, settings.loss, labelled=classes is not None)
+            compared = look_at(
+                proto, dataset, settings.batch, threads, chooser, partial(notify, "survey")
+            )
         analysis = analyse(
             proto,
             input_shapes=settings.input_shapes,
@@ -106,6 +114,8 @@ def open_study(
             pool=pool,
             cache=kept,
         )
+        if compared is not None:
+            analysis = replace(analysis, notes=analysis.notes + compared.notes)
         timed = None
         if profile is not None:
             timed = Timed(
@@ -121,20 +131,19 @@ def open_study(
                 analysis = timed.table()
         calibrated = None
         if dataset is not None:
-            classes = sample_labels(settings.labels, dataset)
-            measure: LossName = settings.loss if classes is None else "ce"
             calibrated = Calibrated(
                 proto,
                 analysis,
                 dataset,
                 settings.batch,
-                measure,
+                settings.loss,
                 threads,
                 notify,
                 classes,
                 settings.refit,
                 pool,
                 kept,
+                compared,
             )
         seconds = time.perf_counter() - started
         try:
