@@ -14,6 +14,7 @@ import onnxruntime
 
 from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import model_costs
+from cobla_onnx.calibration.choosing import Chooser, look_at, measures_on, notes_on
 from cobla_onnx.calibration.dataset import InputSpec, input_specs
 from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.comparison import Comparison, OutputComparison, is_numeric
@@ -24,8 +25,10 @@ from cobla_onnx.graph.external import external_place, is_external
 from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.latency import timing
+from cobla_onnx.measures import Measure
 from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.opening import ModelSource, available_cores, open_model
+from cobla_onnx.output_choice import Outputs, resolve_outputs
 from cobla_onnx.progress import Progress
 from cobla_onnx.runtime import Feeds, execution_provider, open_session, run_session, runnable_feeds
 
@@ -111,6 +114,7 @@ def compare(
     samples: int | None = None,
     batch: int = 16,
     images: ImageOptions | None = None,
+    outputs: Outputs = (),
     provider: str | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -122,7 +126,7 @@ def compare(
     ----------
     first, second : ModelProto or path
         Differences are relative to the first.
-    input_shapes, data, samples, batch, images
+    input_shapes, data, samples, batch, images, outputs
         As those of `compress`; without data, inputs are random.
     provider : str, optional
         onnxruntime's execution provider; the CPU's.
@@ -156,9 +160,9 @@ def compare(
     _check_ends(models, names, shapes)
     with (
         execution_provider(provider) as running_on,
-        _inputs(models[0], shapes, data, samples, batch, images, seed, threads) as inputs,
+        _inputs(models[0], shapes, data, samples, batch, images, outputs, seed, threads) as inputs,
     ):
-        outputs, count = _compare_outputs(models, names, inputs, threads, notify)
+        compared, count = _compare_outputs(models, names, inputs, threads, notify)
         notify("latency", 0, 1)
         stopwatch = timing.Stopwatch(threads)
         times = stopwatch.times(models, inputs.example, seconds=SECONDS, least=LEAST, most=MOST)
@@ -174,7 +178,7 @@ def compare(
     return ModelComparison(
         first=facts[0],
         second=facts[1],
-        outputs=outputs,
+        outputs=compared,
         data=inputs.name,
         samples=count,
         latency=latency,
@@ -182,7 +186,9 @@ def compare(
         threads=threads,
         provider=running_on,
         onnxruntime=onnxruntime.__version__,
-        notes=tuple(dict.fromkeys(note for _, _, notes in costs for note in notes)),
+        notes=tuple(
+            dict.fromkeys((*(note for _, _, notes in costs for note in notes), *inputs.notes))
+        ),
     )
 
 
@@ -194,6 +200,8 @@ class _Inputs:
     batches: Iterable[Feeds]
     count: int
     example: Feeds
+    measures: Mapping[str, Measure]
+    notes: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -204,18 +212,23 @@ def _inputs(
     samples: int | None,
     batch: int,
     images: ImageOptions | None,
+    outputs: Outputs,
     seed: int,
     threads: int,
 ) -> Iterator[_Inputs]:
+    choices = resolve_outputs(outputs, [value.name for value in model.graph.output])
     if data is None:
         session = open_session(model, threads, optimized=True)
-        feeds, _, _ = runnable_feeds(session, fixed_input_shapes(model, shapes), seed)
-        yield _Inputs("random", feeds, len(feeds), feeds[0])
+        feeds, found, _ = runnable_feeds(session, fixed_input_shapes(model, shapes), seed)
+        measures = measures_on(model, zip(feeds, found, strict=True), choices)
+        yield _Inputs("random", feeds, len(feeds), feeds[0], measures, notes_on(measures))
         return
     with open_data(data, input_specs(model, shapes), samples=samples, images=images) as dataset:
-        (example,) = dataset.batches([0], 1)
-        total = -(-len(dataset) // batch)
-        yield _Inputs(dataset.source, dataset.batches(range(len(dataset)), batch), total, example)
+        compared = look_at(model, dataset, batch, threads, Chooser.of(model, choices=choices))
+        kept = sorted((*dataset.calibration, *dataset.selection))
+        (example,) = dataset.batches(kept[:1], 1)
+        batches, total = dataset.batches(kept, batch), -(-len(kept) // batch)
+        yield _Inputs(dataset.source, batches, total, example, compared.measures, compared.notes)
 
 
 def _compare_outputs(
@@ -226,12 +239,12 @@ def _compare_outputs(
     notify: Progress,
 ) -> tuple[tuple[OutputComparison, ...], int]:
     sessions = [open_session(model, threads, optimized=True) for model in models]
-    comparison, count = Comparison(), 0
+    comparison, count = Comparison(inputs.measures), 0
     for number, feeds in enumerate(inputs.batches):
         notify("outputs", number, inputs.count)
         before, after = (run_session(session, feeds) for session in sessions)
         _check_outputs(before, after, names)
-        comparison.add(before, after)
+        comparison.add(before, after, feeds)
         count += max((len(value) for value in feeds.values() if value.ndim), default=1)
     notify("outputs", inputs.count, inputs.count)
     return comparison.results(), count
@@ -378,6 +391,9 @@ def _render(found: ModelComparison) -> RenderableType:
 def _output_line(output: OutputComparison) -> str:
     agreement = output.argmax_agreement
     same = "" if agreement is None else f", same arg-max {agreement:.1%}"
+    if output.slice_error is not None:
+        same += f"; by feature {output.slice_error:.3g}"
+    same += f" ({output.worst})" if output.worst else ""
     return (
         f"  {safe_text(output.name)}: relative error {output.relative_l2:.3g}, largest "
         f"difference {output.max_abs:.3g}{same}"

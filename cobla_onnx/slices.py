@@ -122,10 +122,12 @@ class Slices:
         mask : array, shape (samples, positions), optional
             Where the first two axes of the output count.
         """
+        values = np.atleast_1d(values)
+        actual = None if actual is None else np.atleast_1d(actual)
         self._fit(values.shape)
-        step = max(1, AT_ONCE * len(values) // max(values.size, 1)) if values.ndim else 1
-        for start in range(0, len(values) if values.ndim else 1, step):
-            rows = slice(start, start + step) if values.ndim else ...
+        step = max(1, AT_ONCE * len(values) // max(values.size, 1))
+        for start in range(0, len(values), step):
+            rows = slice(start, start + step)
             old = values[rows].astype(np.float64)
             error = None
             if actual is not None:

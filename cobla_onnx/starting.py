@@ -30,6 +30,7 @@ from cobla_onnx.opening import (
     open_samples,
     sample_labels,
 )
+from cobla_onnx.output_choice import resolve_outputs
 from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.progress import Progress
 from cobla_onnx.runtime import CPU, execution_provider
@@ -92,7 +93,10 @@ def open_study(
         compared = None
         if dataset is not None:
             classes = sample_labels(settings.labels, dataset)
-            chooser = Chooser.of(proto, settings.loss, labelled=classes is not None)
+            choices = resolve_outputs(settings.outputs, [o.name for o in proto.graph.output])
+            chooser = Chooser.of(
+                proto, settings.loss, choices=choices, labelled=classes is not None
+            )
             compared = look_at(
                 proto, dataset, settings.batch, threads, chooser, partial(notify, "survey")
             )

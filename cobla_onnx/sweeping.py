@@ -24,6 +24,7 @@ from cobla_onnx.graph.model_file import write_atomically
 from cobla_onnx.graph.saving import ExternalData
 from cobla_onnx.names import safe_text
 from cobla_onnx.opening import ModelSource
+from cobla_onnx.output_choice import Outputs
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import Report
@@ -176,6 +177,7 @@ def sweep(
     images: ImageOptions | None = None,
     labels: Labels | str | os.PathLike[str] | None = None,
     loss: LossName = "auto",
+    outputs: Outputs = (),
     refit: bool = True,
     time_limit: float | None = None,
     rank_multiple: RankMultiple = "auto",
@@ -248,6 +250,7 @@ def sweep(
         images=images,
         labels=labels,
         loss=loss,
+        outputs=outputs,
         refit=refit,
         time_limit=time_limit,
         rank_multiple=rank_multiple,

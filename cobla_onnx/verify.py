@@ -18,12 +18,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cobla_onnx.calibration.choosing import measures_on
 from cobla_onnx.comparison import Comparison, OutputComparison, is_numeric
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.cost import Shape
 from cobla_onnx.graph.expose import Exposed, expose
 from cobla_onnx.graph.layers import read_bias
 from cobla_onnx.graph.model_file import without_weights
+from cobla_onnx.measures import Measure
 from cobla_onnx.names import quoted
 from cobla_onnx.rewrite import Replacement
 from cobla_onnx.runtime import Feeds, first_line, open_session, run_session, runnable_feeds
@@ -106,6 +108,7 @@ def verify(
     shapes: Mapping[str, Shape],
     *,
     data: tuple[str, Callable[[], Iterable[Feeds]]] | None = None,
+    measures: Mapping[str, Measure] | None = None,
     seed: int = 0,
     threads: int = 1,
     progress: Callable[[int], None] = lambda batches: None,
@@ -119,6 +122,8 @@ def verify(
     data : tuple of str and callable, optional
         What the data is called, and a fresh iterator over its batches. Random inputs are
         used where there is none. The rewrite is proved on the first batches.
+    measures : mapping of str to Measure, optional
+        How outputs are compared; by the original's outputs where it is not given.
     progress : callable
         Called with the number of batches of data that were compared.
 
@@ -151,30 +156,35 @@ def verify(
     )
     notes += more
     if data is None:
-        comparison = Comparison()
-        for expected, actual in zip(reference, results, strict=True):
-            comparison.add(expected, actual)
+        pairs = list(zip(proof, reference, strict=True))
+        comparison = Comparison(measures or measures_on(original, pairs))
+        for feed, expected, actual in zip(proof, reference, results, strict=True):
+            comparison.add(expected, actual, feed)
         samples = sum(_samples(feed) for feed in proof)
     else:
-        comparison, samples = _compare(original, compressed, data[1](), threads, progress)
+        if measures is None:
+            measures = measures_on(original, list(zip(proof, reference, strict=True)))
+        comparison = Comparison(measures)
+        samples = _compare(comparison, original, compressed, data[1](), threads, progress)
     name = "random" if data is None else data[0]
     return Verification(name, samples, rewrite_error, network_error, comparison.results(), notes)
 
 
 def _compare(
+    comparison: Comparison,
     original: onnx.ModelProto,
     compressed: onnx.ModelProto,
     batches: Iterable[Feeds],
     threads: int,
     progress: Callable[[int], None],
-) -> tuple[Comparison, int]:
+) -> int:
     first, second = (open_session(model, threads) for model in (original, compressed))
-    comparison, samples = Comparison(), 0
+    samples = 0
     for number, feeds in enumerate(batches):
         progress(number)
-        comparison.add(run_session(first, feeds), run_session(second, feeds))
+        comparison.add(run_session(first, feeds), run_session(second, feeds), feeds)
         samples += _samples(feeds)
-    return comparison, samples
+    return samples
 
 
 def _samples(feed: Feeds) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from cobla_onnx.names import quoted
 from cobla_onnx.output_choice import OutputChoice
 from cobla_onnx.runtime import Feeds
 
-__all__ = ["Chooser", "Compared", "look_at", "measures_of", "notes_on"]
+__all__ = ["Chooser", "Compared", "look_at", "measures_of", "measures_on", "notes_on"]
 
 # What exporters call class outputs; probabilities are seen by their sums.
 NAMED = re.compile(r"logits?[\W\d_]*$", re.I)
@@ -251,6 +251,20 @@ def measures_of(
     found = Survey()
     found.add(outputs, feeds)
     return Chooser.of(model, loss, labelled=labelled).measures(found)
+
+
+def measures_on(
+    model: onnx.ModelProto,
+    runs: Iterable[tuple[Feeds, Mapping[str, Any]]],
+    choices: Mapping[str, OutputChoice] | None = None,
+) -> dict[str, Measure]:
+    """Decide by inputs and outputs of some runs; nothing where no output is floating."""
+    found = Survey()
+    for feeds, outputs in runs:
+        found.add(outputs, feeds)
+    chooser = Chooser.of(model, choices=choices or {})
+    counted = any((choices or {}).get(n, OutputChoice(n)).how != "ignore" for n in found.outputs)
+    return chooser.measures(found) if counted else {}
 
 
 def notes_on(

@@ -73,6 +73,7 @@ class OutputFacts:
 
     def add(self, values: NDArray[Any], mask: NDArray[Any] | None) -> None:
         """Add samples of one batch."""
+        values = np.atleast_1d(values)
         last = values.ndim - 1
         wide = values.astype(np.float64) if values.dtype == np.float16 else values
         finite = np.isfinite(values)
@@ -241,7 +242,7 @@ def _left_out_note(dataset: Dataset, indices: Sequence[int]) -> str:
     counted = "" if dataset.names else " (counted from 0)"
     what = "sample" if len(names) == 1 else f"{len(names)} samples,"
     return (
-        f"{what} {listed}{counted}: the original gives NaN or infinity there; left out of the data"
+        f"{what} {listed}{counted}: the original gives NaN or infinity there, left out of the data"
     )
 
 

@@ -125,12 +125,16 @@ def _verification(report: Report) -> list[str]:
             _code(output.name),
             percent_text(output.relative_l2),
             f"{output.cosine:.5f}",
+            percent_text(output.slice_error),
+            _plain(output.worst, 80),
             "" if output.sqnr_db is None else f"{output.sqnr_db:.1f} dB",
             "" if output.argmax_agreement is None else percent_text(output.argmax_agreement),
         )
         for output in check.outputs
     ]
-    heads = ("output", "relative error", "cosine", "SQNR", "same arg-max")
+    heads = (
+        "output", "relative error", "cosine", "by feature", "worst feature", "SQNR", "same arg-max"
+    )  # fmt: skip
     return ["## Verification", text, _table(heads, rows)]
 
 

@@ -138,6 +138,11 @@ def _verdict(report: Report) -> list[Any]:
                 f"  {safe_text(output.name)}: relative error {output.relative_l2:.3g}, "
                 f"cosine {output.cosine:.4f}{same}"
             )
+            if output.slice_error is not None:
+                worst = f", {output.worst}" if output.worst else ""
+                lines.append(
+                    f"    relative to the spread of each feature {output.slice_error:.3g}{worst}"
+                )
     if report.unchanged:
         lines.append("the budgets are met as it is: the model is copied unchanged")
     lines.extend(f"note: {safe_text(note, 300)}" for note in report.notes)
