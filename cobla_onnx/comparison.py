@@ -178,7 +178,7 @@ def _slice_errors(slices: Slices | None, measure: Measure | None) -> dict[str, A
     axis = slices.feature_axis() if measure is None else measure.axis
     if axis not in slices.by_axis:
         axis = None
-    errors = slices.relative_errors(axis)
+    errors = slices.relative_errors(axis, None if measure is None else measure.scale)
     known = np.isfinite(errors)
     if not known.any():
         return {"axis": axis}

@@ -214,10 +214,23 @@ class Slices:
         size = float(np.square(sums.mean).mean())
         return np.full(len(variances), 1.0 / (size if size > 0 else 1.0) / len(variances))
 
-    def relative_errors(self, axis: int | None) -> NDArray[np.float64]:
-        """Root of error over variance of each slice; NaN for those that do not vary."""
+    def relative_errors(
+        self, axis: int | None, scale: Sequence[float] | None = None
+    ) -> NDArray[np.float64]:
+        """Root of error over variance of each slice; NaN for those that do not vary.
+
+        Parameters
+        ----------
+        axis : int or None
+        scale : sequence of float, optional
+            What `scale` has given for other samples, in place of the variances of these.
+        """
         sums = self.of(axis)
-        variances = sums.variances(self.precision)
         mean = sums.error / max(sums.count, 1.0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(variances > 0, np.sqrt(mean / variances), np.nan)
+        if scale is not None and len(scale) == len(mean):
+            weights = np.array(scale) * max(np.count_nonzero(scale), 1)
+        else:
+            variances = sums.variances(self.precision)
+            weights = np.divide(1.0, variances, where=variances > 0, out=np.zeros(len(mean)))
+        with np.errstate(invalid="ignore"):
+            return np.where(weights > 0, np.sqrt(mean * weights), np.nan)

@@ -169,7 +169,7 @@ def _refusal(max_drop: float, search: _Search, limits: Budget | None) -> BudgetE
         )
     best = min(trials, key=lambda trial: trial.quality.drop)
     quality = best.quality
-    settled = _settled(search.study, quality.output)
+    settled = _settled(quality)
     return BudgetError(
         f"--max-drop {max_drop:g}: no smaller model keeps it{limited}; of {len(trials)} budgets "
         f"tried the best, memory {best.mem:.3f}, loses {quality.drop:.4g} of {quality.measure} on "
@@ -177,12 +177,11 @@ def _refusal(max_drop: float, search: _Search, limits: Budget | None) -> BudgetE
     )
 
 
-def _settled(study: Study, output: str) -> str:
+def _settled(quality: Quality) -> str:
     """How to say what an output is, where nothing tells."""
-    measure = None if study.calibrated is None else study.calibrated.judge.measures.get(output)
-    if measure is None or measure.kind != "either":
+    if not quality.undecided:
         return ""
     return (
-        f"; {quoted(output)} is held to be both classes and values, --output {output}=classes "
-        "or =values settles it"
+        f"; {quoted(quality.output)} is held to be both classes and values, --output "
+        f"{quality.output}=classes or =values settles it"
     )

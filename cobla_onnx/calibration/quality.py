@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class Quality:
         Samples that it was measured on.
     output : str
         The output that it is of.
+    undecided : bool
+        Whether nothing tells if that holds classes or values.
     """
 
     measure: str
@@ -49,6 +51,7 @@ class Quality:
     drop: float
     samples: int
     output: str = ""
+    undecided: bool = False
 
 
 def measure_quality(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> Quality:
@@ -74,7 +77,8 @@ def measure_quality(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> Qua
             found.append(Quality(measure, 1.0, 1.0 - wrong, wrong, probe.samples, name))
         else:
             found.append(Quality(measure, 0.0, wrong, wrong, probe.samples, name))
-    return max(found, key=lambda quality: quality.drop)
+    worst = max(found, key=lambda quality: quality.drop)
+    return replace(worst, undecided=probe.measures[worst.output].kind == "either")
 
 
 def _readings(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> dict[tuple[str, str], float]:
