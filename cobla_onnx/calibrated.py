@@ -24,6 +24,7 @@ from cobla_onnx.allocation.sequential import Scores, Step, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.calibration.choosing import Compared
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.judge import Judge
@@ -82,6 +83,8 @@ class Calibrated:
         Keeps what was measured.
     measured : MeasuredModel, optional
         Where the loss is taken; at all outputs of the model.
+    compared : Compared, optional
+        How outputs are compared; by `loss` where it is not given.
 
     Attributes
     ----------
@@ -105,6 +108,7 @@ class Calibrated:
     pool: Pool = field(default_factory=Pool)
     cache: Cache | None = None
     measured: MeasuredModel | None = None
+    compared: Compared | None = None
     history: list[Step] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
     _report: dict[str, Any] = field(default_factory=dict)
@@ -125,6 +129,7 @@ class Calibrated:
             self.loss,
             self.threads,
             self.labels,
+            self.compared,
         )
 
     def start_over(self) -> None:
@@ -285,7 +290,7 @@ class Calibrated:
         do, and cost the most: how many are enough is seen with all layers truncated a little.
         """
         chosen = spread_over(self.dataset.calibration, PROBE_SAMPLES)
-        if any(kind != "mse" for kind in self.judge.kinds.values()):
+        if any(measure.kind != "mse" for measure in self.judge.measures.values()):
             return chosen
 
         def pilot() -> Arrays:
@@ -376,7 +381,7 @@ class Calibrated:
             source=self.dataset.source,
             calibration_samples=self.dataset.count(self.dataset.calibration),
             selection_samples=len(selection.batches) if whole else selection.samples,
-            outputs={shown(name): kind for name, kind in self.judge.kinds.items()},
+            outputs={shown(name): m.kind for name, m in self.judge.measures.items()},
             temperatures={shown(name): t for name, t in self.judge.temperatures.items()},
             **self._report,
         )

@@ -11,7 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import VerificationError
+from cobla_onnx.measures import Measure
 from cobla_onnx.names import quoted
+from cobla_onnx.runtime import Feeds
+from cobla_onnx.slices import Slices
 
 __all__ = ["Comparison", "OutputComparison", "as_array", "differently_made", "is_numeric"]
 
@@ -35,12 +38,22 @@ class OutputComparison:
     sqnr_db : float or None
         Signal to quantisation noise, 20 log10(norm / norm of difference); None if equal.
     argmax_agreement : float or None
-        Share of samples with the same largest entry along axis 1, None if there is none.
+        Share of positions with the same most likely class; None where there are no classes.
     equal : float or None
         Share of entries that are the same, for outputs that are not of floating type.
     reacts : bool
         Whether the original's output differs between the inputs; where not, that the two are
         near says nothing about the approximation.
+    axis : int or None
+        Of the classes or features; None where an output has one feature.
+    slice_error : float or None
+        Root of the mean over features of squared error over variance; None where nothing
+        varies, or the output is not of floating type.
+    worst_slice : int or None
+        Feature of the largest relative error, and that error, `worst_error`.
+    worst_error : float or None
+    compared_as : str
+        The kind of its `Measure`, and what decided that; empty where it does not count.
     """
 
     name: str
@@ -51,6 +64,18 @@ class OutputComparison:
     argmax_agreement: float | None
     equal: float | None = None
     reacts: bool = True
+    axis: int | None = None
+    slice_error: float | None = None
+    worst_slice: int | None = None
+    worst_error: float | None = None
+    compared_as: str = ""
+
+    @property
+    def worst(self) -> str:
+        """The worst feature in words; empty where there is one feature, or none."""
+        if self.worst_slice is None or self.worst_error is None or self.axis is None:
+            return ""
+        return f"worst of axis {self.axis} is {self.worst_slice}: {self.worst_error:.3g}"
 
 
 @dataclass
@@ -110,6 +135,7 @@ class _Sums:
     compared: int = 0
     equal: int = 0
     entries: int = 0
+    slices: Slices | None = None
     reaction: _Reaction = field(default_factory=_Reaction)
 
 
@@ -118,21 +144,28 @@ class Comparison:
 
     Parameters
     ----------
+    measures : mapping of str to Measure
+        How outputs are compared: where their classes or features are, and what counts.
     varying : collection of str
         Outputs whose shape follows from the data: where it differs they are counted, and not
         compared.
     """
 
-    def __init__(self, varying: Collection[str] = ()) -> None:
+    def __init__(self, measures: Mapping[str, Measure], varying: Collection[str] = ()) -> None:
+        self._measures = measures
         self._varying = set(varying)
         self._sums: dict[str, _Sums] = {}
         self._batches = 0
         self._other_shape: dict[str, int] = {}
 
     def add(
-        self, expected: Mapping[str, Any], actual: Mapping[str, Any], samples: int | None = None
+        self,
+        expected: Mapping[str, Any],
+        actual: Mapping[str, Any],
+        feeds: Feeds,
+        samples: int | None = None,
     ) -> None:
-        """Add the outputs of one batch of so many samples.
+        """Add the outputs of one batch of so many samples, and the inputs that they are of.
 
         Raises
         ------
@@ -151,7 +184,7 @@ class Comparison:
             if before.shape != after.shape:
                 self._other_shape[name] = self._other_shape.get(name, 0) + 1
             elif before.size:
-                self._add(name, before, after, samples)
+                self._add(name, before, after, feeds, samples)
 
     @staticmethod
     def _refuse(name: str) -> None:
@@ -160,20 +193,35 @@ class Comparison:
         )
 
     def _add(
-        self, name: str, before: NDArray[Any], after: NDArray[Any], samples: int | None
+        self,
+        name: str,
+        before: NDArray[Any],
+        after: NDArray[Any],
+        feeds: Feeds,
+        samples: int | None,
     ) -> None:
         sums = self._sums.setdefault(name, _Sums(before.dtype))
         sums.reaction.add(before, samples)
         if before.dtype.kind != "f":
             sums.equal += int((before == after).sum())
             sums.entries += before.size
-        elif before.ndim >= 2 and before.shape[1] >= 2:
-            same = np.argmax(before, axis=1) == np.argmax(after, axis=1)
-            sums.same += int(same.sum())
-            sums.compared += same.size
         if not is_numeric(before):
             return
-        old, new = np.ravel(before).astype(np.float64), np.ravel(after).astype(np.float64)
+        measure = self._measures.get(name)
+        counts: Any = ...
+        mask: NDArray[Any] | None = None
+        if measure is not None and measure.mask is not None:
+            mask = feeds[measure.mask]
+            counts = mask.astype(bool)
+        axis = _class_axis(measure)
+        if axis is not None:
+            same = (np.argmax(before, axis=axis) == np.argmax(after, axis=axis))[counts]
+            sums.same += int(same.sum())
+            sums.compared += same.size
+        if before.dtype.kind == "f":
+            sums.slices = sums.slices or Slices(before.dtype)
+            sums.slices.add(before, after, mask)
+        old, new = (np.ravel(v[counts]).astype(np.float64) for v in (before, after))
         both = np.isfinite(old) & np.isfinite(new)
         if not both.all():
             if np.isfinite(old).all():
@@ -190,7 +238,9 @@ class Comparison:
 
     def results(self) -> tuple[OutputComparison, ...]:
         """Return what was measured, one entry for each output that could be compared."""
-        return tuple(_result(name, sums) for name, sums in self._sums.items())
+        return tuple(
+            _result(name, sums, self._measures.get(name)) for name, sums in self._sums.items()
+        )
 
     def notes(self) -> tuple[str, ...]:
         """Say what could not be compared, and where nothing follows from the comparison."""
@@ -247,7 +297,12 @@ def differently_made(before: NDArray[Any], after: NDArray[Any], varying: bool) -
     return before.ndim != after.ndim or (before.shape != after.shape and not varying)
 
 
-def _result(name: str, sums: _Sums) -> OutputComparison:
+def _class_axis(measure: Measure | None) -> int | None:
+    """Axis of an arg-max; None for values."""
+    return measure.axis if measure and (measure.has_classes or measure.kind == "either") else None
+
+
+def _result(name: str, sums: _Sums, measure: Measure | None) -> OutputComparison:
     norm, other, noise = (math.sqrt(v) for v in (sums.expected, sums.actual, sums.noise))
     numbers = sums.dtype.kind in "fiub"
     cosine = sums.product / (norm * other) if norm > 0 and other > 0 else float(noise == 0)
@@ -260,4 +315,26 @@ def _result(name: str, sums: _Sums) -> OutputComparison:
         argmax_agreement=sums.same / sums.compared if sums.compared else None,
         equal=sums.equal / sums.entries if sums.entries else None,
         reacts=sums.reaction.reacts(sums.dtype),
+        compared_as="" if measure is None else f"{measure.kind}, by {measure.decided_by}",
+        **_slice_errors(sums.slices, measure),
     )
+
+
+def _slice_errors(slices: Slices | None, measure: Measure | None) -> dict[str, Any]:
+    """What `OutputComparison` says of features."""
+    if slices is None:
+        return {}
+    axis = slices.feature_axis() if measure is None else measure.axis
+    if axis not in slices.by_axis:
+        axis = None
+    errors = slices.relative_errors(axis, None if measure is None else measure.scale)
+    known = np.isfinite(errors)
+    if not known.any():
+        return {"axis": axis}
+    worst = int(np.argmax(np.where(known, errors, -1.0)))
+    return {
+        "axis": axis,
+        "slice_error": float(np.sqrt(np.square(errors[known]).mean())),
+        "worst_slice": worst,
+        "worst_error": float(errors[worst]),
+    }

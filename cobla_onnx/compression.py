@@ -14,6 +14,7 @@ from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions
 from cobla_onnx.errors import UsageError
 from cobla_onnx.opening import ModelSource
+from cobla_onnx.output_choice import Outputs
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.reproduce import call_text
@@ -42,6 +43,7 @@ def compress(
     images: ImageOptions | None = None,
     labels: Labels | str | os.PathLike[str] | None = None,
     loss: LossName = "auto",
+    outputs: Outputs = (),
     refit: bool = True,
     time_limit: float | None = None,
     rank_multiple: RankMultiple = "auto",
@@ -99,7 +101,12 @@ def compress(
         Classes of the samples, in their order or by file name, or a ``.csv``, ``.npy`` or
         ``.npz`` file of them. The loss is then the cross-entropy.
     loss : {'auto', 'kl', 'mse', 'ce'}
-        How outputs are compared with the original's; see `choose_kinds`.
+        How outputs are compared with the original's; ``auto`` goes by evidence, see
+        `calibration.choosing.Chooser`. The others insist on classes, or on values.
+    outputs : sequence of str, or mapping of str to str
+        Which outputs count and how: ``NAME[=classes|values|ignore][:AXIS]``, or by name what
+        follows the ``=``. Where one is named without ``=``, those that are not named do not
+        count. The axis is that of the classes, or of the features.
     refit : bool
         Refit factors to the inputs that they get after compression; needs data.
     time_limit : float, optional
@@ -173,6 +180,7 @@ def compress(
         images=images,
         labels=labels,
         loss=loss,
+        outputs=outputs,
         refit=refit,
         time_limit=time_limit,
         rank_multiple=rank_multiple,

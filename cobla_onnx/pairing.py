@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import model_costs
+from cobla_onnx.calibration.choosing import Chooser, look_at, measures_on, notes_on
 from cobla_onnx.calibration.dataset import InputSpec, input_specs
 from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.comparison import Comparison, OutputComparison, as_array, differently_made
@@ -26,8 +27,10 @@ from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
+from cobla_onnx.measures import Measure
 from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.opening import ModelSource, available_cores, open_model
+from cobla_onnx.output_choice import Outputs, resolve_outputs
 from cobla_onnx.progress import Progress
 from cobla_onnx.rendering.terminal import output_text
 from cobla_onnx.runtime import Feeds, execution_provider, open_session, run_session, runnable_feeds
@@ -115,6 +118,7 @@ def compare(
     samples: int | None = None,
     batch: int = 16,
     images: ImageOptions | None = None,
+    outputs: Outputs = (),
     provider: str | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -126,7 +130,7 @@ def compare(
     ----------
     first, second : ModelProto or path
         Differences are relative to the first.
-    input_shapes, data, samples, batch, images
+    input_shapes, data, samples, batch, images, outputs
         As those of `compress`; without data, inputs are random.
     provider : str, optional
         onnxruntime's execution provider; the CPU's.
@@ -160,9 +164,9 @@ def compare(
     _check_ends(models, names, shapes)
     with (
         execution_provider(provider) as running_on,
-        _inputs(models[0], shapes, data, samples, batch, images, seed, threads) as inputs,
+        _inputs(models[0], shapes, data, samples, batch, images, outputs, seed, threads) as inputs,
     ):
-        outputs, count, more = _compare_outputs(models, names, inputs, threads, notify)
+        compared, count, more = _compare_outputs(models, names, inputs, threads, notify)
         notify("latency", 0, 1)
         stopwatch = timing.Stopwatch(threads)
         times = stopwatch.times(models, inputs.example, seconds=SECONDS, least=LEAST, most=MOST)
@@ -179,7 +183,7 @@ def compare(
     return ModelComparison(
         first=facts[0],
         second=facts[1],
-        outputs=outputs,
+        outputs=compared,
         data=inputs.name,
         samples=count,
         latency=latency,
@@ -187,7 +191,9 @@ def compare(
         threads=threads,
         provider=running_on,
         onnxruntime=onnxruntime.__version__,
-        notes=tuple(dict.fromkeys([*(n for _, _, notes in costs for n in notes), *more])),
+        notes=tuple(
+            dict.fromkeys([*(n for _, _, told in costs for n in told), *inputs.notes, *more])
+        ),
     )
 
 
@@ -203,6 +209,8 @@ class _Inputs:
     count: int
     example: Feeds
     shapes: Mapping[str, Sequence[int]]
+    measures: Mapping[str, Measure]
+    notes: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -213,21 +221,27 @@ def _inputs(
     samples: int | None,
     batch: int,
     images: ImageOptions | None,
+    outputs: Outputs,
     seed: int,
     threads: int,
 ) -> Iterator[_Inputs]:
+    choices = resolve_outputs(outputs, [value.name for value in model.graph.output])
     if data is None:
         session = open_session(model, threads, optimized=True)
         known = fixed_input_shapes(model, shapes)
-        feeds, _, _ = runnable_feeds(session, known, seed, known_words(model))
-        yield _Inputs("random", feeds, len(feeds), feeds[0], {})
+        feeds, found, _ = runnable_feeds(session, known, seed, known_words(model))
+        measures = measures_on(model, zip(feeds, found, strict=True), choices)
+        yield _Inputs("random", feeds, len(feeds), feeds[0], {}, measures, notes_on(measures))
         return
     with open_data(data, input_specs(model, shapes), samples=samples, images=images) as dataset:
-        (example,) = dataset.batches([0], 1)
-        total = -(-len(dataset) // batch)
-        batches = dataset.batches(range(len(dataset)), batch)
+        compared = look_at(model, dataset, batch, threads, Chooser.of(model, choices=choices))
+        kept = sorted((*dataset.calibration, *dataset.selection))
+        (example,) = dataset.batches(kept[:1], 1)
+        batches, total = dataset.batches(kept, batch), -(-len(kept) // batch)
         sizes = {name: array.shape for name, array in example.items()}
-        yield _Inputs(dataset.source, batches, total, example, sizes)
+        yield _Inputs(
+            dataset.source, batches, total, example, sizes, compared.measures, compared.notes
+        )
 
 
 def _compare_outputs(
@@ -239,13 +253,13 @@ def _compare_outputs(
 ) -> tuple[tuple[OutputComparison, ...], int, tuple[str, ...]]:
     sessions = [open_session(model, threads, optimized=True) for model in models]
     varying = frozenset().union(*(varying_outputs(model, inputs.example) for model in models))
-    comparison, count = Comparison(varying), 0
+    comparison, count = Comparison(inputs.measures, varying), 0
     for number, feeds in enumerate(inputs.batches):
         notify("outputs", number, inputs.count)
         before, after = (run_session(session, feeds) for session in sessions)
         _check_outputs(before, after, names, varying)
         samples = max((len(value) for value in feeds.values() if value.ndim), default=1)
-        comparison.add(before, after, samples)
+        comparison.add(before, after, feeds, samples)
         count += samples
     notify("outputs", inputs.count, inputs.count)
     return comparison.results(), count, comparison.notes()

@@ -13,6 +13,7 @@ from cobla_onnx.calibration.labels import Labels
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions
 from cobla_onnx.errors import UsageError
+from cobla_onnx.output_choice import Outputs
 from cobla_onnx.progress import Progress
 
 __all__ = ["ObjectiveName", "Settings"]
@@ -45,6 +46,7 @@ class Settings:
     images: ImageOptions | None = None
     labels: Labels | str | os.PathLike[str] | None = None
     loss: LossName = "auto"
+    outputs: Outputs = ()
     refit: bool = True
     time_limit: float | None = None
     rank_multiple: RankMultiple = "auto"
@@ -63,6 +65,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.labels is not None and self.data is None:
             raise UsageError("--labels: are those of the data; give --data too")
+        if self.outputs and self.data is None:
+            raise UsageError("--output: says how data is compared; give --data too")
         if self.profile is not None and not self.measure_latency:
             raise UsageError("--profile: is of times; give --latency or --measure-latency too")
 

@@ -9,6 +9,7 @@ from scipy.special import betaincinv
 from cobla_onnx.allocation import Budget
 from cobla_onnx.calibration.quality import Quality
 from cobla_onnx.errors import BudgetError, UsageError
+from cobla_onnx.names import quoted
 from cobla_onnx.study import Solution, Study
 
 __all__ = ["check_max_drop", "smallest"]
@@ -105,7 +106,7 @@ def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Sol
     search = _Search(study, hard, max_drop, len(grid) + FINE)
     passed = [mem for mem in grid if search.good(mem)]
     if not passed and not free:
-        raise _refusal(max_drop, search.trials, limits)
+        raise _refusal(max_drop, search, limits)
     above = min(passed, default=high)
     below = max([mem for mem in grid if mem < above], default=low)
     for _ in range(FINE):
@@ -113,7 +114,7 @@ def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Sol
         below, above = (below, middle) if search.good(middle) else (middle, above)
     study.notify("search", search.expected, search.expected)
     if search.best is None:
-        raise _refusal(max_drop, search.trials, limits)
+        raise _refusal(max_drop, search, limits)
     return _noting(*search.best, max_drop, search.trials, limits)
 
 
@@ -158,7 +159,8 @@ def _upper_bound(quality: Quality) -> float:
     return float(betaincinv(wrong + 1, quality.samples - wrong, 0.95))
 
 
-def _refusal(max_drop: float, trials: list[_Trial], limits: Budget | None) -> BudgetError:
+def _refusal(max_drop: float, search: _Search, limits: Budget | None) -> BudgetError:
+    trials = search.trials
     limited = "" if limits is None else " within the limits"
     if not trials:
         return BudgetError(
@@ -167,8 +169,19 @@ def _refusal(max_drop: float, trials: list[_Trial], limits: Budget | None) -> Bu
         )
     best = min(trials, key=lambda trial: trial.quality.drop)
     quality = best.quality
+    settled = _settled(quality)
     return BudgetError(
         f"--max-drop {max_drop:g}: no smaller model keeps it{limited}; of {len(trials)} budgets "
         f"tried the best, memory {best.mem:.3f}, loses {quality.drop:.4g} of {quality.measure} on "
-        f"{quality.samples} held-back samples; raise --max-drop, or give more data"
+        f"{quality.samples} held-back samples; raise --max-drop, or give more data{settled}"
+    )
+
+
+def _settled(quality: Quality) -> str:
+    """How to say what an output is, where nothing tells."""
+    if not quality.undecided:
+        return ""
+    return (
+        f"; {quoted(quality.output)} is held to be both classes and values, --output "
+        f"{quality.output}=classes or =values settles it"
     )

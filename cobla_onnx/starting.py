@@ -16,9 +16,9 @@ from cobla_onnx.allocation.grid import EVERY_RANK, rank_rule
 from cobla_onnx.analysis import analyse
 from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
+from cobla_onnx.calibration.choosing import Chooser, look_at
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.evidence import lack_of_evidence
-from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.outputs import MeasuredModel, measured_model
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.content import model_content
@@ -35,6 +35,7 @@ from cobla_onnx.opening import (
     open_samples,
     sample_labels,
 )
+from cobla_onnx.output_choice import resolve_outputs
 from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.progress import Progress
 from cobla_onnx.runtime import CPU, execution_provider
@@ -103,7 +104,27 @@ def open_study(
         )
         shapes, notes = known_shapes(settings, dataset)
         refine = settings.rank_multiple == "auto"
-        measured = None if dataset is None else _measured(proto, dataset, threads)
+        measured, compared, classes = None, None, None
+        if dataset is not None:
+            classes = sample_labels(settings.labels, dataset)
+            choices = resolve_outputs(settings.outputs, [o.name for o in proto.graph.output])
+            ignored = frozenset(name for name, choice in choices.items() if choice.how == "ignore")
+            measured = _measured(proto, dataset, threads, ignored)
+            chooser = Chooser.of(
+                measured.model,
+                settings.loss,
+                choices=choices,
+                labelled=classes is not None,
+                shown=measured.outputs,
+            )
+            compared = look_at(
+                measured.model,
+                dataset,
+                settings.batch,
+                threads,
+                chooser,
+                partial(notify, "survey"),
+            )
         analysis = analyse(
             proto,
             input_shapes=shapes,
@@ -129,8 +150,8 @@ def open_study(
             ),
             unmeasured=() if measured is None or needed == "weights" else measured.unmeasured,
         )
-        if dataset is not None:
-            told = (*notes, *dataset.notes, *lack_of_evidence(dataset))
+        if dataset is not None and measured is not None and compared is not None:
+            told = (*notes, *dataset.notes, *lack_of_evidence(dataset), *compared.notes)
             analysis = replace(analysis, notes=(*analysis.notes, *told))
         timed = None
         if profile is not None:
@@ -147,14 +168,12 @@ def open_study(
                 analysis = timed.table()
         calibrated = None
         if dataset is not None:
-            classes = sample_labels(settings.labels, dataset)
-            measure: LossName = settings.loss if classes is None else "ce"
             calibrated = Calibrated(
                 proto,
                 analysis,
                 dataset,
                 settings.batch,
-                measure,
+                settings.loss,
                 threads,
                 notify,
                 classes,
@@ -162,6 +181,7 @@ def open_study(
                 pool,
                 kept,
                 measured,
+                compared,
             )
         seconds = time.perf_counter() - started
         try:
@@ -184,10 +204,13 @@ def open_study(
                 analysis.seen.close()
 
 
-def _measured(model: onnx.ModelProto, dataset: Dataset, threads: int) -> MeasuredModel:
+def _measured(
+    model: onnx.ModelProto, dataset: Dataset, threads: int, ignored: frozenset[str]
+) -> MeasuredModel:
     """Choose where the loss is taken, by the graph and a few samples."""
     examples = list(dataset.batches(dataset.calibration[:EXAMPLES], 1))
-    return measured_model(model, find_layers(model).layers, examples, threads=threads)
+    layers = find_layers(model).layers
+    return measured_model(model, layers, examples, ignored=ignored, threads=threads)
 
 
 def _see(

@@ -222,6 +222,7 @@ class Study:
                 replacements,
                 self.analysis.input_shapes,
                 data=None if self.calibrated is None else self.calibrated.held_back(),
+                measures=None if self.calibrated is None else self.calibrated.judge.measures,
                 seed=self.settings.seed,
                 threads=self.threads,
                 progress=lambda done: self.notify("verify", min(done, steps - 1), steps),

@@ -25,6 +25,7 @@ from cobla_onnx.exported import Exported
 from cobla_onnx.graph.model_file import write_atomically
 from cobla_onnx.graph.saving import ExternalData
 from cobla_onnx.opening import ModelSource
+from cobla_onnx.output_choice import Outputs
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import Report
@@ -179,6 +180,7 @@ def sweep(
     images: ImageOptions | None = None,
     labels: Labels | str | os.PathLike[str] | None = None,
     loss: LossName = "auto",
+    outputs: Outputs = (),
     refit: bool = True,
     time_limit: float | None = None,
     rank_multiple: RankMultiple = "auto",
@@ -251,6 +253,7 @@ def sweep(
         images=images,
         labels=labels,
         loss=loss,
+        outputs=outputs,
         refit=refit,
         time_limit=time_limit,
         rank_multiple=rank_multiple,

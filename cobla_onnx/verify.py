@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cobla_onnx.calibration.choosing import measures_on
 from cobla_onnx.comparison import Comparison, OutputComparison
 from cobla_onnx.deviation import network_errors, rounding_error
 from cobla_onnx.errors import ModelError, VerificationError
@@ -27,6 +28,7 @@ from cobla_onnx.graph.model_file import without_weights
 from cobla_onnx.graph.randomness import random_nodes
 from cobla_onnx.graph.varying import varying_tensors
 from cobla_onnx.graph.words import known_words
+from cobla_onnx.measures import Measure
 from cobla_onnx.names import quoted
 from cobla_onnx.rewrite import Replacement
 from cobla_onnx.runtime import Feeds, first_line, open_session, run_session, runnable_feeds
@@ -110,6 +112,7 @@ def verify(
     shapes: Mapping[str, Shape],
     *,
     data: tuple[str, Callable[[], Iterable[Feeds]]] | None = None,
+    measures: Mapping[str, Measure] | None = None,
     seed: int = 0,
     threads: int = 1,
     progress: Callable[[int], None] = lambda batches: None,
@@ -123,6 +126,8 @@ def verify(
     data : tuple of str and callable, optional
         What the data is called, and a fresh iterator over its batches. Random inputs are
         used where there is none. The rewrite is proved on the first batches.
+    measures : mapping of str to Measure, optional
+        How outputs are compared; by the original's outputs where it is not given.
     progress : callable
         Called with the number of batches of data that were compared.
 
@@ -154,13 +159,15 @@ def verify(
     rewrite_error, network_error, more = _check_rewrite(
         original, compressed, replacements, proof, results, threads, varying
     )
-    comparison = Comparison(varying)
+    if measures is None:
+        measures = measures_on(original, list(zip(proof, reference, strict=True)))
+    comparison = Comparison(measures, varying)
     if data is None:
         for feed, expected, actual in zip(proof, reference, results, strict=True):
-            comparison.add(expected, actual, _samples(feed))
+            comparison.add(expected, actual, feed, _samples(feed))
         samples = sum(_samples(feed) for feed in proof)
     else:
-        samples = _compare(original, compressed, data[1](), threads, progress, comparison)
+        samples = _compare(comparison, original, compressed, data[1](), threads, progress)
     name = "random" if data is None else data[0]
     for output in original.graph.output:
         if not any(output.name in result for result in results):
@@ -178,20 +185,21 @@ def varying_outputs(model: onnx.ModelProto, feeds: Feeds) -> frozenset[str]:
 
 
 def _compare(
+    comparison: Comparison,
     original: onnx.ModelProto,
     compressed: onnx.ModelProto,
     batches: Iterable[Feeds],
     threads: int,
     progress: Callable[[int], None],
-    comparison: Comparison,
 ) -> int:
     """Add up over all batches; return how many samples they held."""
     first, second = (open_session(model, threads) for model in (original, compressed))
     samples = 0
     for number, feeds in enumerate(batches):
         progress(number)
-        results = run_session(first, feeds), run_session(second, feeds)
-        comparison.add(*results, _samples(feeds))
+        comparison.add(
+            run_session(first, feeds), run_session(second, feeds), feeds, _samples(feeds)
+        )
         samples += _samples(feeds)
     return samples
 

@@ -122,7 +122,7 @@ def test_accuracy_with_labels_and_relative_error_without_classes():
     quality = result.report.calibration.quality
     output = result.report.verification.outputs[0]
     assert quality.measure == "relative error"
-    assert quality.drop == pytest.approx(output.relative_l2, rel=1e-3)
+    assert quality.drop == pytest.approx(output.slice_error, rel=1e-3)
 
 
 def test_bad_requests():

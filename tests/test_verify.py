@@ -25,9 +25,9 @@ def batches(count: int, columns: int = 3) -> list[np.ndarray]:
 
 
 def test_shapes_that_follow_from_data_are_counted_and_no_failure():
-    comparison = Comparison(["y"])
+    comparison = Comparison({}, ["y"])
     for number, value in enumerate(batches(4)):
-        comparison.add({"y": value}, {"y": value[:1] if number == 2 else value}, 2)
+        comparison.add({"y": value}, {"y": value[:1] if number == 2 else value}, {}, 2)
     (found,) = comparison.results()
     assert found.relative_l2 == 0
     assert "'y': could not be compared on 1 of 4 batches" in comparison.notes()[0]
@@ -45,7 +45,7 @@ def test_shapes_that_follow_from_data_are_counted_and_no_failure():
 )
 def test_other_changes_are_a_failure(varying, after):
     with pytest.raises(errors.VerificationError, match="shape or type changed"):
-        Comparison(varying).add({"y": np.zeros((2, 3), np.float32)}, {"y": after})
+        Comparison({}, varying).add({"y": np.zeros((2, 3), np.float32)}, {"y": after}, {})
 
 
 def test_text_sequences_and_maps_are_compared():
@@ -59,8 +59,8 @@ def test_text_sequences_and_maps_are_compared():
         "list": [np.ones((2, 2), np.float32), np.zeros((2, 2), np.float32)],
         "maps": [{"b": 2.0, "a": 1.0}, {"a": 3.0, "b": 4.0}],
     }
-    comparison = Comparison()
-    comparison.add(before, after, 4)
+    comparison = Comparison({})
+    comparison.add(before, after, {}, 4)
     found = {output.name: output for output in comparison.results()}
     assert (found["text"].equal, found["text"].relative_l2) == (0.75, None)
     assert found["list"].relative_l2 == pytest.approx(np.sqrt(0.5))
@@ -74,10 +74,10 @@ def test_whether_an_output_reacts(count, rows, differs, kind):
     if differs:
         samples[-1, 1] += 2.0
     samples = samples.astype(kind)
-    comparison = Comparison()
+    comparison = Comparison({})
     for start in range(0, len(samples), rows):
         part = samples[start : start + rows]
-        comparison.add({"y": part}, {"y": part}, len(part))
+        comparison.add({"y": part}, {"y": part}, {}, len(part))
     (found,) = comparison.results()
     assert found.reacts is differs
     assert bool(comparison.notes()) is not differs

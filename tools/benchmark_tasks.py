@@ -152,24 +152,31 @@ class Bench:
 
     def figures(self, model: onnx.ModelProto) -> dict[str, Any]:
         """Measure a compressed model on the test images."""
-        from cobla_onnx.calibration.loss import choose_kinds, sample_losses
+        from cobla_onnx.calibration.choosing import Chooser
+        from cobla_onnx.calibration.loss import sample_losses
+        from cobla_onnx.calibration.survey import Survey
+        from cobla_onnx.output_choice import OutputChoice
 
         actual, expected = self.outputs(model), self.expected
         noise = np.square(expected.astype(np.float64) - actual).sum()
         signal = np.square(expected.astype(np.float64)).sum()
         found: dict[str, Any] = {"sqnr_db": float(10 * np.log10(signal / noise)) if noise else None}
-        kinds = choose_kinds({"y": expected}, "auto")
-        losses = sample_losses(kinds, {"y": expected}, {"y": actual})
+        classes = expected.size == len(expected) * expected.shape[1]
+        seen = Survey()
+        seen.add({"y": expected}, {})
+        choice = OutputChoice("y", "classes", 1) if classes else OutputChoice("y", "values")
+        measures = Chooser(choices={"y": choice}).measures(seen)
+        losses = sample_losses(measures, {"y": expected}, {"y": actual})
         found |= {"loss": float(losses.mean()), "samples": len(expected)}
         found["losses"] = [float(f"{loss:.4g}") for loss in losses]
-        if kinds["y"] != "mse":
+        if classes:
             before, after = (v.reshape(len(v), -1).argmax(axis=1) for v in (expected, actual))
             same = before == after
             found |= {"agreement": float(same.mean()), "same": np.packbits(same).tobytes().hex()}
             known = None if self.labels is None else self.labels >= 0
-            classes = expected.reshape(len(expected), -1).shape[1]
-            if self.labels is not None and classes in (10, 1000, 1001):
-                shift = classes - 1000 if classes > 1000 else 0
+            count = expected.shape[1]
+            if self.labels is not None and count in (10, 1000, 1001):
+                shift = count - 1000 if count > 1000 else 0
                 right = self.labels + shift
                 found["top1"] = float((after == right)[known].mean())
                 found["top1_original"] = float((before == right)[known].mean())

@@ -10,11 +10,12 @@ import onnx
 from cobla_onnx.autodiff.backward import backward
 from cobla_onnx.autodiff.casting import cast_tensor
 from cobla_onnx.autodiff.emitter import Emitter
-from cobla_onnx.autodiff.losses import KINDS, Losses, LossKind, write_losses
+from cobla_onnx.autodiff.losses import Losses, write_losses
 from cobla_onnx.autodiff.masks import MaskedWeight, through_factors, write_mask_gradients
 from cobla_onnx.autodiff.prepare import Prepared, prepare
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.layers import all_inputs
+from cobla_onnx.measures import KINDS, LossKind, Measure, as_measure
 
 __all__ = ["GradientGraph", "differentiate", "gradient_graph"]
 
@@ -39,7 +40,8 @@ class GradientGraph:
         its masks, shape (samples, rank).
     targets, powers : dict of str to str
         For each output of the original with a loss, the inputs for its target (of the
-        output's shape) and, for ``mse``, for the mean square of all targets (a scalar).
+        output's shape) and, for ``mse`` without a scale, for the mean square of all targets
+        (a scalar).
     blocked : dict of str to str
         For each weight without a gradient, why. It is an input all the same.
     """
@@ -56,7 +58,7 @@ class GradientGraph:
 
 def gradient_graph(
     model: onnx.ModelProto,
-    loss: Mapping[str, LossKind],
+    loss: Mapping[str, LossKind | Measure],
     weights: Sequence[str],
     *,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -73,12 +75,12 @@ def gradient_graph(
     ----------
     model : ModelProto
         Is not changed.
-    loss : mapping of str to str
+    loss : mapping of str to (str or Measure)
         For each output that counts, how it is compared with its target: by the
         Kullback-Leibler divergence between distributions along axis 1
         (``'probabilities'``, ``'logits'``), by cross-entropy to the target
         (``'ce-probabilities'``, ``'ce-logits'``), or by the relative mean squared error
-        (``'mse'``).
+        (``'mse'``). A `Measure` has another axis, or a scale for each feature.
     weights : sequence of str
         Names of tensors of floating type that nodes of the main graph read.
     input_shapes : mapping of str to sequence of int, optional
@@ -116,7 +118,7 @@ def gradient_graph(
 
 def differentiate(
     model: onnx.ModelProto,
-    loss: Mapping[str, LossKind],
+    loss: Mapping[str, LossKind | Measure],
     weights: Sequence[str] = (),
     *,
     masks: Sequence[MaskedWeight] = (),
@@ -140,7 +142,8 @@ def differentiate(
     element_type : {TensorProto.FLOAT, TensorProto.DOUBLE}
         Floating type of everything in the graph.
     """
-    _check(model, loss)
+    measures = {name: as_measure(measure) for name, measure in loss.items()}
+    _check(model, measures)
     dense = [mask.weight for mask in masks if mask.mask is None]
     exposed = list(dict.fromkeys([*weights, *dense, *constants]))
     factors = through_factors(masks)
@@ -149,7 +152,7 @@ def differentiate(
         if forward.types.get(name) != element_type:
             raise UsageError(f"tensor {name!r} is not of floating type and has no gradient")
     g = Emitter(_names(forward), element_type)
-    written = write_losses(g, loss, _output_shapes(forward, loss))
+    written = write_losses(g, measures, _output_shapes(forward, measures))
     layers = [mask.differentiated(use) for mask in masks for use in mask.uses]
     wanted = dict.fromkeys([*weights, *layers])
     found = backward(g, forward, written.seeds, wanted)
@@ -174,15 +177,17 @@ def differentiate(
     )
 
 
-def _check(model: onnx.ModelProto, loss: Mapping[str, LossKind]) -> None:
+def _check(model: onnx.ModelProto, loss: Mapping[str, Measure]) -> None:
     outputs = [value.name for value in model.graph.output]
     if not loss:
         raise UsageError("no output has a loss; name one of " + ", ".join(outputs))
-    for name, kind in loss.items():
+    for name, measure in loss.items():
         if name not in outputs:
             raise UsageError(f"the model has no output {name!r}; it has " + ", ".join(outputs))
-        if kind not in KINDS:
-            raise UsageError(f"output {name!r}: no loss {kind!r}; choose " + ", ".join(KINDS))
+        if measure.kind not in KINDS:
+            raise UsageError(
+                f"output {name!r}: no loss {measure.kind!r}; choose " + ", ".join(KINDS)
+            )
 
 
 def _names(forward: Prepared) -> set[str]:
@@ -193,7 +198,7 @@ def _names(forward: Prepared) -> set[str]:
     return names
 
 
-def _output_shapes(forward: Prepared, loss: Mapping[str, LossKind]) -> dict[str, tuple[int, ...]]:
+def _output_shapes(forward: Prepared, loss: Iterable[str]) -> dict[str, tuple[int, ...]]:
     for name in loss:
         if name not in forward.shapes:
             raise ModelError(f"output {name!r}: its shape depends on the data; leave it out")

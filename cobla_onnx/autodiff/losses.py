@@ -1,40 +1,42 @@
 """The loss inside the graph, and its derivative by each output of the model.
 
-The same formulas as `cobla_onnx.calibration.loss`, in the graph's own precision. With
-classes along axis 1, p the target's and q the model's distribution:
+The same formulas as `cobla_onnx.calibration.loss`, in the graph's own precision. With p the
+target's and q the model's distribution along the measure's axis:
 
-=====================  ==========================  ==============================
-kind                   loss of a sample            derivative by the output
-=====================  ==========================  ==============================
-``probabilities``      sum p log(p / q)            -p / q
-``logits``             the same of softmaxes       softmax(output) - p
-``ce-probabilities``   -sum p log q                -p / q
-``ce-logits``          the same of a softmax       softmax(output) sum(p) - p
-``mse``                mean (q - p)^2 / power      2 (q - p) / (elements power)
-=====================  ==========================  ==============================
+=======================  ==========================  ==============================
+kind                     loss of a position          derivative by the output
+=======================  ==========================  ==============================
+``probabilities``        sum p log(p / q)            -p / q
+``logits``               the same of softmaxes       softmax(output) - p
+``ce-probabilities``     -sum p log q                -p / q
+``ce-logits``            the same of a softmax       softmax(output) sum(p) - p
+``binary-...``           -p log q                    (q - p) / (q (1 - q)),
+                         - (1 - p) log(1 - q)        of logits q - p
+``mse``                  sum scale (q - p)^2         2 scale (q - p)
+``either``               half of that, and half of   the sum of both derivatives
+                         |centred(q - p)|^2 / spread
+=======================  ==========================  ==============================
 
-Further axes are averaged over.
+Further axes are averaged over, by the mask where there is one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+
+import numpy as np
 
 from cobla_onnx.autodiff.emitter import Emitter
 from cobla_onnx.autodiff.vjp.registry import Sizes
 from cobla_onnx.errors import UsageError
+from cobla_onnx.measures import TINY, Measure
 
-__all__ = ["KINDS", "TINY", "LossKind", "Losses", "write_losses"]
+__all__ = ["Losses", "write_losses"]
 
-LossKind: TypeAlias = Literal["probabilities", "logits", "mse", "ce-probabilities", "ce-logits"]
-KINDS = ("probabilities", "logits", "mse", "ce-probabilities", "ce-logits")
-"""How an output is compared with its target."""
-
-TINY = 1e-12
-"""Probabilities and powers below count as this much."""
+# Stands for minus infinity where both logits are: their difference is to be 0 and not NaN.
+LOW = -1e30
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Losses:
     seeds : dict of str to str
         For each output, the derivative of the sum of `loss` by it.
     targets, powers : dict of str to str
-        For each output, the inputs for its target (of its shape) and, for ``mse``, for the
-        mean square of the targets (a scalar).
+        For each output, the inputs for its target (of its shape) and, for ``mse`` without a
+        scale, for the mean square of the targets (a scalar).
     """
 
     loss: str
@@ -60,25 +62,30 @@ class Losses:
     powers: dict[str, str]
 
 
-def write_losses(g: Emitter, kinds: Mapping[str, LossKind], shapes: Mapping[str, Sizes]) -> Losses:
+def write_losses(
+    g: Emitter, measures: Mapping[str, Measure], shapes: Mapping[str, Sizes]
+) -> Losses:
     """Write the losses of outputs of known shapes, and their derivatives.
 
     An output that is not batched along its first axis counts as one sample: its mean is
     added to every sample's loss.
     """
-    lengths = {name: (shapes[name] or (1,))[0] for name in kinds}
+    lengths = {name: (shapes[name] or (1,))[0] for name in measures}
     samples = min(lengths.values())
     terms: list[str] = []
     seeds: dict[str, str] = {}
     targets: dict[str, str] = {}
     powers: dict[str, str] = {}
-    for name, kind in kinds.items():
+    for name, measure in measures.items():
         targets[name] = g.name(f"target/{name}")
-        if kind == "mse":
-            powers[name] = g.name(f"power/{name}")
-            term, seed = _squares(g, name, shapes[name], targets[name], powers[name])
+        if measure.kind in ("mse", "either"):
+            if measure.scale is None:
+                powers[name] = g.name(f"power/{name}")
+            term, seed = _squares(g, name, shapes[name], targets[name], measure, powers)
+        elif measure.kind.startswith("binary"):
+            term, seed = _binary(g, name, shapes[name], targets[name], measure)
         else:
-            term, seed = _divergence(g, name, shapes[name], targets[name], kind)
+            term, seed = _divergence(g, name, shapes[name], targets[name], measure)
         if lengths[name] != samples:
             seed = g.mul(seed, samples / lengths[name])
             term = g.expand(g.mean(term, [0], keep=True), [samples])
@@ -89,27 +96,84 @@ def write_losses(g: Emitter, kinds: Mapping[str, LossKind], shapes: Mapping[str,
     return Losses(loss, samples, seeds, targets, powers)
 
 
-def _squares(g: Emitter, q: str, shape: Sizes, p: str, power: str) -> tuple[str, str]:
-    """Squared error of each sample over its elements and the power, and its derivative."""
+def _squares(
+    g: Emitter, q: str, shape: Sizes, p: str, measure: Measure, powers: Mapping[str, str]
+) -> tuple[str, str]:
+    """Scaled squared error of each sample, and its derivative."""
     length = (shape or (1,))[0]
     elements = math.prod(shape) // max(length, 1)
     difference = g.sub(q, p)
-    scale = g.div(1.0 / max(elements, 1), g.op("Max", power, TINY))
-    total = g.sum(g.reshape(g.square(difference), [length, elements]), [1])
-    return g.mul(total, scale), g.mul(difference, g.mul(scale, 2.0))
+    if measure.suppressed:
+        difference = g.op("Where", g.op("IsInf", p), 0.0, difference)
+    if measure.scale is None:
+        scaled = g.div(g.mul(difference, 1.0 / max(elements, 1)), g.op("Max", powers[q], TINY))
+    else:
+        scaled = g.mul(difference, _slices(g, measure, len(shape)))
+        scaled = g.mul(scaled, _share(g, shape, measure, len(shape)))
+
+    def total(product: str) -> str:
+        return g.sum(g.reshape(product, [length, elements]), [1])
+
+    term, seed = total(g.mul(difference, scaled)), g.mul(scaled, 2.0)
+    if measure.kind == "mse":
+        return term, seed
+    centred = g.sub(difference, g.mean(difference, [1], keep=True))
+    about = g.mul(centred, 1.0 / measure.spread)
+    both = g.add(term, total(g.mul(centred, about)))
+    return g.mul(both, 0.5), g.add(g.mul(seed, 0.5), about)
 
 
-def _divergence(g: Emitter, q: str, shape: Sizes, p: str, kind: LossKind) -> tuple[str, str]:
-    """Divergence of each sample between distributions along axis 1, and its derivative."""
-    if len(shape) < 2:
+def _slices(g: Emitter, measure: Measure, rank: int) -> str:
+    """Scale of each slice, to be broadcast over the output."""
+    assert measure.scale is not None
+    scale = np.array(measure.scale, g.dtype)
+    if measure.axis is None:
+        return g.constant(scale.reshape([1] * rank))
+    return g.constant(scale.reshape(-1, *[1] * (rank - measure.axis - 1)))
+
+
+def _share(g: Emitter, shape: Sizes, measure: Measure, rank: int) -> str | float:
+    """Weight of each position in its sample's mean; a number, or a tensor of `rank` axes."""
+    others = [size for axis, size in enumerate(shape) if axis and axis != measure.axis]
+    if measure.mask is None:
+        return 1.0 / max(math.prod(others), 1)
+    mask = g.float(measure.mask)
+    count = g.op("Max", g.sum(mask, [1], keep=True), 1.0)
+    share = g.div(mask, g.mul(count, max(math.prod(others) // max(shape[1], 1), 1)))
+    return g.reshape(share, [*shape[:2], *[1] * (rank - 2)])
+
+
+def _binary(g: Emitter, q: str, shape: Sizes, p: str, measure: Measure) -> tuple[str, str]:
+    """Cross-entropy of one probability to 0 or 1, and its derivative."""
+    length = (shape or (1,))[0]
+    elements = math.prod(shape) // max(length, 1)
+    if measure.of_logits:
+        each = g.sub(g.op("Softplus", q), g.mul(p, q))
+        seed = g.sub(g.op("Sigmoid", q), p)
+    else:
+        q = g.op("Min", g.op("Max", q, TINY), 1.0 - np.finfo(g.dtype).eps)
+        rest, miss = g.sub(1.0, q), g.sub(1.0, p)
+        each = g.neg(g.add(g.mul(p, g.op("Log", q)), g.mul(miss, g.op("Log", rest))))
+        seed = g.div(g.sub(q, p), g.mul(q, rest))
+    share = 1.0 / max(elements, 1)
+    term = g.sum(g.reshape(each, [length, elements]), [1])
+    return g.mul(term, share), g.mul(seed, share)
+
+
+def _divergence(g: Emitter, q: str, shape: Sizes, p: str, measure: Measure) -> tuple[str, str]:
+    """Divergence of each sample between distributions along an axis, and its derivative."""
+    axis = measure.axis
+    if axis is None or axis >= len(shape):
         raise UsageError(
-            f"output {q!r} of shape {list(shape)} has no classes along axis 1; "
+            f"output {q!r} of shape {list(shape)} has no classes along axis {axis}; "
             "choose the loss 'mse' for it"
         )
-    cross_entropy, logits = kind.startswith("ce"), kind.endswith("logits")
+    cross_entropy, logits = measure.kind.startswith("ce"), measure.of_logits
     if logits:
-        log_q = g.op("LogSoftmax", q, axis=1)
-        log_p = "" if cross_entropy else g.op("LogSoftmax", p, axis=1)
+        log_q = g.op("LogSoftmax", q, axis=axis)
+        log_p = "" if cross_entropy else g.op("LogSoftmax", p, axis=axis)
+        if measure.suppressed:
+            log_q, log_p = (name and g.op("Max", name, LOW) for name in (log_q, log_p))
     else:
         log_q = g.op("Log", g.op("Max", q, TINY))
         p = p if cross_entropy else g.op("Max", p, TINY)
@@ -119,11 +183,17 @@ def _divergence(g: Emitter, q: str, shape: Sizes, p: str, kind: LossKind) -> tup
     if logits:
         soft = g.op("Exp", log_q)
         if cross_entropy:
-            soft = g.mul(soft, g.sum(weight, [1], keep=True))
+            soft = g.mul(soft, g.sum(weight, [axis], keep=True))
         seed = g.sub(soft, weight)
     else:
         seed = g.masked(g.neg(g.div(weight, g.op("Max", q, TINY))), g.op("Greater", q, TINY))
-    positions = math.prod(shape[2:])
-    if positions != 1:
-        seed = g.mul(seed, 1.0 / max(positions, 1))
-    return g.mean(g.sum(each, [1]), range(1, len(shape) - 1)), seed
+    if math.prod(shape[1:]) == shape[axis]:
+        return _summed(g, g.sum(each, [axis]), len(shape) - 1), seed
+    each = g.mul(g.sum(each, [axis]), _share(g, shape, measure, len(shape) - 1))
+    return _summed(g, each, len(shape) - 1), g.mul(seed, _share(g, shape, measure, len(shape)))
+
+
+def _summed(g: Emitter, each: str, rank: int) -> str:
+    """Sum over all axes but the first."""
+    axes: Sequence[int] = range(1, rank)
+    return g.sum(each, list(axes))

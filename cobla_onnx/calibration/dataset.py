@@ -178,14 +178,31 @@ class Dataset:
         Samples of different shapes, and those of models with a fixed batch, are not put
         together.
         """
+        return (feeds for _, feeds in self.grouped(indices, size))
+
+    def grouped(self, indices: Iterable[int], size: int) -> Iterator[tuple[tuple[int, ...], Feeds]]:
+        """Yield the indices of samples with each batch of `batches`."""
         pending: list[int] = []
         for index in indices:
             if pending and (len(pending) == size or not self._alike(pending[0], index)):
-                yield self._feeds(pending)
+                yield tuple(pending), self._feeds(pending)
                 pending = []
             pending.append(index)
         if pending:
-            yield self._feeds(pending)
+            yield tuple(pending), self._feeds(pending)
+
+    def leave_out(self, indices: Iterable[int]) -> None:
+        """Take samples out of both splits; the others are shared out anew."""
+        gone = set(indices)
+        kept = [i for i in range(len(self)) if i not in gone]
+        made, held = _split(len(kept))
+        self.calibration = tuple(kept[i] for i in made)
+        self.selection = tuple(kept[i] for i in held)
+
+    @property
+    def specs(self) -> Sequence[InputSpec]:
+        """What the model wants to be fed with."""
+        return self._specs
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the commonest sample's inputs; of equally common ones the middle by size."""

@@ -105,7 +105,7 @@ class GradientProbe:
         names = [n for n in (*exposed.weights, *exposed.biases) if n is not None]
         graph = differentiate(
             exposed.model,
-            self._probe.kinds,
+            self._probe.measures,
             names,
             input_shapes={name: value.shape for name, value in fixed.items()},
             threads=self._threads,

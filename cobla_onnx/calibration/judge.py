@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
 import onnx
@@ -12,14 +11,16 @@ from numpy.typing import NDArray
 
 from cobla_onnx.allocation.sequential import Scores
 from cobla_onnx.cache import digest
+from cobla_onnx.calibration.choosing import Chooser, Compared, look_at
 from cobla_onnx.calibration.dataset import Dataset
-from cobla_onnx.calibration.loss import LossKind, LossName
+from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.probe import Probe, Weights
-from cobla_onnx.calibration.soften import CLASSES, soften, temperatures
+from cobla_onnx.calibration.soften import soften
 from cobla_onnx.calibration.spread import SpreadProbe
 from cobla_onnx.graph.layers import Layer
+from cobla_onnx.measures import Measure
 from cobla_onnx.parallel import Pool
-from cobla_onnx.runtime import Feeds, open_session, run_session
+from cobla_onnx.runtime import Feeds
 
 __all__ = ["Judge"]
 
@@ -40,9 +41,12 @@ class Judge:
     batch : int
         Samples that are run at a time.
     loss : {'auto', 'kl', 'mse', 'ce'}
+        Decides where `compared` is not given.
     threads : int
-    labels : int64 array, shape (samples, rows of a sample), optional
-        Of all samples of the dataset; with them `loss` is ``ce``.
+    labels : int64 array, shape (samples, rows of a sample, ...), optional
+        Of all samples of the dataset.
+    compared : Compared, optional
+        How outputs are compared. Without it the model is run on all samples to find out.
 
     Attributes
     ----------
@@ -50,8 +54,6 @@ class Judge:
         The loss itself, on the selection split.
     followed : Probe
         The loss that decisions follow, there; `selection` where it is the same.
-    temperatures : dict of str to float
-        By the name of the output; of class distributions only.
     """
 
     model: onnx.ModelProto
@@ -61,33 +63,32 @@ class Judge:
     loss: LossName
     threads: int
     labels: NDArray[np.int64] | None = None
+    compared: Compared | None = None
     selection: Probe = field(init=False)
     followed: Probe = field(init=False)
-    temperatures: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._follows: tuple[onnx.ModelProto, LossName | Mapping[str, LossKind]]
-        self._follows = self.model, self.loss
+        if self.compared is None:
+            chooser = Chooser.of(self.model, self.loss, labelled=self.labels is not None)
+            self.compared = look_at(self.model, self.dataset, self.batch, self.threads, chooser)
+        self._follows: tuple[onnx.ModelProto, Mapping[str, Measure]]
+        self._follows = self.model, self.compared.measures
         self.selection = self.followed = self.on(self.dataset.selection)
-        kinds = self.selection.kinds
-        if self.loss == "auto" and any(kind in CLASSES for kind in kinds.values()):
-            # Of all samples: a fifth of them tells too little.
-            outputs = chain(self.selection.expected, self._originals())
-            self.temperatures = temperatures(kinds, outputs)
         if any(value > 1.0 for value in self.temperatures.values()):
-            self._follows = soften(self.model, kinds, self.temperatures)
+            self._follows = soften(self.model, self.compared.measures, self.temperatures)
             self.followed = self.on(self.dataset.selection)
 
-    def _originals(self) -> Iterator[Feeds]:
-        """Outputs of the original on the calibration split, batch by batch."""
-        session = open_session(self.model, self.threads, optimized=True, part="the loss")
-        for feeds in self.batches(self.dataset.calibration):
-            yield run_session(session, feeds)
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        """How each output is compared."""
+        assert self.compared is not None
+        return self.compared.measures
 
     @property
-    def kinds(self) -> Mapping[str, LossKind]:
-        """How each output is compared."""
-        return self.selection.kinds
+    def temperatures(self) -> Mapping[str, float]:
+        """Of class distributions, by the name of the output."""
+        assert self.compared is not None
+        return self.compared.temperatures
 
     def batches(self, indices: Sequence[int]) -> Iterable[Feeds]:
         """Return a fresh iterator over samples."""
@@ -99,7 +100,7 @@ class Judge:
 
     def key(self, indices: Sequence[int]) -> str:
         """Hash what losses on samples depend on beside the model and the weights."""
-        how = self.loss, dict(self.kinds), self.temperatures, self.batch
+        how = dict(self.measures), dict(self.temperatures), self.batch
         return digest(self.dataset.content(indices), self.labels_of(indices), how)
 
     def on(self, indices: Sequence[int]) -> Probe:

@@ -1,8 +1,8 @@
 """How far a compressed model's outputs are from the original's, as one number a sample.
 
-Without labels the original's own outputs are the target: the Kullback-Leibler divergence
-between class distributions where an output is one (or logits), the relative mean squared
-error elsewhere. Several outputs are summed.
+Without labels the original's own outputs are the target. How each output is compared is its
+`Measure`: by the divergence of class distributions, by the relative squared error of each
+feature, or by both. Several outputs are summed.
 """
 
 from __future__ import annotations
@@ -13,89 +13,40 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.autodiff.losses import TINY, LossKind
-from cobla_onnx.errors import DataError, UsageError
+from cobla_onnx.measures import TINY, LossKind, Measure, as_measure
 
-__all__ = ["LossKind", "LossName", "choose_kinds", "log_probabilities", "sample_losses"]
+__all__ = ["LossName", "equal_infinities", "log_probabilities", "sample_losses", "squared_errors"]
 
 LossName: TypeAlias = Literal["auto", "kl", "mse", "ce"]
 
-
-def choose_kinds(
-    outputs: Mapping[str, NDArray[Any]], loss: LossName | Mapping[str, LossKind]
-) -> dict[str, LossKind]:
-    """Decide how each output of the model is compared.
-
-    Parameters
-    ----------
-    outputs : mapping of str to array
-        Outputs of the original on some samples.
-    loss : {'auto', 'kl', 'mse', 'ce'} or mapping of str to str
-        A mapping is the answer. ``auto`` takes a two-dimensional output (but for axes of
-        length 1) as a distribution if its rows are one, as logits if they do not lie in
-        [0, 1], and else as numbers. ``kl`` insists on classes along axis 1; ``ce`` too,
-        with the original's most likely class as the label.
-
-    Raises
-    ------
-    DataError
-        If an output of the original is not finite, or no output is of floating type.
-    UsageError
-        If the loss needs classes and an output has none.
-    """
-    if not isinstance(loss, str):
-        return dict(loss)
-    kinds: dict[str, LossKind] = {}
-    for name, value in outputs.items():
-        if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.size == 0:
-            continue
-        if not np.isfinite(value).all():
-            raise DataError(
-                f"output {name!r}: the original gives NaN or infinity on the calibration data; "
-                "check the data's preprocessing"
-            )
-        kinds[name] = _kind(name, value, loss)
-    if not kinds:
-        raise DataError("the model has no output of floating type: calibration cannot measure it")
-    return kinds
-
-
-def _kind(name: str, value: NDArray[Any], loss: LossName) -> LossKind:
-    has_classes = value.ndim >= 2 and value.shape[1] >= 2
-    if loss == "mse":
-        return "mse"
-    if not has_classes:
-        if loss == "auto":
-            return "mse"
-        raise UsageError(
-            f"--loss {loss}: output {name!r} of shape {list(value.shape)} has no classes along "
-            "axis 1; use --loss mse"
-        )
-    wide = value.astype(np.float64)
-    unit = bool((wide >= -1e-6).all() and (wide <= 1 + 1e-6).all())
-    normal = unit and bool(np.allclose(wide.sum(axis=1), 1.0, atol=1e-3))
-    if loss == "ce":
-        return "ce-probabilities" if normal else "ce-logits"
-    if loss == "kl":
-        return "probabilities" if normal else "logits"
-    if int(np.prod(value.shape[2:])) != 1:
-        return "mse"
-    if normal:
-        return "probabilities"
-    return "mse" if unit else "logits"
+# Elements of an output that are compared at a time, in double precision.
+AT_ONCE = 1 << 22
+# Stands for minus infinity where both logits are: their difference is to be 0 and not NaN.
+LOW = -1e300
 
 
 def sample_losses(
-    kinds: Mapping[str, LossKind],
+    measures: Mapping[str, LossKind | Measure],
     expected: Mapping[str, NDArray[Any]],
     actual: Mapping[str, NDArray[Any]],
 ) -> NDArray[np.float64]:
     """Loss of each sample, summed over outputs, shape (samples,).
 
+    Parameters
+    ----------
+    measures : mapping of str to Measure
+    expected : mapping of str to array
+        Targets by the names of the outputs, and masks by the names of the inputs.
+    actual : mapping of str to array
+
     An output that is not batched along its first axis counts as one sample. A compressed
-    output that is not finite has an infinite loss.
+    output that is not finite where the original's is has an infinite loss.
     """
-    terms = [_losses(kind, expected[name], actual[name]) for name, kind in kinds.items()]
+    terms = []
+    for name, given in measures.items():
+        measure = as_measure(given)
+        mask = None if measure.mask is None else expected[measure.mask]
+        terms.append(_losses(measure, expected[name], actual[name], mask))
     size = min(len(term) for term in terms)
     parts: Sequence[NDArray[np.float64]] = [
         term if len(term) == size else np.full(size, term.mean()) for term in terms
@@ -104,28 +55,99 @@ def sample_losses(
     return np.where(np.isfinite(total), total, np.inf)
 
 
-def _losses(kind: LossKind, expected: NDArray[Any], actual: NDArray[Any]) -> NDArray[np.float64]:
-    p, q = np.atleast_1d(expected).astype(np.float64), np.atleast_1d(actual).astype(np.float64)
-    if kind == "mse":
-        p, q = p.reshape(len(p), -1), q.reshape(len(q), -1)
-        power = float(np.square(p).mean())
-        error: NDArray[np.float64] = np.square(p - q).mean(axis=1) / max(power, TINY)
-        return error
-    log_p, log_q = (log_probabilities(v, kind.endswith("logits")) for v in (p, q))
+def _losses(
+    measure: Measure, expected: NDArray[Any], actual: NDArray[Any], mask: NDArray[Any] | None
+) -> NDArray[np.float64]:
+    p, q = np.atleast_1d(expected), np.atleast_1d(actual)
+    if p.shape != q.shape:
+        return np.full(len(p), np.inf)
+    power = 1.0
+    if measure.scale is None and measure.kind == "mse":
+        power = max(float(np.square(p, dtype=np.float64).mean()), TINY)
+    step = max(1, AT_ONCE * len(p) // max(p.size, 1))
+    found = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(p), step):
+            rows = slice(start, start + step)
+            weights = None if mask is None else mask[rows]
+            both = equal_infinities(p[rows], q[rows], LOW if measure.has_classes else 0.0)
+            found.append(_positions_mean(_position_losses(measure, *both, power), weights))
+    return np.concatenate(found) if found else np.zeros(0)
+
+
+def equal_infinities(
+    expected: NDArray[Any], actual: NDArray[Any], instead: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return two arrays in double precision, the same infinities of both replaced."""
+    p, q = expected.astype(np.float64), actual.astype(np.float64)
+    if not np.isfinite(p).all():
+        same = np.isinf(p) & (p == q)
+        p[same] = q[same] = instead
+    return p, q
+
+
+def squared_errors(
+    measure: Measure, p: NDArray[np.float64], q: NDArray[np.float64], power: float = 1.0
+) -> NDArray[np.float64]:
+    """Scaled squared error of each position: the shape of the output without `axis`."""
+    squares = np.square(q - p)
+    if measure.scale is None:
+        # A mean over all axes but the first is still to be taken.
+        return squares / power
+    scale = np.array(measure.scale)
+    if measure.axis is None:
+        return np.asarray(squares * scale[0])
+    return np.tensordot(squares, scale, axes=(measure.axis, 0))
+
+
+def _position_losses(
+    measure: Measure, p: NDArray[np.float64], q: NDArray[np.float64], power: float
+) -> NDArray[np.float64]:
+    """Loss of each position, shape (samples, positions...)."""
+    if measure.kind == "mse":
+        return squared_errors(measure, p, q, power)
+    if measure.kind == "either":
+        difference = q - p
+        centred = difference - difference.mean(axis=1, keepdims=True)
+        about = np.square(centred).sum(axis=1) / measure.spread
+        return np.asarray(0.5 * (squared_errors(measure, p, q) + about))
+    if measure.kind == "binary-logits":
+        return np.logaddexp(0.0, q) - p * q
+    if measure.kind == "binary-probabilities":
+        q = np.clip(q, TINY, 1.0 - TINY)
+        return -p * np.log(q) - (1.0 - p) * np.log(1.0 - q)
+    axis = measure.axis
+    assert axis is not None
+    if measure.kind.startswith("ce"):
+        p = (p == p.max(axis=axis, keepdims=True)).astype(np.float64)
+        # A class that cannot be, and is not the label, costs nothing.
+        log_q = np.maximum(
+            log_probabilities(q, measure.of_logits, axis), np.where(p > 0, -np.inf, LOW)
+        )
+        return np.asarray(-(p * log_q).sum(axis=axis))
+    log_p, log_q = (log_probabilities(v, measure.of_logits, axis) for v in (p, q))
     weight = np.exp(log_p)
-    if kind.startswith("ce"):
-        weight = (weight == weight.max(axis=1, keepdims=True)).astype(np.float64)
-        divergence = -weight * log_q
-    else:
-        divergence = weight * (log_p - log_q)
-    per_sample: NDArray[np.float64] = divergence.sum(axis=1).reshape(len(p), -1).mean(axis=1)
-    return per_sample
+    terms = np.multiply(weight, log_p - log_q, where=weight > 0, out=weight)
+    return np.asarray(terms.sum(axis=axis))
 
 
-def log_probabilities(values: NDArray[np.float64], logits: bool) -> NDArray[np.float64]:
-    """Logarithms of class probabilities along axis 1, from logits or from probabilities."""
+def _positions_mean(losses: NDArray[np.float64], mask: NDArray[Any] | None) -> NDArray[np.float64]:
+    """Mean over positions, shape (samples,); by the mask over the second axis."""
+    if mask is None:
+        result: NDArray[np.float64] = losses.reshape(len(losses), -1).mean(axis=1)
+        return result
+    means = losses.reshape(*losses.shape[:2], -1).mean(axis=2)
+    weights = mask.astype(np.float64)
+    found: NDArray[np.float64] = np.einsum("st,st->s", means, weights)
+    return np.asarray(found / np.maximum(weights.sum(axis=1), 1.0))
+
+
+def log_probabilities(
+    values: NDArray[np.float64], logits: bool, axis: int = 1
+) -> NDArray[np.float64]:
+    """Logarithms of class probabilities along an axis, from logits or from probabilities."""
     if not logits:
         return np.log(np.maximum(values, TINY))
-    shifted = values - values.max(axis=1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shifted = values - values.max(axis=axis, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
     return result

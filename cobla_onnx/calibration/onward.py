@@ -75,7 +75,7 @@ class OnwardProbe:
             given = values if rest.from_line else batch
             for found, pair in zip(losses, candidates, strict=True):
                 outputs = rest.run(given, self._probe.feeds_of(index, pair))
-                found.append(sample_losses(self._probe.kinds, expected, outputs))
+                found.append(sample_losses(self._probe.measures, expected, outputs))
         if rest is not None and rest.from_line:
             self._frontier = self._frontier.moved_to(store)
         return [np.concatenate(found) for found in losses]
@@ -113,7 +113,7 @@ class _Rest:
         self._fed = {} if packed else {n: array for n, array in feeds.items() if n not in own}
         stored = {n: array for n, array in feeds.items() if packed and n not in own}
         inputs = {n: array.dtype for n, array in (self._fed | self._own).items()}
-        self._taps = frontier.taps(probe.kinds, stored, inputs=inputs, threads=threads)
+        self._taps = frontier.taps(probe.measures, stored, inputs=inputs, threads=threads)
 
     def run(self, values: Feeds, candidate: Feeds) -> dict[str, Any]:
         """Return the compared outputs of one batch with another weight."""

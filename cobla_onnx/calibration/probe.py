@@ -10,11 +10,12 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.labels import one_hot
-from cobla_onnx.calibration.loss import LossKind, LossName, choose_kinds, sample_losses
-from cobla_onnx.errors import DataError
+from cobla_onnx.calibration.choosing import measures_of
+from cobla_onnx.calibration.labels import binary_targets, one_hot
+from cobla_onnx.calibration.loss import LossName, sample_losses
 from cobla_onnx.graph.expose import expose
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
+from cobla_onnx.measures import Measure
 from cobla_onnx.runtime import Feeds, open_session, run_session
 
 __all__ = ["KEPT_OUTPUTS", "Pair", "Probe", "Weights"]
@@ -39,14 +40,15 @@ class Probe:
         Those whose weights may be replaced.
     batches : iterable of dict
         Samples; as many are kept as `limit` bytes of inputs and outputs allow.
-    loss : {'auto', 'kl', 'mse', 'ce'} or mapping of str to str
+    loss : mapping of str to Measure, or {'auto', 'kl', 'mse', 'ce'}
+        How outputs are compared; a name decides by the first batch.
     threads : int
-    labels : int64 array, shape (samples, rows of a sample), optional
+    labels : int64 array, shape (samples, rows of a sample, ...), optional
         Classes in place of the original's most likely ones; for ``ce``.
 
     Attributes
     ----------
-    kinds : dict of str to str
+    measures : dict of str to Measure
         How each output is compared.
     samples : int
         Samples that are measured.
@@ -56,7 +58,8 @@ class Probe:
     exposed : Exposed
         The model as it is run.
     batches, expected : list of dict
-        Inputs, and the original's outputs, batch by batch.
+        Inputs, and what outputs are compared with, batch by batch: the original's outputs or
+        labels, and masks by the names of the inputs.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class Probe:
         model: onnx.ModelProto,
         layers: Sequence[Layer],
         batches: Iterable[Feeds],
-        loss: LossName | Mapping[str, LossKind],
+        loss: LossName | Mapping[str, Measure],
         threads: int,
         limit: int = KEPT_OUTPUTS,
         labels: NDArray[np.int64] | None = None,
@@ -84,37 +87,51 @@ class Probe:
         self.expected: list[Feeds] = []
         self.samples = 0
         self.labelled = labels is not None
-        self._keep(batches, loss, limit, None if labels is None else labels.reshape(-1))
+        self._keep(
+            batches, loss, limit, None if labels is None else labels.reshape(-1, *labels.shape[2:])
+        )
 
     def _keep(
         self,
         batches: Iterable[Feeds],
-        loss: LossName | Mapping[str, LossKind],
+        loss: LossName | Mapping[str, Measure],
         limit: int,
         labels: NDArray[np.int64] | None,
     ) -> None:
         for feeds in batches:
             outputs = self._run({**feeds, **self._original})
             if not self.expected:
-                self.kinds: dict[str, LossKind] = choose_kinds(outputs, loss)
-                if labels is not None and len(self.kinds) > 1:
-                    raise DataError(
-                        f"--labels: the model has {len(self.kinds)} outputs, labels are for one; "
-                        "leave them away"
-                    )
-            kept = {name: outputs[name] for name in self.kinds}
-            for name, kind in self.kinds.items():
-                if kind.startswith("ce"):
-                    rows = len(kept[name])
-                    kept[name] = one_hot(kept[name], None if labels is None else labels[:rows])
-            if labels is not None:
-                labels = labels[rows:]
+                self.measures: dict[str, Measure] = (
+                    measures_of(self.exposed.model, feeds, outputs, loss, self.labelled)
+                    if isinstance(loss, str)
+                    else dict(loss)
+                )
+            kept, labels = self._targets(feeds, outputs, labels)
             limit -= sum(value.nbytes for value in (*kept.values(), *feeds.values()))
             self.batches.append(feeds)
             self.expected.append(kept)
-            self.samples += len(sample_losses(self.kinds, kept, kept))
+            self.samples += len(sample_losses(self.measures, kept, kept))
             if limit < 0:
                 break
+
+    def _targets(
+        self, feeds: Feeds, outputs: Feeds, labels: NDArray[np.int64] | None
+    ) -> tuple[Feeds, NDArray[np.int64] | None]:
+        """Return what a batch is compared with, and the labels of the next batches."""
+        kept = {name: outputs[name] for name in self.measures}
+        rest = labels
+        for name, measure in self.measures.items():
+            given: NDArray[np.int64] | None = None
+            if measure.labelled and labels is not None:
+                given, rest = np.split(labels, [len(kept[name])])
+            if measure.kind.startswith("binary"):
+                assert given is not None
+                kept[name] = binary_targets(kept[name], given)
+            elif measure.kind.startswith("ce"):
+                kept[name] = one_hot(kept[name], given, measure.axis or 1)
+            if measure.mask is not None:
+                kept[measure.mask] = feeds[measure.mask]
+        return kept, rest
 
     def losses(self, weights: Weights) -> NDArray[np.float64]:
         """Loss of every sample with some layers' weights replaced.
@@ -133,7 +150,7 @@ class Probe:
     def losses_of(self, outputs: Iterable[tuple[Feeds, Feeds]]) -> NDArray[np.float64]:
         """Loss of every sample, from what `outputs` gives."""
         return np.concatenate(
-            [sample_losses(self.kinds, expected, actual) for expected, actual in outputs]
+            [sample_losses(self.measures, expected, actual) for expected, actual in outputs]
         )
 
     def outputs(self, weights: Weights) -> Iterator[tuple[Feeds, Feeds]]:

@@ -7,13 +7,16 @@ people ask for. It is measured on samples that no factor has seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cobla_onnx.autodiff.losses import TINY
+from cobla_onnx.calibration.loss import equal_infinities, squared_errors
 from cobla_onnx.calibration.probe import Probe
+from cobla_onnx.measures import TINY, Measure
 from cobla_onnx.runtime import Feeds
 
 __all__ = ["Quality", "measure_quality"]
@@ -27,14 +30,19 @@ class Quality:
     ----------
     measure : {'accuracy', 'agreement', 'relative error'}
         ``accuracy``: share of rows whose most likely class is the label. ``agreement``:
-        share whose most likely class is the original's. ``relative error``: norm of the
-        difference of outputs over the norm of the original's. Of several outputs the worst.
+        share of rows, or positions, whose most likely class is the original's. ``relative
+        error``: root of the mean over features of squared error over variance. Of several
+        outputs, and of the two readings of an output that may be either, the worst.
     before, after : float
         Of the original and of the compressed model.
     drop : float
         What is lost: the fall of accuracy or agreement, or the error itself.
     samples : int
         Samples that it was measured on.
+    output : str
+        The output that it is of.
+    undecided : bool
+        Whether nothing tells if that holds classes or values.
     """
 
     measure: str
@@ -42,6 +50,8 @@ class Quality:
     after: float
     drop: float
     samples: int
+    output: str = ""
+    undecided: bool = False
 
 
 def measure_quality(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> Quality:
@@ -53,35 +63,66 @@ def measure_quality(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> Qua
     outputs : iterable of (dict, dict)
         What `Probe.outputs` gives for the compressed model.
     """
-    drops = _drops(probe, outputs)
-    if probe.labelled:
-        before, after = (min(d.values()) for d in (_drops(probe, probe.outputs({})), drops))
-        return Quality("accuracy", 1.0 - before, 1.0 - after, after - before, probe.samples)
-    worst = max(drops, key=lambda name: drops[name])
-    drop = drops[worst]
-    if probe.kinds[worst] == "mse":
-        return Quality("relative error", 0.0, drop, drop, probe.samples)
-    return Quality("agreement", 1.0, 1.0 - drop, drop, probe.samples)
+    after = _readings(probe, outputs)
+    labelled = [name for name, measure in probe.measures.items() if measure.labelled]
+    before = _readings(probe, probe.outputs({})) if labelled else {}
+    found = []
+    for (name, measure), wrong in after.items():
+        if name in labelled:
+            old = before[name, measure]
+            found.append(
+                Quality("accuracy", 1.0 - old, 1.0 - wrong, wrong - old, probe.samples, name)
+            )
+        elif measure == "agreement":
+            found.append(Quality(measure, 1.0, 1.0 - wrong, wrong, probe.samples, name))
+        else:
+            found.append(Quality(measure, 0.0, wrong, wrong, probe.samples, name))
+    worst = max(found, key=lambda quality: quality.drop)
+    return replace(worst, undecided=probe.measures[worst.output].kind == "either")
 
 
-def _drops(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> dict[str, float]:
+def _readings(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> dict[tuple[str, str], float]:
     """Share of rows of another class than expected, or relative error, of every output."""
-    wrong = dict.fromkeys(probe.kinds, 0.0)
-    whole = dict.fromkeys(probe.kinds, 0.0)
+    wrong: dict[tuple[str, str], float] = {}
+    whole: dict[tuple[str, str], float] = {}
     for expected, actual in outputs:
-        for name, kind in probe.kinds.items():
-            before, after = expected[name], actual[name]
-            if kind == "mse":
-                before, after = before.astype(np.float64), after.astype(np.float64)
-                wrong[name] += float(np.square(before - after).sum())
-                whole[name] += float(np.square(before).sum())
-            else:
-                other = before.argmax(axis=1) != after.argmax(axis=1)
-                wrong[name] += float(other.sum())
-                whole[name] += other.size
+        for name, measure in probe.measures.items():
+            mask = None if measure.mask is None else expected[measure.mask]
+            for reading, values, weight in _measured(measure, expected[name], actual[name], mask):
+                wrong[name, reading] = wrong.get((name, reading), 0.0) + values
+                whole[name, reading] = whole.get((name, reading), 0.0) + weight
     return {
-        name: math.sqrt(wrong[name] / max(whole[name], TINY))
-        if kind == "mse"
-        else wrong[name] / whole[name]
-        for name, kind in probe.kinds.items()
+        key: math.sqrt(value / max(whole[key], 1.0))
+        if key[1] == "relative error"
+        else value / max(whole[key], 1.0)
+        for key, value in wrong.items()
     }
+
+
+def _measured(
+    measure: Measure, before: NDArray[Any], after: NDArray[Any], mask: NDArray[Any] | None
+) -> Iterator[tuple[str, float, float]]:
+    """Sums over the positions of a batch and their number, for each reading."""
+    if before.shape != after.shape:
+        yield "relative error", math.inf, 1.0
+        return
+    if measure.kind in ("mse", "either"):
+        errors = squared_errors(measure, *equal_infinities(before, after, 0.0))
+        if measure.scale is None:
+            errors = errors / max(float(np.square(before, dtype=np.float64).mean()), TINY)
+        yield ("relative error", *_total(errors, mask))
+    if measure.kind.startswith("binary"):
+        edge = 0.0 if measure.of_logits else 0.5
+        yield ("agreement", *_total((before > 0.5) != (after > edge), mask))
+    elif measure.kind != "mse":
+        axis = measure.axis or 1
+        other = before.argmax(axis=axis) != after.argmax(axis=axis)
+        yield ("agreement", *_total(other, mask))
+
+
+def _total(values: NDArray[Any], mask: NDArray[Any] | None) -> tuple[float, float]:
+    """Sum and number of what counts."""
+    if mask is None:
+        return float(values.sum()), float(values.size)
+    chosen = values[mask.astype(bool)]
+    return float(chosen.sum()), float(chosen.size)

@@ -12,59 +12,68 @@ samples in doubt is compared at temperature 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.autodiff.losses import TINY, LossKind
 from cobla_onnx.calibration.loss import log_probabilities
 from cobla_onnx.graph.model_file import copy_without_initializers, unique_name
+from cobla_onnx.measures import CLASSES, TINY, Measure
 
-__all__ = ["CLASSES", "soften", "temperatures"]
+__all__ = ["shares", "soften", "temperatures"]
 
-# Kinds of outputs that are class distributions.
-CLASSES = ("probabilities", "logits")
 # Temperatures in steps of the square root of 2; the last is nearly the limit, in which the
 # divergence is the squared distance of centred logits.
 LADDER = tuple(2.0 ** (step / 2) for step in range(9))
 # Effective share of the samples that is enough.
 EVEN = 0.6
+# Of a sample's positions so many are looked at.
+POSITIONS = 32
 
 
 def temperatures(
-    kinds: Mapping[str, LossKind], outputs: Iterable[Mapping[str, NDArray[Any]]]
+    measures: Mapping[str, Measure],
+    found: Mapping[str, Mapping[tuple[int, bool], Sequence[NDArray[np.float64]]]],
 ) -> dict[str, float]:
     """Choose a temperature for each output that is a class distribution.
 
     Parameters
     ----------
-    kinds : mapping of str to str
+    measures : mapping of str to Measure
         How each output is compared.
-    outputs : iterable of dict
-        The original's outputs, batch by batch.
+    found : mapping of str to mapping
+        For each output, what `shares` has found, batch by batch, by class axis and whether
+        values were taken for logits. Without an entry the temperature is 1.
     """
-    shares: dict[str, list[NDArray[np.float64]]] = {}
-    for batch in outputs:
-        for name, kind in kinds.items():
-            if kind in CLASSES:
-                shares.setdefault(name, []).append(_shares(batch[name], kind))
-    found = {}
-    for name, parts in shares.items():
+    chosen = {}
+    for name, measure in measures.items():
+        if measure.kind not in CLASSES or measure.axis is None:
+            continue
+        parts = found.get(name, {}).get((measure.axis, measure.of_logits))
+        if not parts:
+            chosen[name] = LADDER[0]
+            continue
         even = _evenness(np.concatenate(parts, axis=1)) >= EVEN
-        found[name] = LADDER[int(np.argmax(even))] if even.any() else LADDER[-1]
-    return found
+        chosen[name] = LADDER[int(np.argmax(even))] if even.any() else LADDER[-1]
+    return chosen
 
 
-def _shares(values: NDArray[Any], kind: LossKind) -> NDArray[np.float64]:
-    """1 - sum p^2 of each sample at each temperature, shape (temperatures, samples)."""
-    logits = log_probabilities(values.astype(np.float64), kind == "logits")
+def shares(values: NDArray[np.float64], logits: bool, axis: int) -> NDArray[np.float64]:
+    """1 - sum p^2 of each sample at each temperature, shape (temperatures, samples).
+
+    Where a sample has many positions, evenly spaced ones stand for all.
+    """
+    lines = np.moveaxis(values, axis, -1)
+    lines = lines.reshape(len(values), -1, values.shape[axis])
+    lines = lines[:, :: -(-lines.shape[1] // POSITIONS)]
+    scores = log_probabilities(lines, logits, 2)
     result = []
     for temperature in LADDER:
-        p = np.exp(log_probabilities(logits / temperature, True))
-        result.append(1.0 - np.square(p).sum(axis=1).reshape(len(p), -1).mean(axis=1))
+        p = np.exp(log_probabilities(scores / temperature, True, 2))
+        result.append(1.0 - np.square(p).sum(axis=2).mean(axis=1))
     return np.array(result)
 
 
@@ -76,14 +85,14 @@ def _evenness(shares: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def soften(
-    model: onnx.ModelProto, kinds: Mapping[str, LossKind], temperatures: Mapping[str, float]
-) -> tuple[onnx.ModelProto, dict[str, LossKind]]:
+    model: onnx.ModelProto, measures: Mapping[str, Measure], temperatures: Mapping[str, float]
+) -> tuple[onnx.ModelProto, dict[str, Measure]]:
     """Copy a model so that its class outputs are logits over a temperature.
 
     Parameters
     ----------
     model : ModelProto
-    kinds : mapping of str to str
+    measures : mapping of str to Measure
         How each output is compared.
     temperatures : mapping of str to float
         Of outputs that are ``logits`` or ``probabilities``, the latter by way of their
@@ -92,25 +101,25 @@ def soften(
     Returns
     -------
     model : ModelProto
-    kinds : dict of str to str
+    measures : dict of str to Measure
         The same by the names of the copy.
     """
     result = copy_without_initializers(model, ())
     graph = result.graph
-    found = dict(kinds)
+    found = dict(measures)
     taken = {name for node in graph.node for name in (*node.input, *node.output)}
     version = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     for value in graph.output:
-        kind = kinds.get(value.name)
         if value.name not in temperatures:
             continue
+        measure = measures[value.name]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
 
         def new(suffix: str, source: str = value.name) -> str:
             return unique_name(f"{source}/{suffix}", taken)
 
         logits = value.name
-        if kind == "probabilities":
+        if measure.kind == "probabilities":
             least = max(TINY, float(np.finfo(dtype).tiny))
             bounded, logits = new("bounded"), new("logarithm")
             if version < 8:
@@ -129,7 +138,7 @@ def soften(
             onnx.numpy_helper.from_array(np.array([temperatures[value.name]], dtype), temperature)
         )
         graph.node.add(op_type="Div", input=[logits, temperature], output=[softened])
-        found[softened] = "logits"
         del found[value.name]
+        found[softened] = replace(measure, kind="logits")
         value.name = softened
     return result, found

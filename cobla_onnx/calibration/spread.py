@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.loss import LossKind, LossName
+from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.onward import OnwardProbe
 from cobla_onnx.calibration.probe import KEPT_OUTPUTS, Pair, Probe
 from cobla_onnx.carrying import Shared
 from cobla_onnx.graph.layers import Layer
+from cobla_onnx.measures import Measure
 from cobla_onnx.parallel import Pool
 from cobla_onnx.runtime import Feeds
 
@@ -35,7 +36,7 @@ class _Origin:
     model: onnx.ModelProto
     layers: Sequence[Layer]
     batches: list[Feeds]
-    loss: LossName | Mapping[str, LossKind]
+    loss: LossName | Mapping[str, Measure]
     labels: NDArray[np.int64] | None
 
 
@@ -84,7 +85,7 @@ class SpreadProbe:
         model: onnx.ModelProto,
         layers: Sequence[Layer],
         batches: Iterable[Feeds],
-        loss: LossName | Mapping[str, LossKind],
+        loss: LossName | Mapping[str, Measure],
         labels: NDArray[np.int64] | None = None,
     ) -> None:
         self._pool = pool

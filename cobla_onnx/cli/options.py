@@ -127,6 +127,15 @@ LabelsFile = Annotated[
 LossOption = Annotated[
     Loss, typer.Option("--loss", help="How outputs are compared with the original's.")
 ]
+OutputsOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--output",
+        metavar="NAME[=HOW][:AXIS]",
+        help="How an output counts: classes, values or ignore; if some are named alone, only "
+        "those count. Repeatable.",
+    ),
+]
 
 # Which layers, and how.
 InputShapes = Annotated[

@@ -122,18 +122,22 @@ def _verification(report: Report) -> list[str]:
         f"to {check.rewrite_max_error:.1g} of a layer's largest output."
     )
     rows = [(_code(output.name), *_measures(output)) for output in check.outputs]
-    heads = ("output", "relative error", "cosine", "SQNR", "same arg-max")
+    heads = (
+        "output", "relative error", "cosine", "by feature", "worst feature", "SQNR", "same arg-max"
+    )  # fmt: skip
     return ["## Verification", text, _table(heads, rows)]
 
 
-def _measures(output: OutputComparison) -> tuple[str, str, str, str]:
+def _measures(output: OutputComparison) -> tuple[str, ...]:
     if not output.reacts:
-        return "tells nothing: the same for all inputs", "", "", ""
+        return ("tells nothing: the same for all inputs", *[""] * 5)
     if output.equal is not None:
-        return f"{percent_text(output.equal)} of the entries equal", "", "", ""
+        return (f"{percent_text(output.equal)} of the entries equal", *[""] * 5)
     return (
         percent_text(output.relative_l2),
         "" if output.cosine is None else f"{output.cosine:.5f}",
+        percent_text(output.slice_error),
+        _plain(output.worst, 80),
         "" if output.sqnr_db is None else f"{output.sqnr_db:.1f} dB",
         "" if output.argmax_agreement is None else percent_text(output.argmax_agreement),
     )

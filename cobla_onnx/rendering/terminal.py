@@ -47,8 +47,12 @@ def output_text(output: OutputComparison, largest: bool = False) -> str:
         return f"{output.equal:.1%} of the entries are equal"
     text = f"relative error {output.relative_l2:.3g}, "
     text += f"largest difference {output.max_abs:.3g}" if largest else f"cosine {output.cosine:.4f}"
-    agreement = output.argmax_agreement
-    return text if agreement is None else f"{text}, same arg-max {agreement:.1%}"
+    if output.argmax_agreement is not None:
+        text += f", same arg-max {output.argmax_agreement:.1%}"
+    if output.slice_error is not None:
+        worst = f" ({output.worst})" if output.worst else ""
+        text += f"; relative to each feature's spread {output.slice_error:.3g}{worst}"
+    return text
 
 
 def render(report: Report) -> RenderableType:

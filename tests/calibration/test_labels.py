@@ -201,7 +201,7 @@ def test_one_hot_of_the_output_itself():
     found = one_hot(output, None)
     assert found.sum(axis=1).tolist() == [[1, 1]] * 3
     np.testing.assert_array_equal(found.argmax(axis=1), output.argmax(axis=1))
-    with pytest.raises(DataError, match="each row"):
+    with pytest.raises(DataError, match="each position"):
         one_hot(output, np.array([0, 1, 2]))
     losses = sample_losses({"y": "ce-logits"}, {"y": found}, {"y": output})
     assert (losses > 0).all()

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.analysis import analyse
-from cobla_onnx.calibration.loss import choose_kinds, sample_losses
+from cobla_onnx.calibration.loss import sample_losses
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.calibration.sensitivity import Response, Sensitivity
 from cobla_onnx.calibration.spread import SpreadProbe
-from cobla_onnx.errors import DataError, UsageError
 from cobla_onnx.graph.expose import expose, prefix
 from cobla_onnx.graph.layers import find_layers, read_bias, read_weight
 from cobla_onnx.lowrank.schemes import schemes_for
@@ -35,24 +34,6 @@ def samples(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Smooth images, so that some directions carry more than others."""
     coarse = np.repeat(np.repeat(random_array(count, 3, 4, 4, seed=seed), 3, 2), 3, 3)
     return {"x": coarse + 0.1 * random_array(count, 3, 12, 12, seed=seed + 1)}
-
-
-def test_kinds_of_outputs():
-    logits = random_array(5, 4)
-    probabilities = softmax(logits)
-    assert choose_kinds({"y": logits}, "auto") == {"y": "logits"}
-    assert choose_kinds({"y": probabilities[:, :, None, None]}, "auto") == {"y": "probabilities"}
-    assert choose_kinds({"y": 1 / (1 + np.exp(-logits))}, "auto") == {"y": "mse"}
-    assert choose_kinds({"y": random_array(2, 3, 8, 8)}, "auto") == {"y": "mse"}
-    assert choose_kinds({"y": probabilities}, "mse") == {"y": "mse"}
-    assert choose_kinds({"y": probabilities}, "ce") == {"y": "ce-probabilities"}
-    assert choose_kinds({"y": logits, "n": np.arange(3)}, "kl") == {"y": "logits"}
-    with pytest.raises(UsageError, match="--loss mse"):
-        choose_kinds({"y": random_array(7)}, "kl")
-    with pytest.raises(DataError, match="NaN"):
-        choose_kinds({"y": np.array([[np.nan, 1.0]])}, "auto")
-    with pytest.raises(DataError, match="floating"):
-        choose_kinds({"y": np.arange(3)}, "auto")
 
 
 @given(st.integers(0, 1000), st.integers(2, 6))
@@ -153,7 +134,7 @@ def test_the_probe_tells_what_a_rewritten_model_does(setting):
     changed = rewrite(setting.model, [replacement])
     before = run_session(open_session(setting.model, 1), setting.calibration)
     after = run_session(open_session(changed, 1), setting.calibration)
-    expected = sample_losses(setting.probe.kinds, before, after)
+    expected = sample_losses(setting.probe.measures, before, after)
     np.testing.assert_allclose(loss, expected, rtol=1e-2, atol=1e-5)
     assert setting.probe.loss({}) == pytest.approx(0, abs=1e-9)
     assert setting.probe.samples == 64

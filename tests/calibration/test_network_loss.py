@@ -19,8 +19,9 @@ from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.network import NetworkLoss
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.calibration.soften import soften, temperatures
+from cobla_onnx.calibration.soften import shares, soften, temperatures
 from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.measures import Measure
 from cobla_onnx.runtime import open_session, run_session
 from tests.builders import random_array, small_network
 from tests.calibration.test_network import samples
@@ -253,14 +254,14 @@ def test_softened_outputs_are_logits_over_the_temperature():
     feeds = samples(4)
     plain = run_session(open_session(model, 1), feeds)
     (name,) = plain
-    softened, kinds = soften(model, {name: "logits"}, {name: 4.0})
+    softened, measures = soften(model, {name: Measure("logits")}, {name: 4.0})
     found = run_session(open_session(softened, 1), feeds)
     (value,) = found.values()
     np.testing.assert_allclose(value, plain[name] / 4.0, rtol=1e-6)
-    assert kinds == dict.fromkeys(found, "logits")
-    untouched, kinds = soften(model, {name: "mse"}, {})
+    assert measures == dict.fromkeys(found, Measure("logits"))
+    untouched, measures = soften(model, {name: Measure("mse")}, {})
     np.testing.assert_array_equal(run_session(open_session(untouched, 1), feeds)[name], plain[name])
-    assert kinds == {name: "mse"}
+    assert measures == {name: Measure("mse")}
 
 
 @pytest.mark.parametrize("opset", [7, 13, 18])
@@ -272,7 +273,7 @@ def test_softened_probabilities_are_logarithms(opset):
     opsets = [onnx.helper.make_opsetid("", opset)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
     logits = random_array(3, 5)
-    softened, _ = soften(model, {"y": "probabilities"}, {"y": 2.0})
+    softened, _ = soften(model, {"y": Measure("probabilities")}, {"y": 2.0})
     onnx.checker.check_model(softened, full_check=True)
     (found,) = run_session(open_session(softened, 1), {"x": logits}).values()
     centred = found - found.mean(axis=1, keepdims=True)
@@ -287,13 +288,15 @@ def test_the_temperature_rises_where_few_samples_are_in_doubt():
     sure = doubtful + 12.0 * np.eye(10)[generator.integers(0, 10, 64)]
     sure[0] = 0.0
 
-    def chosen(logits: np.ndarray, kind: str = "logits") -> float:
-        return temperatures({"y": kind, "z": "mse"}, [{"y": logits[:40]}, {"y": logits[40:]}])["y"]
+    def chosen(values: np.ndarray, kind: str = "logits") -> float:
+        parts = [shares(part, kind == "logits", 1) for part in (values[:40], values[40:])]
+        measures = {"y": Measure(kind), "z": Measure("mse")}
+        return temperatures(measures, {"y": {(1, kind == "logits"): parts}})["y"]
 
     assert chosen(doubtful) == 1.0
     assert chosen(sure) > 2.0
-    shares = np.exp(sure) / np.exp(sure).sum(axis=1, keepdims=True)
-    assert chosen(shares, "probabilities") == chosen(sure)
+    certain = np.exp(sure) / np.exp(sure).sum(axis=1, keepdims=True)
+    assert chosen(certain, "probabilities") == chosen(sure)
     # However sure, the ladder ends.
     assert chosen(1e4 * sure) == 16.0
 

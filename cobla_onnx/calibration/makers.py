@@ -1,0 +1,76 @@
+"""Find the operator that makes an output, and the axis of a softmax in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+
+__all__ = ["Made", "made_by"]
+
+# Operators behind which values are the same, at the same places.
+THROUGH = frozenset({"Identity", "Cast", "Dropout"})
+# Those behind which they are the same, at places that only shapes tell.
+RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+# Nodes that are followed back at most.
+DEPTH = 16
+
+
+@dataclass(frozen=True)
+class Made:
+    """The operator that makes an output.
+
+    Attributes
+    ----------
+    op : str
+    axis : int or None
+        Of a softmax, seen in the output and as it is written, so perhaps negative; None where
+        shapes would have to tell.
+    """
+
+    op: str
+    axis: int | None = None
+
+
+def made_by(model: onnx.ModelProto) -> dict[str, Made]:
+    """Return what makes each output, behind operators that only move values."""
+    producer = {name: node for node in model.graph.node for name in node.output}
+    version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    found = {}
+    for output in model.graph.output:
+        made = _trace(output.name, producer, version)
+        if made is not None:
+            found[output.name] = made
+    return found
+
+
+def _trace(name: str, producer: dict[str, onnx.NodeProto], version: int) -> Made | None:
+    """Follow a tensor back to its operator; transposes are undone on the way."""
+    orders: list[list[int]] = []
+    known = True
+    for _ in range(DEPTH):
+        node = producer.get(name)
+        if node is None or not node.input:
+            return None
+        if node.op_type == "Transpose":
+            order = next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
+            known = known and bool(order)
+            orders.append(order)
+        elif node.op_type in RESHAPING:
+            known = False
+        elif node.op_type not in THROUGH:
+            break
+        name = node.input[0]
+    else:
+        return None
+    if node.op_type not in ("Softmax", "LogSoftmax"):
+        return Made(node.op_type)
+    axis: int | None = next((a.i for a in node.attribute if a.name == "axis"), None)
+    if axis is None:
+        # Before opset 13 everything from axis 1 on was one row.
+        axis = -1 if version >= 13 else 1
+    if not known:
+        return Made(node.op_type)
+    for order in reversed(orders):
+        axis = order.index(axis % len(order))
+    return Made(node.op_type, axis)
