@@ -158,5 +158,5 @@ def _write_set(folder: Path, feeds: Mapping[str, NDArray[Any]]) -> None:
     """Write one sample as ONNX's own tests are laid out."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (name, array) in enumerate(feeds.items()):
-        tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        tensor = numpy_helper.from_array(np.array(array, order="C"), name)
         (folder / f"input_{number}.pb").write_bytes(tensor.SerializeToString())

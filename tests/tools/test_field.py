@@ -149,6 +149,23 @@ def test_a_search_finds_the_same_among_unit_vectors(tools):
     assert quality.embedding(vectors, away)["same_nearest"] == 0
 
 
+def test_samples_are_read_as_they_were_written(tools, tmp_path):
+    data = tools("field_data")
+    feeds = [
+        {"state": random_array(2, 1, 3, seed=n)[:, :, ::-1], "sr": np.array(n)} for n in range(11)
+    ]
+    for number, arrays in enumerate(feeds):
+        data._write_set(tmp_path / "sets" / f"test_data_set_{number}", arrays)
+    for arrays, found in zip(feeds, data.read_feeds(tmp_path / "sets", 4, False), strict=True):
+        assert found["sr"].shape == ()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array)
+    np.savez(tmp_path / "data.npz", x=np.arange(11))
+    read = [f["x"].tolist() for f in data.read_feeds(tmp_path / "data.npz", 4, True)]
+    assert read == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(list(data.read_feeds(tmp_path / "data.npz", 4, False))) == 3
+
+
 def test_the_same_seed_draws_the_same_data(tools):
     shapes, data = tools("field_shapes"), tools("field_data")
     first, second = (shapes.draw_scenes(6, 5) for _ in range(2))
