@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 
 import cobla_onnx
 from cobla_onnx import Budget, Plan, Result, compress, errors
+from cobla_onnx.cli import main
 from cobla_onnx.graph import model_file
 from cobla_onnx.graph.model_file import write_atomically
 from cobla_onnx.names import safe_text
@@ -40,6 +43,18 @@ def run(*arguments: object, module: bool = False) -> subprocess.CompletedProcess
         encoding="utf-8",
         env={**os.environ, "PYTHONUTF8": "1"},
     )
+
+
+def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process, for what does not depend on how it is started."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(out), redirect_stderr(err):
+        patched.setattr(sys, "argv", [str(COMMAND), *map(str, arguments)])
+        # It takes the process's own stdout, which is pytest's.
+        patched.setattr(sys.modules[main.__module__], "_keep_stdout", lambda: None)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return subprocess.CompletedProcess(sys.argv, ended.value.code, out.getvalue(), err.getvalue())
 
 
 def count_initializers(path: Path) -> int:
@@ -174,7 +189,7 @@ def test_bad_requests_get_one_clear_line_and_write_nothing(
     old.write_text("what was there")
     names = {"IN": demo_model, "OUT": old, "TEXT": text}
     original = demo_model.read_bytes()
-    done = run(*[names.get(a, a) for a in arguments])
+    done = run_here(*[names.get(a, a) for a in arguments])
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -388,7 +403,7 @@ def test_a_latency_budget_from_the_command_line(demo_model, tmp_path):
 )
 def test_bad_options_about_time(demo_model, tmp_path, options, message):
     options = [str(demo_model) if option == "IN" else option for option in options]
-    done = run(demo_model, tmp_path / "o.onnx", *options)
+    done = run_here(demo_model, tmp_path / "o.onnx", *options)
     assert done.returncode in (2, 6), done.stderr
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -11,7 +11,7 @@ import pytest
 from cobla_onnx import Budget, compare, compress, errors
 from cobla_onnx import pairing as module
 from tests.builders import random_array, small_network
-from tests.test_command import run
+from tests.test_command import run, run_here
 
 
 @pytest.fixture(autouse=True)
@@ -94,8 +94,8 @@ def test_the_command(demo_model, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "latency" in done.stdout
-    content = json.loads(run("compare", demo_model, out, "--json").stdout)
+    content = json.loads(run_here("compare", demo_model, out, "--json").stdout)
     assert content["second"]["file_bytes"] == out.stat().st_size
-    done = run("compare", demo_model, tmp_path / "none.onnx")
+    done = run_here("compare", demo_model, tmp_path / "none.onnx")
     assert done.returncode == 2
     assert "none.onnx" in done.stderr

@@ -12,7 +12,7 @@ from onnx import helper, parser
 from cobla_onnx import Budget, compress, errors, inspect
 from cobla_onnx.inspection import sparkline
 from tests.builders import model_of, random_array, small_network
-from tests.test_command import ROOT, run
+from tests.test_command import ROOT, run, run_here
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +98,13 @@ def test_the_command(demo_model, tmp_path):
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "left alone: 2 x excluded by option" in done.stdout
     assert "least reachable: --mem" in done.stdout
-    content = json.loads(run("inspect", demo_model, "--json").stdout)
+    content = json.loads(run_here("inspect", demo_model, "--json").stdout)
     assert content["schema_version"] == 1
     assert len(content["layers"]) == 9
     assert content["mem_total"] == compress(demo_model, Budget(mem=1)).report.budget["mem"].before
-    assert run("inspect", tmp_path / "missing.onnx").returncode == 2
+    assert run_here("inspect", tmp_path / "missing.onnx").returncode == 2
     data = ROOT / "models" / "digits_calibration.npz"
-    assert "on the data" in run("inspect", demo_model, "--data", data, "--samples", 20).stdout
+    assert "on the data" in run_here("inspect", demo_model, "--data", data, "--samples", 20).stdout
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from cobla_onnx import Budget, Plan, compress, errors
 from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.plan import SCHEMES
 from tests.builders import small_network
-from tests.test_command import run
+from tests.test_command import run, run_here
 
 SCHEMA = json.loads(resources.files("cobla_onnx").joinpath("plan.schema.json").read_text())
 
@@ -95,20 +95,20 @@ def test_out_edit_and_in_again(demo_model, tmp_path):
     done = run(demo_model, first, "--mem", 0.4, "--plan-out", plan, "-q")
     assert (done.returncode, done.stderr) == (0, "")
     content = json.loads(plan.read_text())
-    assert run(demo_model, second, "--plan-in", plan, "-q").returncode == 0
+    assert run_here(demo_model, second, "--plan-in", plan, "-q").returncode == 0
     assert second.read_bytes() == first.read_bytes()
     for entry in content["layers"]:
         if entry["layer"] == "hidden":
             entry.clear()
             entry.update(layer="hidden", scheme="matrix", rank=5)
     plan.write_text(json.dumps(content))
-    assert run(demo_model, second, "--plan-in", plan, "-q").returncode == 0
+    assert run_here(demo_model, second, "--plan-in", plan, "-q").returncode == 0
     assert stored_bytes(onnx.load(second)) < stored_bytes(onnx.load(first))
     plan.write_text('{"version": 1, "layers": [{"layer": "hiden", "keep": true}]}')
-    done = run(demo_model, second, "--plan-in", plan)
+    done = run_here(demo_model, second, "--plan-in", plan)
     assert done.returncode == 2
     assert "did you mean hidden" in done.stderr
     plan.write_text("{")
-    done = run(demo_model, second, "--plan-in", plan)
+    done = run_here(demo_model, second, "--plan-in", plan)
     assert done.returncode == 2
     assert f"{plan}: plan: is not JSON" in done.stderr

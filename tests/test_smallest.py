@@ -11,7 +11,7 @@ from cobla_onnx.calibration.quality import Quality
 from cobla_onnx.cli.parsing import share
 from cobla_onnx.smallest import smallest
 from tests.builders import random_array, small_network
-from tests.test_command import run
+from tests.test_command import run, run_here
 
 DATA = {"x": random_array(40, 3, 12, 12, seed=3)}
 
@@ -149,6 +149,6 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "note: --max-drop 0.2: agreement" in done.stdout
     assert out.exists()
-    done = run(tmp_path / "in.onnx", tmp_path / "b.onnx", "--max-drop", "20%")
+    done = run_here(tmp_path / "in.onnx", tmp_path / "b.onnx", "--max-drop", "20%")
     assert done.returncode == 2
     assert "give --data" in done.stderr

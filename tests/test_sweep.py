@@ -16,7 +16,7 @@ from cobla_onnx.cli.parsing import spread
 from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.sweeping import COLUMNS, SweepPoint, _with_front
 from tests.builders import random_array, small_network
-from tests.test_command import run
+from tests.test_command import run, run_here
 
 DATA = {"x": random_array(30, 3, 12, 12, seed=3)}
 
@@ -165,7 +165,7 @@ def test_the_command(tmp_path):
         (["--mem", "0.5", "--csv", tmp_path / "in.onnx"], 2, "a model's path"),
         (["--mem", "0.01"], 4, "no budget of the sweep is within reach"),
     ):
-        done = run("sweep", tmp_path / "in.onnx", *arguments)
+        done = run_here("sweep", tmp_path / "in.onnx", *arguments)
         assert done.returncode == code
         assert message in done.stderr
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from cobla_onnx.cli import terminal
-from tests.test_command import COMMAND, run
+from tests.test_command import COMMAND, run, run_here
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_options_come_from_a_file_and_the_command_line_wins(demo_model, tmp_path
     assert layers["stem/conv"]["reason"] == layers["classes"]["reason"] == "excluded by option"
     assert {layer["scheme"] for layer in content["layers"]} <= {"channel", "matrix", None}
     assert not (tmp_path / "o.onnx").exists()
-    done = run(
+    done = run_here(
         demo_model, tmp_path / "o.onnx", "--config", path, "--json", "--mem", 0.6,
         "--exclude", "hidden",
     )  # fmt: skip
@@ -48,9 +48,9 @@ def test_options_come_from_a_file_and_the_command_line_wins(demo_model, tmp_path
     assert content["budget"]["mem"]["limit"] == 0.6
     excluded = [x["name"] for x in content["layers"] if x["reason"] == "excluded by option"]
     assert excluded == ["hidden"]
-    done = run("sweep", demo_model, "--config", path, "--json")
+    done = run_here("sweep", demo_model, "--config", path, "--json")
     assert [p["budget"]["mem"] for p in json.loads(done.stdout)["points"]] == [0.3, 0.5]
-    assert run("inspect", demo_model, "--config", path, "-q").returncode == 0
+    assert run_here("inspect", demo_model, "--config", path, "-q").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_options_come_from_a_file_and_the_command_line_wins(demo_model, tmp_path
 )
 def test_what_is_wrong_in_a_file_is_named(demo_model, tmp_path, config, text, message):
     path = tmp_path / "none.toml" if text is None else config(text)
-    done = run(demo_model, tmp_path / "o.onnx", "--config", path)
+    done = run_here(demo_model, tmp_path / "o.onnx", "--config", path)
     assert done.returncode == 2
     assert message in done.stderr
     assert str(path) in done.stderr
@@ -78,7 +78,7 @@ def test_what_is_wrong_in_a_file_is_named(demo_model, tmp_path, config, text, me
 
 
 def test_a_bad_value_in_a_file_is_a_usage_error(demo_model, tmp_path, config):
-    done = run(demo_model, tmp_path / "o.onnx", "--config", config("mem = 'much'"))
+    done = run_here(demo_model, tmp_path / "o.onnx", "--config", config("mem = 'much'"))
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
@@ -113,7 +113,7 @@ def test_json_is_all_there_is_on_stdout_and_verbose_on_stderr(demo_model, tmp_pa
     assert done.returncode == 0
     assert json.loads(done.stdout)["output"] == str(tmp_path / "o.onnx")
     assert "singular values: 9 of 9, " in done.stderr
-    done = run(demo_model, tmp_path / "o.onnx", "--mem", 0.5)
+    done = run_here(demo_model, tmp_path / "o.onnx", "--mem", 0.5)
     assert done.stderr == ""
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
 

@@ -3,7 +3,8 @@
     python tools/compatibility.py --output docs/compatibility.md FILE_OR_FOLDER_OR_WHEEL...
 
 The test models of the installed onnx wheel are always among them. Wheels are read without
-being installed. Nothing is kept of what is written.
+being installed. Nothing is kept of what is written. The section of tools/field.py stays at
+the end of the page.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ What `tools/compatibility.py` found on {date}: Python {python}, onnx {onnx}, onn
 {budget:g} of its weight bytes without data, verified and written; where no layer can be
 factorised the file was copied, which must give identical bytes.
 """
+FIELD = "\n## Models in the field\n"
+"""Heading of the last section, which tools/field.py keeps up to date."""
 
 
 def files_in(place: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
@@ -156,6 +159,9 @@ def main() -> None:
             warnings.simplefilter("ignore")
             cases = load_model_tests(kind="node")
         text += section("onnx wheel, node", [(case.name, case.model) for case in cases], scratch)
+    if options.output.exists():
+        _, heading, section_of_field = options.output.read_text(encoding="utf-8").partition(FIELD)
+        text += heading + section_of_field
     options.output.write_text(text, encoding="utf-8")
 
 

@@ -100,6 +100,7 @@ def frozen(case) -> tuple[onnx.ModelProto, dict[str, np.ndarray], np.ndarray] | 
     return model, arrays, outputs[0]
 
 
+@pytest.mark.slow
 def test_frozen_operators_at_full_rank_give_the_known_outputs(node_tests):
     done = []
     for case in node_tests:

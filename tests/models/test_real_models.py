@@ -20,12 +20,18 @@ def weight_bytes(path: Path) -> int:
     return sum(onnx.numpy_helper.to_array(t).nbytes for t in onnx.load(path).graph.initializer)
 
 
+@pytest.fixture(scope="module")
+def spectra(tmp_path_factory):
+    """Singular values of a model, computed for its first budget and kept for the others."""
+    return tmp_path_factory.mktemp("spectra")
+
+
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 @pytest.mark.parametrize("name", [*FAST, pytest.param("candy", marks=pytest.mark.slow)])
-def test_real_models_reach_their_budgets(assets, tmp_path, name, budget):
+def test_real_models_reach_their_budgets(assets, tmp_path, spectra, name, budget):
     model, out = assets / "models" / f"{name}.onnx", tmp_path / "out.onnx"
     options = [part for key, value in budget.items() for part in (f"--{key}", value)]
-    done = run(model, out, *options, "--report", tmp_path / "r.json")
+    done = run(model, out, *options, "--report", tmp_path / "r.json", "--cache", spectra)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
     reached = weight_bytes(out) / weight_bytes(model)
@@ -60,6 +66,31 @@ def test_unchanged_models_are_byte_identical(assets, tmp_path):
 
 LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 LIGHT_MODELS = sorted(path.name for path in LIGHT.glob("*.onnx"))
+CHAINS = ("light_bvlc_alexnet.onnx", "light_vgg19.onnx", "light_zfnet512.onnx")
+
+
+def narrowed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Divide all widths by four, of a plain chain of layers.
+
+    Spectra of the full widths alone would take as long as half of all other tests.
+    """
+    for tensor in model.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if array.dtype == np.int64:
+            # Shapes, of weights or of what is flattened; kernels are smaller than any width.
+            array = np.where(array >= 48, array // 4, array)
+        else:
+            array = array[tuple(slice(n // 4 if n >= 48 else n) for n in array.shape)]
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    stored = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        # Older files list initializers among the inputs.
+        for axis, size in enumerate(value.type.tensor_type.shape.dim):
+            size.dim_value = stored[value.name][axis] if value.name in stored else size.dim_value
+    for value in model.graph.output:
+        for size in value.type.tensor_type.shape.dim[1:]:
+            size.dim_value //= 4
+    return model
 
 
 def with_random_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -91,7 +122,8 @@ def with_random_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LIGHT_MODELS)
 def test_topologies_of_the_onnx_wheel(name):
-    model = with_random_weights(onnx.load(LIGHT / name))
+    model = onnx.load(LIGHT / name)
+    model = with_random_weights(narrowed(model) if name in CHAINS else model)
     result = compress(model, Budget(mem=0.7, mac=0.8))
     assert result.report.verification is not None
     assert result.report.budget["mem"].reached <= 0.7

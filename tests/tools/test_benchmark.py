@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.tools.conftest import TOOLS
+from tests.conftest import TOOLS
 
 
 def row(method: str, losses: np.ndarray, same: np.ndarray | None) -> dict[str, object]:

@@ -1,0 +1,268 @@
+"""Compress models that people deploy, with data, and measure how well they still do their task.
+
+    python tools/field.py run results.json --models FOLDER
+    python tools/field.py table results.json --write docs/compatibility.md
+
+FOLDER holds NAME.onnx and, where a model comes with data, NAME_calibration.npz and
+NAME_test.npz; data for the others is made by ``tools/field_data.py`` beside the results. The
+detector of this repository is always among the models. Each compression is a run of the
+installed command in a process of its own, whose time and peak memory are recorded. Quality
+is measured without the package, by ``tools/field_quality.py``. Runs that are in the results
+are not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import field_data
+import numpy as np
+import typer
+from field_data import NoData, open_model, read_feeds
+from field_quality import MEASURES, mean_over_mask
+from numpy.typing import NDArray
+
+__all__ = ["TASKS", "Task", "judge", "measure", "print_table"]
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = Path(sys.executable).with_name("cobla-onnx")
+BUDGETS = (("mem", 0.8), ("mem", 0.6), ("mac", 0.7))
+BATCH = 8
+BEGIN, END = "<!-- measured by tools/field.py -->", "<!-- end of what tools/field.py measured -->"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and how it is judged.
+
+    Attributes
+    ----------
+    name
+        The file's name without its ending.
+    measure
+        Key of `field_quality.MEASURES`.
+    make
+        Makes calibration and test data at two paths, for a model that comes without.
+    suffix
+        Of these paths; folders have none.
+    folder
+        Where the model is, if not in the folder that is given.
+    """
+
+    name: str
+    measure: str
+    make: Callable[[Path, Path, Path], None] | None = None
+    suffix: str = ".npz"
+    folder: Path | None = None
+
+
+TASKS = (
+    Task("paraphrase_minilm_l3", "embedding"),
+    Task("ppocr_rec", "ctc"),
+    Task("ppocr_det", "map", field_data.draw_texts),
+    Task("vit_s_focus", "map"),
+    Task("silero_vad_16k_op15", "event", field_data.make_sounds, suffix=""),
+    Task("shapes_detector", "boxes", field_data.draw_shapes, folder=ROOT / "models"),
+)
+
+
+def data_of(task: Task, model: Path, made: Path) -> tuple[Path, Path]:
+    """Return calibration and test data, made if there is none beside the model."""
+    found = [model.with_name(f"{task.name}_{part}.npz") for part in ("calibration", "test")]
+    if not all(path.exists() for path in found):
+        if task.make is None:
+            raise NoData(f"{found[0].name} and {found[1].name} are not there")
+        found = [made / f"{task.name}_{part}{task.suffix}" for part in ("calibration", "test")]
+        if not all(path.exists() for path in found):
+            made.mkdir(parents=True, exist_ok=True)
+            task.make(model, *found)
+    return found[0], found[1]
+
+
+def judge(kind: str, original: Path, compressed: Path, test: Path) -> dict[str, float]:
+    """Compare two models on test data by a measure of `field_quality`."""
+    return MEASURES[kind](_outputs(kind, original, test), _outputs(kind, compressed, test))
+
+
+def _outputs(kind: str, path: Path, data: Path) -> NDArray[Any]:
+    """What a measure looks at, of all samples: the first output, or sentences' vectors."""
+    session = open_model(path)
+    first = session.get_inputs()[0].shape[:1]
+    fixed = bool(first) and isinstance(first[0], int)
+    found = []
+    for feeds in read_feeds(data, first[0] if fixed else BATCH, fixed):
+        outputs = session.run(None, feeds)
+        if kind == "embedding":
+            hidden = [x for x in outputs if x.ndim == 3 and x.dtype.kind == "f"][-1]
+            found.append(mean_over_mask(hidden, feeds["attention_mask"]))
+        else:
+            found.append(outputs[0])
+    return np.concatenate(found)
+
+
+def measure(
+    kind: str, model: Path, data: tuple[Path, Path], options: list[str], limit: float
+) -> dict[str, Any]:
+    """Compress in a child process, then judge; `limit` is in seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, report = Path(folder) / "out.onnx", Path(folder) / "report.json"
+        command = [COMMAND, model, out, *options, "--data", data[0], "--report", report]
+        row = run_child(list(map(str, command)), limit)
+        if row["exit_code"] == 0:
+            row["bytes"] = out.stat().st_size / model.stat().st_size
+            row["quality"] = judge(kind, model, out, data[1])
+            row["stated"] = stated(json.loads(report.read_text(encoding="utf-8")))
+    return row
+
+
+def run_child(command: list[str], limit: float) -> dict[str, Any]:
+    """Run a command; return its exit code, seconds, peak memory in MB and last words."""
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+        )
+        row: dict[str, Any] = {}
+        while True:
+            # Unlike getrusage for all children, this is of one child and what it waited for.
+            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if pid:
+                break
+            if time.monotonic() - started > limit and "stopped_after" not in row:
+                os.killpg(child.pid, signal.SIGKILL)
+                row["stopped_after"] = limit
+            time.sleep(0.05)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        row |= {
+            "exit_code": child.returncode,
+            "seconds": round(time.monotonic() - started, 1),
+            "peak_mb": round(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6),
+        }
+        said.seek(0)
+        if child.returncode:
+            row["said"] = said.read().decode(errors="replace")[-2000:]
+    return row
+
+
+def stated(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Take from a report's JSON what it says about the loss, and its notes."""
+    calibration, verification = report["calibration"] or {}, report["verification"] or {}
+    wanted = ("outputs", "loss", "loss_before_refit", "quality", "calibration_samples")
+    return {
+        "calibration": {key: calibration[key] for key in wanted if key in calibration},
+        "verification": {k: v for k, v in verification.items() if k != "data"},
+        "notes": report["notes"],
+    }
+
+
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """Read the results: rows by model and budget."""
+    if not results.exists():
+        return {}
+    rows: dict[str, dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))
+    return rows
+
+
+def write(results: Path, rows: Mapping[str, Any]) -> None:
+    """Write the results whole or not at all."""
+    scratch = results.with_suffix(".part")
+    scratch.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(results)
+
+
+@app.command()
+def run(
+    results: Path,
+    models: Annotated[Path, typer.Option(help="Folder of models and their data.")] = Path(),
+    only: Annotated[str, typer.Option(help="Names of models, or parts, comma separated.")] = "",
+    budgets: Annotated[str, typer.Option(help="For example mem=0.8,mac=0.7.")] = "",
+    limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 1800,
+    again: Annotated[bool, typer.Option(help="Repeat runs that failed.")] = False,
+) -> None:
+    """Measure what is not measured yet."""
+    chosen = [pair.split("=") for pair in budgets.split(",")] if budgets else BUDGETS
+    for task in TASKS:
+        model = (task.folder or models) / f"{task.name}.onnx"
+        if not any(part in task.name for part in only.split(",")):
+            continue
+        for kind, value in chosen:
+            rows, key = read(results), f"{task.name} --{kind} {float(value):g}"
+            failed = again and rows.get(key, {}).get("exit_code") != 0
+            if key in rows and not failed:
+                continue
+            try:
+                if not model.exists():
+                    raise NoData(f"{model.name} is not in {model.parent}")
+                data = data_of(task, model, results.with_suffix(".data"))
+            except NoData as error:
+                print(f"{key}: left out, {error}", file=sys.stderr)
+                continue
+            row = measure(task.measure, model, data, [f"--{kind}", f"{float(value):g}"], limit)
+            # Others may have written meanwhile.
+            write(results, read(results) | {key: row})
+            print(f"{key}: {' | '.join(_cells(row))}", file=sys.stderr, flush=True)
+
+
+@app.command()
+def table(
+    results: Path,
+    page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
+) -> None:
+    """Print the table in Markdown, or put it between the markers of a page."""
+    text = print_table(read(results))
+    if page is None:
+        print(text)
+        return
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise typer.BadParameter(f"{page} lacks {BEGIN} or {END}")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def print_table(rows: Mapping[str, dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table, models in the order of `TASKS`."""
+    lines = [
+        "| model | budget | on the task | loss stated | file | s | peak MB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    names = [task.name for task in TASKS]
+    for key in sorted(rows, key=lambda key: names.index(key.split()[0])):
+        name, budget = key.split(maxsplit=1)
+        lines.append(f"| {name} | `{budget}` | " + " | ".join(_cells(rows[key])) + " |")
+    return "\n".join(lines)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """Quality, stated loss, size, seconds and memory of one run."""
+    spent = [f"{row['seconds']:.0f}", f"{row['peak_mb']:.0f}"]
+    if "stopped_after" in row:
+        return ["not finished", "", "", f"> {row['stopped_after']:.0f}", spent[1]]
+    if row["exit_code"]:
+        return [f"exit {row['exit_code']}", "", "", *spent]
+    quality = ", ".join(
+        f"{name.replace('_', ' ')} {_figure(value)}" for name, value in row["quality"].items()
+    )
+    calibration = row["stated"]["calibration"]
+    loss = f"{calibration['loss']:.3g}" if "loss" in calibration else ""
+    return [quality, loss, f"{row['bytes']:.3f}", *spent]
+
+
+def _figure(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    app()
