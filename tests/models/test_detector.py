@@ -40,9 +40,6 @@ def test_it_finds_shapes_that_it_was_not_trained_on(quality, draw):
     assert quality.f1_of_detections([quality.detections(x) for x in found], truth) > 0.96
 
 
-@pytest.mark.xfail(
-    reason="the loss sees pixels alone: F1 0.07 at 0.4, and 0.99 without data", strict=True
-)
 @pytest.mark.parametrize("budget", [0.8, 0.4])
 def test_boxes_stay_where_they_were(quality, draw, budget):
     result = compress(DETECTOR, Budget(mem=budget), data={"image": draw(64, 12).images})
