@@ -233,7 +233,7 @@ def test_in_place_is_allowed_when_asked_for(tmp_path):
 
 def test_every_error_has_an_exit_code_of_its_own():
     kinds = [getattr(errors, name) for name in errors.__all__ if name != "CoblaError"]
-    assert sorted(kind.exit_code for kind in kinds) == [2, 3, 3, 4, 5, 6]
+    assert sorted(kind.exit_code for kind in kinds) == [1, 2, 3, 3, 4, 5, 6]
 
 
 @given(st.floats(0.25, 1.0), st.floats(0.25, 1.0))

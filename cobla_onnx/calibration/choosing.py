@@ -321,7 +321,11 @@ def _of_values(facts: OutputFacts, axis: int | None, why: str) -> Measure:
 
 def _either(facts: OutputFacts) -> Measure:
     values = _of_values(facts, 1, UNDECIDED)
-    spread = float(f"{facts.centred:.3g}")
+    assert values.scale is not None
+    sums = facts.slices.of(values.axis)
+    # Rows that are all the same differ by rounding alone: their own size is the measure then.
+    same = not sums.variances(facts.slices.precision).any()
+    spread = 1.0 / sum(values.scale) if same else float(f"{facts.centred:.3g}")
     return replace(values, kind="either", spread=spread if spread > 0 else 1.0)
 
 

@@ -40,6 +40,7 @@ def test_it_finds_shapes_that_it_was_not_trained_on(quality, draw):
     assert quality.f1_of_detections([quality.detections(x) for x in found], truth) > 0.96
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.8, 0.4])
 def test_boxes_stay_where_they_were(quality, draw, budget):
     result = compress(DETECTOR, Budget(mem=budget), data={"image": draw(64, 12).images})
