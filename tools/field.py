@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -239,10 +239,16 @@ def print_table(rows: Mapping[str, dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     names = [task.name for task in TASKS]
-    for key in sorted(rows, key=lambda key: names.index(key.split()[0])):
+    for key in sorted(rows, key=lambda key: _place(names, key)):
         name, budget = key.split(maxsplit=1)
         lines.append(f"| {name} | `{budget}` | " + " | ".join(_cells(rows[key])) + " |")
     return "\n".join(lines)
+
+
+def _place(names: Sequence[str], key: str) -> tuple[int, bool, float]:
+    """Order of a row: models as in `TASKS`, budgets of memory first, the larger before."""
+    name, kind, value = key.split()
+    return names.index(name), kind != "--mem", -float(value)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
