@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 __all__ = ["CLASSES", "KINDS", "TINY", "LossKind", "Measure", "as_measure"]
 
@@ -17,16 +17,7 @@ LossKind: TypeAlias = Literal[
     "binary-probabilities",
     "binary-logits",
 ]
-KINDS: tuple[LossKind, ...] = (
-    "probabilities",
-    "logits",
-    "mse",
-    "either",
-    "ce-probabilities",
-    "ce-logits",
-    "binary-probabilities",
-    "binary-logits",
-)
+KINDS: tuple[LossKind, ...] = get_args(LossKind)
 """How an output can be compared with its target; `Measure` says what they mean."""
 
 CLASSES = ("probabilities", "logits")

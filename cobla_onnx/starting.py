@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from cobla_onnx.allocation.grid import EVERY_RANK, rank_rule
 from cobla_onnx.analysis import analyse
 from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
-from cobla_onnx.calibration.choosing import Chooser, look_at
+from cobla_onnx.calibration.choosing import Chooser, Compared, look_at
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.evidence import lack_of_evidence
 from cobla_onnx.calibration.outputs import MeasuredModel, measured_model
@@ -104,7 +104,7 @@ def open_study(
         )
         shapes, notes = known_shapes(settings, dataset)
         refine = settings.rank_multiple == "auto"
-        measured, compared, classes = None, None, None
+        measured, looking, classes = None, None, None
         if dataset is not None:
             classes = sample_labels(settings.labels, dataset)
             choices = resolve_outputs(settings.outputs, [o.name for o in proto.graph.output])
@@ -117,13 +117,8 @@ def open_study(
                 labelled=classes is not None,
                 shown=measured.outputs,
             )
-            compared = look_at(
-                measured.model,
-                dataset,
-                settings.batch,
-                threads,
-                chooser,
-                partial(notify, "survey"),
+            looking = _Looking(
+                proto, measured, dataset, settings.batch, threads, chooser, pool, kept, notify
             )
         analysis = analyse(
             proto,
@@ -135,9 +130,7 @@ def open_study(
             macs_needed=macs_needed or times_needed,
             threads=threads,
             progress=notify,
-            see=None
-            if dataset is None
-            else _see(proto, dataset, settings.batch, pool, kept, notify),
+            see=looking,
             weigh=needed != "weights",
             ranks=rule,
             pool=pool,
@@ -150,8 +143,8 @@ def open_study(
             ),
             unmeasured=() if measured is None or needed == "weights" else measured.unmeasured,
         )
-        if dataset is not None and measured is not None and compared is not None:
-            told = (*notes, *dataset.notes, *lack_of_evidence(dataset), *compared.notes)
+        if dataset is not None and looking is not None:
+            told = (*notes, *dataset.notes, *lack_of_evidence(dataset), *looking.compared.notes)
             analysis = replace(analysis, notes=(*analysis.notes, *told))
         timed = None
         if profile is not None:
@@ -167,7 +160,7 @@ def open_study(
             if times_needed:
                 analysis = timed.table()
         calibrated = None
-        if dataset is not None:
+        if dataset is not None and looking is not None:
             calibrated = Calibrated(
                 proto,
                 analysis,
@@ -181,7 +174,7 @@ def open_study(
                 pool,
                 kept,
                 measured,
-                compared,
+                looking.compared,
             )
         seconds = time.perf_counter() - started
         try:
@@ -213,27 +206,50 @@ def _measured(
     return measured_model(model, layers, examples, ignored=ignored, threads=threads)
 
 
-def _see(
-    model: onnx.ModelProto,
-    dataset: Dataset,
-    batch: int,
-    pool: Pool,
-    cache: Cache | None,
-    progress: Progress,
-) -> Callable[[Sequence[Layer]], Seen]:
-    key = ""
-    if cache is not None:
-        key = digest(model_content(model), dataset.content(dataset.calibration), batch)
+@dataclass
+class _Looking:
+    """Runs the original over the samples: what its outputs are like, then what layers read.
 
-    def see(layers: Sequence[Layer]) -> Seen:
-        return Seen(
-            model,
-            layers,
-            lambda: dataset.batches(dataset.calibration, batch),
-            pool=pool,
-            cache=cache,
-            key=key,
-            progress=partial(progress, "second moments"),
+    It is called once the costs alone have shown that a budget can be met, since both are
+    passes over the data.
+
+    Attributes
+    ----------
+    compared : Compared
+        How outputs are compared; known after the call.
+    """
+
+    model: onnx.ModelProto
+    measured: MeasuredModel
+    dataset: Dataset
+    batch: int
+    threads: int
+    chooser: Chooser
+    pool: Pool
+    cache: Cache | None
+    progress: Progress
+    compared: Compared = field(init=False)
+
+    def __call__(self, layers: Sequence[Layer]) -> Seen:
+        self.compared = look_at(
+            self.measured.model,
+            self.dataset,
+            self.batch,
+            self.threads,
+            self.chooser,
+            partial(self.progress, "survey"),
         )
-
-    return see
+        # Samples may have been left out: both are of those that remain.
+        samples = self.dataset.calibration
+        key = ""
+        if self.cache is not None:
+            key = digest(model_content(self.model), self.dataset.content(samples), self.batch)
+        return Seen(
+            self.model,
+            layers,
+            lambda: self.dataset.batches(samples, self.batch),
+            pool=self.pool,
+            cache=self.cache,
+            key=key,
+            progress=partial(self.progress, "second moments"),
+        )

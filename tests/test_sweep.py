@@ -58,6 +58,7 @@ def test_what_is_out_of_reach_is_refused_before_the_model_runs_on_data(monkeypat
         raise AssertionError("the data was looked at")
 
     monkeypatch.setattr("cobla_onnx.starting.Seen", looked_at)
+    monkeypatch.setattr("cobla_onnx.starting.look_at", looked_at)
     with pytest.raises(errors.BudgetError, match=r"no budget .* below the least reachable 0\."):
         sweep(small_network(), budgets, data=DATA, threads=1)
     if len(budgets) == 1:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.calibration.moments import Taps
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph.cost import infer_tensors
+from cobla_onnx.graph.cost import infer_shapes
 from cobla_onnx.graph.expose import make_value, prefix, reached_from
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.runtime import Feeds
@@ -92,7 +92,7 @@ class Frontier:
         first = next(iter(batches()))
         # What is the same for all samples is computed anew, and not kept for each.
         self._varying = reached_from(model, first)
-        self._shapes, self._types = infer_tensors(model, {})
+        self._shapes = infer_shapes(model, {})
         self._given = {name: self._declared(name, value) for name, value in first.items()}
         self._start = self._batches, self._given
 
