@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -181,3 +182,11 @@ def test_the_same_seed_draws_the_same_data(tools):
     one, two = (data._recording(np.random.default_rng(3)) for _ in range(2))
     np.testing.assert_array_equal(one, two)
     assert 0.05 < np.abs(one).max() < 2
+
+
+def test_the_memory_is_that_of_the_run_and_not_of_who_starts_it(field):
+    # Touched, so that this process is at least so large.
+    held = np.ones(40_000_000)
+    assert (
+        field.run_child([sys.executable, "-c", ""], limit=60)["peak_mb"] < 100 < held.nbytes / 1e6
+    )
