@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import gc
+import io
 import json
 from pathlib import Path
 
@@ -265,6 +267,16 @@ def test_bad_data_is_one_clear_line(demo_model, tmp_path, monkeypatch, options, 
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_refused_file_of_samples_is_closed(demo_model, tmp_path):
+    path = tmp_path / "nan.npz"
+    np.savez(path, image=np.full((4, 1, 16, 16), np.nan, np.float32))
+    with pytest.raises(errors.DataError, match="NaN") as refusal:
+        compress(demo_model, Budget(mem=0.5), data=path)
+    assert refusal.traceback  # It holds the reader that the error left halfway.
+    held = [o for o in gc.get_objects() if isinstance(o, io.IOBase) and not o.closed]
+    assert not [o for o in held if str(path) == str(getattr(o, "name", ""))]
 
 
 def test_data_of_the_wrong_size_is_refused_before_the_work():

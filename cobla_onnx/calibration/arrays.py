@@ -154,7 +154,8 @@ def open_npy(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dat
 def open_npz(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dataset:
     """Read an array for each input, item by item."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        # A reader left halfway by an error would hold a file that the archive opened itself.
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             members = {name.removesuffix(".npy"): name for name in archive.namelist()}
             wanted = {spec.name for spec in specs} | set(members) - set(IGNORED)
             arrays = {
