@@ -4,12 +4,13 @@ With a separable loss the allocation is a multiple-choice knapsack. Its LP relax
 gives a price for each budget; by weak duality the prices give a lower bound, and any
 choice whose priced cost exceeds the best of its layer by more than the distance between
 that bound and a known solution cannot be part of a better one. Of tens of thousands of
-choices a few hundred are left, which scipy's HiGHS solves by branch and bound.
+choices a few hundred are left: one budget is solved by dynamic programming, several by
+branch and bound (scipy's HiGHS).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,6 +21,7 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from cobla_onnx.allocation.budget import Constraint, unreachable
 from cobla_onnx.allocation.curves import Choice, Float64, LayerCurves
+from cobla_onnx.allocation.dynamic import solve_programme
 
 __all__ = ["KnapsackSolution", "LossCurves", "knapsack"]
 
@@ -56,7 +58,13 @@ class _Table:
     curve: NDArray[np.int64]
     rank: NDArray[np.int64]
     loss: Float64
-    costs: Float64
+    spent: NDArray[np.int64]
+    rooms: Float64
+
+    @property
+    def costs(self) -> Float64:
+        """Costs in units of what may be spent, so that every limit is 1."""
+        return np.asarray(self.spent / self.rooms[:, None])
 
     def __getitem__(self, keep: NDArray[Any]) -> _Table:
         return _Table(
@@ -64,7 +72,8 @@ class _Table:
             self.curve[keep],
             self.rank[keep],
             self.loss[keep],
-            self.costs[:, keep],
+            self.spent[:, keep],
+            self.rooms,
         )
 
     def choices(self, columns: NDArray[Any]) -> tuple[Choice | None, ...]:
@@ -78,14 +87,13 @@ class _Table:
 def _table(
     layers: Sequence[LayerCurves], losses: LossCurves, constraints: Sequence[Constraint]
 ) -> _Table:
-    """Lay out all choices; costs are scaled so that every limit is 1."""
-    parts: list[tuple[int, int, NDArray[np.int64], Float64, Float64]] = []
-    rooms = np.array([max(c.limit - c.fixed, 1) for c in constraints], dtype=np.float64)
+    """Lay out all choices."""
+    parts: list[tuple[int, int, NDArray[np.int64], Float64, NDArray[np.int64]]] = []
     for index, layer in enumerate(layers):
-        whole = np.array([[c.whole(layer)] for c in constraints], dtype=np.float64)
+        whole = np.array([[c.whole(layer)] for c in constraints], dtype=np.int64)
         parts.append((index, -1, np.zeros(1, np.int64), np.zeros(1), whole))
         for number, curve in enumerate(layer.curves):
-            costs = np.array([c.costs(curve) for c in constraints], dtype=np.float64)
+            costs = np.array([c.costs(curve) for c in constraints], dtype=np.int64)
             loss = np.asarray(losses[index][number])[curve.ranks]
             parts.append((index, number, curve.ranks, loss, costs))
     return _Table(
@@ -93,8 +101,38 @@ def _table(
         np.concatenate([np.full(len(p[2]), p[1]) for p in parts]),
         np.concatenate([p[2] for p in parts]),
         np.concatenate([p[3] for p in parts]),
-        np.concatenate([p[4] for p in parts], axis=1) / rooms[:, None],
+        np.concatenate([p[4] for p in parts], axis=1),
+        np.array([max(c.limit - c.fixed, 1) for c in constraints], dtype=np.float64),
     )
+
+
+@dataclass
+class _Search:
+    """The best choices so far, and a loss that no choices beat."""
+
+    loss: Callable[[Sequence[Choice | None]], float]
+    relative_gap: float
+    bound: float
+    best: tuple[Choice | None, ...] | None = None
+    value: float = np.inf
+
+    def add(self, found: tuple[Choice | None, ...] | None, proved: float = -np.inf) -> None:
+        """Consider choices, and a bound on those that beat the best so far."""
+        self.bound = max(self.bound, min(proved, self.value))
+        if found is not None and self.loss(found) < self.value:
+            self.best, self.value = found, self.loss(found)
+
+    @property
+    def distance(self) -> float:
+        """How far above the bound choices may be that could still be better."""
+        if self.best is None:
+            return np.inf
+        return self.value - self.bound + 1e-12 * max(1.0, abs(self.value))
+
+    @property
+    def done(self) -> bool:
+        """Whether what may be missing is not worth a search."""
+        return self.distance <= self.relative_gap * abs(self.value) + 1e-11
 
 
 def knapsack(
@@ -117,24 +155,26 @@ def knapsack(
     if prices is None:
         raise _together(layers, constraints)
     reduced, bound = _reduced(table, prices, len(layers))
-    incumbent = _incumbent(table, prices, layers, constraints)
-    candidates = table
-    if incumbent is not None:
-        best = _loss(incumbent, layers, losses)
-        candidates = table[reduced <= best - bound + 1e-12 * max(1.0, abs(best))]
-    solution, proved = _branch(candidates, layers, constraints, relative_gap)
-    if solution is None:
-        solution = incumbent
-    if solution is None:
+    search = _Search(lambda found: _loss(found, layers, losses), relative_gap, bound)
+    search.add(_incumbent(table, prices, layers, constraints))
+    if not search.done and len(constraints) == 1:
+        candidates = table[reduced <= search.distance]
+        room = constraints[0].limit - constraints[0].fixed
+        found = solve_programme(candidates.layer, candidates.loss, candidates.spent[0], room)
+        search.add(
+            None if found.columns is None else candidates.choices(found.columns), found.bound
+        )
+    if not search.done:
+        candidates = table[reduced <= search.distance]
+        search.add(*_branch(candidates, layers, constraints, relative_gap))
+    if search.best is None:
         raise _together(layers, constraints)
-    value = _loss(solution, layers, losses)
-    if incumbent is not None and _loss(incumbent, layers, losses) < value:
-        solution, value = incumbent, _loss(incumbent, layers, losses)
     multipliers = {
         c.name: float(price) * c.total / max(c.limit - c.fixed, 1)
         for c, price in zip(constraints, prices, strict=True)
     }
-    return KnapsackSolution(solution, value, min(max(bound, proved, 0.0), value), multipliers)
+    bound = min(max(search.bound, 0.0), search.value)
+    return KnapsackSolution(search.best, search.value, bound, multipliers)
 
 
 def _assignment(table: _Table, layers: int) -> scipy.sparse.csr_array:
@@ -175,7 +215,7 @@ def _incumbent(
     layers: Sequence[LayerCurves],
     constraints: Sequence[Constraint],
 ) -> tuple[Choice | None, ...] | None:
-    """Best choices of each layer at rising prices, until the budgets hold."""
+    """Best choices of each layer at rising prices, until the budgets hold; then filled up."""
     floor = 1e-9 * max(float(prices.max(initial=0.0)), 1e-6)
     scale = 1.0
     for _ in range(200):
@@ -183,11 +223,28 @@ def _incumbent(
         # The first of each layer after sorting by layer, then price, then loss.
         order = np.lexsort((table.loss, priced, table.layer))
         first = order[np.searchsorted(table.layer[order], np.arange(len(layers)))]
-        choices = table.choices(first)
-        if _satisfied(choices, layers, constraints):
-            return choices
+        if _satisfied(table.choices(first), layers, constraints):
+            limits = np.array([c.limit - c.fixed for c in constraints], dtype=np.int64)
+            return table.choices(_filled(table, first, limits))
         scale *= 1.005 if scale < 1.5 else 1.5
     return None
+
+
+def _filled(
+    table: _Table, columns: NDArray[np.int64], limits: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Spend what is left: the change that gains most, one layer at a time, while one fits."""
+    columns = columns.copy()
+    for _ in range(len(columns)):
+        more = table.spent - table.spent[:, columns[table.layer]]
+        left = limits - table.spent[:, columns].sum(axis=1)
+        gain = table.loss[columns[table.layer]] - table.loss
+        gain[(more > left[:, None]).any(axis=0)] = 0.0
+        best = int(np.argmax(gain))
+        if gain[best] <= 0:
+            break
+        columns[table.layer[best]] = best
+    return columns
 
 
 def _satisfied(
