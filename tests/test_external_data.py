@@ -199,8 +199,9 @@ def write_giant(path: Path, layers: int, rows: int, columns: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [0.3, 0.85])
-def test_two_and_a_half_gigabytes(tmp_path, budget):
+def test_two_and_a_half_gigabytes(tmp_path):
+    # So large that factors wait on disk, too.
+    budget = 0.85
     # Long and narrow: as many bytes, but spectra that are quickly computed.
     size = write_giant(tmp_path / "in.onnx", 10, 256, 262144)
     out, report = tmp_path / "out.onnx", tmp_path / "r.json"

@@ -31,7 +31,7 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("squeezenet1.1_fp32", scale=60),
+        Case("squeezenet1.1_fp32", scale=60, batch=1),
         Case("SqueezeNet_fp16", scale=60, batch=1),
         Case("cifar_resnet20-12fca82f", "logits"),
         Case("mltiny_pretrainedResnet", scale=60),

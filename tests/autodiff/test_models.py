@@ -46,7 +46,8 @@ def test_directional_derivatives(name, request):
     losses, gradients = computed(real)
     np.testing.assert_allclose(losses, real.losses(real.weights), rtol=2e-3, atol=1e-6)
     step, tolerance = (1e-7, 2e-3) if real.case.type == onnx.TensorProto.DOUBLE else (1e-3, 3e-2)
-    for seed in range(2):
+    # In double precision a pass takes seconds, and one direction sees all weights.
+    for seed in range(1 if real.case.type == onnx.TensorProto.DOUBLE else 2):
         direction = real.direction(seed)
         ends = [
             real.losses({n: w + sign * step * direction[n] for n, w in real.weights.items()}).sum()
