@@ -399,7 +399,8 @@ class Calibrated:
                 continue
             layer, scheme, rank = self.analysis.resolve(decision)
             (found,) = self._seen.approximate(layer, scheme, [rank])
-            chosen.append(ChosenLayer(index[layer.name], layer, scheme, rank, found))
+            importance = self._seen.importance.get(layer.name)
+            chosen.append(ChosenLayer(index[layer.name], layer, scheme, rank, found, importance))
         return chosen
 
     def _truncated(self, choices: Sequence[Choice | None]) -> Weights:

@@ -48,7 +48,7 @@ class OutputComparison:
         Of the classes or features; None where an output has one feature.
     slice_error : float or None
         Root of the mean over features of squared error over variance; None where nothing
-        varies, or the output is not of floating type.
+        varies, or the output is not of floating type, or certain to hold classes.
     worst_slice : int or None
         Feature of the largest relative error, and that error, `worst_error`.
     worst_error : float or None
@@ -324,6 +324,9 @@ def _slice_errors(slices: Slices | None, measure: Measure | None) -> dict[str, A
     """What `OutputComparison` says of features."""
     if slices is None:
         return {}
+    if measure is not None and measure.has_classes:
+        # A class that samples do not show hardly varies, and its answers are compared above.
+        return {"axis": measure.axis}
     axis = slices.feature_axis() if measure is None else measure.axis
     if axis not in slices.by_axis:
         axis = None

@@ -19,6 +19,7 @@ from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.choosing import Chooser, Compared, look_at
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.evidence import lack_of_evidence
+from cobla_onnx.calibration.heads import importances
 from cobla_onnx.calibration.outputs import MeasuredModel, measured_model
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.content import model_content
@@ -252,4 +253,5 @@ class _Looking:
             cache=self.cache,
             key=key,
             progress=partial(self.progress, "second moments"),
+            importance=importances(self.measured.model, layers, self.compared.curvatures),
         )

@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 
 from cobla_onnx.calibration.dataset import Dataset
+from cobla_onnx.calibration.heads import Curvature, curvatures
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.makers import Made, made_by
 from cobla_onnx.calibration.soften import temperatures
@@ -64,7 +65,7 @@ class Chooser:
 
     def classes(self, name: str, facts: OutputFacts) -> tuple[int, bool] | None:
         """Class axis of an output as far as is known, and whether it holds logits."""
-        if self.loss != "auto" or self._choice(name).how == "ignore":
+        if self.loss == "mse" or self._choice(name).how == "ignore":
             return None
         measure = self._measure(name, facts, self.loss)
         return (measure.axis or 1, measure.of_logits) if measure.has_classes else None
@@ -209,11 +210,14 @@ class Compared:
         Of class distributions; empty where a loss is asked for.
     notes : tuple of str
         What was assumed, and which samples were left out.
+    curvatures : dict of str to Curvature
+        How much each entry of an output counts.
     """
 
     measures: dict[str, Measure]
     temperatures: dict[str, float]
     notes: tuple[str, ...] = ()
+    curvatures: dict[str, Curvature] = field(default_factory=dict)
 
 
 def look_at(
@@ -234,10 +238,17 @@ def look_at(
     found = survey(model, dataset, batch, threads, chooser.classes, progress)
     if found.left_out:
         dataset.leave_out(found.left_out)
+        # The splits have moved.
+        found = replace(
+            survey(model, dataset, batch, threads, chooser.classes, progress),
+            left_out=found.left_out,
+            notes=found.notes,
+        )
     measures = chooser.measures(found)
     shares = {name: facts.shares for name, facts in found.outputs.items()}
     softness = temperatures(measures, shares) if chooser.loss == "auto" else {}
-    return Compared(measures, softness, found.notes + notes_on(measures, chooser.shown))
+    notes = found.notes + notes_on(measures, chooser.shown)
+    return Compared(measures, softness, notes, curvatures(measures, found.outputs, softness))
 
 
 def measures_of(

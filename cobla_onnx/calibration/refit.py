@@ -51,6 +51,8 @@ class ChosenLayer:
     scheme : Scheme
     rank : int
     approximation : Approximation
+    importance : float64 array, optional
+        How much each of the layer's outputs counts.
     """
 
     index: int
@@ -58,6 +60,7 @@ class ChosenLayer:
     scheme: Scheme
     rank: int
     approximation: Approximation
+    importance: Float64 | None = None
 
 
 def refit_layers(
@@ -257,7 +260,9 @@ class _Refit:
         refitted = []
         for ridge in RIDGES:
             if first is None:
-                factors = refit(entry.scheme, weight, inner, cross, entry.rank, ridge)
+                factors = refit(
+                    entry.scheme, weight, inner, cross, entry.rank, ridge, entry.importance
+                )
             else:
                 factors = refit_second(entry.scheme, old.factors, inner, cross, ridge)
             refitted.append(self._approximation(factors, joint.mean, size, first))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +67,7 @@ class SpectraUnit:
     weight: Carried
     wide: bool
     second: Float64
+    importance: Float64 | None
     cache: Cache | None
     key: str
 
@@ -89,17 +90,15 @@ def spectra(unit: SpectraUnit) -> Spectra:
         if unit.wide and scheme.offsets > 1:
             found.append(None)
             continue
-        compute = partial(_spectrum, scheme, weight, unit.second, max_rank, unit.wide)
+        compute = partial(_spectrum, unit, scheme, weight, max_rank)
         arrays = fetch(cache, "weighted", digest(key, scheme, max_rank, GRID), compute)
         found.append((arrays["values"], arrays["errors"]))
     return Spectra(found, [] if cache is None else cache.notes)
 
 
-def _spectrum(
-    scheme: Scheme, weight: NDArray[Any], second: Float64, max_rank: int, wide: bool
-) -> Arrays:
-    kind = OutputFactorizer if wide else WeightedFactorizer
-    solver = kind(scheme, weight, second, max_rank)
+def _spectrum(unit: SpectraUnit, scheme: Scheme, weight: NDArray[Any], max_rank: int) -> Arrays:
+    kind = OutputFactorizer if unit.wide else WeightedFactorizer
+    solver = kind(scheme, weight, unit.second, max_rank, unit.importance)
     full_rank = min(scheme.matrix_shape()[1:])
     ranks = np.arange(full_rank + 1)
     if solver.energy <= 0:
@@ -136,6 +135,8 @@ class Seen:
     wide : int
         Layers with longer vectors are seen by their outputs; of their schemes only those
         remain whose second factor stays in place.
+    importance : mapping of str to float64 array, optional
+        How much each output of a layer counts, by the layer's name; see `heads`.
     """
 
     def __init__(
@@ -150,8 +151,10 @@ class Seen:
         key: str = "",
         progress: Callable[[int, int], None] = lambda done, total: None,
         wide: int = WIDE,
+        importance: Mapping[str, Float64] | None = None,
     ) -> None:
         self._model, self._cache = model, cache
+        self.importance = importance or {}
         self.key = digest(key, wide)
         self._patches = {layer.name: _patches(model, layer, wide) for layer in layers}
         with nullcontext(pool) if pool is not None else open_pool(threads) as working:
@@ -194,8 +197,11 @@ class Seen:
     ) -> SpectraUnit:
         """Put together what `spectra` needs, for schemes with the largest ranks asked for."""
         moment = self._read(layer, weight.array)
-        key = digest(self.key, self._patches[layer.name], self._is_centred(layer), FLOOR)
-        return SpectraUnit(tuple(ranks), weight, self.is_wide(layer), moment, self._cache, key)
+        importance = self.importance.get(layer.name)
+        centred = self._is_centred(layer)
+        key = digest(self.key, self._patches[layer.name], centred, FLOOR, importance)
+        wide = self.is_wide(layer)
+        return SpectraUnit(tuple(ranks), weight, wide, moment, importance, self._cache, key)
 
     def approximate(
         self, layer: Layer, scheme: Scheme, ranks: Sequence[int]
@@ -225,7 +231,7 @@ class Seen:
             most = usual if rank <= usual else min(scheme.matrix_shape()[1:])
             second = self._read(layer, weight)
             kind = OutputFactorizer if self.is_wide(layer) else WeightedFactorizer
-            solver = kind(scheme, weight, second, most)
+            solver = kind(scheme, weight, second, most, self.importance.get(layer.name))
             found = solver, 2 * second.nbytes + 16 * layer.params
         self._solvers[key] = found
         while sum(size for _, size in self._solvers.values()) > KEPT and len(self._solvers) > 1:

@@ -23,7 +23,7 @@ from cobla_onnx.calibration.loss import log_probabilities
 from cobla_onnx.graph.model_file import copy_without_initializers, unique_name
 from cobla_onnx.measures import CLASSES, TINY, Measure
 
-__all__ = ["shares", "soften", "temperatures"]
+__all__ = ["doubts", "soften", "temperatures"]
 
 # Temperatures in steps of the square root of 2; the last is nearly the limit, in which the
 # divergence is the squared distance of centred logits.
@@ -45,8 +45,9 @@ def temperatures(
     measures : mapping of str to Measure
         How each output is compared.
     found : mapping of str to mapping
-        For each output, what `shares` has found, batch by batch, by class axis and whether
-        values were taken for logits. Without an entry the temperature is 1.
+        For each output, the doubt of each sample, batch by batch as `doubts` has found it, by
+        class axis and whether values were taken for logits. Without an entry the temperature
+        is 1.
     """
     chosen = {}
     for name, measure in measures.items():
@@ -61,20 +62,31 @@ def temperatures(
     return chosen
 
 
-def shares(values: NDArray[np.float64], logits: bool, axis: int) -> NDArray[np.float64]:
-    """1 - sum p^2 of each sample at each temperature, shape (temperatures, samples).
+def doubts(
+    values: NDArray[np.float64], logits: bool, axis: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """P (1 - p) at each temperature: of each sample, and about each class.
 
     Where a sample has many positions, evenly spaced ones stand for all.
+
+    Returns
+    -------
+    of_samples : float64 array, shape (temperatures, samples)
+        Summed over classes, mean over positions.
+    of_classes : float64 array, shape (temperatures, samples, classes)
+        Summed over positions.
     """
     lines = np.moveaxis(values, axis, -1)
     lines = lines.reshape(len(values), -1, values.shape[axis])
     lines = lines[:, :: -(-lines.shape[1] // POSITIONS)]
     scores = log_probabilities(lines, logits, 2)
-    result = []
+    of_samples, of_classes = [], []
     for temperature in LADDER:
         p = np.exp(log_probabilities(scores / temperature, True, 2))
-        result.append(1.0 - np.square(p).sum(axis=2).mean(axis=1))
-    return np.array(result)
+        squares = np.square(p)
+        of_samples.append(1.0 - squares.sum(axis=2).mean(axis=1))
+        of_classes.append(p.sum(axis=1) - squares.sum(axis=1))
+    return np.array(of_samples), np.array(of_classes)
 
 
 def _evenness(shares: NDArray[np.float64]) -> NDArray[np.float64]:

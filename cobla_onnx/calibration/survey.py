@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.loss import equal_infinities
-from cobla_onnx.calibration.soften import shares
+from cobla_onnx.calibration.soften import doubts
 from cobla_onnx.errors import DataError
 from cobla_onnx.names import quoted
 from cobla_onnx.runtime import Feeds, open_session, run_session
@@ -46,7 +46,10 @@ class OutputFacts:
     mask : str or None
         Input that tells which positions count.
     shares : dict of (int, bool) to list of array
-        For temperatures, by axis and whether values are logits; see `soften.shares`.
+        Doubt of each sample, by class axis and whether values are logits; see `soften.doubts`.
+    about : dict of (int, bool) to array
+        Doubt about each class in the same way, of the calibration split's halves, shape
+        (2, temperatures, classes).
     """
 
     slices: Slices
@@ -56,6 +59,7 @@ class OutputFacts:
     suppressed: bool = False
     mask: str | None = None
     shares: dict[tuple[int, bool], list[NDArray[np.float64]]] = field(default_factory=dict)
+    about: dict[tuple[int, bool], NDArray[np.float64]] = field(default_factory=dict)
     _centred: Slices | None = None
 
     @property
@@ -109,10 +113,23 @@ class OutputFacts:
             and np.allclose(values.sum(axis=axis, dtype=np.float64), 1.0, atol=tolerance)
         }
 
-    def add_shares(self, values: NDArray[Any], axis: int, logits: bool) -> None:
-        """Add what temperatures are chosen by, if the classes are along this axis."""
+    def add_doubts(
+        self, values: NDArray[Any], axis: int, logits: bool, halves: Sequence[int | None]
+    ) -> None:
+        """Add what is in doubt, if the classes are along this axis.
+
+        `halves` says to which half of the calibration split samples belong, if to any.
+        """
         finite, _ = equal_infinities(values, values, -1e300 if logits else 0.0)
-        self.shares.setdefault((axis, logits), []).append(shares(finite, logits, axis))
+        of_samples, of_classes = doubts(finite, logits, axis)
+        self.shares.setdefault((axis, logits), []).append(of_samples)
+        size = (2, len(of_classes), of_classes.shape[2])
+        about = self.about.setdefault((axis, logits), np.zeros(size))
+        rows = len(values) // len(halves)
+        if about.shape == size and rows * len(halves) == len(values):
+            for number, half in enumerate(halves):
+                if half is not None:
+                    about[half] += of_classes[:, number * rows : (number + 1) * rows].sum(axis=1)
 
 
 @dataclass
@@ -167,7 +184,7 @@ def survey(
     ----------
     classes : callable
         Guesses the class axis of an output from what is known of it, and whether it holds
-        logits; None where there are no classes. For temperatures.
+        logits; None where there are no classes.
 
     Raises
     ------
@@ -178,6 +195,8 @@ def survey(
     session = open_session(model, threads, optimized=True)
     found: dict[_Pattern, Survey] = {}
     members: dict[_Pattern, list[int]] = {}
+    # Samples held back must not tell which classes count.
+    halves = {index: number % 2 for number, index in enumerate(dataset.calibration)}
     left_out: list[int] = []
     for group, feeds in dataset.grouped(range(len(dataset)), batch):
         progress(group[0], len(dataset))
@@ -198,7 +217,8 @@ def survey(
             for name, facts in part.outputs.items():
                 axis = classes(name, facts)
                 if axis is not None and name in values:
-                    facts.add_shares(values[name], *axis)
+                    members_of = [halves.get(index) for index in indices]
+                    facts.add_doubts(values[name], *axis, members_of)
             members.setdefault(pattern, []).extend(indices)
     progress(len(dataset), len(dataset))
     usual = max(members, key=lambda pattern: (len(members[pattern]), pattern == ()), default=())

@@ -30,6 +30,7 @@ def refit(
     cross: Float64,
     rank: int,
     ridge: float,
+    importance: Float64 | None = None,
 ) -> Factorization:
     """Refit both factors.
 
@@ -45,12 +46,15 @@ def refit(
     rank : int
     ridge : float
         Weight of the original weight, relative to the mean energy of an input.
+    importance : float64 array, shape (groups * outputs,), optional
+        How much the squared error of each output counts.
     """
     rows = scheme.rows_of(weight).astype(np.float64)
     targets = np.empty_like(rows)
     for group, moment in enumerate(second):
         targets[group] = _pulled(moment, cross[group], rows[group], ridge).T
-    return WeightedFactorizer(scheme, scheme.weight_of(targets), second, rank).factorize(rank)
+    matrix = scheme.weight_of(targets)
+    return WeightedFactorizer(scheme, matrix, second, rank, importance).factorize(rank)
 
 
 def refit_second(

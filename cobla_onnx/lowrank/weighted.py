@@ -15,6 +15,9 @@ under the full moment (Zhang et al. 2015, without further data).
 
 For a layer whose vectors are too wide for S, the second moment of its outputs,
 E[y y^T] = M^T S M, is enough where the second factor stays in place.
+
+Where some outputs count more than others, errors are those of D y with a diagonal D: M D is
+factorised in place of M, and D divided out of the second factor.
 """
 
 from __future__ import annotations
@@ -56,21 +59,30 @@ class WeightedFactorizer:
         `shrunk` makes it positive definite; one of zeros stands for the identity.
     max_rank : int
         No rank above it is asked for.
+    importance : float64 array, shape (groups * outputs,), optional
+        How much the squared error of each output counts; above 0.
 
     Attributes
     ----------
     energy : float
-        E||y||^2, summed over groups.
+        E||y||^2, summed over groups; as outputs count.
     singular_values : float64 array, shape (full_rank,)
         Of the weighted matrix, descending, combined over groups.
     """
 
     def __init__(
-        self, scheme: Scheme, weight: NDArray[Any], second: Float64, max_rank: int
+        self,
+        scheme: Scheme,
+        weight: NDArray[Any],
+        second: Float64,
+        max_rank: int,
+        importance: Float64 | None = None,
     ) -> None:
         self.scheme = scheme
         self.max_rank = max_rank
-        stack = scheme.matrix(weight).astype(np.float64)
+        rows = scheme.rows_of(weight).astype(np.float64)
+        self._roots = _roots(importance, rows)
+        stack = scheme.matrix(scheme.weight_of(rows * self._roots[:, :, None]))
         if not scheme.inputs_first:
             stack = stack.swapaxes(1, 2)
         self._stack = stack
@@ -115,7 +127,7 @@ class WeightedFactorizer:
             left, right = self._lefts[group][:, :rank], basis.right[:, :rank].T
             if self.scheme.offsets > 1:
                 right = _solve(*self._reduced(group, rank)).swapaxes(1, 2).reshape(rank, -1)
-            pairs.append((left, right))
+            pairs.append((left, right / np.repeat(self._roots[group], self.scheme.offsets)))
         return balanced(self.scheme, pairs)
 
     def _reduced(self, group: int, rank: int) -> tuple[Float64, Float64]:
@@ -142,15 +154,25 @@ class OutputFactorizer:
     outputs : float64 array, shape (groups, outputs, outputs)
         Second moment, or covariance, of the layer's outputs without bias.
     max_rank : int
+    importance : float64 array, shape (groups * outputs,), optional
+        How much the squared error of each output counts; above 0.
     """
 
     def __init__(
-        self, scheme: Scheme, weight: NDArray[Any], outputs: Float64, max_rank: int
+        self,
+        scheme: Scheme,
+        weight: NDArray[Any],
+        outputs: Float64,
+        max_rank: int,
+        importance: Float64 | None = None,
     ) -> None:
         assert scheme.offsets == 1
         self.scheme = scheme
         self.max_rank = max_rank
-        self._rows = scheme.rows_of(weight)
+        rows = scheme.rows_of(weight)
+        self._roots = _roots(importance, rows)
+        self._rows = rows * self._roots[:, :, None]
+        outputs = outputs * self._roots[:, :, None] * self._roots[:, None, :]
         self.energy = float(np.einsum("gii->", outputs))
         found = [_descending(gram) for gram in outputs]
         self._vectors = [vectors[:, :max_rank] for _, vectors in found]
@@ -165,10 +187,17 @@ class OutputFactorizer:
     def factorize(self, rank: int) -> Factorization:
         """Return the factors of the given rank in the order of the scheme's matrix."""
         pairs = []
-        for rows, vectors in zip(self._rows, self._vectors, strict=True):
+        for rows, roots, vectors in zip(self._rows, self._roots, self._vectors, strict=True):
             basis = vectors[:, :rank]
-            pairs.append(((basis.T @ rows).T, basis.T))
+            pairs.append(((basis.T @ rows).T, basis.T / roots))
         return balanced(self.scheme, pairs)
+
+
+def _roots(importance: Float64 | None, rows: NDArray[Any]) -> Float64:
+    """Weights of the outputs themselves, shape (groups, outputs)."""
+    if importance is None:
+        return np.ones(rows.shape[:2])
+    return np.sqrt(importance).reshape(rows.shape[:2])
 
 
 def _tails(singular_values: Float64) -> Float64:

@@ -19,7 +19,7 @@ from cobla_onnx.calibration.gradients import GradientProbe
 from cobla_onnx.calibration.network import NetworkLoss
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.calibration.soften import shares, soften, temperatures
+from cobla_onnx.calibration.soften import doubts, soften, temperatures
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.measures import Measure
 from cobla_onnx.runtime import open_session, run_session
@@ -289,7 +289,7 @@ def test_the_temperature_rises_where_few_samples_are_in_doubt():
     sure[0] = 0.0
 
     def chosen(values: np.ndarray, kind: str = "logits") -> float:
-        parts = [shares(part, kind == "logits", 1) for part in (values[:40], values[40:])]
+        parts = [doubts(part, kind == "logits", 1)[0] for part in (values[:40], values[40:])]
         measures = {"y": Measure(kind), "z": Measure("mse")}
         return temperatures(measures, {"y": {(1, kind == "logits"): parts}})["y"]
 

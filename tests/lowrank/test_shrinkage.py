@@ -26,9 +26,10 @@ SCHEMES = (
     st.sampled_from([1, 2, 3, 10, 100]),
     st.integers(0, 40),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 1000),
 )
-def test_errors_are_those_under_the_drawn_moment(scheme, count, rank, equal, seed):
+def test_errors_are_those_under_the_drawn_moment(scheme, count, rank, equal, weighted, seed):
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal(scheme.shape)
     rows = scheme.rows_of(weight)
@@ -47,7 +48,9 @@ def test_errors_are_those_under_the_drawn_moment(scheme, count, rank, equal, see
     assert (shares >= FLOOR).all()
     assert (shares <= 1).all()
     full = min(scheme.matrix_shape()[1:])
-    found = WeightedFactorizer(scheme, weight, drawn, full)
+    importance = np.exp(3 * rng.standard_normal(rows.shape[0] * rows.shape[1]))
+    roots = np.sqrt(importance if weighted else np.ones_like(importance)).reshape(rows.shape[:2])
+    found = WeightedFactorizer(scheme, weight, drawn, full, importance if weighted else None)
     errors = found.errors(np.arange(full + 1))
     assert (np.diff(errors) <= 1e-9 * found.energy).all()
     silent = not moment.second.any()
@@ -56,6 +59,7 @@ def test_errors_are_those_under_the_drawn_moment(scheme, count, rank, equal, see
         factors = found.factorize(wanted)
         lost = rows - scheme.rows_of(scheme.weight(factors.left @ factors.right))
         assert np.isfinite(lost).all()
+        lost *= roots[:, :, None]
         measured = np.einsum("gos,gst,got->", lost, under, lost)
         assert measured == pytest.approx(errors[wanted], rel=1e-6, abs=1e-8 * found.energy)
         if not silent:
