@@ -403,7 +403,7 @@ DATA_CASES = [
     HostileData(
         "offset -1",
         {"offset": "-1"},
-        "its external data has offset '-1', which is no size in bytes; "
+        "its external data has offset '-1', which is not a size in bytes; "
         "the file is damaged, export it again",
     ),
     HostileData(
