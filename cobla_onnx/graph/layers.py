@@ -12,7 +12,15 @@ import onnx
 
 from cobla_onnx.graph.geometry import check_geometry
 from cobla_onnx.graph.inventory import Inventory, Layer, Reason, Skipped, Use
-from cobla_onnx.graph.operands import GraphIndex, Origin, all_inputs, attributes, node_label
+from cobla_onnx.graph.operands import (
+    INTEGERS,
+    SCALED_INTEGERS,
+    GraphIndex,
+    Origin,
+    all_inputs,
+    attributes,
+    node_label,
+)
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import subgraphs
 from cobla_onnx.graph.weights import read_bias, read_weight
@@ -63,6 +71,7 @@ STORED_TYPES = {*FLOAT_TYPES, onnx.TensorProto.BFLOAT16}
 MADE_BY = {
     "DequantizeLinear": Reason.QUANTISED,
     "DynamicQuantizeLinear": Reason.QUANTISED,
+    SCALED_INTEGERS: Reason.QUANTISED,
     "ConstantOfShape": Reason.FILLED,
     "sparse": Reason.SPARSE,
 }
@@ -220,6 +229,8 @@ def _problem(
     for index, _, _ in members:
         label = f"node {quoted(node_label(graph.nodes[index], index))}"
         check_geometry(graph.nodes[index], layer.shape, label)
+    if layer.type in FLOAT_TYPES and layer.stored_type in INTEGERS:
+        return Reason.QUANTISED, onnx.TensorProto.DataType.Name(layer.stored_type)
     if layer.type not in FLOAT_TYPES or layer.stored_type not in STORED_TYPES:
         return Reason.TYPE, onnx.TensorProto.DataType.Name(layer.stored_type)
     if len(layer.shape) < (3 if layer.op in CONVOLUTIONS else 2):
