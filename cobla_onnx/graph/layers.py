@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import onnx
 
 from cobla_onnx.graph.geometry import check_geometry
@@ -22,7 +23,7 @@ from cobla_onnx.graph.operands import (
     node_label,
 )
 from cobla_onnx.graph.sizes import tensor_bytes
-from cobla_onnx.graph.tensors import subgraphs
+from cobla_onnx.graph.tensors import subgraphs, tensor_array
 from cobla_onnx.graph.weights import read_bias, read_weight
 from cobla_onnx.names import quoted
 
@@ -200,13 +201,21 @@ def _own_bias(graph: GraphIndex, members: list[tuple[int, int, Origin]]) -> str 
         return None
     name = node.input[2]
     tensor = graph.stored.get(name)
-    if tensor is None or name in graph.kept or graph.readers[name] != [index]:
+    if (
+        tensor is None
+        or tensor.data_type != origin.type
+        or name in graph.kept
+        or graph.readers[name] != [index]
+    ):
         return None
     values = attributes(node)
     if values.get("alpha", 1.0) != 1.0 or values.get("beta", 1.0) != 1.0:
         return None
     shape = origin.shape
-    if len(shape) < 2 or tensor.data_type != origin.type or list(node.input).count(name) > 1:
+    # A bias that rules a class out, by minus infinity, can only stay as it is.
+    if not np.isfinite(tensor_array(tensor, f"bias {quoted(name)}")).all():
+        return None
+    if len(shape) < 2 or list(node.input).count(name) > 1:
         return None
     if node.op_type == "Conv":
         outputs = shape[0]
