@@ -337,7 +337,11 @@ class Calibrated:
         loss = float(self.judge.selection.losses_of(outputs).mean())
         self._report["loss"] = loss
         self._report["loss_before_refit"] = loss if before is None else before
-        self._report["quality"] = measure_quality(self.judge.selection, outputs)
+        assert self.measured is not None
+        quality = measure_quality(self.judge.selection, outputs)
+        # Users know outputs, and not the tensors that stand for them.
+        output = self.measured.outputs.get(quality.output, quality.output)
+        self._report["quality"] = replace(quality, output=output)
         return [
             make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
             for entry, found in zip(chosen, approximations, strict=True)

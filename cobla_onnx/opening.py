@@ -20,7 +20,8 @@ from cobla_onnx.calibration.readers import open_data
 from cobla_onnx.errors import ModelError, PartError, WriteError
 from cobla_onnx.graph.checks import check_structure
 from cobla_onnx.graph.external import is_external
-from cobla_onnx.graph.model_file import load_model
+from cobla_onnx.graph.model_file import load_in_order
+from cobla_onnx.graph.order import Order, is_sorted, sort_nodes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.names import safe_text
 from cobla_onnx.settings import Settings
@@ -30,6 +31,7 @@ __all__ = [
     "available_cores",
     "known_shapes",
     "naming",
+    "open_in_order",
     "open_model",
     "open_samples",
     "sample_labels",
@@ -42,18 +44,35 @@ ModelSource: TypeAlias = "onnx.ModelProto | str | os.PathLike[str]"
 
 
 def open_model(model: ModelSource) -> onnx.ModelProto:
-    """Load a model, or check one that is in memory already.
+    """Load a model, or check one that is in memory already; see `open_in_order`."""
+    return open_in_order(model)[0]
+
+
+def open_in_order(model: ModelSource) -> tuple[onnx.ModelProto, Order]:
+    """Load a model, or check one that is in memory already; its nodes are sorted.
+
+    Returns
+    -------
+    ModelProto
+        The very object where one was passed in whose nodes are sorted, else a copy.
+    Order
+        What `restore_order` needs to have the nodes as they came.
 
     Raises
     ------
     UsageError, ModelError
         If it cannot be read or is damaged.
     """
-    return _checked(model) if isinstance(model, onnx.ModelProto) else load_model(model)
+    return _checked(model) if isinstance(model, onnx.ModelProto) else load_in_order(model)
 
 
-def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
+def _checked(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Order]:
     """Check a model that did not come from a file of ours."""
+    order: Order = {}
+    if not is_sorted(model.graph):
+        whole, model = model, onnx.ModelProto()
+        model.CopyFrom(whole)
+        order = sort_nodes(model.graph)
     with naming(None):
         check_structure(model)
         for held in all_tensors(model):
@@ -62,7 +81,7 @@ def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
                     f"{held.label}: its external data is not loaded; pass the path of the file "
                     "instead of the model, or load it with its data"
                 )
-    return model
+    return model, order
 
 
 @contextmanager

@@ -35,5 +35,5 @@ def part_error(model: onnx.ModelProto, part: str, text: str) -> PartError:
     return PartError(
         f"onnxruntime {onnxruntime.__version__} does not load the part of the graph that "
         f"cobla-onnx cut out for {part}{where}: {text}; the file is not at fault, it loads as a "
-        "whole: leave --data away, and report this with what --debug shows"
+        "whole: leave out --data, and report this with what --debug shows"
     )

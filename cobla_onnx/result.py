@@ -13,7 +13,8 @@ import onnx
 
 from cobla_onnx.allocation.sequential import Step
 from cobla_onnx.errors import UsageError, VerificationError, WriteError
-from cobla_onnx.graph.model_file import load_model, stored_bytes, write_atomically
+from cobla_onnx.graph.model_file import load_in_order, stored_bytes, write_atomically
+from cobla_onnx.graph.order import restore_order
 from cobla_onnx.graph.saving import ExternalData, save_model
 from cobla_onnx.plan import Plan
 from cobla_onnx.rendering import report_writer
@@ -34,7 +35,8 @@ class Result:
     Attributes
     ----------
     model : onnx.ModelProto
-        The very object that was passed in, where nothing had to change.
+        The very object that was passed in, where nothing had to change, and its nodes were
+        sorted. Nodes stand in the order of the original.
     plan : Plan
     report : Report
     source : Path or None
@@ -82,11 +84,12 @@ class Result:
         self.report = replace(self.report, output=os.fspath(path))
 
     def _check(self, written: Path) -> None:
-        model = load_model(written)
+        model, order = load_in_order(written)
         if stored_bytes(model) != self.report.budget["mem"].after:
             raise VerificationError(f"{written}: holds other weights than were verified")
         if not self.report.unchanged:
             with execution_provider(self.report.provider):
+                restore_order(model.graph, order)
                 open_session(model, self.report.threads)
 
     def save_report(

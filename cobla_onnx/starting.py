@@ -32,7 +32,7 @@ from cobla_onnx.opening import (
     available_cores,
     known_shapes,
     naming,
-    open_model,
+    open_in_order,
     open_samples,
     sample_labels,
 )
@@ -83,7 +83,7 @@ def open_study(
     """
     started = time.perf_counter()
     source = None if isinstance(model, onnx.ModelProto) else Path(model)
-    proto = open_model(model)
+    proto, order = open_in_order(model)
     threads = settings.threads or available_cores()
     notify = settings.progress or (lambda stage, done, total: None)
     needed = settings.needed
@@ -192,6 +192,7 @@ def open_study(
                 notify,
                 rule,
                 timed,
+                order,
             )
         finally:
             if analysis.seen is not None:

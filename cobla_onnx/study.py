@@ -29,6 +29,7 @@ from cobla_onnx.factors import FactorUnit, replace_layer
 from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.graph.model_file import stored_bytes
+from cobla_onnx.graph.order import Order, restore_order
 from cobla_onnx.holding import explain
 from cobla_onnx.parallel import Pool
 from cobla_onnx.plan import Decision, Plan
@@ -100,6 +101,8 @@ class Study:
         For the candidate ranks.
     timed : Timed or None
         Times of the model, where they are wanted.
+    order : Order
+        Places of the nodes in the file, where they are not sorted there.
     """
 
     model: onnx.ModelProto
@@ -114,6 +117,7 @@ class Study:
     notify: Progress = field(default=lambda stage, done, total: None, repr=False)
     rule: RankRule = EVERY_RANK
     timed: Timed | None = None
+    order: Order = field(default_factory=dict, repr=False)
 
     def compress(self, budget: Budget | None, plan: Plan | None = None) -> Result:
         """Find ranks and factors for a budget, verify them and report.
@@ -259,6 +263,11 @@ class Study:
             command=self.settings.call,
             history=solution.history,
         )
+        # All is checked: the nodes go where they were in the file.
+        if self.order and compressed is self.model:
+            compressed = onnx.ModelProto()
+            compressed.CopyFrom(self.model)
+        restore_order(compressed.graph, self.order)
         external = any(map(is_external, self.model.graph.initializer))
         return Result(
             compressed,

@@ -194,14 +194,13 @@ hostile("reads itself", f"node 'relu1': depends on its own output 'r1'; {AGAIN}"
 
 
 @hostile(
-    "not sorted",
-    "node 'relu1': reads 'y1', which node 'conv1' makes only later; "
-    "sort the nodes of the graph, or export again",
+    "a node waits for a cycle",
+    f"node 'relu1': waits for node 'relu2', which depends on its own output; {AGAIN}",
 )
 def _(model: onnx.ModelProto) -> None:
-    first = onnx.NodeProto.FromString(model.graph.node[0].SerializeToString())
-    del model.graph.node[0]
-    model.graph.node.insert(1, first)
+    model.graph.node[1].input[0] = "y2"
+    model.graph.node[3].input[0] = "r2"
+    model.graph.node[2].input[0] = "r2"
 
 
 hostile(
@@ -404,7 +403,7 @@ DATA_CASES = [
     HostileData(
         "offset -1",
         {"offset": "-1"},
-        "its external data has offset '-1', which is no size in bytes; "
+        "its external data has offset '-1', which is not a size in bytes; "
         "the file is damaged, export it again",
     ),
     HostileData(

@@ -145,9 +145,11 @@ def open_npy(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dat
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path}: is no .npy file of numbers ({error}); save it again") from error
+        raise DataError(
+            f"{path}: is not an .npy file of numbers ({error}); save it again"
+        ) from error
     if not isinstance(array, np.ndarray):
-        raise DataError(f"{path}: is no .npy file; give it the ending that it deserves")
+        raise DataError(f"{path}: is not an .npy file; rename it by what it holds")
     return array_samples(str(path), {specs[0].name: array}, specs, samples)
 
 
@@ -164,7 +166,7 @@ def open_npz(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dat
             }
             return _dataset(str(path), arrays, specs, samples)
     except (zipfile.BadZipFile, EOFError, zipfile.LargeZipFile, NotImplementedError) as error:
-        raise DataError(f"{path}: is no .npz file, or a damaged one; save it again") from error
+        raise DataError(f"{path}: is not an .npz file, or is damaged; save it again") from error
 
 
 def _dataset(
@@ -269,7 +271,7 @@ def _shape(path: Path, archive: zipfile.ZipFile, member: str) -> tuple[int, ...]
         try:
             shape, _, dtype = _read_header(file)
         except ValueError as error:
-            raise DataError(f"{path}: {member!r} is no array; save it again") from error
+            raise DataError(f"{path}: {member!r} is not an array; save it again") from error
         if dtype.hasobject:
             raise DataError(
                 f"{path}: {member!r} holds Python objects, which are not read; save numbers, "

@@ -192,7 +192,7 @@ class Chooser:
         if not _may_be_classes(facts, axis):
             raise UsageError(
                 f"--labels: output {quoted(name)} of shape {_shape(facts)} has no classes along "
-                f"axis {axis}; leave the labels away, or name the output by --output "
+                f"axis {axis}; leave out the labels, or name the output by --output "
                 "NAME=classes:AXIS"
             )
         measure = self._of_classes(facts, axis, "labels that are given", "ce")

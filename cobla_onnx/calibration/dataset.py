@@ -64,7 +64,7 @@ def _spec(
     if not value.type.HasField("tensor_type"):
         raise ModelError(
             f"input {value.name!r}: is not a tensor, which calibration data could feed; leave "
-            "--data away"
+            "out --data"
         )
     text = kind.elem_type == onnx.TensorProto.STRING
     dtype = np.dtype("U" if text else onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
@@ -250,7 +250,7 @@ class Dataset:
         extra = sorted(set(record) - {spec.name for spec in self._specs})
         if extra:
             raise DataError(
-                f"{self.source}: {extra[0]!r} is no input of the model, whose inputs are "
+                f"{self.source}: {extra[0]!r} is not an input of the model, whose inputs are "
                 f"{', '.join(repr(spec.name) for spec in self._specs)}; leave it out"
             )
         for sample in self._samples(arrays):

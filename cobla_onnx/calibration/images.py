@@ -151,7 +151,7 @@ def _check_type(spec: InputSpec, options: ImageOptions) -> None:
     if set(options.mean) != {0.0} or set(options.std) != {1.0} or options.scale != 1.0:
         raise UsageError(
             f"--mean, --std, --scale: input {spec.name!r} is uint8 and gets pixels as they are; "
-            "leave these options away"
+            "leave these options out"
         )
 
 

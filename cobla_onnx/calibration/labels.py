@@ -45,7 +45,7 @@ def read_labels(path: Path) -> Labels:
         If it does not hold labels.
     """
     if not path.is_file():
-        raise UsageError(f"--labels {path}: is no file; check the path")
+        raise UsageError(f"--labels {path}: is not a file; check the path")
     if path.suffix == ".csv":
         return _read_csv(path)
     if path.suffix not in (".npy", ".npz"):
@@ -71,7 +71,9 @@ def _read_csv(path: Path) -> Labels:
         text = path.read_text(encoding="utf-8-sig")
         rows = _rows(text)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: is no text of comma-separated values; save it again") from error
+        raise DataError(
+            f"{path}: is not a text of comma-separated values; save it again"
+        ) from error
     if rows and _class(rows[0][1][-1]) is None and not _is_number(rows[0][1][-1]):
         rows = rows[1:]
     widths = {len(row) for _, row in rows}

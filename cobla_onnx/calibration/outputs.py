@@ -153,7 +153,7 @@ def _refusal(search: Tracing, outputs: Sequence[str], ignored: Collection[str]) 
         reasons.append(f"{_list(sorted(ignored))} left out by option")
     return (
         f"no output can be compared with the original's: {'; '.join(reasons) or 'there is none'}; "
-        "let another output count by --output, or leave --data away"
+        "let another output count by --output, or leave out --data"
     )
 
 

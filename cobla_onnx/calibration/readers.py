@@ -150,7 +150,7 @@ def _test_data(folders: Sequence[Path], specs: Sequence[InputSpec]) -> Iterator[
                     "complete the set or remove it"
                 ) from error
             except Exception as error:
-                raise DataError(f"{path}: is no ONNX tensor; write it again") from error
+                raise DataError(f"{path}: is not an ONNX tensor; write it again") from error
         # Names in the files need not be those of the graph; the order is.
         names = {spec.name for spec in specs}
         if set(record) != names and len(record) == len(specs):

@@ -203,7 +203,11 @@ class _Walk:
             for pair, seeds in part:
                 given, read = right.run(pair[0]), left.run(pair[1])
                 chosen = choose_positions(patch, read[use.data], seeds)
-                for vectors in stacked(read[use.data], given[use.output], chosen):
+                wanted = given[use.output]
+                if not np.isfinite(wanted).all():
+                    # A bias of minus infinity: what is added to it does not matter.
+                    wanted = np.where(np.isfinite(wanted), wanted, wanted.dtype.type(0))
+                for vectors in stacked(read[use.data], wanted, chosen):
                     total = total or MomentSum(*vectors.shape[:2])
                     total.add(vectors, chosen.each, chosen.share)
                 values = zip((given, read), crossing, strict=True)

@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.geometry import check_geometry
-from cobla_onnx.graph.operands import node_label
+from cobla_onnx.graph.operands import all_inputs, node_label
 from cobla_onnx.graph.protos import is_repeated
 from cobla_onnx.graph.schemas import Schemas
 from cobla_onnx.graph.sizes import PACKED, tensor_bytes
@@ -44,6 +44,8 @@ FIELDS = {
 
 def check_structure(model: onnx.ModelProto) -> None:
     """Check versions, tensors, names, order and attributes.
+
+    Nodes of the main graph must have been sorted, see `order.sort_nodes`.
 
     Raises
     ------
@@ -270,8 +272,27 @@ def _unknown_input(
         if current not in seen:
             seen.add(current)
             pending.extend(producer[i] for i in nodes[current].input if i in producer)
+    looped = _in_a_cycle(nodes, producer, index, producer[name])
+    if looped is not None:
+        cause = quoted(node_label(nodes[looped], looped))
+        return ModelError(
+            f"{label}: waits for node {cause}, which depends on its own output; {AGAIN}"
+        )
     later = node_label(nodes[producer[name]], producer[name])
     return ModelError(
-        f"{label}: reads {quoted(name)}, which node {quoted(later)} makes only later; "
-        "sort the nodes of the graph, or export again"
+        f"{label}: reads {quoted(name)}, which node {quoted(later)} makes only later, "
+        "which onnxruntime takes in the main graph alone; sort the nodes, or export again"
     )
+
+
+def _in_a_cycle(
+    nodes: Sequence[onnx.NodeProto], producer: Mapping[str, int], first: int, start: int
+) -> int | None:
+    """Go back from a node, over those from `first` on, until one comes again."""
+    current: int | None = start
+    seen: set[int] = set()
+    while current is not None and current not in seen:
+        seen.add(current)
+        makers = (producer.get(name, -1) for name in all_inputs(nodes[current]))
+        current = next((maker for maker in makers if maker >= first), None)
+    return current

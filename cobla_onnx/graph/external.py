@@ -123,7 +123,7 @@ def true_place(folder: str, location: str) -> tuple[str, str]:
 def _number(label: str, key: str, text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise ModelError(
-            f"{label}: its external data has {key} {quoted(text)}, which is no size in "
+            f"{label}: its external data has {key} {quoted(text)}, which is not a size in "
             "bytes; the file is damaged, export it again"
         )
     return int(text)

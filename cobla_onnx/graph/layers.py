@@ -8,13 +8,22 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import onnx
 
 from cobla_onnx.graph.geometry import check_geometry
 from cobla_onnx.graph.inventory import Inventory, Layer, Reason, Skipped, Use
-from cobla_onnx.graph.operands import GraphIndex, Origin, all_inputs, attributes, node_label
+from cobla_onnx.graph.operands import (
+    INTEGERS,
+    SCALED_INTEGERS,
+    GraphIndex,
+    Origin,
+    all_inputs,
+    attributes,
+    node_label,
+)
 from cobla_onnx.graph.sizes import tensor_bytes
-from cobla_onnx.graph.tensors import subgraphs
+from cobla_onnx.graph.tensors import subgraphs, tensor_array
 from cobla_onnx.graph.weights import read_bias, read_weight
 from cobla_onnx.names import quoted
 
@@ -63,6 +72,7 @@ STORED_TYPES = {*FLOAT_TYPES, onnx.TensorProto.BFLOAT16}
 MADE_BY = {
     "DequantizeLinear": Reason.QUANTISED,
     "DynamicQuantizeLinear": Reason.QUANTISED,
+    SCALED_INTEGERS: Reason.QUANTISED,
     "ConstantOfShape": Reason.FILLED,
     "sparse": Reason.SPARSE,
 }
@@ -191,13 +201,21 @@ def _own_bias(graph: GraphIndex, members: list[tuple[int, int, Origin]]) -> str 
         return None
     name = node.input[2]
     tensor = graph.stored.get(name)
-    if tensor is None or name in graph.kept or graph.readers[name] != [index]:
+    if (
+        tensor is None
+        or tensor.data_type != origin.type
+        or name in graph.kept
+        or graph.readers[name] != [index]
+    ):
         return None
     values = attributes(node)
     if values.get("alpha", 1.0) != 1.0 or values.get("beta", 1.0) != 1.0:
         return None
     shape = origin.shape
-    if len(shape) < 2 or tensor.data_type != origin.type or list(node.input).count(name) > 1:
+    # A bias that rules a class out, by minus infinity, can only stay as it is.
+    if not np.isfinite(tensor_array(tensor, f"bias {quoted(name)}")).all():
+        return None
+    if len(shape) < 2 or list(node.input).count(name) > 1:
         return None
     if node.op_type == "Conv":
         outputs = shape[0]
@@ -220,6 +238,8 @@ def _problem(
     for index, _, _ in members:
         label = f"node {quoted(node_label(graph.nodes[index], index))}"
         check_geometry(graph.nodes[index], layer.shape, label)
+    if layer.type in FLOAT_TYPES and layer.stored_type in INTEGERS:
+        return Reason.QUANTISED, onnx.TensorProto.DataType.Name(layer.stored_type)
     if layer.type not in FLOAT_TYPES or layer.stored_type not in STORED_TYPES:
         return Reason.TYPE, onnx.TensorProto.DataType.Name(layer.stored_type)
     if len(layer.shape) < (3 if layer.op in CONVOLUTIONS else 2):

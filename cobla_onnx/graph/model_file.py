@@ -17,6 +17,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from cobla_onnx.errors import ModelError, UsageError, WriteError
 from cobla_onnx.graph.checks import check_structure
 from cobla_onnx.graph.external import external_bytes, is_external, open_external, true_place
+from cobla_onnx.graph.order import Order, sort_nodes
 from cobla_onnx.graph.protos import copy_fields
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import all_tensors, constant_value, subgraphs
@@ -25,6 +26,7 @@ from cobla_onnx.names import safe_text
 __all__ = [
     "constant_value",
     "copy_without_initializers",
+    "load_in_order",
     "load_model",
     "stored_bytes",
     "subgraphs",
@@ -41,10 +43,21 @@ PROTOBUF_LIMIT = 2**31 - 1
 
 
 def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read a model and check its structure.
+    """Read a model, sort its nodes and check its structure; see `load_in_order`."""
+    return load_in_order(path)[0]
+
+
+def load_in_order(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, Order]:
+    """Read a model, sort its nodes and check its structure.
 
     Large external initializers of the main graph stay on disk and are mapped into memory
     where they are read (see `cobla_onnx.graph.external`); all other data is in the model.
+
+    Returns
+    -------
+    ModelProto
+    Order
+        What `restore_order` needs to have the nodes as they are in the file.
 
     Raises
     ------
@@ -76,12 +89,13 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
         raise ModelError(
             f"{shown}: is not an ONNX model, or is damaged; export or download it again"
         ) from error
+    order = sort_nodes(model.graph)
     try:
         check_structure(model)
         _bind_external(model, file.parent)
     except ModelError as error:
         raise ModelError(f"{shown}: {error}") from error
-    return model
+    return model, order
 
 
 def _bind_external(model: onnx.ModelProto, folder: Path) -> None:

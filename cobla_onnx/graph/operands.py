@@ -13,10 +13,27 @@ import onnx
 from cobla_onnx.graph.tensors import constant_value, subgraphs, tensor_array
 from cobla_onnx.names import quoted
 
-__all__ = ["GraphIndex", "Origin", "all_inputs", "attributes", "node_label"]
+__all__ = [
+    "INTEGERS",
+    "SCALED_INTEGERS",
+    "GraphIndex",
+    "Origin",
+    "all_inputs",
+    "attributes",
+    "node_label",
+]
 
 # Operators between a stored weight and its node that are followed.
 PASSED = ("Identity", "Transpose", "Cast", "Reshape")
+# Arithmetic by which graphs write DequantizeLinear out.
+SCALING = ("Add", "Sub", "Mul", "Div")
+SCALED_INTEGERS = "integers, scaled"
+# Types in which weights are quantised.
+INTEGERS = {
+    value
+    for name, value in onnx.TensorProto.DataType.items()
+    if name.startswith(("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2", "FLOAT8", "FLOAT4"))
+}
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -91,8 +108,9 @@ class GraphIndex:
         Returns
         -------
         Origin or str
-            The operator that makes the tensor, ``sparse`` for a sparse initializer, or an
-            empty string for an input of the graph.
+            The operator that makes the tensor, `SCALED_INTEGERS` if it is arithmetic on stored
+            integers of few bits and other constants, ``sparse`` for a sparse initializer, or
+            an empty string for an input of the graph.
         """
         chain: list[int] = []
         while name not in self.stored:
@@ -101,7 +119,7 @@ class GraphIndex:
                 return "sparse" if name in self.sparse else ""
             node = self.nodes[index]
             if node.op_type not in PASSED or node.domain not in ("", "ai.onnx"):
-                return str(node.op_type)
+                return SCALED_INTEGERS if self._scaled_integers(index) else str(node.op_type)
             chain.append(index)
             name = node.input[0]
         chain.reverse()
@@ -121,6 +139,24 @@ class GraphIndex:
                 shape = tuple(shape[axis] for axis in sizes) if kind == "Transpose" else sizes
                 steps.append(step)
         return Origin(name, tensor, tuple(chain), tuple(steps), shape, data_type)
+
+    def _scaled_integers(self, index: int) -> bool:
+        """Whether a node is the last of a DequantizeLinear that is written out."""
+        pending, seen, integers = [index], {index}, False
+        while pending:
+            node = self.nodes[pending.pop()]
+            if node.op_type not in (*SCALING, *PASSED) or node.domain not in ("", "ai.onnx"):
+                return False
+            for name in node.input:
+                if name in self.stored:
+                    tensor = self.stored[name]
+                    integers |= tensor.data_type in INTEGERS and len(tensor.dims) > 1
+                elif (maker := self.producer.get(name)) is None:
+                    return False
+                elif maker not in seen:
+                    seen.add(maker)
+                    pending.append(maker)
+        return integers
 
     def _step(
         self, node: onnx.NodeProto, shape: tuple[int, ...]

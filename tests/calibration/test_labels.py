@@ -34,7 +34,7 @@ def test_files_of_labels(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "error", "words"),
     [
-        ("none.csv", None, UsageError, "is no file"),
+        ("none.csv", None, UsageError, "is not a file"),
         ("a.txt", "1", UsageError, "neither .csv"),
         ("empty.csv", "", DataError, "needs a class"),
         ("words.csv", "1\ncat\n", DataError, "'cat'"),

@@ -184,7 +184,7 @@ HALF = InputSpec("x", np.dtype(np.float16), (None, 3, 4))
         ({"x": np.ones((4, 4, 3), np.float32)}, [X], r"shape.*wants \[\?, 3, 4\]"),
         ({"x": np.ones((4, 12), np.float32)}, [X], "layout"),
         ({"z": GOOD}, [X], r"nothing for input 'x' \[\?, 3, 4\]; it has 'z'"),
-        ({"x": GOOD, "z": GOOD}, [X], "'z' is no input"),
+        ({"x": GOOD, "z": GOOD}, [X], "'z' is not an input"),
         ({"x": GOOD, "ids": np.ones((3, 5), np.int64)}, [X, IDS], "different numbers"),
         ([{"x": GOOD, "ids": np.ones((3, 5), np.int64)}], [X, IDS], "different numbers"),
         ({"ids": np.ones((4, 5), np.float32)}, [IDS], "float32, the model wants int64"),
@@ -242,7 +242,7 @@ def test_sets_that_are_not_complete(tmp_path):
     with pytest.raises(DataError, match=r"no input_0\.pb"):
         open_data(tmp_path, [X])
     (tmp_path / "test_data_set_0" / "input_0.pb").write_bytes(b"\xff\xff\xff")
-    with pytest.raises(DataError, match=r"input_0\.pb: is no ONNX tensor"):
+    with pytest.raises(DataError, match=r"input_0\.pb: is not an ONNX tensor"):
         open_data(tmp_path, [X])
 
 
@@ -359,7 +359,7 @@ def test_pixels_for_inputs_of_integers(tmp_path):
         found = everything(dataset, "image")
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found[0], pixels)
-    with pytest.raises(UsageError, match="gets pixels as they are; leave these options away"):
+    with pytest.raises(UsageError, match="gets pixels as they are; leave these options out"):
         open_data(tmp_path, [spec], images=ImageOptions(scale=1 / 255, layout="nhwc"))
     signed = InputSpec("image", np.dtype(np.int8), (None, 8, 8, 3))
     with pytest.raises(DataError, match=r"is int8.*give an \.npz"):
