@@ -163,6 +163,9 @@ def _session_options(threads: int, optimized: bool, timed: bool) -> onnxruntime.
     else:
         # Threads that wait by spinning would take the cores from linear algebra.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # With a pattern a session holds its tensors twice: as the first run found room for them,
+        # and in one piece for the runs after it.
+        options.enable_mem_pattern = False
     if not (optimized or timed):
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -278,6 +281,8 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
     """
     names = [output.name for output in session.get_outputs()]
     options = onnxruntime.RunOptions()
+    # What a run needed is given back: many sessions are open side by side.
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     timer = threading.Timer(RUN_LIMIT, setattr, (options, "terminate", True))
     timer.daemon = True
     timer.start()
@@ -285,9 +290,11 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
         return dict(zip(names, session.run(names, feeds, options), strict=True))
     except Exception as error:
         shapes = {safe_text(name): list(value.shape) for name, value in feeds.items()}
+        together = any(value.ndim and len(value) > 1 for value in feeds.values())
+        advice = ", or run one sample at a time by --batch 1" if together else ""
         raise ModelError(
             f"onnxruntime cannot run the model on inputs of shapes {shapes}: "
-            f"{first_line(error)}; give shapes that it accepts by --input-shape"
+            f"{first_line(error)}; give shapes that it accepts by --input-shape{advice}"
         ) from error
     finally:
         timer.cancel()

@@ -17,6 +17,7 @@ from cobla_onnx.carrying import Shared
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.parallel import Pool
 from cobla_onnx.runtime import Feeds
+from cobla_onnx.scratch import Shelf
 
 __all__ = ["SpreadProbe"]
 
@@ -34,7 +35,7 @@ class _Origin:
 
     model: onnx.ModelProto
     layers: Sequence[Layer]
-    batches: list[Feeds]
+    batches: Shelf
     loss: LossName | Mapping[str, LossKind]
     labels: NDArray[np.int64] | None
 
@@ -128,9 +129,9 @@ class SpreadProbe:
             yield entries
 
 
-def _bounded(batches: Iterable[Feeds]) -> list[Feeds]:
+def _bounded(batches: Iterable[Feeds]) -> Shelf:
     """As many batches as a probe would keep at most."""
-    kept: list[Feeds] = []
+    kept = Shelf()
     room = KEPT_OUTPUTS
     for feeds in batches:
         kept.append(feeds)
