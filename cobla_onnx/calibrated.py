@@ -346,7 +346,7 @@ class Calibrated:
                 chosen,
                 lambda: self.judge.batches(self.dataset.calibration),
                 self.judge.followed,
-                threads=self.threads,
+                threads=min(self.threads, self.pool.runs_at_most),
                 progress=partial(self.progress, "refit"),
             )
         return self._refitted[plan.decisions]

@@ -14,6 +14,7 @@ import onnxruntime
 
 from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import model_costs
+from cobla_onnx.calibration.batching import choose_batching
 from cobla_onnx.calibration.dataset import InputSpec, input_specs
 from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.comparison import Comparison, OutputComparison, is_numeric
@@ -28,6 +29,7 @@ from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.opening import ModelSource, available_cores, open_model
 from cobla_onnx.progress import Progress
 from cobla_onnx.runtime import Feeds, execution_provider, open_session, run_session, runnable_feeds
+from cobla_onnx.settings import BatchSize, check_batch, memory_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -109,7 +111,8 @@ def compare(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     data: Any = None,
     samples: int | None = None,
-    batch: int = 16,
+    batch: BatchSize = "auto",
+    memory_limit: int | str | None = None,
     images: ImageOptions | None = None,
     provider: str | None = None,
     seed: int = 0,
@@ -122,7 +125,7 @@ def compare(
     ----------
     first, second : ModelProto or path
         Differences are relative to the first.
-    input_shapes, data, samples, batch, images
+    input_shapes, data, samples, batch, memory_limit, images
         As those of `compress`; without data, inputs are random.
     provider : str, optional
         onnxruntime's execution provider; the CPU's.
@@ -147,6 +150,7 @@ def compare(
     >>> found.second.weight_bytes <= 0.5 * found.first.weight_bytes
     True
     """
+    check_batch(batch)
     threads = threads or available_cores()
     notify = progress or (lambda stage, done, total: None)
     shapes = input_shapes or {}
@@ -154,9 +158,10 @@ def compare(
     sources = _path(first), _path(second)
     names = _shown(sources[0], "the first model"), _shown(sources[1], "the second model")
     _check_ends(models, names, shapes)
+    how = data, samples, batch, memory_limit, images, seed, threads
     with (
         execution_provider(provider) as running_on,
-        _inputs(models[0], shapes, data, samples, batch, images, seed, threads) as inputs,
+        _inputs(models[0], shapes, *how) as inputs,
     ):
         outputs, count = _compare_outputs(models, names, inputs, threads, notify)
         notify("latency", 0, 1)
@@ -202,7 +207,8 @@ def _inputs(
     shapes: Mapping[str, Sequence[int]],
     data: Any,
     samples: int | None,
-    batch: int,
+    batch: BatchSize,
+    memory_limit: int | str | None,
     images: ImageOptions | None,
     seed: int,
     threads: int,
@@ -214,6 +220,9 @@ def _inputs(
         return
     with open_data(data, input_specs(model, shapes), samples=samples, images=images) as dataset:
         (example,) = dataset.batches([0], 1)
+        batch = choose_batching(
+            model, (), dataset, batch, memory_bytes(memory_limit), threads=threads
+        ).size
         total = -(-len(dataset) // batch)
         yield _Inputs(dataset.source, dataset.batches(range(len(dataset)), batch), total, example)
 

@@ -103,13 +103,15 @@ def open_session(
     *,
     optimized: bool = False,
     timed: bool = False,
+    profile: str = "",
 ) -> onnxruntime.InferenceSession:
     """Open a model in onnxruntime without serialising its weights.
 
     It runs on the provider of `execution_provider`. Graph optimisations are off unless
     asked for, so that two models are compared at the same level. `extra_weights` are
     initializers beside those that the model holds. A session to be timed is one as users
-    open it, optimised and with threads that spin while it runs, and only then.
+    open it, optimised and with threads that spin while it runs, and only then. With `profile`,
+    the beginning of a file's name, onnxruntime writes there what its nodes do.
 
     Raises
     ------
@@ -128,6 +130,8 @@ def open_session(
         if name not in present:
             light.graph.output.add(name=name)
     options = _session_options(threads, optimized, timed)
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     if folder is not None:
         options.add_session_config_entry(FOLDER, folder)
         _leave_in_folder(light)

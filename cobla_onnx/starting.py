@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from cobla_onnx.allocation.grid import rank_rule
 from cobla_onnx.analysis import analyse
 from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
+from cobla_onnx.calibration.batching import Batching, choose_batching
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.loss import LossName
+from cobla_onnx.calibration.moments import LIMIT
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.content import model_content
-from cobla_onnx.graph.layers import Layer
+from cobla_onnx.graph.layers import Layer, find_layers
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.machine import convolution_block
 from cobla_onnx.opening import (
@@ -32,7 +35,7 @@ from cobla_onnx.opening import (
 from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.progress import Progress
 from cobla_onnx.runtime import CPU, execution_provider
-from cobla_onnx.settings import Settings
+from cobla_onnx.settings import Settings, memory_bytes
 from cobla_onnx.study import Study
 from cobla_onnx.timed import Timed, open_profile
 
@@ -88,6 +91,9 @@ def open_study(
             block=convolution_block(),
             cpu=provider == CPU,
         )
+        batching = None if dataset is None else _batching(proto, dataset, settings, threads)
+        if batching is not None:
+            pool.runs = batching.at_once
         analysis = analyse(
             proto,
             input_shapes=settings.input_shapes,
@@ -99,13 +105,15 @@ def open_study(
             threads=threads,
             progress=notify,
             see=None
-            if dataset is None
-            else _see(proto, dataset, settings.batch, pool, kept, notify),
+            if dataset is None or batching is None
+            else _see(proto, dataset, batching, pool, kept, notify),
             weigh=needed != "weights",
             ranks=rule,
             pool=pool,
             cache=kept,
         )
+        if batching is not None:
+            analysis = replace(analysis, notes=analysis.notes + batching.notes)
         timed = None
         if profile is not None:
             timed = Timed(
@@ -120,14 +128,14 @@ def open_study(
             if times_needed:
                 analysis = timed.table()
         calibrated = None
-        if dataset is not None:
+        if dataset is not None and batching is not None:
             classes = sample_labels(settings.labels, dataset)
             measure: LossName = settings.loss if classes is None else "ce"
             calibrated = Calibrated(
                 proto,
                 analysis,
                 dataset,
-                settings.batch,
+                batching.size,
                 measure,
                 threads,
                 notify,
@@ -157,27 +165,42 @@ def open_study(
                 analysis.seen.close()
 
 
+def _batching(
+    model: onnx.ModelProto, dataset: Dataset, settings: Settings, threads: int
+) -> Batching:
+    return choose_batching(
+        model,
+        find_layers(model).layers,
+        dataset,
+        settings.batch,
+        memory_bytes(settings.memory_limit),
+        threads=threads,
+        gradient=settings.needed == "loss",
+    )
+
+
 def _see(
     model: onnx.ModelProto,
     dataset: Dataset,
-    batch: int,
+    batching: Batching,
     pool: Pool,
     cache: Cache | None,
     progress: Progress,
 ) -> Callable[[Sequence[Layer]], Seen]:
     key = ""
     if cache is not None:
-        key = digest(model_content(model), dataset.content(dataset.calibration), batch)
+        key = digest(model_content(model), dataset.content(dataset.calibration), batching.size)
 
     def see(layers: Sequence[Layer]) -> Seen:
         return Seen(
             model,
             layers,
-            lambda: dataset.batches(dataset.calibration, batch),
+            lambda: dataset.batches(dataset.calibration, batching.size),
             pool=pool,
             cache=cache,
             key=key,
             progress=partial(progress, "second moments"),
+            limit=min(LIMIT, batching.sums),
         )
 
     return see

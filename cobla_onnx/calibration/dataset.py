@@ -7,6 +7,7 @@ record at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -191,6 +192,16 @@ class Dataset:
             self.rows,
             [digest(self._feeds([index])) for index in indices],
         )
+
+    def examples(self) -> tuple[int, tuple[int, int] | None]:
+        """Return the largest sample, and two that may run together, if there are any."""
+        sizes = [sum(math.prod(place.shape) for place in places) for places in self._places]
+        first: dict[Any, int] = {}
+        for index, places in enumerate(self._places):
+            other = first.setdefault(tuple(place.shape for place in places), index)
+            if other != index and self._alike(other, index):
+                return int(np.argmax(sizes)), (other, index)
+        return int(np.argmax(sizes)), None
 
     def _alike(self, one: int, other: int) -> bool:
         shapes = [[place.shape for place in self._places[i]] for i in (one, other)]

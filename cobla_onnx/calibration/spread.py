@@ -106,7 +106,7 @@ class SpreadProbe:
             Index of a layer, and weights and biases for it.
         """
         units = (_Unit(self._origin, entries) for entries in self._units(wanted))
-        for found in self._pool.map(_measure, units):
+        for found in self._pool.map(_measure, units, self._pool.runs_at_most):
             yield from found
 
     def _units(self, wanted: Iterable[tuple[int, Iterable[Pair]]]) -> Iterator[list[_Entry]]:
