@@ -22,8 +22,9 @@ __all__ = ["MEMORY", "Batching", "RunSizes", "choose_batching", "mixes_samples",
 
 # Bytes above the model that a run of the package takes at most, unless it is told otherwise.
 MEMORY = 2_000_000_000
-# Bytes of Python and its libraries, and of what does not grow with the samples.
-PROCESS = 400_000_000
+# Bytes of Python and its libraries, and of what does not grow with the samples, such as chunks
+# of vectors in double precision.
+PROCESS = 600_000_000
 # Copies of the weights: the model's, and those of sessions.
 COPIES = 2
 MOST_AT_ONCE = 16

@@ -201,7 +201,7 @@ class _Walk:
         total: MomentSum | None = None
         pairs = zip(original.batches(), compressed.batches(), strict=True)
         with open_pool(self._threads) as pool:
-            for found, moved in pool.map(add_up, parts_of(pairs)):
+            for found, moved in pool.map(add_up, parts_of(pairs), self._threads):
                 if total is None:
                     total = found
                 else:

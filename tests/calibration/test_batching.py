@@ -22,7 +22,7 @@ from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.scratch import Shelf
 from cobla_onnx.settings import Settings, memory_bytes
 
-SIDE = 320
+SIDE = 256
 
 
 def _model(nodes, weights, shape, batch="n", outputs=("y",)):
@@ -48,7 +48,7 @@ def _weight(generator, *shape):
 
 
 def _pictures():
-    """Few weights, and 13 MB for each of six tensors of a sample."""
+    """Few weights, and 8 MB for each of six tensors of a sample."""
     generator = np.random.default_rng(0)
     nodes, weights, last, channels = [], {}, "x", 3
     for number in range(3):
@@ -148,7 +148,7 @@ def test_a_model_that_takes_any_batch_takes_many():
 def test_the_batch_falls_with_the_limit():
     model = _pictures()
     with _dataset(model, _data(4, 3, SIDE, SIDE)) as dataset:
-        sizes = [_chosen(model, dataset, limit * 10**6).size for limit in (600, 1500, 4000, 16000)]
+        sizes = [_chosen(model, dataset, limit * 10**6).size for limit in (800, 1700, 4000, 16000)]
         assert sizes == sorted(sizes)
         assert sizes[0] == 1
         assert sizes[-1] == 16
@@ -167,13 +167,14 @@ print(peak, *(f"{d.layer}:{d.scheme}:{d.rank}" for d in result.plan.decisions))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
 def test_a_run_stays_below_its_limit_and_decides_the_same(tmp_path: Path):
     model, data = tmp_path / "m.onnx", tmp_path / "d.npz"
     onnx.save(_pictures(), model)
     np.savez(data, x=_data(6, 3, SIDE, SIDE))
     decided = []
-    for limit in ("700MB", "2GB"):
+    for limit in ("900MB", "2GB"):
         command = [sys.executable, "-c", CHILD, str(model), str(data), limit]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peak, *decisions = done.stdout.split()
