@@ -71,9 +71,10 @@ def open_study(
     """
     started = time.perf_counter()
     source = None if isinstance(model, onnx.ModelProto) else Path(model)
+    notify = settings.progress or (lambda stage, done, total: None)
+    notify("open model and data", 0, 1)
     proto = open_model(model)
     threads = settings.threads or available_cores()
-    notify = settings.progress or (lambda stage, done, total: None)
     needed = settings.needed
     kept = None if settings.cache is None else Cache(settings.cache)
     with (
@@ -83,6 +84,7 @@ def open_study(
         execution_provider(settings.provider) as provider,
         open_samples(proto, settings) as dataset,
     ):
+        notify("open model and data", 1, 1)
         profile = open_profile(settings.profile, threads) if settings.measure_latency else None
         rule = rank_rule(
             settings.rank_multiple,
@@ -91,8 +93,11 @@ def open_study(
             block=convolution_block(),
             cpu=provider == CPU,
         )
-        batching = None if dataset is None else _batching(proto, dataset, settings, threads)
-        if batching is not None:
+        batching = None
+        if dataset is not None:
+            notify("size of a run", 0, 1)
+            batching = _batching(proto, dataset, settings, threads)
+            notify("size of a run", 1, 1)
             pool.runs = batching.at_once
         analysis = analyse(
             proto,
@@ -131,6 +136,7 @@ def open_study(
         if dataset is not None and batching is not None:
             classes = sample_labels(settings.labels, dataset)
             measure: LossName = settings.loss if classes is None else "ce"
+            notify("outputs of the original", 0, 1)
             calibrated = Calibrated(
                 proto,
                 analysis,
@@ -144,6 +150,7 @@ def open_study(
                 pool,
                 kept,
             )
+            notify("outputs of the original", 1, 1)
         seconds = time.perf_counter() - started
         try:
             yield Study(

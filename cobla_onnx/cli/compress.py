@@ -153,8 +153,12 @@ def compress(
             cache=cache,
             progress=progress,
         )
-    if not dry_run:
-        result.save(output, external_data=external_data.value)
+        if not dry_run:
+            if progress is not None:
+                progress("write", 0, 1)
+            result.save(output, external_data=external_data.value)
+            if progress is not None:
+                progress("write", 1, 1)
     if report is not None:
         result.save_report(report, sys.argv)
     if history is not None:
