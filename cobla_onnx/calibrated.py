@@ -49,6 +49,7 @@ from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
 from cobla_onnx.rewrite import Replacement, make_replacement
 from cobla_onnx.runtime import Feeds
+from cobla_onnx.scratch import Shelf
 
 __all__ = ["Calibrated"]
 
@@ -333,11 +334,16 @@ class Calibrated:
             before = self.judge.selection.loss(replaced_weights(chosen, approximations))
             approximations, self._report["refitted"] = self._refit(plan, chosen)
             self._refitted.clear()
-        outputs = list(self.judge.selection.outputs(replaced_weights(chosen, approximations)))
-        loss = float(self.judge.selection.losses_of(outputs).mean())
+        selection = self.judge.selection
+        found = Shelf(
+            {name: actual[name] for name in expected if name in actual}
+            for expected, actual in selection.outputs(replaced_weights(chosen, approximations))
+        )
+        loss = float(selection.losses_of(zip(selection.expected, found, strict=True)).mean())
         self._report["loss"] = loss
         self._report["loss_before_refit"] = loss if before is None else before
-        self._report["quality"] = measure_quality(self.judge.selection, outputs)
+        outputs = zip(selection.expected, found, strict=True)
+        self._report["quality"] = measure_quality(selection, outputs)
         return [
             make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
             for entry, found in zip(chosen, approximations, strict=True)
@@ -351,7 +357,7 @@ class Calibrated:
                 chosen,
                 lambda: self.judge.batches(self.dataset.calibration),
                 self.judge.followed,
-                threads=self.threads,
+                threads=min(self.threads, self.pool.runs_at_most),
                 progress=partial(self.progress, "refit"),
             )
         return self._refitted[plan.decisions]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import model_costs
+from cobla_onnx.calibration.batching import choose_batching
 from cobla_onnx.calibration.choosing import Chooser, look_at, measures_on, notes_on
 from cobla_onnx.calibration.dataset import InputSpec, input_specs
 from cobla_onnx.calibration.readers import ImageOptions, open_data
@@ -34,6 +35,7 @@ from cobla_onnx.output_choice import Outputs, resolve_outputs
 from cobla_onnx.progress import Progress
 from cobla_onnx.rendering.terminal import output_text
 from cobla_onnx.runtime import Feeds, execution_provider, open_session, run_session, runnable_feeds
+from cobla_onnx.settings import BatchSize, check_batch, memory_bytes
 from cobla_onnx.verify import varying_outputs
 
 if TYPE_CHECKING:
@@ -116,7 +118,8 @@ def compare(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     data: Any = None,
     samples: int | None = None,
-    batch: int = 16,
+    batch: BatchSize = "auto",
+    memory_limit: int | str | None = None,
     images: ImageOptions | None = None,
     outputs: Outputs = (),
     provider: str | None = None,
@@ -130,7 +133,7 @@ def compare(
     ----------
     first, second : ModelProto or path
         Differences are relative to the first.
-    input_shapes, data, samples, batch, images, outputs
+    input_shapes, data, samples, batch, memory_limit, images, outputs
         As those of `compress`; without data, inputs are random.
     provider : str, optional
         onnxruntime's execution provider; the CPU's.
@@ -155,6 +158,7 @@ def compare(
     >>> found.second.weight_bytes <= 0.5 * found.first.weight_bytes
     True
     """
+    check_batch(batch)
     threads = threads or available_cores()
     notify = progress or (lambda stage, done, total: None)
     shapes = input_shapes or {}
@@ -162,9 +166,10 @@ def compare(
     sources = _path(first), _path(second)
     names = _shown(sources[0], "the first model"), _shown(sources[1], "the second model")
     _check_ends(models, names, shapes)
+    how = data, samples, batch, memory_limit, images, outputs, seed, threads
     with (
         execution_provider(provider) as running_on,
-        _inputs(models[0], shapes, data, samples, batch, images, outputs, seed, threads) as inputs,
+        _inputs(models[0], shapes, *how) as inputs,
     ):
         compared, count, more = _compare_outputs(models, names, inputs, threads, notify)
         notify("latency", 0, 1)
@@ -219,7 +224,8 @@ def _inputs(
     shapes: Mapping[str, Sequence[int]],
     data: Any,
     samples: int | None,
-    batch: int,
+    batch: BatchSize,
+    memory_limit: int | str | None,
     images: ImageOptions | None,
     outputs: Outputs,
     seed: int,
@@ -234,14 +240,17 @@ def _inputs(
         yield _Inputs("random", feeds, len(feeds), feeds[0], {}, measures, notes_on(measures))
         return
     with open_data(data, input_specs(model, shapes), samples=samples, images=images) as dataset:
-        compared = look_at(model, dataset, batch, threads, Chooser.of(model, choices=choices))
+        chosen = choose_batching(
+            model, model, (), dataset, batch, memory_bytes(memory_limit), threads=threads
+        )
+        chooser = Chooser.of(model, choices=choices)
+        compared = look_at(model, dataset, chosen.size, threads, chooser)
         kept = sorted((*dataset.calibration, *dataset.selection))
         (example,) = dataset.batches(kept[:1], 1)
-        batches, total = dataset.batches(kept, batch), -(-len(kept) // batch)
+        batches, total = dataset.batches(kept, chosen.size), -(-len(kept) // chosen.size)
         sizes = {name: array.shape for name, array in example.items()}
-        yield _Inputs(
-            dataset.source, batches, total, example, sizes, compared.measures, compared.notes
-        )
+        notes = chosen.notes + compared.notes
+        yield _Inputs(dataset.source, batches, total, example, sizes, compared.measures, notes)
 
 
 def _compare_outputs(

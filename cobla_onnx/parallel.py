@@ -121,11 +121,18 @@ class Pool:
     ) -> None:
         self._executor, self.width = executor, width
         self.inside, self._folder, self._option = inside, folder, option
+        # Runs of the model that memory has room for side by side, where that is known.
+        self.runs: int | None = None
 
     @property
     def shares_memory(self) -> bool:
         """Whether units are known to run on this machine."""
         return self.inside or self._folder is not None
+
+    @property
+    def runs_at_most(self) -> int:
+        """Units that run the model, or results of them that wait, at a time."""
+        return 2 * self.width if self.runs is None else min(2 * self.width, self.runs)
 
     def carry(self, array: NDArray[Any]) -> Carried:
         """Prepare an array for a unit."""

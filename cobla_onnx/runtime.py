@@ -105,6 +105,7 @@ def open_session(
     optimized: bool = False,
     timed: bool = False,
     part: str = "",
+    profile: str = "",
 ) -> onnxruntime.InferenceSession:
     """Open a model in onnxruntime without serialising its weights.
 
@@ -112,7 +113,8 @@ def open_session(
     asked for, so that two models are compared at the same level. `extra_weights` are
     initializers beside those that the model holds. A session to be timed is one as users
     open it, optimised and with threads that spin while it runs, and only then. `part` says
-    what for the model was cut from one that loads as a whole.
+    what for the model was cut from one that loads as a whole. With `profile`, the beginning of
+    a file's name, onnxruntime writes there what its nodes do.
 
     Raises
     ------
@@ -132,6 +134,8 @@ def open_session(
         if name not in present:
             light.graph.output.add(name=name)
     options = _session_options(threads, optimized, timed)
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     if folder is not None:
         options.add_session_config_entry(FOLDER, folder)
         _leave_in_folder(light)
@@ -169,6 +173,9 @@ def _session_options(threads: int, optimized: bool, timed: bool) -> onnxruntime.
     else:
         # Threads that wait by spinning would take the cores from linear algebra.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # With a pattern a session holds its tensors twice: as the first run found room for them,
+        # and in one piece for the runs after it.
+        options.enable_mem_pattern = False
     if not (optimized or timed):
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -284,6 +291,8 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
     """
     names = [o.name for o in session.get_outputs() if "bfloat16" not in o.type]
     options = onnxruntime.RunOptions()
+    # What a run needed is given back: many sessions are open side by side.
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     timer = threading.Timer(RUN_LIMIT, setattr, (options, "terminate", True))
     timer.daemon = True
     timer.start()
@@ -291,10 +300,12 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
         return dict(zip(names, session.run(names, feeds, options) if names else (), strict=True))
     except Exception as error:
         shapes = {safe_text(name): list(value.shape) for name, value in feeds.items()}
+        together = any(value.ndim and len(value) > 1 for value in feeds.values())
+        advice = ", or run one sample at a time by --batch 1" if together else ""
         raise ModelError(
             f"onnxruntime cannot run the model on inputs of shapes {shapes}: "
             f"{first_line(error)}; give inputs that it accepts, or --input-shape where they are "
-            "random"
+            f"random{advice}"
         ) from error
     finally:
         timer.cancel()

@@ -210,8 +210,10 @@ class Study:
         """
         started = time.perf_counter()
         replacements = solution.replacements
+        self.notify("rewrite", 0, 1)
         compressed = rewrite(self.model, replacements) if replacements else self.model
         _check_budget(self.analysis, solution.budget, solution.plan, compressed)
+        self.notify("rewrite", 1, 1)
         verification = None
         if replacements:
             steps = 1 if self.calibrated is None else self.calibrated.held_back_batches

@@ -27,6 +27,7 @@ from cobla_onnx.runtime import Feeds, open_session, run_session
 from cobla_onnx.scratch import ArrayFile, Place
 
 __all__ = [
+    "LIMIT",
     "Moment",
     "MomentStore",
     "MomentSum",
@@ -304,7 +305,7 @@ def collect_moments(
         progress(number, len(groups))
         units = (_Unit(shared, tuple(group), part) for part in parts_of(batches()))
         sums: list[MomentSum] = []
-        for found_sums in pool.map(_add_up, units, _units_at_a_time(pool, group)):
+        for found_sums in pool.map(_add_up, units, _units_at_a_time(pool, group, limit)):
             for total, more in zip(sums, found_sums, strict=False):
                 total.merge(more)
             sums = sums or found_sums
@@ -343,9 +344,13 @@ def _patch_key(key: str, patch: Patch) -> str:
     return digest("moment", key, patch, BATCHES_PER_UNIT, NUMBERS, LEAST, "effective")
 
 
-def _units_at_a_time(pool: Pool, patches: Sequence[Patch]) -> int | None:
+def _units_at_a_time(pool: Pool, patches: Sequence[Patch], limit: int) -> int | None:
     size = sum(8 * patch.groups * patch.size**2 for patch in patches)
-    return max(1, min(2 * pool.width, ALL_UNITS // size)) if pool.shares_memory else None
+    return (
+        max(1, min(pool.runs_at_most, ALL_UNITS * limit // (LIMIT * size)))
+        if pool.shares_memory
+        else None
+    )
 
 
 def _groups(patches: Sequence[Patch], limit: int) -> list[list[Patch]]:

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
-from cobla_onnx.calibration.moments import Moment, collect_moments
+from cobla_onnx.calibration.moments import LIMIT, Moment, collect_moments
 from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
 from cobla_onnx.carrying import Carried
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
@@ -133,6 +133,8 @@ class Seen:
     cache : Cache, optional
         Keeps them by `key`, which stands for the model and the batches.
     progress : callable
+    limit : int
+        Bytes of second moments that a unit of work sums up at a time.
     wide : int
         Layers with longer vectors are seen by their outputs; of their schemes only those
         remain whose second factor stays in place.
@@ -150,6 +152,7 @@ class Seen:
         key: str = "",
         progress: Callable[[int, int], None] = lambda done, total: None,
         wide: int = WIDE,
+        limit: int = LIMIT,
     ) -> None:
         self._model, self._cache = model, cache
         self.key = digest(key, wide)
@@ -163,6 +166,7 @@ class Seen:
                 cache=cache,
                 key=self.key,
                 progress=progress,
+                limit=limit,
             )
         # Decompositions, the last used at the end, with their size in bytes.
         self._solvers: OrderedDict[tuple[str, str], tuple[Solver, int]] = OrderedDict()
