@@ -24,6 +24,7 @@ from cobla_onnx.allocation.sequential import Scores, Step, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.choosing import Compared
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.gradients import GradientProbe
@@ -86,6 +87,8 @@ class Calibrated:
         Where the loss is taken; at all outputs of the model.
     compared : Compared, optional
         How outputs are compared; by `loss` where it is not given.
+    taps : TapLimit, optional
+        For the tensors that are read from a run.
 
     Attributes
     ----------
@@ -110,6 +113,7 @@ class Calibrated:
     cache: Cache | None = None
     measured: MeasuredModel | None = None
     compared: Compared | None = None
+    taps: TapLimit | None = None
     history: list[Step] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
     _report: dict[str, Any] = field(default_factory=dict)

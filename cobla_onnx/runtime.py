@@ -35,7 +35,9 @@ __all__ = [
     "execution_provider",
     "find_provider",
     "first_line",
+    "give_memory_back",
     "measured_shapes",
+    "memory_is_given_back",
     "open_session",
     "random_feeds",
     "run_session",
@@ -54,6 +56,7 @@ SIZES_TO_TRY = (16, 64, 224, 512, 1)
 RUN_LIMIT = 900.0
 CPU = "CPUExecutionProvider"
 _provider: ContextVar[str] = ContextVar("execution provider", default=CPU)
+_gives_back: ContextVar[bool] = ContextVar("memory is given back after each run", default=False)
 
 
 def find_provider(name: str | None) -> str:
@@ -82,18 +85,33 @@ def find_provider(name: str | None) -> str:
 def execution_provider(name: str | None) -> Iterator[str]:
     """Open all sessions of this context on an execution provider, see `find_provider`.
 
-    What a provider cannot compute goes to the CPU.
+    What a provider cannot compute goes to the CPU. What `give_memory_back` sets ends with the
+    context.
     """
-    token = _provider.set(find_provider(name))
+    tokens = _provider.set(find_provider(name)), _gives_back.set(_gives_back.get())
     try:
         yield _provider.get()
     finally:
-        _provider.reset(token)
+        _provider.reset(tokens[0])
+        _gives_back.reset(tokens[1])
 
 
 def current_provider() -> str:
     """Name of the execution provider on which sessions are opened."""
     return _provider.get()
+
+
+def give_memory_back(wanted: bool) -> None:
+    """Say whether sessions keep what a run needed, which is faster, or give it back after it.
+
+    Results do not depend on it. It holds until the end of the context of `execution_provider`.
+    """
+    _gives_back.set(wanted)
+
+
+def memory_is_given_back() -> bool:
+    """Whether sessions give back what a run needed."""
+    return _gives_back.get()
 
 
 def open_session(
@@ -291,8 +309,8 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
     """
     names = [o.name for o in session.get_outputs() if "bfloat16" not in o.type]
     options = onnxruntime.RunOptions()
-    # What a run needed is given back: many sessions are open side by side.
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    if _gives_back.get():
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     timer = threading.Timer(RUN_LIMIT, setattr, (options, "terminate", True))
     timer.daemon = True
     timer.start()

@@ -40,7 +40,7 @@ from cobla_onnx.opening import (
 from cobla_onnx.output_choice import resolve_outputs
 from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.progress import Progress
-from cobla_onnx.runtime import CPU, execution_provider
+from cobla_onnx.runtime import CPU, execution_provider, give_memory_back
 from cobla_onnx.settings import Settings, memory_bytes
 from cobla_onnx.study import Study
 from cobla_onnx.timed import Timed, open_profile
@@ -188,6 +188,7 @@ def open_study(
                 kept,
                 measured,
                 looking.compared,
+                looking.batching.taps,
             )
             notify("outputs of the original", 1, 1)
         seconds = time.perf_counter() - started
@@ -261,6 +262,7 @@ class _Looking:
         )
         self.progress("size of a run", 1, 1)
         self.pool.runs = self.batching.at_once
+        give_memory_back(self.batching.gives_back)
         batch = self.batching.size
         self.compared = look_at(
             self.measured.model,
@@ -284,4 +286,5 @@ class _Looking:
             key=key,
             progress=partial(self.progress, "second moments"),
             limit=min(LIMIT, self.batching.sums),
+            taps=self.batching.taps,
         )

@@ -225,6 +225,7 @@ class Study:
                 self.analysis.input_shapes,
                 data=None if self.calibrated is None else self.calibrated.held_back(),
                 measures=None if self.calibrated is None else self.calibrated.judge.measures,
+                taps=None if self.calibrated is None else self.calibrated.taps,
                 seed=self.settings.seed,
                 threads=self.threads,
                 progress=lambda done: self.notify("verify", min(done, steps - 1), steps),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import onnx
@@ -19,7 +19,17 @@ from cobla_onnx.graph.model_file import copy_without_initializers, stored_bytes
 from cobla_onnx.names import quoted
 from cobla_onnx.runtime import Feeds, open_session, run_session
 
-__all__ = ["MEMORY", "Batching", "RunSizes", "choose_batching", "mixes_samples", "run_sizes"]
+__all__ = [
+    "MEMORY",
+    "Batching",
+    "RunSizes",
+    "TapLimit",
+    "choose_batching",
+    "mixes_samples",
+    "run_sizes",
+]
+
+Item = TypeVar("Item")
 
 # Bytes above the model that a run of the package takes at most, unless it is told otherwise.
 MEMORY = 2_000_000_000
@@ -29,6 +39,8 @@ PROCESS = 600_000_000
 # Copies of the weights: the model's, and those of sessions.
 COPIES = 2
 MOST_AT_ONCE = 16
+# Sessions that are open at the same time, most of them idle.
+SESSIONS = 8
 # Bytes of second moments that are summed up at a time even where there is no room.
 LEAST_SUMS = 1 << 24
 # Largest difference, relative to the largest output, between samples that run alone and together.
@@ -57,6 +69,41 @@ class RunSizes:
 
 
 @dataclass(frozen=True)
+class TapLimit:
+    """How much may be read from a run of a model: what is more is read in several runs.
+
+    Attributes
+    ----------
+    most : int
+        Bytes of tensors that are read from a run.
+    tensors : dict of str to int
+        Bytes of each tensor.
+    """
+
+    most: int
+    tensors: Mapping[str, int]
+
+    def cut(self, items: Iterable[Item], read: Callable[[Item], str]) -> list[list[Item]]:
+        """Share items out, in their order, so that each group reads no more than it may.
+
+        Parameters
+        ----------
+        read : callable
+            Name of the tensor that an item reads. A tensor that is more on its own is read.
+        """
+        groups: list[list[Item]] = []
+        names: set[str] = set()
+        for item in items:
+            names.add(read(item))
+            size = sum(self.tensors.get(name, 0) for name in names)
+            if not groups or (size > self.most and len(names) > 1):
+                groups.append([])
+                names = {read(item)}
+            groups[-1].append(item)
+        return groups
+
+
+@dataclass(frozen=True)
 class Batching:
     """How samples are run.
 
@@ -68,12 +115,18 @@ class Batching:
         Such runs that memory has room for side by side; results do not depend on it.
     sums : int
         Bytes of second moments that are summed up at a time.
+    taps : TapLimit
+        For tensors that are read from such a run.
+    gives_back : bool
+        Whether sessions give back what a run needed, so that those that are idle hold nothing.
     notes : tuple of str
     """
 
     size: int
     at_once: int
     sums: int
+    taps: TapLimit
+    gives_back: bool
     notes: tuple[str, ...] = ()
 
 
@@ -90,9 +143,10 @@ def choose_batching(
 ) -> Batching:
     """Choose how many samples run at a time, from runs of one sample and of two.
 
-    One run, with the tensors that are read from it, gets a third of the room. That is the limit
-    without the process itself and copies of the weights, never what the machine has free: the
-    same samples run together everywhere.
+    One run, with the tensors that are read from it, gets a third of the room; what of a single
+    sample is more is read in several runs. The room is the limit without the process itself
+    and copies of the weights, never what the machine has free: the same samples run together
+    everywhere.
 
     Parameters
     ----------
@@ -112,10 +166,11 @@ def choose_batching(
     weights = stored_bytes(model)
     fixed = PROCESS + COPIES * weights
     room = max((weights + MEMORY if limit is None else limit) - fixed, 0)
-    # Copies of tensors that are read: onnxruntime's and numpy's.
-    read = 2 * sum(sizes.tensors.get(name, 0) for name in _looked_at(layers))
-    each = max(sizes.peak + read, 2 * sizes.total if gradient else 0, 1)
     share = room // 3
+    inputs, outputs = _tensors(layers, sizes)
+    # Two copies of what is read: onnxruntime's and numpy's.
+    taps = max(*inputs, *outputs, min(sum(inputs), (share - sizes.peak) // 2), 0)
+    each = max(sizes.peak + 2 * taps, 2 * sizes.total if gradient else 0, 1)
     notes: list[str] = []
     if batch != "auto":
         size = batch
@@ -131,11 +186,22 @@ def choose_batching(
             f"than --memory-limit allows, about {(fixed + each) / 1e9:.1f} GB"
         )
     at_once = max(1, 2 * room // (3 * size * each))
-    return Batching(size, at_once, max(room // 6, LEAST_SUMS), tuple(notes))
+    return Batching(
+        size,
+        at_once,
+        max(room // 6, LEAST_SUMS),
+        TapLimit(size * taps, {name: size * each for name, each in sizes.tensors.items()}),
+        SESSIONS * size * sizes.peak > share,
+        tuple(notes),
+    )
 
 
-def _looked_at(layers: Sequence[Layer]) -> set[str]:
-    return {name for layer in layers for use in layer.uses for name in (use.data, use.output)}
+def _tensors(layers: Sequence[Layer], sizes: RunSizes) -> tuple[list[int], list[int]]:
+    """Bytes of what layers read, and of what they give; a zero more for models without layers."""
+    uses = [use for layer in layers for use in layer.uses]
+    read = {use.data for use in uses}, {use.output for use in uses}
+    inputs, outputs = ([0, *(sizes.tensors.get(name, 0) for name in names)] for names in read)
+    return inputs, outputs
 
 
 def run_sizes(model: onnx.ModelProto, feeds: Feeds, threads: int) -> RunSizes:

@@ -19,6 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.cache import Arrays, Cache, digest
+from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.patches import Patch
 from cobla_onnx.calibration.positions import LEAST, NUMBERS, choose_positions, sample_seeds
 from cobla_onnx.carrying import Shared
@@ -276,6 +277,7 @@ def collect_moments(
     cache: Cache | None = None,
     key: str = "",
     limit: int = LIMIT,
+    taps: TapLimit | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MomentStore:
     """Accumulate the second moment of each patch over all batches.
@@ -290,6 +292,8 @@ def collect_moments(
         Moments come from there, and go there, by `key`, which stands for model and batches.
     limit : int
         Bytes of sums held by a unit of work; a single larger moment is a group of its own.
+    taps : TapLimit, optional
+        For the tensors that are read from a run.
     """
     store = MomentStore()
     wanted = []
@@ -300,6 +304,8 @@ def collect_moments(
         else:
             store.put(patch, _moment(found))
     groups = _groups(wanted, limit)
+    if taps is not None:
+        groups = [part for group in groups for part in taps.cut(group, lambda patch: patch.data)]
     shared = pool.share(model)
     for number, group in enumerate(groups):
         progress(number, len(groups))

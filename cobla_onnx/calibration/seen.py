@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.moments import LIMIT, Moment, collect_moments
 from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
 from cobla_onnx.carrying import Carried
@@ -133,11 +134,13 @@ class Seen:
     cache : Cache, optional
         Keeps them by `key`, which stands for the model and the batches.
     progress : callable
-    limit : int
-        Bytes of second moments that a unit of work sums up at a time.
     wide : int
         Layers with longer vectors are seen by their outputs; of their schemes only those
         remain whose second factor stays in place.
+    limit : int
+        Bytes of second moments that a unit of work sums up at a time.
+    taps : TapLimit, optional
+        For the tensors that are read from a run.
     """
 
     def __init__(
@@ -153,6 +156,7 @@ class Seen:
         progress: Callable[[int, int], None] = lambda done, total: None,
         wide: int = WIDE,
         limit: int = LIMIT,
+        taps: TapLimit | None = None,
     ) -> None:
         self._model, self._cache = model, cache
         self.key = digest(key, wide)
@@ -167,6 +171,7 @@ class Seen:
                 key=self.key,
                 progress=progress,
                 limit=limit,
+                taps=taps,
             )
         # Decompositions, the last used at the end, with their size in bytes.
         self._solvers: OrderedDict[tuple[str, str], tuple[Solver, int]] = OrderedDict()
