@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -38,6 +38,9 @@ MEMORY = 2_000_000_000
 PROCESS = 600_000_000
 # Copies of the weights: the model's, and those of sessions.
 COPIES = 2
+# Bytes for each byte of an output that is compared, in double precision, where a sample of it
+# is larger than a chunk that is compared at a time.
+COMPARED, CHUNK = 12, 1 << 24
 MOST_AT_ONCE = 16
 # Sessions that are open at the same time, most of them idle.
 SESSIONS = 8
@@ -164,12 +167,13 @@ def choose_batching(
     one, two = dataset.examples()
     sizes = run_sizes(model, next(dataset.batches([one], 1)), threads)
     weights = stored_bytes(model)
-    fixed = PROCESS + COPIES * weights
+    outputs = [sizes.tensors.get(value.name, 0) for value in measured.graph.output]
+    fixed = PROCESS + COPIES * weights + COMPARED * max([0, *(n - CHUNK for n in outputs)])
     room = max((weights + MEMORY if limit is None else limit) - fixed, 0)
     share = room // 3
-    inputs, outputs = _tensors(layers, sizes)
+    inputs, made = _tensors(layers, sizes)
     # Two copies of what is read: onnxruntime's and numpy's.
-    taps = max(*inputs, *outputs, min(sum(inputs), (share - sizes.peak) // 2), 0)
+    taps = max(*inputs, *made, min(sum(inputs), (share - sizes.peak) // 2), 0)
     each = max(sizes.peak + 2 * taps, 2 * sizes.total if gradient else 0, 1)
     notes: list[str] = []
     if batch != "auto":
@@ -225,13 +229,19 @@ def run_sizes(model: onnx.ModelProto, feeds: Feeds, threads: int) -> RunSizes:
     return RunSizes(_peak(named.graph, sizes), sum(sizes.values()), sizes)
 
 
-def _profile(model: onnx.ModelProto, feeds: Feeds, threads: int) -> list[dict[str, Any]]:
-    """Run a model once; return what onnxruntime tells about its nodes."""
+def _profile(model: onnx.ModelProto, feeds: Feeds, threads: int) -> Iterator[dict[str, Any]]:
+    """Run a model once; yield what onnxruntime tells about its nodes."""
     with tempfile.TemporaryDirectory(prefix="cobla-onnx-profile-") as folder:
         session = open_session(model, threads, profile=str(Path(folder, "run")))
         run_session(session, feeds)
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return [event for event in events if event.get("cat") == "Node"]
+        with Path(session.end_profiling()).open(encoding="utf-8") as lines:
+            # One event a line: those of a loop may be too many to be held together.
+            for line in lines:
+                text = line.strip().rstrip(",")
+                if text.startswith("{"):
+                    event = json.loads(text)
+                    if event.get("cat") == "Node":
+                        yield event
 
 
 def _output_sizes(names: Sequence[str], event: Mapping[str, Any]) -> dict[str, int]:
