@@ -186,8 +186,8 @@ def choose_batching(
             notes.append(f"samples run one at a time: {mixed}")
     if each > room:
         notes.append(
-            f"one sample takes about {each / 1e6:.0f} MB beside the model; the run takes more "
-            f"than --memory-limit allows, about {(fixed + each) / 1e9:.1f} GB"
+            f"--memory-limit is below what a run takes, about {(fixed + each) / 1e9:.1f} GB, "
+            f"{each / 1e6:.3g} MB of it for one sample"
         )
     at_once = max(1, 2 * room // (3 * size * each))
     return Batching(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,16 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from cobla_onnx import Budget, compress
-from cobla_onnx.calibration.batching import choose_batching, mixes_samples, run_sizes
+from cobla_onnx.calibration.batching import TapLimit, choose_batching, mixes_samples, run_sizes
 from cobla_onnx.calibration.dataset import Dataset, input_specs
+from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import find_layers
+from cobla_onnx.lowrank.schemes import schemes_for
+from cobla_onnx.rewrite import make_replacement, rewrite
 from cobla_onnx.scratch import Shelf
 from cobla_onnx.settings import Settings, memory_bytes
+from cobla_onnx.verify import verify
 
 SIDE = 256
 
@@ -47,8 +52,8 @@ def _weight(generator, *shape):
     return ((left * falling) @ right).reshape(shape).astype(np.float32)
 
 
-def _pictures():
-    """Few weights, and 8 MB for each of six tensors of a sample."""
+def _pictures(side=SIDE):
+    """Few weights, and for each of six tensors of a sample 128 bytes times the side's square."""
     generator = np.random.default_rng(0)
     nodes, weights, last, channels = [], {}, "x", 3
     for number in range(3):
@@ -61,7 +66,7 @@ def _pictures():
         nodes.append(helper.make_node("Relu", [f"c{number}"], [f"r{number}"], f"relu{number}"))
         last, channels = f"r{number}", 32
     nodes.append(helper.make_node("GlobalAveragePool", [last], ["y"], "pool"))
-    return _model(nodes, weights, (3, SIDE, SIDE))
+    return _model(nodes, weights, (3, side, side))
 
 
 def _data(count, *shape):
@@ -154,6 +159,56 @@ def test_the_batch_falls_with_the_limit():
         assert sizes[-1] == 16
         (note,) = _chosen(model, dataset, 100 * 10**6).notes
         assert "--memory-limit" in note
+
+
+def test_outputs_that_do_not_follow_from_the_samples_do_not_count():
+    """A weight that is an output, and noise, say nothing about whether samples are mixed."""
+    generator = np.random.default_rng(4)
+    weights = {"w": _weight(generator, 12, 12), "scale": np.full((1, 12), 3.0, np.float32)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"], "head"),
+        helper.make_node("RandomNormalLike", ["y"], ["noise"], "noise"),
+        helper.make_node("Identity", ["scale"], ["constant"], "same"),
+    ]
+    model = _model(nodes, weights, (12,), outputs=("y", "noise", "constant"))
+    with _dataset(model, _data(4, 12)) as dataset:
+        assert mixes_samples(model, dataset, 0, 1, 1) == ""
+
+
+@given(
+    st.lists(st.sampled_from("abcdef"), max_size=12),
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 9)),
+    st.integers(0, 20),
+)
+def test_parts_read_no_more_than_they_may(items, tensors, most):
+    parts = TapLimit(most, tensors).cut(items, str)
+    assert [item for part in parts for item in part] == items
+    assert all(
+        len(set(part)) == 1 or sum(tensors.get(name, 0) for name in set(part)) <= most
+        for part in parts
+    )
+
+
+def test_tensors_that_are_read_in_parts_give_the_same():
+    """Moments, factors and the proof of the rewrite, from runs of which one tensor is read."""
+    model = _pictures(32)
+    layers = find_layers(model).layers
+    batches = [{"x": array} for array in np.split(_data(6, 3, 32, 32), 3)]
+    one = TapLimit(1, run_sizes(model, batches[0], 1).tensors)
+    found = []
+    for taps in (None, one):
+        with closing(Seen(model, layers, lambda: batches, taps=taps)) as seen:
+            replacements = []
+            for layer in layers:
+                (made,) = seen.approximate(layer, schemes_for(layer)[0], [4])
+                replacements.append(
+                    make_replacement(layer, schemes_for(layer)[0], made.factors, made.bias)
+                )
+        data = ("some", lambda: batches)
+        compressed = rewrite(model, replacements)
+        checked = verify(model, compressed, replacements, {}, data=data, taps=taps)
+        found.append((compressed.SerializeToString(), checked))
+    assert found[0] == found[1]
 
 
 CHILD = """
