@@ -31,7 +31,7 @@ from threadpoolctl import ThreadpoolController
 from cobla_onnx.carrying import Carried, Shared
 from cobla_onnx.errors import UsageError
 from cobla_onnx.processes import interrupts_wait, open_processes
-from cobla_onnx.runtime import (
+from cobla_onnx.providers import (
     CPU,
     current_provider,
     execution_provider,

@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,18 +25,13 @@ from cobla_onnx.graph.model_file import copy_without_initializers, tensor_bytes
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.parts import part_error
+from cobla_onnx.providers import CPU, current_provider, memory_is_given_back
 from cobla_onnx.scratch import array_bytes
 
 __all__ = [
-    "CPU",
     "Feeds",
-    "current_provider",
-    "execution_provider",
-    "find_provider",
     "first_line",
-    "give_memory_back",
     "measured_shapes",
-    "memory_is_given_back",
     "open_session",
     "random_feeds",
     "run_session",
@@ -54,64 +48,6 @@ WEIGHTS = "weights"
 SIZES_TO_TRY = (16, 64, 224, 512, 1)
 # Seconds that one run may take, so that a loop without end does not keep us.
 RUN_LIMIT = 900.0
-CPU = "CPUExecutionProvider"
-_provider: ContextVar[str] = ContextVar("execution provider", default=CPU)
-_gives_back: ContextVar[bool] = ContextVar("memory is given back after each run", default=False)
-
-
-def find_provider(name: str | None) -> str:
-    """Return the full name of an available execution provider; the CPU's for None.
-
-    ``cuda`` stands for ``CUDAExecutionProvider``.
-
-    Raises
-    ------
-    UsageError
-        If onnxruntime does not have it here; names those that it has.
-    """
-    if name is None:
-        return CPU
-    available = list(onnxruntime.get_available_providers())
-    for known in available:
-        if name.lower() in (known.lower(), known.lower().removesuffix("executionprovider")):
-            return str(known)
-    raise UsageError(
-        f"--provider {name}: onnxruntime {onnxruntime.__version__} does not have it here; "
-        f"it has {', '.join(available)}"
-    )
-
-
-@contextmanager
-def execution_provider(name: str | None) -> Iterator[str]:
-    """Open all sessions of this context on an execution provider, see `find_provider`.
-
-    What a provider cannot compute goes to the CPU. What `give_memory_back` sets ends with the
-    context.
-    """
-    tokens = _provider.set(find_provider(name)), _gives_back.set(_gives_back.get())
-    try:
-        yield _provider.get()
-    finally:
-        _provider.reset(tokens[0])
-        _gives_back.reset(tokens[1])
-
-
-def current_provider() -> str:
-    """Name of the execution provider on which sessions are opened."""
-    return _provider.get()
-
-
-def give_memory_back(wanted: bool) -> None:
-    """Say whether sessions keep what a run needed, which is faster, or give it back after it.
-
-    Results do not depend on it. It holds until the end of the context of `execution_provider`.
-    """
-    _gives_back.set(wanted)
-
-
-def memory_is_given_back() -> bool:
-    """Whether sessions give back what a run needed."""
-    return _gives_back.get()
 
 
 def open_session(
@@ -309,7 +245,7 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
     """
     names = [o.name for o in session.get_outputs() if "bfloat16" not in o.type]
     options = onnxruntime.RunOptions()
-    if _gives_back.get():
+    if memory_is_given_back():
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     timer = threading.Timer(RUN_LIMIT, setattr, (options, "terminate", True))
     timer.daemon = True

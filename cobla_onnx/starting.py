@@ -40,7 +40,7 @@ from cobla_onnx.opening import (
 from cobla_onnx.output_choice import resolve_outputs
 from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.progress import Progress
-from cobla_onnx.runtime import CPU, execution_provider, give_memory_back
+from cobla_onnx.providers import CPU, execution_provider, give_memory_back
 from cobla_onnx.settings import Settings, memory_bytes
 from cobla_onnx.study import Study
 from cobla_onnx.timed import Timed, open_profile
