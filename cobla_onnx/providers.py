@@ -69,7 +69,8 @@ def current_provider() -> str:
 def give_memory_back(wanted: bool) -> None:
     """Say whether sessions keep what a run needed, which is faster, or give it back after it.
 
-    Results do not depend on it. It holds until the end of the context of `execution_provider`.
+    What was freed goes back to the system then, too, whenever a session is opened. Results do
+    not depend on it. It holds until the end of the context of `execution_provider`.
     """
     _gives_back.set(wanted)
 

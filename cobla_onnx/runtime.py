@@ -23,6 +23,7 @@ from cobla_onnx.graph.external import PAGE, external_place, is_external, open_ex
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.model_file import copy_without_initializers, tensor_bytes
 from cobla_onnx.graph.tensors import tensor_array
+from cobla_onnx.machine import return_freed_memory
 from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.parts import part_error
 from cobla_onnx.providers import CPU, current_provider, memory_is_given_back
@@ -76,6 +77,9 @@ def open_session(
         If onnxruntime does not load the model; `PartError` if it is a part.
     """
     provider = current_provider()
+    if memory_is_given_back():
+        # What arrays and sessions before it have left is not used again by this one.
+        return_freed_memory()
     folder = _mapped_folder(model)
     large = [tensor for tensor in model.graph.initializer if _to_hand_over(tensor, folder)]
     light = copy_without_initializers(model, {t.name for t in large})
