@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,10 +168,10 @@ def compare(
     sources = _path(first), _path(second)
     names = _shown(sources[0], "the first model"), _shown(sources[1], "the second model")
     _check_ends(models, names, shapes)
-    how = data, samples, batch, memory_limit, images, outputs, seed, threads
+    how = data, samples, batch, memory_limit, images, outputs, seed, threads, notify
     with (
         execution_provider(provider) as running_on,
-        _inputs(models[0], shapes, *how) as inputs,
+        _inputs(models, shapes, *how) as inputs,
     ):
         compared, count, more = _compare_outputs(models, names, inputs, threads, notify)
         notify("latency", 0, 1)
@@ -221,7 +222,7 @@ class _Inputs:
 
 @contextmanager
 def _inputs(
-    model: onnx.ModelProto,
+    models: Sequence[onnx.ModelProto],
     shapes: Mapping[str, Sequence[int]],
     data: Any,
     samples: int | None,
@@ -231,7 +232,9 @@ def _inputs(
     outputs: Outputs,
     seed: int,
     threads: int,
+    notify: Progress,
 ) -> Iterator[_Inputs]:
+    model = models[0]
     choices = resolve_outputs(outputs, [value.name for value in model.graph.output])
     if data is None:
         session = open_session(model, threads, optimized=True)
@@ -241,17 +244,23 @@ def _inputs(
         yield _Inputs("random", feeds, len(feeds), feeds[0], {}, measures, notes_on(measures))
         return
     with open_data(data, input_specs(model, shapes), samples=samples, images=images) as dataset:
-        chosen = choose_batching(
-            model, model, (), dataset, batch, memory_bytes(memory_limit), threads=threads
-        )
+        notify("size of a run", 0, 1)
+        limit = memory_bytes(memory_limit)
+        sizes = [
+            choose_batching(each, each, (), dataset, batch, limit, threads=threads)
+            for each in models
+        ]
+        chosen = min(sizes, key=lambda batching: batching.size)
+        notify("size of a run", 1, 1)
         chooser = Chooser.of(model, choices=choices)
-        compared = look_at(model, dataset, chosen.size, threads, chooser)
+        told = partial(notify, "survey")
+        compared = look_at(model, dataset, chosen.size, threads, chooser, told)
         kept = sorted((*dataset.calibration, *dataset.selection))
         (example,) = dataset.batches(kept[:1], 1)
         batches, total = dataset.batches(kept, chosen.size), -(-len(kept) // chosen.size)
-        sizes = {name: array.shape for name, array in example.items()}
+        shape = {name: array.shape for name, array in example.items()}
         notes = chosen.notes + compared.notes
-        yield _Inputs(dataset.source, batches, total, example, sizes, compared.measures, notes)
+        yield _Inputs(dataset.source, batches, total, example, shape, compared.measures, notes)
 
 
 def _compare_outputs(

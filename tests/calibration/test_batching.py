@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from cobla_onnx import Budget, compress
+from cobla_onnx import Budget, compare, compress
 from cobla_onnx.calibration.batching import TapLimit, choose_batching, mixes_samples, run_sizes
 from cobla_onnx.calibration.dataset import Dataset, input_specs
 from cobla_onnx.calibration.seen import Seen
@@ -214,7 +214,7 @@ def test_tensors_that_are_read_in_parts_give_the_same():
 CHILD = """
 import resource, sys
 import numpy as np, onnx
-from cobla_onnx import Budget, compress
+from cobla_onnx import Budget, compare, compress
 model, data, limit = sys.argv[1:]
 result = compress(model, Budget(mem=0.6), data=data, memory_limit=limit, threads=2)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -268,3 +268,12 @@ def test_a_limit_that_is_no_size_is_refused(limit):
 def test_a_batch_that_is_no_number_is_refused(batch):
     with pytest.raises(UsageError, match="--batch"):
         Settings(batch=batch)
+
+
+def test_two_models_are_compared_one_sample_at_a_time_where_one_of_them_wants_it():
+    array = _data(6, 3, 10, 10)
+    found = compare(_written_in([0, -1]), _written_in([1, -1]), data={"x": array})
+    assert found.samples == 6
+    assert any("one at a time" in note for note in found.notes)
+    assert found.outputs[0].max_abs is not None
+    assert found.outputs[0].max_abs < 1e-4
