@@ -20,7 +20,7 @@ from cobla_onnx.calibration.batching import Batching, choose_batching
 from cobla_onnx.calibration.choosing import Chooser, Compared, look_at
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.evidence import lack_of_evidence
-from cobla_onnx.calibration.moments import LIMIT
+from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT
 from cobla_onnx.calibration.outputs import MeasuredModel, measured_model
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.content import model_content
@@ -285,6 +285,7 @@ class _Looking:
             cache=self.cache,
             key=key,
             progress=partial(self.progress, "second moments"),
-            limit=min(LIMIT, self.batching.sums),
+            limit=min(LIMIT, self.batching.sums // 2),
+            together=min(ALL_UNITS, self.batching.sums),
             taps=self.batching.taps,
         )

@@ -45,7 +45,7 @@ MOST_AT_ONCE = 16
 # Sessions that are open at the same time, most of them idle.
 SESSIONS = 8
 # Bytes of second moments that are summed up at a time even where there is no room.
-LEAST_SUMS = 1 << 24
+LEAST_SUMS = 1 << 25
 # Largest difference, relative to the largest output, between samples that run alone and together.
 ROUNDING = {np.dtype(np.float16): 3e-2, np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-6}
 # Share of integers, such as classes, that rounding may change.
@@ -117,7 +117,7 @@ class Batching:
     at_once : int
         Such runs that memory has room for side by side; results do not depend on it.
     sums : int
-        Bytes of second moments that are summed up at a time.
+        Bytes of second moments that are summed up at a time, half of them by one unit of work.
     taps : TapLimit
         For tensors that are read from such a run.
     gives_back : bool
@@ -193,7 +193,7 @@ def choose_batching(
     return Batching(
         size,
         at_once,
-        max(room // 6, LEAST_SUMS),
+        max(share, LEAST_SUMS),
         TapLimit(size * taps, {name: size * each for name, each in sizes.tensors.items()}),
         SESSIONS * size * sizes.peak > share,
         tuple(notes),

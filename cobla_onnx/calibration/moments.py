@@ -28,6 +28,7 @@ from cobla_onnx.runtime import Feeds, open_session, run_session
 from cobla_onnx.scratch import ArrayFile, Place
 
 __all__ = [
+    "ALL_UNITS",
     "LIMIT",
     "Moment",
     "MomentStore",
@@ -277,6 +278,7 @@ def collect_moments(
     cache: Cache | None = None,
     key: str = "",
     limit: int = LIMIT,
+    together: int = ALL_UNITS,
     taps: TapLimit | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MomentStore:
@@ -292,6 +294,8 @@ def collect_moments(
         Moments come from there, and go there, by `key`, which stands for model and batches.
     limit : int
         Bytes of sums held by a unit of work; a single larger moment is a group of its own.
+    together : int
+        Bytes of sums held by all units on this machine.
     taps : TapLimit, optional
         For the tensors that are read from a run.
     """
@@ -311,7 +315,7 @@ def collect_moments(
         progress(number, len(groups))
         units = (_Unit(shared, tuple(group), part) for part in parts_of(batches()))
         sums: list[MomentSum] = []
-        for found_sums in pool.map(_add_up, units, _units_at_a_time(pool, group, limit)):
+        for found_sums in pool.map(_add_up, units, _units_at_a_time(pool, group, together)):
             for total, more in zip(sums, found_sums, strict=False):
                 total.merge(more)
             sums = sums or found_sums
@@ -350,13 +354,9 @@ def _patch_key(key: str, patch: Patch) -> str:
     return digest("moment", key, patch, BATCHES_PER_UNIT, NUMBERS, LEAST, "effective")
 
 
-def _units_at_a_time(pool: Pool, patches: Sequence[Patch], limit: int) -> int | None:
+def _units_at_a_time(pool: Pool, patches: Sequence[Patch], together: int) -> int | None:
     size = sum(8 * patch.groups * patch.size**2 for patch in patches)
-    return (
-        max(1, min(pool.runs_at_most, ALL_UNITS * limit // (LIMIT * size)))
-        if pool.shares_memory
-        else None
-    )
+    return max(1, min(pool.runs_at_most, together // size)) if pool.shares_memory else None
 
 
 def _groups(patches: Sequence[Patch], limit: int) -> list[list[Patch]]:

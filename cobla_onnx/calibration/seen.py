@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.calibration.batching import TapLimit
-from cobla_onnx.calibration.moments import LIMIT, Moment, collect_moments
+from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT, Moment, collect_moments
 from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
 from cobla_onnx.carrying import Carried
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
@@ -137,8 +137,8 @@ class Seen:
     wide : int
         Layers with longer vectors are seen by their outputs; of their schemes only those
         remain whose second factor stays in place.
-    limit : int
-        Bytes of second moments that a unit of work sums up at a time.
+    limit, together : int
+        Bytes of second moments that a unit of work sums up at a time, and all units together.
     taps : TapLimit, optional
         For the tensors that are read from a run.
     """
@@ -156,6 +156,7 @@ class Seen:
         progress: Callable[[int, int], None] = lambda done, total: None,
         wide: int = WIDE,
         limit: int = LIMIT,
+        together: int = ALL_UNITS,
         taps: TapLimit | None = None,
     ) -> None:
         self._model, self._cache = model, cache
@@ -171,6 +172,7 @@ class Seen:
                 key=self.key,
                 progress=progress,
                 limit=limit,
+                together=together,
                 taps=taps,
             )
         # Decompositions, the last used at the end, with their size in bytes.
