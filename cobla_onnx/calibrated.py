@@ -24,6 +24,7 @@ from cobla_onnx.allocation.sequential import Scores, Step, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.choosing import Compared
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.gradients import GradientProbe
@@ -49,6 +50,7 @@ from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
 from cobla_onnx.rewrite import Replacement, make_replacement
 from cobla_onnx.runtime import Feeds
+from cobla_onnx.scratch import Shelf
 
 __all__ = ["Calibrated"]
 
@@ -85,6 +87,8 @@ class Calibrated:
         Where the loss is taken; at all outputs of the model.
     compared : Compared, optional
         How outputs are compared; by `loss` where it is not given.
+    taps : TapLimit, optional
+        For the tensors that are read from a run.
 
     Attributes
     ----------
@@ -109,6 +113,7 @@ class Calibrated:
     cache: Cache | None = None
     measured: MeasuredModel | None = None
     compared: Compared | None = None
+    taps: TapLimit | None = None
     history: list[Step] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
     _report: dict[str, Any] = field(default_factory=dict)
@@ -333,12 +338,16 @@ class Calibrated:
             before = self.judge.selection.loss(replaced_weights(chosen, approximations))
             approximations, self._report["refitted"] = self._refit(plan, chosen)
             self._refitted.clear()
-        outputs = list(self.judge.selection.outputs(replaced_weights(chosen, approximations)))
-        loss = float(self.judge.selection.losses_of(outputs).mean())
+        selection = self.judge.selection
+        found = Shelf(
+            {name: actual[name] for name in expected if name in actual}
+            for expected, actual in selection.outputs(replaced_weights(chosen, approximations))
+        )
+        loss = float(selection.losses_of(zip(selection.expected, found, strict=True)).mean())
         self._report["loss"] = loss
         self._report["loss_before_refit"] = loss if before is None else before
         assert self.measured is not None
-        quality = measure_quality(self.judge.selection, outputs)
+        quality = measure_quality(selection, zip(selection.expected, found, strict=True))
         # Users know outputs, and not the tensors that stand for them.
         output = self.measured.outputs.get(quality.output, quality.output)
         self._report["quality"] = replace(quality, output=output)
@@ -355,7 +364,7 @@ class Calibrated:
                 chosen,
                 lambda: self.judge.batches(self.dataset.calibration),
                 self.judge.followed,
-                threads=self.threads,
+                threads=min(self.threads, self.pool.runs_at_most),
                 progress=partial(self.progress, "refit"),
             )
         return self._refitted[plan.decisions]

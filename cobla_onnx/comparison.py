@@ -18,6 +18,8 @@ from cobla_onnx.slices import Slices
 
 __all__ = ["Comparison", "OutputComparison", "as_array", "differently_made", "is_numeric"]
 
+# Elements that are compared at a time, in double precision.
+PIECE = 1 << 20
 # Values this near to 0 and 1 are what a saturated activation gives.
 SATURATED = 1e-3
 
@@ -102,8 +104,13 @@ class _Reaction:
         if value.dtype.kind not in "fiub":
             self.deviation = max(self.deviation, float((rows != self.first).any()))
             return
-        wide = rows.astype(np.float64)
-        first = self.first.astype(np.float64)
+        flat, first = rows.reshape(len(rows), -1), self.first.reshape(-1)
+        step = max(1, PIECE // len(rows))
+        for start in range(0, len(first), step):
+            self._look(flat[:, start : start + step], first[start : start + step])
+
+    def _look(self, rows: NDArray[Any], first: NDArray[Any]) -> None:
+        wide, first = rows.astype(np.float64), first.astype(np.float64)
         finite = np.isfinite(wide) & np.isfinite(first)
         wide = np.where(finite, wide, 0.0)
         change = np.where(finite, np.abs(wide - np.where(np.isfinite(first), first, 0.0)), 0.0)
@@ -137,6 +144,19 @@ class _Sums:
     entries: int = 0
     slices: Slices | None = None
     reaction: _Reaction = field(default_factory=_Reaction)
+
+    def add(self, before: NDArray[Any], after: NDArray[Any]) -> None:
+        """Add values of the one model and of the other, where both are finite."""
+        old, new = before.astype(np.float64), after.astype(np.float64)
+        both = np.isfinite(old) & np.isfinite(new)
+        if not both.all():
+            old, new = old[both], new[both]
+        difference = old - new
+        self.largest = max(self.largest, float(np.abs(difference).max(initial=0.0)))
+        self.expected += float(old @ old)
+        self.actual += float(new @ new)
+        self.product += float(old @ new)
+        self.noise += float(difference @ difference)
 
 
 class Comparison:
@@ -221,20 +241,13 @@ class Comparison:
         if before.dtype.kind == "f":
             sums.slices = sums.slices or Slices(before.dtype)
             sums.slices.add(before, after, mask)
-        old, new = (np.ravel(v[counts]).astype(np.float64) for v in (before, after))
-        both = np.isfinite(old) & np.isfinite(new)
-        if not both.all():
-            if np.isfinite(old).all():
-                raise VerificationError(
-                    f"output {quoted(name)}: is no longer finite; nothing was written"
-                )
-            old, new = old[both], new[both]
-        difference = old - new
-        sums.largest = max(sums.largest, float(np.abs(difference).max(initial=0.0)))
-        sums.expected += float(old @ old)
-        sums.actual += float(new @ new)
-        sums.product += float(old @ new)
-        sums.noise += float(difference @ difference)
+        old, new = (np.ravel(v[counts]) for v in (before, after))
+        if np.isfinite(old).all() and not np.isfinite(new).all():
+            raise VerificationError(
+                f"output {quoted(name)}: is no longer finite; nothing was written"
+            )
+        for start in range(0, old.size, PIECE):
+            sums.add(old[start : start + PIECE], new[start : start + PIECE])
 
     def results(self) -> tuple[OutputComparison, ...]:
         """Return what was measured, one entry for each output that could be compared."""

@@ -19,7 +19,7 @@ from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.reproduce import call_text
 from cobla_onnx.result import Result
-from cobla_onnx.settings import ObjectiveName, Settings
+from cobla_onnx.settings import BatchSize, ObjectiveName, Settings
 from cobla_onnx.smallest import check_max_drop, smallest
 from cobla_onnx.starting import open_study
 
@@ -39,7 +39,8 @@ def compress(
     scheme: Literal["auto", "spatial", "channel", "input"] = "auto",
     data: Any = None,
     samples: int | None = None,
-    batch: int = 16,
+    batch: BatchSize = "auto",
+    memory_limit: int | str | None = None,
     images: ImageOptions | None = None,
     labels: Labels | str | os.PathLike[str] | None = None,
     loss: LossName = "auto",
@@ -93,8 +94,12 @@ def compress(
         ``get_next()``. A fifth is held back: it chooses between plans, and verifies.
     samples : int, optional
         How many samples to use at most.
-    batch : int
-        How many to run at a time.
+    batch : 'auto' or int
+        How many to run at a time. ``auto``: up to 16, as many as `memory_limit` has room for,
+        and one where the model does not take more, or mixes them.
+    memory_limit : int or str, optional
+        Bytes of memory that the process takes at most, such as ``"2GB"``; 2 GB above the
+        model. A batch that is a number may take more.
     images : ImageOptions, optional
         How images become inputs.
     labels : path, sequence of int, or mapping of str to int, optional
@@ -177,6 +182,7 @@ def compress(
         data=data,
         samples=samples,
         batch=batch,
+        memory_limit=memory_limit,
         images=images,
         labels=labels,
         loss=loss,

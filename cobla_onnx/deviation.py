@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,27 +14,38 @@ from cobla_onnx.comparison import differently_made, is_numeric
 __all__ = ["network_errors", "rounding_error"]
 
 
+# Elements that are compared at a time.
+PIECE = 1 << 20
+
+
 def rounding_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
     """Largest difference, relative to the largest value."""
-    return _relative(expected, actual, lambda v: float(np.abs(v).max(initial=0.0)))
+    return _relative(expected, actual, np.inf)
 
 
 def _relative_l2(expected: NDArray[Any], actual: NDArray[Any]) -> float:
-    return _relative(expected, actual, lambda v: float(np.linalg.norm(v)))
+    return _relative(expected, actual, 2)
 
 
-def _relative(
-    expected: NDArray[Any], actual: NDArray[Any], size: Callable[[NDArray[Any]], float]
-) -> float:
-    """Size of the difference over the size of what is expected; infinite where not alike."""
+def _relative(expected: NDArray[Any], actual: NDArray[Any], order: float) -> float:
+    """Norm of the difference over that of what is expected; infinite where not alike.
+
+    Taken piece by piece: in double precision outputs of layers may be too much for memory.
+    """
     if expected.shape != actual.shape:
         return math.inf
-    expected, actual = expected.astype(np.float64), actual.astype(np.float64)
-    finite = np.isfinite(expected)
-    if not np.array_equal(finite, np.isfinite(actual)):
-        return math.inf
-    whole = size(expected[finite])
-    difference = size(expected[finite] - actual[finite])
+    old, new = expected.reshape(-1), actual.reshape(-1)
+    wholes, differences = [0.0], [0.0]
+    for start in range(0, old.size, PIECE):
+        before, after = (a[start : start + PIECE].astype(np.float64) for a in (old, new))
+        finite = np.isfinite(before)
+        if not np.array_equal(finite, np.isfinite(after)):
+            return math.inf
+        before, after = before[finite], after[finite]
+        if before.size:
+            wholes.append(float(np.linalg.norm(before, order)))
+            differences.append(float(np.linalg.norm(before - after, order)))
+    whole, difference = (float(np.linalg.norm(found, order)) for found in (wholes, differences))
     return difference / whole if whole > 0 else difference
 
 

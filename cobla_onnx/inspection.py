@@ -21,7 +21,7 @@ from cobla_onnx.machine import convolution_block
 from cobla_onnx.names import safe_text
 from cobla_onnx.opening import ModelSource
 from cobla_onnx.progress import Progress
-from cobla_onnx.settings import Settings
+from cobla_onnx.settings import BatchSize, Settings
 from cobla_onnx.starting import open_study
 from cobla_onnx.study import Study
 
@@ -139,7 +139,8 @@ def inspect(
     scheme: Literal["auto", "spatial", "channel", "input"] = "auto",
     data: Any = None,
     samples: int | None = None,
-    batch: int = 16,
+    batch: BatchSize = "auto",
+    memory_limit: int | str | None = None,
     images: ImageOptions | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -149,7 +150,7 @@ def inspect(
     Parameters
     ----------
     model : ModelProto or path
-    input_shapes, include, exclude, min_size, scheme, data, samples, batch, images, threads, progress
+    input_shapes, include, exclude, min_size, scheme, data, samples, batch, memory_limit, images, threads, progress
         As those of `compress`. With data, spectra are those of the layers' outputs.
 
     Returns
@@ -179,6 +180,7 @@ def inspect(
         data=data,
         samples=samples,
         batch=batch,
+        memory_limit=memory_limit,
         images=images,
         threads=threads,
         progress=progress,

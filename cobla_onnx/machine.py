@@ -1,13 +1,15 @@
-"""What this machine is, as far as running times depend on it."""
+"""What this machine is, as far as running times depend on it, and memory for others on it."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import sys
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["convolution_block", "cpu_name"]
+__all__ = ["convolution_block", "cpu_name", "return_freed_memory"]
 
 
 def cpu_name() -> str:
@@ -35,3 +37,16 @@ def convolution_block() -> int:
     found = [*extensions.get("baseline", []), *extensions.get("found", [])]
     wide = any(name == "X86_V4" or name.startswith("AVX512") for name in found)
     return 16 if wide else 8
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it.
+
+    glibc keeps what lies below anything that is still held, for each thread apart: of arrays of
+    some megabytes many times what is in use.
+    """
+    if sys.platform == "linux":
+        # Other C libraries do not have it.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

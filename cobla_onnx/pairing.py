@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import model_costs
+from cobla_onnx.calibration.batching import choose_batching
 from cobla_onnx.calibration.choosing import Chooser, look_at, measures_on, notes_on
 from cobla_onnx.calibration.dataset import InputSpec, input_specs
 from cobla_onnx.calibration.readers import ImageOptions, open_data
@@ -32,8 +34,10 @@ from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.opening import ModelSource, available_cores, open_model
 from cobla_onnx.output_choice import Outputs, resolve_outputs
 from cobla_onnx.progress import Progress
+from cobla_onnx.providers import execution_provider
 from cobla_onnx.rendering.terminal import output_text
-from cobla_onnx.runtime import Feeds, execution_provider, open_session, run_session, runnable_feeds
+from cobla_onnx.runtime import Feeds, open_session, run_session, runnable_feeds
+from cobla_onnx.settings import BatchSize, check_batch, memory_bytes
 from cobla_onnx.verify import varying_outputs
 
 if TYPE_CHECKING:
@@ -116,7 +120,8 @@ def compare(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     data: Any = None,
     samples: int | None = None,
-    batch: int = 16,
+    batch: BatchSize = "auto",
+    memory_limit: int | str | None = None,
     images: ImageOptions | None = None,
     outputs: Outputs = (),
     provider: str | None = None,
@@ -130,7 +135,7 @@ def compare(
     ----------
     first, second : ModelProto or path
         Differences are relative to the first.
-    input_shapes, data, samples, batch, images, outputs
+    input_shapes, data, samples, batch, memory_limit, images, outputs
         As those of `compress`; without data, inputs are random.
     provider : str, optional
         onnxruntime's execution provider; the CPU's.
@@ -155,6 +160,7 @@ def compare(
     >>> found.second.weight_bytes <= 0.5 * found.first.weight_bytes
     True
     """
+    check_batch(batch)
     threads = threads or available_cores()
     notify = progress or (lambda stage, done, total: None)
     shapes = input_shapes or {}
@@ -162,9 +168,10 @@ def compare(
     sources = _path(first), _path(second)
     names = _shown(sources[0], "the first model"), _shown(sources[1], "the second model")
     _check_ends(models, names, shapes)
+    how = data, samples, batch, memory_limit, images, outputs, seed, threads, notify
     with (
         execution_provider(provider) as running_on,
-        _inputs(models[0], shapes, data, samples, batch, images, outputs, seed, threads) as inputs,
+        _inputs(models, shapes, *how) as inputs,
     ):
         compared, count, more = _compare_outputs(models, names, inputs, threads, notify)
         notify("latency", 0, 1)
@@ -215,16 +222,19 @@ class _Inputs:
 
 @contextmanager
 def _inputs(
-    model: onnx.ModelProto,
+    models: Sequence[onnx.ModelProto],
     shapes: Mapping[str, Sequence[int]],
     data: Any,
     samples: int | None,
-    batch: int,
+    batch: BatchSize,
+    memory_limit: int | str | None,
     images: ImageOptions | None,
     outputs: Outputs,
     seed: int,
     threads: int,
+    notify: Progress,
 ) -> Iterator[_Inputs]:
+    model = models[0]
     choices = resolve_outputs(outputs, [value.name for value in model.graph.output])
     if data is None:
         session = open_session(model, threads, optimized=True)
@@ -234,14 +244,23 @@ def _inputs(
         yield _Inputs("random", feeds, len(feeds), feeds[0], {}, measures, notes_on(measures))
         return
     with open_data(data, input_specs(model, shapes), samples=samples, images=images) as dataset:
-        compared = look_at(model, dataset, batch, threads, Chooser.of(model, choices=choices))
+        notify("size of a run", 0, 1)
+        limit = memory_bytes(memory_limit)
+        sizes = [
+            choose_batching(each, each, (), dataset, batch, limit, threads=threads)
+            for each in models
+        ]
+        chosen = min(sizes, key=lambda batching: batching.size)
+        notify("size of a run", 1, 1)
+        chooser = Chooser.of(model, choices=choices)
+        told = partial(notify, "survey")
+        compared = look_at(model, dataset, chosen.size, threads, chooser, told)
         kept = sorted((*dataset.calibration, *dataset.selection))
         (example,) = dataset.batches(kept[:1], 1)
-        batches, total = dataset.batches(kept, batch), -(-len(kept) // batch)
-        sizes = {name: array.shape for name, array in example.items()}
-        yield _Inputs(
-            dataset.source, batches, total, example, sizes, compared.measures, compared.notes
-        )
+        batches, total = dataset.batches(kept, chosen.size), -(-len(kept) // chosen.size)
+        shape = {name: array.shape for name, array in example.items()}
+        notes = chosen.notes + compared.notes
+        yield _Inputs(dataset.source, batches, total, example, shape, compared.measures, notes)
 
 
 def _compare_outputs(

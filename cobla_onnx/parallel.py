@@ -31,7 +31,13 @@ from threadpoolctl import ThreadpoolController
 from cobla_onnx.carrying import Carried, Shared
 from cobla_onnx.errors import UsageError
 from cobla_onnx.processes import interrupts_wait, open_processes
-from cobla_onnx.runtime import CPU, current_provider, execution_provider
+from cobla_onnx.providers import (
+    CPU,
+    current_provider,
+    execution_provider,
+    give_memory_back,
+    memory_is_given_back,
+)
 
 __all__ = [
     "Pool",
@@ -80,9 +86,12 @@ class _OneThread:
 one_thread = _OneThread()
 
 
-def _run_on(provider: str, function: Callable[[Unit], Value], unit: Unit) -> Value:
-    """Open the sessions of a unit where those of the caller are opened."""
+def _run_on(
+    provider: str, gives_back: bool, function: Callable[[Unit], Value], unit: Unit
+) -> Value:
+    """Open and run the sessions of a unit as those of the caller."""
     with execution_provider(provider):
+        give_memory_back(gives_back)
         return function(unit)
 
 
@@ -121,11 +130,18 @@ class Pool:
     ) -> None:
         self._executor, self.width = executor, width
         self.inside, self._folder, self._option = inside, folder, option
+        # Runs of the model that memory has room for side by side, where that is known.
+        self.runs: int | None = None
 
     @property
     def shares_memory(self) -> bool:
         """Whether units are known to run on this machine."""
         return self.inside or self._folder is not None
+
+    @property
+    def runs_at_most(self) -> int:
+        """Units that run the model, or results of them that wait, at a time."""
+        return 2 * self.width if self.runs is None else min(2 * self.width, self.runs)
 
     def carry(self, array: NDArray[Any]) -> Carried:
         """Prepare an array for a unit."""
@@ -156,8 +172,8 @@ class Pool:
         UsageError
             If a worker has died.
         """
-        if current_provider() != CPU:
-            function = partial(_run_on, current_provider(), function)
+        if current_provider() != CPU or memory_is_given_back():
+            function = partial(_run_on, current_provider(), memory_is_given_back(), function)
         with one_thread if self.inside else nullcontext():
             if self._executor is None:
                 yield from map(function, units)

@@ -15,6 +15,7 @@ from cobla_onnx.environment import machine, versions
 from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.providers import current_provider
 from cobla_onnx.report import (
     BudgetUse,
     CalibrationReport,
@@ -27,7 +28,6 @@ from cobla_onnx.report import (
     Spectrum,
     Spread,
 )
-from cobla_onnx.runtime import current_provider
 from cobla_onnx.verify import Verification
 
 __all__ = ["latency_report", "make_report"]

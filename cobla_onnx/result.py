@@ -17,10 +17,11 @@ from cobla_onnx.graph.model_file import load_in_order, stored_bytes, write_atomi
 from cobla_onnx.graph.order import restore_order
 from cobla_onnx.graph.saving import ExternalData, save_model
 from cobla_onnx.plan import Plan
+from cobla_onnx.providers import execution_provider
 from cobla_onnx.rendering import report_writer
 from cobla_onnx.report import Report
 from cobla_onnx.reproduce import command_text
-from cobla_onnx.runtime import execution_provider, open_session
+from cobla_onnx.runtime import open_session
 from cobla_onnx.spill import Spill
 
 __all__ = ["Result", "check_paths", "check_written"]

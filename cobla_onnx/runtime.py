@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,16 +23,14 @@ from cobla_onnx.graph.external import PAGE, external_place, is_external, open_ex
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.model_file import copy_without_initializers, tensor_bytes
 from cobla_onnx.graph.tensors import tensor_array
+from cobla_onnx.machine import return_freed_memory
 from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.parts import part_error
+from cobla_onnx.providers import CPU, current_provider, memory_is_given_back
 from cobla_onnx.scratch import array_bytes
 
 __all__ = [
-    "CPU",
     "Feeds",
-    "current_provider",
-    "execution_provider",
-    "find_provider",
     "first_line",
     "measured_shapes",
     "open_session",
@@ -52,48 +49,6 @@ WEIGHTS = "weights"
 SIZES_TO_TRY = (16, 64, 224, 512, 1)
 # Seconds that one run may take, so that a loop without end does not keep us.
 RUN_LIMIT = 900.0
-CPU = "CPUExecutionProvider"
-_provider: ContextVar[str] = ContextVar("execution provider", default=CPU)
-
-
-def find_provider(name: str | None) -> str:
-    """Return the full name of an available execution provider; the CPU's for None.
-
-    ``cuda`` stands for ``CUDAExecutionProvider``.
-
-    Raises
-    ------
-    UsageError
-        If onnxruntime does not have it here; names those that it has.
-    """
-    if name is None:
-        return CPU
-    available = list(onnxruntime.get_available_providers())
-    for known in available:
-        if name.lower() in (known.lower(), known.lower().removesuffix("executionprovider")):
-            return str(known)
-    raise UsageError(
-        f"--provider {name}: onnxruntime {onnxruntime.__version__} does not have it here; "
-        f"it has {', '.join(available)}"
-    )
-
-
-@contextmanager
-def execution_provider(name: str | None) -> Iterator[str]:
-    """Open all sessions of this context on an execution provider, see `find_provider`.
-
-    What a provider cannot compute goes to the CPU.
-    """
-    token = _provider.set(find_provider(name))
-    try:
-        yield _provider.get()
-    finally:
-        _provider.reset(token)
-
-
-def current_provider() -> str:
-    """Name of the execution provider on which sessions are opened."""
-    return _provider.get()
 
 
 def open_session(
@@ -105,6 +60,7 @@ def open_session(
     optimized: bool = False,
     timed: bool = False,
     part: str = "",
+    profile: str = "",
 ) -> onnxruntime.InferenceSession:
     """Open a model in onnxruntime without serialising its weights.
 
@@ -112,7 +68,8 @@ def open_session(
     asked for, so that two models are compared at the same level. `extra_weights` are
     initializers beside those that the model holds. A session to be timed is one as users
     open it, optimised and with threads that spin while it runs, and only then. `part` says
-    what for the model was cut from one that loads as a whole.
+    what for the model was cut from one that loads as a whole. With `profile`, the beginning of
+    a file's name, onnxruntime writes there what its nodes do.
 
     Raises
     ------
@@ -120,6 +77,9 @@ def open_session(
         If onnxruntime does not load the model; `PartError` if it is a part.
     """
     provider = current_provider()
+    if memory_is_given_back():
+        # What arrays and sessions before it have left is not used again by this one.
+        return_freed_memory()
     folder = _mapped_folder(model)
     large = [tensor for tensor in model.graph.initializer if _to_hand_over(tensor, folder)]
     light = copy_without_initializers(model, {t.name for t in large})
@@ -132,6 +92,8 @@ def open_session(
         if name not in present:
             light.graph.output.add(name=name)
     options = _session_options(threads, optimized, timed)
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     if folder is not None:
         options.add_session_config_entry(FOLDER, folder)
         _leave_in_folder(light)
@@ -169,6 +131,9 @@ def _session_options(threads: int, optimized: bool, timed: bool) -> onnxruntime.
     else:
         # Threads that wait by spinning would take the cores from linear algebra.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # With a pattern a session holds its tensors twice: as the first run found room for them,
+        # and in one piece for the runs after it.
+        options.enable_mem_pattern = False
     if not (optimized or timed):
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -284,6 +249,8 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
     """
     names = [o.name for o in session.get_outputs() if "bfloat16" not in o.type]
     options = onnxruntime.RunOptions()
+    if memory_is_given_back():
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     timer = threading.Timer(RUN_LIMIT, setattr, (options, "terminate", True))
     timer.daemon = True
     timer.start()
@@ -291,10 +258,12 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
         return dict(zip(names, session.run(names, feeds, options) if names else (), strict=True))
     except Exception as error:
         shapes = {safe_text(name): list(value.shape) for name, value in feeds.items()}
+        together = any(value.ndim and len(value) > 1 for value in feeds.values())
+        advice = ", or run one sample at a time by --batch 1" if together else ""
         raise ModelError(
             f"onnxruntime cannot run the model on inputs of shapes {shapes}: "
             f"{first_line(error)}; give inputs that it accepts, or --input-shape where they are "
-            "random"
+            f"random{advice}"
         ) from error
     finally:
         timer.cancel()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 import weakref
-from typing import IO, Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ArrayFile", "Place", "array_bytes"]
+__all__ = ["ArrayFile", "Place", "Shelf", "array_bytes"]
+
+# Bytes on a shelf that stay in memory.
+AT_HAND = 1 << 24
 
 
 class Place(NamedTuple):
@@ -27,6 +32,8 @@ class ArrayFile:
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
         self._finalizer = weakref.finalize(self, _close, self._file)
+        # Several threads may read; there is one place in the file for all of them.
+        self._lock = threading.Lock()
 
     @property
     def size(self) -> int:
@@ -35,15 +42,17 @@ class ArrayFile:
 
     def put(self, array: NDArray[Any]) -> Place:
         """Append an array."""
-        place = Place(self.size, array.dtype, array.shape)
-        self._file.write(array_bytes(array))
+        with self._lock:
+            place = Place(self.size, array.dtype, array.shape)
+            self._file.write(array_bytes(array))
         return place
 
     def get(self, place: Place) -> NDArray[Any]:
         """Read an array."""
-        self._file.seek(place.offset)
         count = int(np.prod(place.shape))
-        return np.fromfile(self._file, place.dtype, count).reshape(place.shape)
+        with self._lock:
+            self._file.seek(place.offset)
+            return np.fromfile(self._file, place.dtype, count).reshape(place.shape)
 
     def clear(self) -> None:
         """Throw everything away."""
@@ -52,6 +61,54 @@ class ArrayFile:
     def close(self) -> None:
         """Give the disk space back; happens by itself when nobody holds the file."""
         self._finalizer()
+
+
+class Shelf(Sequence["dict[str, NDArray[Any]]"]):
+    """Batches of arrays by name, the first few in memory, the others in a temporary file.
+
+    Several threads may read it.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, NDArray[Any]]] = ()) -> None:
+        self._file: ArrayFile | None = None
+        self._room = AT_HAND
+        self._held: list[dict[str, NDArray[Any] | Place]] = []
+        for batch in batches:
+            self.append(batch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process has its own file.
+        return Shelf, (list(self),)
+
+    def append(self, batch: Mapping[str, NDArray[Any]]) -> None:
+        """Put a batch at the end."""
+        self._room -= sum(array.nbytes for array in batch.values())
+        numbers = all(array.dtype.kind in "biuf" for array in batch.values())
+        if self._room >= 0 or not numbers:
+            self._held.append(dict(batch))
+            return
+        file = self._file = self._file or ArrayFile()
+        self._held.append({name: file.put(array) for name, array in batch.items()})
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, NDArray[Any]]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, NDArray[Any]]]: ...
+    def __getitem__(
+        self, index: int | slice
+    ) -> dict[str, NDArray[Any]] | list[dict[str, NDArray[Any]]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return {name: self._read(entry) for name, entry in self._held[index].items()}
+
+    def _read(self, entry: NDArray[Any] | Place) -> NDArray[Any]:
+        if not isinstance(entry, Place):
+            return entry
+        assert self._file is not None
+        return self._file.get(entry)
 
 
 def array_bytes(array: NDArray[Any]) -> memoryview:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -16,9 +17,50 @@ from cobla_onnx.errors import UsageError
 from cobla_onnx.output_choice import Outputs
 from cobla_onnx.progress import Progress
 
-__all__ = ["ObjectiveName", "Settings"]
+__all__ = ["BatchSize", "ObjectiveName", "Settings", "check_batch", "memory_bytes"]
 
+BatchSize: TypeAlias = Literal["auto"] | int
 ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
+
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def check_batch(batch: object) -> None:
+    """Check a number of samples that run at a time.
+
+    Raises
+    ------
+    UsageError
+        If it is neither ``auto`` nor a whole number from 1 on.
+    """
+    if batch != "auto" and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
+        raise UsageError(f"--batch {batch}: give auto, or a whole number from 1 on")
+
+
+def memory_bytes(limit: int | str | None) -> int | None:
+    """Bytes of a limit such as ``2GB``, ``1500MB`` or ``2000000000``.
+
+    Raises
+    ------
+    UsageError
+        If it is not one.
+
+    Examples
+    --------
+    >>> memory_bytes("1.5GB"), memory_bytes("2 GiB"), memory_bytes(100)
+    (1500000000, 2147483648, 100)
+    """
+    if limit is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(limit).strip().lower(), re.ASCII)
+    size = int(float(found[1]) * UNITS.get(found[2], 0)) if found else 0
+    if not size:
+        raise UsageError(
+            f"--memory-limit {limit}: is no number of bytes; write e.g. 2GB, 1500MB or 2000000000"
+        )
+    return size
 
 
 @dataclass(frozen=True)
@@ -42,7 +84,8 @@ class Settings:
     scheme: Literal["auto", "spatial", "channel", "input"] = "auto"
     data: Any = None
     samples: int | None = None
-    batch: int = 16
+    batch: BatchSize = "auto"
+    memory_limit: int | str | None = None
     images: ImageOptions | None = None
     labels: Labels | str | os.PathLike[str] | None = None
     loss: LossName = "auto"
@@ -67,6 +110,8 @@ class Settings:
             raise UsageError("--labels: are those of the data; give --data too")
         if self.outputs and self.data is None:
             raise UsageError("--output: says how data is compared; give --data too")
+        check_batch(self.batch)
+        memory_bytes(self.memory_limit)
         if self.profile is not None and not self.measure_latency:
             raise UsageError("--profile: is of times; give --latency or --measure-latency too")
 

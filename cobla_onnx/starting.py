@@ -16,10 +16,12 @@ from cobla_onnx.allocation.grid import EVERY_RANK, rank_rule
 from cobla_onnx.analysis import analyse
 from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
+from cobla_onnx.calibration.batching import Batching, choose_batching
 from cobla_onnx.calibration.choosing import Chooser, Compared, look_at
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.evidence import lack_of_evidence
 from cobla_onnx.calibration.heads import importances
+from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT
 from cobla_onnx.calibration.outputs import MeasuredModel, measured_model
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.content import model_content
@@ -39,8 +41,8 @@ from cobla_onnx.opening import (
 from cobla_onnx.output_choice import resolve_outputs
 from cobla_onnx.parallel import Pool, choose_pool, one_thread
 from cobla_onnx.progress import Progress
-from cobla_onnx.runtime import CPU, execution_provider
-from cobla_onnx.settings import Settings
+from cobla_onnx.providers import CPU, execution_provider, give_memory_back
+from cobla_onnx.settings import Settings, memory_bytes
 from cobla_onnx.study import Study
 from cobla_onnx.timed import Timed, open_profile
 
@@ -83,9 +85,10 @@ def open_study(
     """
     started = time.perf_counter()
     source = None if isinstance(model, onnx.ModelProto) else Path(model)
+    notify = settings.progress or (lambda stage, done, total: None)
+    notify("open model and data", 0, 1)
     proto, order = open_in_order(model)
     threads = settings.threads or available_cores()
-    notify = settings.progress or (lambda stage, done, total: None)
     needed = settings.needed
     kept = None if settings.cache is None else Cache(settings.cache)
     with (
@@ -95,6 +98,7 @@ def open_study(
         execution_provider(settings.provider) as provider,
         open_samples(proto, settings) as dataset,
     ):
+        notify("open model and data", 1, 1)
         profile = open_profile(settings.profile, threads) if settings.measure_latency else None
         rule = rank_rule(
             settings.rank_multiple,
@@ -110,7 +114,9 @@ def open_study(
             classes = sample_labels(settings.labels, dataset)
             choices = resolve_outputs(settings.outputs, [o.name for o in proto.graph.output])
             ignored = frozenset(name for name, choice in choices.items() if choice.how == "ignore")
+            notify("where the loss is taken", 0, 1)
             measured = _measured(proto, dataset, threads, ignored)
+            notify("where the loss is taken", 1, 1)
             chooser = Chooser.of(
                 measured.model,
                 settings.loss,
@@ -119,7 +125,7 @@ def open_study(
                 shown=measured.outputs,
             )
             looking = _Looking(
-                proto, measured, dataset, settings.batch, threads, chooser, pool, kept, notify
+                proto, measured, dataset, settings, threads, chooser, pool, kept, notify
             )
         analysis = analyse(
             proto,
@@ -145,7 +151,13 @@ def open_study(
             unmeasured=() if measured is None or needed == "weights" else measured.unmeasured,
         )
         if dataset is not None and looking is not None:
-            told = (*notes, *dataset.notes, *lack_of_evidence(dataset), *looking.compared.notes)
+            told = (
+                *notes,
+                *dataset.notes,
+                *looking.batching.notes,
+                *lack_of_evidence(dataset),
+                *looking.compared.notes,
+            )
             analysis = replace(analysis, notes=(*analysis.notes, *told))
         timed = None
         if profile is not None:
@@ -162,11 +174,12 @@ def open_study(
                 analysis = timed.table()
         calibrated = None
         if dataset is not None and looking is not None:
+            notify("outputs of the original", 0, 1)
             calibrated = Calibrated(
                 proto,
                 analysis,
                 dataset,
-                settings.batch,
+                looking.batching.size,
                 settings.loss,
                 threads,
                 notify,
@@ -176,7 +189,9 @@ def open_study(
                 kept,
                 measured,
                 looking.compared,
+                looking.batching.taps,
             )
+            notify("outputs of the original", 1, 1)
         seconds = time.perf_counter() - started
         try:
             yield Study(
@@ -210,13 +225,15 @@ def _measured(
 
 @dataclass
 class _Looking:
-    """Runs the original over the samples: what its outputs are like, then what layers read.
+    """Runs the original: what samples need, what its outputs are like, then what layers read.
 
-    It is called once the costs alone have shown that a budget can be met, since both are
-    passes over the data.
+    It is called once the costs alone have shown that a budget can be met, since all three run
+    the model over data.
 
     Attributes
     ----------
+    batching : Batching
+        How samples are run; known after the call.
     compared : Compared
         How outputs are compared; known after the call.
     """
@@ -224,19 +241,35 @@ class _Looking:
     model: onnx.ModelProto
     measured: MeasuredModel
     dataset: Dataset
-    batch: int
+    settings: Settings
     threads: int
     chooser: Chooser
     pool: Pool
     cache: Cache | None
     progress: Progress
+    batching: Batching = field(init=False)
     compared: Compared = field(init=False)
 
     def __call__(self, layers: Sequence[Layer]) -> Seen:
+        self.progress("size of a run", 0, 1)
+        self.batching = choose_batching(
+            self.model,
+            self.measured.model,
+            layers,
+            self.dataset,
+            self.settings.batch,
+            memory_bytes(self.settings.memory_limit),
+            threads=self.threads,
+            gradient=self.settings.needed == "loss",
+        )
+        self.progress("size of a run", 1, 1)
+        self.pool.runs = self.batching.at_once
+        give_memory_back(self.batching.gives_back)
+        batch = self.batching.size
         self.compared = look_at(
             self.measured.model,
             self.dataset,
-            self.batch,
+            batch,
             self.threads,
             self.chooser,
             partial(self.progress, "survey"),
@@ -245,14 +278,17 @@ class _Looking:
         samples = self.dataset.calibration
         key = ""
         if self.cache is not None:
-            key = digest(model_content(self.model), self.dataset.content(samples), self.batch)
+            key = digest(model_content(self.model), self.dataset.content(samples), batch)
         return Seen(
             self.model,
             layers,
-            lambda: self.dataset.batches(samples, self.batch),
+            lambda: self.dataset.batches(samples, batch),
             pool=self.pool,
             cache=self.cache,
             key=key,
             progress=partial(self.progress, "second moments"),
             importance=importances(self.measured.model, layers, self.compared.curvatures),
+            limit=min(LIMIT, self.batching.sums // 2),
+            together=min(ALL_UNITS, self.batching.sums),
+            taps=self.batching.taps,
         )

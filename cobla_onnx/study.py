@@ -214,8 +214,10 @@ class Study:
         """
         started = time.perf_counter()
         replacements = solution.replacements
+        self.notify("rewrite", 0, 1)
         compressed = rewrite(self.model, replacements) if replacements else self.model
         _check_budget(self.analysis, solution.budget, solution.plan, compressed)
+        self.notify("rewrite", 1, 1)
         verification = None
         if replacements:
             steps = 1 if self.calibrated is None else self.calibrated.held_back_batches
@@ -227,6 +229,7 @@ class Study:
                 self.analysis.input_shapes,
                 data=None if self.calibrated is None else self.calibrated.held_back(),
                 measures=None if self.calibrated is None else self.calibrated.judge.measures,
+                taps=None if self.calibrated is None else self.calibrated.taps,
                 seed=self.settings.seed,
                 threads=self.threads,
                 progress=lambda done: self.notify("verify", min(done, steps - 1), steps),

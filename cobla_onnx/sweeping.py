@@ -29,7 +29,7 @@ from cobla_onnx.output_choice import Outputs
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import Report
-from cobla_onnx.settings import ObjectiveName, Settings
+from cobla_onnx.settings import BatchSize, ObjectiveName, Settings
 from cobla_onnx.starting import open_study
 from cobla_onnx.study import Study
 
@@ -176,7 +176,8 @@ def sweep(
     scheme: Literal["auto", "spatial", "channel", "input"] = "auto",
     data: Any = None,
     samples: int | None = None,
-    batch: int = 16,
+    batch: BatchSize = "auto",
+    memory_limit: int | str | None = None,
     images: ImageOptions | None = None,
     labels: Labels | str | os.PathLike[str] | None = None,
     loss: LossName = "auto",
@@ -210,7 +211,7 @@ def sweep(
         See `Result.save`.
     solver, objective, input_shapes, include, exclude, min_size, scheme, data, samples, batch
         As those of `compress`.
-    images, labels, loss, refit, time_limit, seed, threads
+    memory_limit, images, labels, loss, refit, time_limit, seed, threads
         As those of `compress`.
     rank_multiple, provider, profile, measure_latency, workers, executor, dask, cache, progress
         As those of `compress`.
@@ -250,6 +251,7 @@ def sweep(
         data=data,
         samples=samples,
         batch=batch,
+        memory_limit=memory_limit,
         images=images,
         labels=labels,
         loss=loss,

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.choosing import measures_on
 from cobla_onnx.comparison import Comparison, OutputComparison
 from cobla_onnx.deviation import network_errors, rounding_error
@@ -113,6 +114,7 @@ def verify(
     *,
     data: tuple[str, Callable[[], Iterable[Feeds]]] | None = None,
     measures: Mapping[str, Measure] | None = None,
+    taps: TapLimit | None = None,
     seed: int = 0,
     threads: int = 1,
     progress: Callable[[int], None] = lambda batches: None,
@@ -128,6 +130,8 @@ def verify(
         used where there is none. The rewrite is proved on the first batches.
     measures : mapping of str to Measure, optional
         How outputs are compared; by the original's outputs where it is not given.
+    taps : TapLimit, optional
+        For the layers' outputs that are compared after one run.
     progress : callable
         Called with the number of batches of data that were compared.
 
@@ -157,7 +161,7 @@ def verify(
     del session
     varying = varying_outputs(original, proof[0])
     rewrite_error, network_error, more = _check_rewrite(
-        original, compressed, replacements, proof, results, threads, varying
+        original, compressed, replacements, proof, results, threads, varying, taps
     )
     if measures is None:
         measures = measures_on(original, list(zip(proof, reference, strict=True)))
@@ -216,14 +220,15 @@ def _check_rewrite(
     results: Sequence[dict[str, Any]],
     threads: int,
     varying: frozenset[str],
+    taps: TapLimit | None,
 ) -> tuple[float, float | None, tuple[str, ...]]:
     """Prove all layers; in groups, without the network's outputs, where memory asks for it."""
     groups = _groups(replacements)
     if len(groups) > 1:
-        errors = [_check_layers(original, compressed, g, feeds, threads)[0] for g in groups]
+        errors = [_check_layers(original, compressed, g, feeds, threads, taps)[0] for g in groups]
         note = "the weights are large: the rewrite was proved layer by layer alone"
         return max(errors), None, (note,)
-    worst, dense = _check_layers(original, compressed, replacements, feeds, threads)
+    worst, dense = _check_layers(original, compressed, replacements, feeds, threads, taps)
     outputs = network_errors(dense, results, varying)
     beyond = {
         name: error
@@ -311,35 +316,44 @@ def _check_layers(
     replacements: Sequence[Replacement],
     feeds: Sequence[Feeds],
     threads: int,
+    taps: TapLimit | None,
 ) -> tuple[float, list[dict[str, Any]]]:
     """Compare each pair of factor nodes with its node under the same dense weight.
 
     One graph holds both: the original with dense approximated weights, and beside each
     such node the factor nodes as they stand in the compressed model, on the same input.
+    It is run once for each part of the layers that `taps` makes.
     """
     outputs = [use.output for r in replacements for use in r.layer.uses]
     exposed = expose(original, [r.layer for r in replacements], as_inputs=False)
     reference = exposed.model
     renamed = _add_factors(reference, compressed, replacements)
     dense = _dense_weights(original, exposed, replacements)
-    session = open_session(reference, threads, [*outputs, *renamed.values()], dense)
-    del dense
+    kept = {value.name for value in original.graph.output}
     worst = 0.0
-    results = []
-    for feed in feeds:
-        values = run_session(session, feed)
-        for output in outputs:
-            error = rounding_error(values[output], values[renamed[output]])
-            tolerance = ROUNDING[values[output].dtype]
-            if not error <= tolerance:
-                raise VerificationError(
-                    f"tensor {quoted(output)}: its two factor nodes differ from the dense weight "
-                    f"by {error:.2g} of its largest value, {tolerance:g} is allowed; "
-                    "nothing was written, please report this"
-                )
-            worst = max(worst, error)
-        results.append(values)
+    results: list[dict[str, Any]] = []
+    for part in [outputs] if taps is None else taps.cut(outputs, str):
+        session = open_session(reference, threads, [*part, *(renamed[n] for n in part)], dense)
+        results = []
+        for feed in feeds:
+            values = run_session(session, feed)
+            worst = max([worst, *(_checked(values, name, renamed[name]) for name in part)])
+            # Not those of the layers, which are many.
+            results.append({name: value for name, value in values.items() if name in kept})
     return worst, results
+
+
+def _checked(values: Mapping[str, Any], dense: str, factors: str) -> float:
+    """Compare a tensor by factor nodes with the same by a dense weight."""
+    error = rounding_error(values[dense], values[factors])
+    tolerance = ROUNDING[values[dense].dtype]
+    if not error <= tolerance:
+        raise VerificationError(
+            f"tensor {quoted(dense)}: its two factor nodes differ from the dense weight by "
+            f"{error:.2g} of its largest value, {tolerance:g} is allowed; nothing was written, "
+            "please report this"
+        )
+    return error
 
 
 def _dense_weights(

@@ -37,7 +37,7 @@ from cobla_onnx.latency.search import Found, LatencySearch, example_feeds
 from cobla_onnx.latency.table import time_layers
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.machine import convolution_block, cpu_name
-from cobla_onnx.runtime import CPU
+from cobla_onnx.providers import CPU
 
 sys.path.insert(0, str(Path(__file__).parent))
 from benchmark import append

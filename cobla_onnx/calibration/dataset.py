@@ -233,6 +233,16 @@ class Dataset:
             [digest(self._feeds([index])) for index in indices],
         )
 
+    def examples(self) -> tuple[int, tuple[int, int] | None]:
+        """Return the largest sample, and two that may run together, if there are any."""
+        sizes = [sum(math.prod(place.shape) for place in places) for places in self._places]
+        first: dict[Any, int] = {}
+        for index, places in enumerate(self._places):
+            other = first.setdefault(tuple(place.shape for place in places), index)
+            if other != index and self._alike(other, index):
+                return int(np.argmax(sizes)), (other, index)
+        return int(np.argmax(sizes)), None
+
     def _alike(self, one: int, other: int) -> bool:
         return self._joins and self._shapes_of(one) == self._shapes_of(other)
 

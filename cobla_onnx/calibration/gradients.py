@@ -46,14 +46,15 @@ class GradientProbe:
     def __init__(self, probe: Probe, threads: int) -> None:
         self._probe, self._threads = probe, threads
         self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}
-        self._batches: list[tuple[Feeds, Feeds]] = []
+        # Numbers of the batches that it sees.
+        self._batches: list[int] = []
         self.blocked: dict[int, str] = {}
         self.left_out = 0
-        for feeds, expected in zip(probe.batches, probe.expected, strict=True):
+        for number, feeds in enumerate(probe.batches):
             if self._open(feeds) is None:
                 self.left_out += 1
             else:
-                self._batches.append((feeds, expected))
+                self._batches.append(number)
 
     def loss(self, weights: Weights) -> float:
         """Mean loss of the samples."""
@@ -71,7 +72,8 @@ class GradientProbe:
             name: np.zeros(np.shape(fixed[name]), np.float32) for name in names
         }
         samples = 0
-        for feeds, expected in self._batches:
+        for number in self._batches:
+            feeds, expected = self._probe.batches[number], self._probe.expected[number]
             opened = self._open(feeds)
             assert opened is not None
             graph = opened.graph

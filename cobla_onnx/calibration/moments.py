@@ -19,6 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.cache import Arrays, Cache, digest
+from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.patches import Patch
 from cobla_onnx.calibration.positions import LEAST, NUMBERS, choose_positions, sample_seeds
 from cobla_onnx.carrying import Shared
@@ -27,6 +28,8 @@ from cobla_onnx.runtime import Feeds, open_session, run_session
 from cobla_onnx.scratch import ArrayFile, Place
 
 __all__ = [
+    "ALL_UNITS",
+    "LIMIT",
     "Moment",
     "MomentStore",
     "MomentSum",
@@ -275,6 +278,8 @@ def collect_moments(
     cache: Cache | None = None,
     key: str = "",
     limit: int = LIMIT,
+    together: int = ALL_UNITS,
+    taps: TapLimit | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MomentStore:
     """Accumulate the second moment of each patch over all batches.
@@ -289,6 +294,10 @@ def collect_moments(
         Moments come from there, and go there, by `key`, which stands for model and batches.
     limit : int
         Bytes of sums held by a unit of work; a single larger moment is a group of its own.
+    together : int
+        Bytes of sums held by all units on this machine.
+    taps : TapLimit, optional
+        For the tensors that are read from a run.
     """
     store = MomentStore()
     wanted = []
@@ -299,12 +308,14 @@ def collect_moments(
         else:
             store.put(patch, _moment(found))
     groups = _groups(wanted, limit)
+    if taps is not None:
+        groups = [part for group in groups for part in taps.cut(group, lambda patch: patch.data)]
     shared = pool.share(model)
     for number, group in enumerate(groups):
         progress(number, len(groups))
         units = (_Unit(shared, tuple(group), part) for part in parts_of(batches()))
         sums: list[MomentSum] = []
-        for found_sums in pool.map(_add_up, units, _units_at_a_time(pool, group)):
+        for found_sums in pool.map(_add_up, units, _units_at_a_time(pool, group, together)):
             for total, more in zip(sums, found_sums, strict=False):
                 total.merge(more)
             sums = sums or found_sums
@@ -343,9 +354,9 @@ def _patch_key(key: str, patch: Patch) -> str:
     return digest("moment", key, patch, BATCHES_PER_UNIT, NUMBERS, LEAST, "effective")
 
 
-def _units_at_a_time(pool: Pool, patches: Sequence[Patch]) -> int | None:
+def _units_at_a_time(pool: Pool, patches: Sequence[Patch], together: int) -> int | None:
     size = sum(8 * patch.groups * patch.size**2 for patch in patches)
-    return max(1, min(2 * pool.width, ALL_UNITS // size)) if pool.shares_memory else None
+    return max(1, min(pool.runs_at_most, together // size)) if pool.shares_memory else None
 
 
 def _groups(patches: Sequence[Patch], limit: int) -> list[list[Patch]]:

@@ -17,6 +17,7 @@ from cobla_onnx.graph.expose import expose
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.measures import Measure
 from cobla_onnx.runtime import Feeds, open_session, run_session
+from cobla_onnx.scratch import Shelf
 
 __all__ = ["KEPT_OUTPUTS", "Pair", "Probe", "Weights"]
 
@@ -57,7 +58,7 @@ class Probe:
     layers : sequence of Layer
     exposed : Exposed
         The model as it is run.
-    batches, expected : list of dict
+    batches, expected : sequence of dict
         Inputs, and what outputs are compared with, batch by batch: the original's outputs or
         labels, and masks by the names of the inputs.
     """
@@ -83,8 +84,7 @@ class Probe:
                 self._original[bias] = stored
         self._threads = threads
         self._session: onnxruntime.InferenceSession | None = None
-        self.batches: list[Feeds] = []
-        self.expected: list[Feeds] = []
+        self.batches, self.expected = Shelf(), Shelf()
         self.samples = 0
         self.labelled = labels is not None
         self._keep(

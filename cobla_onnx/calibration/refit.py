@@ -219,7 +219,7 @@ class _Walk:
         pairs = zip(original.batches(), compressed.batches(), strict=True)
         with open_pool(self._threads) as pool:
             seeded = zip(pairs, self._seeds, strict=True)
-            for found, moved in pool.map(add_up, parts_of(seeded)):
+            for found, moved in pool.map(add_up, parts_of(seeded), self._threads):
                 if total is None:
                     total = found
                 else:

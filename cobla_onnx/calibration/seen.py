@@ -14,7 +14,8 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
-from cobla_onnx.calibration.moments import Moment, collect_moments
+from cobla_onnx.calibration.batching import TapLimit
+from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT, Moment, collect_moments
 from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
 from cobla_onnx.carrying import Carried
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
@@ -137,6 +138,10 @@ class Seen:
         remain whose second factor stays in place.
     importance : mapping of str to float64 array, optional
         How much each output of a layer counts, by the layer's name; see `heads`.
+    limit, together : int
+        Bytes of second moments that a unit of work sums up at a time, and all units together.
+    taps : TapLimit, optional
+        For the tensors that are read from a run.
     """
 
     def __init__(
@@ -152,6 +157,9 @@ class Seen:
         progress: Callable[[int, int], None] = lambda done, total: None,
         wide: int = WIDE,
         importance: Mapping[str, Float64] | None = None,
+        limit: int = LIMIT,
+        together: int = ALL_UNITS,
+        taps: TapLimit | None = None,
     ) -> None:
         self._model, self._cache = model, cache
         self.importance = importance or {}
@@ -166,6 +174,9 @@ class Seen:
                 cache=cache,
                 key=self.key,
                 progress=progress,
+                limit=limit,
+                together=together,
+                taps=taps,
             )
         # Decompositions, the last used at the end, with their size in bytes.
         self._solvers: OrderedDict[tuple[str, str], tuple[Solver, int]] = OrderedDict()

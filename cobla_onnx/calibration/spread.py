@@ -18,6 +18,7 @@ from cobla_onnx.graph.layers import Layer
 from cobla_onnx.measures import Measure
 from cobla_onnx.parallel import Pool
 from cobla_onnx.runtime import Feeds
+from cobla_onnx.scratch import Shelf
 
 __all__ = ["SpreadProbe"]
 
@@ -35,7 +36,7 @@ class _Origin:
 
     model: onnx.ModelProto
     layers: Sequence[Layer]
-    batches: list[Feeds]
+    batches: Shelf
     loss: LossName | Mapping[str, Measure]
     labels: NDArray[np.int64] | None
 
@@ -106,7 +107,7 @@ class SpreadProbe:
             Index of a layer, and weights and biases for it.
         """
         units = (_Unit(self._origin, entries) for entries in self._units(wanted))
-        for found in self._pool.map(_measure, units):
+        for found in self._pool.map(_measure, units, self._pool.runs_at_most):
             yield from found
 
     def _units(self, wanted: Iterable[tuple[int, Iterable[Pair]]]) -> Iterator[list[_Entry]]:
@@ -129,9 +130,9 @@ class SpreadProbe:
             yield entries
 
 
-def _bounded(batches: Iterable[Feeds]) -> list[Feeds]:
+def _bounded(batches: Iterable[Feeds]) -> Shelf:
     """As many batches as a probe would keep at most."""
-    kept: list[Feeds] = []
+    kept = Shelf()
     room = KEPT_OUTPUTS
     for feeds in batches:
         kept.append(feeds)

@@ -38,7 +38,8 @@ def compress(
     ] = None,
     data: options.DataPath = None,
     samples: options.Samples = None,
-    batch: options.Batch = 16,
+    batch: options.Batch = "auto",
+    memory_limit: options.MemoryLimit = None,
     mean: options.Mean = None,
     std: options.Std = None,
     scale: options.Scale = 1.0,
@@ -133,7 +134,8 @@ def compress(
             scheme=scheme.value,
             data=data,
             samples=samples,
-            batch=batch,
+            batch=parsing.batch_size(batch),
+            memory_limit=memory_limit,
             images=images,
             labels=labels,
             loss=loss.value,
@@ -153,8 +155,12 @@ def compress(
             cache=cache,
             progress=progress,
         )
-    if not dry_run:
-        result.save(output, external_data=external_data.value)
+        if not dry_run:
+            if progress is not None:
+                progress("write", 0, 1)
+            result.save(output, external_data=external_data.value)
+            if progress is not None:
+                progress("write", 1, 1)
     if report is not None:
         result.save_report(report, sys.argv)
     if history is not None:

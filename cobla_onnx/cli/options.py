@@ -94,7 +94,21 @@ Samples = Annotated[
     typer.Option("--samples", metavar="N", help="Use at most N samples.", min=2),
 ]
 Batch = Annotated[
-    int, typer.Option("--batch", metavar="N", help="Samples that are run at a time.", min=1)
+    str,
+    typer.Option(
+        "--batch",
+        metavar="auto|N",
+        help="Samples that are run at a time; auto: as many as --memory-limit allows, 16 at most.",
+    ),
+]
+MemoryLimit = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--memory-limit",
+        metavar="SIZE",
+        help="Memory to take at most, such as 1500MB; by default 2GB more than the model has.",
+        show_default=False,
+    ),
 ]
 Mean = Annotated[
     Optional[str],  # noqa: UP045

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cobla_onnx.errors import UsageError
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cobla_onnx.calibration.readers import ImageOptions
     from cobla_onnx.cli.options import ChannelOrder, Layout
 
-__all__ = ["image_options", "input_shapes", "rank_multiple", "share", "spread"]
+__all__ = ["batch_size", "image_options", "input_shapes", "rank_multiple", "share", "spread"]
 
 # Budgets of a sweep in one direction.
 MOST_POINTS = 1000
@@ -41,6 +41,15 @@ def rank_multiple(text: str) -> RankMultiple:
         return "auto"
     if not text.isascii() or not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--rank-multiple {text}: give auto, or a whole number from 1 on")
+    return int(text)
+
+
+def batch_size(text: str) -> Literal["auto"] | int:
+    """Parse ``auto`` or a whole number from 1 on."""
+    if text == "auto":
+        return "auto"
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--batch {text}: give auto, or a whole number from 1 on")
     return int(text)
 
 

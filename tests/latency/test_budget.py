@@ -14,7 +14,8 @@ from cobla_onnx.graph.model_file import load_model
 from cobla_onnx.latency.timing import compare, interleaved
 from cobla_onnx.parallel import open_pool
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.runtime import current_provider, execution_provider, open_session
+from cobla_onnx.providers import current_provider, execution_provider
+from cobla_onnx.runtime import open_session
 from tests.latency.fakes import FakeStopwatch
 
 
