@@ -14,7 +14,6 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import model_costs
 from cobla_onnx.calibration.batching import choose_batching
 from cobla_onnx.calibration.choosing import Chooser, look_at, measures_on, notes_on
@@ -35,7 +34,6 @@ from cobla_onnx.opening import ModelSource, available_cores, open_model
 from cobla_onnx.output_choice import Outputs, resolve_outputs
 from cobla_onnx.progress import Progress
 from cobla_onnx.providers import execution_provider
-from cobla_onnx.rendering.terminal import output_text
 from cobla_onnx.runtime import Feeds, open_session, run_session, runnable_feeds
 from cobla_onnx.settings import BatchSize, check_batch, memory_bytes
 from cobla_onnx.verify import varying_outputs
@@ -110,7 +108,9 @@ class ModelComparison(Exported):
     notes: tuple[str, ...]
 
     def __rich__(self) -> RenderableType:
-        return _render(self)
+        from cobla_onnx.rendering.comparison_table import comparison_table
+
+        return comparison_table(self)
 
 
 def compare(
@@ -381,51 +381,3 @@ def _file_bytes(model: onnx.ModelProto, source: Path) -> int:
             folder, location, _, _ = external_place(held.tensor, held.label)
             files.add((Path(folder) / location).resolve())
     return sum(file.stat().st_size for file in files)
-
-
-def _render(found: ModelComparison) -> RenderableType:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for heading in ("A", "B", "B / A"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    one, two = found.first, found.second
-    for name, before, after in (
-        ("file, bytes", one.file_bytes, two.file_bytes),
-        ("weights, bytes", one.weight_bytes, two.weight_bytes),
-        ("MACs", one.macs, two.macs),
-        ("nodes", one.nodes, two.nodes),
-    ):
-        ratio = f"{after / before:.3f}" if before and after is not None else ""
-        table.add_row(name, count_text(before), count_text(after), ratio)
-    time = found.latency
-    table.add_row(
-        "latency, ms (median)", f"{time.before[0]:.3g}", f"{time.after[0]:.3g}", f"{time.ratio:.3f}"
-    )
-    table.add_row(
-        "  10th to 90th percentile",
-        *(f"{low:.3g} to {high:.3g}" for _, low, high in (time.before, time.after)),
-        f"{time.low:.2f}-{time.high:.2f}",
-    )
-    shapes = ", ".join(
-        f"{safe_text(name, 28)} {'x'.join(map(str, shape)) or 'scalar'}"
-        for name, shape in found.timed_shapes.items()
-    )
-    lines = [
-        f"A {_shown(None if one.path is None else Path(one.path), 'a model in memory')}",
-        f"B {_shown(None if two.path is None else Path(two.path), 'a model in memory')}",
-        "",
-        f"latency: {time.repeats} runs of each in turn, {found.threads} threads, {shapes};",
-        "  beside the ratio its 95 % interval",
-        f"outputs of B against A on {found.samples} samples, {safe_text(found.data, 60)}:",
-        *map(_output_line, found.outputs),
-        *(f"note: {safe_text(note, 300)}" for note in found.notes),
-    ]
-    return Group(*map(Text, lines[:3]), table, *map(Text, lines[2:]))
-
-
-def _output_line(output: OutputComparison) -> str:
-    return f"  {safe_text(output.name)}: {output_text(output, largest=True)}"
