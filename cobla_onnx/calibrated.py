@@ -34,7 +34,7 @@ from cobla_onnx.calibration.network import NetworkLoss, Path
 from cobla_onnx.calibration.outputs import MeasuredModel
 from cobla_onnx.calibration.probe import Weights
 from cobla_onnx.calibration.quality import measure_quality
-from cobla_onnx.calibration.refit import ChosenLayer, refit_layers, replaced_weights
+from cobla_onnx.calibration.refit import replaced_weights
 from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import (
     PROBE_SAMPLES,
@@ -43,9 +43,10 @@ from cobla_onnx.calibration.sensitivity import (
     spread_over,
 )
 from cobla_onnx.errors import ModelError
+from cobla_onnx.finishing import Finisher
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.parallel import Pool
-from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
 from cobla_onnx.rewrite import Replacement, make_replacement
@@ -94,6 +95,8 @@ class Calibrated:
     ----------
     judge : Judge
         Probes of the loss.
+    finisher : Finisher
+        Makes a plan's factors.
     history : list of Step
         What the search by the network's loss went through.
     sensitivity : Sensitivity or None
@@ -119,9 +122,6 @@ class Calibrated:
     _report: dict[str, Any] = field(default_factory=dict)
     _first: dict[frozenset[str], Sensitivity] = field(default_factory=dict)
     _gradient_probe: GradientProbe | None = None
-    _refitted: dict[tuple[Decision, ...], tuple[list[Approximation], int]] = field(
-        default_factory=dict
-    )
 
     def __post_init__(self) -> None:
         if self.measured is None:
@@ -136,13 +136,21 @@ class Calibrated:
             self.labels,
             self.compared,
         )
+        self.finisher = Finisher(
+            self.model,
+            self.analysis,
+            self.judge,
+            self.dataset,
+            min(self.threads, self.pool.runs_at_most),
+            self.progress,
+        )
 
     def start_over(self) -> None:
         """Forget what was chosen for another budget; measurements stay."""
         self._report = {}
         self.history = []
         self.sensitivity = None
-        self._refitted.clear()
+        self.finisher.forget()
 
     def choose(
         self,
@@ -253,7 +261,10 @@ class Calibrated:
             self.progress("allocate", number, ROUNDS)
             allocation = allocate(curves, sensitivity.objective(), constraints, solver=solver)
             found.append(
-                (self.judge.followed.loss(self._truncated(allocation.choices)), allocation)
+                (
+                    self.judge.followed.loss(self._truncated(allocation.choices)),
+                    allocation,
+                )
             )
             if number == ROUNDS - 1 or not sensitivity.refine(allocation.choices):
                 break
@@ -331,13 +342,13 @@ class Calibrated:
 
     def factorise(self, plan: Plan) -> list[Replacement]:
         """Factorise the chosen layers, and refit them if that is wanted."""
-        chosen = self._chosen(plan)
+        chosen = self.finisher.chosen(plan)
         approximations = [entry.approximation for entry in chosen]
         before: float | None = None
         if self.refit:
             before = self.judge.selection.loss(replaced_weights(chosen, approximations))
-            approximations, self._report["refitted"] = self._refit(plan, chosen)
-            self._refitted.clear()
+            approximations, self._report["refitted"] = self.finisher.refitted(plan)
+            self.finisher.forget()
         selection = self.judge.selection
         found = Shelf(
             {name: actual[name] for name in expected if name in actual}
@@ -355,19 +366,6 @@ class Calibrated:
             make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
             for entry, found in zip(chosen, approximations, strict=True)
         ]
-
-    def _refit(self, plan: Plan, chosen: Sequence[ChosenLayer]) -> tuple[list[Approximation], int]:
-        """Refit a plan's layers, once for each plan."""
-        if plan.decisions not in self._refitted:
-            self._refitted[plan.decisions] = refit_layers(
-                self.model,
-                chosen,
-                lambda: self.judge.batches(self.dataset.calibration),
-                self.judge.followed,
-                threads=min(self.threads, self.pool.runs_at_most),
-                progress=partial(self.progress, "refit"),
-            )
-        return self._refitted[plan.decisions]
 
     def held_back(self) -> tuple[str, Callable[[], Iterable[Feeds]]]:
         """Return the selection split's name, and fresh batches of it, for the verification."""
@@ -404,22 +402,9 @@ class Calibrated:
         assert self.analysis.seen is not None
         return self.analysis.seen
 
-    def _chosen(self, plan: Plan) -> list[ChosenLayer]:
-        index = {layer.name: i for i, layer in enumerate(self.analysis.layers)}
-        chosen = []
-        for decision in plan.decisions:
-            if decision.scheme is None:
-                continue
-            layer, scheme, rank = self.analysis.resolve(decision)
-            (found,) = self._seen.approximate(layer, scheme, [rank])
-            importance = self._seen.importance.get(layer.name)
-            chosen.append(ChosenLayer(index[layer.name], layer, scheme, rank, found, importance))
-        return chosen
-
     def _truncated(self, choices: Sequence[Choice | None]) -> Weights:
         """Weights and biases of the chosen layers before refit."""
-        chosen = self._chosen(self.analysis.plan(choices))
-        return replaced_weights(chosen, [entry.approximation for entry in chosen])
+        return self.finisher.weights(self.analysis.plan(choices))
 
     def scores(self, choices: Sequence[Choice | None]) -> Scores:
         """Losses of a plan on the selection split, before refit."""
@@ -427,6 +412,4 @@ class Calibrated:
 
     def refitted_scores(self, choices: Sequence[Choice | None]) -> Scores:
         """Losses of a plan on the selection split, after refit."""
-        plan = self.analysis.plan(choices)
-        chosen = self._chosen(plan)
-        return self.judge.scores(replaced_weights(chosen, self._refit(plan, chosen)[0]))
+        return self.judge.scores(self.finisher.refitted_weights(self.analysis.plan(choices)))
