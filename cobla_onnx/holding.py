@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
 
+from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.grid import RankRule
+from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.errors import BudgetError
+from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.layers import Reason, Skipped, find_layers
 from cobla_onnx.names import safe_text
 from cobla_onnx.settings import Settings
 
-__all__ = ["explain"]
+__all__ = ["elsewhere_note", "elsewhere_text", "explain"]
 
 # Shares of the least below this are not worth a word.
 NOTABLE = 0.1
+# Nor is a budget that means nearly as much of what can be factorised.
+NEAR = 0.1
+# Operators that are named.
+NAMED = 4
 QUANTISED_OPERATORS = {
     "ConvInteger",
     "MatMulInteger",
@@ -72,6 +80,38 @@ def explain(
     )
     advice = ", ".join(group.advice for group in groups)
     return BudgetError(f"{error.cause}, of which {held}", error.least, f"{advice}, or raise it")
+
+
+def elsewhere_text(held: Mapping[str, int]) -> str:
+    """Return bytes by operator in words, most first.
+
+    Examples
+    --------
+    >>> elsewhere_text({"Gather": 47_000_000, "LSTM": 12_000_000})
+    '47M in Gather, 12M in LSTM'
+    """
+    parts = [f"{count_text(size)} in {safe_text(op)}" for op, size in held.items()]
+    rest = sum(list(held.values())[NAMED:])
+    more = [f"{count_text(rest)} in others"] if rest else []
+    return ", ".join([*parts[:NAMED], *more])
+
+
+def elsewhere_note(
+    model: onnx.ModelProto, analysis: Analysis, budget: Budget | None
+) -> tuple[str, ...]:
+    """Say what a budget of memory means for what can be factorised, where that is much less."""
+    inside = sum(layer.stored_bytes for layer in analysis.layers)
+    if budget is None or budget.mem is None or not inside:
+        return ()
+    outside = analysis.mem_total - inside
+    left = (budget.mem * analysis.mem_total - outside) / inside
+    if left > budget.mem - NEAR:
+        return ()
+    held = bytes_elsewhere(model, [layer.source for layer in analysis.layers])
+    return (
+        f"--mem {budget.mem:g} of all bytes means {max(left, 0):.2g} of those that can be "
+        f"factorised: no budget reaches the others, {elsewhere_text(held)}",
+    )
 
 
 def _nothing_to_cut(error: BudgetError, analysis: Analysis) -> BudgetError:

@@ -10,15 +10,15 @@ import numpy as np
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.budget import least_fraction
-from cobla_onnx.allocation.curves import Curve, LayerCurves
-from cobla_onnx.allocation.grid import rank_rule
+from cobla_onnx.allocation.curves import Curve
 from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.calibration.readers import ImageOptions
 from cobla_onnx.exported import Exported
+from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.layers import Skipped
-from cobla_onnx.machine import convolution_block
-from cobla_onnx.names import safe_text
+from cobla_onnx.holding import elsewhere_text
+from cobla_onnx.names import safe_text, short_names
 from cobla_onnx.opening import ModelSource
 from cobla_onnx.progress import Progress
 from cobla_onnx.settings import BatchSize, Settings
@@ -103,11 +103,10 @@ class Inspection(Exported):
         Bytes of all weights.
     mac_total : int or None
         Multiply-accumulates of one run with `input_shapes`, None where they are not known.
+    elsewhere : dict of str to int
+        Bytes of weights that no budget reaches, by the operator that reads them.
     least : dict of str to float
-        ``mem`` and ``mac``: the least fraction that is within reach, each taken alone, by the
-        ranks that are candidates then; see `rank_rule`.
-    least_of_all_ranks : dict of str to float
-        The same if every rank may be chosen, as ``--rank-multiple 1`` allows.
+        ``mem`` and ``mac``: the least fraction that is within reach, each taken alone.
     input_shapes : dict of str to tuple
     measured_by : {'weights', 'outputs'}
         Whose singular values the spectra show: of weights, or with data of the outputs.
@@ -119,8 +118,8 @@ class Inspection(Exported):
     left_alone: tuple[LeftAlone, ...]
     mem_total: int
     mac_total: int | None
+    elsewhere: dict[str, int]
     least: dict[str, float]
-    least_of_all_ranks: dict[str, float]
     input_shapes: dict[str, tuple[int | None, ...] | None]
     measured_by: str
     notes: tuple[str, ...]
@@ -191,9 +190,6 @@ def inspect(
 
 def _inspection(study: Study) -> Inspection:
     analysis = study.analysis
-    every = _least(analysis, analysis.curves)
-    rule = rank_rule("auto", mac=True, latency=False, block=convolution_block())
-    least = {**every, **_least(analysis, analysis.curves_under(rule), mem=False)}
     layers = [
         InspectedLayer(
             layer.name,
@@ -212,24 +208,20 @@ def _inspection(study: Study) -> Inspection:
         tuple(map(_left_alone, analysis.skipped)),
         analysis.mem_total,
         analysis.mac_total,
-        least,
-        every,
+        bytes_elsewhere(study.model, [layer.source for layer in analysis.layers]),
+        _least(analysis),
         dict(analysis.input_shapes),
         "weights" if analysis.seen is None else "outputs",
         analysis.notes,
     )
 
 
-def _least(
-    analysis: Analysis, curves: Sequence[LayerCurves], *, mem: bool = True
-) -> dict[str, float]:
-    """Least fractions within reach; of memory unless that is not wanted."""
-    mac = None if analysis.mac_total is None else 1.0
-    if not mem and mac is None:
-        return {}
-    budget = Budget(mem=1.0 if mem else None, mac=mac)
-    constraints = budget.constraints(curves, analysis.mem_total, analysis.mac_total)
-    return {constraint.name: least_fraction(constraint, curves) for constraint in constraints}
+def _least(analysis: Analysis) -> dict[str, float]:
+    """Least fractions within reach, by all ranks: where a grid keeps from it, more are added."""
+    constraints = analysis.constraints(
+        Budget(mem=1.0, mac=None if analysis.mac_total is None else 1.0)
+    )
+    return {c.name: least_fraction(c, analysis.curves) for c in constraints}
 
 
 def _schemes(curves: Sequence[Curve], size: int, macs: int | None) -> tuple[InspectedScheme, ...]:
@@ -305,10 +297,11 @@ def _render(found: Inspection) -> RenderableType:
         right = heading in ("params", "MACs", "half")
         table.add_column(heading, justify="right" if right else "left", no_wrap=True)
     table.add_column("spectrum", no_wrap=True)
+    names = short_names([layer.name for layer in found.layers], 40)
     for layer in found.layers:
         best = layer.schemes[0]
         table.add_row(
-            Text(safe_text(layer.name, 40)),
+            Text(names[layer.name]),
             layer.op,
             count_text(layer.params),
             count_text(layer.macs),
@@ -336,7 +329,7 @@ def _groups(found: Inspection) -> list[str]:
         groups.setdefault(item.reason, []).append(item)
     lines = []
     for reason, items in groups.items():
-        names = ", ".join(safe_text(item.name, 28) for item in items[:3])
+        names = ", ".join(short_names([item.name for item in items[:3]], 28).values())
         more = f" and {len(items) - 3} more" if len(items) > 3 else ""
         params = sum(item.params for item in items)
         size = f", {count_text(params)} parameters" if params else ""
@@ -351,6 +344,9 @@ def _totals(found: Inspection) -> list[str]:
         f"memory: {count_text(found.mem_total)} bytes of weights; "
         f"least reachable: --mem {found.least['mem']:g}",
     ]
+    # Biases are always there, and hardly anything.
+    if sum(found.elsewhere.values()) > found.mem_total / 100:
+        lines.append(f"of these no budget reaches {elsewhere_text(found.elsewhere)}")
     if found.mac_total is None:
         return [*lines, "MACs: not known"]
     shapes = ", ".join(
@@ -360,6 +356,5 @@ def _totals(found: Inspection) -> list[str]:
     return [
         *lines,
         f"MACs: {count_text(found.mac_total)} for {shapes}; "
-        f"least reachable: --mac {found.least['mac']:g} "
-        f"({found.least_of_all_ranks['mac']:g} with --rank-multiple 1)",
+        f"least reachable: --mac {found.least['mac']:g}",
     ]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import unicodedata
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
-__all__ = ["matching", "quoted", "safe_text"]
+__all__ = ["matching", "quoted", "safe_text", "short_names"]
+
+# Characters of a text that are looked at.
+LONGEST = 10_000
 
 
 def safe_text(text: str, limit: int = 48) -> str:
@@ -17,11 +22,63 @@ def safe_text(text: str, limit: int = 48) -> str:
     >>> safe_text("a" + chr(27) + "[31m")
     'a\\x1b[31m'
     """
-    shown = "".join(
+    shown = _printable(text) if len(text) <= LONGEST else _printable(text[:LONGEST])
+    return shown if len(shown) <= limit else _elided(shown, limit, limit // 2 - 1)
+
+
+def short_names(names: Iterable[str], limit: int) -> dict[str, str]:
+    """Make the names of a table safe and short, so that different ones stay different.
+
+    The middle is left out where that tells them apart, else what comes before or after the
+    place where they begin to differ; names that differ in more places are numbered.
+
+    Examples
+    --------
+    >>> names = [f"encoder/layer.{i}/attention/self/query" for i in (1, 2)]
+    >>> list(short_names(names, 20).values())
+    ['encoder/layer.1…uery', 'encoder/layer.2…uery']
+    """
+    found: dict[str, str] = {}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in dict.fromkeys(names):
+        groups[safe_text(name, limit)].append(name)
+    taken = set(groups)
+    for usual, alike in groups.items():
+        if len(alike) == 1:
+            found[alike[0]] = usual
+            continue
+        for shown in _tries([_printable(name[:LONGEST]) for name in alike], limit):
+            if len(set(shown)) == len(shown) and not taken & set(shown):
+                found.update(zip(alike, shown, strict=True))
+                taken.update(shown)
+                break
+    return found
+
+
+def _tries(names: Sequence[str], limit: int) -> Iterator[list[str]]:
+    """Yield ways to shorten names that the usual way makes alike."""
+    half = limit // 2 - 1
+    for head in sorted(range(1, limit - 1), key=lambda head: abs(head - half)):
+        yield [_elided(name, limit, head) for name in names]
+    same = itertools.takewhile(lambda chars: len(set(chars)) == 1, zip(*names, strict=False))
+    start = max(sum(1 for _ in same) - limit // 4, 0)
+    yield [f"…{name[start : start + limit - 2]}…"[:limit] for name in names]
+    for number in itertools.count(1):
+        ends = [f"…{number + place}" for place in range(len(names))]
+        yield [
+            name[: max(limit - len(end), 1)] + end for name, end in zip(names, ends, strict=True)
+        ]
+
+
+def _printable(text: str) -> str:
+    return "".join(
         c if not unicodedata.category(c).startswith(("C", "Zl", "Zp")) else f"\\x{ord(c):02x}"
-        for c in text[: 4 * limit]
+        for c in text
     )
-    return shown if len(shown) <= limit else f"{shown[: limit // 2 - 1]}…{shown[-limit // 2 :]}"
+
+
+def _elided(text: str, limit: int, head: int) -> str:
+    return text if len(text) <= limit else f"{text[:head]}…{text[head + 1 - limit :]}"
 
 
 def quoted(name: str) -> str:

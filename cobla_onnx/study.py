@@ -30,7 +30,7 @@ from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.graph.order import Order, restore_order
-from cobla_onnx.holding import explain
+from cobla_onnx.holding import elsewhere_note, explain
 from cobla_onnx.parallel import Pool
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress, tracked
@@ -245,6 +245,7 @@ class Study:
             limit = None if solution.budget is None else solution.budget.latency
             latency, of_time = self.timed.report(compressed, solution.plan, limit)
             more_notes += of_time
+        more_notes += elsewhere_note(self.model, self.analysis, solution.budget)
         analysis = self.analysis
         if self.cache is not None:
             notes = dict.fromkeys((*analysis.notes, *self.cache.notes))

@@ -9,7 +9,7 @@ from onnx import helper
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.errors import UsageError
-from cobla_onnx.names import matching
+from cobla_onnx.names import matching, safe_text, short_names
 from tests.builders import model_of, random_array
 
 NAMES = st.text("ab[]*?0-!", min_size=1, max_size=6)
@@ -19,6 +19,32 @@ NAMES = st.text("ab[]*?0-!", min_size=1, max_size=6)
 def test_every_name_means_itself_alone(names):
     for name in names:
         assert matching(name, names) == {name}
+
+
+LONG = st.text("ab/.0", min_size=1, max_size=60)
+
+
+@given(st.lists(LONG, max_size=30), st.integers(12, 40))
+def test_different_names_are_shown_differently(names, limit):
+    shown = short_names(names, limit)
+    assert set(shown) == set(names)
+    assert len(set(shown.values())) == len(shown)
+    assert all(len(text) <= limit for text in shown.values())
+    assert all(text == name for name, text in shown.items() if len(name) <= limit)
+
+
+@pytest.mark.parametrize("limit", [28, 40])
+@pytest.mark.parametrize("name", ["/encoder/layer.{}/attention/self/query/MatMul", "{:>70}/MatMul"])
+def test_the_part_that_tells_layers_apart_is_shown(name, limit):
+    names = [name.format(number).replace(" ", "x") for number in range(12)]
+    for number, text in enumerate(short_names(names, limit).values()):
+        assert str(number) in text
+        assert len(text) <= limit
+
+
+def test_one_name_is_shortened_as_ever():
+    name = "x" * 30 + "y" * 30
+    assert short_names([name], 20)[name] == safe_text(name, 20) == "x" * 9 + "…" + "y" * 10
 
 
 def test_globs_mean_what_they_match():

@@ -24,8 +24,10 @@ from cobla_onnx.graph.tensors import all_tensors, constant_value, subgraphs
 from cobla_onnx.names import safe_text
 
 __all__ = [
+    "bytes_in",
     "constant_value",
     "copy_without_initializers",
+    "is_weight",
     "load_in_order",
     "load_model",
     "stored_bytes",
@@ -142,25 +144,31 @@ def stored_bytes(model: onnx.ModelProto) -> int:
     can be weights: of floating type, of more than 8 bytes. Of the main graph, of
     sub-graphs and of model-local functions.
     """
+    return bytes_in([model.graph], [function.node for function in model.functions])
+
+
+def bytes_in(
+    graphs: Iterable[onnx.GraphProto], nodes: Iterable[Iterable[onnx.NodeProto]] = ()
+) -> int:
+    """Bytes of the weights that graphs and lists of nodes store, with all sub-graphs."""
     total = 0
-    node_lists: list[Iterable[onnx.NodeProto]] = [f.node for f in model.functions]
-    graphs = [model.graph]
-    while graphs or node_lists:
-        if graphs:
-            graph = graphs.pop()
+    waiting, node_lists = list(graphs), list(nodes)
+    while waiting or node_lists:
+        if waiting:
+            graph = waiting.pop()
             total += sum(tensor_bytes(tensor) for tensor in graph.initializer)
             for sparse in graph.sparse_initializer:
                 total += tensor_bytes(sparse.values) + tensor_bytes(sparse.indices)
             node_lists.append(graph.node)
         for node in node_lists.pop():
             value = constant_value(node)
-            if value is not None and _may_be_weight(value):
+            if value is not None and is_weight(value):
                 total += tensor_bytes(value)
-            graphs.extend(subgraphs(node))
+            waiting.extend(subgraphs(node))
     return total
 
 
-def _may_be_weight(tensor: onnx.TensorProto) -> bool:
+def is_weight(tensor: onnx.TensorProto) -> bool:
     """Tell a weight in a Constant node from a shape, an axis or a scalar."""
     name = onnx.TensorProto.DataType.Name(tensor.data_type)
     return ("FLOAT" in name or name == "DOUBLE") and tensor_bytes(tensor) > 8

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from cobla_onnx.amounts import count_text, percent_text
 from cobla_onnx.comparison import OutputComparison
-from cobla_onnx.names import safe_text
+from cobla_onnx.names import safe_text, short_names
 from cobla_onnx.report import Cost, Report
 
 __all__ = ["to_markdown"]
@@ -93,14 +93,14 @@ def _layers(report: Report) -> str:
         return f"{count_text(cost.before)} → {count_text(cost.after)}"
 
     rows = []
-    for layer in report.layers:
-        if layer.decision == "skipped":
-            continue
+    layers = [layer for layer in report.layers if layer.decision != "skipped"]
+    shown = short_names([layer.name for layer in layers], 80)
+    for layer in layers:
         cut = layer.decision == "factorised"
         rank = f"{layer.full_rank} → {layer.rank}" if cut else str(layer.full_rank or "")
         error = "" if not cut or layer.error is None else percent_text(layer.error)
         kind = layer.scheme if cut and layer.scheme else "whole"
-        names = _code(layer.name), _code(layer.op, 30)
+        names = _code(shown[layer.name], 80), _code(layer.op, 30)
         rows.append((*names, kind, rank, change(layer.params), change(layer.macs), error))
     return _table(("layer", "op", "decision", "rank", "parameters", "MACs", "error"), rows)
 

@@ -14,7 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.amounts import count_text, percent_text
-from cobla_onnx.names import safe_text
+from cobla_onnx.names import safe_text, short_names
 from cobla_onnx.rendering.charts import (
     Chart,
     Sparkline,
@@ -152,14 +152,15 @@ def _rows(report: Report) -> list[Row]:
     layers = [layer for layer in report.layers if layer.decision != "skipped"]
     params = max((layer.params.before or 0 for layer in layers), default=0)
     macs = max((layer.macs.before or 0 for layer in layers), default=0)
-    return [_row(layer, params, macs) for layer in layers]
+    names = short_names([layer.name for layer in layers], 80)
+    return [_row(layer, names[layer.name], params, macs) for layer in layers]
 
 
-def _row(layer: LayerReport, most_params: int, most_macs: int) -> Row:
+def _row(layer: LayerReport, name: str, most_params: int, most_macs: int) -> Row:
     cut = layer.decision == "factorised"
     spectrum = layer.spectrum
     return Row(
-        name=safe_text(layer.name, 80),
+        name=name,
         op=safe_text(layer.op, 30),
         shape=" × ".join(map(str, layer.shape)),
         cut=cut,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.amounts import count_text
 from cobla_onnx.comparison import OutputComparison
-from cobla_onnx.names import safe_text
+from cobla_onnx.names import safe_text, short_names
 from cobla_onnx.report import BudgetUse, Cost, Report
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ def render(report: Report) -> RenderableType:
         table.add_column(heading, overflow="fold")
     for heading in ("rank", "parameters", "MACs", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for layer in report.layers:
-        if layer.decision == "skipped":
-            continue
+    layers = [layer for layer in report.layers if layer.decision != "skipped"]
+    names = short_names([layer.name for layer in layers], 28)
+    for layer in layers:
         cut = layer.decision == "factorised"
         table.add_row(
-            Text(safe_text(layer.name, 28)),
+            Text(names[layer.name]),
             layer.op,
             layer.scheme if cut else "whole",
             f"{layer.full_rank} → {layer.rank}" if cut else str(layer.full_rank or ""),
@@ -99,11 +99,12 @@ def _latency(report: Report) -> list[str]:
         f"{time.threads} threads, {time.provider}"
     ]
     cut = [layer for layer in time.layers if layer.after_ms != layer.before_ms]
+    names = short_names([layer.name for layer in time.layers], 40)
     lines += [
-        f"  {safe_text(layer.name, 40)}: {layer.before_ms:.3g} → {layer.after_ms:.3g} ms alone"
+        f"  {names[layer.name]}: {layer.before_ms:.3g} → {layer.after_ms:.3g} ms alone"
         for layer in cut
     ]
-    whole = [safe_text(layer.name, 40) for layer in time.layers if layer not in cut]
+    whole = [names[layer.name] for layer in time.layers if layer not in cut]
     if whole:
         lines.append(f"  as before, of the slowest: {', '.join(whole)}")
     return lines

@@ -1,0 +1,56 @@
+"""Where a model's bytes are that no factorisation touches, by the operators that read them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+import onnx
+
+from cobla_onnx.graph.model_file import bytes_in, constant_value, is_weight
+from cobla_onnx.graph.operands import all_inputs
+from cobla_onnx.graph.sizes import tensor_bytes
+from cobla_onnx.graph.tensors import subgraphs
+
+__all__ = ["bytes_elsewhere"]
+
+UNREAD = "nothing"
+FUNCTIONS = "functions"
+
+
+def bytes_elsewhere(model: onnx.ModelProto, layers: Collection[str]) -> dict[str, int]:
+    """Bytes of stored weights by the operator that reads them first, those of layers left out.
+
+    Weights inside the sub-graphs of a node are its own, those of model-local functions count
+    together. With the layers' they are what `stored_bytes` counts.
+
+    Parameters
+    ----------
+    model : ModelProto
+    layers : collection of str
+        Names of the stored tensors that are left out.
+
+    Returns
+    -------
+    dict of str to int
+        Most bytes first; without operators that hold none.
+    """
+    graph = model.graph
+    readers: dict[str, str] = {}
+    held: Counter[str] = Counter()
+    for node in graph.node:
+        for name in all_inputs(node):
+            readers.setdefault(name, node.op_type)
+        held[node.op_type] += bytes_in(subgraphs(node))
+    for node in graph.node:
+        value = constant_value(node)
+        if value is not None and is_weight(value) and node.output[0] not in layers:
+            held[readers.get(node.output[0], UNREAD)] += tensor_bytes(value)
+    for tensor in graph.initializer:
+        if tensor.name not in layers:
+            held[readers.get(tensor.name, UNREAD)] += tensor_bytes(tensor)
+    for sparse in graph.sparse_initializer:
+        size = tensor_bytes(sparse.values) + tensor_bytes(sparse.indices)
+        held[readers.get(sparse.values.name, UNREAD)] += size
+    held[FUNCTIONS] += bytes_in((), [function.node for function in model.functions])
+    return {name: size for name, size in held.most_common() if size}
