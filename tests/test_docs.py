@@ -72,6 +72,8 @@ def test_the_readme_shows_what_its_command_prints(tmp_path):
     assert [word for word in said if "/" in word] == [word for word in found if "/" in word]
     for words in (said, found):
         assert words.count("Conv") == 7
+    # Layers may be kept whole on one processor and not on another.
+    said, found = (words[words.index("memory:") :] for words in (said, found))
     for label in ("kept", "output", "least"):
         values = [float(words[words.index(label) + 1].rstrip(",")) for words in (said, found)]
         assert values[1] == pytest.approx(values[0], rel=0.1), label
