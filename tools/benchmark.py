@@ -132,14 +132,19 @@ def silent(stage: str, done: int, total: int) -> None:
 def analyse_for(bench: Bench, scheme: str, dataset: Any = None) -> Any:
     """Analyse the model: by its weights alone, or by the data."""
     from cobla_onnx.analysis import analyse
+    from cobla_onnx.calibration.choosing import Chooser, look_at
+    from cobla_onnx.calibration.heads import importances
     from cobla_onnx.calibration.seen import Seen
 
     def see(layers: Sequence[Any]) -> Any:
+        chooser = Chooser.of(bench.model)
+        compared = look_at(bench.model, dataset, bench.task.batch, bench.threads, chooser)
         return Seen(
             bench.model,
             layers,
             lambda: dataset.batches(dataset.calibration, bench.task.batch),
             threads=bench.threads,
+            importance=importances(bench.model, layers, compared.curvatures),
         )
 
     return analyse(
