@@ -9,13 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.comparison import differently_made, is_numeric
+from cobla_onnx.comparison import PIECE, differently_made, is_numeric
 
 __all__ = ["network_errors", "rounding_error"]
-
-
-# Elements that are compared at a time.
-PIECE = 1 << 20
 
 
 def rounding_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:

@@ -22,7 +22,7 @@ def safe_text(text: str, limit: int = 48) -> str:
     >>> safe_text("a" + chr(27) + "[31m")
     'a\\x1b[31m'
     """
-    shown = _printable(text) if len(text) <= LONGEST else _printable(text[:LONGEST])
+    shown = _printable(text)
     return shown if len(shown) <= limit else _elided(shown, limit, limit // 2 - 1)
 
 
@@ -47,7 +47,7 @@ def short_names(names: Iterable[str], limit: int) -> dict[str, str]:
         if len(alike) == 1:
             found[alike[0]] = usual
             continue
-        for shown in _tries([_printable(name[:LONGEST]) for name in alike], limit):
+        for shown in _tries([_printable(name) for name in alike], limit):
             if len(set(shown)) == len(shown) and not taken & set(shown):
                 found.update(zip(alike, shown, strict=True))
                 taken.update(shown)
@@ -73,7 +73,7 @@ def _tries(names: Sequence[str], limit: int) -> Iterator[list[str]]:
 def _printable(text: str) -> str:
     return "".join(
         c if not unicodedata.category(c).startswith(("C", "Zl", "Zp")) else f"\\x{ord(c):02x}"
-        for c in text
+        for c in text[:LONGEST]
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -59,9 +60,14 @@ class _Table:
     rank: NDArray[np.int64]
     loss: Float64
     spent: NDArray[np.int64]
-    rooms: Float64
+    limits: NDArray[np.int64]
 
     @property
+    def rooms(self) -> NDArray[np.int64]:
+        """What may be spent, at least 1, so that costs can be told in units of it."""
+        return np.maximum(self.limits, 1)
+
+    @cached_property
     def costs(self) -> Float64:
         """Costs in units of what may be spent, so that every limit is 1."""
         return np.asarray(self.spent / self.rooms[:, None])
@@ -73,7 +79,7 @@ class _Table:
             self.rank[keep],
             self.loss[keep],
             self.spent[:, keep],
-            self.rooms,
+            self.limits,
         )
 
     def choices(self, columns: NDArray[Any]) -> tuple[Choice | None, ...]:
@@ -102,7 +108,7 @@ def _table(
         np.concatenate([p[2] for p in parts]),
         np.concatenate([p[3] for p in parts]),
         np.concatenate([p[4] for p in parts], axis=1),
-        np.array([max(c.limit - c.fixed, 1) for c in constraints], dtype=np.float64),
+        np.array([c.limit - c.fixed for c in constraints], dtype=np.int64),
     )
 
 
@@ -159,8 +165,8 @@ def knapsack(
     search.add(_incumbent(table, prices, layers, constraints))
     if not search.done and len(constraints) == 1:
         candidates = table[reduced <= search.distance]
-        room = constraints[0].limit - constraints[0].fixed
-        found = solve_programme(candidates.layer, candidates.loss, candidates.spent[0], room)
+        columns = candidates.layer, candidates.loss, candidates.spent[0]
+        found = solve_programme(*columns, int(table.limits[0]))
         search.add(
             None if found.columns is None else candidates.choices(found.columns), found.bound
         )
@@ -170,8 +176,8 @@ def knapsack(
     if search.best is None:
         raise _together(layers, constraints)
     multipliers = {
-        c.name: float(price) * c.total / max(c.limit - c.fixed, 1)
-        for c, price in zip(constraints, prices, strict=True)
+        c.name: float(price * c.total / room)
+        for c, price, room in zip(constraints, prices, table.rooms, strict=True)
     }
     bound = min(max(search.bound, 0.0), search.value)
     return KnapsackSolution(search.best, search.value, bound, multipliers)
@@ -224,20 +230,17 @@ def _incumbent(
         order = np.lexsort((table.loss, priced, table.layer))
         first = order[np.searchsorted(table.layer[order], np.arange(len(layers)))]
         if _satisfied(table.choices(first), layers, constraints):
-            limits = np.array([c.limit - c.fixed for c in constraints], dtype=np.int64)
-            return table.choices(_filled(table, first, limits))
+            return table.choices(_filled(table, first))
         scale *= 1.005 if scale < 1.5 else 1.5
     return None
 
 
-def _filled(
-    table: _Table, columns: NDArray[np.int64], limits: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _filled(table: _Table, columns: NDArray[np.int64]) -> NDArray[np.int64]:
     """Spend what is left: the change that gains most, one layer at a time, while one fits."""
     columns = columns.copy()
     for _ in range(len(columns)):
         more = table.spent - table.spent[:, columns[table.layer]]
-        left = limits - table.spent[:, columns].sum(axis=1)
+        left = table.limits - table.spent[:, columns].sum(axis=1)
         gain = table.loss[columns[table.layer]] - table.loss
         gain[(more > left[:, None]).any(axis=0)] = 0.0
         best = int(np.argmax(gain))

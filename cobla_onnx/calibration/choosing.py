@@ -238,12 +238,10 @@ def look_at(
     found = survey(model, dataset, batch, threads, chooser.classes, progress)
     if found.left_out:
         dataset.leave_out(found.left_out)
-        # The splits have moved.
-        found = replace(
-            survey(model, dataset, batch, threads, chooser.classes, progress),
-            left_out=found.left_out,
-            notes=found.notes,
-        )
+        if any(facts.about for facts in found.outputs.values()):
+            # The splits have moved, and with them what the halves tell of classes.
+            again = survey(model, dataset, batch, threads, chooser.classes, progress)
+            found = replace(again, notes=found.notes)
     measures = chooser.measures(found)
     shares = {name: facts.shares for name, facts in found.outputs.items()}
     softness = temperatures(measures, shares) if chooser.loss == "auto" else {}

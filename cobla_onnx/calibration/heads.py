@@ -21,6 +21,7 @@ from cobla_onnx.calibration.soften import LADDER
 from cobla_onnx.calibration.survey import OutputFacts
 from cobla_onnx.graph.cost import Shape, infer_shapes
 from cobla_onnx.graph.layers import Layer, attributes
+from cobla_onnx.graph.operands import GraphIndex
 from cobla_onnx.lowrank.factorize import Float64
 from cobla_onnx.measures import Measure
 
@@ -157,12 +158,9 @@ class _Walk:
     """Walks from an output to the layer that makes its entries along an axis."""
 
     def __init__(self, model: onnx.ModelProto, layers: Sequence[Layer]) -> None:
-        self._producer = {name: node for node in model.graph.node for name in node.output}
+        self._graph = GraphIndex(model)
         self._layers = {e.uses[0].output: e for e in layers if len(e.uses) == 1}
         self._shapes: dict[str, Shape] = infer_shapes(model, {})
-        self._constant = {tensor.name for tensor in model.graph.initializer} | {
-            name for node in model.graph.node if node.op_type == "Constant" for name in node.output
-        }
 
     def layer_behind(self, place: _Place, size: int) -> Layer | None:
         """Return the layer, if its outputs are the entries along the axis and nothing else."""
@@ -176,16 +174,17 @@ class _Walk:
 
     def _before(self, place: _Place, size: int) -> _Place | None:
         """Return where the entries of a tensor along an axis come from."""
-        node = self._producer.get(place.name)
-        if node is None or not node.input:
+        index = self._graph.producer.get(place.name)
+        if index is None or not self._graph.nodes[index].input:
             return None
+        node = self._graph.nodes[index]
         source = replace(place, name=node.input[0])
         if node.op_type in ALONG or (node.op_type in SOFTMAX and place.classes):
             return source
         if node.op_type in POOLS and place.axis == 1:
             return source
         if node.op_type in SUMS:
-            others = [name for name in node.input if name not in self._constant]
+            others = [name for name in node.input if name not in self._graph.stored]
             return replace(place, name=others[0]) if len(others) == 1 else None
         if node.op_type == "Transpose":
             order = attributes(node).get("perm")

@@ -65,7 +65,7 @@ def temperatures(
 def doubts(
     values: NDArray[np.float64], logits: bool, axis: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """P (1 - p) at each temperature: of each sample, and about each class.
+    """Doubt, p (1 - p), at each temperature: of each sample, and about each class.
 
     Where a sample has many positions, evenly spaced ones stand for all.
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import onnx
 
 from cobla_onnx.graph.model_file import bytes_in, constant_value, is_weight
-from cobla_onnx.graph.operands import all_inputs
+from cobla_onnx.graph.operands import GraphIndex
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import subgraphs
 
@@ -35,22 +35,22 @@ def bytes_elsewhere(model: onnx.ModelProto, layers: Collection[str]) -> dict[str
     dict of str to int
         Most bytes first; without operators that hold none.
     """
-    graph = model.graph
-    readers: dict[str, str] = {}
+    index = GraphIndex(model)
     held: Counter[str] = Counter()
-    for node in graph.node:
-        for name in all_inputs(node):
-            readers.setdefault(name, node.op_type)
+
+    def add(name: str, size: int) -> None:
+        first = index.readers.get(name, ())
+        held[index.nodes[first[0]].op_type if first else UNREAD] += size
+
+    for node in index.nodes:
         held[node.op_type] += bytes_in(subgraphs(node))
-    for node in graph.node:
         value = constant_value(node)
         if value is not None and is_weight(value) and node.output[0] not in layers:
-            held[readers.get(node.output[0], UNREAD)] += tensor_bytes(value)
-    for tensor in graph.initializer:
+            add(node.output[0], tensor_bytes(value))
+    for tensor in model.graph.initializer:
         if tensor.name not in layers:
-            held[readers.get(tensor.name, UNREAD)] += tensor_bytes(tensor)
-    for sparse in graph.sparse_initializer:
-        size = tensor_bytes(sparse.values) + tensor_bytes(sparse.indices)
-        held[readers.get(sparse.values.name, UNREAD)] += size
+            add(tensor.name, tensor_bytes(tensor))
+    for sparse in model.graph.sparse_initializer:
+        add(sparse.values.name, tensor_bytes(sparse.values) + tensor_bytes(sparse.indices))
     held[FUNCTIONS] += bytes_in((), [function.node for function in model.functions])
     return {name: size for name, size in held.most_common() if size}

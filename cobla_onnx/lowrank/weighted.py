@@ -80,9 +80,8 @@ class WeightedFactorizer:
     ) -> None:
         self.scheme = scheme
         self.max_rank = max_rank
-        rows = scheme.rows_of(weight).astype(np.float64)
-        self._roots = _roots(importance, rows)
-        stack = scheme.matrix(scheme.weight_of(rows * self._roots[:, :, None]))
+        self._roots = _roots(importance, scheme.rows_of(weight))
+        stack = scheme.matrix(_scaled(scheme, weight, self._roots)).astype(np.float64)
         if not scheme.inputs_first:
             stack = stack.swapaxes(1, 2)
         self._stack = stack
@@ -127,7 +126,9 @@ class WeightedFactorizer:
             left, right = self._lefts[group][:, :rank], basis.right[:, :rank].T
             if self.scheme.offsets > 1:
                 right = _solve(*self._reduced(group, rank)).swapaxes(1, 2).reshape(rank, -1)
-            pairs.append((left, right / np.repeat(self._roots[group], self.scheme.offsets)))
+            if self._roots is not None:
+                right = right / np.repeat(self._roots[group], self.scheme.offsets)
+            pairs.append((left, right))
         return balanced(self.scheme, pairs)
 
     def _reduced(self, group: int, rank: int) -> tuple[Float64, Float64]:
@@ -169,10 +170,10 @@ class OutputFactorizer:
         assert scheme.offsets == 1
         self.scheme = scheme
         self.max_rank = max_rank
-        rows = scheme.rows_of(weight)
-        self._roots = _roots(importance, rows)
-        self._rows = rows * self._roots[:, :, None]
-        outputs = outputs * self._roots[:, :, None] * self._roots[:, None, :]
+        self._roots = _roots(importance, scheme.rows_of(weight))
+        self._rows = scheme.rows_of(_scaled(scheme, weight, self._roots))
+        if self._roots is not None:
+            outputs = outputs * self._roots[:, :, None] * self._roots[:, None, :]
         self.energy = float(np.einsum("gii->", outputs))
         found = [_descending(gram) for gram in outputs]
         self._vectors = [vectors[:, :max_rank] for _, vectors in found]
@@ -187,17 +188,21 @@ class OutputFactorizer:
     def factorize(self, rank: int) -> Factorization:
         """Return the factors of the given rank in the order of the scheme's matrix."""
         pairs = []
-        for rows, roots, vectors in zip(self._rows, self._roots, self._vectors, strict=True):
+        for group, (rows, vectors) in enumerate(zip(self._rows, self._vectors, strict=True)):
             basis = vectors[:, :rank]
-            pairs.append(((basis.T @ rows).T, basis.T / roots))
+            right = basis.T if self._roots is None else basis.T / self._roots[group]
+            pairs.append(((basis.T @ rows).T, right))
         return balanced(self.scheme, pairs)
 
 
-def _roots(importance: Float64 | None, rows: NDArray[Any]) -> Float64:
-    """Weights of the outputs themselves, shape (groups, outputs)."""
-    if importance is None:
-        return np.ones(rows.shape[:2])
-    return np.sqrt(importance).reshape(rows.shape[:2])
+def _roots(importance: Float64 | None, rows: NDArray[Any]) -> Float64 | None:
+    """Weights of the outputs themselves, shape (groups, outputs); None where all are 1."""
+    return None if importance is None else np.sqrt(importance).reshape(rows.shape[:2])
+
+
+def _scaled(scheme: Scheme, weight: NDArray[Any], roots: Float64 | None) -> NDArray[Any]:
+    """Weight of a layer whose outputs are scaled; not a copy where none is."""
+    return weight if roots is None else scheme.weight_of(scheme.rows_of(weight) * roots[:, :, None])
 
 
 def _tails(singular_values: Float64) -> Float64:
