@@ -7,9 +7,7 @@ kind of processor), and many small matrices do not make threads wait for each ot
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +36,7 @@ from cobla_onnx.providers import (
     give_memory_back,
     memory_is_given_back,
 )
+from cobla_onnx.scratch import temporary_folder
 
 __all__ = [
     "Pool",
@@ -240,13 +239,9 @@ def open_pool(threads: int, workers: int | None = None) -> Iterator[Pool]:
 def _process_pool(workers: int) -> Iterator[Pool]:
     if workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")
-    folder = Path(tempfile.mkdtemp(prefix="cobla-onnx-work-"))
     option = f"--workers {workers}"
-    try:
-        with open_processes(workers) as executor:
-            yield Pool(executor, workers, inside=False, folder=folder, option=option)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with temporary_folder("work") as folder, open_processes(workers) as executor:
+        yield Pool(executor, workers, inside=False, folder=folder, option=option)
 
 
 @contextmanager
@@ -257,8 +252,8 @@ def executor_pool(executor: Executor) -> Iterator[Pool]:
     if not isinstance(executor, ProcessPoolExecutor):
         yield Pool(executor, width, inside=inside, option="executor")
         return
-    with tempfile.TemporaryDirectory(prefix="cobla-onnx-work-") as folder:
-        yield Pool(executor, width, inside=False, folder=Path(folder), option="executor")
+    with temporary_folder("work") as folder:
+        yield Pool(executor, width, inside=False, folder=folder, option="executor")
 
 
 @contextmanager

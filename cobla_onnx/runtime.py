@@ -8,8 +8,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
@@ -27,7 +25,7 @@ from cobla_onnx.machine import return_freed_memory
 from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.parts import part_error
 from cobla_onnx.providers import CPU, current_provider, memory_is_given_back
-from cobla_onnx.scratch import array_bytes
+from cobla_onnx.scratch import array_bytes, temporary_folder
 
 __all__ = [
     "Feeds",
@@ -157,9 +155,9 @@ def _handed_over(
     with ExitStack() as stack:
         file: BinaryIO | None = None
         if by_file and MAPS_FILES and os.name == "posix" and size >= BY_FILE:
-            folder = stack.enter_context(TemporaryDirectory(prefix="cobla-onnx-weights-"))
-            options.add_session_config_entry(FOLDER, folder)
-            file = stack.enter_context(Path(folder, WEIGHTS).open("wb"))
+            folder = stack.enter_context(temporary_folder("weights"))
+            options.add_session_config_entry(FOLDER, str(folder))
+            file = stack.enter_context((folder / WEIGHTS).open("wb"))
         values = _add_weights(light, tensors, extra, file)
         if values:
             options.add_external_initializers(list(values), list(values.values()))

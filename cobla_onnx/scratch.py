@@ -1,18 +1,22 @@
-"""Unnamed temporary files of arrays, for what is too much for memory."""
+"""Temporary files of arrays for what is too much for memory, and temporary folders."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ArrayFile", "Place", "Shelf", "array_bytes"]
+from cobla_onnx.processes import interrupts_wait
+
+__all__ = ["ArrayFile", "Place", "Shelf", "array_bytes", "temporary_folder"]
 
 # Bytes on a shelf that stay in memory.
 AT_HAND = 1 << 24
@@ -109,6 +113,29 @@ class Shelf(Sequence["dict[str, NDArray[Any]]"]):
             return entry
         assert self._file is not None
         return self._file.get(entry)
+
+
+@contextlib.contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """Make a folder that goes when the block is left.
+
+    Ctrl-C waits while it is made or removed: `tempfile.TemporaryDirectory`, interrupted while
+    it removes its files, leaves them.
+
+    Parameters
+    ----------
+    purpose : str
+        A word for its name, so that users know whose it is.
+    """
+    folder: Path | None = None
+    try:
+        with interrupts_wait():
+            folder = Path(tempfile.mkdtemp(prefix=f"cobla-onnx-{purpose}-"))
+        yield folder
+    finally:
+        with interrupts_wait():
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def array_bytes(array: NDArray[Any]) -> memoryview:

@@ -62,6 +62,19 @@ def count_initializers(path: Path) -> int:
     return sum(len(t.raw_data) for t in onnx.load(path).graph.initializer)
 
 
+def test_an_interrupted_import_of_a_native_module_is_an_interrupt(monkeypatch):
+    def interrupted(**options):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr(sys.modules[main.__module__], "app", interrupted)
+    ended = run_here()
+    assert ended.returncode == 130
+    assert "interrupted" in ended.stderr
+
+
 def test_the_main_job(demo_model, tmp_path):
     out, report = tmp_path / "out.onnx", tmp_path / "report.json"
     done = run(demo_model, out, "--mem", 0.3, "--report", report)

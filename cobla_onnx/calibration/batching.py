@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from cobla_onnx.graph.layers import Layer, all_inputs
 from cobla_onnx.graph.model_file import copy_without_initializers, stored_bytes
 from cobla_onnx.names import quoted
 from cobla_onnx.runtime import Feeds, open_session, run_session
+from cobla_onnx.scratch import temporary_folder
 
 __all__ = [
     "MEMORY",
@@ -220,28 +220,30 @@ def run_sizes(model: onnx.ModelProto, feeds: Feeds, threads: int) -> RunSizes:
     for number, node in enumerate(named.graph.node):
         node.name = f"node/{number}"
     sizes = {name: array.nbytes for name, array in feeds.items()}
-    for event in _profile(named, feeds, threads):
-        place, _, kind = event["name"].rpartition("_kernel_")
-        number = place.removeprefix("node/")
-        if kind == "time" and number.isdecimal() and place != number:
-            node = named.graph.node[int(number)]
-            sizes |= _output_sizes([name for name in node.output if name], event["args"])
+    with temporary_folder("profile") as folder:
+        for event in _profile(named, feeds, threads, folder):
+            place, _, kind = event["name"].rpartition("_kernel_")
+            number = place.removeprefix("node/")
+            if kind == "time" and number.isdecimal() and place != number:
+                node = named.graph.node[int(number)]
+                sizes |= _output_sizes([name for name in node.output if name], event["args"])
     return RunSizes(_peak(named.graph, sizes), sum(sizes.values()), sizes)
 
 
-def _profile(model: onnx.ModelProto, feeds: Feeds, threads: int) -> Iterator[dict[str, Any]]:
-    """Run a model once; yield what onnxruntime tells about its nodes."""
-    with tempfile.TemporaryDirectory(prefix="cobla-onnx-profile-") as folder:
-        session = open_session(model, threads, profile=str(Path(folder, "run")))
-        run_session(session, feeds)
-        with Path(session.end_profiling()).open(encoding="utf-8") as lines:
-            # One event a line: those of a loop may be too many to be held together.
-            for line in lines:
-                text = line.strip().rstrip(",")
-                if text.startswith("{"):
-                    event = json.loads(text)
-                    if event.get("cat") == "Node":
-                        yield event
+def _profile(
+    model: onnx.ModelProto, feeds: Feeds, threads: int, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Run a model once; yield what onnxruntime tells about its nodes, in a file of the folder."""
+    session = open_session(model, threads, profile=str(folder / "run"))
+    run_session(session, feeds)
+    with Path(session.end_profiling()).open(encoding="utf-8") as lines:
+        # One event a line: those of a loop may be too many to be held together.
+        for line in lines:
+            text = line.strip().rstrip(",")
+            if text.startswith("{"):
+                event = json.loads(text)
+                if event.get("cat") == "Node":
+                    yield event
 
 
 def _output_sizes(names: Sequence[str], event: Mapping[str, Any]) -> dict[str, int]:

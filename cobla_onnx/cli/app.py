@@ -76,11 +76,20 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
+        if _is_interrupt(error):
+            _fail("interrupted; nothing was written", 130)
         _fail(
             f"a bug in cobla-onnx {__version__}: {type(error).__name__}: {error}; "
             "run again with --debug and report the traceback",
             1,
         )
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether an interrupt is behind an error: native modules make an `ImportError` of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _keep_stdout() -> None:
