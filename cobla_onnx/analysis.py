@@ -29,7 +29,7 @@ from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.lowrank.schemes import Scheme, schemes_for
 from cobla_onnx.names import matching
 from cobla_onnx.parallel import Pool, open_pool
-from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.plan import Decision, FactorsFrom, Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.reach import ranks_in_reach
 from cobla_onnx.runtime import measured_shapes
@@ -104,7 +104,7 @@ class Analysis:
         """Absolute limits of a budget, in bytes, MACs and nanoseconds."""
         return {constraint.name: constraint.limit for constraint in self.constraints(budget)}
 
-    def plan(self, choices: Iterable[Choice | None]) -> Plan:
+    def plan(self, choices: Iterable[Choice | None], factors: FactorsFrom = "data") -> Plan:
         """Write the choices of an allocation down as a plan."""
         return Plan(
             tuple(
@@ -112,7 +112,8 @@ class Analysis:
                 if choice is None
                 else Decision(layer.name, curves.curves[choice.curve].scheme, choice.rank)
                 for layer, curves, choice in zip(self.layers, self.curves, choices, strict=True)
-            )
+            ),
+            factors,
         )
 
     def resolve(self, decision: Decision) -> tuple[Layer, Scheme, int]:

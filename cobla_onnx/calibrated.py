@@ -45,11 +45,13 @@ from cobla_onnx.calibration.sensitivity import (
 from cobla_onnx.errors import ModelError
 from cobla_onnx.finishing import Finisher
 from cobla_onnx.graph.layers import read_bias, read_weight
+from cobla_onnx.neighbours import neighbours
 from cobla_onnx.parallel import Pool
 from cobla_onnx.plan import Plan
 from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
 from cobla_onnx.rewrite import Replacement, make_replacement
+from cobla_onnx.rivals import Rivals
 from cobla_onnx.runtime import Feeds
 from cobla_onnx.scratch import Shelf
 
@@ -143,7 +145,10 @@ class Calibrated:
             self.dataset,
             min(self.threads, self.pool.runs_at_most),
             self.progress,
+            self.pool,
+            self.cache,
         )
+        self._rivals = Rivals(self.finisher)
 
     def start_over(self) -> None:
         """Forget what was chosen for another budget; measurements stay."""
@@ -177,7 +182,22 @@ class Calibrated:
             If ``loss`` is asked for and the gradient by no layer can be had.
         """
         warm = self.allocate(constraints, solver)
-        if objective == "output" or not any(warm.choices):
+        if not any(warm.choices):
+            return warm
+        answer = self._improved(warm, constraints, objective, seconds)
+        answer, rival = self._rivals.or_weights_alone(answer, constraints, self.refit)
+        self._report["rivals"] += (rival,)
+        return answer
+
+    def _improved(
+        self,
+        warm: Allocation,
+        constraints: Sequence[Constraint],
+        objective: Literal["auto", "output", "loss"],
+        seconds: float | None,
+    ) -> Allocation:
+        """Go on with the loss of the whole network, where that is wanted and can be had."""
+        if objective == "output":
             return warm
         try:
             blocked = self.gradients().blocked
@@ -243,7 +263,9 @@ class Calibrated:
     def allocate(
         self, constraints: Sequence[Constraint], solver: Literal["slsqp", "milp"]
     ) -> Allocation:
-        """Choose ranks by measured loss; of several allocations the best on the selection.
+        """Choose ranks by measured loss: the last round's, unless a rival is better for sure.
+
+        See `Rivals.settle`.
 
         Raises
         ------
@@ -256,21 +278,20 @@ class Calibrated:
             errors = [[curve.relative_errors() for curve in layer.curves] for layer in curves]
             return allocate(curves, OutputError(errors), constraints, solver=solver)
         sensitivity = self._measured(constraints)
-        found: list[tuple[float, Allocation]] = []
+        rounds: list[tuple[OutputError, Allocation]] = []
         for number in range(ROUNDS):
             self.progress("allocate", number, ROUNDS)
-            allocation = allocate(curves, sensitivity.objective(), constraints, solver=solver)
-            found.append(
-                (
-                    self.judge.followed.loss(self._truncated(allocation.choices)),
-                    allocation,
-                )
-            )
-            if number == ROUNDS - 1 or not sensitivity.refine(allocation.choices):
+            losses = sensitivity.objective()
+            rounds.append((losses, allocate(curves, losses, constraints, solver=solver)))
+            if number == ROUNDS - 1 or not sensitivity.refine(rounds[-1][1].choices):
                 break
         self.progress("allocate", ROUNDS, ROUNDS)
-        self._report["candidates"] = tuple(loss for loss, _ in found)
-        return min(found, key=lambda entry: entry[0])[1]
+        *earlier, (losses, last) = rounds
+        others = [(f"round {number + 1}", each) for number, (_, each) in enumerate(earlier)]
+        near = neighbours(self.analysis, losses, constraints, last)
+        settled = self._rivals.settle(last, [*others, *near])
+        self._report |= {"rivals": settled.rivals, "candidates": settled.losses}
+        return settled.allocation
 
     def _measured(self, constraints: Sequence[Constraint]) -> Sensitivity:
         """Measure the layers, once for each kind of budget.
@@ -345,7 +366,7 @@ class Calibrated:
         chosen = self.finisher.chosen(plan)
         approximations = [entry.approximation for entry in chosen]
         before: float | None = None
-        if self.refit:
+        if self.refit and plan.factors == "data":
             before = self.judge.selection.loss(replaced_weights(chosen, approximations))
             approximations, self._report["refitted"] = self.finisher.refitted(plan)
             self.finisher.forget()

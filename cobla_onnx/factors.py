@@ -9,6 +9,7 @@ from cobla_onnx.carrying import Carried
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.lowrank.factorize import (
     Basis,
+    Factorization,
     Float64,
     factorize,
     leading_vectors,
@@ -17,7 +18,16 @@ from cobla_onnx.lowrank.factorize import (
 from cobla_onnx.lowrank.schemes import Scheme, largest_rank
 from cobla_onnx.rewrite import Replacement, make_replacement
 
-__all__ = ["FactorUnit", "Factored", "ValuesUnit", "WeightValues", "replace_layer", "weight_values"]
+__all__ = [
+    "FactorUnit",
+    "Factored",
+    "Replaced",
+    "ValuesUnit",
+    "WeightValues",
+    "factorize_layer",
+    "replace_layer",
+    "weight_values",
+]
 
 
 @dataclass(frozen=True)
@@ -65,13 +75,27 @@ class FactorUnit:
 
 @dataclass(frozen=True)
 class Factored:
+    """The factors, and the cache's notes."""
+
+    factors: Factorization
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Replaced:
     """The factor nodes' weights, and the cache's notes."""
 
     replacement: Replacement
     notes: list[str]
 
 
-def replace_layer(unit: FactorUnit) -> Factored:
+def replace_layer(unit: FactorUnit) -> Replaced:
+    """Make the factor nodes' weights of a layer at a rank."""
+    found = factorize_layer(unit)
+    return Replaced(make_replacement(unit.layer, unit.scheme, found.factors), found.notes)
+
+
+def factorize_layer(unit: FactorUnit) -> Factored:
     """Factorise a weight at a rank.
 
     In the cache are the singular vectors of all ranks at which the layer would be smaller,
@@ -80,7 +104,7 @@ def replace_layer(unit: FactorUnit) -> Factored:
     stack = unit.scheme.matrix(unit.weight.array)
     most = largest_rank(unit.layer, unit.scheme)
     if unit.cache is None or unit.rank > most:
-        return Factored(make_replacement(unit.layer, unit.scheme, factorize(stack, unit.rank)), [])
+        return Factored(factorize(stack, unit.rank), [])
 
     def compute() -> Arrays:
         basis = leading_vectors(stack, most)
@@ -89,5 +113,5 @@ def replace_layer(unit: FactorUnit) -> Factored:
     cache = unit.cache.fresh()
     key = digest(digest(unit.weight.array), unit.scheme, most)
     found = fetch(cache, "vectors", key, compute)
-    factors = factorize(stack, unit.rank, Basis(found["vectors"], found["values"]))
-    return Factored(make_replacement(unit.layer, unit.scheme, factors), cache.notes)
+    basis = Basis(found["vectors"], found["values"])
+    return Factored(factorize(stack, unit.rank, basis), cache.notes)

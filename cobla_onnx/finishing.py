@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeAlias
 
 import onnx
 
 from cobla_onnx.analysis import Analysis
+from cobla_onnx.cache import Cache
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.judge import Judge
 from cobla_onnx.calibration.probe import Weights
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers, replaced_weights
 from cobla_onnx.calibration.seen import Approximation
+from cobla_onnx.factors import FactorUnit, factorize_layer
+from cobla_onnx.graph.layers import Layer, read_weight
+from cobla_onnx.lowrank.schemes import Scheme
+from cobla_onnx.parallel import Pool
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.progress import Progress
 
-__all__ = ["Finisher"]
+__all__ = ["Approximate", "Finisher"]
+
+Approximate: TypeAlias = Callable[[Layer, Scheme, Sequence[int]], list[Approximation]]
+"""Approximations of a layer at some ranks, such as `Seen.approximate`."""
 
 
 @dataclass
@@ -34,6 +44,10 @@ class Finisher:
         Its calibration split is what layers are refitted to.
     threads : int
     progress : callable
+    pool : Pool
+        Over which weights are factorised where the data have no part in it.
+    cache : Cache, optional
+        Keeps what comes of that.
     """
 
     model: onnx.ModelProto
@@ -42,6 +56,8 @@ class Finisher:
     dataset: Dataset
     threads: int
     progress: Progress
+    pool: Pool = field(default_factory=Pool)
+    cache: Cache | None = None
     _refitted: dict[tuple[Decision, ...], tuple[list[Approximation], int]] = field(
         default_factory=dict
     )
@@ -50,24 +66,46 @@ class Finisher:
         """Forget the plans that were refitted."""
         self._refitted.clear()
 
-    def chosen(self, plan: Plan) -> list[ChosenLayer]:
-        """Return the layers that a plan factorises, with their factors before refit."""
+    def chosen(self, plan: Plan, approximate: Approximate | None = None) -> list[ChosenLayer]:
+        """Return the layers that a plan factorises, with their factors before refit.
+
+        By what they see in the calibration data, unless the plan wants factors of the weights;
+        `approximate` takes the place of those data.
+        """
         seen = self.analysis.seen
         assert seen is not None
+        resolved = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
+        if plan.factors == "weights":
+            found = self._of_weights(resolved)
+        else:
+            one = approximate or seen.approximate
+            found = [one(layer, scheme, [rank])[0] for layer, scheme, rank in resolved]
         index = {layer.name: i for i, layer in enumerate(self.analysis.layers)}
-        chosen = []
-        for decision in plan.decisions:
-            if decision.scheme is None:
-                continue
-            layer, scheme, rank = self.analysis.resolve(decision)
-            (found,) = seen.approximate(layer, scheme, [rank])
-            importance = seen.importance.get(layer.name)
-            chosen.append(ChosenLayer(index[layer.name], layer, scheme, rank, found, importance))
-        return chosen
+        return [
+            ChosenLayer(
+                index[layer.name], layer, scheme, rank, each, seen.importance.get(layer.name)
+            )
+            for (layer, scheme, rank), each in zip(resolved, found, strict=True)
+        ]
 
-    def weights(self, plan: Plan) -> Weights:
+    def _of_weights(self, resolved: Sequence[tuple[Layer, Scheme, int]]) -> list[Approximation]:
+        units = (
+            FactorUnit(*each, self.pool.carry(read_weight(self.model, each[0])), self.cache)
+            for each in resolved
+        )
+        found = []
+        for (_, scheme, _), made in zip(
+            resolved, self.pool.map(factorize_layer, units), strict=True
+        ):
+            if self.cache is not None:
+                self.cache.notes += made.notes
+            dense = scheme.weight(made.factors.left @ made.factors.right)
+            found.append(Approximation(made.factors, dense, None))
+        return found
+
+    def weights(self, plan: Plan, approximate: Approximate | None = None) -> Weights:
         """Weights and biases of the chosen layers before refit."""
-        chosen = self.chosen(plan)
+        chosen = self.chosen(plan, approximate)
         return replaced_weights(chosen, [entry.approximation for entry in chosen])
 
     def refitted_weights(self, plan: Plan) -> Weights:

@@ -9,15 +9,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.model_file import write_atomically
 from cobla_onnx.names import quoted, safe_text
 
-__all__ = ["SCHEMES", "Decision", "Plan"]
+__all__ = ["SCHEMES", "Decision", "FactorsFrom", "Plan"]
 
 SCHEMES = ("matrix", "channel", "input", "spatial-hw", "spatial-wh")
+FactorsFrom: TypeAlias = Literal["data", "weights"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class Decision:
 @dataclass(frozen=True)
 class Plan:
     """One decision per layer; layers that are not named are kept whole.
+
+    Attributes
+    ----------
+    decisions : tuple of Decision
+    factors : {'data', 'weights'}
+        What factors are made to keep: what layers give on the data, where there are any, or
+        the weights themselves whatever is given.
 
     Examples
     --------
@@ -51,6 +59,7 @@ class Plan:
     """
 
     decisions: tuple[Decision, ...]
+    factors: FactorsFrom = "data"
 
     def to_json(self) -> str:
         """Return the plan as JSON."""
@@ -60,7 +69,10 @@ class Plan:
             else {"layer": d.layer, "scheme": d.scheme, "rank": d.rank}
             for d in self.decisions
         ]
-        return json.dumps({"version": 1, "layers": layers}, indent=2)
+        head: dict[str, Any] = {"version": 1}
+        if self.factors != "data":
+            head["factors"] = self.factors
+        return json.dumps({**head, "layers": layers}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -78,11 +90,16 @@ class Plan:
             raise UsageError(f"plan: is not JSON ({error}); write one with --plan-out") from error
         if not isinstance(content, dict) or content.get("version") != 1:
             raise UsageError('plan: has no "version": 1; write one with --plan-out')
-        _check_names("plan", content, ("$schema", "version", "layers"))
+        _check_names("plan", content, ("$schema", "version", "factors", "layers"))
+        factors = content.get("factors", "data")
+        if factors not in get_args(FactorsFrom):
+            allowed = ", ".join(get_args(FactorsFrom))
+            raise UsageError(f'plan: "factors" is {_json(factors)}; allowed are {allowed}')
         layers = content.get("layers")
         if not isinstance(layers, list):
             raise UsageError('plan: has no list "layers"; write one with --plan-out')
-        plan = cls(tuple(_decision(number, entry) for number, entry in enumerate(layers)))
+        decisions = tuple(_decision(number, entry) for number, entry in enumerate(layers))
+        plan = cls(decisions, factors)
         counted = Counter(decision.layer for decision in plan.decisions)
         twice = sorted(name for name, count in counted.items() if count > 1)
         if twice:

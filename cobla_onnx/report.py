@@ -116,6 +116,32 @@ class SolverReport:
 
 
 @dataclass(frozen=True)
+class Rival:
+    """Another answer to a budget, beside that of the allocation.
+
+    Attributes
+    ----------
+    origin : str
+        The round, or the near problem, that it is the answer to; ``weights alone`` has no data.
+    gain : float or None
+        What the loss that decisions follow would be lower by, on average over the samples; None
+        where one of the two has no finite loss.
+    standard_error : float or None
+        Of the gain, over the paired samples; None where nothing tells.
+    samples : int
+        How many: all under factors that were made without them, or those held back.
+    taken : bool
+        Whether it took the place of the allocation's answer.
+    """
+
+    origin: str
+    gain: float | None
+    standard_error: float | None
+    samples: int
+    taken: bool
+
+
+@dataclass(frozen=True)
 class CalibrationReport:
     """What calibration data was used, and the losses measured with it.
 
@@ -140,6 +166,8 @@ class CalibrationReport:
         what decisions follow (a divergence at a temperature, see `soften`).
     temperatures : dict of str to float
         At which decisions follow the divergence, by the name of the output.
+    rivals : tuple of Rival
+        Other answers that came close enough to be compared with the allocation's own.
     """
 
     source: str
@@ -153,6 +181,7 @@ class CalibrationReport:
     probe_samples: int = 0
     candidates: tuple[float, ...] = ()
     temperatures: dict[str, float] = field(default_factory=dict)
+    rivals: tuple[Rival, ...] = ()
 
 
 @dataclass(frozen=True)

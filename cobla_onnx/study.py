@@ -150,7 +150,7 @@ class Study:
                 allocation = self._allocate(budget)
             except BudgetError as error:
                 raise explain(error, self.model, self.analysis, self.settings, self.rule) from error
-            plan = self.analysis.plan(allocation.choices)
+            plan = self.analysis.plan(allocation.choices, allocation.factors)
         spill = Spill()
         replacements = spill.replacements(
             self._factorise(plan) if self.calibrated is None else self.calibrated.factorise(plan)

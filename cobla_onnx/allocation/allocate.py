@@ -62,10 +62,15 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One choice per layer, None for a layer kept whole, and the certificate."""
+    """One choice per layer, None for a layer kept whole, and the certificate.
+
+    `factors` says whether they keep what layers give on the data, where there are any, or the
+    weights themselves.
+    """
 
     choices: tuple[Choice | None, ...]
     certificate: Certificate
+    factors: Literal["data", "weights"] = "data"
 
     def noting(self, note: str) -> Allocation:
         """Return the same with a further note."""

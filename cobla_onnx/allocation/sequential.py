@@ -24,13 +24,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import numpy as np
-
 from cobla_onnx.allocation.allocate import Allocation, fitting
 from cobla_onnx.allocation.budget import Constraint
 from cobla_onnx.allocation.curves import Choice, Float64, LayerCurves
 from cobla_onnx.allocation.knapsack import LossCurves, knapsack
 from cobla_onnx.allocation.objective import Masks, Objective, masks_of
+from cobla_onnx.allocation.paired import paired_gain
 from cobla_onnx.allocation.slsqp import Effort, Iteration, Relaxed, relax
 
 __all__ = ["Candidate", "ModelledLoss", "Scores", "Step", "allocate_by_loss"]
@@ -127,22 +126,9 @@ class Candidate:
 
     def beats(self, start: Candidate) -> bool:
         """Whether it is better on the selection split beyond the noise."""
-        searched = _gain(start.scores.searched, self.scores.searched)
-        final = _gain(start.scores.final, self.scores.final)
-        return searched > SIGNIFICANCE and final > -TOLERANCE
-
-
-def _gain(before: Float64, after: Float64) -> float:
-    """Mean of what is gained over paired samples, in standard errors."""
-    if not np.isfinite(after).all():
-        return -np.inf
-    if not np.isfinite(before).all():
-        return np.inf
-    gain = before - after
-    if not gain.any() or len(gain) < 2:
-        return 0.0
-    error = float(gain.std(ddof=1) / np.sqrt(len(gain)))
-    return float(gain.mean()) / max(error, float(np.finfo(np.float64).tiny))
+        searched = paired_gain(start.scores.searched, self.scores.searched)
+        final = paired_gain(start.scores.final, self.scores.final)
+        return searched.in_errors > SIGNIFICANCE and final.in_errors > -TOLERANCE
 
 
 def allocate_by_loss(

@@ -163,6 +163,17 @@ class Seen:
     ) -> None:
         self._model, self._cache = model, cache
         self.importance = importance or {}
+        self._others = partial(
+            Seen,
+            model,
+            threads=threads,
+            pool=pool,
+            wide=wide,
+            importance=importance,
+            limit=limit,
+            together=together,
+            taps=taps,
+        )
         self.key = digest(key, wide)
         self._patches = {layer.name: _patches(model, layer, wide) for layer in layers}
         with nullcontext(pool) if pool is not None else open_pool(threads) as working:
@@ -180,6 +191,10 @@ class Seen:
             )
         # Decompositions, the last used at the end, with their size in bytes.
         self._solvers: OrderedDict[tuple[str, str], tuple[Solver, int]] = OrderedDict()
+
+    def in_others(self, layers: Sequence[Layer], batches: Callable[[], Iterable[Feeds]]) -> Seen:
+        """Collect in the same way what some layers see in other samples; the cache has no part."""
+        return self._others(layers, batches)
 
     def close(self) -> None:
         """Give the disk space back."""

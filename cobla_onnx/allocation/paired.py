@@ -1,0 +1,61 @@
+"""Whether one answer is better than another beyond the noise of the samples at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.special import stdtrit
+
+if TYPE_CHECKING:
+    from cobla_onnx.allocation.curves import Float64
+
+__all__ = ["PairedGain", "paired_gain"]
+
+
+@dataclass(frozen=True)
+class PairedGain:
+    """What is gained on average by one answer over another, on the same samples.
+
+    Attributes
+    ----------
+    mean : float
+        Loss of the one less that of the other.
+    standard_error : float
+    samples : int
+    """
+
+    mean: float
+    standard_error: float
+    samples: int
+
+    @property
+    def in_errors(self) -> float:
+        """The mean over its standard error: the statistic of the paired t-test."""
+        if self.mean == 0.0:
+            return 0.0
+        return self.mean / max(self.standard_error, float(np.finfo(np.float64).tiny))
+
+    def is_beyond(self, confidence: float) -> bool:
+        """Whether so much is gained by chance in fewer than 1 - `confidence` of the cases.
+
+        Student's paired test, one-sided.
+        """
+        return self.samples > 1 and self.in_errors > float(stdtrit(self.samples - 1, confidence))
+
+
+def paired_gain(before: Float64, after: Float64) -> PairedGain:
+    """Compare losses of the same samples, each float64 of shape (samples,).
+
+    What is not finite loses all, and gains nothing over another such; of one sample nothing is
+    known of the error, which is infinite.
+    """
+    count = len(before)
+    finite = bool(np.isfinite(before).all()), bool(np.isfinite(after).all())
+    if not all(finite):
+        worse, better = (np.inf if ok else 0.0 for ok in finite)
+        return PairedGain(0.0 if finite[0] == finite[1] else better - worse, 0.0, count)
+    gain = before - after
+    error = float(gain.std(ddof=1) / np.sqrt(count)) if count > 1 else np.inf
+    return PairedGain(float(gain.mean()), error, count)

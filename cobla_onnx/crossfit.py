@@ -1,0 +1,81 @@
+"""Losses of plans on all samples, each under factors that were made without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cobla_onnx.allocation.curves import Float64
+from cobla_onnx.calibration.probe import Probe
+from cobla_onnx.calibration.seen import Approximation, Seen
+from cobla_onnx.finishing import Approximate, Finisher
+from cobla_onnx.graph.layers import Layer
+from cobla_onnx.lowrank.schemes import Scheme
+from cobla_onnx.plan import Plan
+from cobla_onnx.runtime import Feeds
+
+__all__ = ["CrossFit"]
+
+
+@dataclass
+class CrossFit:
+    """The halves of the calibration split, each judged under the factors of the other.
+
+    After Chernozhukov et al. 2018, Double/debiased machine learning, definition 3.1. The held
+    back samples are judged under the factors of the whole calibration split. What layers saw
+    in each half is collected when a plan first cuts them, and kept for the plans after.
+
+    Parameters
+    ----------
+    finisher : Finisher
+    """
+
+    finisher: Finisher
+    _seen: list[tuple[frozenset[str], Sequence[Seen]]] = field(default_factory=list)
+    _probes: list[Probe] = field(default_factory=list)
+
+    @property
+    def halves(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Every other sample of the calibration split, and those between."""
+        made = self.finisher.dataset.calibration
+        return made[::2], made[1::2]
+
+    def losses(self, plan: Plan) -> Float64:
+        """Loss of each sample that decisions follow: of both halves, then of those held back.
+
+        Before refit.
+        """
+        self._see({d.layer for d in plan.decisions if d.scheme is not None})
+        if not self._probes:
+            self._probes = [self.finisher.judge.on(half) for half in self.halves]
+        found = [
+            probe.losses(self.finisher.weights(plan, self._of_half(1 - number)))
+            for number, probe in enumerate(self._probes)
+        ]
+        for probe in self._probes:
+            probe.rest()
+        found.append(self.finisher.judge.followed.losses(self.finisher.weights(plan)))
+        return np.concatenate(found)
+
+    def _see(self, names: set[str]) -> None:
+        missing = names.difference(*(known for known, _ in self._seen))
+        layers = [layer for layer in self.finisher.analysis.layers if layer.name in missing]
+        if layers:
+            seen = [self._seen_in(layers, half) for half in self.halves]
+            self._seen.append((frozenset(missing), seen))
+
+    def _seen_in(self, layers: Sequence[Layer], half: Sequence[int]) -> Seen:
+        def batches() -> Iterable[Feeds]:
+            return self.finisher.judge.batches(half)
+
+        assert self.finisher.analysis.seen is not None
+        return self.finisher.analysis.seen.in_others(layers, batches)
+
+    def _of_half(self, number: int) -> Approximate:
+        def approximate(layer: Layer, scheme: Scheme, ranks: Sequence[int]) -> list[Approximation]:
+            halves = next(halves for names, halves in self._seen if layer.name in names)
+            return halves[number].approximate(layer, scheme, ranks)
+
+        return approximate

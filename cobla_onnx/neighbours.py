@@ -1,0 +1,150 @@
+"""Answers to problems near the one that was asked: other grids, other budgets.
+
+An allocation is the best of its model of the loss, whose errors are larger than what lies
+between plans that cost nearly the same. The answers to near problems are as good by any other
+account, so that measuring them is worth the while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from cobla_onnx.allocation import (
+    Allocation,
+    Budget,
+    Choice,
+    Constraint,
+    LayerCurves,
+    OutputError,
+    SeparableError,
+    allocate,
+)
+from cobla_onnx.allocation.grid import RankRule, rank_rule
+from cobla_onnx.allocation.objective import masks_of
+from cobla_onnx.analysis import Analysis
+from cobla_onnx.errors import BudgetError
+from cobla_onnx.machine import convolution_block
+from cobla_onnx.providers import CPU, current_provider
+
+__all__ = ["neighbours"]
+
+# Fractions of what the answer costs under the other budget, at which that is limited, too.
+SHARES = (0.95, 0.9)
+
+Choices = tuple["Choice | None", ...]
+
+
+def neighbours(
+    analysis: Analysis,
+    losses: SeparableError,
+    constraints: Sequence[Constraint],
+    answer: Allocation,
+) -> Iterator[tuple[str, Allocation]]:
+    """Solve the problems near an answer's own; what comes of them keeps its limits.
+
+    Under the fraction of its limit, and under a little less than it costs, in the budget that
+    was not limited; and, of memory alone, with the ranks on the grid that budgets of MACs have.
+
+    Parameters
+    ----------
+    analysis : Analysis
+    losses : Objective
+        Separable, as the answer's.
+    constraints : sequence of Constraint
+        With time among them there are none: every answer is measured with a stopwatch then.
+    answer : Allocation
+
+    Yields
+    ------
+    origin : str
+        Which problem it is.
+    allocation : Allocation
+        With the answer's certificate, at the values of its own choices.
+    """
+    for other in _other_limits(analysis, constraints, answer):
+        found = _solved(analysis.curves, losses, [*constraints, other])
+        if found is not None:
+            origin = f"{other.name} at most {other.fraction:.3g}"
+            yield origin, _standing_in(analysis, losses, constraints, answer, found)
+    if [constraint.name for constraint in constraints] == ["mem"]:
+        cpu = current_provider() == CPU
+        rule = rank_rule("auto", mac=True, latency=False, block=convolution_block(), cpu=cpu)
+        found = _on_grid(analysis, losses, constraints, rule)
+        if found is not None:
+            origin = str(rule.convolution)
+            yield origin, _standing_in(analysis, losses, constraints, answer, found)
+
+
+def _other_limits(
+    analysis: Analysis, constraints: Sequence[Constraint], answer: Allocation
+) -> Iterator[Constraint]:
+    limited = constraints[0]
+    if len(constraints) > 1 or limited.name == "latency" or analysis.mac_total is None:
+        return
+
+    def other(fraction: float) -> Constraint:
+        by_memory = limited.name == "mem"
+        budget = Budget(mac=fraction) if by_memory else Budget(mem=fraction)
+        return analysis.constraints(budget)[0]
+
+    all_of_it = other(1.0)
+    reached = all_of_it.cost(analysis.curves, answer.choices) / all_of_it.total
+    for fraction in dict.fromkeys((limited.fraction, *(share * reached for share in SHARES))):
+        if 0 < fraction < reached:
+            yield other(fraction)
+
+
+def _solved(
+    layers: Sequence[LayerCurves], losses: SeparableError, constraints: Sequence[Constraint]
+) -> Choices | None:
+    try:
+        return allocate(layers, losses, constraints, solver="milp").choices
+    except BudgetError:
+        # Nothing keeps the further limit, too.
+        return None
+
+
+def _on_grid(
+    analysis: Analysis, losses: SeparableError, constraints: Sequence[Constraint], rule: RankRule
+) -> Choices | None:
+    """Solve the problem with the ranks of a rule alone."""
+    layers = analysis.curves_under(rule)
+    index = {layer.name: i for i, layer in enumerate(analysis.curves)}
+    places = [
+        (i, [_number(analysis.curves[i], curve.scheme) for curve in layer.curves])
+        for layer in layers
+        for i in [index[layer.name]]
+    ]
+    errors = OutputError([[losses.curve(i, k) for k in numbers] for i, numbers in places])
+    found = _solved(layers, errors, constraints)
+    if found is None:
+        return None
+    choices: list[Choice | None] = [None] * len(analysis.curves)
+    for (i, numbers), choice in zip(places, found, strict=True):
+        if choice is not None:
+            choices[i] = Choice(numbers[choice.curve], choice.rank)
+    return tuple(choices)
+
+
+def _number(layer: LayerCurves, scheme: str) -> int:
+    return next(k for k, curve in enumerate(layer.curves) if curve.scheme == scheme)
+
+
+def _standing_in(
+    analysis: Analysis,
+    losses: SeparableError,
+    constraints: Sequence[Constraint],
+    answer: Allocation,
+    choices: Choices,
+) -> Allocation:
+    """Put choices in an answer's place: the bound of its problem holds for them as well."""
+    value = losses.value(masks_of(analysis.curves, choices))
+    bound = answer.certificate.lower_bound
+    certificate = replace(
+        answer.certificate,
+        value=value,
+        gap=None if bound is None or value <= 0 else (value - bound) / value,
+        reached={c.name: c.cost(analysis.curves, choices) for c in constraints},
+    )
+    return Allocation(choices, certificate)
