@@ -99,6 +99,8 @@ class Calibrated:
         Probes of the loss.
     finisher : Finisher
         Makes a plan's factors.
+    rivals : Rivals
+        Compares answers.
     history : list of Step
         What the search by the network's loss went through.
     sensitivity : Sensitivity or None
@@ -148,7 +150,7 @@ class Calibrated:
             self.pool,
             self.cache,
         )
-        self._rivals = Rivals(self.finisher)
+        self.rivals = Rivals(self.finisher)
 
     def start_over(self) -> None:
         """Forget what was chosen for another budget; measurements stay."""
@@ -185,8 +187,8 @@ class Calibrated:
         if not any(warm.choices):
             return warm
         answer = self._improved(warm, constraints, objective, seconds)
-        answer, rival = self._rivals.or_weights_alone(answer, constraints, self.refit)
-        self._report["rivals"] += (rival,)
+        answer, rival = self.rivals.or_weights_alone(answer, constraints, self.refit)
+        self._report["rivals"] = (*self._report.get("rivals", ()), rival)
         return answer
 
     def _improved(
@@ -289,7 +291,7 @@ class Calibrated:
         *earlier, (losses, last) = rounds
         others = [(f"round {number + 1}", each) for number, (_, each) in enumerate(earlier)]
         near = neighbours(self.analysis, losses, constraints, last)
-        settled = self._rivals.settle(last, [*others, *near])
+        settled = self.rivals.settle(last, [*others, *near])
         self._report |= {"rivals": settled.rivals, "candidates": settled.losses}
         return settled.allocation
 

@@ -117,7 +117,11 @@ def _on_grid(
         for i in [index[layer.name]]
     ]
     errors = OutputError([[losses.curve(i, k) for k in numbers] for i, numbers in places])
-    found = _solved(layers, errors, constraints)
+    taken = {i for i, _ in places}
+    left = [layer for i, layer in enumerate(analysis.curves) if i not in taken]
+    # Layers without a rank on the grid stay whole.
+    limits = [replace(c, fixed=c.fixed + sum(map(c.whole, left))) for c in constraints]
+    found = _solved(layers, errors, limits)
     if found is None:
         return None
     choices: list[Choice | None] = [None] * len(analysis.curves)

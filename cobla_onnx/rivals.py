@@ -32,8 +32,9 @@ WEIGHTS_ALONE = "weights alone"
 # Standard errors on the held-back samples that a rival has to be better by to take part, and
 # how many may.
 PROMISING, PLACES = 0.5, 2
-# Of the test on all samples.
-CONFIDENCE = 0.95
+# Standard errors on all samples that it has to be better by to be taken, after Breiman et al.
+# 1984, Classification and Regression Trees, section 3.4.3.
+BETTER = 1.0
 # Fewer samples than these in each half tell nothing.
 LEAST = 8
 
@@ -99,7 +100,7 @@ class Rivals:
         before = self._crossfit.losses(self._plan(own))
         gains = [paired_gain(before, self._crossfit.losses(self._plan(o))) for _, o in others]
         best = max(range(len(others)), key=lambda k: gains[k].mean)
-        taken = gains[best].is_beyond(CONFIDENCE)
+        taken = gains[best].in_errors > BETTER
         rivals = tuple(
             _rival(origin, gain, taken and k == best)
             for k, ((origin, _), gain) in enumerate(zip(others, gains, strict=True))
@@ -124,7 +125,7 @@ class Rivals:
         refit : bool
             Whether factors that see data are refitted; those of the weights are not.
         """
-        curves = self._weight_curves
+        curves = self.weight_curves
         alone = allocate(curves, WeightError(curves), constraints, solver="milp")
         alone = replace(alone, factors="weights")
         without, before = self._held_back(alone), self._held_back(own)
@@ -148,7 +149,7 @@ class Rivals:
         return self._analysis.plan(allocation.choices, allocation.factors)
 
     @cached_property
-    def _weight_curves(self) -> tuple[LayerCurves, ...]:
+    def weight_curves(self) -> tuple[LayerCurves, ...]:
         """The curves of the analysis, with the singular values of the weights themselves."""
         finisher, analysis = self.finisher, self._analysis
         units = (

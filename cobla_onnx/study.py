@@ -247,6 +247,9 @@ class Study:
             more_notes += of_time
         more_notes += elsewhere_note(self.model, self.analysis, solution.budget)
         analysis = self.analysis
+        if self.calibrated is not None and solution.plan.factors == "weights":
+            # Errors are stated of what was kept.
+            analysis = replace(analysis, curves=self.calibrated.rivals.weight_curves)
         if self.cache is not None:
             notes = dict.fromkeys((*analysis.notes, *self.cache.notes))
             analysis = replace(analysis, notes=tuple(notes))

@@ -147,10 +147,12 @@ def test_nothing_to_do_copies_the_model(demo_model, tmp_path):
     assert (tmp_path / "o.onnx").read_bytes() == demo_model.read_bytes()
 
 
-def test_the_best_of_several_allocations_is_taken(demo_model):
-    losses = compress(demo_model, Budget(mem=0.25), data=DATA, samples=100, refit=False, loss="kl")
-    calibration = losses.report.calibration
-    assert calibration.loss == pytest.approx(min(calibration.candidates))
+def test_the_answer_is_the_last_round_or_a_rival_that_was_taken(demo_model):
+    found = compress(demo_model, Budget(mem=0.25), data=DATA, samples=100, refit=False, loss="kl")
+    calibration = found.report.calibration
+    assert calibration.loss == pytest.approx(calibration.candidates[0]) or any(
+        rival.taken for rival in calibration.rivals
+    )
     assert calibration.loss == calibration.loss_before_refit
     assert calibration.refitted == 0
 

@@ -18,6 +18,8 @@ from tests.test_command import run, run_here
 SCHEMA = json.loads(resources.files("cobla_onnx").joinpath("plan.schema.json").read_text())
 
 GOOD = [
+    {"version": 1, "factors": "weights", "layers": []},
+    {"version": 1, "factors": "data", "layers": []},
     {"version": 1, "layers": []},
     {"version": 1, "layers": [{"layer": "a", "keep": True}]},
     {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 3}]},
@@ -28,6 +30,7 @@ BAD = [
     ({"version": 2, "layers": []}, 'no "version": 1'),
     ({"version": 1}, 'no list "layers"'),
     ({"version": 1, "layers": {}}, 'no list "layers"'),
+    ({"version": 1, "factors": "none", "layers": []}, '"factors" is "none"; allowed are data, w'),
     ({"version": 1, "layers": [], "layer": []}, "no field 'layer'; did you mean 'layers'?"),
     ({"version": 1, "layers": [3]}, r'layers\[0\]: needs a "layer"'),
     ({"version": 1, "layers": [{"rank": 3}]}, r'layers\[0\]: needs a "layer"'),

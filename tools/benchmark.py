@@ -86,10 +86,9 @@ class Ours:
         from cobla_onnx.rewrite import rewrite
 
         constraints = self.analysis.constraints(budget)
-        allocation = self.calibrated.allocate(constraints, "slsqp")
-        if self.name == "ours, loss":
-            allocation = self.calibrated.improve(allocation, constraints)
-        plan = self.analysis.plan(allocation.choices)
+        self.calibrated.refit = True
+        allocation = self.calibrated.choose(constraints, "slsqp", OBJECTIVES[self.name])
+        plan = self.analysis.plan(allocation.choices, allocation.factors)
         for variant, refit in zip(VARIANTS[self.name], (False, True), strict=True):
             self.calibrated.refit = refit
             replacements = self.calibrated.factorise(plan)
@@ -198,6 +197,7 @@ VARIANTS = {
     "ours, loss": ("ours, loss, without refit", "ours, loss"),
 }
 """What a method yields besides itself."""
+OBJECTIVES: dict[str, Any] = {"ours": "output", "ours, loss": "loss"}
 
 
 def prepare(bench: Bench, name: str) -> Any:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import stdtrit
 
 if TYPE_CHECKING:
     from cobla_onnx.allocation.curves import Float64
@@ -36,13 +35,6 @@ class PairedGain:
         if self.mean == 0.0:
             return 0.0
         return self.mean / max(self.standard_error, float(np.finfo(np.float64).tiny))
-
-    def is_beyond(self, confidence: float) -> bool:
-        """Whether so much is gained by chance in fewer than 1 - `confidence` of the cases.
-
-        Student's paired test, one-sided.
-        """
-        return self.samples > 1 and self.in_errors > float(stdtrit(self.samples - 1, confidence))
 
 
 def paired_gain(before: Float64, after: Float64) -> PairedGain:
