@@ -11,8 +11,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.choosing import measures_of
-from cobla_onnx.calibration.labels import binary_targets, one_hot
 from cobla_onnx.calibration.loss import LossName, sample_losses
+from cobla_onnx.calibration.targets import binary_targets, one_hot
 from cobla_onnx.graph.expose import expose
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.measures import Measure
