@@ -128,7 +128,7 @@ def _noting(
     quality = best.quality
     note = (
         f"--max-drop {max_drop:g}: {quality.measure} {quality.after:.4g} (of the original "
-        f"{quality.before:.4g}) on {quality.samples} held-back samples, the smallest of "
+        f"{quality.before:.4g}) on {quality.counted}, the smallest of "
         f"{len(trials)} budgets tried"
     )
     worse = [trial for trial in trials if trial.mem < best.mem]
@@ -143,10 +143,11 @@ def _noting(
             f"a true drop of up to {_upper_bound(quality):.2g} can look like that on "
             f"{quality.samples} samples (95 %), and the search took the best; measure on others"
         )
-    if quality.measure != "relative error" and 0 < max_drop < 1 / quality.samples:
+    step = 1 / (quality.positions or quality.samples)
+    if quality.measure != "relative error" and 0 < max_drop < step:
         allocation = allocation.noting(
-            f"one of {quality.samples} held-back samples is {1 / quality.samples:.2g}: a drop of "
-            f"{max_drop:g} cannot be told from none, give more data"
+            f"one of {quality.counted} is {step:.2g}: a drop of {max_drop:g} cannot be told "
+            "from none, give more data"
         )
     return replace(solution, allocation=allocation, budget=limits)
 
@@ -173,7 +174,7 @@ def _refusal(max_drop: float, search: _Search, limits: Budget | None) -> BudgetE
     return BudgetError(
         f"--max-drop {max_drop:g}: no smaller model keeps it{limited}; of {len(trials)} budgets "
         f"tried the best, memory {best.mem:.3f}, loses {quality.drop:.4g} of {quality.measure} on "
-        f"{quality.samples} held-back samples; raise --max-drop, or give more data{settled}"
+        f"{quality.counted}; raise --max-drop, or give more data{settled}"
     )
 
 
