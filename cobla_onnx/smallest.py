@@ -9,6 +9,7 @@ from scipy.special import betaincinv
 from cobla_onnx.allocation import Budget
 from cobla_onnx.calibration.quality import Quality
 from cobla_onnx.errors import BudgetError, UsageError
+from cobla_onnx.holding import explain
 from cobla_onnx.names import quoted
 from cobla_onnx.study import Solution, Study
 
@@ -97,6 +98,10 @@ def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Sol
     hard = limits or Budget(mem=1.0)
     high = 1.0 if hard.mem is None else hard.mem
     low = study.least_memory()
+    if low >= 1.0:
+        cause = f"--max-drop {max_drop:g}: the model cannot be made smaller"
+        error = BudgetError(cause, {"mem": 1.0}, "let more layers be factorised")
+        raise explain(error, study.model, study.analysis, study.settings, study.rule)
     if low > high:
         # The ordinary refusal names what the model's layers allow.
         study.solve(replace(hard, mem=high))
