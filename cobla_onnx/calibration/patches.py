@@ -350,11 +350,7 @@ class OutputPatch:
 
 
 def finite_outputs(output: NDArray[Any]) -> NDArray[Any]:
-    """Return a layer's output with 0 for what is not finite.
-
-    A bias of minus infinity, which suppresses an entry, makes it so: what is added to that does
-    not matter.
-    """
+    """Return a layer's output with 0 for what an infinite bias suppresses: no matter what else."""
     finite = np.isfinite(output)
     return output if finite.all() else np.where(finite, output, output.dtype.type(0))
 
