@@ -229,7 +229,8 @@ def analyse(
     try:
         found, used = ranks_in_reach(budgets, rules, candidates, mem_total, total)
     except BudgetError as error:
-        costs = Analysis((), (), (), (), tuple(skipped), mem_total, total, known, notes)
+        able = tuple(c.layer for c in candidates(rules[-1]) if c.options)
+        costs = Analysis(able, (), (), (), tuple(skipped), mem_total, total, known, notes)
         raise refuse(error, costs) from error
     if used is not ranks:
         notes += (

@@ -104,7 +104,8 @@ def compress(
         How images become inputs.
     labels : path, sequence of int, or mapping of str to int, optional
         Classes of the samples, in their order or by file name, or a ``.csv``, ``.npy`` or
-        ``.npz`` file of them. The loss is then the cross-entropy.
+        ``.npz`` file of them; for outputs with a class for each token or pixel, an array of one
+        for each. -100 does not count. The loss is then the cross-entropy.
     loss : {'auto', 'kl', 'mse', 'ce'}
         How outputs are compared with the original's; ``auto`` goes by evidence, see
         `calibration.choosing.Chooser`. The others insist on classes, or on values.

@@ -15,34 +15,48 @@ __all__ = ["network_errors", "rounding_error"]
 
 
 def rounding_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
-    """Largest difference, relative to the largest value."""
-    return _relative(expected, actual, np.inf)
+    """Largest difference, relative to the largest value; infinite where not alike.
+
+    Where nothing but 0 is expected, every difference is infinite: rounding is a share of a value,
+    and in an unknown unit no absolute difference is small. What a processor may take for 0, a
+    number below the smallest normal one, is 0.
+    """
+    whole, difference = _norms(expected, actual, np.inf)
+    if expected.dtype.kind == "f" and difference < np.finfo(expected.dtype).tiny:
+        return 0.0
+    return difference / whole if whole > 0 else math.inf
 
 
 def _relative_l2(expected: NDArray[Any], actual: NDArray[Any]) -> float:
-    return _relative(expected, actual, 2)
+    """Norm of the difference over that of what is expected.
+
+    Where that is 0, the difference as it is: of a network's output, behind an activation that
+    cuts off, rounding may leave a little where all was cut off.
+    """
+    whole, difference = _norms(expected, actual, 2)
+    return difference / whole if whole > 0 else difference
 
 
-def _relative(expected: NDArray[Any], actual: NDArray[Any], order: float) -> float:
-    """Norm of the difference over that of what is expected; infinite where not alike.
+def _norms(expected: NDArray[Any], actual: NDArray[Any], order: float) -> tuple[float, float]:
+    """Norm of what is expected and of the difference, which is infinite where not alike.
 
     Taken piece by piece: in double precision outputs of layers may be too much for memory.
     """
     if expected.shape != actual.shape:
-        return math.inf
+        return 1.0, math.inf
     old, new = expected.reshape(-1), actual.reshape(-1)
     wholes, differences = [0.0], [0.0]
     for start in range(0, old.size, PIECE):
         before, after = (a[start : start + PIECE].astype(np.float64) for a in (old, new))
         finite = np.isfinite(before)
         if not np.array_equal(finite, np.isfinite(after)):
-            return math.inf
+            return 1.0, math.inf
         before, after = before[finite], after[finite]
         if before.size:
             wholes.append(float(np.linalg.norm(before, order)))
             differences.append(float(np.linalg.norm(before - after, order)))
     whole, difference = (float(np.linalg.norm(found, order)) for found in (wholes, differences))
-    return difference / whole if whole > 0 else difference
+    return whole, difference
 
 
 def network_errors(

@@ -65,16 +65,16 @@ def explain(
     error = _with_more_ranks(error, rule)
     include, exclude = bool(settings.include), bool(settings.exclude)
     least = error.least.get("mem")
-    if least is None:
-        return error
     total = analysis.mem_total
     groups = [
         group
         for group in _groups(model, analysis, include, exclude)
-        if group.bytes >= NOTABLE * least * total
+        if group.bytes >= NOTABLE * (least or 0.0) * total
     ]
     if not groups:
-        return _nothing_to_cut(error, analysis)
+        return _nothing_to_cut(error, model, analysis)
+    if least is None:
+        return error
     held = " and ".join(
         f"the {group.count} layers {group.text} hold {group.bytes / total:.4g}" for group in groups
     )
@@ -114,12 +114,16 @@ def elsewhere_note(
     )
 
 
-def _nothing_to_cut(error: BudgetError, analysis: Analysis) -> BudgetError:
+def _nothing_to_cut(error: BudgetError, model: onnx.ModelProto, analysis: Analysis) -> BudgetError:
     """Say why no layer can be cut, where none can: more of them cannot be asked for."""
-    if analysis.layers or not analysis.skipped:
+    if analysis.layers:
         return error
     counts = Counter(_why(item) for item in analysis.skipped)
     reasons = ", ".join(f"{count} x {why}" for why, count in counts.most_common(3))
+    held = bytes_elsewhere(model, ())
+    parts = [reasons] if reasons else []
+    parts += [f"bytes: {elsewhere_text(held)}"] if held else []
+    shown = f" ({'; '.join(parts)})" if parts else ""
     quantised = any(Reason.QUANTISED.value in why for why in counts)
     advice = (
         "compress the model before it is quantised"
@@ -127,7 +131,7 @@ def _nothing_to_cut(error: BudgetError, analysis: Analysis) -> BudgetError:
         else "only Conv, ConvTranspose, Gemm and MatMul with constant weights can be"
     )
     return BudgetError(
-        f"{error.cause}: no layer can be factorised ({reasons})",
+        f"{error.cause}: no layer can be factorised{shown}",
         error.least,
         f"{advice}; `cobla-onnx inspect` lists the nodes",
     )

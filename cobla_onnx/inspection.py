@@ -320,7 +320,15 @@ def _render(found: Inspection) -> RenderableType:
         *_totals(found),
         *(f"note: {safe_text(note, 300)}" for note in found.notes),
     ]
-    return Group(table, *(Text(line) for line in lines))
+    if not found.layers:
+        # Neither a table nor its legend.
+        lines = [
+            "nothing can be factorised: only Conv, ConvTranspose, Gemm and MatMul with constant "
+            "weights can be",
+            *lines[3:],
+        ]
+        return Group(*map(Text, lines))
+    return Group(table, *map(Text, lines))
 
 
 def _groups(found: Inspection) -> list[str]:

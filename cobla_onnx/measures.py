@@ -36,9 +36,9 @@ class Measure:
 
     * ``probabilities``, ``logits``: the Kullback-Leibler divergence along `axis`;
     * ``ce-probabilities``, ``ce-logits``: the cross-entropy along `axis`, to a target that is
-      a distribution;
+      a distribution, or, for a position that does not count, all zeros;
     * ``binary-probabilities``, ``binary-logits``: the cross-entropy of one probability, or its
-      logit, to a target of 0 or 1; there is no `axis`;
+      logit, to a target of 0 or 1, or of -1 where it does not count; there is no `axis`;
     * ``mse``: ``sum_k scale_k (q_k - p_k)^2`` over the slices k along `axis`;
     * ``either``, for rows that may be classes or values: half of that, and half of the
       squared length of the centred row of differences, over `spread`.
@@ -59,7 +59,7 @@ class Measure:
     suppressed : bool
         Whether the original's output is infinite at some fixed places.
     labelled : bool
-        Whether the targets are labels that were given.
+        Whether the targets are labels that were given: then positions may not count.
     decided_by : str
         What tells that it is to be compared so, in words.
     """

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.dataset import Dataset, input_specs
 from cobla_onnx.calibration.labels import Labels, align_labels, read_labels
 from cobla_onnx.calibration.readers import open_data
-from cobla_onnx.errors import ModelError, PartError, WriteError
+from cobla_onnx.calibration.targets import IGNORED
+from cobla_onnx.errors import DataError, ModelError, PartError, WriteError
 from cobla_onnx.graph.checks import check_structure
 from cobla_onnx.graph.external import is_external
 from cobla_onnx.graph.model_file import load_in_order
@@ -150,10 +151,31 @@ def known_shapes(
 def sample_labels(
     labels: Labels | str | os.PathLike[str] | None, dataset: Dataset
 ) -> NDArray[np.int64] | None:
-    """Read labels if they are a file, and put them in the order of the samples."""
+    """Read labels if they are a file, and put them in the order of the samples.
+
+    Samples without a label that counts are left out of the dataset's splits, with a note.
+
+    Raises
+    ------
+    DataError
+        See `read_labels` and `align_labels`; or if less than two samples have labels.
+    """
     if isinstance(labels, (str, os.PathLike)):
         labels = read_labels(Path(labels))
-    return None if labels is None else align_labels(labels, dataset)
+    if labels is None:
+        return None
+    aligned = align_labels(labels, dataset)
+    empty = np.flatnonzero((aligned == IGNORED).reshape(len(aligned), -1).all(axis=1))
+    if len(aligned) - len(empty) < 2:
+        raise DataError(
+            f"--labels: are {IGNORED}, which does not count, for all but "
+            f"{len(aligned) - len(empty)} samples; give labels for at least 2"
+        )
+    if len(empty):
+        dataset.leave_out(map(int, empty))
+        what = "1 sample has" if len(empty) == 1 else f"{len(empty)} samples have"
+        dataset.notes += (f"{what} no label that counts, only {IGNORED}: left out of the data",)
+    return aligned
 
 
 def available_cores() -> int:

@@ -63,10 +63,10 @@ def _refusal(
     budget: Budget, candidates: Sequence[Candidate], mem_total: int, mac_total: int | None
 ) -> BudgetError | None:
     layers = [_costs(candidate) for candidate in candidates if candidate.options]
-    constraints = budget.constraints(layers, mem_total, mac_total)
-    if all(c.cost(layers, (None,) * len(layers)) <= c.limit for c in constraints):
-        return None
     try:
+        constraints = budget.constraints(layers, mem_total, mac_total)
+        if all(c.cost(layers, (None,) * len(layers)) <= c.limit for c in constraints):
+            return None
         require_reachable(layers, constraints)
         if len(constraints) > 1:
             nothing = [[np.zeros(len(c.singular_values) + 1) for c in x.curves] for x in layers]

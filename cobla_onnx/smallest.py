@@ -9,6 +9,7 @@ from scipy.special import betaincinv
 from cobla_onnx.allocation import Budget
 from cobla_onnx.calibration.quality import Quality
 from cobla_onnx.errors import BudgetError, UsageError
+from cobla_onnx.holding import explain
 from cobla_onnx.names import quoted
 from cobla_onnx.study import Solution, Study
 
@@ -97,6 +98,10 @@ def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Sol
     hard = limits or Budget(mem=1.0)
     high = 1.0 if hard.mem is None else hard.mem
     low = study.least_memory()
+    if low >= 1.0:
+        cause = f"--max-drop {max_drop:g}: the model cannot be made smaller"
+        error = BudgetError(cause, {"mem": 1.0}, "let more layers be factorised")
+        raise explain(error, study.model, study.analysis, study.settings, study.rule)
     if low > high:
         # The ordinary refusal names what the model's layers allow.
         study.solve(replace(hard, mem=high))
@@ -128,7 +133,7 @@ def _noting(
     quality = best.quality
     note = (
         f"--max-drop {max_drop:g}: {quality.measure} {quality.after:.4g} (of the original "
-        f"{quality.before:.4g}) on {quality.samples} held-back samples, the smallest of "
+        f"{quality.before:.4g}) on {quality.counted}, the smallest of "
         f"{len(trials)} budgets tried"
     )
     worse = [trial for trial in trials if trial.mem < best.mem]
@@ -143,10 +148,11 @@ def _noting(
             f"a true drop of up to {_upper_bound(quality):.2g} can look like that on "
             f"{quality.samples} samples (95 %), and the search took the best; measure on others"
         )
-    if quality.measure != "relative error" and 0 < max_drop < 1 / quality.samples:
+    step = 1 / (quality.positions or quality.samples)
+    if quality.measure != "relative error" and 0 < max_drop < step:
         allocation = allocation.noting(
-            f"one of {quality.samples} held-back samples is {1 / quality.samples:.2g}: a drop of "
-            f"{max_drop:g} cannot be told from none, give more data"
+            f"one of {quality.counted} is {step:.2g}: a drop of {max_drop:g} cannot be told "
+            "from none, give more data"
         )
     return replace(solution, allocation=allocation, budget=limits)
 
@@ -173,7 +179,7 @@ def _refusal(max_drop: float, search: _Search, limits: Budget | None) -> BudgetE
     return BudgetError(
         f"--max-drop {max_drop:g}: no smaller model keeps it{limited}; of {len(trials)} budgets "
         f"tried the best, memory {best.mem:.3f}, loses {quality.drop:.4g} of {quality.measure} on "
-        f"{quality.samples} held-back samples; raise --max-drop, or give more data{settled}"
+        f"{quality.counted}; raise --max-drop, or give more data{settled}"
     )
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.grid import EVERY_RANK, rank_rule
@@ -21,8 +23,10 @@ from cobla_onnx.calibration.choosing import Chooser, Compared, look_at
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.evidence import lack_of_evidence
 from cobla_onnx.calibration.heads import importances
+from cobla_onnx.calibration.labels import labels_of_batches
 from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT
 from cobla_onnx.calibration.outputs import MeasuredModel, measured_model
+from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.content import model_content
 from cobla_onnx.graph.layers import Layer, find_layers
@@ -125,7 +129,7 @@ def open_study(
                 shown=measured.outputs,
             )
             looking = _Looking(
-                proto, measured, dataset, settings, threads, chooser, pool, kept, notify
+                proto, measured, dataset, settings, threads, chooser, pool, kept, notify, classes
             )
         analysis = analyse(
             proto,
@@ -247,6 +251,7 @@ class _Looking:
     pool: Pool
     cache: Cache | None
     progress: Progress
+    labels: NDArray[np.int64] | None
     batching: Batching = field(init=False)
     compared: Compared = field(init=False)
 
@@ -274,6 +279,8 @@ class _Looking:
             self.chooser,
             partial(self.progress, "survey"),
         )
+        if self.labels is not None:
+            self._refuse_unfit(self.labels, batch)
         # Samples may have been left out: both are of those that remain.
         samples = self.dataset.calibration
         key = ""
@@ -291,4 +298,16 @@ class _Looking:
             limit=min(LIMIT, self.batching.sums // 2),
             together=min(ALL_UNITS, self.batching.sums),
             taps=self.batching.taps,
+        )
+
+    def _refuse_unfit(self, labels: NDArray[np.int64], batch: int) -> None:
+        """Raise on labels that do not fit the output, before what takes long."""
+        group = next(self.dataset.groups(self.dataset.selection, batch))
+        Probe(
+            self.measured.model,
+            (),
+            self.dataset.batches(group, batch),
+            self.compared.measures,
+            self.threads,
+            labels=labels_of_batches(labels, [group]),
         )

@@ -109,18 +109,18 @@ def test_the_command(demo_model, tmp_path):
         (
             "d = DequantizeLinear(w, s) y = MatMul(x, d)",
             "int8[2, 2] w = {1, 2, 3, 4}, float s = {1}",
-            r"1 x weight is quantised\); compress the model before it is quantised",
+            r"1 x weight is quantised; bytes: 8 in DequantizeLinear\); compress the model before",
         ),
         (
             "q, s, z = DynamicQuantizeLinear(x) i = MatMulInteger(q, w, z) "
             "f = Cast <to = 1> (i) y = Mul(f, s)",
             "int8[2, 2] w = {1, 2, 3, 4}",
-            r"1 x MatMulInteger: weight is quantised\); compress the model before",
+            r"1 x MatMulInteger: weight is quantised; bytes: 4 in .*\); compress the model before",
         ),
         (
             "y, h, c = LSTM <hidden_size = 1> (x, w, r)",
             "float[1, 4, 2] w = {1, 1, 1, 1, 1, 1, 1, 1}, float[1, 4, 1] r = {1, 1, 1, 1}",
-            r"1 x LSTM: operator is not factorised\); only Conv",
+            r"1 x LSTM: operator is not factorised; bytes: 48 in LSTM\); only Conv",
         ),
     ],
 )

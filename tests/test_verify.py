@@ -15,6 +15,7 @@ from rich.console import Console
 
 from cobla_onnx import Budget, compress, errors
 from cobla_onnx.comparison import Comparison
+from cobla_onnx.deviation import rounding_error
 from tests.builders import model_of, random_array
 
 NODE = helper.make_node
@@ -236,3 +237,22 @@ def test_a_part_that_does_not_load_is_not_blamed_on_the_file():
         open_session(broken, 1, part="the loss")
     assert caught.value.exit_code == 1
     assert "fc1" in str(caught.value) or "NoSuchOperator" in str(caught.value)
+
+
+@given(st.integers(0, 100), st.sampled_from(["float16", "float32", "float64"]))
+def test_rounding_errors_are_relative_but_to_nothing(seed, dtype):
+    values = random_array(3, 4, seed=seed, dtype=dtype)
+    moved = values.copy()
+    moved[1, 2] += 0.25
+    error = rounding_error(values, moved)
+    assert error == pytest.approx(0.25 / np.abs(values).max(), rel=0.01)
+    assert rounding_error(values * 2, moved * 2) == pytest.approx(error)
+    nothing = np.zeros_like(values)
+    assert rounding_error(nothing, nothing) == 0
+    # In whatever unit an output is.
+    assert rounding_error(nothing, nothing + 1e-4) == np.inf
+    assert rounding_error(nothing, nothing + np.finfo(dtype).smallest_subnormal) == 0
+    endless = np.where(values > 0, np.inf, values)
+    assert rounding_error(endless, endless) == 0
+    assert rounding_error(values, np.full_like(values, np.nan)) == np.inf
+    assert rounding_error(values, values[:2]) == np.inf

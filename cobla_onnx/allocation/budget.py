@@ -15,6 +15,13 @@ from cobla_onnx.errors import BudgetError, UsageError
 
 __all__ = ["Budget", "Constraint", "least_fraction", "require_reachable", "unreachable"]
 
+# What there may be nothing to save of.
+COUNTED = {
+    "mem": "stores no weights",
+    "mac": "does no multiply-accumulate operations",
+    "latency": "has no layer that takes time",
+}
+
 
 @dataclass(frozen=True)
 class Constraint:
@@ -162,6 +169,8 @@ class Budget:
         ------
         UsageError
             If a budget is set of which the original's cost is not known.
+        BudgetError
+            If there is nothing to keep a fraction of.
         """
         result = []
         for name, value, total, unknown in (
@@ -173,6 +182,9 @@ class Budget:
                 continue
             if total is None:
                 raise UsageError(f"--{name}: {unknown}")
+            if total == 0 and value < 1:
+                cause = f"--{name} {value:g}: the model {COUNTED[name]}, none can be saved"
+                raise BudgetError(cause, {name: 1.0})
             # repr gives the decimal that was meant: 0.3 * 1000 is 300, not 299.
             limit = math.floor(Fraction(repr(float(value))) * total)
             bare = Constraint(name, value, total, limit, 0)
@@ -188,7 +200,7 @@ def least_fraction(constraint: Constraint, layers: Sequence[LayerCurves]) -> flo
 
 def _rounded_up(cost: int, total: int) -> float:
     """Cost as a fraction, rounded up, so that the number is itself within reach."""
-    return math.ceil(Fraction(cost, max(total, 1)) * 10_000) / 10_000
+    return math.ceil(Fraction(cost, total) * 10_000) / 10_000 if total else 1.0
 
 
 def require_reachable(layers: Sequence[LayerCurves], constraints: Sequence[Constraint]) -> None:

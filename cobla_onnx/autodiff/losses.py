@@ -17,13 +17,14 @@ kind                     loss of a position          derivative by the output
                          |centred(q - p)|^2 / spread
 =======================  ==========================  ==============================
 
-Further axes are averaged over, by the mask where there is one.
+Further axes are averaged over, by the mask where there is one, and where there are labels over
+those positions that have one that counts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,7 +110,7 @@ def _squares(
         scaled = g.div(g.mul(difference, 1.0 / max(elements, 1)), g.op("Max", powers[q], TINY))
     else:
         scaled = g.mul(difference, _slices(g, measure, len(shape)))
-        scaled = g.mul(scaled, _share(g, shape, measure, len(shape)))
+        scaled = g.mul(scaled, _share(g, shape, measure, p))
 
     def total(product: str) -> str:
         return g.sum(g.reshape(product, [length, elements]), [1])
@@ -132,15 +133,29 @@ def _slices(g: Emitter, measure: Measure, rank: int) -> str:
     return g.constant(scale.reshape(-1, *[1] * (rank - measure.axis - 1)))
 
 
-def _share(g: Emitter, shape: Sizes, measure: Measure, rank: int) -> str | float:
-    """Weight of each position in its sample's mean; a number, or a tensor of `rank` axes."""
+def _share(g: Emitter, shape: Sizes, measure: Measure, target: str) -> str | float:
+    """Weight of each position in its sample's mean; a number, or a tensor to be broadcast."""
     others = [size for axis, size in enumerate(shape) if axis and axis != measure.axis]
-    if measure.mask is None:
+    counted = _counted(g, measure, target)
+    if measure.mask is None and counted is None:
         return 1.0 / max(math.prod(others), 1)
-    mask = g.float(measure.mask)
-    count = g.op("Max", g.sum(mask, [1], keep=True), 1.0)
-    share = g.div(mask, g.mul(count, max(math.prod(others) // max(shape[1], 1), 1)))
-    return g.reshape(share, [*shape[:2], *[1] * (rank - 2)])
+    repeated = 1
+    if measure.mask is not None:
+        mask = g.reshape(g.float(measure.mask), [*shape[:2], *[1] * (len(shape) - 2)])
+        repeated = 1 if counted is not None else math.prod(others) // max(shape[1], 1)
+        counted = mask if counted is None else g.mul(counted, mask)
+    assert counted is not None
+    number = g.op("Max", g.sum(counted, list(range(1, len(shape))), keep=True), 1.0)
+    return g.div(counted, g.mul(number, max(repeated, 1)))
+
+
+def _counted(g: Emitter, measure: Measure, target: str) -> str | None:
+    """1 at positions with a label that counts, else 0; None where nothing is labelled."""
+    if not measure.labelled:
+        return None
+    if measure.axis is None:
+        return g.float(g.op("Not", g.op("Less", target, 0.0)))
+    return g.sum(target, [measure.axis], keep=True)
 
 
 def _binary(g: Emitter, q: str, shape: Sizes, p: str, measure: Measure) -> tuple[str, str]:
@@ -155,9 +170,9 @@ def _binary(g: Emitter, q: str, shape: Sizes, p: str, measure: Measure) -> tuple
         rest, miss = g.sub(1.0, q), g.sub(1.0, p)
         each = g.neg(g.add(g.mul(p, g.op("Log", q)), g.mul(miss, g.op("Log", rest))))
         seed = g.div(g.sub(q, p), g.mul(q, rest))
-    share = 1.0 / max(elements, 1)
-    term = g.sum(g.reshape(each, [length, elements]), [1])
-    return g.mul(term, share), g.mul(seed, share)
+    share = _share(g, shape, measure, p)
+    term = g.sum(g.reshape(g.mul(each, share), [length, elements]), [1])
+    return term, g.mul(seed, share)
 
 
 def _divergence(g: Emitter, q: str, shape: Sizes, p: str, measure: Measure) -> tuple[str, str]:
@@ -187,13 +202,9 @@ def _divergence(g: Emitter, q: str, shape: Sizes, p: str, measure: Measure) -> t
         seed = g.sub(soft, weight)
     else:
         seed = g.masked(g.neg(g.div(weight, g.op("Max", q, TINY))), g.op("Greater", q, TINY))
+    further = list(range(1, len(shape)))
     if math.prod(shape[1:]) == shape[axis]:
-        return _summed(g, g.sum(each, [axis]), len(shape) - 1), seed
-    each = g.mul(g.sum(each, [axis]), _share(g, shape, measure, len(shape) - 1))
-    return _summed(g, each, len(shape) - 1), g.mul(seed, _share(g, shape, measure, len(shape)))
-
-
-def _summed(g: Emitter, each: str, rank: int) -> str:
-    """Sum over all axes but the first."""
-    axes: Sequence[int] = range(1, rank)
-    return g.sum(each, list(axes))
+        return g.sum(each, further), seed
+    share = _share(g, shape, measure, p)
+    each = g.mul(g.sum(each, [axis], keep=True), share)
+    return g.sum(each, further), g.mul(seed, share)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from cobla_onnx.calibration.dataset import Dataset
+from cobla_onnx.deviation import rounding_error
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import Layer, all_inputs
 from cobla_onnx.graph.model_file import copy_without_initializers, stored_bytes
@@ -323,11 +324,4 @@ def _alike(found: Any, expected: Any) -> bool:
         return False
     if found.dtype.kind != "f":
         return not found.size or float((found != expected).mean()) <= CHANGED
-    tolerance = ROUNDING.get(found.dtype, 3e-2)
-    found, expected = found.astype(np.float64), expected.astype(np.float64)
-    finite = np.isfinite(expected)
-    if not np.array_equal(finite, np.isfinite(found)):
-        return False
-    size = float(np.abs(expected[finite]).max(initial=0.0))
-    difference = float(np.abs(found[finite] - expected[finite]).max(initial=0.0))
-    return difference <= tolerance * size
+    return rounding_error(expected, found) <= ROUNDING.get(found.dtype, 3e-2)

@@ -183,12 +183,14 @@ class Chooser:
 
     def _to_labels(self, name: str, facts: OutputFacts) -> Measure:
         choice = self._choice(name)
-        if all(size == 1 for size in facts.sizes[1:]):
-            kind: LossKind = "binary-probabilities" if facts.unit else "binary-logits"
-            return Measure(kind, None, labelled=True, decided_by="labels that are given")
         axis = self._given_axis(choice, facts)
         axis = axis if axis is not None else self._normal_axis(name, facts)
         axis = axis if axis is not None else _usual(len(facts.sizes))
+        if axis == 0 or facts.sizes[axis] == 1:
+            # One probability tells 0 from 1, whether of a sample, a token or a pixel.
+            kind: LossKind = "binary-probabilities" if facts.unit else "binary-logits"
+            why = "labels that are given"
+            return Measure(kind, None, mask=facts.mask, labelled=True, decided_by=why)
         if not _may_be_classes(facts, axis):
             raise UsageError(
                 f"--labels: output {quoted(name)} of shape {_shape(facts)} has no classes along "

@@ -182,19 +182,23 @@ class Dataset:
 
     def grouped(self, indices: Iterable[int], size: int) -> Iterator[tuple[tuple[int, ...], Feeds]]:
         """Yield the indices of samples with each batch of `batches`."""
+        return ((group, self._feeds(group)) for group in self.groups(indices, size))
+
+    def groups(self, indices: Iterable[int], size: int) -> Iterator[tuple[int, ...]]:
+        """Yield the indices of samples that `batches` puts together."""
         pending: list[int] = []
         for index in indices:
             if pending and (len(pending) == size or not self._alike(pending[0], index)):
-                yield tuple(pending), self._feeds(pending)
+                yield tuple(pending)
                 pending = []
             pending.append(index)
         if pending:
-            yield tuple(pending), self._feeds(pending)
+            yield tuple(pending)
 
     def leave_out(self, indices: Iterable[int]) -> None:
-        """Take samples out of both splits; the others are shared out anew."""
+        """Take further samples out of both splits; the others are shared out anew."""
         gone = set(indices)
-        kept = [i for i in range(len(self)) if i not in gone]
+        kept = [i for i in sorted((*self.calibration, *self.selection)) if i not in gone]
         made, held = _split(len(kept))
         self.calibration = tuple(kept[i] for i in made)
         self.selection = tuple(kept[i] for i in held)

@@ -13,6 +13,7 @@ from cobla_onnx.allocation.sequential import Scores
 from cobla_onnx.cache import digest
 from cobla_onnx.calibration.choosing import Chooser, Compared, look_at
 from cobla_onnx.calibration.dataset import Dataset
+from cobla_onnx.calibration.labels import labels_of_batches
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.probe import Probe, Weights
 from cobla_onnx.calibration.soften import soften
@@ -44,7 +45,7 @@ class Judge:
         Decides where `compared` is not given.
     threads : int
     labels : int64 array, shape (samples, rows of a sample, ...), optional
-        Of all samples of the dataset.
+        Of all samples of the dataset, as `align_labels` gives them.
     compared : Compared, optional
         How outputs are compared. Without it the model is run on all samples to find out.
 
@@ -94,9 +95,11 @@ class Judge:
         """Return a fresh iterator over samples."""
         return self.dataset.batches(indices, self.batch)
 
-    def labels_of(self, indices: Sequence[int]) -> NDArray[np.int64] | None:
-        """Labels of samples, if there are any."""
-        return None if self.labels is None else self.labels[list(indices)]
+    def labels_of(self, indices: Sequence[int]) -> list[NDArray[np.int64]] | None:
+        """Labels of each batch of samples, shape (rows, ...), if there are any."""
+        if self.labels is None:
+            return None
+        return labels_of_batches(self.labels, self.dataset.groups(indices, self.batch))
 
     def key(self, indices: Sequence[int]) -> str:
         """Hash what losses on samples depend on beside the model and the weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.dataset import Dataset
+from cobla_onnx.calibration.targets import IGNORED
 from cobla_onnx.errors import DataError, UsageError
 from cobla_onnx.names import quoted
 
-__all__ = ["Labels", "align_labels", "one_hot", "read_labels"]
+__all__ = ["Labels", "align_labels", "labels_of_batches", "read_labels"]
 
 Labels: TypeAlias = "Sequence[int] | NDArray[Any] | Mapping[str, int]"
-"""Classes in the order of the samples, or by path where they are files."""
+"""Classes in the order of the samples, an array of any shape, or by path where they are files."""
 
 # A path in parts, and as it is written.
 _Key: TypeAlias = "tuple[tuple[str, ...], str]"
@@ -33,9 +34,9 @@ def read_labels(path: Path) -> Labels:
     ----------
     path : Path
         An ``.npy`` file, an ``.npz`` file with one array, or one called ``labels``,
-        ``label`` or ``y``, or a ``.csv`` file with a class on each line, or with a file or
-        the number of a sample, from 0, and a class. Commas, semicolons or tabs are between
-        them; a first line without a number is a heading.
+        ``label`` or ``y``, of any shape that `targets.one_hot` takes; or a ``.csv`` file with a
+        class on each line, or with a file or the number of a sample, from 0, and a class.
+        Commas, semicolons or tabs are between them; a first line without a number is a heading.
 
     Raises
     ------
@@ -114,7 +115,7 @@ def _class(text: str) -> int | None:
     if not _is_number(text):
         return None
     value = float(text)
-    return int(value) if value >= 0 and value.is_integer() else None
+    return int(value) if (value >= 0 or value == IGNORED) and value.is_integer() else None
 
 
 def _is_number(text: str) -> bool:
@@ -129,7 +130,8 @@ def align_labels(labels: Labels, dataset: Dataset) -> NDArray[np.int64]:
 
     Returns
     -------
-    int64 array, shape (samples, rows of a sample)
+    int64 array, shape (samples, rows of a sample, ...)
+        Whether further axes fit the output only it can tell, see `targets.one_hot`.
 
     Raises
     ------
@@ -138,48 +140,52 @@ def align_labels(labels: Labels, dataset: Dataset) -> NDArray[np.int64]:
     """
     if isinstance(labels, Mapping):
         return _by_name(labels, dataset)
-    array = _classes(np.asarray(labels))
+    array = _whole_numbers(labels)
     rows = dataset.rows or 1
     known = dataset.source_samples
     if len(array) // rows != known or len(array) < known * rows:
         raise DataError(
             f"--labels: are {len(array)}, the data has {known * rows} samples; give one for each"
         )
-    grouped = array[: known * rows].reshape(known, rows).astype(np.int64)
+    grouped = array[: known * rows].reshape(known, rows, *array.shape[1:])
     aligned: NDArray[np.int64] = grouped[list(dataset.positions)]
     return aligned
 
 
-def _classes(array: NDArray[Any]) -> NDArray[np.int64]:
-    """Classes from an array [N] or [N, 1] of whole numbers, of any type, or from one-hot [N, C].
+def labels_of_batches(
+    labels: NDArray[np.int64], groups: Iterable[tuple[int, ...]]
+) -> list[NDArray[np.int64]]:
+    """Labels of each batch of samples, shape (rows, ...), from those of all."""
+    return [labels[list(group)].reshape(-1, *labels.shape[2:]) for group in groups]
+
+
+def _whole_numbers(labels: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
+    """Labels of any type and shape as integers.
 
     Raises
     ------
     DataError
-        If it is something else; names the sample.
+        If some are no whole numbers from 0, nor `IGNORED`; names the sample.
     """
-    shape = list(array.shape)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.dtype.kind not in "biuf" or array.ndim not in (1, 2):
+    try:
+        array = np.asarray(labels)
+    except ValueError as error:
         raise DataError(
-            f"--labels: have shape {shape} and type {array.dtype}; give one whole number from 0 "
-            "for each sample"
+            "--labels: differ in length from sample to sample; fill them up to one length with "
+            f"{IGNORED}, which does not count"
+        ) from error
+    if array.dtype.kind not in "biuf" or array.ndim == 0:
+        raise DataError(
+            f"--labels: have shape {list(array.shape)} and type {array.dtype}; give one whole "
+            "number from 0 for each sample, or each position of its output"
         )
-    if array.ndim == 2:
-        # Exactly one 1 and else nothing: other tables of numbers are no classes.
-        if not ((array == 1).sum(axis=1) == 1).all() or not np.isin(array, (0, 1)).all():
-            raise DataError(
-                f"--labels: have shape {shape} and are not one-hot; give one whole number from 0 "
-                "for each sample"
-            )
-        found: NDArray[np.int64] = array.argmax(axis=1)
-        return found
-    wrong = np.flatnonzero(~(array >= 0) | (array != np.floor(array)))
+    wrong = np.argwhere((~(array >= 0) & (array != IGNORED)) | (array != np.floor(array)))
     if len(wrong):
+        place = tuple(int(index) for index in wrong[0])
+        further = f" at {list(place[1:])}" if array.ndim > 1 else ""
         raise DataError(
-            f"--labels: sample {wrong[0]} (from 0) has {array[wrong[0]]:g}; give one whole number "
-            "from 0 for each sample"
+            f"--labels: sample {place[0]} (from 0) has {array[place]:g}{further}; give whole "
+            f"numbers from 0, or {IGNORED} for what does not count"
         )
     return array.astype(np.int64)
 
@@ -238,68 +244,10 @@ def _parts(path: str) -> tuple[str, ...]:
 def _label(name: str, labels: Mapping[str, int], keys: Sequence[str]) -> int:
     if not keys:
         raise DataError(f"--labels: there is none for {quoted(name)}; add it")
-    found = {int(_classes(np.array([labels[key]]))[0]) for key in keys}
+    found = {int(_whole_numbers([labels[key]])[0]) for key in keys}
     if len(found) > 1:
         raise DataError(
             f"--labels: {quoted(name)} may be {quoted(keys[0])} or {quoted(keys[1])}, which have "
             "different classes; give paths relative to the data folder"
         )
     return found.pop()
-
-
-def one_hot(output: NDArray[Any], labels: NDArray[np.int64] | None, axis: int = 1) -> NDArray[Any]:
-    """Return a distribution over the classes, along an axis, in the shape of an output.
-
-    Parameters
-    ----------
-    output : array, shape (rows, ...)
-        With classes along `axis`.
-    labels : int64 array, shape (rows, ...), optional
-        One for each position, that is the output's shape without `axis`. The output's own
-        most likely classes where there are none.
-
-    Raises
-    ------
-    DataError
-        If there are too few labels, or the output has fewer classes than they say.
-    """
-    result = np.zeros_like(output)
-    if labels is None:
-        np.put_along_axis(result, output.argmax(axis=axis, keepdims=True), 1, axis=axis)
-        return result
-    classes = output.shape[axis]
-    positions = output.shape[:axis] + output.shape[axis + 1 :]
-    if len(labels) != len(output) or labels.size * classes != output.size:
-        raise DataError(
-            f"--labels: have shape {list(labels.shape)} for an output of shape "
-            f"{list(output.shape)}; give one for each position of the output"
-        )
-    if labels.max() >= classes:
-        raise DataError(
-            f"--labels: hold class {labels.max()}, the model has {classes}, counted from "
-            "0; check which classes the model was trained on"
-        )
-    chosen = np.expand_dims(labels.reshape(positions), axis)
-    np.put_along_axis(result, chosen, 1, axis=axis)
-    return result
-
-
-def binary_targets(output: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[Any]:
-    """Return labels of 0 and 1 in the shape of an output with one probability for each row.
-
-    Raises
-    ------
-    DataError
-        If there are others, or too few.
-    """
-    if labels.size != output.size:
-        raise DataError(
-            f"--labels: have shape {list(labels.shape)} for an output of shape "
-            f"{list(output.shape)}; give one for each row of the output"
-        )
-    if labels.max(initial=0) > 1:
-        raise DataError(
-            f"--labels: hold class {labels.max()}, but the output has one value for each row, "
-            "which tells 0 from 1; give labels of 0 and 1"
-        )
-    return labels.reshape(output.shape).astype(output.dtype)

@@ -13,9 +13,17 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cobla_onnx.calibration.targets import counted_positions
 from cobla_onnx.measures import TINY, LossKind, Measure, as_measure
 
-__all__ = ["LossName", "equal_infinities", "log_probabilities", "sample_losses", "squared_errors"]
+__all__ = [
+    "LossName",
+    "counting",
+    "equal_infinities",
+    "log_probabilities",
+    "sample_losses",
+    "squared_errors",
+]
 
 LossName: TypeAlias = Literal["auto", "kl", "mse", "ce"]
 
@@ -69,10 +77,35 @@ def _losses(
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(p), step):
             rows = slice(start, start + step)
-            weights = None if mask is None else mask[rows]
+            counts = counting(measure, p[rows], None if mask is None else mask[rows])
             both = equal_infinities(p[rows], q[rows], LOW if measure.has_classes else 0.0)
-            found.append(_positions_mean(_position_losses(measure, *both, power), weights))
+            found.append(_positions_mean(_position_losses(measure, *both, power), counts))
     return np.concatenate(found) if found else np.zeros(0)
+
+
+def counting(
+    measure: Measure, target: NDArray[Any], mask: NDArray[Any] | None
+) -> NDArray[np.bool_] | None:
+    """Tell which positions count, by the labels and by the mask; None where all do.
+
+    Parameters
+    ----------
+    measure : Measure
+    target : array, shape (samples, ...)
+    mask : array, shape (samples, length of the sequence), optional
+
+    Returns
+    -------
+    bool array, or None
+        Of the shape of the positions, or of its first two axes.
+    """
+    counted = counted_positions(measure, target)
+    if mask is None:
+        return counted
+    marked = mask.astype(bool)
+    if counted is None:
+        return marked
+    return np.asarray(counted & marked.reshape(*marked.shape, *[1] * (counted.ndim - 2)))
 
 
 def equal_infinities(
@@ -119,7 +152,6 @@ def _position_losses(
     axis = measure.axis
     assert axis is not None
     if measure.kind.startswith("ce"):
-        p = (p == p.max(axis=axis, keepdims=True)).astype(np.float64)
         # A class that cannot be, and is not the label, costs nothing.
         log_q = np.maximum(
             log_probabilities(q, measure.of_logits, axis), np.where(p > 0, -np.inf, LOW)
@@ -131,15 +163,23 @@ def _position_losses(
     return np.asarray(terms.sum(axis=axis))
 
 
-def _positions_mean(losses: NDArray[np.float64], mask: NDArray[Any] | None) -> NDArray[np.float64]:
-    """Mean over positions, shape (samples,); by the mask over the second axis."""
-    if mask is None:
-        result: NDArray[np.float64] = losses.reshape(len(losses), -1).mean(axis=1)
-        return result
-    means = losses.reshape(*losses.shape[:2], -1).mean(axis=2)
-    weights = mask.astype(np.float64)
-    found: NDArray[np.float64] = np.einsum("st,st->s", means, weights)
-    return np.asarray(found / np.maximum(weights.sum(axis=1), 1.0))
+def _positions_mean(
+    losses: NDArray[np.float64], counts: NDArray[np.bool_] | None
+) -> NDArray[np.float64]:
+    """Mean over the positions that count, shape (samples,); 0 where none does."""
+    if counts is not None:
+        # A padded position may hold anything, even NaN.
+        counts = np.broadcast_to(_widened(counts, losses.ndim), losses.shape)
+        losses = np.where(counts, losses, 0.0)
+    lines = losses.reshape(len(losses), -1)
+    if counts is None:
+        return np.asarray(lines.mean(axis=1))
+    number = np.count_nonzero(counts.reshape(len(losses), -1), axis=1)
+    return np.asarray(lines.sum(axis=1) / np.maximum(number, 1))
+
+
+def _widened(counts: NDArray[np.bool_], rank: int) -> NDArray[np.bool_]:
+    return counts.reshape(*counts.shape, *[1] * (rank - counts.ndim))
 
 
 def log_probabilities(

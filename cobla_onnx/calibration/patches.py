@@ -29,6 +29,7 @@ __all__ = [
     "ProductPatch",
     "ReadPatch",
     "TransposedPatch",
+    "finite_outputs",
     "patch_of",
 ]
 
@@ -342,10 +343,16 @@ class OutputPatch:
         self, data: NDArray[Any], chosen: NDArray[np.int64] | None = None, each: int = 1
     ) -> Iterator[NDArray[Any]]:
         """Yield the outputs, shape (groups, size, positions), as `ConvPatch.vectors` does."""
-        outputs = self.read.outputs(data)
+        outputs = finite_outputs(self.read.outputs(data))
         count = outputs.shape[2] if chosen is None else len(chosen)
         for part in _parts(count, self.groups * self.size, each):
             yield outputs[:, :, part if chosen is None else chosen[part]]
+
+
+def finite_outputs(output: NDArray[Any]) -> NDArray[Any]:
+    """Return a layer's output with 0 for what an infinite bias suppresses: no matter what else."""
+    finite = np.isfinite(output)
+    return output if finite.all() else np.where(finite, output, output.dtype.type(0))
 
 
 ReadPatch = ConvPatch | TransposedPatch | ProductPatch

@@ -11,8 +11,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.choosing import measures_of
-from cobla_onnx.calibration.labels import binary_targets, one_hot
 from cobla_onnx.calibration.loss import LossName, sample_losses
+from cobla_onnx.calibration.targets import binary_targets, one_hot
 from cobla_onnx.graph.expose import expose
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.measures import Measure
@@ -44,8 +44,8 @@ class Probe:
     loss : mapping of str to Measure, or {'auto', 'kl', 'mse', 'ce'}
         How outputs are compared; a name decides by the first batch.
     threads : int
-    labels : int64 array, shape (samples, rows of a sample, ...), optional
-        Classes in place of the original's most likely ones; for ``ce``.
+    labels : sequence of int64 array, optional
+        Of each batch, in place of the original's most likely classes, see `one_hot`.
 
     Attributes
     ----------
@@ -71,7 +71,7 @@ class Probe:
         loss: LossName | Mapping[str, Measure],
         threads: int,
         limit: int = KEPT_OUTPUTS,
-        labels: NDArray[np.int64] | None = None,
+        labels: Sequence[NDArray[np.int64]] | None = None,
     ) -> None:
         self.exposed = exposed = expose(model, layers, as_inputs=True)
         self.layers = layers
@@ -87,18 +87,16 @@ class Probe:
         self.batches, self.expected = Shelf(), Shelf()
         self.samples = 0
         self.labelled = labels is not None
-        self._keep(
-            batches, loss, limit, None if labels is None else labels.reshape(-1, *labels.shape[2:])
-        )
+        self._keep(batches, loss, limit, labels)
 
     def _keep(
         self,
         batches: Iterable[Feeds],
         loss: LossName | Mapping[str, Measure],
         limit: int,
-        labels: NDArray[np.int64] | None,
+        labels: Sequence[NDArray[np.int64]] | None,
     ) -> None:
-        for feeds in batches:
+        for number, feeds in enumerate(batches):
             outputs = self._run({**feeds, **self._original})
             if not self.expected:
                 self.measures: dict[str, Measure] = (
@@ -106,7 +104,7 @@ class Probe:
                     if isinstance(loss, str)
                     else dict(loss)
                 )
-            kept, labels = self._targets(feeds, outputs, labels)
+            kept = self._targets(feeds, outputs, None if labels is None else labels[number])
             limit -= sum(value.nbytes for value in (*kept.values(), *feeds.values()))
             self.batches.append(feeds)
             self.expected.append(kept)
@@ -114,16 +112,11 @@ class Probe:
             if limit < 0:
                 break
 
-    def _targets(
-        self, feeds: Feeds, outputs: Feeds, labels: NDArray[np.int64] | None
-    ) -> tuple[Feeds, NDArray[np.int64] | None]:
-        """Return what a batch is compared with, and the labels of the next batches."""
+    def _targets(self, feeds: Feeds, outputs: Feeds, labels: NDArray[np.int64] | None) -> Feeds:
+        """Return what a batch is compared with."""
         kept = {name: outputs[name] for name in self.measures}
-        rest = labels
         for name, measure in self.measures.items():
-            given: NDArray[np.int64] | None = None
-            if measure.labelled and labels is not None:
-                given, rest = np.split(labels, [len(kept[name])])
+            given = labels if measure.labelled else None
             if measure.kind.startswith("binary"):
                 assert given is not None
                 kept[name] = binary_targets(kept[name], given)
@@ -131,7 +124,7 @@ class Probe:
                 kept[name] = one_hot(kept[name], given, measure.axis or 1)
             if measure.mask is not None:
                 kept[measure.mask] = feeds[measure.mask]
-        return kept, rest
+        return kept
 
     def losses(self, weights: Weights) -> NDArray[np.float64]:
         """Loss of every sample with some layers' weights replaced.

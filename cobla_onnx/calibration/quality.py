@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.loss import equal_infinities, squared_errors
+from cobla_onnx.calibration.loss import counting, equal_infinities, squared_errors
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.measures import TINY, Measure
 from cobla_onnx.runtime import Feeds
@@ -29,8 +29,8 @@ class Quality:
     Attributes
     ----------
     measure : {'accuracy', 'agreement', 'relative error'}
-        ``accuracy``: share of rows whose most likely class is the label. ``agreement``:
-        share of rows, or positions, whose most likely class is the original's. ``relative
+        ``accuracy``: share of rows, or positions, with a label whose most likely class is
+        that. ``agreement``: share of those whose most likely class is the original's. ``relative
         error``: root of the mean over features of squared error over variance. Of several
         outputs, and of the two readings of an output that may be either, the worst.
     before, after : float
@@ -39,6 +39,9 @@ class Quality:
         What is lost: the fall of accuracy or agreement, or the error itself.
     samples : int
         Samples that it was measured on.
+    positions : int
+        What is a share of them: tokens, frames or pixels where an output has a class for each,
+        those that count, else samples. 0 for relative error.
     output : str
         The output that it is of.
     undecided : bool
@@ -52,6 +55,15 @@ class Quality:
     samples: int
     output: str = ""
     undecided: bool = False
+    positions: int = 0
+
+    @property
+    def counted(self) -> str:
+        """What it was measured on, in words."""
+        samples = f"{self.samples} held-back samples"
+        if self.positions in (0, self.samples):
+            return samples
+        return f"{self.positions} positions in {samples}"
 
 
 def measure_quality(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> Quality:
@@ -67,22 +79,30 @@ def measure_quality(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> Qua
     labelled = [name for name, measure in probe.measures.items() if measure.labelled]
     before = _readings(probe, probe.outputs({})) if labelled else {}
     found = []
-    for (name, measure), wrong in after.items():
-        if name in labelled:
-            old = before[name, measure]
-            found.append(
-                Quality("accuracy", 1.0 - old, 1.0 - wrong, wrong - old, probe.samples, name)
+    for (name, measure), (wrong, positions) in after.items():
+        drop, first, last = wrong, 0.0, wrong
+        if measure == "agreement":
+            old = before[name, measure][0] if name in labelled else 0.0
+            drop, first, last = wrong - old, 1.0 - old, 1.0 - wrong
+        found.append(
+            Quality(
+                "accuracy" if name in labelled else measure,
+                first,
+                last,
+                drop,
+                probe.samples,
+                name,
+                positions=positions,
             )
-        elif measure == "agreement":
-            found.append(Quality(measure, 1.0, 1.0 - wrong, wrong, probe.samples, name))
-        else:
-            found.append(Quality(measure, 0.0, wrong, wrong, probe.samples, name))
+        )
     worst = max(found, key=lambda quality: quality.drop)
     return replace(worst, undecided=probe.measures[worst.output].kind == "either")
 
 
-def _readings(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> dict[tuple[str, str], float]:
-    """Share of rows of another class than expected, or relative error, of every output."""
+def _readings(
+    probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]
+) -> dict[tuple[str, str], tuple[float, int]]:
+    """Share of positions of another class than expected, and their number; or relative error."""
     wrong: dict[tuple[str, str], float] = {}
     whole: dict[tuple[str, str], float] = {}
     for expected, actual in outputs:
@@ -92,9 +112,9 @@ def _readings(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> dict[tupl
                 wrong[name, reading] = wrong.get((name, reading), 0.0) + values
                 whole[name, reading] = whole.get((name, reading), 0.0) + weight
     return {
-        key: math.sqrt(value / max(whole[key], 1.0))
+        key: (math.sqrt(value / max(whole[key], 1.0)), 0)
         if key[1] == "relative error"
-        else value / max(whole[key], 1.0)
+        else (value / max(whole[key], 1.0), int(whole[key]))
         for key, value in wrong.items()
     }
 
@@ -106,23 +126,24 @@ def _measured(
     if before.shape != after.shape:
         yield "relative error", math.inf, 1.0
         return
+    counts = counting(measure, before, mask)
     if measure.kind in ("mse", "either"):
         errors = squared_errors(measure, *equal_infinities(before, after, 0.0))
         if measure.scale is None:
             errors = errors / max(float(np.square(before, dtype=np.float64).mean()), TINY)
-        yield ("relative error", *_total(errors, mask))
+        yield ("relative error", *_total(errors, counts))
     if measure.kind.startswith("binary"):
         edge = 0.0 if measure.of_logits else 0.5
-        yield ("agreement", *_total((before > 0.5) != (after > edge), mask))
+        yield ("agreement", *_total((before > 0.5) != (after > edge), counts))
     elif measure.kind != "mse":
         axis = measure.axis or 1
         other = before.argmax(axis=axis) != after.argmax(axis=axis)
-        yield ("agreement", *_total(other, mask))
+        yield ("agreement", *_total(other, counts))
 
 
-def _total(values: NDArray[Any], mask: NDArray[Any] | None) -> tuple[float, float]:
+def _total(values: NDArray[Any], counts: NDArray[np.bool_] | None) -> tuple[float, float]:
     """Sum and number of what counts."""
-    if mask is None:
+    if counts is None:
         return float(values.sum()), float(values.size)
-    chosen = values[mask.astype(bool)]
+    chosen = values[counts]
     return float(chosen.sum()), float(chosen.size)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.frontier import Frontier, Store
 from cobla_onnx.calibration.moments import Moment, MomentSum, parts_of
 from cobla_onnx.calibration.onward import OnwardProbe
-from cobla_onnx.calibration.patches import ReadPatch, patch_of
+from cobla_onnx.calibration.patches import ReadPatch, finite_outputs, patch_of
 from cobla_onnx.calibration.positions import Chosen, choose_positions, sample_seeds
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.seen import WIDE, Approximation
@@ -203,10 +203,7 @@ class _Walk:
             for pair, seeds in part:
                 given, read = right.run(pair[0]), left.run(pair[1])
                 chosen = choose_positions(patch, read[use.data], seeds)
-                wanted = given[use.output]
-                if not np.isfinite(wanted).all():
-                    # A bias of minus infinity: what is added to it does not matter.
-                    wanted = np.where(np.isfinite(wanted), wanted, wanted.dtype.type(0))
+                wanted = finite_outputs(given[use.output])
                 for vectors in stacked(read[use.data], wanted, chosen):
                     total = total or MomentSum(*vectors.shape[:2])
                     total.add(vectors, chosen.each, chosen.share)

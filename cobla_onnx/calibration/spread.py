@@ -38,7 +38,7 @@ class _Origin:
     layers: Sequence[Layer]
     batches: Shelf
     loss: LossName | Mapping[str, Measure]
-    labels: NDArray[np.int64] | None
+    labels: Sequence[NDArray[np.int64]] | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class SpreadProbe:
         layers: Sequence[Layer],
         batches: Iterable[Feeds],
         loss: LossName | Mapping[str, Measure],
-        labels: NDArray[np.int64] | None = None,
+        labels: Sequence[NDArray[np.int64]] | None = None,
     ) -> None:
         self._pool = pool
         self._layers = layers

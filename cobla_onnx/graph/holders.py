@@ -9,7 +9,7 @@ import onnx
 
 from cobla_onnx.graph.model_file import bytes_in, constant_value, is_weight
 from cobla_onnx.graph.operands import GraphIndex
-from cobla_onnx.graph.sizes import tensor_bytes
+from cobla_onnx.graph.sizes import table_bytes, tensor_bytes
 from cobla_onnx.graph.tensors import subgraphs
 
 __all__ = ["bytes_elsewhere"]
@@ -43,7 +43,7 @@ def bytes_elsewhere(model: onnx.ModelProto, layers: Collection[str]) -> dict[str
         held[index.nodes[first[0]].op_type if first else UNREAD] += size
 
     for node in index.nodes:
-        held[node.op_type] += bytes_in(subgraphs(node))
+        held[node.op_type] += bytes_in(subgraphs(node)) + table_bytes(node)
         value = constant_value(node)
         if value is not None and is_weight(value) and node.output[0] not in layers:
             add(node.output[0], tensor_bytes(value))

@@ -60,6 +60,13 @@ REPORTED = {
     "MatMulNBits",
     "QGemm",
     "Attention",
+    "LinearClassifier",
+    "LinearRegressor",
+    "SVMClassifier",
+    "SVMRegressor",
+    "TreeEnsemble",
+    "TreeEnsembleClassifier",
+    "TreeEnsembleRegressor",
 }
 # Types in which nodes compute; onnxruntime on a CPU has no bfloat16, which must be cast.
 FLOAT_TYPES = {

@@ -19,7 +19,7 @@ from cobla_onnx.graph.checks import check_structure
 from cobla_onnx.graph.external import external_bytes, is_external, open_external, true_place
 from cobla_onnx.graph.order import Order, sort_nodes
 from cobla_onnx.graph.protos import copy_fields
-from cobla_onnx.graph.sizes import tensor_bytes
+from cobla_onnx.graph.sizes import table_bytes, tensor_bytes
 from cobla_onnx.graph.tensors import all_tensors, constant_value, subgraphs
 from cobla_onnx.names import safe_text
 
@@ -141,8 +141,8 @@ def stored_bytes(model: onnx.ModelProto) -> int:
     """Bytes of all weights that a model stores.
 
     Counted are all initializers (dense and sparse), and the tensors of Constant nodes that
-    can be weights: of floating type, of more than 8 bytes. Of the main graph, of
-    sub-graphs and of model-local functions.
+    can be weights: of floating type, of more than 8 bytes; and the tables in attributes of
+    ai.onnx.ml. Of the main graph, of sub-graphs and of model-local functions.
     """
     return bytes_in([model.graph], [function.node for function in model.functions])
 
@@ -164,6 +164,7 @@ def bytes_in(
             value = constant_value(node)
             if value is not None and is_weight(value):
                 total += tensor_bytes(value)
+            total += table_bytes(node)
             waiting.extend(subgraphs(node))
     return total
 

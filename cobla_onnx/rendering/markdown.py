@@ -152,7 +152,7 @@ def _calibration(report: Report) -> list[str]:
         f"{_code(seen.source, 300)}: {seen.calibration_samples} samples made the factors, "
         f"{seen.selection_samples} were held back. Loss on those {seen.loss:.4g}; before the "
         f"refit of {seen.refitted} layers {seen.loss_before_refit:.4g}. "
-        f"{seen.quality.measure.capitalize()} on {seen.quality.samples} samples held back: "
+        f"{seen.quality.measure.capitalize()} on {seen.quality.counted}: "
         f"{percent_text(seen.quality.before)} → {percent_text(seen.quality.after)}.",
     ]
 

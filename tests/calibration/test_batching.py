@@ -175,6 +175,19 @@ def test_outputs_that_do_not_follow_from_the_samples_do_not_count():
         assert mixes_samples(model, dataset, 0, 1, 1) == ""
 
 
+def test_samples_of_which_nothing_is_left_alone_are_mixed_in_any_unit():
+    """A deviation from the batch's mean is 0 for a batch of one, in metres and in miles."""
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["m"], "mean", axes=[0], keepdims=1),
+        helper.make_node("Sub", ["x", "m"], ["d"], "centre"),
+        helper.make_node("MatMul", ["d", "w"], ["y"], "head"),
+    ]
+    model = _model(nodes, {"w": _weight(np.random.default_rng(3), 12, 12)}, (12,))
+    for unit in (1.0, 1e-7):
+        with _dataset(model, unit * _data(4, 12)) as dataset:
+            assert "is not what each gives alone" in mixes_samples(model, dataset, 0, 1, 1)
+
+
 @given(
     st.lists(st.sampled_from("abcdef"), max_size=12),
     st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 9)),

@@ -16,6 +16,7 @@ from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.calibration.sensitivity import Response, Sensitivity
 from cobla_onnx.calibration.spread import SpreadProbe
+from cobla_onnx.calibration.targets import one_hot
 from cobla_onnx.graph.expose import expose, prefix
 from cobla_onnx.graph.layers import find_layers, read_bias, read_weight
 from cobla_onnx.lowrank.schemes import schemes_for
@@ -45,7 +46,7 @@ def test_divergences_against_their_definition(seed, classes):
         found = sample_losses({"y": kind}, {"y": a}, {"y": b})
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
         assert sample_losses({"y": kind}, {"y": a}, {"y": a}) == pytest.approx(0, abs=1e-9)
-    crossed = sample_losses({"y": "ce-logits"}, {"y": before}, {"y": after})
+    crossed = sample_losses({"y": "ce-logits"}, {"y": one_hot(before, None)}, {"y": after})
     np.testing.assert_allclose(crossed, -np.log(q[np.arange(4), p.argmax(1)]), rtol=1e-3)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from onnx import helper
 
 from cobla_onnx.calibration.patches import patch_of
 from cobla_onnx.calibration.positions import choose_positions, sample_seeds
+from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.runtime import open_session, run_session
@@ -90,3 +93,35 @@ def test_few_of_many_positions_give_the_moment_and_do_not_depend_on_the_batch(mo
     every = np.concatenate(list(patch.vectors(data)), axis=2)[0]
     whole, some = (v @ v.T / v.shape[1] for v in (every, together))
     assert np.linalg.norm(whole - some) < 0.2 * np.linalg.norm(whole)
+
+
+def test_a_layer_seen_by_its_outputs_with_a_suppressed_one():
+    """A bias of minus infinity makes an output say nothing; the others are seen as without it."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["a"], "wide"),
+        helper.make_node("Softmax", ["a"], ["y"]),
+    ]
+    bias = random_array(6, seed=3)
+    bias[2] = -np.inf
+    weights = {"w": random_array(20, 6, seed=1), "b": bias}
+    x = random_array(60, 20)
+    model = model_of(nodes, weights, {"x": ["N", 20]}, ["y"])
+    (layer,) = find_layers(model).layers
+    (scheme,) = schemes_for(layer)
+    with closing(Seen(model, [layer], lambda: [{"x": x[:30]}, {"x": x[30:]}], wide=4)) as seen:
+        assert seen.is_wide(layer)
+        spectrum = seen.spectrum(layer, scheme, weights["w"], 5)
+        assert spectrum is not None
+        assert np.isfinite(spectrum[0]).all()
+        assert np.isfinite(spectrum[1]).all()
+        (half, most) = seen.approximate(layer, scheme, [3, 5])
+    others = np.delete(np.arange(6), 2)
+    whole = x @ weights["w"]
+    # By the weight alone the suppressed output takes as many directions as any other.
+    u, s, v = np.linalg.svd(weights["w"], full_matrices=False)
+    for found, rank in ((half, 3), (most, 5)):
+        plain = (u[:, :rank] * s[:rank]) @ v[:rank]
+        lost, without = (
+            np.square((x @ weight - whole)[:, others]).sum() for weight in (found.weight, plain)
+        )
+        assert lost < 0.9 * without

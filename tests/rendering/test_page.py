@@ -107,7 +107,7 @@ def test_calibration_is_told(demo_model):
     assert "were held back" in page
     assert "held-back samples" in page
     assert "Agreement" in page
-    assert "Agreement on 8 samples held back: 100 %" in report.to_markdown()
+    assert "Agreement on 8 held-back samples: 100 %" in report.to_markdown()
     assert "were held back" in report.to_markdown()
     assert report.command == (
         f"compress({str(demo_model)!r}, budget={Budget(mem=0.5)!r}, data={str(data)!r}, "

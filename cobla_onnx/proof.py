@@ -1,0 +1,234 @@
+"""Prove a rewrite: factor nodes compute what the original nodes would with their dense weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from cobla_onnx.calibration.batching import TapLimit
+from cobla_onnx.deviation import network_errors, rounding_error
+from cobla_onnx.errors import VerificationError
+from cobla_onnx.graph.expose import Exposed, expose
+from cobla_onnx.graph.layers import read_bias
+from cobla_onnx.graph.randomness import random_nodes
+from cobla_onnx.names import quoted
+from cobla_onnx.rewrite import Replacement
+from cobla_onnx.runtime import Feeds, open_session, run_session
+
+__all__ = ["prove_rewrite"]
+
+# Float rounding of one layer, relative to its largest output, by its type.
+ROUNDING = {np.dtype(np.float16): 2e-2, np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-10}
+# The same after a whole network, which amplifies it.
+AMPLIFICATION = 30.0
+# Bytes of multiplied-out weights that are held at a time.
+DENSE_AT_ONCE = 1 << 29
+
+
+def prove_rewrite(
+    original: onnx.ModelProto,
+    compressed: onnx.ModelProto,
+    replacements: Sequence[Replacement],
+    feeds: Sequence[Feeds],
+    results: Sequence[dict[str, Any]],
+    threads: int,
+    varying: frozenset[str],
+    taps: TapLimit | None,
+) -> tuple[float, float | None, tuple[str, ...]]:
+    """Prove all layers; in groups, without the network's outputs, where memory asks for it."""
+    groups = _groups(replacements)
+    if len(groups) > 1:
+        errors = [_check_layers(original, compressed, g, feeds, threads, taps)[0] for g in groups]
+        note = "the weights are large: the rewrite was proved layer by layer alone"
+        return max(errors), None, (note,)
+    worst, dense = _check_layers(original, compressed, replacements, feeds, threads, taps)
+    outputs = network_errors(dense, results, varying)
+    beyond = {
+        name: error
+        for name, error in outputs.items()
+        if not error <= AMPLIFICATION * ROUNDING[dense[0][name].dtype]
+    }
+    notes: tuple[str, ...] = ()
+    itself = _own_differences(original, feeds, threads) if beyond else {}
+    for name in [name for name in beyond if itself[name] > 0]:
+        error = beyond.pop(name)
+        outputs.pop(name)
+        drawn = ", ".join(random_nodes(original)[:4])
+        notes += (
+            f"output {quoted(name)}: the model itself is random{drawn and f', by node {drawn}'}: "
+            f"on the same inputs it differs from itself by {itself[name]:.2g}, and from the "
+            f"rewritten model by {error:.2g}; the rewrite was proved layer by layer alone",
+        )
+    if beyond:
+        noise = _rounding_noise(original, replacements, feeds, dense, worst, threads)
+        for name, error in beyond.items():
+            if name in varying:
+                notes += (
+                    f"output {quoted(name)}: the data selects what is in it, and rounding may "
+                    "select otherwise; the rewrite was proved layer by layer alone",
+                )
+                continue
+            if not error <= AMPLIFICATION * noise[name]:
+                raise VerificationError(
+                    f"output {quoted(name)}: the rewritten model differs from the same model "
+                    f"with dense weights by {error:.2g}, rounding explains {noise[name]:.2g}; "
+                    "nothing was written, please report this"
+                )
+            notes += (
+                f"output {quoted(name)}: the network amplifies float rounding; on this data it "
+                f"differs from dense weights by {error:.2g}, as it does by rounding alone",
+            )
+    return worst, max(outputs.values(), default=None), notes
+
+
+def _own_differences(
+    model: onnx.ModelProto, feeds: Sequence[Feeds], threads: int
+) -> dict[str, float]:
+    """How far the outputs of a model differ between two runs on the same inputs."""
+    session = open_session(model, threads)
+    runs = [[run_session(session, feed) for feed in feeds] for _ in range(2)]
+    return network_errors(runs[0], runs[1])
+
+
+def _rounding_noise(
+    original: onnx.ModelProto,
+    replacements: Sequence[Replacement],
+    feeds: Sequence[Feeds],
+    dense: Sequence[dict[str, Any]],
+    size: float,
+    threads: int,
+) -> dict[str, float]:
+    """How far the outputs move if each dense weight moves by a share of `size` at most."""
+    exposed = expose(original, [r.layer for r in replacements], as_inputs=False)
+    weights = _dense_weights(original, exposed, replacements)
+    generator = np.random.default_rng(0)
+    for name, array in weights.items():
+        factor = 1 + size * generator.uniform(-1, 1, array.shape)
+        weights[name] = (array * factor).astype(array.dtype)
+    session = open_session(exposed.model, threads, (), weights)
+    return network_errors(dense, [run_session(session, feed) for feed in feeds])
+
+
+def _groups(replacements: Sequence[Replacement]) -> list[list[Replacement]]:
+    """Share layers out so that the dense weights of a group fit into memory."""
+    groups: list[list[Replacement]] = [[]]
+    size = 0
+    for replacement in replacements:
+        bytes_here = replacement.layer.stored_bytes
+        if groups[-1] and size + bytes_here > DENSE_AT_ONCE:
+            groups.append([])
+            size = 0
+        groups[-1].append(replacement)
+        size += bytes_here
+    return groups
+
+
+def _check_layers(
+    original: onnx.ModelProto,
+    compressed: onnx.ModelProto,
+    replacements: Sequence[Replacement],
+    feeds: Sequence[Feeds],
+    threads: int,
+    taps: TapLimit | None,
+) -> tuple[float, list[dict[str, Any]]]:
+    """Compare each pair of factor nodes with its node under the same dense weight.
+
+    One graph holds both: the original with dense approximated weights, and beside each
+    such node the factor nodes as they stand in the compressed model, on the same input.
+    It is run once for each part of the layers that `taps` makes.
+    """
+    outputs = [use.output for r in replacements for use in r.layer.uses]
+    exposed = expose(original, [r.layer for r in replacements], as_inputs=False)
+    reference = exposed.model
+    renamed = _add_factors(reference, compressed, replacements)
+    dense = _dense_weights(original, exposed, replacements)
+    kept = {value.name for value in original.graph.output}
+    worst = 0.0
+    results: list[dict[str, Any]] = []
+    for part in [outputs] if taps is None else taps.cut(outputs, str):
+        session = open_session(reference, threads, [*part, *(renamed[n] for n in part)], dense)
+        results = []
+        for feed in feeds:
+            values = run_session(session, feed)
+            worst = max([worst, *(_checked(values, name, renamed[name]) for name in part)])
+            # Not those of the layers, which are many.
+            results.append({name: value for name, value in values.items() if name in kept})
+    return worst, results
+
+
+def _checked(values: Mapping[str, Any], dense: str, factors: str) -> float:
+    """Compare a tensor by factor nodes with the same by a dense weight."""
+    error = rounding_error(values[dense], values[factors])
+    tolerance = ROUNDING[values[dense].dtype]
+    if not error <= tolerance:
+        raise VerificationError(
+            f"tensor {quoted(dense)}: its two factor nodes differ from the dense weight by "
+            f"{error:.2g} of its largest value, {tolerance:g} is allowed; nothing was written, "
+            "please report this"
+        )
+    return error
+
+
+def _dense_weights(
+    original: onnx.ModelProto, exposed: Exposed, replacements: Sequence[Replacement]
+) -> dict[str, NDArray[Any]]:
+    """Multiplied-out weights, and biases, by the names that the exposed model reads."""
+    result = {name: r.dense() for name, r in zip(exposed.weights, replacements, strict=True)}
+    for name, r in zip(exposed.biases, replacements, strict=True):
+        if name is not None:
+            bias = read_bias(original, r.layer) if r.bias is None else r.bias
+            assert bias is not None
+            result[name] = bias
+    return result
+
+
+def _add_factors(
+    reference: onnx.ModelProto,
+    compressed: onnx.ModelProto,
+    replacements: Sequence[Replacement],
+) -> dict[str, str]:
+    """Add the factor nodes beside the dense ones; return names of outputs, old to new."""
+    graph = reference.graph
+    present = {t.name for t in graph.initializer} | {v.name for v in graph.input}
+    present.update(name for node in graph.node for name in node.output)
+    stored = {t.name: t for t in compressed.graph.initializer}
+    before = len(graph.node)
+    producer = {name: node for node in compressed.graph.node for name in node.output}
+    renamed: dict[str, str] = {}
+    copied: set[str] = set()
+    for use in (use for r in replacements for use in r.layer.uses):
+        renamed[use.output] = f"{use.output} by factors"
+        _append_slice(graph, producer, use.output, renamed[use.output], present, copied)
+    read = {name for node in graph.node[before:] for name in node.input}
+    graph.initializer.extend(stored[name] for name in sorted(read - present) if name in stored)
+    return renamed
+
+
+def _append_slice(
+    graph: onnx.GraphProto,
+    producer: Mapping[str, onnx.NodeProto],
+    output: str,
+    renamed: str,
+    present: set[str],
+    copied: set[str],
+) -> None:
+    """Copy the nodes that make `output` from tensors of the original, output renamed."""
+    nodes, wanted = [], [output]
+    while wanted:
+        name = wanted.pop()
+        node = producer.get(name)
+        if node is None or name in copied:
+            continue
+        copied.add(name)
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.name = ""
+        if name == output:
+            copy.output[list(copy.output).index(output)] = renamed
+        nodes.append(copy)
+        wanted.extend(i for i in node.input if i and i not in present)
+    graph.node.extend(reversed(nodes))
