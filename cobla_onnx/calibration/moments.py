@@ -23,6 +23,7 @@ from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.patches import Patch
 from cobla_onnx.calibration.positions import LEAST, NUMBERS, choose_positions, sample_seeds
 from cobla_onnx.carrying import Shared
+from cobla_onnx.graph.expose import prefix
 from cobla_onnx.parallel import Pool
 from cobla_onnx.runtime import Feeds, open_session, run_session
 from cobla_onnx.scratch import ArrayFile, Place
@@ -248,6 +249,11 @@ class Taps:
         return {name: values[name] if name in values else feeds[name] for name in self._names}
 
 
+def _open_taps(model: onnx.ModelProto, names: Sequence[str]) -> Taps:
+    """Open what leads to the tensors `names` and no more: the rest would be run for nothing."""
+    return Taps(prefix(model, names), names, 1)
+
+
 @dataclass(frozen=True)
 class _Unit:
     model: Shared
@@ -258,7 +264,7 @@ class _Unit:
 def _add_up(unit: _Unit) -> list[MomentSum]:
     """Sum over a unit's batches, for each of its patches."""
     sums = [MomentSum(patch.groups, patch.size) for patch in unit.patches]
-    taps = unit.model.built(Taps, tuple(patch.data for patch in unit.patches), 1)
+    taps = unit.model.built(_open_taps, tuple(patch.data for patch in unit.patches))
     for feeds in unit.batches:
         values, seeds = taps.run(feeds), sample_seeds(feeds)
         for patch, total in zip(unit.patches, sums, strict=True):

@@ -33,7 +33,7 @@ Spectrum: TypeAlias = tuple[Float64, Float64]
 
 # Vectors longer than this are not multiplied out: the moment of the outputs serves.
 WIDE = 5000
-# Bytes of second moments whose decomposition is kept for the next rank that is asked for.
+# Bytes of decompositions that are kept for the next rank that is asked for.
 KEPT = 1 << 28
 # Ranks at which an error that no spectrum tells is computed; in between it is interpolated.
 GRID = 14
@@ -243,7 +243,7 @@ class Seen:
             second = self._read(layer, weight)
             kind = OutputFactorizer if self.is_wide(layer) else WeightedFactorizer
             solver = kind(scheme, weight, second, most, self.importance.get(layer.name))
-            found = solver, 2 * second.nbytes + 16 * layer.params
+            found = solver, solver.nbytes
         self._solvers[key] = found
         while sum(size for _, size in self._solvers.values()) > KEPT and len(self._solvers) > 1:
             self._solvers.popitem(last=False)
