@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.calibration.batching import TapLimit
-from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT, Moment, collect_moments
+from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT, collect_moments
 from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
+from cobla_onnx.calibration.sums import Moment
 from cobla_onnx.carrying import Carried
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.lowrank.factorize import Factorization, Float64
