@@ -35,11 +35,11 @@ PROBE_SAMPLES, LEAST_SAMPLES = 48, 4
 # deviation d of the logarithm of each term adds about d^2 / 2 to it: 5 %.
 PRECISION = 0.3
 
-# Squared relative output errors at which layers are measured: all where there are at most so
-# many, else so many of them, and the others at the one in the middle.
+# Squared relative output errors at which layers are measured: all of them, or where they are more
+# than `MANY` `SHAPED` of them, and the others at the one in the middle.
 TARGETS = (0.03, 0.1, 0.3)
 MIDDLE = TARGETS[1]
-SHAPED = 32
+MANY, SHAPED = 32, 12
 # Logarithm of the ratio of two errors up to which the loss at one tells that at the other:
 # responses grow with powers of the error that are within about 0.3 of 1.
 NEAR = 0.2
@@ -186,7 +186,9 @@ class Sensitivity:
         """Measure every layer under the scheme that is cheapest under the constraints."""
         points = []
         count = len(self._curves)
-        shaped = set(np.linspace(0, count - 1, min(count, SHAPED)).round().astype(int).tolist())
+        shaped = set(range(count))
+        if count > MANY:
+            shaped = set(np.linspace(0, count - 1, SHAPED).round().astype(int).tolist())
         for index, layer in enumerate(self._curves):
             chosen = min(range(len(layer.curves)), key=lambda k: _price(layer, k, constraints))
             targets = TARGETS if index in shaped else (MIDDLE,)

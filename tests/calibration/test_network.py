@@ -193,6 +193,7 @@ def test_a_point_next_to_a_measured_one_is_known():
 
 
 def test_of_many_layers_some_are_measured_at_one_point(setting, monkeypatch):
+    monkeypatch.setattr(sensitivity_module, "MANY", 2)
     monkeypatch.setattr(sensitivity_module, "SHAPED", 2)
     probe = SpreadProbe(Pool(), setting.model, setting.analysis.layers, setting.batches(), "auto")
     analysis = setting.analysis
