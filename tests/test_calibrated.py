@@ -237,11 +237,11 @@ def test_losses_of_images_need_fewer_samples_than_those_of_classes(head, fewer):
     losses=st.lists(st.floats(0.1, 10), min_size=1, max_size=60).map(np.array),
     scale=st.floats(1e-3, 1e3),
 )
-def test_enough_samples_bring_the_mean_within_a_tenth(losses, scale):
+def test_enough_samples_bring_the_mean_within_three_tenths(losses, scale):
     count = enough_samples(losses)
     assert min(4, len(losses)) <= count <= len(losses)
     if count < len(losses):
-        assert losses.std(ddof=1) / np.sqrt(count) <= 0.1 * losses.mean() * (1 + 1e-9)
+        assert losses.std(ddof=1) / np.sqrt(count) <= 0.3 * losses.mean() * (1 + 1e-9)
     assert abs(enough_samples(losses * scale) - count) <= 1
 
 

@@ -1,7 +1,6 @@
 """Second moments of what layers see, in one streaming pass of bounded memory.
 
-For a layer y = W x the second moment S = E[x x^T] is all that its output error depends on:
-E||(W - W') x||^2 = tr((W - W') S (W - W')^T). Batches run through onnxruntime, the tensors
+Batches run through onnxruntime, the tensors
 that layers read are tapped as outputs, and products of their vectors are added up in
 float64. Tensors are tapped in groups, so that neither they nor the sums outgrow a limit;
 finished sums wait in a temporary file.
@@ -20,9 +19,11 @@ from numpy.typing import NDArray
 
 from cobla_onnx.cache import Arrays, Cache, digest
 from cobla_onnx.calibration.batching import TapLimit
-from cobla_onnx.calibration.patches import Patch
+from cobla_onnx.calibration.patches import Patch, TransposedPatch
 from cobla_onnx.calibration.positions import LEAST, NUMBERS, choose_positions, sample_seeds
+from cobla_onnx.calibration.sums import Moment, MomentSum
 from cobla_onnx.carrying import Shared
+from cobla_onnx.graph.expose import prefix
 from cobla_onnx.parallel import Pool
 from cobla_onnx.runtime import Feeds, open_session, run_session
 from cobla_onnx.scratch import ArrayFile, Place
@@ -30,9 +31,7 @@ from cobla_onnx.scratch import ArrayFile, Place
 __all__ = [
     "ALL_UNITS",
     "LIMIT",
-    "Moment",
     "MomentStore",
-    "MomentSum",
     "Taps",
     "collect_moments",
     "parts_of",
@@ -46,129 +45,6 @@ ALL_UNITS = 1 << 30
 # Batches that are added up as one unit of work. Sums of units are added in their order, so
 # that the result does not depend on who adds what.
 BATCHES_PER_UNIT = 2
-# Samples whose moments differ by less, relative to their squares, are the same.
-SAME = 1e-12
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Second moment and mean of the vectors that a layer multiplies.
-
-    Attributes
-    ----------
-    second : float64 array, shape (groups, size, size)
-        E[x x^T] over all positions of all samples, or those that were chosen.
-    mean : float64 array, shape (groups, size)
-        E[x].
-    count : int
-        Vectors seen.
-    effective : float64 array, shape (groups,)
-        Independent vectors that they are worth, see `MomentSum.moment`; 0 where nothing tells.
-    share : float
-        Of the positions that were there.
-    """
-
-    second: NDArray[np.float64]
-    mean: NDArray[np.float64]
-    count: int
-    effective: NDArray[np.float64]
-    share: float = 1.0
-
-    def covariance(self) -> NDArray[np.float64]:
-        """E[(x - E x) (x - E x)^T]: what matters where a bias can absorb the mean."""
-        return self.second - self.mean[:, :, None] * self.mean[:, None, :]
-
-
-class MomentSum:
-    """Adds vectors up to a `Moment`."""
-
-    def __init__(self, groups: int, size: int) -> None:
-        self._second = np.zeros((groups, size, size))
-        self._total = np.zeros((groups, size))
-        self._count = 0
-        self._positions = 0.0
-        # Over samples, the squares of what each adds: of its products, and of its number.
-        self._spread = np.zeros(groups)
-        self._samples, self._squares = 0, 0
-        self._fourth = np.zeros(groups)
-
-    def add(self, vectors: NDArray[Any], each: int = 1, share: float = 1.0) -> None:
-        """Add vectors of shape (groups, size, positions).
-
-        Parameters
-        ----------
-        each : int
-            Vectors of a sample; those of one sample are not independent.
-        share : float
-            Of the vectors that there are.
-        """
-        samples = vectors.shape[2] // each
-        for group, block in enumerate(vectors):
-            # Contiguous double precision: numpy then uses the symmetric product.
-            wide = np.ascontiguousarray(block, np.float64)
-            self._second[group] += wide @ wide.T
-            self._total[group] += wide.sum(axis=1)
-            squares = np.einsum("sp,sp->p", wide, wide)
-            self._fourth[group] += squares @ squares
-            self._spread[group] += _spread(wide, squares, each)
-        self._count += vectors.shape[2]
-        self._positions += vectors.shape[2] / share
-        self._samples += samples
-        self._squares += samples * each**2
-
-    def merge(self, other: MomentSum) -> None:
-        """Add what another sum has added up."""
-        self._second += other._second
-        self._total += other._total
-        self._count += other._count
-        self._positions += other._positions
-        self._spread += other._spread
-        self._samples += other._samples
-        self._squares += other._squares
-        self._fourth += other._fourth
-
-    def moment(self) -> Moment:
-        """Return the mean over what was added.
-
-        How much the samples' own moments S_k differ tells the variance of S, their mean:
-        sum ||S_k - S||^2 / (m (m - 1)) (Ledoit and Wolf 2004, Lemma 3.4, with samples in
-        place of vectors). The mean over N independent normal vectors would have the variance
-        (tr(S)^2 + ||S||^2 - 2 ||mean||^4) / N; the N with which it is the same is the number
-        of vectors that the samples are worth. A single sample, or one that comes again and
-        again, is judged by its positions, as if they were independent; a single vector is
-        worth none, since nothing tells how much it says about others.
-        """
-        count = max(self._count, 1)
-        second, mean = self._second / count, self._total / count
-        norms = np.einsum("gij,gij->g", second, second)
-        traces = np.einsum("gii->g", second)
-        normal = traces**2 + norms - 2 * np.einsum("gi,gi->g", mean, mean) ** 2
-        sums = self._spread - self._squares * norms
-        parts, repeated = self._samples, 1
-        if parts < 2 or bool(np.all(sums <= SAME * self._spread)):
-            parts, repeated = self._count, max(self._samples, 1)
-            sums = self._fourth - self._count * norms
-        if parts <= repeated or bool(np.all(sums <= SAME * self._fourth)):
-            effective = np.zeros_like(norms)
-        else:
-            variance = np.maximum(sums, 0.0) * parts / (parts - 1) / count**2 * repeated
-            # Never worth more than there are.
-            least = np.maximum(normal * repeated / count, np.finfo(np.float64).tiny)
-            effective = normal / np.maximum(variance, least)
-        share = self._count / self._positions if self._positions else 1.0
-        return Moment(second, mean, self._count, effective, share)
-
-
-def _spread(wide: NDArray[np.float64], squares: NDArray[np.float64], each: int) -> float:
-    """Sum over samples of ||X X^T||^2, by the smaller of X X^T and X^T X."""
-    if each == 1:
-        return float(squares @ squares)
-    total = 0.0
-    for start in range(0, wide.shape[1], each):
-        part = np.ascontiguousarray(wide[:, start : start + each])
-        gram = part @ part.T if len(part) < each else part.T @ part
-        total += float(np.vdot(gram, gram))
-    return total
 
 
 class MomentStore:
@@ -248,6 +124,11 @@ class Taps:
         return {name: values[name] if name in values else feeds[name] for name in self._names}
 
 
+def _open_taps(model: onnx.ModelProto, names: Sequence[str]) -> Taps:
+    """Open what leads to the tensors `names` and no more: the rest would be run for nothing."""
+    return Taps(prefix(model, names), names, 1)
+
+
 @dataclass(frozen=True)
 class _Unit:
     model: Shared
@@ -257,16 +138,36 @@ class _Unit:
 
 def _add_up(unit: _Unit) -> list[MomentSum]:
     """Sum over a unit's batches, for each of its patches."""
-    sums = [MomentSum(patch.groups, patch.size) for patch in unit.patches]
-    taps = unit.model.built(Taps, tuple(patch.data for patch in unit.patches), 1)
+    sums = [MomentSum(patch.groups, patch.size, _parts(patch)) for patch in unit.patches]
+    taps = unit.model.built(_open_taps, tuple(patch.data for patch in unit.patches))
     for feeds in unit.batches:
         values, seeds = taps.run(feeds), sample_seeds(feeds)
         for patch, total in zip(unit.patches, sums, strict=True):
             data = values[patch.data]
             chosen = choose_positions(patch, data, seeds)
+            phases, done = _phases(patch, data, chosen.index), 0
             for vectors in patch.vectors(data, chosen.index, chosen.each):
-                total.add(vectors, chosen.each, chosen.share)
+                its = None if phases is None else phases[done : done + vectors.shape[2]]
+                total.add(vectors, chosen.each, chosen.share, its)
+                done += vectors.shape[2]
     return sums
+
+
+def _parts(patch: Patch) -> Sequence[NDArray[np.int64]] | None:
+    return patch.parts if isinstance(patch, TransposedPatch) else None
+
+
+def _phases(
+    patch: Patch, data: NDArray[Any], chosen: NDArray[np.int64] | None
+) -> NDArray[np.int64] | None:
+    return patch.phases(data, chosen) if isinstance(patch, TransposedPatch) else None
+
+
+def _sum_bytes(patch: Patch) -> int:
+    """Bytes of a patch's sums."""
+    parts = _parts(patch)
+    squares = patch.groups * patch.size**2 if parts is None else sum(len(p) ** 2 for p in parts)
+    return 8 * squares
 
 
 def collect_moments(
@@ -355,7 +256,7 @@ def _patch_key(key: str, patch: Patch) -> str:
 
 
 def _units_at_a_time(pool: Pool, patches: Sequence[Patch], together: int) -> int | None:
-    size = sum(8 * patch.groups * patch.size**2 for patch in patches)
+    size = sum(map(_sum_bytes, patches))
     return max(1, min(pool.runs_at_most, together // size)) if pool.shares_memory else None
 
 
@@ -363,7 +264,7 @@ def _groups(patches: Sequence[Patch], limit: int) -> list[list[Patch]]:
     groups: list[list[Patch]] = []
     room = 0
     for patch in patches:
-        size = 8 * patch.groups * patch.size**2
+        size = _sum_bytes(patch)
         if not groups or size > room:
             groups.append([])
             room = limit

@@ -6,6 +6,7 @@ not for every weight, and for the next layer begins where the last one was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,11 +20,13 @@ from cobla_onnx.calibration.probe import Pair, Probe, Weights
 from cobla_onnx.errors import ModelError
 from cobla_onnx.runtime import Feeds
 
-__all__ = ["OnwardProbe"]
+__all__ = ["OnwardProbe", "has_lost"]
 
 # Bytes of weights up to which a session is opened with all of them but the layer's own: it
 # runs faster then, for a copy in the order that its kernels like.
 PACKED = 1 << 28
+# Standard errors of a mean difference beyond which there is no doubt, and samples at least.
+DOUBT, LEAST = 3.0, 8
 
 
 class OnwardProbe:
@@ -45,6 +48,27 @@ class OnwardProbe:
     ) -> list[NDArray[np.float64]]:
         """Loss of every sample for each candidate of a layer; the samples move on to it.
 
+        The parameters are those of `race`.
+
+        Returns
+        -------
+        list of float64 array, shape (samples,)
+        """
+        found = self.race(index, candidates, weights, None)
+        return [losses for losses in found if losses is not None]
+
+    def race(
+        self,
+        index: int,
+        candidates: Sequence[Pair],
+        weights: Weights,
+        best: NDArray[np.float64] | None,
+    ) -> list[NDArray[np.float64] | None]:
+        """Loss of every sample, but for candidates that have lost before all have been seen.
+
+        A candidate has lost where another, or `best`, is better on the samples so far beyond
+        doubt, see `has_lost` (after Maron and Moore 1994, Hoeffding races).
+
         Parameters
         ----------
         index : int
@@ -53,10 +77,12 @@ class OnwardProbe:
             Weight and bias for the layer.
         weights : mapping of int to (array, array or None)
             What other layers have instead of their own; fixed for those already passed.
+        best : float64 array, shape (samples,), optional
+            Losses that a candidate has to get below; without them none is given up.
 
         Returns
         -------
-        list of float64 array, shape (samples,)
+        list of float64 array, shape (samples,), or None
         """
         line = self._probe.layers[index].uses[0].node
         assert line >= self._line
@@ -67,18 +93,24 @@ class OnwardProbe:
         store = Store()
         rest: _Rest | None = None
         losses: list[list[NDArray[np.float64]]] = [[] for _ in candidates]
+        running = list(range(len(candidates)))
         pairs = zip(self._frontier.batches(), self._probe.expected, strict=True)
         for batch, expected in pairs:
             values = ahead.run(batch)
             store.put(values)
             rest = rest or self._rest(values, batch, index, feeds)
             given = values if rest.from_line else batch
-            for found, pair in zip(losses, candidates, strict=True):
-                outputs = rest.run(given, self._probe.feeds_of(index, pair))
-                found.append(sample_losses(self._probe.measures, expected, outputs))
+            for number in running:
+                outputs = rest.run(given, self._probe.feeds_of(index, candidates[number]))
+                losses[number].append(sample_losses(self._probe.measures, expected, outputs))
+            if best is not None:
+                running = _still_running(running, losses, best)
         if rest is not None and rest.from_line:
             self._frontier = self._frontier.moved_to(store)
-        return [np.concatenate(found) for found in losses]
+        return [
+            np.concatenate(found) if number in running else None
+            for number, found in enumerate(losses)
+        ]
 
     def _rest(self, values: Feeds, batch: Feeds, index: int, feeds: Feeds) -> _Rest:
         """Open what comes behind the line; from where the samples are, if it is not to be cut."""
@@ -90,6 +122,36 @@ class OnwardProbe:
                 # onnxruntime does not take this part on its own.
                 pass
         return begin(self._frontier.at(batch), from_line=False)
+
+
+def _still_running(
+    running: Sequence[int],
+    losses: Sequence[Sequence[NDArray[np.float64]]],
+    best: NDArray[np.float64],
+) -> list[int]:
+    """Candidates that have lost neither to `best` nor to the one that leads."""
+    so_far = {number: np.concatenate(losses[number]) for number in running}
+    leading = min(so_far.values(), key=lambda found: float(found.mean()), default=best)
+    return [
+        number
+        for number, found in so_far.items()
+        if not has_lost(found, best[: len(found)])
+        and (found is leading or not has_lost(found, leading))
+    ]
+
+
+def has_lost(losses: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
+    """Whether losses are above others on the same samples by more than `DOUBT` errors.
+
+    Parameters
+    ----------
+    losses, others : float64 array, shape (samples,)
+    """
+    if len(losses) < LEAST or not np.isfinite([losses, others]).all():
+        return False
+    worse = losses - others
+    error = float(worse.std(ddof=1)) / math.sqrt(len(worse))
+    return float(worse.mean()) > DOUBT * error
 
 
 class _Rest:

@@ -20,6 +20,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cobla_onnx.calibration.transposed import TransposedPatch
+from cobla_onnx.calibration.windows import ConvPatch, cut
 from cobla_onnx.graph.layers import Layer, Use, attributes
 
 __all__ = [
@@ -32,111 +34,6 @@ __all__ = [
     "finite_outputs",
     "patch_of",
 ]
-
-# Elements of a chunk of vectors, so that unfolding never multiplies the memory of a batch.
-CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class ConvPatch:
-    """How a convolution reads its data.
-
-    Attributes
-    ----------
-    data : str
-        Name of the tensor, of shape (batch, group * channels, *sizes).
-    group, channels : int
-        Groups, and channels in each.
-    kernel, strides, dilations : tuple of int
-    pads : tuple of int or str
-        Begins then ends, or ``auto_pad``.
-    """
-
-    data: str
-    group: int
-    channels: int
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[int, ...] | str
-
-    @property
-    def groups(self) -> int:
-        """Number of separate moments."""
-        return self.group
-
-    @property
-    def size(self) -> int:
-        """Entries of a vector."""
-        return self.channels * math.prod(self.kernel)
-
-    def positions(self, data: NDArray[Any]) -> int:
-        """Vectors in a batch."""
-        windows = self._windows(data)
-        return math.prod(windows.shape[:1] + windows.shape[3 : 3 + len(self.kernel)])
-
-    def vectors(
-        self, data: NDArray[Any], chosen: NDArray[np.int64] | None = None, each: int = 1
-    ) -> Iterator[NDArray[Any]]:
-        """Yield chunks of patches, each of shape (groups, size, positions).
-
-        Parameters
-        ----------
-        data : array
-            A batch.
-        chosen : int64 array, optional
-            Numbers of the patches that are wanted, by default of all.
-        each : int
-            Chunks are multiples of so many patches.
-        """
-        windows = self._windows(data)
-        spatial = len(self.kernel)
-        places = (*windows.shape[:1], *windows.shape[3 : 3 + spatial])
-        # (positions, group, channels, *kernel) to (group, channels, *kernel, positions)
-        order = (*range(1, 3 + spatial), 0)
-        if chosen is not None:
-            for part in _parts(len(chosen), self.group * self.size, each):
-                sample, *where = np.unravel_index(chosen[part], places)
-                wanted: tuple[Any, ...] = (sample, slice(None), slice(None), *where)
-                picked = windows[wanted]
-                yield picked.transpose(order).reshape(self.group, self.size, -1)
-            return
-        # (batch, group, channels, *positions, *kernel) to (group, channels, *kernel, batch, ...)
-        order = (1, 2, *range(3 + spatial, 3 + 2 * spatial), 0, *range(3, 3 + spatial))
-        per_sample = math.prod(places[1:])
-        for part in _parts(len(windows), self.group * self.size * per_sample, 1):
-            yield windows[part].transpose(order).reshape(self.group, self.size, -1)
-
-    def outputs(self, output: NDArray[Any]) -> NDArray[Any]:
-        """Outputs at the positions of the patches, shape (groups, N / group, positions)."""
-        grouped = output.reshape(len(output), self.group, -1, math.prod(output.shape[2:]))
-        return grouped.transpose(1, 2, 0, 3).reshape(self.group, grouped.shape[2], -1)
-
-    def _windows(self, data: NDArray[Any]) -> NDArray[Any]:
-        padded = np.pad(data, [(0, 0), (0, 0), *self._padding(data.shape[2:])])
-        axes = tuple(range(2, padded.ndim))
-        span = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
-        windows = np.lib.stride_tricks.sliding_window_view(padded, span, axis=axes)
-        steps = [slice(None, None, s) for s in self.strides]
-        taps = [slice(None, None, d) for d in self.dilations]
-        windows = windows[(slice(None), slice(None), *steps, *taps)]
-        grouped: NDArray[Any] = windows.reshape(
-            len(data), self.group, self.channels, *windows.shape[2:]
-        )
-        return grouped
-
-    def _padding(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-        if not isinstance(self.pads, str):
-            half = len(self.kernel)
-            return list(zip(self.pads[:half], self.pads[half:], strict=True))
-        if self.pads == "VALID":
-            return [(0, 0)] * len(sizes)
-        result = []
-        for size, k, s, d in zip(sizes, self.kernel, self.strides, self.dilations, strict=True):
-            total = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
-            small, large = total // 2, total - total // 2
-            result.append((small, large) if self.pads == "SAME_UPPER" else (large, small))
-        return result
 
 
 @dataclass(frozen=True)
@@ -182,7 +79,7 @@ class ProductPatch:
         """
         stack = self._inputs(data)
         count = stack.shape[2] if chosen is None else len(chosen)
-        for part in _parts(count, self.groups * self.size, each):
+        for part in cut(count, self.groups * self.size, each):
             yield stack[:, :, part if chosen is None else chosen[part]]
 
     def outputs(self, output: NDArray[Any]) -> NDArray[Any]:
@@ -205,112 +102,6 @@ class ProductPatch:
         together = [axis for axis in range(len(shape)) if axis not in apart]
         order = (*apart, array.ndim - 2, *together, array.ndim - 1)
         return array.transpose(order).reshape(self.groups, array.shape[-2], -1)
-
-
-@dataclass(frozen=True)
-class TransposedPatch:
-    """How a transposed convolution of one group reads its data.
-
-    Attributes
-    ----------
-    data : str
-        Name of the tensor, of shape (batch, channels, *sizes).
-    channels : int
-    kernel, strides, dilations : tuple of int
-    pads : tuple of int or str
-        Begins then ends, or ``auto_pad``.
-    more : tuple of int
-        ``output_padding``.
-    wanted : tuple of int or None
-        ``output_shape``, from which the padding follows where it is given.
-    """
-
-    data: str
-    channels: int
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[int, ...] | str
-    more: tuple[int, ...]
-    wanted: tuple[int, ...] | None
-
-    groups = 1
-
-    @property
-    def size(self) -> int:
-        """Entries of a vector."""
-        return self.channels * math.prod(self.kernel)
-
-    def positions(self, data: NDArray[Any]) -> int:
-        """Vectors in a batch: one for each position of the output."""
-        return self._plain.positions(self._spread_out(data))
-
-    def vectors(
-        self, data: NDArray[Any], chosen: NDArray[np.int64] | None = None, each: int = 1
-    ) -> Iterator[NDArray[Any]]:
-        """Yield chunks of vectors, each of shape (1, size, positions).
-
-        The parameters are those of `ConvPatch.vectors`.
-        """
-        for part in self._plain.vectors(self._spread_out(data), chosen, each):
-            turned = part.reshape(self.channels, *self.kernel, -1)
-            turned = np.flip(turned, tuple(range(1, 1 + len(self.kernel))))
-            yield turned.reshape(1, self.size, -1)
-
-    def outputs(self, output: NDArray[Any]) -> NDArray[Any]:
-        """Outputs at the positions of the vectors, shape (1, outputs, positions)."""
-        return self._plain.outputs(output)
-
-    @property
-    def _plain(self) -> ConvPatch:
-        ones = (1,) * len(self.kernel)
-        pads = (0,) * 2 * len(self.kernel)
-        return ConvPatch(self.data, 1, self.channels, self.kernel, ones, self.dilations, pads)
-
-    def _spread_out(self, data: NDArray[Any]) -> NDArray[Any]:
-        """Data with zeros in between and around, over which the turned kernel moves."""
-        sizes = data.shape[2:]
-        rows = zip(sizes, self.strides, self._padding(sizes), strict=True)
-        lengths, places, cuts = [], [], []
-        for size, stride, (begin, end) in rows:
-            # A padding below 0 means that part of the data is not read.
-            length = begin + max(size - 1, 0) * stride + 1 + end
-            first = max(0, -(begin // stride)) if begin < 0 else 0
-            kept = len(range(begin + first * stride, min(length, begin + size * stride), stride))
-            start = begin + first * stride
-            lengths.append(max(length, 0))
-            places.append(slice(start, start + max(kept, 0) * stride, stride))
-            cuts.append(slice(first, first + max(kept, 0)))
-        result = np.zeros((*data.shape[:2], *lengths), data.dtype)
-        into: tuple[Any, ...] = (..., *places)
-        out: tuple[Any, ...] = (..., *cuts)
-        result[into] = data[out]
-        return result
-
-    def _padding(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-        """Zeros before and after, by ONNX's rules for the padding of the output."""
-        half = len(self.kernel)
-        result = []
-        for axis, size in enumerate(sizes):
-            stride, more = self.strides[axis], self.more[axis]
-            span = (self.kernel[axis] - 1) * self.dilations[axis]
-            whole = (size - 1) * stride + span + 1 + more
-            if self.wanted is not None or self.pads in ("SAME_UPPER", "SAME_LOWER"):
-                target = size * stride if self.wanted is None else self.wanted[axis - half]
-                total = max(whole - target, 0)
-                small = total // 2
-                begin = small if self.pads == "SAME_UPPER" else total - small
-                end = total - begin
-                # A shape that is asked for is reached, if by zeros.
-                more += 0 if self.wanted is None else max(target - whole, 0)
-            else:
-                begin, end = (
-                    (0, 0)
-                    if isinstance(self.pads, str)
-                    else (self.pads[axis], self.pads[axis + half])
-                )
-            result.append((span - begin, span - end + more))
-        return result
 
 
 @dataclass(frozen=True)
@@ -345,7 +136,7 @@ class OutputPatch:
         """Yield the outputs, shape (groups, size, positions), as `ConvPatch.vectors` does."""
         outputs = finite_outputs(self.read.outputs(data))
         count = outputs.shape[2] if chosen is None else len(chosen)
-        for part in _parts(count, self.groups * self.size, each):
+        for part in cut(count, self.groups * self.size, each):
             yield outputs[:, :, part if chosen is None else chosen[part]]
 
 
@@ -357,13 +148,6 @@ def finite_outputs(output: NDArray[Any]) -> NDArray[Any]:
 
 ReadPatch = ConvPatch | TransposedPatch | ProductPatch
 Patch = ReadPatch | OutputPatch
-
-
-def _parts(count: int, size: int, each: int) -> Iterator[slice]:
-    """Cut `count` vectors of some size into chunks of a multiple of `each` of them."""
-    step = max(1, CHUNK // max(size * each, 1)) * each
-    for start in range(0, count, step):
-        yield slice(start, start + step)
 
 
 def patch_of(model: onnx.ModelProto, layer: Layer, use: Use) -> ReadPatch:

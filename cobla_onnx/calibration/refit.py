@@ -12,12 +12,13 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.frontier import Frontier, Store
-from cobla_onnx.calibration.moments import Moment, MomentSum, parts_of
+from cobla_onnx.calibration.moments import parts_of
 from cobla_onnx.calibration.onward import OnwardProbe
 from cobla_onnx.calibration.patches import ReadPatch, finite_outputs, patch_of
 from cobla_onnx.calibration.positions import Chosen, choose_positions, sample_seeds
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.seen import WIDE, Approximation
+from cobla_onnx.calibration.sums import Moment, MomentSum
 from cobla_onnx.graph.expose import expose, reached_from
 from cobla_onnx.graph.layers import Layer, Use, read_weight
 from cobla_onnx.lowrank.factorize import Factorization, Float64
@@ -96,7 +97,7 @@ def refit_layers(
     """
     order = sorted(range(len(chosen)), key=lambda i: chosen[i].layer.uses[0].node)
     current = [entry.approximation for entry in chosen]
-    best = selection.loss(replaced_weights(chosen, current))
+    best = selection.losses(replaced_weights(chosen, current))
     kept = 0
     selection.rest()
     walk = _Walk(model, chosen, batches, threads)
@@ -106,15 +107,16 @@ def refit_layers(
         if not walk.is_moved(chosen[position].layer):
             continue
         candidates = _Refit(model, chosen[position]).candidates(walk, current)
-        losses = onward.losses(
+        raced = onward.race(
             chosen[position].index,
             [(candidate.weight, candidate.bias) for candidate in candidates],
             replaced_weights(chosen, current),
+            best,
         )
-        loss, number = min((float(each.mean()), k) for k, each in enumerate(losses))
-        if loss < best:
-            current[position], best = candidates[number], loss
-            kept += 1
+        for candidate, losses in zip(candidates, raced, strict=True):
+            if losses is not None and float(losses.mean()) < float(best.mean()):
+                current[position], best = candidate, losses
+        kept += current[position] is not chosen[position].approximation
     progress(len(order), len(order))
     return current, kept
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from cobla_onnx.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.calibration.batching import TapLimit
-from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT, Moment, collect_moments
+from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT, collect_moments
 from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
+from cobla_onnx.calibration.sums import Moment
 from cobla_onnx.carrying import Carried
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.lowrank.factorize import Factorization, Float64
@@ -33,7 +34,7 @@ Spectrum: TypeAlias = tuple[Float64, Float64]
 
 # Vectors longer than this are not multiplied out: the moment of the outputs serves.
 WIDE = 5000
-# Bytes of second moments whose decomposition is kept for the next rank that is asked for.
+# Bytes of decompositions that are kept for the next rank that is asked for.
 KEPT = 1 << 28
 # Ranks at which an error that no spectrum tells is computed; in between it is interpolated.
 GRID = 14
@@ -258,7 +259,7 @@ class Seen:
             second = self._read(layer, weight)
             kind = OutputFactorizer if self.is_wide(layer) else WeightedFactorizer
             solver = kind(scheme, weight, second, most, self.importance.get(layer.name))
-            found = solver, 2 * second.nbytes + 16 * layer.params
+            found = solver, solver.nbytes
         self._solvers[key] = found
         while sum(size for _, size in self._solvers.values()) > KEPT and len(self._solvers) > 1:
             self._solvers.popitem(last=False)

@@ -84,20 +84,16 @@ class WeightedFactorizer:
         stack = scheme.matrix(_scaled(scheme, weight, self._roots)).astype(np.float64)
         if not scheme.inputs_first:
             stack = stack.swapaxes(1, 2)
-        self._stack = stack
-        second = without_zeros(second)
-        self._moment = scheme.split_moment(second)
+        split = scheme.split_moment(without_zeros(second))
         groups, rows, columns = stack.shape
         outputs = columns // scheme.offsets
         # (groups, inputs, offsets, outputs): what meets each part of the moment.
-        self._target = stack.reshape(groups, rows, outputs, -1).swapaxes(2, 3)
-        flat = self._target.reshape(groups, -1, outputs)
-        moment = self._moment.reshape(groups, flat.shape[1], -1)
-        self._cross = np.matmul(moment, flat)
-        self.energy = float(np.sum(flat * self._cross))
+        target = stack.reshape(groups, rows, outputs, -1).swapaxes(2, 3)
+        flat = target.reshape(groups, -1, outputs)
+        cross = np.matmul(split.reshape(groups, flat.shape[1], -1), flat)
+        self.energy = float(np.sum(flat * cross))
         self._bases = [
-            _basis(stack[g], np.einsum("ajbj->ab", self._moment[g]), max_rank)
-            for g in range(groups)
+            _basis(stack[g], np.einsum("ajbj->ab", split[g]), max_rank) for g in range(groups)
         ]
         # Of the first factors only the span matters where the second is fitted to them.
         self._lefts = [
@@ -106,8 +102,16 @@ class WeightedFactorizer:
             else np.linalg.qr(stack[g] @ basis.right)[0]
             for g, basis in enumerate(self._bases)
         ]
+        # Where the second factor stays in place, the bases alone are needed from here on.
+        self._fitted = None if scheme.offsets == 1 else (split, cross)
         total = sum(basis.energy for basis in self._bases)
         self.singular_values: Float64 = np.sqrt(np.asarray(total))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        arrays = *self._lefts, *(basis.right for basis in self._bases), *(self._fitted or ())
+        return sum(map(_held_bytes, arrays))
 
     def errors(self, ranks: NDArray[np.int64]) -> Float64:
         """E||y - y'||^2 at each of the given ranks, for the factors of `factorize`."""
@@ -133,12 +137,13 @@ class WeightedFactorizer:
 
     def _reduced(self, group: int, rank: int) -> tuple[Float64, Float64]:
         """Second moment of the first factor's outputs, and their product with y."""
+        assert self._fitted is not None
         left = self._lefts[group][:, :rank]
-        moment = self._moment[group]
+        moment, its_cross = (array[group] for array in self._fitted)
         rows, offsets = moment.shape[:2]
         half = (left.T @ moment.reshape(rows, -1)).reshape(rank, offsets, rows, offsets)
         products = np.einsum("rjbk,bs->rjsk", half, left, optimize=True)
-        cross = left.T @ self._cross[group].reshape(rows, -1)
+        cross = left.T @ its_cross.reshape(rows, -1)
         return products, cross.reshape(rank, offsets, -1)
 
 
@@ -181,6 +186,11 @@ class OutputFactorizer:
         total = sum(np.maximum(energy[:size], 0.0) for energy, _ in found)
         self.singular_values: Float64 = np.sqrt(np.asarray(total))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return sum(map(_held_bytes, (*self._rows, *self._vectors)))
+
     def errors(self, ranks: NDArray[np.int64]) -> Float64:
         """E||y - y'||^2 at each of the given ranks."""
         return _tails(self.singular_values)[ranks]
@@ -193,6 +203,12 @@ class OutputFactorizer:
             right = basis.T if self._roots is None else basis.T / self._roots[group]
             pairs.append(((basis.T @ rows).T, right))
         return balanced(self.scheme, pairs)
+
+
+def _held_bytes(array: NDArray[Any]) -> int:
+    """Bytes that an array keeps in memory: of a view, those of the array that it is of."""
+    base = array.base
+    return base.nbytes if isinstance(base, np.ndarray) else array.nbytes
 
 
 def _roots(importance: Float64 | None, rows: NDArray[Any]) -> Float64 | None:

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from cobla_onnx.calibration.moments import Moment, MomentSum, collect_moments
+from cobla_onnx.calibration.moments import collect_moments
 from cobla_onnx.calibration.patches import patch_of
 from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.sums import Moment, MomentSum
 from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
 from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.lowrank.schemes import schemes_for
@@ -125,7 +126,7 @@ def test_a_stack_of_matrices_has_a_moment_each():
 
 
 def test_large_batches_are_cut_into_chunks(monkeypatch):
-    monkeypatch.setattr("cobla_onnx.calibration.patches.CHUNK", 100)
+    monkeypatch.setattr("cobla_onnx.calibration.windows.CHUNK", 100)
     check_patches(conv_model((3, 3), pads=[1, 1, 1, 1]))
     check_patches(product_model("gemm"))
 

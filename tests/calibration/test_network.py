@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.analysis import analyse
+from cobla_onnx.calibration import sensitivity as sensitivity_module
 from cobla_onnx.calibration.loss import sample_losses
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
@@ -168,6 +169,50 @@ def test_responses_rise_and_pass_through_rising_points(points):
     assert response(np.zeros(1))[0] == 0
     known, logarithms = response.logarithms()
     np.testing.assert_allclose(response(np.exp(known)), np.exp(logarithms), rtol=1e-6)
+
+
+def test_a_response_takes_its_shape_from_others():
+    known, unknown = Response(), Response()
+    for error in sensitivity_module.TARGETS:
+        known.add(error, 2 * error**1.5)
+    unknown.add(0.05, 3.0)
+    unknown.shape_as(sensitivity_module._shape([known, known]))
+    errors = np.array([0.02, 0.05, 0.14])
+    np.testing.assert_allclose(unknown(errors), 3 * (errors / 0.05) ** 1.5, rtol=1e-9)
+
+
+def test_a_point_next_to_a_measured_one_is_known():
+    response = Response()
+    response.add(0.1, 1.0)
+    assert response.knows(0.1, 0.0)
+    assert not response.knows(0.1001, 0.0)
+    for error, known in ((0.12, True), (0.083, True), (0.123, False), (0.081, False)):
+        assert response.knows(error, 0.2) is known
+
+
+def test_of_many_layers_some_are_measured_at_one_point(setting, monkeypatch):
+    monkeypatch.setattr(sensitivity_module, "MANY", 2)
+    monkeypatch.setattr(sensitivity_module, "SHAPED", 2)
+    probe = SpreadProbe(Pool(), setting.model, setting.analysis.layers, setting.batches(), "auto")
+    analysis = setting.analysis
+    sensitivity = Sensitivity(
+        analysis.layers, analysis.curves, analysis.schemes, setting.seen, probe
+    )
+    asked = []
+    whole = probe.mean_losses
+
+    def counted(wanted):
+        kept = [(index, list(pairs)) for index, pairs in wanted]
+        asked.extend(len(pairs) for _, pairs in kept)
+        return whole(kept)
+
+    monkeypatch.setattr(probe, "mean_losses", counted)
+    sensitivity.measure(analysis.constraints(Budget(mem=0.6)))
+    count = len(analysis.layers)
+    assert count > 2
+    assert asked[1:-1] == [1] * (count - 2)
+    assert min(asked[0], asked[-1]) > 1
+    assert all(len(response.points) == 3 for response in sensitivity.responses[1:-1])
 
 
 def test_measured_points_are_on_the_curves(setting):

@@ -12,6 +12,8 @@ from onnx import helper
 from cobla_onnx.calibration.patches import patch_of
 from cobla_onnx.calibration.positions import choose_positions, sample_seeds
 from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.sums import MomentSum
+from cobla_onnx.calibration.transposed import TransposedPatch
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.runtime import open_session, run_session
@@ -125,3 +127,41 @@ def test_a_layer_seen_by_its_outputs_with_a_suppressed_one():
             np.square((x @ weight - whole)[:, others]).sum() for weight in (found.weight, plain)
         )
         assert lost < 0.9 * without
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.tuples(*[st.integers(1, 4)] * 2),
+    st.tuples(*[st.integers(1, 3)] * 2),
+    st.tuples(*[st.integers(1, 2)] * 2),
+    st.integers(0, 2),
+    st.sampled_from([None, 3, 11]),
+)
+def test_zeros_between_are_left_out_of_sums_and_make_no_difference(
+    kernel, strides, dilations, pad, each
+):
+    spans = [(k - 1) * d for k, d in zip(kernel, dilations, strict=True)]
+    pads = tuple(min(pad, span) for span in spans) * 2
+    patch = TransposedPatch("x", 2, kernel, strides, dilations, pads, (0, 0), None)
+    data = random_array(2, 2, 4, 3)
+    whole = patch.positions(data) // 2
+    chosen = None
+    if each is not None:
+        draws = np.random.default_rng(0)
+        each = min(each, whole)
+        parts = [np.sort(draws.permutation(whole)[:each]) + k * whole for k in range(2)]
+        chosen = np.concatenate(parts)
+    each = each or whole
+    dense = MomentSum(1, patch.size)
+    sparse = MomentSum(1, patch.size, patch.parts)
+    phases, done = patch.phases(data, chosen), 0
+    for vectors in patch.vectors(data, chosen, each):
+        dense.add(vectors, each)
+        sparse.add(vectors, each, phases=phases[done : done + vectors.shape[2]])
+        done += vectors.shape[2]
+    assert done == len(phases)
+    one, other = dense.moment(), sparse.moment()
+    np.testing.assert_allclose(one.second, other.second, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(one.mean, other.mean, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(one.effective, other.effective, rtol=1e-6)
+    assert one.count == other.count

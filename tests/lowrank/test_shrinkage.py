@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cobla_onnx.calibration.moments import MomentSum
+from cobla_onnx.calibration.sums import MomentSum
 from cobla_onnx.lowrank.schemes import ConvScheme
 from cobla_onnx.lowrank.shrinkage import FLOOR, shrink
 from cobla_onnx.lowrank.weighted import WeightedFactorizer
