@@ -16,7 +16,7 @@ from cobla_onnx.cache import Cache
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.candidates import Candidate, add_curves, layer_grid, options_for
 from cobla_onnx.errors import BudgetError, ModelError, UsageError
-from cobla_onnx.graph.cost import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
+from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import (
     Inventory,
     Layer,
@@ -25,7 +25,7 @@ from cobla_onnx.graph.layers import (
     find_layers,
     node_label,
 )
-from cobla_onnx.graph.model_file import stored_bytes
+from cobla_onnx.graph.macs import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.lowrank.schemes import Scheme, schemes_for
 from cobla_onnx.names import matching
 from cobla_onnx.parallel import Pool, open_pool

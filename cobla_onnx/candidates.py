@@ -17,8 +17,8 @@ from cobla_onnx.cache import Cache
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.calibration.seen import spectra as weighted_spectra
 from cobla_onnx.factors import ValuesUnit, weight_values
-from cobla_onnx.graph.cost import Shape
 from cobla_onnx.graph.layers import Layer, Reason, read_weight
+from cobla_onnx.graph.macs import Shape
 from cobla_onnx.lowrank.schemes import Scheme, largest_rank, schemes_for
 from cobla_onnx.parallel import Pool
 from cobla_onnx.progress import Progress, tracked

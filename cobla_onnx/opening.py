@@ -19,9 +19,9 @@ from cobla_onnx.calibration.labels import Labels, align_labels, read_labels
 from cobla_onnx.calibration.readers import open_data
 from cobla_onnx.calibration.targets import IGNORED
 from cobla_onnx.errors import DataError, ModelError, PartError, WriteError
-from cobla_onnx.graph.checks import check_structure
-from cobla_onnx.graph.external import is_external
-from cobla_onnx.graph.model_file import load_in_order
+from cobla_onnx.graph.check.structure import check_structure
+from cobla_onnx.graph.io.external import is_external
+from cobla_onnx.graph.io.model_file import load_in_order
 from cobla_onnx.graph.order import Order, is_sorted, sort_nodes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.names import safe_text

@@ -22,9 +22,9 @@ from cobla_onnx.calibration.readers import ImageOptions, open_data
 from cobla_onnx.comparison import Comparison, OutputComparison, as_array, differently_made
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.exported import Exported
-from cobla_onnx.graph.cost import fixed_input_shapes
-from cobla_onnx.graph.external import external_place, is_external
-from cobla_onnx.graph.model_file import stored_bytes
+from cobla_onnx.graph.io.external import external_place, is_external
+from cobla_onnx.graph.io.model_file import stored_bytes
+from cobla_onnx.graph.macs import fixed_input_shapes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing

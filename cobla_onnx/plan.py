@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from cobla_onnx.errors import UsageError
-from cobla_onnx.graph.model_file import write_atomically
+from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.names import quoted, safe_text
 
 __all__ = ["SCHEMES", "Decision", "FactorsFrom", "Plan"]

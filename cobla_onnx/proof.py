@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.deviation import network_errors, rounding_error
 from cobla_onnx.errors import VerificationError
-from cobla_onnx.graph.expose import Exposed, expose
 from cobla_onnx.graph.layers import read_bias
 from cobla_onnx.graph.randomness import random_nodes
+from cobla_onnx.graph.subgraph import Exposed, expose
 from cobla_onnx.names import quoted
 from cobla_onnx.rewrite import Replacement
 from cobla_onnx.runtime import Feeds, open_session, run_session

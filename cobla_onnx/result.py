@@ -13,9 +13,9 @@ import onnx
 
 from cobla_onnx.allocation.sequential import Step
 from cobla_onnx.errors import UsageError, VerificationError, WriteError
-from cobla_onnx.graph.model_file import load_in_order, stored_bytes, write_atomically
+from cobla_onnx.graph.io.model_file import load_in_order, stored_bytes, write_atomically
+from cobla_onnx.graph.io.save import ExternalData, save_model
 from cobla_onnx.graph.order import restore_order
-from cobla_onnx.graph.saving import ExternalData, save_model
 from cobla_onnx.plan import Plan
 from cobla_onnx.providers import execution_provider
 from cobla_onnx.rendering import report_writer

@@ -28,7 +28,7 @@ from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT
 from cobla_onnx.calibration.outputs import MeasuredModel, measured_model
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.graph.content import model_content
+from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.layers import Layer, find_layers
 from cobla_onnx.holding import explain
 from cobla_onnx.latency.timing import Stopwatch

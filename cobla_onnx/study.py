@@ -26,9 +26,9 @@ from cobla_onnx.cache import Cache
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.factors import FactorUnit, replace_layer
-from cobla_onnx.graph.external import is_external
+from cobla_onnx.graph.io.external import is_external
+from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import read_weight
-from cobla_onnx.graph.model_file import stored_bytes
 from cobla_onnx.graph.order import Order, restore_order
 from cobla_onnx.holding import elsewhere_note, explain
 from cobla_onnx.parallel import Pool

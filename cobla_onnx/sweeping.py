@@ -22,8 +22,8 @@ from cobla_onnx.calibration.quality import Quality
 from cobla_onnx.calibration.readers import ImageOptions
 from cobla_onnx.errors import BudgetError, UsageError, WriteError
 from cobla_onnx.exported import Exported
-from cobla_onnx.graph.model_file import write_atomically
-from cobla_onnx.graph.saving import ExternalData
+from cobla_onnx.graph.io.model_file import write_atomically
+from cobla_onnx.graph.io.save import ExternalData
 from cobla_onnx.opening import ModelSource
 from cobla_onnx.output_choice import Outputs
 from cobla_onnx.plan import Plan

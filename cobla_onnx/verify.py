@@ -18,8 +18,8 @@ from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.choosing import measures_on
 from cobla_onnx.comparison import Comparison, OutputComparison
 from cobla_onnx.errors import ModelError, VerificationError
-from cobla_onnx.graph.cost import Shape, infer_shapes
-from cobla_onnx.graph.model_file import without_weights
+from cobla_onnx.graph.io.model_file import without_weights
+from cobla_onnx.graph.macs import Shape, infer_shapes
 from cobla_onnx.graph.varying import varying_tensors
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.measures import Measure

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from cobla_onnx import Budget, compress
 from cobla_onnx.cache import ABANDONED, Cache, digest, fetch
 from cobla_onnx.errors import UsageError
-from cobla_onnx.graph.content import model_content
-from cobla_onnx.graph.model_file import load_model
+from cobla_onnx.graph.io.digest import model_content
+from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.lowrank.schemes import ConvScheme
 from tests.test_command import COMMAND
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 import cobla_onnx
 from cobla_onnx import Budget, Plan, Result, compress, errors
 from cobla_onnx.cli import main
-from cobla_onnx.graph import model_file
-from cobla_onnx.graph.model_file import write_atomically
+from cobla_onnx.graph.io import model_file
+from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.names import safe_text
 from cobla_onnx.plan import Decision
 from cobla_onnx.result import check_paths

@@ -13,9 +13,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from cobla_onnx import Budget, Plan, compress, errors, spill, verify
-from cobla_onnx.graph import saving
-from cobla_onnx.graph.external import is_external
-from cobla_onnx.graph.model_file import load_model, stored_bytes
+from cobla_onnx.graph.io import save as saving
+from cobla_onnx.graph.io.external import is_external
+from cobla_onnx.graph.io.model_file import load_model, stored_bytes
 from cobla_onnx.plan import Decision
 from tests.builders import differences, small_network
 from tests.test_command import run

@@ -13,8 +13,9 @@ from onnx import helper
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph import layers, model_file
-from cobla_onnx.graph.model_file import load_model
+from cobla_onnx.graph import layers
+from cobla_onnx.graph.io import model_file
+from cobla_onnx.graph.io.model_file import load_model
 from tests.builders import model_of, random_array, small_network
 from tests.hostile import CASES, DATA_CASES, with_external_data
 from tests.test_command import COMMAND

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from cobla_onnx import Budget, compress, errors
 from cobla_onnx.graph.holders import bytes_elsewhere
-from cobla_onnx.graph.model_file import stored_bytes
+from cobla_onnx.graph.io.model_file import stored_bytes
 from tests.builders import model_of, random_array
 from tests.test_command import run, run_here
 

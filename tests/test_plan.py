@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from cobla_onnx import Budget, Plan, compress, errors
-from cobla_onnx.graph.model_file import stored_bytes
+from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.plan import SCHEMES
 from tests.builders import small_network
 from tests.test_command import run, run_here

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from cobla_onnx.errors import ModelError, VerificationError
-from cobla_onnx.graph.cost import fixed_input_shapes
 from cobla_onnx.graph.layers import Layer, find_layers, read_weight
+from cobla_onnx.graph.macs import fixed_input_shapes
 from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.rewrite import Replacement, make_replacement, rewrite

@@ -13,7 +13,7 @@ import pytest
 
 from cobla_onnx import Budget, compress, errors, sweep, sweeping
 from cobla_onnx.cli.parsing import spread
-from cobla_onnx.graph.model_file import stored_bytes
+from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.sweeping import COLUMNS, SweepPoint, _with_front
 from tests.builders import random_array, small_network
 from tests.test_command import run, run_here

@@ -13,8 +13,8 @@ import onnx
 import pytest
 
 from cobla_onnx import errors
-from cobla_onnx.graph.model_file import load_model, write_atomically
-from cobla_onnx.graph.saving import save_model
+from cobla_onnx.graph.io.model_file import load_model, write_atomically
+from cobla_onnx.graph.io.save import save_model
 from cobla_onnx.result import check_paths
 from tests.builders import small_network
 from tests.test_command import COMMAND
@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A child that saves a model and is killed at the stage given as second argument.
 KILLED = """
 import os, pathlib, signal, sys
-from cobla_onnx.graph import model_file, saving
+from cobla_onnx.graph.io import model_file
+from cobla_onnx.graph.io import save as saving
 from tests.builders import small_network
 out, stage, form = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 

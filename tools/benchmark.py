@@ -231,7 +231,7 @@ def measure(
     """
     from cobla_onnx import Budget
     from cobla_onnx.errors import BudgetError
-    from cobla_onnx.graph.model_file import stored_bytes
+    from cobla_onnx.graph.io.model_file import stored_bytes
     from cobla_onnx.parallel import one_thread
 
     results, assets, wheels = paths
@@ -278,7 +278,7 @@ def timed(
 
 def macs(model: onnx.ModelProto, bench: Bench) -> int:
     """Count the MACs of a model afresh."""
-    from cobla_onnx.graph.cost import fixed_input_shapes, infer_shapes, node_macs
+    from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
     from cobla_onnx.runtime import measured_shapes
 
     known = fixed_input_shapes(model, {})

@@ -27,8 +27,8 @@ import onnx
 import typer
 
 from cobla_onnx.autodiff import MaskedWeight, differentiate
-from cobla_onnx.graph.expose import prefix
 from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.rewrite import factor_nodes
 from cobla_onnx.runtime import open_session

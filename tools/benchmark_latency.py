@@ -31,7 +31,7 @@ from cobla_onnx.allocation.grid import RankMultiple, rank_rule
 from cobla_onnx.analysis import Analysis, analyse
 from cobla_onnx.cache import Cache
 from cobla_onnx.errors import BudgetError
-from cobla_onnx.graph.model_file import load_model
+from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.latency.profile import Conditions, Profile
 from cobla_onnx.latency.search import Found, LatencySearch, example_feeds
 from cobla_onnx.latency.table import time_layers

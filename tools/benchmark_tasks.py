@@ -112,7 +112,7 @@ class Bench:
     """One task, read and split; measures what methods make of it."""
 
     def __init__(self, task: Task, assets: Path, wheels: Path, threads: int) -> None:
-        from cobla_onnx.graph.model_file import load_model
+        from cobla_onnx.graph.io.model_file import load_model
 
         self.task, self.threads = task, threads
         self.path = find_model(task, assets, wheels)

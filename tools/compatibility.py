@@ -29,8 +29,8 @@ from onnx.backend.test.loader import load_model_tests
 import cobla_onnx
 from cobla_onnx import Budget, Result, compress
 from cobla_onnx.errors import BudgetError, CoblaError
+from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.graph.layers import find_layers
-from cobla_onnx.graph.model_file import load_model
 from cobla_onnx.names import safe_text
 
 BUDGET = 0.7

@@ -30,7 +30,7 @@ from google.protobuf.message import Message
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.errors import CoblaError, VerificationError
-from cobla_onnx.graph.model_file import load_model
+from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.graph.protos import is_repeated
 
 ROOT = Path(__file__).resolve().parent.parent

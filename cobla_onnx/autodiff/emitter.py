@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.graph.model_file import unique_name
+from cobla_onnx.graph.io.model_file import unique_name
 
 __all__ = ["Emitter", "Operand"]
 

@@ -24,7 +24,7 @@ from cobla_onnx.autodiff.emitter import Emitter
 from cobla_onnx.autodiff.prepare import Prepared, Substitutes
 from cobla_onnx.autodiff.vjp import NoRuleError, Step, find_rule
 from cobla_onnx.autodiff.vjp.registry import Sizes
-from cobla_onnx.graph.cost import infer_tensors
+from cobla_onnx.graph.macs import infer_tensors
 
 __all__ = ["Contracted", "MaskedWeight", "through_factors", "write_mask_gradients"]
 

@@ -22,14 +22,14 @@ from cobla_onnx.autodiff.legacy import replace_legacy
 from cobla_onnx.autodiff.vjp import FLAT, RULES
 from cobla_onnx.autodiff.vjp.registry import Sizes
 from cobla_onnx.errors import ModelError, UsageError
-from cobla_onnx.graph.cost import Shape, fixed_input_shapes, infer_tensors
-from cobla_onnx.graph.layers import all_inputs
-from cobla_onnx.graph.model_file import (
+from cobla_onnx.graph.io.model_file import (
     MAPPED_FROM,
     copy_without_initializers,
     tensor_bytes,
     unique_name,
 )
+from cobla_onnx.graph.layers import all_inputs
+from cobla_onnx.graph.macs import Shape, fixed_input_shapes, infer_tensors
 from cobla_onnx.runtime import first_line, open_session, random_feeds, run_session
 
 __all__ = ["OPSET", "Prepared", "Substitutes", "prepare"]

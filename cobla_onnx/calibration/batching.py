@@ -14,8 +14,8 @@ import onnx
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.deviation import rounding_error
 from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.io.model_file import copy_without_initializers, stored_bytes
 from cobla_onnx.graph.layers import Layer, all_inputs
-from cobla_onnx.graph.model_file import copy_without_initializers, stored_bytes
 from cobla_onnx.names import quoted
 from cobla_onnx.runtime import Feeds, open_session, run_session
 from cobla_onnx.scratch import temporary_folder

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from cobla_onnx.calibration.moments import Taps
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph.cost import infer_shapes
-from cobla_onnx.graph.expose import make_value, prefix, reached_from
 from cobla_onnx.graph.layers import all_inputs
+from cobla_onnx.graph.macs import infer_shapes
+from cobla_onnx.graph.subgraph import make_value, prefix, reached_from
 from cobla_onnx.runtime import Feeds
 from cobla_onnx.scratch import ArrayFile, Place
 

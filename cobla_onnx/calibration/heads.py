@@ -19,9 +19,9 @@ import onnx
 
 from cobla_onnx.calibration.soften import LADDER
 from cobla_onnx.calibration.survey import OutputFacts
-from cobla_onnx.graph.cost import Shape, infer_shapes
+from cobla_onnx.graph.index import GraphIndex
 from cobla_onnx.graph.layers import Layer, attributes
-from cobla_onnx.graph.operands import GraphIndex
+from cobla_onnx.graph.macs import Shape, infer_shapes
 from cobla_onnx.lowrank.factorize import Float64
 from cobla_onnx.measures import Measure
 

@@ -23,7 +23,7 @@ from cobla_onnx.calibration.patches import Patch, TransposedPatch
 from cobla_onnx.calibration.positions import LEAST, NUMBERS, choose_positions, sample_seeds
 from cobla_onnx.calibration.sums import Moment, MomentSum
 from cobla_onnx.carrying import Shared
-from cobla_onnx.graph.expose import prefix
+from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.parallel import Pool
 from cobla_onnx.runtime import Feeds, open_session, run_session
 from cobla_onnx.scratch import ArrayFile, Place

@@ -15,8 +15,8 @@ import onnx
 
 from cobla_onnx.calibration.tracing import FLOATING, Tracing, without_repetition
 from cobla_onnx.errors import DataError
+from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.graph.layers import Layer, all_inputs, node_label
-from cobla_onnx.graph.model_file import copy_without_initializers
 from cobla_onnx.names import quoted
 from cobla_onnx.runtime import Feeds, open_session
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.choosing import measures_of
 from cobla_onnx.calibration.loss import LossName, sample_losses
 from cobla_onnx.calibration.targets import binary_targets, one_hot
-from cobla_onnx.graph.expose import expose
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
+from cobla_onnx.graph.subgraph import expose
 from cobla_onnx.measures import Measure
 from cobla_onnx.runtime import Feeds, open_session, run_session
 from cobla_onnx.scratch import Shelf

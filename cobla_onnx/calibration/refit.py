@@ -19,8 +19,8 @@ from cobla_onnx.calibration.positions import Chosen, choose_positions, sample_se
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.seen import WIDE, Approximation
 from cobla_onnx.calibration.sums import Moment, MomentSum
-from cobla_onnx.graph.expose import expose, reached_from
 from cobla_onnx.graph.layers import Layer, Use, read_weight
+from cobla_onnx.graph.subgraph import expose, reached_from
 from cobla_onnx.lowrank.factorize import Factorization, Float64
 from cobla_onnx.lowrank.refit import refit, refit_second
 from cobla_onnx.lowrank.schemes import Scheme

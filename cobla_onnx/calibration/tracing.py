@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from cobla_onnx.graph.cost import infer_tensors
-from cobla_onnx.graph.expose import reached_from
 from cobla_onnx.graph.layers import Layer, all_inputs
+from cobla_onnx.graph.macs import infer_tensors
+from cobla_onnx.graph.subgraph import reached_from
 from cobla_onnx.graph.varying import Varying, varying_tensors
 from cobla_onnx.runtime import Feeds, open_session, run_session
 

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from cobla_onnx.graph.geometry import check_geometry
-from cobla_onnx.graph.inventory import Inventory, Layer, Reason, Skipped, Use
-from cobla_onnx.graph.operands import (
+from cobla_onnx.graph.check.geometry import check_geometry
+from cobla_onnx.graph.index import (
     INTEGERS,
     SCALED_INTEGERS,
     GraphIndex,
@@ -22,6 +21,7 @@ from cobla_onnx.graph.operands import (
     attributes,
     node_label,
 )
+from cobla_onnx.graph.inventory import Inventory, Layer, Reason, Skipped, Use
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import subgraphs, tensor_array
 from cobla_onnx.graph.weights import read_bias, read_weight

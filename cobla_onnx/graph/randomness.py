@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from cobla_onnx.graph.operands import node_label
+from cobla_onnx.graph.index import node_label
 from cobla_onnx.graph.tensors import subgraphs
 from cobla_onnx.names import quoted
 

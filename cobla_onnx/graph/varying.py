@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from cobla_onnx.graph.operands import all_inputs
+from cobla_onnx.graph.index import all_inputs
 from cobla_onnx.graph.tensors import subgraphs
 
 __all__ = ["Varying", "varying_tensors"]

@@ -9,8 +9,8 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.index import GraphIndex, attributes
 from cobla_onnx.graph.inventory import Layer
-from cobla_onnx.graph.operands import GraphIndex, attributes
 from cobla_onnx.graph.tensors import constant_value, tensor_array
 from cobla_onnx.names import quoted
 

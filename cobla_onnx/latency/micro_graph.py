@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from cobla_onnx.graph.cost import Shape
+from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.layers import Layer, Use, find_layers, read_weight
-from cobla_onnx.graph.operands import attributes
+from cobla_onnx.graph.macs import Shape
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.lowrank.schemes import Scheme, schemes_for
 from cobla_onnx.rewrite import Replacement, rewrite

@@ -11,7 +11,7 @@ from typing import Any
 import onnxruntime
 
 from cobla_onnx.errors import UsageError
-from cobla_onnx.graph.model_file import write_atomically
+from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.machine import cpu_name
 from cobla_onnx.names import safe_text

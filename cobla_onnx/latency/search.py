@@ -20,8 +20,8 @@ from scipy.interpolate import PchipInterpolator
 from cobla_onnx.allocation import Allocation, Budget, Constraint
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.errors import BudgetError
-from cobla_onnx.graph.cost import Shape
-from cobla_onnx.graph.model_file import without_weights
+from cobla_onnx.graph.io.model_file import without_weights
+from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.micro_graph import stand_in
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.timing import Comparison, Stopwatch, compare

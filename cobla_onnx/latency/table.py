@@ -13,8 +13,8 @@ from scipy.optimize import isotonic_regression
 from cobla_onnx.allocation import Curve, LayerCurves
 from cobla_onnx.allocation.curves import Float64
 from cobla_onnx.analysis import Analysis
-from cobla_onnx.graph.cost import Shape
 from cobla_onnx.graph.layers import Layer, Reason, Skipped, Use
+from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.micro_graph import layer_key, micro_graph
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.timing import Stopwatch

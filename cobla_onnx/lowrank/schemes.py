@@ -29,8 +29,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.graph.cost import Shape
 from cobla_onnx.graph.layers import Layer, Use
+from cobla_onnx.graph.macs import Shape
 
 __all__ = [
     "ConvScheme",

@@ -18,8 +18,8 @@ from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.calibration.sensitivity import Response, Sensitivity
 from cobla_onnx.calibration.spread import SpreadProbe
 from cobla_onnx.calibration.targets import one_hot
-from cobla_onnx.graph.expose import expose, prefix
 from cobla_onnx.graph.layers import find_layers, read_bias, read_weight
+from cobla_onnx.graph.subgraph import expose, prefix
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.parallel import Pool
 from cobla_onnx.rewrite import make_replacement, rewrite

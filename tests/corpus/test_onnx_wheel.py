@@ -12,7 +12,7 @@ import pytest
 from onnx.backend.test.loader import load_model_tests
 
 from cobla_onnx import Budget, compress, errors
-from cobla_onnx.graph.checks import check_structure
+from cobla_onnx.graph.check.structure import check_structure
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.lowrank.schemes import schemes_for

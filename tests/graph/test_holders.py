@@ -7,8 +7,8 @@ from onnx import helper
 
 from cobla_onnx import Budget, compress, inspect
 from cobla_onnx.graph.holders import bytes_elsewhere
+from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import find_layers
-from cobla_onnx.graph.model_file import stored_bytes
 from tests.builders import model_of, random_array, small_network
 
 node = helper.make_node

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from cobla_onnx.graph.cost import infer_shapes
+from cobla_onnx.graph.macs import infer_shapes
 from cobla_onnx.graph.varying import varying_tensors
 from cobla_onnx.runtime import open_session, run_session
 from tests.builders import model_of

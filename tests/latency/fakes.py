@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cobla_onnx.graph.cost import fixed_input_shapes, infer_shapes, node_macs
+from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.latency.timing import Stopwatch
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from cobla_onnx import Budget, compress, sweep
 from cobla_onnx.errors import BudgetError, CoblaError, UsageError
-from cobla_onnx.graph.cost import fixed_input_shapes, infer_shapes, node_macs
-from cobla_onnx.graph.model_file import load_model
+from cobla_onnx.graph.io.model_file import load_model
+from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.latency.timing import compare, interleaved
 from cobla_onnx.parallel import open_pool
 from cobla_onnx.plan import Decision, Plan

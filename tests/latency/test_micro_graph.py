@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import helper
 
-from cobla_onnx.graph.cost import fixed_input_shapes, infer_shapes
+from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.graph.layers import find_layers
-from cobla_onnx.graph.model_file import load_model
+from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes
 from cobla_onnx.latency.micro_graph import layer_key, micro_graph, stand_in
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.rewrite import rewrite

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from cobla_onnx.graph.cost import fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.rewrite import make_replacement, rewrite

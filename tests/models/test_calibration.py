@@ -9,8 +9,8 @@ import pytest
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.graph.expose import expose, prefix
 from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.graph.subgraph import expose, prefix
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.lowrank.shrinkage import FLOOR
 from cobla_onnx.runtime import open_session, run_session

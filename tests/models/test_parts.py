@@ -19,8 +19,8 @@ from cobla_onnx.calibration.moments import Taps
 from cobla_onnx.calibration.onward import OnwardProbe
 from cobla_onnx.calibration.outputs import measured_model
 from cobla_onnx.calibration.probe import Probe
-from cobla_onnx.graph.expose import expose, prefix
 from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
+from cobla_onnx.graph.subgraph import expose, prefix
 from cobla_onnx.measures import Measure
 from cobla_onnx.opening import open_in_order
 from cobla_onnx.runtime import Feeds, open_session, random_feeds, run_session, runnable_feeds

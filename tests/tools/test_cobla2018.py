@@ -10,7 +10,7 @@ from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.analysis import analyse
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.errors import BudgetError
-from cobla_onnx.graph.model_file import stored_bytes
+from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.rewrite import rewrite
 from cobla_onnx.runtime import open_session, run_session
 from tests.builders import small_network

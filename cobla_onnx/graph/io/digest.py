@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import onnx
 
-from cobla_onnx.graph.model_file import copy_without_initializers
+from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.names import quoted
 

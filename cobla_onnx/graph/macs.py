@@ -9,8 +9,8 @@ from typing import TypeAlias
 import onnx
 
 from cobla_onnx.errors import ModelError, UsageError
+from cobla_onnx.graph.io.model_file import constant_value, without_weights
 from cobla_onnx.graph.layers import attributes, node_label
-from cobla_onnx.graph.model_file import constant_value, without_weights
 from cobla_onnx.names import quoted
 
 __all__ = [

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 
+from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.graph.layers import Layer, all_inputs
-from cobla_onnx.graph.model_file import copy_without_initializers
 
 __all__ = ["Exposed", "expose", "make_value", "prefix", "reached_from"]
 

@@ -20,8 +20,8 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import UsageError, WriteError
-from cobla_onnx.graph.external import PAGE, external_bytes, is_external
-from cobla_onnx.graph.model_file import (
+from cobla_onnx.graph.io.external import PAGE, external_bytes, is_external
+from cobla_onnx.graph.io.model_file import (
     PROTOBUF_LIMIT,
     copy_without_initializers,
     write_atomically,

@@ -17,11 +17,11 @@ import onnx
 from google.protobuf.message import Message
 
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph.external import is_external
-from cobla_onnx.graph.geometry import check_geometry
-from cobla_onnx.graph.operands import all_inputs, node_label
+from cobla_onnx.graph.check.geometry import check_geometry
+from cobla_onnx.graph.check.schemas import Schemas
+from cobla_onnx.graph.index import all_inputs, node_label
+from cobla_onnx.graph.io.external import is_external
 from cobla_onnx.graph.protos import is_repeated
-from cobla_onnx.graph.schemas import Schemas
 from cobla_onnx.graph.sizes import PACKED, tensor_bytes
 from cobla_onnx.graph.tensors import HeldTensor, all_tensors, constant_value, subgraphs
 from cobla_onnx.names import quoted

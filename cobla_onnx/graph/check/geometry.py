@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph.operands import attributes
+from cobla_onnx.graph.index import attributes
 
 __all__ = ["check_geometry"]
 

@@ -15,8 +15,8 @@ from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cobla_onnx.errors import ModelError, UsageError, WriteError
-from cobla_onnx.graph.checks import check_structure
-from cobla_onnx.graph.external import external_bytes, is_external, open_external, true_place
+from cobla_onnx.graph.check.structure import check_structure
+from cobla_onnx.graph.io.external import external_bytes, is_external, open_external, true_place
 from cobla_onnx.graph.order import Order, sort_nodes
 from cobla_onnx.graph.protos import copy_fields
 from cobla_onnx.graph.sizes import table_bytes, tensor_bytes
@@ -53,7 +53,7 @@ def load_in_order(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, Order]
     """Read a model, sort its nodes and check its structure.
 
     Large external initializers of the main graph stay on disk and are mapped into memory
-    where they are read (see `cobla_onnx.graph.external`); all other data is in the model.
+    where they are read (see `cobla_onnx.graph.io.external`); all other data is in the model.
 
     Returns
     -------

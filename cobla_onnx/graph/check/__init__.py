@@ -1,0 +1,1 @@
+"""Checks of a file before any other library works on it."""

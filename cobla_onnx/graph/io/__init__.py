@@ -1,0 +1,1 @@
+"""Files: read a model, map external data, write, tell contents apart."""
