@@ -12,7 +12,6 @@ import onnx
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
 from cobla_onnx.allocation.grid import EVERY_RANK, RankRule
-from cobla_onnx.cache import Cache
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.candidates import Candidate, add_curves, layer_grid, options_for
 from cobla_onnx.errors import BudgetError, ModelError, UsageError
@@ -28,11 +27,12 @@ from cobla_onnx.graph.layers import (
 from cobla_onnx.graph.macs import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.lowrank.schemes import Scheme, schemes_for
 from cobla_onnx.names import matching
-from cobla_onnx.parallel import Pool, open_pool
 from cobla_onnx.plan import Decision, FactorsFrom, Plan
-from cobla_onnx.progress import Progress
 from cobla_onnx.reach import ranks_in_reach
-from cobla_onnx.runtime import measured_shapes
+from cobla_onnx.runtime.cache import Cache
+from cobla_onnx.runtime.pool import Pool, open_pool
+from cobla_onnx.runtime.progress import Progress
+from cobla_onnx.runtime.session import measured_shapes
 
 __all__ = ["Analysis", "analyse", "model_costs"]
 

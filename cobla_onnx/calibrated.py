@@ -23,7 +23,6 @@ from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.allocation.sequential import Scores, Step, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import Analysis
-from cobla_onnx.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.choosing import Compared
 from cobla_onnx.calibration.dataset import Dataset
@@ -46,14 +45,15 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.finishing import Finisher
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.neighbours import neighbours
-from cobla_onnx.parallel import Pool
 from cobla_onnx.plan import Plan
-from cobla_onnx.progress import Progress
 from cobla_onnx.report import CalibrationReport
 from cobla_onnx.rewrite import Replacement, make_replacement
 from cobla_onnx.rivals import Rivals
-from cobla_onnx.runtime import Feeds
-from cobla_onnx.scratch import Shelf
+from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.runtime.pool import Pool
+from cobla_onnx.runtime.progress import Progress
+from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.runtime.temporary import Shelf
 
 __all__ = ["Calibrated"]
 

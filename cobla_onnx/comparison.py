@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cobla_onnx.errors import VerificationError
 from cobla_onnx.measures import Measure
 from cobla_onnx.names import quoted
-from cobla_onnx.runtime import Feeds
+from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.slices import Slices
 
 __all__ = ["Comparison", "OutputComparison", "as_array", "differently_made", "is_numeric"]

@@ -16,9 +16,9 @@ from cobla_onnx.errors import UsageError
 from cobla_onnx.opening import ModelSource
 from cobla_onnx.output_choice import Outputs
 from cobla_onnx.plan import Plan
-from cobla_onnx.progress import Progress
 from cobla_onnx.reproduce import call_text
 from cobla_onnx.result import Result
+from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.settings import BatchSize, ObjectiveName, Settings
 from cobla_onnx.smallest import check_max_drop, smallest
 from cobla_onnx.starting import open_study

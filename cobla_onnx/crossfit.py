@@ -14,7 +14,7 @@ from cobla_onnx.finishing import Approximate, Finisher
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.lowrank.schemes import Scheme
 from cobla_onnx.plan import Plan
-from cobla_onnx.runtime import Feeds
+from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["CrossFit"]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cobla_onnx.cache import Arrays, Cache, digest, fetch
-from cobla_onnx.carrying import Carried
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.lowrank.factorize import (
     Basis,
@@ -17,6 +15,8 @@ from cobla_onnx.lowrank.factorize import (
 )
 from cobla_onnx.lowrank.schemes import Scheme, largest_rank
 from cobla_onnx.rewrite import Replacement, make_replacement
+from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.runtime.transfer import Carried
 
 __all__ = [
     "FactorUnit",

@@ -10,7 +10,6 @@ from typing import TypeAlias
 import onnx
 
 from cobla_onnx.analysis import Analysis
-from cobla_onnx.cache import Cache
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.judge import Judge
 from cobla_onnx.calibration.probe import Weights
@@ -19,9 +18,10 @@ from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.factors import FactorUnit, factorize_layer
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.lowrank.schemes import Scheme
-from cobla_onnx.parallel import Pool
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.progress import Progress
+from cobla_onnx.runtime.cache import Cache
+from cobla_onnx.runtime.pool import Pool
+from cobla_onnx.runtime.progress import Progress
 
 __all__ = ["Approximate", "Finisher"]
 

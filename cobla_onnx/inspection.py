@@ -20,7 +20,7 @@ from cobla_onnx.graph.layers import Skipped
 from cobla_onnx.holding import elsewhere_text
 from cobla_onnx.names import safe_text, short_names
 from cobla_onnx.opening import ModelSource
-from cobla_onnx.progress import Progress
+from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.settings import BatchSize, Settings
 from cobla_onnx.starting import open_study
 from cobla_onnx.study import Study

@@ -32,9 +32,9 @@ from cobla_onnx.measures import Measure
 from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.opening import ModelSource, available_cores, open_model
 from cobla_onnx.output_choice import Outputs, resolve_outputs
-from cobla_onnx.progress import Progress
-from cobla_onnx.providers import execution_provider
-from cobla_onnx.runtime import Feeds, open_session, run_session, runnable_feeds
+from cobla_onnx.runtime.progress import Progress
+from cobla_onnx.runtime.providers import execution_provider
+from cobla_onnx.runtime.session import Feeds, open_session, run_session, runnable_feeds
 from cobla_onnx.settings import BatchSize, check_batch, memory_bytes
 from cobla_onnx.verify import varying_outputs
 

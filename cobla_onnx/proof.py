@@ -17,7 +17,7 @@ from cobla_onnx.graph.randomness import random_nodes
 from cobla_onnx.graph.subgraph import Exposed, expose
 from cobla_onnx.names import quoted
 from cobla_onnx.rewrite import Replacement
-from cobla_onnx.runtime import Feeds, open_session, run_session
+from cobla_onnx.runtime.session import Feeds, open_session, run_session
 
 __all__ = ["prove_rewrite"]
 

@@ -11,11 +11,9 @@ import numpy as np
 from cobla_onnx.allocation import Allocation, Budget, Curve
 from cobla_onnx.allocation.sequential import Step
 from cobla_onnx.analysis import Analysis
-from cobla_onnx.environment import machine, versions
 from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.providers import current_provider
 from cobla_onnx.report import (
     BudgetUse,
     CalibrationReport,
@@ -28,6 +26,8 @@ from cobla_onnx.report import (
     Spectrum,
     Spread,
 )
+from cobla_onnx.runtime.environment import machine, versions
+from cobla_onnx.runtime.providers import current_provider
 from cobla_onnx.verify import Verification
 
 __all__ = ["latency_report", "make_report"]

@@ -15,7 +15,7 @@ from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.readers import ImageOptions
 from cobla_onnx.errors import UsageError
 from cobla_onnx.output_choice import Outputs
-from cobla_onnx.progress import Progress
+from cobla_onnx.runtime.progress import Progress
 
 __all__ = ["BatchSize", "ObjectiveName", "Settings", "check_batch", "memory_bytes"]
 

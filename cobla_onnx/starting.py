@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.grid import EVERY_RANK, rank_rule
 from cobla_onnx.analysis import analyse
-from cobla_onnx.cache import Cache, digest
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.batching import Batching, choose_batching
 from cobla_onnx.calibration.choosing import Chooser, Compared, look_at
@@ -32,7 +31,6 @@ from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.layers import Layer, find_layers
 from cobla_onnx.holding import explain
 from cobla_onnx.latency.timing import Stopwatch
-from cobla_onnx.machine import convolution_block
 from cobla_onnx.opening import (
     ModelSource,
     available_cores,
@@ -43,9 +41,11 @@ from cobla_onnx.opening import (
     sample_labels,
 )
 from cobla_onnx.output_choice import resolve_outputs
-from cobla_onnx.parallel import Pool, choose_pool, one_thread
-from cobla_onnx.progress import Progress
-from cobla_onnx.providers import CPU, execution_provider, give_memory_back
+from cobla_onnx.runtime.cache import Cache, digest
+from cobla_onnx.runtime.machine import convolution_block
+from cobla_onnx.runtime.pool import Pool, choose_pool, one_thread
+from cobla_onnx.runtime.progress import Progress
+from cobla_onnx.runtime.providers import CPU, execution_provider, give_memory_back
 from cobla_onnx.settings import Settings, memory_bytes
 from cobla_onnx.study import Study
 from cobla_onnx.timed import Timed, open_profile

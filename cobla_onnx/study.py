@@ -22,7 +22,6 @@ from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.grid import EVERY_RANK, RankRule
 from cobla_onnx.allocation.sequential import Step
 from cobla_onnx.analysis import Analysis
-from cobla_onnx.cache import Cache
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.factors import FactorUnit, replace_layer
@@ -31,13 +30,14 @@ from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.graph.order import Order, restore_order
 from cobla_onnx.holding import elsewhere_note, explain
-from cobla_onnx.parallel import Pool
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.progress import Progress, tracked
 from cobla_onnx.report import CalibrationReport, LatencyReport
 from cobla_onnx.reporting import make_report
 from cobla_onnx.result import Result
 from cobla_onnx.rewrite import Replacement, rewrite
+from cobla_onnx.runtime.cache import Cache
+from cobla_onnx.runtime.pool import Pool
+from cobla_onnx.runtime.progress import Progress, tracked
 from cobla_onnx.settings import Settings
 from cobla_onnx.spill import Spill
 from cobla_onnx.timed import Timed

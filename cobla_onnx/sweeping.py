@@ -27,8 +27,8 @@ from cobla_onnx.graph.io.save import ExternalData
 from cobla_onnx.opening import ModelSource
 from cobla_onnx.output_choice import Outputs
 from cobla_onnx.plan import Plan
-from cobla_onnx.progress import Progress
 from cobla_onnx.report import Report
+from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.settings import BatchSize, ObjectiveName, Settings
 from cobla_onnx.starting import open_study
 from cobla_onnx.study import Study

@@ -15,10 +15,10 @@ from cobla_onnx.latency.search import LatencySearch, example_feeds
 from cobla_onnx.latency.table import slowest_layers, time_layers
 from cobla_onnx.latency.timing import Comparison, Stopwatch
 from cobla_onnx.plan import Plan
-from cobla_onnx.progress import Progress
-from cobla_onnx.providers import current_provider
 from cobla_onnx.report import LatencyReport
 from cobla_onnx.reporting import latency_report
+from cobla_onnx.runtime.progress import Progress
+from cobla_onnx.runtime.providers import current_provider
 
 __all__ = ["Timed", "open_profile"]
 

@@ -26,7 +26,7 @@ from cobla_onnx.measures import Measure
 from cobla_onnx.names import quoted
 from cobla_onnx.proof import prove_rewrite
 from cobla_onnx.rewrite import Replacement
-from cobla_onnx.runtime import Feeds, first_line, open_session, run_session, runnable_feeds
+from cobla_onnx.runtime.session import Feeds, first_line, open_session, run_session, runnable_feeds
 
 __all__ = [
     "Verification",

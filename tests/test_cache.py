@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cobla_onnx import Budget, compress
-from cobla_onnx.cache import ABANDONED, Cache, digest, fetch
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.lowrank.schemes import ConvScheme
+from cobla_onnx.runtime.cache import ABANDONED, Cache, digest, fetch
 from tests.test_command import COMMAND
 
 ARRAYS = {"values": np.arange(3.0), "count": np.array(7)}
@@ -183,10 +183,10 @@ def test_an_entry_under_another_key_is_not_taken(tmp_path):
 
 def test_other_versions_are_not_asked_for(tmp_path, monkeypatch):
     Cache(tmp_path).put("values", "key", ARRAYS)
-    monkeypatch.setattr("cobla_onnx.cache.VERSION", 2)
+    monkeypatch.setattr("cobla_onnx.runtime.cache.VERSION", 2)
     assert Cache(tmp_path).get("values", "key") is None
     monkeypatch.undo()
-    monkeypatch.setattr("cobla_onnx.cache.environment", lambda: ("another processor",))
+    monkeypatch.setattr("cobla_onnx.runtime.cache.environment", lambda: ("another processor",))
     cache = Cache(tmp_path)
     assert cache.get("values", "key") is None
     assert cache.notes == []
@@ -194,7 +194,7 @@ def test_other_versions_are_not_asked_for(tmp_path, monkeypatch):
 
 WRITER = """
 import sys, numpy as np
-from cobla_onnx.cache import Cache
+from cobla_onnx.runtime.cache import Cache
 cache = Cache(sys.argv[1])
 print("ready", flush=True)
 while True:
@@ -264,7 +264,7 @@ def test_a_disk_that_cannot_be_written_is_a_note(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cobla_onnx.cache.os.replace", full)
+    monkeypatch.setattr("cobla_onnx.runtime.cache.os.replace", full)
     found = fetch(cache, "values", "key", lambda: dict(ARRAYS))
     np.testing.assert_array_equal(found["values"], ARRAYS["values"])
     assert "could not be written (No space left on device)" in cache.notes[0]

@@ -20,9 +20,9 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from cobla_onnx import Budget, compress
-from cobla_onnx.carrying import Carried
 from cobla_onnx.errors import ModelError, UsageError
-from cobla_onnx.parallel import Pool, choose_pool, executor_pool, open_pool
+from cobla_onnx.runtime.pool import Pool, choose_pool, executor_pool, open_pool
+from cobla_onnx.runtime.transfer import Carried
 from tests.test_command import COMMAND
 
 
@@ -235,7 +235,7 @@ def test_the_command_with_workers_and_mapped_weights(demo_model, tmp_path):
 
 SLOW = """
 import sys, time, threading
-from cobla_onnx.parallel import choose_pool
+from cobla_onnx.runtime.pool import choose_pool
 if __name__ == "__main__":
     with choose_pool(1, workers=2) as pool:
         print("ready", flush=True)

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from cobla_onnx.scratch import temporary_folder
+from cobla_onnx.runtime.temporary import temporary_folder
 
 
 def test_a_temporary_folder_goes_with_an_error():

@@ -229,7 +229,7 @@ def test_an_output_that_numpy_does_not_know_is_named():
 
 
 def test_a_part_that_does_not_load_is_not_blamed_on_the_file():
-    from cobla_onnx.runtime import open_session
+    from cobla_onnx.runtime.session import open_session
 
     broken = noisy("normal")
     broken.graph.node[0].op_type = "NoSuchOperator"

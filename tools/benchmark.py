@@ -232,7 +232,7 @@ def measure(
     from cobla_onnx import Budget
     from cobla_onnx.errors import BudgetError
     from cobla_onnx.graph.io.model_file import stored_bytes
-    from cobla_onnx.parallel import one_thread
+    from cobla_onnx.runtime.pool import one_thread
 
     results, assets, wheels = paths
     task = next(task for task in TASKS if task.name == task_name)
@@ -279,7 +279,7 @@ def timed(
 def macs(model: onnx.ModelProto, bench: Bench) -> int:
     """Count the MACs of a model afresh."""
     from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
-    from cobla_onnx.runtime import measured_shapes
+    from cobla_onnx.runtime.session import measured_shapes
 
     known = fixed_input_shapes(model, {})
     shapes = infer_shapes(model, known)

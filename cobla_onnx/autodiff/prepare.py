@@ -30,7 +30,7 @@ from cobla_onnx.graph.io.model_file import (
 )
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.macs import Shape, fixed_input_shapes, infer_tensors
-from cobla_onnx.runtime import first_line, open_session, random_feeds, run_session
+from cobla_onnx.runtime.session import first_line, open_session, random_feeds, run_session
 
 __all__ = ["OPSET", "Prepared", "Substitutes", "prepare"]
 

@@ -17,8 +17,8 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.io.model_file import copy_without_initializers, stored_bytes
 from cobla_onnx.graph.layers import Layer, all_inputs
 from cobla_onnx.names import quoted
-from cobla_onnx.runtime import Feeds, open_session, run_session
-from cobla_onnx.scratch import temporary_folder
+from cobla_onnx.runtime.session import Feeds, open_session, run_session
+from cobla_onnx.runtime.temporary import temporary_folder
 
 __all__ = [
     "MEMORY",

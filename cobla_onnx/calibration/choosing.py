@@ -19,7 +19,7 @@ from cobla_onnx.errors import DataError, UsageError
 from cobla_onnx.measures import LossKind, Measure
 from cobla_onnx.names import quoted
 from cobla_onnx.output_choice import OutputChoice
-from cobla_onnx.runtime import Feeds
+from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["Chooser", "Compared", "look_at", "measures_of", "measures_on", "notes_on"]
 

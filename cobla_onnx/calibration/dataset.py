@@ -16,13 +16,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.cache import digest
 from cobla_onnx.calibration.fitting import InputSpec, check_shape, converted
 from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.graph.first_axis import FirstAxis, first_axes
 from cobla_onnx.names import quoted
-from cobla_onnx.runtime import Feeds
-from cobla_onnx.scratch import ArrayFile, Place
+from cobla_onnx.runtime.cache import digest
+from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.runtime.temporary import ArrayFile, Place
 
 __all__ = ["Dataset", "InputSpec", "Record", "input_specs", "rows_of_a_sample"]
 

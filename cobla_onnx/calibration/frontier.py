@@ -21,8 +21,8 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.macs import infer_shapes
 from cobla_onnx.graph.subgraph import make_value, prefix, reached_from
-from cobla_onnx.runtime import Feeds
-from cobla_onnx.scratch import ArrayFile, Place
+from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.runtime.temporary import ArrayFile, Place
 
 __all__ = ["Frontier", "Store", "can_be_fed"]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.autodiff import GradientGraph, differentiate
 from cobla_onnx.calibration.probe import Pair, Probe, Weights
-from cobla_onnx.runtime import Feeds, open_session, run_session
+from cobla_onnx.runtime.session import Feeds, open_session, run_session
 
 __all__ = ["GradientProbe"]
 

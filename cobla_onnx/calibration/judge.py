@@ -10,7 +10,6 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation.sequential import Scores
-from cobla_onnx.cache import digest
 from cobla_onnx.calibration.choosing import Chooser, Compared, look_at
 from cobla_onnx.calibration.dataset import Dataset
 from cobla_onnx.calibration.labels import labels_of_batches
@@ -20,8 +19,9 @@ from cobla_onnx.calibration.soften import soften
 from cobla_onnx.calibration.spread import SpreadProbe
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.measures import Measure
-from cobla_onnx.parallel import Pool
-from cobla_onnx.runtime import Feeds
+from cobla_onnx.runtime.cache import digest
+from cobla_onnx.runtime.pool import Pool
+from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["Judge"]
 

@@ -17,16 +17,16 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.cache import Arrays, Cache, digest
 from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.patches import Patch, TransposedPatch
 from cobla_onnx.calibration.positions import LEAST, NUMBERS, choose_positions, sample_seeds
 from cobla_onnx.calibration.sums import Moment, MomentSum
-from cobla_onnx.carrying import Shared
 from cobla_onnx.graph.subgraph import prefix
-from cobla_onnx.parallel import Pool
-from cobla_onnx.runtime import Feeds, open_session, run_session
-from cobla_onnx.scratch import ArrayFile, Place
+from cobla_onnx.runtime.cache import Arrays, Cache, digest
+from cobla_onnx.runtime.pool import Pool
+from cobla_onnx.runtime.session import Feeds, open_session, run_session
+from cobla_onnx.runtime.temporary import ArrayFile, Place
+from cobla_onnx.runtime.transfer import Shared
 
 __all__ = [
     "ALL_UNITS",

@@ -18,7 +18,7 @@ from cobla_onnx.calibration.frontier import Frontier, Store, can_be_fed
 from cobla_onnx.calibration.loss import sample_losses
 from cobla_onnx.calibration.probe import Pair, Probe, Weights
 from cobla_onnx.errors import ModelError
-from cobla_onnx.runtime import Feeds
+from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["OnwardProbe", "has_lost"]
 

@@ -16,8 +16,8 @@ from cobla_onnx.calibration.targets import binary_targets, one_hot
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.graph.subgraph import expose
 from cobla_onnx.measures import Measure
-from cobla_onnx.runtime import Feeds, open_session, run_session
-from cobla_onnx.scratch import Shelf
+from cobla_onnx.runtime.session import Feeds, open_session, run_session
+from cobla_onnx.runtime.temporary import Shelf
 
 __all__ = ["KEPT_OUTPUTS", "Pair", "Probe", "Weights"]
 

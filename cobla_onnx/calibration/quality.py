@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.loss import counting, equal_infinities, squared_errors
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.measures import TINY, Measure
-from cobla_onnx.runtime import Feeds
+from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["Quality", "measure_quality"]
 

@@ -25,8 +25,8 @@ from cobla_onnx.lowrank.factorize import Factorization, Float64
 from cobla_onnx.lowrank.refit import refit, refit_second
 from cobla_onnx.lowrank.schemes import Scheme
 from cobla_onnx.lowrank.shrinkage import shrink_joint
-from cobla_onnx.parallel import open_pool
-from cobla_onnx.runtime import Feeds
+from cobla_onnx.runtime.pool import open_pool
+from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
 

@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cobla_onnx.allocation import Choice, Constraint, LayerCurves, OutputError
-from cobla_onnx.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.calibration.probe import Pair
 from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.calibration.spread import SpreadProbe
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.lowrank.factorize import Float64
 from cobla_onnx.lowrank.schemes import Scheme
-from cobla_onnx.progress import tracked
+from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.runtime.progress import tracked
 
 __all__ = ["PROBE_SAMPLES", "Response", "Sensitivity", "enough_samples", "spread_over"]
 

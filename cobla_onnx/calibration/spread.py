@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.loss import LossName
 from cobla_onnx.calibration.onward import OnwardProbe
 from cobla_onnx.calibration.probe import KEPT_OUTPUTS, Pair, Probe
-from cobla_onnx.carrying import Shared
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.measures import Measure
-from cobla_onnx.parallel import Pool
-from cobla_onnx.runtime import Feeds
-from cobla_onnx.scratch import Shelf
+from cobla_onnx.runtime.pool import Pool
+from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.runtime.temporary import Shelf
+from cobla_onnx.runtime.transfer import Shared
 
 __all__ = ["SpreadProbe"]
 

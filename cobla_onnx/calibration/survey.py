@@ -15,7 +15,7 @@ from cobla_onnx.calibration.loss import equal_infinities
 from cobla_onnx.calibration.soften import doubts
 from cobla_onnx.errors import DataError
 from cobla_onnx.names import quoted
-from cobla_onnx.runtime import Feeds, open_session, run_session
+from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.slices import Slices
 
 __all__ = ["OutputFacts", "Survey", "find_masks", "survey"]

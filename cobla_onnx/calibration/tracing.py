@@ -17,7 +17,7 @@ from cobla_onnx.graph.layers import Layer, all_inputs
 from cobla_onnx.graph.macs import infer_tensors
 from cobla_onnx.graph.subgraph import reached_from
 from cobla_onnx.graph.varying import Varying, varying_tensors
-from cobla_onnx.runtime import Feeds, open_session, run_session
+from cobla_onnx.runtime.session import Feeds, open_session, run_session
 
 __all__ = ["FLOATING", "Tracing", "without_repetition"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from cobla_onnx.progress import Progress
+    from cobla_onnx.runtime.progress import Progress
 
 __all__ = ["progress", "result", "show"]
 

@@ -27,7 +27,7 @@ from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.timing import Comparison, Stopwatch, compare
 from cobla_onnx.plan import Plan
 from cobla_onnx.rewrite import rewrite
-from cobla_onnx.runtime import Feeds, open_session, runnable_feeds
+from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
 
 __all__ = ["Found", "LatencySearch", "example_feeds"]
 

@@ -16,7 +16,7 @@ except ImportError:  # Windows
 
 from cobla_onnx.allocation.curves import Float64
 from cobla_onnx.errors import ModelError
-from cobla_onnx.runtime import Feeds, open_session, random_feeds, run_session
+from cobla_onnx.runtime.session import Feeds, open_session, random_feeds, run_session
 
 __all__ = ["Comparison", "Stopwatch", "compare", "interleaved"]
 

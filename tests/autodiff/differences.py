@@ -21,7 +21,7 @@ from scipy import special
 from cobla_onnx.autodiff.backward import backward
 from cobla_onnx.autodiff.emitter import Emitter
 from cobla_onnx.autodiff.prepare import prepare
-from cobla_onnx.runtime import open_session
+from cobla_onnx.runtime.session import open_session
 
 DOUBLE, FLOAT = TensorProto.DOUBLE, TensorProto.FLOAT
 

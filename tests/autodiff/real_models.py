@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from cobla_onnx.autodiff.prepare import prepare
 from cobla_onnx.calibration.loss import sample_losses
 from cobla_onnx.graph.layers import find_layers
-from cobla_onnx.runtime import open_session
+from cobla_onnx.runtime.session import open_session
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cobla_onnx.autodiff import differentiate, gradient_graph
 from cobla_onnx.autodiff.vjp.registry import FLAT, RULES, flat, vjp
 from cobla_onnx.calibration.loss import sample_losses
 from cobla_onnx.errors import ModelError, UsageError
-from cobla_onnx.runtime import open_session, run_session
+from cobla_onnx.runtime.session import open_session, run_session
 from tests.autodiff.differences import check, normal
 from tests.builders import model_of, random_array, small_network
 

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from cobla_onnx.autodiff import differentiate
-from cobla_onnx.runtime import open_session, run_session
+from cobla_onnx.runtime.session import open_session, run_session
 from tests.autodiff.real_models import CASES, RealModel, find
 
 FAST = {

@@ -23,7 +23,7 @@ from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.rewrite import make_replacement, rewrite
-from cobla_onnx.scratch import Shelf
+from cobla_onnx.runtime.temporary import Shelf
 from cobla_onnx.settings import Settings, memory_bytes
 from cobla_onnx.verify import verify
 

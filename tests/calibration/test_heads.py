@@ -11,7 +11,7 @@ from cobla_onnx.calibration.heads import Curvature, curvatures, importances
 from cobla_onnx.calibration.survey import OutputFacts
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.measures import Measure
-from cobla_onnx.runtime import open_session
+from cobla_onnx.runtime.session import open_session
 from cobla_onnx.slices import Slices
 from tests.builders import model_of, random_array
 

@@ -194,7 +194,7 @@ def test_the_loss_is_the_cross_entropy_of_the_labels():
         1,
         labels=[classes[:3], classes[3:]],
     )
-    from cobla_onnx.runtime import open_session, run_session
+    from cobla_onnx.runtime.session import open_session, run_session
 
     (logits,) = run_session(open_session(model, 1), {"x": data}).values()
     expected = -np.log(softmax(logits.astype(np.float64)))[np.arange(5), classes[:, 0]]

@@ -17,8 +17,8 @@ from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
 from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.lowrank.shrinkage import FLOOR
-from cobla_onnx.parallel import Pool
-from cobla_onnx.runtime import open_session, run_session
+from cobla_onnx.runtime.pool import Pool
+from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import model_of, random_array
 
 

@@ -22,7 +22,7 @@ from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.calibration.soften import doubts, soften, temperatures
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.measures import Measure
-from cobla_onnx.runtime import open_session, run_session
+from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import random_array, small_network
 from tests.calibration.test_network import samples
 

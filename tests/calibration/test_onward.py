@@ -14,7 +14,7 @@ from cobla_onnx.calibration.onward import OnwardProbe
 from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.calibration.spread import SpreadProbe
 from cobla_onnx.graph.layers import find_layers, read_weight
-from cobla_onnx.parallel import Pool
+from cobla_onnx.runtime.pool import Pool
 from tests.builders import random_array
 
 # A skip, an output from early on, a weight used twice with others between, and a sequence.

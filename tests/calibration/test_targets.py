@@ -21,7 +21,7 @@ from cobla_onnx.calibration.targets import IGNORED, binary_targets, one_hot
 from cobla_onnx.errors import DataError
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.measures import Measure
-from cobla_onnx.runtime import open_session, run_session
+from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import model_of, random_array
 from tests.test_command import run as run_command
 from tests.test_command import run_here

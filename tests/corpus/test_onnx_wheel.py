@@ -17,7 +17,7 @@ from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.lowrank.factorize import factorize
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.rewrite import make_replacement, rewrite
-from cobla_onnx.runtime import open_session, run_session
+from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import differences
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"

@@ -15,7 +15,7 @@ from cobla_onnx import Budget, compress
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.io.model_file import load_in_order
 from cobla_onnx.graph.order import captured_names, restore_order, sort_nodes
-from cobla_onnx.runtime import open_session
+from cobla_onnx.runtime.session import open_session
 from tests.builders import FLOAT, model_of, random_array, small_network
 
 NETWORK = small_network()

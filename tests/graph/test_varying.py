@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from cobla_onnx.graph.macs import infer_shapes
 from cobla_onnx.graph.varying import varying_tensors
-from cobla_onnx.runtime import open_session, run_session
+from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import model_of
 
 NODE = helper.make_node

@@ -12,10 +12,10 @@ from cobla_onnx.errors import BudgetError, CoblaError, UsageError
 from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.latency.timing import compare, interleaved
-from cobla_onnx.parallel import open_pool
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.providers import current_provider, execution_provider
-from cobla_onnx.runtime import open_session
+from cobla_onnx.runtime.pool import open_pool
+from cobla_onnx.runtime.providers import current_provider, execution_provider
+from cobla_onnx.runtime.session import open_session
 from tests.latency.fakes import FakeStopwatch
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from cobla_onnx.errors import UsageError
 from cobla_onnx.latency.profile import Conditions, Profile
-from cobla_onnx.machine import convolution_block, cpu_name
+from cobla_onnx.runtime.machine import convolution_block, cpu_name
 
 HERE = Conditions("a CPU", "1.30.0", 2, "CPUExecutionProvider")
 

@@ -13,7 +13,7 @@ from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
 from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.lowrank.shrinkage import FLOOR
-from cobla_onnx.runtime import open_session, run_session
+from cobla_onnx.runtime.session import open_session, run_session
 
 
 def cifar(assets, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from cobla_onnx import Budget, compress
-from cobla_onnx.runtime import open_session, run_session
+from cobla_onnx.runtime.session import open_session, run_session
 from tests.conftest import ROOT
 
 DETECTOR = ROOT / "models" / "shapes_detector.onnx"

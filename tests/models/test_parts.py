@@ -23,7 +23,13 @@ from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
 from cobla_onnx.measures import Measure
 from cobla_onnx.opening import open_in_order
-from cobla_onnx.runtime import Feeds, open_session, random_feeds, run_session, runnable_feeds
+from cobla_onnx.runtime.session import (
+    Feeds,
+    open_session,
+    random_feeds,
+    run_session,
+    runnable_feeds,
+)
 from tests.conftest import ROOT
 
 # Layers of a model at which it is cut, evenly over it.
@@ -71,7 +77,7 @@ def test_every_part_of_a_real_model_opens(path, monkeypatch):
         refused.append(f"{part}: {text}")
         return AssertionError(refused[-1])
 
-    monkeypatch.setattr("cobla_onnx.runtime.part_error", refuse)
+    monkeypatch.setattr("cobla_onnx.runtime.session.part_error", refuse)
     model, layers, feeds = _opened(path)
     reads = [use.data for layer in layers for use in layer.uses]
     # What all layers see.

@@ -12,7 +12,7 @@ from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.rewrite import rewrite
-from cobla_onnx.runtime import open_session, run_session
+from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import small_network
 from tests.calibration.test_network import samples
 

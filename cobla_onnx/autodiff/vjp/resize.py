@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cobla_onnx.autodiff.emitter import Emitter
 from cobla_onnx.autodiff.vjp.registry import Gradients, NoRuleError, Step, vjp
 from cobla_onnx.autodiff.vjp.selection import adjoint_of_matrix
-from cobla_onnx.runtime import open_session
+from cobla_onnx.runtime.session import open_session
 
 __all__: list[str] = []
 

@@ -26,17 +26,17 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from cobla_onnx.carrying import Carried, Shared
 from cobla_onnx.errors import UsageError
-from cobla_onnx.processes import interrupts_wait, open_processes
-from cobla_onnx.providers import (
+from cobla_onnx.runtime.processes import interrupts_wait, open_processes
+from cobla_onnx.runtime.providers import (
     CPU,
     current_provider,
     execution_provider,
     give_memory_back,
     memory_is_given_back,
 )
-from cobla_onnx.scratch import temporary_folder
+from cobla_onnx.runtime.temporary import temporary_folder
+from cobla_onnx.runtime.transfer import Carried, Shared
 
 __all__ = [
     "Pool",

@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.processes import interrupts_wait
+from cobla_onnx.runtime.processes import interrupts_wait
 
 __all__ = ["ArrayFile", "Place", "Shelf", "array_bytes", "temporary_folder"]
 
