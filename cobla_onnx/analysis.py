@@ -12,7 +12,7 @@ import onnx
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
 from cobla_onnx.allocation.grid import EVERY_RANK, RankRule
-from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.candidates import Candidate, add_curves, layer_grid, options_for
 from cobla_onnx.errors import BudgetError, ModelError, UsageError
 from cobla_onnx.graph.io.model_file import stored_bytes

@@ -24,23 +24,23 @@ from cobla_onnx.allocation.sequential import Scores, Step, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.calibration.batching import TapLimit
-from cobla_onnx.calibration.choosing import Compared
-from cobla_onnx.calibration.dataset import Dataset
-from cobla_onnx.calibration.gradients import GradientProbe
-from cobla_onnx.calibration.judge import Judge
-from cobla_onnx.calibration.loss import LossName
+from cobla_onnx.calibration.data.dataset import Dataset
+from cobla_onnx.calibration.evaluation.choosing import Compared
+from cobla_onnx.calibration.evaluation.evaluator import Judge
+from cobla_onnx.calibration.evaluation.gradients import GradientProbe
+from cobla_onnx.calibration.evaluation.loss import LossName
+from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel
+from cobla_onnx.calibration.evaluation.probe import Weights
+from cobla_onnx.calibration.evaluation.quality import measure_quality
 from cobla_onnx.calibration.network import NetworkLoss, Path
-from cobla_onnx.calibration.outputs import MeasuredModel
-from cobla_onnx.calibration.probe import Weights
-from cobla_onnx.calibration.quality import measure_quality
 from cobla_onnx.calibration.refit import replaced_weights
-from cobla_onnx.calibration.seen import Approximation
 from cobla_onnx.calibration.sensitivity import (
     PROBE_SAMPLES,
     Sensitivity,
     enough_samples,
     spread_over,
 )
+from cobla_onnx.calibration.statistics import Approximation
 from cobla_onnx.errors import ModelError
 from cobla_onnx.finishing import Finisher
 from cobla_onnx.graph.layers import read_bias, read_weight

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Curve
 from cobla_onnx.allocation.grid import RankGrid, RankRule
-from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.calibration.seen import spectra as weighted_spectra
+from cobla_onnx.calibration.statistics import Seen
+from cobla_onnx.calibration.statistics import spectra as weighted_spectra
 from cobla_onnx.factors import ValuesUnit, weight_values
 from cobla_onnx.graph.layers import Layer, Reason, read_weight
 from cobla_onnx.graph.macs import Shape

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.grid import RankMultiple
-from cobla_onnx.calibration.labels import Labels
-from cobla_onnx.calibration.loss import LossName
-from cobla_onnx.calibration.readers import ImageOptions
+from cobla_onnx.calibration.data.labels import Labels
+from cobla_onnx.calibration.data.readers import ImageOptions
+from cobla_onnx.calibration.evaluation.loss import LossName
+from cobla_onnx.calibration.evaluation.output_choice import Outputs
 from cobla_onnx.errors import UsageError
 from cobla_onnx.opening import ModelSource
-from cobla_onnx.output_choice import Outputs
 from cobla_onnx.plan import Plan
 from cobla_onnx.reproduce import call_text
 from cobla_onnx.result import Result

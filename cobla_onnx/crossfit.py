@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cobla_onnx.allocation.curves import Float64
-from cobla_onnx.calibration.probe import Probe
-from cobla_onnx.calibration.seen import Approximation, Seen
+from cobla_onnx.calibration.evaluation.probe import Probe
+from cobla_onnx.calibration.statistics import Approximation, Seen
 from cobla_onnx.finishing import Approximate, Finisher
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.lowrank.schemes import Scheme

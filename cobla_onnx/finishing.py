@@ -10,11 +10,11 @@ from typing import TypeAlias
 import onnx
 
 from cobla_onnx.analysis import Analysis
-from cobla_onnx.calibration.dataset import Dataset
-from cobla_onnx.calibration.judge import Judge
-from cobla_onnx.calibration.probe import Weights
+from cobla_onnx.calibration.data.dataset import Dataset
+from cobla_onnx.calibration.evaluation.evaluator import Judge
+from cobla_onnx.calibration.evaluation.probe import Weights
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers, replaced_weights
-from cobla_onnx.calibration.seen import Approximation
+from cobla_onnx.calibration.statistics import Approximation
 from cobla_onnx.factors import FactorUnit, factorize_layer
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.lowrank.schemes import Scheme

@@ -13,7 +13,7 @@ from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.curves import Curve
 from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import Analysis
-from cobla_onnx.calibration.readers import ImageOptions
+from cobla_onnx.calibration.data.readers import ImageOptions
 from cobla_onnx.exported import Exported
 from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.layers import Skipped

@@ -14,10 +14,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.dataset import Dataset, input_specs
-from cobla_onnx.calibration.labels import Labels, align_labels, read_labels
-from cobla_onnx.calibration.readers import open_data
-from cobla_onnx.calibration.targets import IGNORED
+from cobla_onnx.calibration.data.dataset import Dataset, input_specs
+from cobla_onnx.calibration.data.labels import Labels, align_labels, read_labels
+from cobla_onnx.calibration.data.readers import open_data
+from cobla_onnx.calibration.evaluation.targets import IGNORED
 from cobla_onnx.errors import DataError, ModelError, PartError, WriteError
 from cobla_onnx.graph.check.structure import check_structure
 from cobla_onnx.graph.io.external import is_external

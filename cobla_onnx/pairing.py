@@ -15,11 +15,18 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from cobla_onnx.analysis import model_costs
+from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.batching import choose_batching
-from cobla_onnx.calibration.choosing import Chooser, look_at, measures_on, notes_on
-from cobla_onnx.calibration.dataset import InputSpec, input_specs
-from cobla_onnx.calibration.readers import ImageOptions, open_data
-from cobla_onnx.comparison import Comparison, OutputComparison, as_array, differently_made
+from cobla_onnx.calibration.data.dataset import InputSpec, input_specs
+from cobla_onnx.calibration.data.readers import ImageOptions, open_data
+from cobla_onnx.calibration.evaluation.choosing import Chooser, look_at, measures_on, notes_on
+from cobla_onnx.calibration.evaluation.output_choice import Outputs, resolve_outputs
+from cobla_onnx.calibration.evaluation.outputs import (
+    Comparison,
+    OutputComparison,
+    as_array,
+    differently_made,
+)
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.exported import Exported
 from cobla_onnx.graph.io.external import external_place, is_external
@@ -28,10 +35,8 @@ from cobla_onnx.graph.macs import fixed_input_shapes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
-from cobla_onnx.measures import Measure
 from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.opening import ModelSource, available_cores, open_model
-from cobla_onnx.output_choice import Outputs, resolve_outputs
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.providers import execution_provider
 from cobla_onnx.runtime.session import Feeds, open_session, run_session, runnable_feeds

@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.batching import TapLimit
-from cobla_onnx.deviation import network_errors, rounding_error
+from cobla_onnx.calibration.evaluation.deviation import network_errors, rounding_error
 from cobla_onnx.errors import VerificationError
 from cobla_onnx.graph.layers import read_bias
 from cobla_onnx.graph.randomness import random_nodes

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cobla_onnx.calibration.quality import Quality
+from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.exported import Exported
 from cobla_onnx.verify import Verification
 

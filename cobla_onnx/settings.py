@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from cobla_onnx.allocation.grid import RankMultiple
-from cobla_onnx.calibration.labels import Labels
-from cobla_onnx.calibration.loss import LossName
-from cobla_onnx.calibration.readers import ImageOptions
+from cobla_onnx.calibration.data.labels import Labels
+from cobla_onnx.calibration.data.readers import ImageOptions
+from cobla_onnx.calibration.evaluation.loss import LossName
+from cobla_onnx.calibration.evaluation.output_choice import Outputs
 from cobla_onnx.errors import UsageError
-from cobla_onnx.output_choice import Outputs
 from cobla_onnx.runtime.progress import Progress
 
 __all__ = ["BatchSize", "ObjectiveName", "Settings", "check_batch", "memory_bytes"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from scipy.special import betaincinv
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.calibration.quality import Quality
+from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.holding import explain
 from cobla_onnx.names import quoted

@@ -18,15 +18,16 @@ from cobla_onnx.allocation.grid import EVERY_RANK, rank_rule
 from cobla_onnx.analysis import analyse
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.batching import Batching, choose_batching
-from cobla_onnx.calibration.choosing import Chooser, Compared, look_at
-from cobla_onnx.calibration.dataset import Dataset
-from cobla_onnx.calibration.evidence import lack_of_evidence
+from cobla_onnx.calibration.data.dataset import Dataset
+from cobla_onnx.calibration.data.evidence import lack_of_evidence
+from cobla_onnx.calibration.data.labels import labels_of_batches
+from cobla_onnx.calibration.evaluation.choosing import Chooser, Compared, look_at
+from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel, measured_model
+from cobla_onnx.calibration.evaluation.output_choice import resolve_outputs
+from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.heads import importances
-from cobla_onnx.calibration.labels import labels_of_batches
 from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT
-from cobla_onnx.calibration.outputs import MeasuredModel, measured_model
-from cobla_onnx.calibration.probe import Probe
-from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.layers import Layer, find_layers
 from cobla_onnx.holding import explain
@@ -40,7 +41,6 @@ from cobla_onnx.opening import (
     open_samples,
     sample_labels,
 )
-from cobla_onnx.output_choice import resolve_outputs
 from cobla_onnx.runtime.cache import Cache, digest
 from cobla_onnx.runtime.machine import convolution_block
 from cobla_onnx.runtime.pool import Pool, choose_pool, one_thread

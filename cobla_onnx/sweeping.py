@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.grid import RankMultiple
 from cobla_onnx.amounts import budget_name
-from cobla_onnx.calibration.labels import Labels
-from cobla_onnx.calibration.loss import LossName
-from cobla_onnx.calibration.quality import Quality
-from cobla_onnx.calibration.readers import ImageOptions
+from cobla_onnx.calibration.data.labels import Labels
+from cobla_onnx.calibration.data.readers import ImageOptions
+from cobla_onnx.calibration.evaluation.loss import LossName
+from cobla_onnx.calibration.evaluation.output_choice import Outputs
+from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.errors import BudgetError, UsageError, WriteError
 from cobla_onnx.exported import Exported
 from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.graph.io.save import ExternalData
 from cobla_onnx.opening import ModelSource
-from cobla_onnx.output_choice import Outputs
 from cobla_onnx.plan import Plan
 from cobla_onnx.report import Report
 from cobla_onnx.runtime.progress import Progress

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 import onnx
 
+from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.batching import TapLimit
-from cobla_onnx.calibration.choosing import measures_on
-from cobla_onnx.comparison import Comparison, OutputComparison
+from cobla_onnx.calibration.evaluation.choosing import measures_on
+from cobla_onnx.calibration.evaluation.outputs import Comparison, OutputComparison
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.macs import Shape, infer_shapes
 from cobla_onnx.graph.varying import varying_tensors
 from cobla_onnx.graph.words import known_words
-from cobla_onnx.measures import Measure
 from cobla_onnx.names import quoted
 from cobla_onnx.proof import prove_rewrite
 from cobla_onnx.rewrite import Replacement

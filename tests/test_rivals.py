@@ -17,8 +17,8 @@ from cobla_onnx import Budget, Plan, compress, sweep
 from cobla_onnx.allocation import OutputError, WeightError, allocate
 from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.analysis import Analysis, analyse
-from cobla_onnx.calibration.dataset import Dataset, input_specs
-from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.data.dataset import Dataset, input_specs
+from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.crossfit import CrossFit
 from cobla_onnx.lowrank.shrinkage import FLOOR
 from cobla_onnx.neighbours import neighbours

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from cobla_onnx import Budget, compare, compress
-from cobla_onnx.calibration.dataset import InputSpec, input_specs
-from cobla_onnx.calibration.readers import open_data
+from cobla_onnx.calibration.data.dataset import InputSpec, input_specs
+from cobla_onnx.calibration.data.readers import open_data
 from cobla_onnx.cli.parsing import input_shapes
 from cobla_onnx.errors import DataError, UsageError
 from tests.builders import model_of, random_array

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from cobla_onnx import Budget, compress, errors
-from cobla_onnx.calibration.quality import Quality
+from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.cli.parsing import share
 from cobla_onnx.smallest import smallest
 from tests.builders import random_array, small_network

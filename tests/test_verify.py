@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 from rich.console import Console
 
 from cobla_onnx import Budget, compress, errors
-from cobla_onnx.comparison import Comparison
-from cobla_onnx.deviation import rounding_error
+from cobla_onnx.calibration.evaluation.deviation import rounding_error
+from cobla_onnx.calibration.evaluation.outputs import Comparison
 from tests.builders import model_of, random_array
 
 NODE = helper.make_node

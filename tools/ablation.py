@@ -32,7 +32,7 @@ def nothing() -> None:
 
 def plain_svd() -> None:
     """Let factors see white data: they become plain truncated SVDs, bias corrected."""
-    from cobla_onnx.calibration.seen import Seen
+    from cobla_onnx.calibration.statistics import Seen
     from cobla_onnx.calibration.sums import Moment
 
     inner = Seen._moment
@@ -77,7 +77,7 @@ def one_round() -> None:
 
 def no_bias() -> None:
     """Leave the biases as they were, until refit."""
-    from cobla_onnx.calibration.seen import Seen
+    from cobla_onnx.calibration.statistics import Seen
     from cobla_onnx.graph.layers import read_bias
 
     inner = Seen.approximate

@@ -101,7 +101,7 @@ class Original:
     def __init__(self, bench: Bench, analysis: Any, dataset: Any) -> None:
         from cobla2018 import Cobla2018
 
-        from cobla_onnx.calibration.probe import Probe
+        from cobla_onnx.calibration.evaluation.probe import Probe
 
         self.bench, self.analysis = bench, analysis
         calibration, selection = (
@@ -131,9 +131,9 @@ def silent(stage: str, done: int, total: int) -> None:
 def analyse_for(bench: Bench, scheme: str, dataset: Any = None) -> Any:
     """Analyse the model: by its weights alone, or by the data."""
     from cobla_onnx.analysis import analyse
-    from cobla_onnx.calibration.choosing import Chooser, look_at
+    from cobla_onnx.calibration.evaluation.choosing import Chooser, look_at
     from cobla_onnx.calibration.heads import importances
-    from cobla_onnx.calibration.seen import Seen
+    from cobla_onnx.calibration.statistics import Seen
 
     def see(layers: Sequence[Any]) -> Any:
         chooser = Chooser.of(bench.model)
@@ -202,8 +202,8 @@ OBJECTIVES: dict[str, Any] = {"ours": "output", "ours, loss": "loss"}
 
 def prepare(bench: Bench, name: str) -> Any:
     """Analyse the model as a method needs it."""
-    from cobla_onnx.calibration.dataset import input_specs
-    from cobla_onnx.calibration.readers import open_data
+    from cobla_onnx.calibration.data.dataset import input_specs
+    from cobla_onnx.calibration.data.readers import open_data
 
     scheme, sees, rule = METHODS[name]
     dataset = None

@@ -152,10 +152,10 @@ class Bench:
 
     def figures(self, model: onnx.ModelProto) -> dict[str, Any]:
         """Measure a compressed model on the test images."""
-        from cobla_onnx.calibration.choosing import Chooser
-        from cobla_onnx.calibration.loss import sample_losses
-        from cobla_onnx.calibration.survey import Survey
-        from cobla_onnx.output_choice import OutputChoice
+        from cobla_onnx.calibration.evaluation.choosing import Chooser
+        from cobla_onnx.calibration.evaluation.loss import sample_losses
+        from cobla_onnx.calibration.evaluation.output_choice import OutputChoice
+        from cobla_onnx.calibration.evaluation.survey import Survey
 
         actual, expected = self.outputs(model), self.expected
         noise = np.square(expected.astype(np.float64) - actual).sum()

@@ -12,10 +12,10 @@ from cobla_onnx.autodiff.casting import cast_tensor
 from cobla_onnx.autodiff.emitter import Emitter
 from cobla_onnx.autodiff.losses import Losses, write_losses
 from cobla_onnx.autodiff.masks import MaskedWeight, through_factors, write_mask_gradients
+from cobla_onnx.autodiff.measures import KINDS, LossKind, Measure, as_measure
 from cobla_onnx.autodiff.prepare import Prepared, prepare
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.layers import all_inputs
-from cobla_onnx.measures import KINDS, LossKind, Measure, as_measure
 
 __all__ = ["GradientGraph", "differentiate", "gradient_graph"]
 

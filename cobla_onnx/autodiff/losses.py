@@ -1,6 +1,6 @@
 """The loss inside the graph, and its derivative by each output of the model.
 
-The same formulas as `cobla_onnx.calibration.loss`, in the graph's own precision. With p the
+The same formulas as `calibration.evaluation.loss`, in the graph's own precision. With p the
 target's and q the model's distribution along the measure's axis:
 
 =======================  ==========================  ==============================
@@ -30,9 +30,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cobla_onnx.autodiff.emitter import Emitter
+from cobla_onnx.autodiff.measures import TINY, Measure
 from cobla_onnx.autodiff.vjp.registry import Sizes
 from cobla_onnx.errors import UsageError
-from cobla_onnx.measures import TINY, Measure
 
 __all__ = ["Losses", "write_losses"]
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import onnx
 
-from cobla_onnx.calibration.dataset import Dataset
-from cobla_onnx.deviation import rounding_error
+from cobla_onnx.calibration.data.dataset import Dataset
+from cobla_onnx.calibration.evaluation.deviation import rounding_error
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.io.model_file import copy_without_initializers, stored_bytes
 from cobla_onnx.graph.layers import Layer, all_inputs

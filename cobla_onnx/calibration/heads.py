@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from cobla_onnx.calibration.soften import LADDER
-from cobla_onnx.calibration.survey import OutputFacts
+from cobla_onnx.autodiff.measures import Measure
+from cobla_onnx.calibration.evaluation.survey import OutputFacts
+from cobla_onnx.calibration.evaluation.temperature import LADDER
 from cobla_onnx.graph.index import GraphIndex
 from cobla_onnx.graph.layers import Layer, attributes
 from cobla_onnx.graph.macs import Shape, infer_shapes
 from cobla_onnx.lowrank.factorize import Float64
-from cobla_onnx.measures import Measure
 
 __all__ = ["Curvature", "curvatures", "importances"]
 

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import LayerCurves, Masks, SeparableError
-from cobla_onnx.calibration.probe import Pair, Weights
-from cobla_onnx.calibration.seen import Approximation
+from cobla_onnx.calibration.evaluation.probe import Pair, Weights
+from cobla_onnx.calibration.statistics import Approximation
 from cobla_onnx.lowrank.factorize import Float64
 
 __all__ = ["Gradients", "NetworkLoss", "Path"]

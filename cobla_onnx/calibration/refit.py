@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.frontier import Frontier, Store
+from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store
+from cobla_onnx.calibration.evaluation.incremental import OnwardProbe
+from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.moments import parts_of
-from cobla_onnx.calibration.onward import OnwardProbe
 from cobla_onnx.calibration.patches import ReadPatch, finite_outputs, patch_of
 from cobla_onnx.calibration.positions import Chosen, choose_positions, sample_seeds
-from cobla_onnx.calibration.probe import Probe
-from cobla_onnx.calibration.seen import WIDE, Approximation
+from cobla_onnx.calibration.statistics import WIDE, Approximation
 from cobla_onnx.calibration.sums import Moment, MomentSum
 from cobla_onnx.graph.layers import Layer, Use, read_weight
 from cobla_onnx.graph.subgraph import expose, reached_from

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cobla_onnx.allocation import Choice, Constraint, LayerCurves, OutputError
-from cobla_onnx.calibration.probe import Pair
-from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.calibration.spread import SpreadProbe
+from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
+from cobla_onnx.calibration.evaluation.probe import Pair
+from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.lowrank.factorize import Float64
 from cobla_onnx.lowrank.schemes import Scheme

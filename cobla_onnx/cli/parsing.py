@@ -9,7 +9,7 @@ from cobla_onnx.errors import UsageError
 
 if TYPE_CHECKING:
     from cobla_onnx.allocation.grid import RankMultiple
-    from cobla_onnx.calibration.readers import ImageOptions
+    from cobla_onnx.calibration.data.readers import ImageOptions
     from cobla_onnx.cli.options import ChannelOrder, Layout
 
 __all__ = ["batch_size", "image_options", "input_shapes", "rank_multiple", "share", "spread"]
@@ -57,7 +57,7 @@ def image_options(
     mean: str | None, std: str | None, scale: float, order: ChannelOrder, layout: Layout
 ) -> ImageOptions:
     """Put the options of images together."""
-    from cobla_onnx.calibration.readers import ImageOptions
+    from cobla_onnx.calibration.data.readers import ImageOptions
 
     return ImageOptions(
         mean=_numbers("--mean", mean, 0.0),

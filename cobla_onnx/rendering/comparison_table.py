@@ -15,7 +15,7 @@ from cobla_onnx.rendering.terminal import output_text
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from cobla_onnx.comparison import OutputComparison
+    from cobla_onnx.calibration.evaluation.outputs import OutputComparison
     from cobla_onnx.pairing import ModelComparison, ModelFacts
 
 __all__ = ["comparison_table"]

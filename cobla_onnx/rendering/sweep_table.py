@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cobla_onnx.amounts import budget_name
-from cobla_onnx.calibration.quality import Quality
+from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.names import safe_text
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.amounts import count_text
-from cobla_onnx.comparison import OutputComparison
+from cobla_onnx.calibration.evaluation.outputs import OutputComparison
 from cobla_onnx.names import safe_text, short_names
 from cobla_onnx.report import BudgetUse, Cost, Report
 

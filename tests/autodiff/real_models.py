@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from cobla_onnx.autodiff.prepare import prepare
-from cobla_onnx.calibration.loss import sample_losses
+from cobla_onnx.calibration.evaluation.loss import sample_losses
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.runtime.session import open_session
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 
 from cobla_onnx.autodiff import differentiate, gradient_graph
 from cobla_onnx.autodiff.vjp.registry import FLAT, RULES, flat, vjp
-from cobla_onnx.calibration.loss import sample_losses
+from cobla_onnx.calibration.evaluation.loss import sample_losses
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.runtime.session import open_session, run_session
 from tests.autodiff.differences import check, normal

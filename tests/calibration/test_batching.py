@@ -17,8 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cobla_onnx import Budget, compare, compress
 from cobla_onnx.calibration.batching import TapLimit, choose_batching, mixes_samples, run_sizes
-from cobla_onnx.calibration.dataset import Dataset, input_specs
-from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.data.dataset import Dataset, input_specs
+from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.lowrank.schemes import schemes_for

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobla_onnx.calibration.choosing import Chooser
-from cobla_onnx.calibration.loss import sample_losses
-from cobla_onnx.calibration.makers import Made, made_by
-from cobla_onnx.calibration.survey import Survey
+from cobla_onnx.autodiff.measures import Measure
+from cobla_onnx.calibration.evaluation.choosing import Chooser
+from cobla_onnx.calibration.evaluation.loss import sample_losses
+from cobla_onnx.calibration.evaluation.makers import Made, made_by
+from cobla_onnx.calibration.evaluation.output_choice import resolve_outputs
+from cobla_onnx.calibration.evaluation.survey import Survey
 from cobla_onnx.errors import DataError, UsageError
-from cobla_onnx.measures import Measure
-from cobla_onnx.output_choice import resolve_outputs
 from tests.builders import random_array
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import parser
 
-from cobla_onnx.calibration import frontier as frontier_module
-from cobla_onnx.calibration.frontier import Frontier, Store
+from cobla_onnx.calibration.evaluation import graph_cut as frontier_module
+from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store
 from cobla_onnx.calibration.moments import Taps
 
 # A skip over several nodes, a weight in a Constant node, a scalar, integers and a sequence.

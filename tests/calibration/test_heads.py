@@ -7,12 +7,12 @@ import pytest
 from onnx import helper
 
 from cobla_onnx import Budget, compress
+from cobla_onnx.autodiff.measures import Measure
+from cobla_onnx.calibration.evaluation.slices import Slices
+from cobla_onnx.calibration.evaluation.survey import OutputFacts
 from cobla_onnx.calibration.heads import Curvature, curvatures, importances
-from cobla_onnx.calibration.survey import OutputFacts
 from cobla_onnx.graph.layers import find_layers
-from cobla_onnx.measures import Measure
 from cobla_onnx.runtime.session import open_session
-from cobla_onnx.slices import Slices
 from tests.builders import model_of, random_array
 
 node = helper.make_node

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from cobla_onnx import Budget, compress
-from cobla_onnx.calibration.dataset import Dataset, InputSpec
-from cobla_onnx.calibration.labels import align_labels, read_labels
-from cobla_onnx.calibration.loss import sample_losses
-from cobla_onnx.calibration.probe import Probe
-from cobla_onnx.calibration.readers import open_data
-from cobla_onnx.calibration.targets import one_hot
+from cobla_onnx.calibration.data.dataset import Dataset, InputSpec
+from cobla_onnx.calibration.data.labels import align_labels, read_labels
+from cobla_onnx.calibration.data.readers import open_data
+from cobla_onnx.calibration.evaluation.loss import sample_losses
+from cobla_onnx.calibration.evaluation.probe import Probe
+from cobla_onnx.calibration.evaluation.targets import one_hot
 from cobla_onnx.errors import DataError, UsageError
 from cobla_onnx.graph.layers import find_layers
 from tests.builders import random_array, small_network

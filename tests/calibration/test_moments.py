@@ -11,7 +11,7 @@ from onnx import helper
 
 from cobla_onnx.calibration.moments import collect_moments
 from cobla_onnx.calibration.patches import patch_of
-from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.calibration.sums import Moment, MomentSum
 from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
 from cobla_onnx.lowrank.factorize import factorize

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from cobla_onnx.allocation import Budget
 from cobla_onnx.analysis import analyse
 from cobla_onnx.calibration import sensitivity as sensitivity_module
-from cobla_onnx.calibration.loss import sample_losses
-from cobla_onnx.calibration.probe import Probe
+from cobla_onnx.calibration.evaluation.loss import sample_losses
+from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
+from cobla_onnx.calibration.evaluation.probe import Probe
+from cobla_onnx.calibration.evaluation.targets import one_hot
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
-from cobla_onnx.calibration.seen import Seen
 from cobla_onnx.calibration.sensitivity import Response, Sensitivity
-from cobla_onnx.calibration.spread import SpreadProbe
-from cobla_onnx.calibration.targets import one_hot
+from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_bias, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
 from cobla_onnx.lowrank.schemes import schemes_for

@@ -13,15 +13,15 @@ from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.allocation.sequential import Candidate, Scores, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.analysis import analyse
+from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibrated import Calibrated
-from cobla_onnx.calibration.dataset import Dataset, input_specs
-from cobla_onnx.calibration.gradients import GradientProbe
+from cobla_onnx.calibration.data.dataset import Dataset, input_specs
+from cobla_onnx.calibration.evaluation.gradients import GradientProbe
+from cobla_onnx.calibration.evaluation.probe import Probe
+from cobla_onnx.calibration.evaluation.temperature import doubts, soften, temperatures
 from cobla_onnx.calibration.network import NetworkLoss
-from cobla_onnx.calibration.probe import Probe
-from cobla_onnx.calibration.seen import Seen
-from cobla_onnx.calibration.soften import doubts, soften, temperatures
+from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_weight
-from cobla_onnx.measures import Measure
 from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import random_array, small_network
 from tests.calibration.test_network import samples

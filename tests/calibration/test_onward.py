@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import parser
 
-from cobla_onnx.calibration import onward, spread
-from cobla_onnx.calibration.onward import OnwardProbe
-from cobla_onnx.calibration.probe import Probe
-from cobla_onnx.calibration.spread import SpreadProbe
+from cobla_onnx.calibration.evaluation import incremental as onward
+from cobla_onnx.calibration.evaluation import parallel as spread
+from cobla_onnx.calibration.evaluation.incremental import OnwardProbe
+from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
+from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.runtime.pool import Pool
 from tests.builders import random_array

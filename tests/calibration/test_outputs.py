@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from cobla_onnx import Budget, compress, errors
-from cobla_onnx.calibration.outputs import measured_model
+from cobla_onnx.calibration.evaluation.measured_model import measured_model
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import random_array

@@ -11,7 +11,7 @@ from onnx import helper
 
 from cobla_onnx.calibration.patches import patch_of
 from cobla_onnx.calibration.positions import choose_positions, sample_seeds
-from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.calibration.sums import MomentSum
 from cobla_onnx.calibration.transposed import TransposedPatch
 from cobla_onnx.graph.layers import find_layers, read_weight

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobla_onnx.calibration.dataset import Dataset, InputSpec, input_specs
-from cobla_onnx.calibration.images import read_image
-from cobla_onnx.calibration.readers import ImageOptions, open_data
+from cobla_onnx.calibration.data.dataset import Dataset, InputSpec, input_specs
+from cobla_onnx.calibration.data.images import read_image
+from cobla_onnx.calibration.data.readers import ImageOptions, open_data
 from cobla_onnx.errors import DataError, ModelError, UsageError
 from tests.builders import random_array, small_network
 

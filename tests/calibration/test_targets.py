@@ -13,14 +13,14 @@ from onnx import TensorProto, helper
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.autodiff import differentiate
-from cobla_onnx.calibration.gradients import GradientProbe
-from cobla_onnx.calibration.loss import sample_losses
-from cobla_onnx.calibration.probe import Probe
-from cobla_onnx.calibration.quality import measure_quality
-from cobla_onnx.calibration.targets import IGNORED, binary_targets, one_hot
+from cobla_onnx.autodiff.measures import Measure
+from cobla_onnx.calibration.evaluation.gradients import GradientProbe
+from cobla_onnx.calibration.evaluation.loss import sample_losses
+from cobla_onnx.calibration.evaluation.probe import Probe
+from cobla_onnx.calibration.evaluation.quality import measure_quality
+from cobla_onnx.calibration.evaluation.targets import IGNORED, binary_targets, one_hot
 from cobla_onnx.errors import DataError
 from cobla_onnx.graph.layers import find_layers, read_weight
-from cobla_onnx.measures import Measure
 from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import model_of, random_array
 from tests.test_command import run as run_command

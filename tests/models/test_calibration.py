@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from cobla_onnx import Budget, compress
-from cobla_onnx.calibration.seen import Seen
+from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
 from cobla_onnx.lowrank.schemes import schemes_for

@@ -14,14 +14,14 @@ import onnx
 import pytest
 
 from cobla_onnx.analysis import fixed_input_shapes
-from cobla_onnx.calibration.frontier import Frontier, Store
+from cobla_onnx.autodiff.measures import Measure
+from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store
+from cobla_onnx.calibration.evaluation.incremental import OnwardProbe
+from cobla_onnx.calibration.evaluation.measured_model import measured_model
+from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.moments import Taps
-from cobla_onnx.calibration.onward import OnwardProbe
-from cobla_onnx.calibration.outputs import measured_model
-from cobla_onnx.calibration.probe import Probe
 from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
-from cobla_onnx.measures import Measure
 from cobla_onnx.opening import open_in_order
 from cobla_onnx.runtime.session import (
     Feeds,

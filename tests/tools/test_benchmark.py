@@ -83,9 +83,9 @@ SWITCHED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import ablation, benchmark
-import cobla_onnx.calibration.soften
+import cobla_onnx.calibration.evaluation.temperature
 # The highest temperature: the demo model's own is 1, with nothing to switch off.
-cobla_onnx.calibration.soften.EVEN = 2.0
+cobla_onnx.calibration.evaluation.temperature.EVEN = 2.0
 from dataclasses import replace
 from pathlib import Path
 from cobla_onnx import Budget

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.errors import DataError
-from cobla_onnx.measures import Measure
 
 __all__ = ["IGNORED", "NOTHING", "binary_targets", "counted_positions", "one_hot"]
 

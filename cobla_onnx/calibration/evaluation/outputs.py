@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cobla_onnx.autodiff.measures import Measure
+from cobla_onnx.calibration.evaluation.slices import Slices
 from cobla_onnx.errors import VerificationError
-from cobla_onnx.measures import Measure
 from cobla_onnx.names import quoted
 from cobla_onnx.runtime.session import Feeds
-from cobla_onnx.slices import Slices
 
 __all__ = ["Comparison", "OutputComparison", "as_array", "differently_made", "is_numeric"]
 

@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.dataset import Dataset
-from cobla_onnx.calibration.loss import equal_infinities
-from cobla_onnx.calibration.soften import doubts
+from cobla_onnx.calibration.data.dataset import Dataset
+from cobla_onnx.calibration.evaluation.loss import equal_infinities
+from cobla_onnx.calibration.evaluation.slices import Slices
+from cobla_onnx.calibration.evaluation.temperature import doubts
 from cobla_onnx.errors import DataError
 from cobla_onnx.names import quoted
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
-from cobla_onnx.slices import Slices
 
 __all__ = ["OutputFacts", "Survey", "find_masks", "survey"]
 

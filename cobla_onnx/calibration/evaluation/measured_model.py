@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from cobla_onnx.calibration.tracing import FLOATING, Tracing, without_repetition
+from cobla_onnx.calibration.evaluation.tracing import FLOATING, Tracing, without_repetition
 from cobla_onnx.errors import DataError
 from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.graph.layers import Layer, all_inputs, node_label

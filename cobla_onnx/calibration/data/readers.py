@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from cobla_onnx.calibration.arrays import array_samples, evenly, open_npy, open_npz
-from cobla_onnx.calibration.dataset import Dataset, InputSpec, Record
-from cobla_onnx.calibration.images import (
+from cobla_onnx.calibration.data.arrays import array_samples, evenly, open_npy, open_npz
+from cobla_onnx.calibration.data.dataset import Dataset, InputSpec, Record
+from cobla_onnx.calibration.data.images import (
     IMAGE_TYPES,
     ImageOptions,
     find_images,

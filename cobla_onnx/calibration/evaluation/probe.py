@@ -10,12 +10,12 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.choosing import measures_of
-from cobla_onnx.calibration.loss import LossName, sample_losses
-from cobla_onnx.calibration.targets import binary_targets, one_hot
+from cobla_onnx.autodiff.measures import Measure
+from cobla_onnx.calibration.evaluation.choosing import measures_of
+from cobla_onnx.calibration.evaluation.loss import LossName, sample_losses
+from cobla_onnx.calibration.evaluation.targets import binary_targets, one_hot
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.graph.subgraph import expose
-from cobla_onnx.measures import Measure
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.runtime.temporary import Shelf
 

@@ -19,9 +19,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.loss import log_probabilities
+from cobla_onnx.autodiff.measures import CLASSES, TINY, Measure
+from cobla_onnx.calibration.evaluation.loss import log_probabilities
 from cobla_onnx.graph.io.model_file import copy_without_initializers, unique_name
-from cobla_onnx.measures import CLASSES, TINY, Measure
 
 __all__ = ["doubts", "soften", "temperatures"]
 

@@ -10,15 +10,15 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation.sequential import Scores
-from cobla_onnx.calibration.choosing import Chooser, Compared, look_at
-from cobla_onnx.calibration.dataset import Dataset
-from cobla_onnx.calibration.labels import labels_of_batches
-from cobla_onnx.calibration.loss import LossName
-from cobla_onnx.calibration.probe import Probe, Weights
-from cobla_onnx.calibration.soften import soften
-from cobla_onnx.calibration.spread import SpreadProbe
+from cobla_onnx.autodiff.measures import Measure
+from cobla_onnx.calibration.data.dataset import Dataset
+from cobla_onnx.calibration.data.labels import labels_of_batches
+from cobla_onnx.calibration.evaluation.choosing import Chooser, Compared, look_at
+from cobla_onnx.calibration.evaluation.loss import LossName
+from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
+from cobla_onnx.calibration.evaluation.probe import Probe, Weights
+from cobla_onnx.calibration.evaluation.temperature import soften
 from cobla_onnx.graph.layers import Layer
-from cobla_onnx.measures import Measure
 from cobla_onnx.runtime.cache import digest
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.loss import counting, equal_infinities, squared_errors
-from cobla_onnx.calibration.probe import Probe
-from cobla_onnx.measures import TINY, Measure
+from cobla_onnx.autodiff.measures import TINY, Measure
+from cobla_onnx.calibration.evaluation.loss import counting, equal_infinities, squared_errors
+from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["Quality", "measure_quality"]

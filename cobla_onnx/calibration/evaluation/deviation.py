@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.comparison import PIECE, differently_made, is_numeric
+from cobla_onnx.calibration.evaluation.outputs import PIECE, differently_made, is_numeric
 
 __all__ = ["network_errors", "rounding_error"]
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import onnx
 
-from cobla_onnx.calibration.dataset import Dataset
+from cobla_onnx.autodiff.measures import LossKind, Measure
+from cobla_onnx.calibration.data.dataset import Dataset
+from cobla_onnx.calibration.evaluation.loss import LossName
+from cobla_onnx.calibration.evaluation.makers import Made, made_by
+from cobla_onnx.calibration.evaluation.output_choice import OutputChoice
+from cobla_onnx.calibration.evaluation.survey import OutputFacts, Survey, survey
+from cobla_onnx.calibration.evaluation.temperature import temperatures
 from cobla_onnx.calibration.heads import Curvature, curvatures
-from cobla_onnx.calibration.loss import LossName
-from cobla_onnx.calibration.makers import Made, made_by
-from cobla_onnx.calibration.soften import temperatures
-from cobla_onnx.calibration.survey import OutputFacts, Survey, survey
 from cobla_onnx.errors import DataError, UsageError
-from cobla_onnx.measures import LossKind, Measure
 from cobla_onnx.names import quoted
-from cobla_onnx.output_choice import OutputChoice
 from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["Chooser", "Compared", "look_at", "measures_of", "measures_on", "notes_on"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cobla_onnx.calibration.dataset import Dataset
+from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.positions import sample_seeds
 
 __all__ = ["FEW", "lack_of_evidence"]

@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from cobla_onnx.autodiff import GradientGraph, differentiate
-from cobla_onnx.calibration.probe import Pair, Probe, Weights
+from cobla_onnx.calibration.evaluation.probe import Pair, Probe, Weights
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 
 __all__ = ["GradientProbe"]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.dataset import Dataset, InputSpec, Record, rows_of_a_sample
+from cobla_onnx.calibration.data.dataset import Dataset, InputSpec, Record, rows_of_a_sample
 from cobla_onnx.errors import DataError
 
 __all__ = ["array_samples", "evenly", "open_npy", "open_npz"]

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.fitting import InputSpec, check_shape, converted
+from cobla_onnx.calibration.data.fitting import InputSpec, check_shape, converted
 from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.graph.first_axis import FirstAxis, first_axes
 from cobla_onnx.names import quoted

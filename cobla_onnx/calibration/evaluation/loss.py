@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.targets import counted_positions
-from cobla_onnx.measures import TINY, LossKind, Measure, as_measure
+from cobla_onnx.autodiff.measures import TINY, LossKind, Measure, as_measure
+from cobla_onnx.calibration.evaluation.targets import counted_positions
 
 __all__ = [
     "LossName",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.dataset import InputSpec
+from cobla_onnx.calibration.data.dataset import InputSpec
 from cobla_onnx.errors import DataError, UsageError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.dataset import Dataset
-from cobla_onnx.calibration.targets import IGNORED
+from cobla_onnx.calibration.data.dataset import Dataset
+from cobla_onnx.calibration.evaluation.targets import IGNORED
 from cobla_onnx.errors import DataError, UsageError
 from cobla_onnx.names import quoted
 

@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.loss import LossName
-from cobla_onnx.calibration.onward import OnwardProbe
-from cobla_onnx.calibration.probe import KEPT_OUTPUTS, Pair, Probe
+from cobla_onnx.autodiff.measures import Measure
+from cobla_onnx.calibration.evaluation.incremental import OnwardProbe
+from cobla_onnx.calibration.evaluation.loss import LossName
+from cobla_onnx.calibration.evaluation.probe import KEPT_OUTPUTS, Pair, Probe
 from cobla_onnx.graph.layers import Layer
-from cobla_onnx.measures import Measure
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import Shelf

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.frontier import Frontier, Store, can_be_fed
-from cobla_onnx.calibration.loss import sample_losses
-from cobla_onnx.calibration.probe import Pair, Probe, Weights
+from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store, can_be_fed
+from cobla_onnx.calibration.evaluation.loss import sample_losses
+from cobla_onnx.calibration.evaluation.probe import Pair, Probe, Weights
 from cobla_onnx.errors import ModelError
 from cobla_onnx.runtime.session import Feeds
 

@@ -1,0 +1,1 @@
+"""Evaluate a model with other weights: the loss, its gradient, quality."""
