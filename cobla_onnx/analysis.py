@@ -11,9 +11,7 @@ import numpy as np
 import onnx
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
-from cobla_onnx.allocation.grid import EVERY_RANK, RankRule
 from cobla_onnx.calibration.statistics import Seen
-from cobla_onnx.candidates import Candidate, add_curves, layer_grid, options_for
 from cobla_onnx.errors import BudgetError, ModelError, UsageError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import (
@@ -25,7 +23,6 @@ from cobla_onnx.graph.layers import (
     node_label,
 )
 from cobla_onnx.graph.macs import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
-from cobla_onnx.lowrank.schemes import Scheme, schemes_for
 from cobla_onnx.names import matching
 from cobla_onnx.plan import Decision, FactorsFrom, Plan
 from cobla_onnx.reach import ranks_in_reach
@@ -33,6 +30,9 @@ from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.pool import Pool, open_pool
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.session import measured_shapes
+from cobla_onnx.variants.low_rank.family import Candidate, add_curves, layer_grid, options_for
+from cobla_onnx.variants.low_rank.matricisation import Scheme, schemes_for
+from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 
 __all__ = ["Analysis", "analyse", "model_costs"]
 

@@ -47,13 +47,13 @@ from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.neighbours import neighbours
 from cobla_onnx.plan import Plan
 from cobla_onnx.report import CalibrationReport
-from cobla_onnx.rewrite import Replacement, make_replacement
 from cobla_onnx.rivals import Rivals
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import Shelf
+from cobla_onnx.variants.rewrite import Replacement, make_replacement
 
 __all__ = ["Calibrated"]
 

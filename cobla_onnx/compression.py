@@ -8,7 +8,6 @@ from concurrent.futures import Executor
 from typing import Any, Literal
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.allocation.grid import RankMultiple
 from cobla_onnx.calibration.data.labels import Labels
 from cobla_onnx.calibration.data.readers import ImageOptions
 from cobla_onnx.calibration.evaluation.loss import LossName
@@ -22,6 +21,7 @@ from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.settings import BatchSize, ObjectiveName, Settings
 from cobla_onnx.smallest import check_max_drop, smallest
 from cobla_onnx.starting import open_study
+from cobla_onnx.variants.low_rank.ranks import RankMultiple
 
 __all__ = ["compress"]
 

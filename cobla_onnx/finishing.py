@@ -15,13 +15,13 @@ from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.probe import Weights
 from cobla_onnx.calibration.refit import ChosenLayer, refit_layers, replaced_weights
 from cobla_onnx.calibration.statistics import Approximation
-from cobla_onnx.factors import FactorUnit, factorize_layer
 from cobla_onnx.graph.layers import Layer, read_weight
-from cobla_onnx.lowrank.schemes import Scheme
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress
+from cobla_onnx.variants.low_rank.matricisation import Scheme
+from cobla_onnx.variants.low_rank.units import FactorUnit, factorize_layer
 
 __all__ = ["Approximate", "Finisher"]
 

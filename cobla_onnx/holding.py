@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import onnx
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.allocation.grid import RankRule
 from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.errors import BudgetError
@@ -17,6 +16,7 @@ from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.layers import Reason, Skipped, find_layers
 from cobla_onnx.names import safe_text
 from cobla_onnx.settings import Settings
+from cobla_onnx.variants.low_rank.ranks import RankRule
 
 __all__ = ["elsewhere_note", "elsewhere_text", "explain"]
 

@@ -20,12 +20,12 @@ from cobla_onnx.allocation import (
     SeparableError,
     allocate,
 )
-from cobla_onnx.allocation.grid import RankRule, rank_rule
 from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.runtime.machine import convolution_block
 from cobla_onnx.runtime.providers import CPU, current_provider
+from cobla_onnx.variants.low_rank.ranks import RankRule, rank_rule
 
 __all__ = ["neighbours"]
 

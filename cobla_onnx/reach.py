@@ -9,10 +9,10 @@ import numpy as np
 
 from cobla_onnx.allocation import Budget, Curve, LayerCurves
 from cobla_onnx.allocation.budget import require_reachable
-from cobla_onnx.allocation.grid import RankRule
 from cobla_onnx.allocation.knapsack import knapsack
-from cobla_onnx.candidates import Candidate
 from cobla_onnx.errors import BudgetError
+from cobla_onnx.variants.low_rank.family import Candidate
+from cobla_onnx.variants.low_rank.ranks import RankRule
 
 __all__ = ["ranks_in_reach"]
 

@@ -22,7 +22,7 @@ from cobla_onnx.report import Report
 from cobla_onnx.reproduce import command_text
 from cobla_onnx.runtime.providers import execution_provider
 from cobla_onnx.runtime.session import open_session
-from cobla_onnx.spill import Spill
+from cobla_onnx.variants.offload import Spill
 
 __all__ = ["Result", "check_paths", "check_written"]
 

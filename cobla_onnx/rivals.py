@@ -20,11 +20,11 @@ from cobla_onnx.allocation.curves import Float64
 from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.crossfit import CrossFit
-from cobla_onnx.factors import ValuesUnit, weight_values
 from cobla_onnx.finishing import Finisher
 from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.plan import Plan
 from cobla_onnx.report import Rival
+from cobla_onnx.variants.low_rank.units import ValuesUnit, weight_values
 
 __all__ = ["WEIGHTS_ALONE", "Rivals"]
 

@@ -9,13 +9,13 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from cobla_onnx.allocation.grid import RankMultiple
 from cobla_onnx.calibration.data.labels import Labels
 from cobla_onnx.calibration.data.readers import ImageOptions
 from cobla_onnx.calibration.evaluation.loss import LossName
 from cobla_onnx.calibration.evaluation.output_choice import Outputs
 from cobla_onnx.errors import UsageError
 from cobla_onnx.runtime.progress import Progress
+from cobla_onnx.variants.low_rank.ranks import RankMultiple
 
 __all__ = ["BatchSize", "ObjectiveName", "Settings", "check_batch", "memory_bytes"]
 

@@ -14,7 +14,6 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.allocation.grid import EVERY_RANK, rank_rule
 from cobla_onnx.analysis import analyse
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.batching import Batching, choose_batching
@@ -49,6 +48,7 @@ from cobla_onnx.runtime.providers import CPU, execution_provider, give_memory_ba
 from cobla_onnx.settings import Settings, memory_bytes
 from cobla_onnx.study import Study
 from cobla_onnx.timed import Timed, open_profile
+from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, rank_rule
 
 __all__ = ["open_study"]
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.allocation.grid import RankMultiple
 from cobla_onnx.amounts import budget_name
 from cobla_onnx.calibration.data.labels import Labels
 from cobla_onnx.calibration.data.readers import ImageOptions
@@ -32,6 +31,7 @@ from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.settings import BatchSize, ObjectiveName, Settings
 from cobla_onnx.starting import open_study
 from cobla_onnx.study import Study
+from cobla_onnx.variants.low_rank.ranks import RankMultiple
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

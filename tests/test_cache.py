@@ -20,8 +20,8 @@ from cobla_onnx import Budget, compress
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.io.model_file import load_model
-from cobla_onnx.lowrank.schemes import ConvScheme
 from cobla_onnx.runtime.cache import ABANDONED, Cache, digest, fetch
+from cobla_onnx.variants.low_rank.matricisation import ConvScheme
 from tests.test_command import COMMAND
 
 ARRAYS = {"values": np.arange(3.0), "count": np.array(7)}

@@ -20,9 +20,9 @@ from cobla_onnx.analysis import Analysis, analyse
 from cobla_onnx.calibration.data.dataset import Dataset, input_specs
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.crossfit import CrossFit
-from cobla_onnx.lowrank.shrinkage import FLOOR
 from cobla_onnx.neighbours import neighbours
 from cobla_onnx.rivals import Rivals
+from cobla_onnx.variants.low_rank.shrinkage import FLOOR
 from tests.builders import model_of, random_array, small_network
 from tests.calibration.test_network_loss import calibrated_for
 from tests.test_calibrated import TEST, logits_of
@@ -145,7 +145,7 @@ def misleading(count: int = 40) -> tuple[onnx.ModelProto, np.ndarray]:
 def test_with_data_is_never_worse_than_without_on_the_held_back_samples(tmp_path, monkeypatch):
     # Else the few samples would be drawn towards no data from the first.
     monkeypatch.setattr(
-        "cobla_onnx.lowrank.shrinkage.shrinkage",
+        "cobla_onnx.variants.low_rank.shrinkage.shrinkage",
         lambda second, prior, effective, mean: np.full(len(second), FLOOR),
     )
     model, rows = misleading()

@@ -35,8 +35,8 @@ class Curve:
         from cobla_onnx.allocation.allocate import Certificate
         from cobla_onnx.plan import Plan
         from cobla_onnx.report import CalibrationReport
-        from cobla_onnx.spill import Spill
         from cobla_onnx.study import Solution
+        from cobla_onnx.variants.offload import Spill
 
         if budget.mem < self.least:
             raise errors.BudgetError("below the least", {"mem": self.least})

@@ -50,8 +50,8 @@ class Method:
     def __call__(self, budget: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
         """Yield the name of the variant and the compressed model."""
         from cobla_onnx.graph.layers import read_weight
-        from cobla_onnx.lowrank.factorize import factorize
-        from cobla_onnx.rewrite import make_replacement, rewrite
+        from cobla_onnx.variants.low_rank.svd import factorize
+        from cobla_onnx.variants.rewrite import make_replacement, rewrite
 
         constraints = () if budget is None else self.analysis.constraints(budget)
         plan = self.analysis.plan(self.decide(self.analysis.curves, constraints))
@@ -83,7 +83,7 @@ class Ours:
 
     def __call__(self, budget: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
         """Yield both variants."""
-        from cobla_onnx.rewrite import rewrite
+        from cobla_onnx.variants.rewrite import rewrite
 
         constraints = self.analysis.constraints(budget)
         self.calibrated.refit = True
@@ -118,7 +118,7 @@ class Original:
 
     def __call__(self, budget: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
         """Yield the compressed model."""
-        from cobla_onnx.rewrite import rewrite
+        from cobla_onnx.variants.rewrite import rewrite
 
         replacements = self.method.compress(self.analysis.constraints(budget))
         yield "", rewrite(self.bench.model, replacements)

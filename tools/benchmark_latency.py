@@ -27,7 +27,6 @@ import typer
 
 from cobla_onnx import Budget
 from cobla_onnx.allocation import Allocation, Constraint, WeightError, allocate
-from cobla_onnx.allocation.grid import RankMultiple, rank_rule
 from cobla_onnx.analysis import Analysis, analyse
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import load_model
@@ -38,6 +37,7 @@ from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.machine import convolution_block, cpu_name
 from cobla_onnx.runtime.providers import CPU
+from cobla_onnx.variants.low_rank.ranks import RankMultiple, rank_rule
 
 sys.path.insert(0, str(Path(__file__).parent))
 from benchmark import append

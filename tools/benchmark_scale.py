@@ -36,7 +36,7 @@ from threadpoolctl import threadpool_limits
 from cobla_onnx import Budget, compress
 from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.graph.layers import find_layers
-from cobla_onnx.lowrank.schemes import schemes_for
+from cobla_onnx.variants.low_rank.matricisation import schemes_for
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 WIDTH, INNER = 2048, 8192

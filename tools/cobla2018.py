@@ -38,8 +38,8 @@ from cobla_onnx.calibration.network import NetworkLoss, Path
 from cobla_onnx.calibration.statistics import Approximation
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.layers import read_bias, read_weight
-from cobla_onnx.lowrank.factorize import Factorization, factorize
-from cobla_onnx.rewrite import Replacement, make_replacement
+from cobla_onnx.variants.low_rank.svd import Factorization, factorize
+from cobla_onnx.variants.rewrite import Replacement, make_replacement
 
 __all__ = ["Cobla2018"]
 

@@ -87,8 +87,8 @@ def main(
 ) -> None:
     """Print each plan's losses, how much they vary, and how they go with the others' loss."""
     from cobla_onnx import Budget
-    from cobla_onnx.rewrite import rewrite
     from cobla_onnx.runtime.pool import one_thread
+    from cobla_onnx.variants.rewrite import rewrite
 
     bench = Bench(next(t for t in TASKS if task in t.name), assets, Path(), threads)
     seen = with_images(bench, bench.calibration)

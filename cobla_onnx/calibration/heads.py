@@ -23,7 +23,7 @@ from cobla_onnx.calibration.evaluation.temperature import LADDER
 from cobla_onnx.graph.index import GraphIndex
 from cobla_onnx.graph.layers import Layer, attributes
 from cobla_onnx.graph.macs import Shape, infer_shapes
-from cobla_onnx.lowrank.factorize import Float64
+from cobla_onnx.variants.low_rank.svd import Float64
 
 __all__ = ["Curvature", "curvatures", "importances"]
 

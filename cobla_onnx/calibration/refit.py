@@ -21,12 +21,12 @@ from cobla_onnx.calibration.statistics import WIDE, Approximation
 from cobla_onnx.calibration.sums import Moment, MomentSum
 from cobla_onnx.graph.layers import Layer, Use, read_weight
 from cobla_onnx.graph.subgraph import expose, reached_from
-from cobla_onnx.lowrank.factorize import Factorization, Float64
-from cobla_onnx.lowrank.refit import refit, refit_second
-from cobla_onnx.lowrank.schemes import Scheme
-from cobla_onnx.lowrank.shrinkage import shrink_joint
 from cobla_onnx.runtime.pool import open_pool
 from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.variants.low_rank.matricisation import Scheme
+from cobla_onnx.variants.low_rank.regression import refit, refit_second
+from cobla_onnx.variants.low_rank.shrinkage import shrink_joint
+from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 
 __all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
 

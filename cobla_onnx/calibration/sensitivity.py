@@ -22,10 +22,10 @@ from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
 from cobla_onnx.calibration.evaluation.probe import Pair
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import Layer
-from cobla_onnx.lowrank.factorize import Float64
-from cobla_onnx.lowrank.schemes import Scheme
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.progress import tracked
+from cobla_onnx.variants.low_rank.matricisation import Scheme
+from cobla_onnx.variants.low_rank.svd import Float64
 
 __all__ = ["PROBE_SAMPLES", "Response", "Sensitivity", "enough_samples", "spread_over"]
 

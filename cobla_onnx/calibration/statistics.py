@@ -18,14 +18,14 @@ from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT, collect_moments
 from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
 from cobla_onnx.calibration.sums import Moment
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
-from cobla_onnx.lowrank.factorize import Factorization, Float64
-from cobla_onnx.lowrank.schemes import Scheme, largest_rank, schemes_for
-from cobla_onnx.lowrank.shrinkage import FLOOR, shrink, shrink_outputs
-from cobla_onnx.lowrank.weighted import OutputFactorizer, WeightedFactorizer
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.pool import Pool, one_thread, open_pool
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.transfer import Carried
+from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank, schemes_for
+from cobla_onnx.variants.low_rank.shrinkage import FLOOR, shrink, shrink_outputs
+from cobla_onnx.variants.low_rank.svd import Factorization, Float64
+from cobla_onnx.variants.low_rank.weighted_svd import OutputFactorizer, WeightedFactorizer
 
 __all__ = ["Approximation", "Seen", "Spectra", "SpectraUnit", "Spectrum", "spectra"]
 

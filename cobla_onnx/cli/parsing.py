@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from cobla_onnx.errors import UsageError
 
 if TYPE_CHECKING:
-    from cobla_onnx.allocation.grid import RankMultiple
     from cobla_onnx.calibration.data.readers import ImageOptions
     from cobla_onnx.cli.options import ChannelOrder, Layout
+    from cobla_onnx.variants.low_rank.ranks import RankMultiple
 
 __all__ = ["batch_size", "image_options", "input_shapes", "rank_multiple", "share", "spread"]
 

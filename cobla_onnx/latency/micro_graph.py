@@ -18,8 +18,8 @@ from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.layers import Layer, Use, find_layers, read_weight
 from cobla_onnx.graph.macs import Shape
 from cobla_onnx.graph.tensors import tensor_array
-from cobla_onnx.lowrank.schemes import Scheme, schemes_for
-from cobla_onnx.rewrite import Replacement, rewrite
+from cobla_onnx.variants.low_rank.matricisation import Scheme, schemes_for
+from cobla_onnx.variants.rewrite import Replacement, rewrite
 
 __all__ = ["MicroGraph", "layer_key", "micro_graph", "stand_in"]
 

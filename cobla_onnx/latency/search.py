@@ -26,8 +26,8 @@ from cobla_onnx.latency.micro_graph import stand_in
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.timing import Comparison, Stopwatch, compare
 from cobla_onnx.plan import Plan
-from cobla_onnx.rewrite import rewrite
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
+from cobla_onnx.variants.rewrite import rewrite
 
 __all__ = ["Found", "LatencySearch", "example_feeds"]
 

@@ -14,11 +14,11 @@ from cobla_onnx.calibration.patches import patch_of
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.calibration.sums import Moment, MomentSum
 from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
-from cobla_onnx.lowrank.factorize import factorize
-from cobla_onnx.lowrank.schemes import schemes_for
-from cobla_onnx.lowrank.shrinkage import FLOOR
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.shrinkage import FLOOR
+from cobla_onnx.variants.low_rank.svd import factorize
 from tests.builders import model_of, random_array
 
 
@@ -196,7 +196,7 @@ def samples_alone(monkeypatch):
     def least(second, prior, effective, mean):
         return np.full(len(second), FLOOR)
 
-    monkeypatch.setattr("cobla_onnx.lowrank.shrinkage.shrinkage", least)
+    monkeypatch.setattr("cobla_onnx.variants.low_rank.shrinkage.shrinkage", least)
 
 
 @pytest.mark.usefixtures("samples_alone")

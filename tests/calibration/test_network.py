@@ -20,10 +20,10 @@ from cobla_onnx.calibration.sensitivity import Response, Sensitivity
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_bias, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
-from cobla_onnx.lowrank.schemes import schemes_for
-from cobla_onnx.rewrite import make_replacement, rewrite
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.rewrite import make_replacement, rewrite
 from tests.builders import random_array, small_network
 
 

@@ -15,8 +15,8 @@ from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.calibration.sums import MomentSum
 from cobla_onnx.calibration.transposed import TransposedPatch
 from cobla_onnx.graph.layers import find_layers, read_weight
-from cobla_onnx.lowrank.schemes import schemes_for
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from tests.builders import model_of, random_array
 
 

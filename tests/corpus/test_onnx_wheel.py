@@ -14,10 +14,10 @@ from onnx.backend.test.loader import load_model_tests
 from cobla_onnx import Budget, compress, errors
 from cobla_onnx.graph.check.structure import check_structure
 from cobla_onnx.graph.layers import find_layers, read_weight
-from cobla_onnx.lowrank.factorize import factorize
-from cobla_onnx.lowrank.schemes import schemes_for
-from cobla_onnx.rewrite import make_replacement, rewrite
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.svd import factorize
+from cobla_onnx.variants.rewrite import make_replacement, rewrite
 from tests.builders import differences
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobla_onnx.lowrank import factorize as module
-from cobla_onnx.lowrank.factorize import factorize, singular_values
+from cobla_onnx.variants.low_rank import svd as module
+from cobla_onnx.variants.low_rank.svd import factorize, singular_values
 from tests.builders import random_array
 
 

@@ -12,10 +12,10 @@ from onnx import helper
 
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
-from cobla_onnx.lowrank.factorize import factorize
-from cobla_onnx.lowrank.schemes import schemes_for
-from cobla_onnx.rewrite import make_replacement, rewrite
 from cobla_onnx.runtime.session import open_session
+from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.svd import factorize
+from cobla_onnx.variants.rewrite import make_replacement, rewrite
 from tests.builders import model_of, random_array
 
 

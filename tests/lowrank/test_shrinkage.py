@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cobla_onnx.calibration.sums import MomentSum
-from cobla_onnx.lowrank.schemes import ConvScheme
-from cobla_onnx.lowrank.shrinkage import FLOOR, shrink
-from cobla_onnx.lowrank.weighted import WeightedFactorizer
+from cobla_onnx.variants.low_rank.matricisation import ConvScheme
+from cobla_onnx.variants.low_rank.shrinkage import FLOOR, shrink
+from cobla_onnx.variants.low_rank.weighted_svd import WeightedFactorizer
 
 SCHEMES = (
     ConvScheme("channel", (7, 4, 3, 3), 1, (0, 1)),

@@ -11,9 +11,9 @@ from cobla_onnx import Budget, compress
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
-from cobla_onnx.lowrank.schemes import schemes_for
-from cobla_onnx.lowrank.shrinkage import FLOOR
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.shrinkage import FLOOR
 
 
 def cifar(assets, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +36,7 @@ def classes(model: bytes, images: np.ndarray) -> np.ndarray:
 def test_stated_errors_of_real_layers(assets, monkeypatch):
     """Where the moment is that of the samples alone, they are those measured on the samples."""
     monkeypatch.setattr(
-        "cobla_onnx.lowrank.shrinkage.shrinkage",
+        "cobla_onnx.variants.low_rank.shrinkage.shrinkage",
         lambda second, prior, effective, mean: np.full(len(second), FLOOR),
     )
     model = onnx.load(assets / "models" / "cifar_resnet20-12fca82f.onnx")

@@ -29,9 +29,9 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from cobla_onnx.lowrank.factorize import Factorization, Float64
-from cobla_onnx.lowrank.schemes import Scheme
-from cobla_onnx.lowrank.shrinkage import without_zeros
+from cobla_onnx.variants.low_rank.matricisation import Scheme
+from cobla_onnx.variants.low_rank.shrinkage import without_zeros
+from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 
 __all__ = ["OutputFactorizer", "WeightedFactorizer", "balanced"]
 

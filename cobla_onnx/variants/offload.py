@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.rewrite import Replacement
 from cobla_onnx.runtime.temporary import array_bytes
+from cobla_onnx.variants.rewrite import Replacement
 
 __all__ = ["Spill"]
 

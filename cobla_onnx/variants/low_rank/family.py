@@ -12,16 +12,16 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Curve
-from cobla_onnx.allocation.grid import RankGrid, RankRule
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.calibration.statistics import spectra as weighted_spectra
-from cobla_onnx.factors import ValuesUnit, weight_values
 from cobla_onnx.graph.layers import Layer, Reason, read_weight
 from cobla_onnx.graph.macs import Shape
-from cobla_onnx.lowrank.schemes import Scheme, largest_rank, schemes_for
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress, tracked
+from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank, schemes_for
+from cobla_onnx.variants.low_rank.ranks import RankGrid, RankRule
+from cobla_onnx.variants.low_rank.units import ValuesUnit, weight_values
 
 __all__ = ["Candidate", "Option", "add_curves", "layer_grid", "options_for"]
 

@@ -16,9 +16,9 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from cobla_onnx.lowrank.factorize import Factorization, Float64
-from cobla_onnx.lowrank.schemes import Scheme
-from cobla_onnx.lowrank.weighted import WeightedFactorizer, balanced
+from cobla_onnx.variants.low_rank.matricisation import Scheme
+from cobla_onnx.variants.low_rank.svd import Factorization, Float64
+from cobla_onnx.variants.low_rank.weighted_svd import WeightedFactorizer, balanced
 
 __all__ = ["refit", "refit_second"]
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cobla_onnx.lowrank.factorize import Float64
+from cobla_onnx.variants.low_rank.svd import Float64
 
 __all__ = ["FLOOR", "shrink", "shrink_joint", "shrink_outputs", "shrinkage", "without_zeros"]
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cobla_onnx.graph.layers import Layer
-from cobla_onnx.lowrank.factorize import (
+from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.runtime.transfer import Carried
+from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank
+from cobla_onnx.variants.low_rank.svd import (
     Basis,
     Factorization,
     Float64,
@@ -13,10 +16,7 @@ from cobla_onnx.lowrank.factorize import (
     leading_vectors,
     singular_values,
 )
-from cobla_onnx.lowrank.schemes import Scheme, largest_rank
-from cobla_onnx.rewrite import Replacement, make_replacement
-from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
-from cobla_onnx.runtime.transfer import Carried
+from cobla_onnx.variants.rewrite import Replacement, make_replacement
 
 __all__ = [
     "FactorUnit",
