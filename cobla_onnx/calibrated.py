@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Allocation, Choice, Constraint, OutputError, allocate
 from cobla_onnx.allocation.objective import masks_of
-from cobla_onnx.allocation.sequential import Scores, Step, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
+from cobla_onnx.allocation.sqp import Scores, Step, allocate_by_loss
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.data.dataset import Dataset

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cobla_onnx.allocation.curves import Float64
+from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.statistics import Approximation, Seen
 from cobla_onnx.finishing import Approximate, Finisher

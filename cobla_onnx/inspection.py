@@ -10,7 +10,7 @@ import numpy as np
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.budget import least_fraction
-from cobla_onnx.allocation.curves import Curve
+from cobla_onnx.allocation.problem import Curve
 from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.calibration.data.readers import ImageOptions

@@ -13,8 +13,8 @@ from cobla_onnx.verify import Verification
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from cobla_onnx.allocation.front import Front
-    from cobla_onnx.allocation.sequential import Step
+    from cobla_onnx.allocation.bound import Front
+    from cobla_onnx.allocation.sqp import Step
 
 __all__ = [
     "BudgetUse",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cobla_onnx.allocation import Allocation, Budget, Curve
-from cobla_onnx.allocation.sequential import Step
+from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.latency.timing import Comparison

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 
-from cobla_onnx.allocation.sequential import Step
+from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.errors import UsageError, VerificationError, WriteError
 from cobla_onnx.graph.io.model_file import load_in_order, stored_bytes, write_atomically
 from cobla_onnx.graph.io.save import ExternalData, save_model

@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from cobla_onnx.allocation import Allocation, Constraint, LayerCurves, WeightError, allocate
-from cobla_onnx.allocation.curves import Float64
 from cobla_onnx.allocation.paired import PairedGain, paired_gain
+from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.crossfit import CrossFit
 from cobla_onnx.finishing import Finisher

@@ -19,7 +19,7 @@ import onnx
 
 from cobla_onnx.allocation import Allocation, Budget, Constraint, WeightError, allocate
 from cobla_onnx.allocation.budget import least_fraction
-from cobla_onnx.allocation.sequential import Step
+from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.errors import BudgetError

@@ -32,7 +32,7 @@ class Curve:
 
     def solve(self, budget, plan=None):
         from cobla_onnx.allocation import Allocation
-        from cobla_onnx.allocation.allocate import Certificate
+        from cobla_onnx.allocation.solve import Certificate
         from cobla_onnx.plan import Plan
         from cobla_onnx.report import CalibrationReport
         from cobla_onnx.study import Solution

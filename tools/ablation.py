@@ -91,7 +91,7 @@ def no_bias() -> None:
 
 def knapsacks_only() -> None:
     """Search by integer steps alone, without SLSQP."""
-    from cobla_onnx.allocation import sequential
+    from cobla_onnx.allocation import sqp as sequential
 
     sequential._Search.relax = lambda *_: None  # type: ignore[method-assign, assignment]
     sequential._Search.round = lambda *_: None  # type: ignore[method-assign]
@@ -99,7 +99,7 @@ def knapsacks_only() -> None:
 
 def slsqp_only() -> None:
     """Search by SLSQP and its rounding alone."""
-    from cobla_onnx.allocation import sequential
+    from cobla_onnx.allocation import sqp as sequential
 
     inner = sequential._Search.descend
 
@@ -125,7 +125,7 @@ def divergence_itself() -> None:
 
 def judged_before_refit() -> None:
     """Choose between the candidates of the search as they are before refit."""
-    from cobla_onnx.allocation import sequential
+    from cobla_onnx.allocation import sqp as sequential
 
     inner = sequential._elected
     sequential._elected = lambda candidates, _: inner(candidates, None)
@@ -133,7 +133,7 @@ def judged_before_refit() -> None:
 
 def no_noise_test() -> None:
     """Take the best on the selection split, be it by chance."""
-    from cobla_onnx.allocation import sequential
+    from cobla_onnx.allocation import sqp as sequential
 
     sequential.SIGNIFICANCE, sequential.TOLERANCE = 0.0, np.inf
 

@@ -27,7 +27,7 @@ from scipy.optimize import brentq, minimize_scalar
 
 from cobla_onnx.allocation import Choice, Constraint, Curve, LayerCurves
 from cobla_onnx.allocation.budget import unreachable
-from cobla_onnx.allocation.curves import Float64
+from cobla_onnx.allocation.problem import Float64
 
 __all__ = [
     "RULES",

@@ -1,8 +1,6 @@
 """Which ranks: budgets, objectives and the solvers that meet the one at least of the other."""
 
-from cobla_onnx.allocation.allocate import Allocation, Certificate, allocate
 from cobla_onnx.allocation.budget import Budget, Constraint
-from cobla_onnx.allocation.curves import Choice, Curve, LayerCurves
 from cobla_onnx.allocation.objective import (
     Masks,
     Objective,
@@ -10,6 +8,8 @@ from cobla_onnx.allocation.objective import (
     SeparableError,
     WeightError,
 )
+from cobla_onnx.allocation.problem import Choice, Curve, LayerCurves
+from cobla_onnx.allocation.solve import Allocation, Certificate, allocate
 
 __all__ = [
     "Allocation",

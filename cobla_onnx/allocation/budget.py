@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation.curves import Choice, Curve, Float64, LayerCurves
+from cobla_onnx.allocation.problem import Choice, Curve, Float64, LayerCurves
 from cobla_onnx.errors import BudgetError, UsageError
 
 __all__ = ["Budget", "Constraint", "least_fraction", "require_reachable", "unreachable"]

@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation.curves import Float64
+from cobla_onnx.allocation.problem import Float64
 
 __all__ = ["Programme", "solve_programme"]
 

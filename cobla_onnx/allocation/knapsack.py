@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from cobla_onnx.allocation.budget import Constraint, unreachable
-from cobla_onnx.allocation.curves import Choice, Float64, LayerCurves
 from cobla_onnx.allocation.dynamic import solve_programme
+from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves
 
 __all__ = ["KnapsackSolution", "LossCurves", "knapsack"]
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation.curves import Choice, Float64, LayerCurves
+from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves
 
 __all__ = ["Masks", "Objective", "OutputError", "SeparableError", "WeightError", "masks_of"]
 

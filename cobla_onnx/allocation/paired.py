@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from cobla_onnx.allocation.curves import Float64
+    from cobla_onnx.allocation.problem import Float64
 
 __all__ = ["PairedGain", "paired_gain"]
 

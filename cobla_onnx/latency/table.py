@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from cobla_onnx.allocation import Curve, LayerCurves
-from cobla_onnx.allocation.curves import Float64
+from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.graph.layers import Layer, Reason, Skipped, Use
 from cobla_onnx.graph.macs import Shape

@@ -14,7 +14,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-from cobla_onnx.allocation.curves import Float64
+from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.errors import ModelError
 from cobla_onnx.runtime.session import Feeds, open_session, random_feeds, run_session
 

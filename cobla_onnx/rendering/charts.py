@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cobla_onnx.allocation.front import Front
-from cobla_onnx.allocation.sequential import Step
+from cobla_onnx.allocation.bound import Front
+from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.report import Spectrum
 
 __all__ = ["Chart", "Mark", "Sparkline", "Tick", "front_chart", "history_chart", "sparkline"]

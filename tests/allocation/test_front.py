@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cobla_onnx.allocation import Curve, LayerCurves, WeightError, allocate
+from cobla_onnx.allocation.bound import least_losses
 from cobla_onnx.allocation.budget import Constraint
-from cobla_onnx.allocation.front import least_losses
 
 
 def random_layers(seed: int, count: int) -> list[LayerCurves]:

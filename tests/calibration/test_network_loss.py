@@ -10,8 +10,8 @@ import pytest
 
 from cobla_onnx.allocation import Budget, Choice, Masks
 from cobla_onnx.allocation.objective import masks_of
-from cobla_onnx.allocation.sequential import Candidate, Scores, allocate_by_loss
 from cobla_onnx.allocation.slsqp import Effort
+from cobla_onnx.allocation.sqp import Candidate, Scores, allocate_by_loss
 from cobla_onnx.analysis import analyse
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibrated import Calibrated

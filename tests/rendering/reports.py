@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from cobla_onnx import Budget, compress
-from cobla_onnx.allocation.sequential import Step
+from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.report import LatencyReport, LayerLatency, Report, Spread
 from tests.builders import small_network
 

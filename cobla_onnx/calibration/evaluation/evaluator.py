@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation.sequential import Scores
+from cobla_onnx.allocation.sqp import Scores
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.data.labels import labels_of_batches

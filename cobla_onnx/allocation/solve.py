@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 
+from cobla_onnx.allocation.bound import Front, least_losses
 from cobla_onnx.allocation.budget import Constraint, require_reachable
-from cobla_onnx.allocation.curves import Choice, LayerCurves
-from cobla_onnx.allocation.front import Front, least_losses
 from cobla_onnx.allocation.knapsack import LossCurves, knapsack
 from cobla_onnx.allocation.objective import Objective, masks_of
+from cobla_onnx.allocation.problem import Choice, LayerCurves
 from cobla_onnx.allocation.slsqp import Relaxed, nearest_choices, relax
 
 __all__ = ["Allocation", "Certificate", "allocate", "fitting"]

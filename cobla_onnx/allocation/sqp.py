@@ -24,13 +24,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from cobla_onnx.allocation.allocate import Allocation, fitting
 from cobla_onnx.allocation.budget import Constraint
-from cobla_onnx.allocation.curves import Choice, Float64, LayerCurves
 from cobla_onnx.allocation.knapsack import LossCurves, knapsack
 from cobla_onnx.allocation.objective import Masks, Objective, masks_of
 from cobla_onnx.allocation.paired import paired_gain
+from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves
 from cobla_onnx.allocation.slsqp import Effort, Iteration, Relaxed, relax
+from cobla_onnx.allocation.solve import Allocation, fitting
 
 __all__ = ["Candidate", "ModelledLoss", "Scores", "Step", "allocate_by_loss"]
 

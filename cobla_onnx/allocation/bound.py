@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cobla_onnx.allocation.budget import Constraint
-from cobla_onnx.allocation.curves import Float64, LayerCurves
 from cobla_onnx.allocation.knapsack import LossCurves
+from cobla_onnx.allocation.problem import Float64, LayerCurves
 
 __all__ = ["Front", "least_losses"]
 
