@@ -10,9 +10,9 @@ import onnx
 
 from cobla_onnx.allocation import Allocation, Budget, Constraint
 from cobla_onnx.analysis import Analysis
+from cobla_onnx.latency.layer_times import slowest_layers, time_layers
 from cobla_onnx.latency.profile import Conditions, Profile
 from cobla_onnx.latency.search import LatencySearch, example_feeds
-from cobla_onnx.latency.table import slowest_layers, time_layers
 from cobla_onnx.latency.timing import Comparison, Stopwatch
 from cobla_onnx.plan import Plan
 from cobla_onnx.report import LatencyReport

@@ -15,8 +15,8 @@ from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.graph.layers import Layer, Reason, Skipped, Use
 from cobla_onnx.graph.macs import Shape
-from cobla_onnx.latency.micro_graph import layer_key, micro_graph
 from cobla_onnx.latency.profile import WHOLE, Profile
+from cobla_onnx.latency.single_layer import layer_key, micro_graph
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.plan import Plan
 
