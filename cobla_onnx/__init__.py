@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from cobla_onnx.inspection import inspect
     from cobla_onnx.pairing import compare
     from cobla_onnx.plan import Plan
-    from cobla_onnx.report import Report
+    from cobla_onnx.report.model import Report
     from cobla_onnx.result import Result
     from cobla_onnx.sweeping import sweep
 
 _HOMES = {
     "Budget": "cobla_onnx.allocation",
     "Plan": "cobla_onnx.plan",
-    "Report": "cobla_onnx.report",
+    "Report": "cobla_onnx.report.model",
     "Result": "cobla_onnx.result",
     "compare": "cobla_onnx.pairing",
     "compress": "cobla_onnx.compression",

@@ -46,7 +46,7 @@ from cobla_onnx.finishing import Finisher
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.neighbours import neighbours
 from cobla_onnx.plan import Plan
-from cobla_onnx.report import CalibrationReport
+from cobla_onnx.report.model import CalibrationReport
 from cobla_onnx.rivals import Rivals
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.pool import Pool

@@ -15,7 +15,7 @@ from cobla_onnx.calibration.evaluation.output_choice import Outputs
 from cobla_onnx.errors import UsageError
 from cobla_onnx.opening import ModelSource
 from cobla_onnx.plan import Plan
-from cobla_onnx.reproduce import call_text
+from cobla_onnx.report.provenance import call_text
 from cobla_onnx.result import Result
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.settings import BatchSize, ObjectiveName, Settings

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import onnx
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.amounts import count_text
 from cobla_onnx.analysis import Analysis
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.layers import Reason, Skipped, find_layers
 from cobla_onnx.names import safe_text
+from cobla_onnx.report.amounts import count_text
 from cobla_onnx.settings import Settings
 from cobla_onnx.variants.low_rank.ranks import RankRule
 

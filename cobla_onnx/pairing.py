@@ -28,7 +28,6 @@ from cobla_onnx.calibration.evaluation.outputs import (
     differently_made,
 )
 from cobla_onnx.errors import ModelError, UsageError
-from cobla_onnx.exported import Exported
 from cobla_onnx.graph.io.external import external_place, is_external
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.macs import fixed_input_shapes
@@ -37,6 +36,7 @@ from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
 from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.opening import ModelSource, available_cores, open_model
+from cobla_onnx.report.serialise import Exported
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.providers import execution_provider
 from cobla_onnx.runtime.session import Feeds, open_session, run_session, runnable_feeds
@@ -113,7 +113,7 @@ class ModelComparison(Exported):
     notes: tuple[str, ...]
 
     def __rich__(self) -> RenderableType:
-        from cobla_onnx.rendering.comparison_table import comparison_table
+        from cobla_onnx.report.comparison_table import comparison_table
 
         return comparison_table(self)
 

@@ -14,7 +14,7 @@ from cobla_onnx.analysis import Analysis
 from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.report import (
+from cobla_onnx.report.model import (
     BudgetUse,
     CalibrationReport,
     Cost,

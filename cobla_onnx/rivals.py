@@ -23,7 +23,7 @@ from cobla_onnx.crossfit import CrossFit
 from cobla_onnx.finishing import Finisher
 from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.plan import Plan
-from cobla_onnx.report import Rival
+from cobla_onnx.report.model import Rival
 from cobla_onnx.variants.low_rank.units import ValuesUnit, weight_values
 
 __all__ = ["WEIGHTS_ALONE", "Rivals"]

@@ -29,7 +29,7 @@ from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.graph.order import Order, restore_order
 from cobla_onnx.holding import elsewhere_note, explain
 from cobla_onnx.plan import Decision, Plan
-from cobla_onnx.report import CalibrationReport, LatencyReport
+from cobla_onnx.report.model import CalibrationReport, LatencyReport
 from cobla_onnx.reporting import make_report
 from cobla_onnx.result import Result
 from cobla_onnx.runtime.cache import Cache

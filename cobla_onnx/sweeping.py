@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.amounts import budget_name
 from cobla_onnx.calibration.data.labels import Labels
 from cobla_onnx.calibration.data.readers import ImageOptions
 from cobla_onnx.calibration.evaluation.loss import LossName
 from cobla_onnx.calibration.evaluation.output_choice import Outputs
 from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.errors import BudgetError, UsageError, WriteError
-from cobla_onnx.exported import Exported
 from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.graph.io.save import ExternalData
 from cobla_onnx.opening import ModelSource
 from cobla_onnx.plan import Plan
-from cobla_onnx.report import Report
+from cobla_onnx.report.amounts import budget_name
+from cobla_onnx.report.model import Report
+from cobla_onnx.report.serialise import Exported
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.settings import BatchSize, ObjectiveName, Settings
 from cobla_onnx.starting import open_study
@@ -151,12 +151,12 @@ class Sweep(Exported):
         UsageError
             If the ending is another, or matplotlib is not installed.
         """
-        from cobla_onnx.sweep_plot import draw
+        from cobla_onnx.report.sweep_plot import draw
 
         write_atomically(path, draw(self, Path(path)))
 
     def __rich__(self) -> RenderableType:
-        from cobla_onnx.rendering.sweep_table import sweep_table
+        from cobla_onnx.report.sweep_table import sweep_table
 
         return sweep_table(self)
 

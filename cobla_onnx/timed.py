@@ -15,7 +15,7 @@ from cobla_onnx.latency.profile import Conditions, Profile
 from cobla_onnx.latency.search import LatencySearch, example_feeds
 from cobla_onnx.latency.timing import Comparison, Stopwatch
 from cobla_onnx.plan import Plan
-from cobla_onnx.report import LatencyReport
+from cobla_onnx.report.model import LatencyReport
 from cobla_onnx.reporting import latency_report
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.providers import current_provider

@@ -34,7 +34,7 @@ class Curve:
         from cobla_onnx.allocation import Allocation
         from cobla_onnx.allocation.solve import Certificate
         from cobla_onnx.plan import Plan
-        from cobla_onnx.report import CalibrationReport
+        from cobla_onnx.report.model import CalibrationReport
         from cobla_onnx.study import Solution
         from cobla_onnx.variants.offload import Spill
 

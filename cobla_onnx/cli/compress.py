@@ -101,7 +101,7 @@ def compress(
     hard.
     """
     from cobla_onnx.compression import compress as run
-    from cobla_onnx.rendering import report_writer
+    from cobla_onnx.report.files import report_writer
     from cobla_onnx.result import check_paths
 
     shapes = parsing.input_shapes(input_shape)

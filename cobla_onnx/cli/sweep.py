@@ -84,7 +84,7 @@ def sweep(
     limits = (("--mem", mem), ("--mac", mac), ("--latency", latency))
     grid = [parsing.spread(option, text) for option, text in limits]
     for path in plot or ():
-        from cobla_onnx.sweep_plot import check_plot
+        from cobla_onnx.report.sweep_plot import check_plot
 
         check_plot(path)
     from cobla_onnx.allocation import Budget

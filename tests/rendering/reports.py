@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.allocation.sqp import Step
-from cobla_onnx.report import LatencyReport, LayerLatency, Report, Spread
+from cobla_onnx.report.model import LatencyReport, LayerLatency, Report, Spread
 from tests.builders import small_network
 
 HOSTILE = "</script><img src=x onerror=document.title='owned'>\x1b[2J\u202e|`*_[a](b)"

@@ -10,9 +10,9 @@ import pytest
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.errors import UsageError
-from cobla_onnx.rendering import report_writer
-from cobla_onnx.rendering.charts import history_chart, sparkline
-from cobla_onnx.report import Spectrum
+from cobla_onnx.report.charts import history_chart, sparkline
+from cobla_onnx.report.files import report_writer
+from cobla_onnx.report.model import Spectrum
 from tests.builders import small_network
 from tests.rendering.reports import HOSTILE, full_report, small_report
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.calibration.evaluation.quality import Quality
-from cobla_onnx.exported import Exported
+from cobla_onnx.report.serialise import Exported
 from cobla_onnx.verify import Verification
 
 if TYPE_CHECKING:
@@ -286,23 +286,23 @@ class Report(Exported):
 
     def to_html(self) -> str:
         """Return the report as one HTML page that needs nothing else."""
-        from cobla_onnx.rendering.page import to_html
+        from cobla_onnx.report.html import to_html
 
         return to_html(self)
 
     def to_markdown(self) -> str:
         """Return the report as Markdown."""
-        from cobla_onnx.rendering.markdown import to_markdown
+        from cobla_onnx.report.markdown import to_markdown
 
         return to_markdown(self)
 
     def __rich__(self) -> RenderableType:
-        from cobla_onnx.rendering.terminal import render
+        from cobla_onnx.report.terminal import render
 
         return render(self)
 
     def _repr_html_(self) -> str:
         """Show the page in a notebook, in a frame of its own: its style stays inside."""
-        from cobla_onnx.rendering.page import to_frame
+        from cobla_onnx.report.html import to_frame
 
         return to_frame(self)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cobla_onnx.allocation.bound import Front
 from cobla_onnx.allocation.sqp import Step
-from cobla_onnx.report import Spectrum
+from cobla_onnx.report.model import Spectrum
 
 __all__ = ["Chart", "Mark", "Sparkline", "Tick", "front_chart", "history_chart", "sparkline"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cobla_onnx.errors import UsageError
 from cobla_onnx.names import safe_text
-from cobla_onnx.report import Report
+from cobla_onnx.report.model import Report
 
 __all__ = ["report_writer"]
 

@@ -9,9 +9,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from cobla_onnx.amounts import budget_name
 from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.names import safe_text
+from cobla_onnx.report.amounts import budget_name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -6,10 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from cobla_onnx.amounts import count_text, percent_text
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
 from cobla_onnx.names import safe_text, short_names
-from cobla_onnx.report import Cost, Report
+from cobla_onnx.report.amounts import count_text, percent_text
+from cobla_onnx.report.model import Cost, Report
 
 __all__ = ["to_markdown"]
 

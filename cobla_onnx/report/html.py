@@ -13,16 +13,16 @@ from functools import lru_cache
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from cobla_onnx.amounts import count_text, percent_text
 from cobla_onnx.names import safe_text, short_names
-from cobla_onnx.rendering.charts import (
+from cobla_onnx.report.amounts import count_text, percent_text
+from cobla_onnx.report.charts import (
     Chart,
     Sparkline,
     front_chart,
     history_chart,
     sparkline,
 )
-from cobla_onnx.report import BudgetUse, Cost, LayerReport, Report
+from cobla_onnx.report.model import BudgetUse, Cost, LayerReport, Report
 
 if TYPE_CHECKING:
     import jinja2
@@ -111,7 +111,7 @@ def _template() -> jinja2.Template:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cobla_onnx.rendering", "templates"),
+        loader=jinja2.PackageLoader("cobla_onnx.report.files", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from cobla_onnx.amounts import count_text
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
 from cobla_onnx.names import safe_text, short_names
-from cobla_onnx.report import BudgetUse, Cost, Report
+from cobla_onnx.report.amounts import count_text
+from cobla_onnx.report.model import BudgetUse, Cost, Report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

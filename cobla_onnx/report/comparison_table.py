@@ -8,9 +8,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from cobla_onnx.amounts import count_text
 from cobla_onnx.names import safe_text
-from cobla_onnx.rendering.terminal import output_text
+from cobla_onnx.report.amounts import count_text
+from cobla_onnx.report.terminal import output_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
