@@ -26,24 +26,24 @@ __all__ = [
 if TYPE_CHECKING:
     from cobla_onnx.allocation import Budget
     from cobla_onnx.autodiff import gradient_graph
-    from cobla_onnx.compression import compress
-    from cobla_onnx.inspection import inspect
-    from cobla_onnx.pairing import compare
+    from cobla_onnx.pipeline.compare import compare
+    from cobla_onnx.pipeline.compress import compress
+    from cobla_onnx.pipeline.inspect import inspect
+    from cobla_onnx.pipeline.result import Result
+    from cobla_onnx.pipeline.sweep import sweep
     from cobla_onnx.plan import Plan
     from cobla_onnx.report.model import Report
-    from cobla_onnx.result import Result
-    from cobla_onnx.sweeping import sweep
 
 _HOMES = {
     "Budget": "cobla_onnx.allocation",
     "Plan": "cobla_onnx.plan",
     "Report": "cobla_onnx.report.model",
-    "Result": "cobla_onnx.result",
-    "compare": "cobla_onnx.pairing",
-    "compress": "cobla_onnx.compression",
+    "Result": "cobla_onnx.pipeline.result",
+    "compare": "cobla_onnx.pipeline.compare",
+    "compress": "cobla_onnx.pipeline.compress",
     "gradient_graph": "cobla_onnx.autodiff",
-    "inspect": "cobla_onnx.inspection",
-    "sweep": "cobla_onnx.sweeping",
+    "inspect": "cobla_onnx.pipeline.inspect",
+    "sweep": "cobla_onnx.pipeline.sweep",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.model_file import write_atomically
-from cobla_onnx.names import quoted, safe_text
+from cobla_onnx.text import quoted, safe_text
 
 __all__ = ["SCHEMES", "Decision", "FactorsFrom", "Plan"]
 

@@ -23,7 +23,8 @@ def watch(event, arguments):
         seen.append([event, str(arguments[0])])
     elif event.startswith(BAD):
         seen.append([event, repr(arguments)[:200]])
-import cobla_onnx.compression, onnx, onnxruntime, scipy.optimize, onnx_graphsurgeon, rich.table
+import cobla_onnx.pipeline.compress, onnx, onnxruntime, onnx_graphsurgeon
+import scipy.optimize, rich.table
 from cobla_onnx import Budget, compress
 sys.addaudithook(watch)
 compress(sys.argv[1], Budget(mem=0.6)).save(sys.argv[2])

@@ -24,9 +24,9 @@ from cobla_onnx import Budget, Plan, Result, compress, errors
 from cobla_onnx.cli import main
 from cobla_onnx.graph.io import model_file
 from cobla_onnx.graph.io.model_file import write_atomically
-from cobla_onnx.names import safe_text
+from cobla_onnx.pipeline.result import check_paths
 from cobla_onnx.plan import Decision
-from cobla_onnx.result import check_paths
+from cobla_onnx.text import safe_text
 from tests.builders import model_of, random_array, small_network
 
 ROOT = Path(__file__).resolve().parent.parent

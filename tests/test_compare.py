@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from cobla_onnx import Budget, compare, compress, errors
-from cobla_onnx import pairing as module
+from cobla_onnx.pipeline import compare as module
 from tests.builders import random_array, small_network
 from tests.test_command import run, run_here
 

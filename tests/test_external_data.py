@@ -12,10 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from cobla_onnx import Budget, Plan, compress, errors, verify
+from cobla_onnx import Budget, Plan, compress, errors
 from cobla_onnx.graph.io import save as saving
 from cobla_onnx.graph.io.external import is_external
 from cobla_onnx.graph.io.model_file import load_model, stored_bytes
+from cobla_onnx.pipeline import verification as verify
 from cobla_onnx.plan import Decision
 from cobla_onnx.variants import offload as spill
 from tests.builders import differences, small_network

@@ -9,7 +9,7 @@ from onnx import helper
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.errors import UsageError
-from cobla_onnx.names import matching, safe_text, short_names
+from cobla_onnx.text import matching, safe_text, short_names
 from tests.builders import model_of, random_array
 
 NAMES = st.text("ab[]*?0-!", min_size=1, max_size=6)

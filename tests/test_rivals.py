@@ -16,12 +16,12 @@ from scipy.stats import ttest_rel
 from cobla_onnx import Budget, Plan, compress, sweep
 from cobla_onnx.allocation import OutputError, WeightError, allocate
 from cobla_onnx.allocation.objective import masks_of
-from cobla_onnx.analysis import Analysis, analyse
 from cobla_onnx.calibration.data.dataset import Dataset, input_specs
 from cobla_onnx.calibration.statistics import Seen
-from cobla_onnx.crossfit import CrossFit
-from cobla_onnx.neighbours import neighbours
-from cobla_onnx.rivals import Rivals
+from cobla_onnx.pipeline.analysis import Analysis, analyse
+from cobla_onnx.pipeline.search.crossfit import CrossFit
+from cobla_onnx.pipeline.search.neighbours import neighbours
+from cobla_onnx.pipeline.search.rivals import Rivals
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR
 from tests.builders import model_of, random_array, small_network
 from tests.calibration.test_network_loss import calibrated_for

@@ -9,7 +9,7 @@ import pytest
 from cobla_onnx import Budget, compress, errors
 from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.cli.parsing import share
-from cobla_onnx.smallest import smallest
+from cobla_onnx.pipeline.max_drop import smallest
 from tests.builders import random_array, small_network
 from tests.test_command import run, run_here
 
@@ -33,9 +33,9 @@ class Curve:
     def solve(self, budget, plan=None):
         from cobla_onnx.allocation import Allocation
         from cobla_onnx.allocation.solve import Certificate
+        from cobla_onnx.pipeline.session import Solution
         from cobla_onnx.plan import Plan
         from cobla_onnx.report.model import CalibrationReport
-        from cobla_onnx.study import Solution
         from cobla_onnx.variants.offload import Spill
 
         if budget.mem < self.least:

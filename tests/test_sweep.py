@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 import pytest
 
-from cobla_onnx import Budget, compress, errors, sweep, sweeping
+from cobla_onnx import Budget, compress, errors, sweep
 from cobla_onnx.cli.parsing import spread
 from cobla_onnx.graph.io.model_file import stored_bytes
-from cobla_onnx.sweeping import COLUMNS, SweepPoint, _with_front
+from cobla_onnx.pipeline import sweep as sweeping
+from cobla_onnx.pipeline.sweep import COLUMNS, SweepPoint, _with_front
 from tests.builders import random_array, small_network
 from tests.test_command import run, run_here
 
@@ -57,8 +58,8 @@ def test_what_is_out_of_reach_is_refused_before_the_model_runs_on_data(monkeypat
     def looked_at(*arguments, **options):
         raise AssertionError("the data was looked at")
 
-    monkeypatch.setattr("cobla_onnx.starting.Seen", looked_at)
-    monkeypatch.setattr("cobla_onnx.starting.look_at", looked_at)
+    monkeypatch.setattr("cobla_onnx.pipeline.open_session.Seen", looked_at)
+    monkeypatch.setattr("cobla_onnx.pipeline.open_session.look_at", looked_at)
     with pytest.raises(errors.BudgetError, match=r"no budget .* below the least reachable 0\."):
         sweep(small_network(), budgets, data=DATA, threads=1)
     if len(budgets) == 1:
@@ -72,7 +73,7 @@ def test_what_is_out_of_reach_is_refused_before_the_model_runs_on_data(monkeypat
 
 def test_a_budget_that_some_rank_reaches_is_not_refused_because_of_the_grid(monkeypatch):
     """Layers of at most 24 channels have no multiple of 16 that is worth it."""
-    monkeypatch.setattr("cobla_onnx.starting.convolution_block", lambda: 16)
+    monkeypatch.setattr("cobla_onnx.pipeline.open_session.convolution_block", lambda: 16)
     with pytest.raises(errors.BudgetError) as caught:
         compress(small_network(), Budget(mac=0.4), rank_multiple=16, threads=1)
     assert "--rank-multiple 1" in str(caught.value)
@@ -124,7 +125,7 @@ def test_plots_are_the_same_again_and_refused_where_they_cannot_be(found, tmp_pa
 
 
 def test_the_package_loads_without_matplotlib():
-    code = "import sys; sys.modules['matplotlib'] = None; import cobla_onnx.sweeping"
+    code = "import sys; sys.modules['matplotlib'] = None; import cobla_onnx.pipeline.sweep"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -15,7 +15,7 @@ import pytest
 from cobla_onnx import errors
 from cobla_onnx.graph.io.model_file import load_model, write_atomically
 from cobla_onnx.graph.io.save import save_model
-from cobla_onnx.result import check_paths
+from cobla_onnx.pipeline.result import check_paths
 from tests.builders import small_network
 from tests.test_command import COMMAND
 

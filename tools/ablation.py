@@ -51,7 +51,7 @@ def plain_svd() -> None:
 def no_scale() -> None:
     """Allocate by relative output error, not by the measured loss."""
     from cobla_onnx.allocation import OutputError, allocate
-    from cobla_onnx.calibrated import Calibrated
+    from cobla_onnx.pipeline.calibrated import Calibrated
 
     def by_error(self: Any, constraints: Any, solver: Any) -> Any:
         curves = self.analysis.curves
@@ -70,9 +70,9 @@ def one_scheme() -> None:
 
 def one_round() -> None:
     """Do not measure what an allocation chose."""
-    import cobla_onnx.calibrated
+    import cobla_onnx.pipeline.calibrated
 
-    cobla_onnx.calibrated.ROUNDS = 1
+    cobla_onnx.pipeline.calibrated.ROUNDS = 1
 
 
 def no_bias() -> None:
@@ -112,7 +112,7 @@ def slsqp_only() -> None:
 
 def divergence_itself() -> None:
     """Let all decisions follow the divergence as it is, at temperature 1."""
-    from cobla_onnx.calibrated import Calibrated
+    from cobla_onnx.pipeline.calibrated import Calibrated
 
     begin = Calibrated.__post_init__
 

@@ -74,7 +74,7 @@ class Ours:
     """cobla-onnx with data, before and after refit, from one analysis."""
 
     def __init__(self, bench: Bench, analysis: Any, dataset: Any, name: str) -> None:
-        from cobla_onnx.calibrated import Calibrated
+        from cobla_onnx.pipeline.calibrated import Calibrated
 
         self.bench, self.analysis, self.name = bench, analysis, name
         self.calibrated = Calibrated(
@@ -130,10 +130,10 @@ def silent(stage: str, done: int, total: int) -> None:
 
 def analyse_for(bench: Bench, scheme: str, dataset: Any = None) -> Any:
     """Analyse the model: by its weights alone, or by the data."""
-    from cobla_onnx.analysis import analyse
     from cobla_onnx.calibration.evaluation.choosing import Chooser, look_at
     from cobla_onnx.calibration.heads import importances
     from cobla_onnx.calibration.statistics import Seen
+    from cobla_onnx.pipeline.analysis import analyse
 
     def see(layers: Sequence[Any]) -> Any:
         chooser = Chooser.of(bench.model)

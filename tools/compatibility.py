@@ -31,7 +31,7 @@ from cobla_onnx import Budget, Result, compress
 from cobla_onnx.errors import BudgetError, CoblaError
 from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.graph.layers import find_layers
-from cobla_onnx.names import safe_text
+from cobla_onnx.text import safe_text
 
 BUDGET = 0.7
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"

@@ -16,9 +16,9 @@ from cobla_onnx.calibration.evaluation.deviation import rounding_error
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.io.model_file import copy_without_initializers, stored_bytes
 from cobla_onnx.graph.layers import Layer, all_inputs
-from cobla_onnx.names import quoted
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.runtime.temporary import temporary_folder
+from cobla_onnx.text import quoted
 
 __all__ = [
     "MEMORY",

@@ -17,7 +17,7 @@ from cobla_onnx.cli.compress import compress
 from cobla_onnx.cli.inspect import inspect
 from cobla_onnx.cli.sweep import sweep
 from cobla_onnx.errors import CoblaError
-from cobla_onnx.names import safe_text
+from cobla_onnx.text import safe_text
 
 __all__ = ["app", "main"]
 

@@ -41,7 +41,7 @@ def compare(
     little about real ones. Latency is that of one sample in onnxruntime on this machine,
     both models in turn.
     """
-    from cobla_onnx.pairing import compare as run
+    from cobla_onnx.pipeline.compare import compare as run
 
     shapes = parsing.input_shapes(input_shape)
     images = parsing.image_options(mean, std, scale, channel_order, layout)

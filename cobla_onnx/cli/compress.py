@@ -100,9 +100,9 @@ def compress(
     At least one of --mem, --mac, --latency, --max-drop and --plan-in is needed; limits are
     hard.
     """
-    from cobla_onnx.compression import compress as run
+    from cobla_onnx.pipeline.compress import compress as run
+    from cobla_onnx.pipeline.result import check_paths
     from cobla_onnx.report.files import report_writer
-    from cobla_onnx.result import check_paths
 
     shapes = parsing.input_shapes(input_shape)
     if report is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from cobla_onnx.errors import UsageError
-from cobla_onnx.names import quoted, safe_text
+from cobla_onnx.text import quoted, safe_text
 
 __all__ = ["read_config"]
 

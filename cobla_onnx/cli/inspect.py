@@ -35,7 +35,7 @@ def inspect(
     For each layer that can be factorised: the ranks that make it smaller, and how its
     singular values fall. For every other node with weights: why it is left alone.
     """
-    from cobla_onnx.inspection import inspect as run
+    from cobla_onnx.pipeline.inspect import inspect as run
 
     shapes = parsing.input_shapes(input_shape)
     images = parsing.image_options(mean, std, scale, channel_order, layout)

@@ -88,8 +88,8 @@ def sweep(
 
         check_plot(path)
     from cobla_onnx.allocation import Budget
-    from cobla_onnx.result import check_written
-    from cobla_onnx.sweeping import sweep as run
+    from cobla_onnx.pipeline.result import check_written
+    from cobla_onnx.pipeline.sweep import sweep as run
 
     check_written([input], [("--csv", csv), *(("--plot", path) for path in plot or ())])
     combined = itertools.product(*(values or (None,) for values in grid))

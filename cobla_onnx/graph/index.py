@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from cobla_onnx.graph.tensors import constant_value, subgraphs, tensor_array
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = [
     "INTEGERS",

@@ -25,7 +25,7 @@ from cobla_onnx.graph.inventory import Inventory, Layer, Reason, Skipped, Use
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import subgraphs, tensor_array
 from cobla_onnx.graph.weights import read_bias, read_weight
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = [
     "Inventory",

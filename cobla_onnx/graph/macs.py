@@ -11,7 +11,7 @@ import onnx
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.io.model_file import constant_value, without_weights
 from cobla_onnx.graph.layers import attributes, node_label
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = [
     "MOST_ELEMENTS",

@@ -6,7 +6,7 @@ import onnx
 
 from cobla_onnx.graph.index import node_label
 from cobla_onnx.graph.tensors import subgraphs
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = ["random_nodes"]
 

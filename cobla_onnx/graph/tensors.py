@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.io.external import external_bytes, is_external
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = ["HeldTensor", "all_tensors", "constant_value", "subgraphs", "tensor_array"]
 

@@ -12,7 +12,7 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.index import GraphIndex, attributes
 from cobla_onnx.graph.inventory import Layer
 from cobla_onnx.graph.tensors import constant_value, tensor_array
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = ["read_bias", "read_weight"]
 

@@ -12,12 +12,12 @@ from scipy.optimize import isotonic_regression
 
 from cobla_onnx.allocation import Curve, LayerCurves
 from cobla_onnx.allocation.problem import Float64
-from cobla_onnx.analysis import Analysis
 from cobla_onnx.graph.layers import Layer, Reason, Skipped, Use
 from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.single_layer import layer_key, micro_graph
 from cobla_onnx.latency.timing import Stopwatch
+from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.plan import Plan
 
 __all__ = ["interpolated", "measure_layer", "sampled", "slowest_layers", "time_layers"]

@@ -13,8 +13,8 @@ import onnxruntime
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.latency.timing import Comparison
-from cobla_onnx.names import safe_text
 from cobla_onnx.runtime.machine import cpu_name
+from cobla_onnx.text import safe_text
 
 __all__ = ["Conditions", "Profile"]
 

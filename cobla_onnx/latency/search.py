@@ -18,13 +18,13 @@ import onnx
 from scipy.interpolate import PchipInterpolator
 
 from cobla_onnx.allocation import Allocation, Budget, Constraint
-from cobla_onnx.analysis import Analysis
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.single_layer import stand_in
 from cobla_onnx.latency.timing import Comparison, Stopwatch, compare
+from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
 from cobla_onnx.variants.rewrite import rewrite

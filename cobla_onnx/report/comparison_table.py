@@ -8,15 +8,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from cobla_onnx.names import safe_text
 from cobla_onnx.report.amounts import count_text
 from cobla_onnx.report.terminal import output_text
+from cobla_onnx.text import safe_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from cobla_onnx.calibration.evaluation.outputs import OutputComparison
-    from cobla_onnx.pairing import ModelComparison, ModelFacts
+    from cobla_onnx.pipeline.compare import ModelComparison, ModelFacts
 
 __all__ = ["comparison_table"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cobla_onnx.errors import UsageError
-from cobla_onnx.names import safe_text
 from cobla_onnx.report.model import Report
+from cobla_onnx.text import safe_text
 
 __all__ = ["report_writer"]
 

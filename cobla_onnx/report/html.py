@@ -13,7 +13,6 @@ from functools import lru_cache
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from cobla_onnx.names import safe_text, short_names
 from cobla_onnx.report.amounts import count_text, percent_text
 from cobla_onnx.report.charts import (
     Chart,
@@ -23,6 +22,7 @@ from cobla_onnx.report.charts import (
     sparkline,
 )
 from cobla_onnx.report.model import BudgetUse, Cost, LayerReport, Report
+from cobla_onnx.text import safe_text, short_names
 
 if TYPE_CHECKING:
     import jinja2

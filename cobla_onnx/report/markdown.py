@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
-from cobla_onnx.names import safe_text, short_names
 from cobla_onnx.report.amounts import count_text, percent_text
 from cobla_onnx.report.model import Cost, Report
+from cobla_onnx.text import safe_text, short_names
 
 __all__ = ["to_markdown"]
 

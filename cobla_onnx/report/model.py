@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.calibration.evaluation.quality import Quality
+from cobla_onnx.pipeline.verification import Verification
 from cobla_onnx.report.serialise import Exported
-from cobla_onnx.verify import Verification
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

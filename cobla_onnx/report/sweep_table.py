@@ -10,13 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from cobla_onnx.calibration.evaluation.quality import Quality
-from cobla_onnx.names import safe_text
 from cobla_onnx.report.amounts import budget_name
+from cobla_onnx.text import safe_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from cobla_onnx.sweeping import Sweep
+    from cobla_onnx.pipeline.sweep import Sweep
 
 __all__ = ["sweep_table"]
 

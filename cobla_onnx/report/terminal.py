@@ -6,9 +6,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
-from cobla_onnx.names import safe_text, short_names
 from cobla_onnx.report.amounts import count_text
 from cobla_onnx.report.model import BudgetUse, Cost, Report
+from cobla_onnx.text import safe_text, short_names
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -33,7 +33,7 @@ from threadpoolctl import threadpool_info
 
 from cobla_onnx import __version__
 from cobla_onnx.errors import UsageError
-from cobla_onnx.names import safe_text
+from cobla_onnx.text import safe_text
 
 __all__ = ["Arrays", "Cache", "digest", "fetch"]
 

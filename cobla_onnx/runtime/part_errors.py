@@ -6,7 +6,7 @@ import onnx
 import onnxruntime
 
 from cobla_onnx.errors import PartError
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = ["part_error"]
 

@@ -21,11 +21,11 @@ from cobla_onnx.graph.io.model_file import copy_without_initializers, tensor_byt
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.macs import MOST_ELEMENTS, Shape
 from cobla_onnx.graph.tensors import tensor_array
-from cobla_onnx.names import quoted, safe_text
 from cobla_onnx.runtime.machine import return_freed_memory
 from cobla_onnx.runtime.part_errors import part_error
 from cobla_onnx.runtime.providers import CPU, current_provider, memory_is_given_back
 from cobla_onnx.runtime.temporary import array_bytes, temporary_folder
+from cobla_onnx.text import quoted, safe_text
 
 __all__ = [
     "Feeds",

@@ -19,7 +19,7 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.io.external import mapped_tensor
 from cobla_onnx.graph.io.model_file import copy_without_initializers, subgraphs, unique_name
 from cobla_onnx.graph.layers import Layer, Use, attributes
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 from cobla_onnx.variants.low_rank.matricisation import ConvScheme, Scheme, TransposedConvScheme
 from cobla_onnx.variants.low_rank.svd import Factorization
 

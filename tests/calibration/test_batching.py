@@ -21,11 +21,11 @@ from cobla_onnx.calibration.data.dataset import Dataset, input_specs
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import find_layers
+from cobla_onnx.options import Settings, memory_bytes
+from cobla_onnx.pipeline.verification import verify
 from cobla_onnx.runtime.temporary import Shelf
-from cobla_onnx.settings import Settings, memory_bytes
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.rewrite import make_replacement, rewrite
-from cobla_onnx.verify import verify
 
 SIDE = 256
 

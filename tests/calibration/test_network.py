@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.analysis import analyse
 from cobla_onnx.calibration import sensitivity as sensitivity_module
 from cobla_onnx.calibration.evaluation.loss import sample_losses
 from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
@@ -20,6 +19,7 @@ from cobla_onnx.calibration.sensitivity import Response, Sensitivity
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_bias, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
+from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.variants.low_rank.matricisation import schemes_for

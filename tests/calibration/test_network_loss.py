@@ -12,9 +12,7 @@ from cobla_onnx.allocation import Budget, Choice, Masks
 from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.allocation.sqp import Candidate, Scores, allocate_by_loss
-from cobla_onnx.analysis import analyse
 from cobla_onnx.autodiff.measures import Measure
-from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.data.dataset import Dataset, input_specs
 from cobla_onnx.calibration.evaluation.gradients import GradientProbe
 from cobla_onnx.calibration.evaluation.probe import Probe
@@ -22,6 +20,8 @@ from cobla_onnx.calibration.evaluation.temperature import doubts, soften, temper
 from cobla_onnx.calibration.network import NetworkLoss
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.pipeline.analysis import analyse
+from cobla_onnx.pipeline.calibrated import Calibrated
 from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import random_array, small_network
 from tests.calibration.test_network import samples

@@ -36,7 +36,7 @@ def watch(monkeypatch, whole):
             made.append(FakeStopwatch(threads, whole=whole, **options))
             return made[-1]
 
-        monkeypatch.setattr("cobla_onnx.starting.Stopwatch", make)
+        monkeypatch.setattr("cobla_onnx.pipeline.open_session.Stopwatch", make)
         return made
 
     return set_up
@@ -144,7 +144,7 @@ def test_the_result_is_timed_again(demo_model, monkeypatch, whole, extra, refuse
     from cobla_onnx.latency.search import LatencySearch
 
     confirm = LatencySearch.confirm
-    monkeypatch.setattr("cobla_onnx.starting.Stopwatch", make)
+    monkeypatch.setattr("cobla_onnx.pipeline.open_session.Stopwatch", make)
     if refused:
         with pytest.raises(BudgetError, match="may be busy"):
             compress(demo_model, Budget(latency=0.6), solver="milp")

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
-from cobla_onnx.analysis import analyse
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import Reason
 from cobla_onnx.latency.layer_times import interpolated, sampled, slowest_layers, time_layers
 from cobla_onnx.latency.profile import Conditions, Profile
+from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankGrid, rank_rule
 from tests.builders import small_network

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 
-from cobla_onnx.analysis import fixed_input_shapes
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store
 from cobla_onnx.calibration.evaluation.incremental import OnwardProbe
@@ -22,7 +21,8 @@ from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.moments import Taps
 from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
-from cobla_onnx.opening import open_in_order
+from cobla_onnx.pipeline.analysis import fixed_input_shapes
+from cobla_onnx.pipeline.inputs import open_in_order
 from cobla_onnx.runtime.session import (
     Feeds,
     open_session,

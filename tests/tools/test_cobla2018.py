@@ -7,10 +7,10 @@ import pytest
 
 from cobla_onnx.allocation import Budget, Choice
 from cobla_onnx.allocation.objective import masks_of
-from cobla_onnx.analysis import analyse
 from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import stored_bytes
+from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import small_network

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.data.fitting import InputSpec, check_shape, converted
 from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.graph.first_axis import FirstAxis, first_axes
-from cobla_onnx.names import quoted
 from cobla_onnx.runtime.cache import digest
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import ArrayFile, Place
+from cobla_onnx.text import quoted
 
 __all__ = ["Dataset", "InputSpec", "Record", "input_specs", "rows_of_a_sample"]
 

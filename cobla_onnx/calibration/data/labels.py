@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.targets import IGNORED
 from cobla_onnx.errors import DataError, UsageError
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = ["Labels", "align_labels", "labels_of_batches", "read_labels"]
 

@@ -18,8 +18,8 @@ from cobla_onnx.calibration.evaluation.survey import OutputFacts, Survey, survey
 from cobla_onnx.calibration.evaluation.temperature import temperatures
 from cobla_onnx.calibration.heads import Curvature, curvatures
 from cobla_onnx.errors import DataError, UsageError
-from cobla_onnx.names import quoted
 from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.text import quoted
 
 __all__ = ["Chooser", "Compared", "look_at", "measures_of", "measures_on", "notes_on"]
 

@@ -17,8 +17,8 @@ from cobla_onnx.calibration.evaluation.tracing import FLOATING, Tracing, without
 from cobla_onnx.errors import DataError
 from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.graph.layers import Layer, all_inputs, node_label
-from cobla_onnx.names import quoted
 from cobla_onnx.runtime.session import Feeds, open_session
+from cobla_onnx.text import quoted
 
 __all__ = ["MeasuredModel", "measured_model"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from cobla_onnx.errors import UsageError
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = ["HOW", "OutputChoice", "Outputs", "resolve_outputs"]
 

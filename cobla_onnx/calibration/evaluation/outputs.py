@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.evaluation.slices import Slices
 from cobla_onnx.errors import VerificationError
-from cobla_onnx.names import quoted
 from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.text import quoted
 
 __all__ = ["Comparison", "OutputComparison", "as_array", "differently_made", "is_numeric"]
 

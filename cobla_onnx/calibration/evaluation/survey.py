@@ -15,8 +15,8 @@ from cobla_onnx.calibration.evaluation.loss import equal_infinities
 from cobla_onnx.calibration.evaluation.slices import Slices
 from cobla_onnx.calibration.evaluation.temperature import doubts
 from cobla_onnx.errors import DataError
-from cobla_onnx.names import quoted
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
+from cobla_onnx.text import quoted
 
 __all__ = ["OutputFacts", "Survey", "find_masks", "survey"]
 

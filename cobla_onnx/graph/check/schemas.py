@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 import onnx
 
 from cobla_onnx.errors import ModelError
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = ["Schemas"]
 

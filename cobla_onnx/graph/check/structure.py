@@ -24,7 +24,7 @@ from cobla_onnx.graph.io.external import is_external
 from cobla_onnx.graph.protos import is_repeated
 from cobla_onnx.graph.sizes import PACKED, tensor_bytes
 from cobla_onnx.graph.tensors import HeldTensor, all_tensors, constant_value, subgraphs
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = ["check_structure"]
 

@@ -9,7 +9,7 @@ import onnx
 
 from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.graph.tensors import tensor_array
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = ["model_content"]
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.sizes import tensor_bytes
-from cobla_onnx.names import quoted
+from cobla_onnx.text import quoted
 
 __all__ = [
     "PAGE",

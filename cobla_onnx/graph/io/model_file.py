@@ -21,7 +21,7 @@ from cobla_onnx.graph.order import Order, sort_nodes
 from cobla_onnx.graph.protos import copy_fields
 from cobla_onnx.graph.sizes import table_bytes, tensor_bytes
 from cobla_onnx.graph.tensors import all_tensors, constant_value, subgraphs
-from cobla_onnx.names import safe_text
+from cobla_onnx.text import safe_text
 
 __all__ = [
     "bytes_in",

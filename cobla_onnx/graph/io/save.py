@@ -29,7 +29,7 @@ from cobla_onnx.graph.io.model_file import (
 from cobla_onnx.graph.protos import copy_fields
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import tensor_array
-from cobla_onnx.names import quoted, safe_text
+from cobla_onnx.text import quoted, safe_text
 
 __all__ = ["ExternalData", "save_model"]
 

@@ -22,7 +22,6 @@ from cobla_onnx.allocation import Allocation, Choice, Constraint, OutputError, a
 from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.allocation.sqp import Scores, Step, allocate_by_loss
-from cobla_onnx.analysis import Analysis
 from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.choosing import Compared
@@ -42,12 +41,13 @@ from cobla_onnx.calibration.sensitivity import (
 )
 from cobla_onnx.calibration.statistics import Approximation
 from cobla_onnx.errors import ModelError
-from cobla_onnx.finishing import Finisher
 from cobla_onnx.graph.layers import read_bias, read_weight
-from cobla_onnx.neighbours import neighbours
+from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.search.finishing import Finisher
+from cobla_onnx.pipeline.search.neighbours import neighbours
+from cobla_onnx.pipeline.search.rivals import Rivals
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import CalibrationReport
-from cobla_onnx.rivals import Rivals
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress

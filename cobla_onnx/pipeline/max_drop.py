@@ -9,9 +9,9 @@ from scipy.special import betaincinv
 from cobla_onnx.allocation import Budget
 from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.errors import BudgetError, UsageError
-from cobla_onnx.holding import explain
-from cobla_onnx.names import quoted
-from cobla_onnx.study import Solution, Study
+from cobla_onnx.pipeline.budget_errors import explain
+from cobla_onnx.pipeline.session import Solution, Study
+from cobla_onnx.text import quoted
 
 __all__ = ["check_max_drop", "smallest"]
 

@@ -10,8 +10,8 @@ import numpy as np
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.statistics import Approximation, Seen
-from cobla_onnx.finishing import Approximate, Finisher
 from cobla_onnx.graph.layers import Layer
+from cobla_onnx.pipeline.search.finishing import Approximate, Finisher
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.low_rank.matricisation import Scheme

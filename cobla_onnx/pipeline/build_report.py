@@ -10,9 +10,10 @@ import numpy as np
 
 from cobla_onnx.allocation import Allocation, Budget, Curve
 from cobla_onnx.allocation.sqp import Step
-from cobla_onnx.analysis import Analysis
 from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.latency.timing import Comparison
+from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.verification import Verification
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.report.model import (
     BudgetUse,
@@ -28,7 +29,6 @@ from cobla_onnx.report.model import (
 )
 from cobla_onnx.runtime.environment import machine, versions
 from cobla_onnx.runtime.providers import current_provider
-from cobla_onnx.verify import Verification
 
 __all__ = ["latency_report", "make_report"]
 

@@ -21,8 +21,8 @@ from cobla_onnx.allocation import (
     allocate,
 )
 from cobla_onnx.allocation.objective import masks_of
-from cobla_onnx.analysis import Analysis
 from cobla_onnx.errors import BudgetError
+from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.runtime.machine import convolution_block
 from cobla_onnx.runtime.providers import CPU, current_provider
 from cobla_onnx.variants.low_rank.ranks import RankRule, rank_rule

@@ -20,28 +20,28 @@ import onnx
 from cobla_onnx.allocation import Allocation, Budget, Constraint, WeightError, allocate
 from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.sqp import Step
-from cobla_onnx.analysis import Analysis
-from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.external import is_external
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.graph.order import Order, restore_order
-from cobla_onnx.holding import elsewhere_note, explain
+from cobla_onnx.options import Settings
+from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.budget_errors import elsewhere_note, explain
+from cobla_onnx.pipeline.build_report import make_report
+from cobla_onnx.pipeline.calibrated import Calibrated
+from cobla_onnx.pipeline.result import Result
+from cobla_onnx.pipeline.timed import Timed
+from cobla_onnx.pipeline.verification import verify
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.report.model import CalibrationReport, LatencyReport
-from cobla_onnx.reporting import make_report
-from cobla_onnx.result import Result
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress, tracked
-from cobla_onnx.settings import Settings
-from cobla_onnx.timed import Timed
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.low_rank.units import FactorUnit, replace_layer
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.rewrite import Replacement, rewrite
-from cobla_onnx.verify import verify
 
 __all__ = ["Solution", "Study"]
 

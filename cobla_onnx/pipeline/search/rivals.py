@@ -18,10 +18,10 @@ from typing import NamedTuple
 from cobla_onnx.allocation import Allocation, Constraint, LayerCurves, WeightError, allocate
 from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.allocation.problem import Float64
-from cobla_onnx.analysis import Analysis
-from cobla_onnx.crossfit import CrossFit
-from cobla_onnx.finishing import Finisher
 from cobla_onnx.graph.layers import read_weight
+from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.search.crossfit import CrossFit
+from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import Rival
 from cobla_onnx.variants.low_rank.units import ValuesUnit, weight_values

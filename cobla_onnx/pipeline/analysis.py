@@ -23,13 +23,13 @@ from cobla_onnx.graph.layers import (
     node_label,
 )
 from cobla_onnx.graph.macs import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
-from cobla_onnx.names import matching
+from cobla_onnx.pipeline.reach import ranks_in_reach
 from cobla_onnx.plan import Decision, FactorsFrom, Plan
-from cobla_onnx.reach import ranks_in_reach
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.pool import Pool, open_pool
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.session import measured_shapes
+from cobla_onnx.text import matching
 from cobla_onnx.variants.low_rank.family import Candidate, add_curves, layer_grid, options_for
 from cobla_onnx.variants.low_rank.matricisation import Scheme, schemes_for
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule

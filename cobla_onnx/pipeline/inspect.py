@@ -11,19 +11,19 @@ import numpy as np
 from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.problem import Curve
-from cobla_onnx.analysis import Analysis
 from cobla_onnx.calibration.data.readers import ImageOptions
 from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.layers import Skipped
-from cobla_onnx.holding import elsewhere_text
-from cobla_onnx.names import safe_text, short_names
-from cobla_onnx.opening import ModelSource
+from cobla_onnx.options import BatchSize, Settings
+from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.budget_errors import elsewhere_text
+from cobla_onnx.pipeline.inputs import ModelSource
+from cobla_onnx.pipeline.open_session import open_study
+from cobla_onnx.pipeline.session import Study
 from cobla_onnx.report.amounts import count_text
 from cobla_onnx.report.serialise import Exported
 from cobla_onnx.runtime.progress import Progress
-from cobla_onnx.settings import BatchSize, Settings
-from cobla_onnx.starting import open_study
-from cobla_onnx.study import Study
+from cobla_onnx.text import safe_text, short_names
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -22,15 +22,15 @@ from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.errors import BudgetError, UsageError, WriteError
 from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.graph.io.save import ExternalData
-from cobla_onnx.opening import ModelSource
+from cobla_onnx.options import BatchSize, ObjectiveName, Settings
+from cobla_onnx.pipeline.inputs import ModelSource
+from cobla_onnx.pipeline.open_session import open_study
+from cobla_onnx.pipeline.session import Study
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.amounts import budget_name
 from cobla_onnx.report.model import Report
 from cobla_onnx.report.serialise import Exported
 from cobla_onnx.runtime.progress import Progress
-from cobla_onnx.settings import BatchSize, ObjectiveName, Settings
-from cobla_onnx.starting import open_study
-from cobla_onnx.study import Study
 from cobla_onnx.variants.low_rank.ranks import RankMultiple
 
 if TYPE_CHECKING:

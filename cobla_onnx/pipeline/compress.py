@@ -13,14 +13,14 @@ from cobla_onnx.calibration.data.readers import ImageOptions
 from cobla_onnx.calibration.evaluation.loss import LossName
 from cobla_onnx.calibration.evaluation.output_choice import Outputs
 from cobla_onnx.errors import UsageError
-from cobla_onnx.opening import ModelSource
+from cobla_onnx.options import BatchSize, ObjectiveName, Settings
+from cobla_onnx.pipeline.inputs import ModelSource
+from cobla_onnx.pipeline.max_drop import check_max_drop, smallest
+from cobla_onnx.pipeline.open_session import open_study
+from cobla_onnx.pipeline.result import Result
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.provenance import call_text
-from cobla_onnx.result import Result
 from cobla_onnx.runtime.progress import Progress
-from cobla_onnx.settings import BatchSize, ObjectiveName, Settings
-from cobla_onnx.smallest import check_max_drop, smallest
-from cobla_onnx.starting import open_study
 from cobla_onnx.variants.low_rank.ranks import RankMultiple
 
 __all__ = ["compress"]

@@ -14,8 +14,6 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.analysis import analyse
-from cobla_onnx.calibrated import Calibrated
 from cobla_onnx.calibration.batching import Batching, choose_batching
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.data.evidence import lack_of_evidence
@@ -29,9 +27,12 @@ from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.layers import Layer, find_layers
-from cobla_onnx.holding import explain
 from cobla_onnx.latency.timing import Stopwatch
-from cobla_onnx.opening import (
+from cobla_onnx.options import Settings, memory_bytes
+from cobla_onnx.pipeline.analysis import analyse
+from cobla_onnx.pipeline.budget_errors import explain
+from cobla_onnx.pipeline.calibrated import Calibrated
+from cobla_onnx.pipeline.inputs import (
     ModelSource,
     available_cores,
     known_shapes,
@@ -40,14 +41,13 @@ from cobla_onnx.opening import (
     open_samples,
     sample_labels,
 )
+from cobla_onnx.pipeline.session import Study
+from cobla_onnx.pipeline.timed import Timed, open_profile
 from cobla_onnx.runtime.cache import Cache, digest
 from cobla_onnx.runtime.machine import convolution_block
 from cobla_onnx.runtime.pool import Pool, choose_pool, one_thread
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.providers import CPU, execution_provider, give_memory_back
-from cobla_onnx.settings import Settings, memory_bytes
-from cobla_onnx.study import Study
-from cobla_onnx.timed import Timed, open_profile
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, rank_rule
 
 __all__ = ["open_study"]

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import onnx
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.analysis import Analysis
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.layers import Reason, Skipped, find_layers
-from cobla_onnx.names import safe_text
+from cobla_onnx.options import Settings
+from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.report.amounts import count_text
-from cobla_onnx.settings import Settings
+from cobla_onnx.text import safe_text
 from cobla_onnx.variants.low_rank.ranks import RankRule
 
 __all__ = ["elsewhere_note", "elsewhere_text", "explain"]

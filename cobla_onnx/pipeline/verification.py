@@ -23,9 +23,9 @@ from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.macs import Shape, infer_shapes
 from cobla_onnx.graph.varying import varying_tensors
 from cobla_onnx.graph.words import known_words
-from cobla_onnx.names import quoted
-from cobla_onnx.proof import prove_rewrite
+from cobla_onnx.pipeline.proof import prove_rewrite
 from cobla_onnx.runtime.session import Feeds, first_line, open_session, run_session, runnable_feeds
+from cobla_onnx.text import quoted
 from cobla_onnx.variants.rewrite import Replacement
 
 __all__ = [

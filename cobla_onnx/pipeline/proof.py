@@ -15,8 +15,8 @@ from cobla_onnx.errors import VerificationError
 from cobla_onnx.graph.layers import read_bias
 from cobla_onnx.graph.randomness import random_nodes
 from cobla_onnx.graph.subgraph import Exposed, expose
-from cobla_onnx.names import quoted
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
+from cobla_onnx.text import quoted
 from cobla_onnx.variants.rewrite import Replacement
 
 __all__ = ["prove_rewrite"]

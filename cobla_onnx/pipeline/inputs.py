@@ -24,8 +24,8 @@ from cobla_onnx.graph.io.external import is_external
 from cobla_onnx.graph.io.model_file import load_in_order
 from cobla_onnx.graph.order import Order, is_sorted, sort_nodes
 from cobla_onnx.graph.tensors import all_tensors
-from cobla_onnx.names import safe_text
-from cobla_onnx.settings import Settings
+from cobla_onnx.options import Settings
+from cobla_onnx.text import safe_text
 
 __all__ = [
     "ModelSource",

@@ -14,7 +14,6 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from cobla_onnx.analysis import model_costs
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.batching import choose_batching
 from cobla_onnx.calibration.data.dataset import InputSpec, input_specs
@@ -34,14 +33,15 @@ from cobla_onnx.graph.macs import fixed_input_shapes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
-from cobla_onnx.names import quoted, safe_text
-from cobla_onnx.opening import ModelSource, available_cores, open_model
+from cobla_onnx.options import BatchSize, check_batch, memory_bytes
+from cobla_onnx.pipeline.analysis import model_costs
+from cobla_onnx.pipeline.inputs import ModelSource, available_cores, open_model
+from cobla_onnx.pipeline.verification import varying_outputs
 from cobla_onnx.report.serialise import Exported
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.providers import execution_provider
 from cobla_onnx.runtime.session import Feeds, open_session, run_session, runnable_feeds
-from cobla_onnx.settings import BatchSize, check_batch, memory_bytes
-from cobla_onnx.verify import varying_outputs
+from cobla_onnx.text import quoted, safe_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
