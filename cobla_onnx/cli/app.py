@@ -11,11 +11,11 @@ import typer
 from typer.core import TyperGroup
 
 from cobla_onnx import __version__
-from cobla_onnx.cli import options
-from cobla_onnx.cli.compare import compare
-from cobla_onnx.cli.compress import compress
-from cobla_onnx.cli.inspect import inspect
-from cobla_onnx.cli.sweep import sweep
+from cobla_onnx.cli import parameters as options
+from cobla_onnx.cli.commands.compare import compare
+from cobla_onnx.cli.commands.compress import compress
+from cobla_onnx.cli.commands.inspect import inspect
+from cobla_onnx.cli.commands.sweep import sweep
 from cobla_onnx.errors import CoblaError
 from cobla_onnx.text import safe_text
 

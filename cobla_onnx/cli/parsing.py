@@ -9,7 +9,7 @@ from cobla_onnx.errors import UsageError
 
 if TYPE_CHECKING:
     from cobla_onnx.calibration.data.readers import ImageOptions
-    from cobla_onnx.cli.options import ChannelOrder, Layout
+    from cobla_onnx.cli.parameters import ChannelOrder, Layout
     from cobla_onnx.variants.low_rank.ranks import RankMultiple
 
 __all__ = ["batch_size", "image_options", "input_shapes", "rank_multiple", "share", "spread"]

@@ -8,7 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from cobla_onnx.cli import options, parsing, terminal
+from cobla_onnx.cli import parameters as options
+from cobla_onnx.cli import parsing, terminal
 
 __all__ = ["compress"]
 

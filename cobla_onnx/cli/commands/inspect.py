@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cobla_onnx.cli import options, parsing, terminal
+from cobla_onnx.cli import parameters as options
+from cobla_onnx.cli import parsing, terminal
 
 __all__ = ["inspect"]
 
