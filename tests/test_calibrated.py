@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobla_onnx import Budget, Plan, compress, errors
-from cobla_onnx.calibration.sensitivity import enough_samples
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.pipeline.calibrated import Calibrated
+from cobla_onnx.pipeline.search.sensitivity import enough_samples
 from tests.builders import random_array, small_network
 from tests.test_command import ROOT, run, run_here
 

@@ -31,9 +31,9 @@ from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.latency.layer_times import time_layers
 from cobla_onnx.latency.profile import Conditions, Profile
-from cobla_onnx.latency.search import Found, LatencySearch, example_feeds
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.pipeline.analysis import Analysis, analyse
+from cobla_onnx.pipeline.search.latency import Found, LatencySearch, example_feeds
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.machine import convolution_block, cpu_name
 from cobla_onnx.runtime.providers import CPU

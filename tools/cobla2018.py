@@ -33,11 +33,11 @@ from scipy.optimize import minimize
 from cobla_onnx.allocation import Choice, Constraint, LayerCurves, Masks, WeightError
 from cobla_onnx.calibration.evaluation.gradients import GradientProbe
 from cobla_onnx.calibration.evaluation.probe import Probe
-from cobla_onnx.calibration.network import NetworkLoss, Path
 from cobla_onnx.calibration.statistics import Approximation
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.search.network_loss import NetworkLoss, Path
 from cobla_onnx.variants.low_rank.svd import Factorization, factorize
 from cobla_onnx.variants.rewrite import Replacement, make_replacement
 

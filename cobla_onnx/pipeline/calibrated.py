@@ -31,21 +31,21 @@ from cobla_onnx.calibration.evaluation.loss import LossName
 from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel
 from cobla_onnx.calibration.evaluation.probe import Weights
 from cobla_onnx.calibration.evaluation.quality import measure_quality
-from cobla_onnx.calibration.network import NetworkLoss, Path
-from cobla_onnx.calibration.refit import replaced_weights
-from cobla_onnx.calibration.sensitivity import (
-    PROBE_SAMPLES,
-    Sensitivity,
-    enough_samples,
-    spread_over,
-)
 from cobla_onnx.calibration.statistics import Approximation
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.neighbours import neighbours
+from cobla_onnx.pipeline.search.network_loss import NetworkLoss, Path
+from cobla_onnx.pipeline.search.refit import replaced_weights
 from cobla_onnx.pipeline.search.rivals import Rivals
+from cobla_onnx.pipeline.search.sensitivity import (
+    PROBE_SAMPLES,
+    Sensitivity,
+    enough_samples,
+    spread_over,
+)
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import CalibrationReport
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch

@@ -11,10 +11,10 @@ import onnx
 from cobla_onnx.allocation import Allocation, Budget, Constraint
 from cobla_onnx.latency.layer_times import slowest_layers, time_layers
 from cobla_onnx.latency.profile import Conditions, Profile
-from cobla_onnx.latency.search import LatencySearch, example_feeds
 from cobla_onnx.latency.timing import Comparison, Stopwatch
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.build_report import latency_report
+from cobla_onnx.pipeline.search.latency import LatencySearch, example_feeds
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import LatencyReport
 from cobla_onnx.runtime.progress import Progress

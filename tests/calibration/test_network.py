@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.calibration import sensitivity as sensitivity_module
 from cobla_onnx.calibration.evaluation.loss import sample_losses
 from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
 from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.evaluation.targets import one_hot
-from cobla_onnx.calibration.refit import ChosenLayer, refit_layers
-from cobla_onnx.calibration.sensitivity import Response, Sensitivity
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_bias, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
 from cobla_onnx.pipeline.analysis import analyse
+from cobla_onnx.pipeline.search import sensitivity as sensitivity_module
+from cobla_onnx.pipeline.search.refit import ChosenLayer, refit_layers
+from cobla_onnx.pipeline.search.sensitivity import Response, Sensitivity
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
@@ -287,5 +287,5 @@ def test_refit_of_a_last_layer_is_the_least_squares_answer(setting):
 
 
 def test_wide_layers_refit_their_second_factor(setting, monkeypatch):
-    monkeypatch.setattr("cobla_onnx.calibration.refit.WIDE", 5)
+    monkeypatch.setattr("cobla_onnx.pipeline.search.refit.WIDE", 5)
     test_refit_of_a_last_layer_is_the_least_squares_answer(setting)

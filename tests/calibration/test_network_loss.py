@@ -17,11 +17,11 @@ from cobla_onnx.calibration.data.dataset import Dataset, input_specs
 from cobla_onnx.calibration.evaluation.gradients import GradientProbe
 from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.evaluation.temperature import doubts, soften, temperatures
-from cobla_onnx.calibration.network import NetworkLoss
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.pipeline.calibrated import Calibrated
+from cobla_onnx.pipeline.search.network_loss import NetworkLoss
 from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import random_array, small_network
 from tests.calibration.test_network import samples

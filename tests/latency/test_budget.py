@@ -132,7 +132,7 @@ def test_the_result_is_timed_again(demo_model, monkeypatch, whole, extra, refuse
         stopwatch.extra = extra
         # From the confirmation on: the searches before it are undisturbed.
         monkeypatch.setattr(
-            "cobla_onnx.latency.search.LatencySearch.confirm",
+            "cobla_onnx.pipeline.search.latency.LatencySearch.confirm",
             lambda self, model, limit: (
                 setattr(stopwatch, "after", 0),
                 confirm(self, model, limit),
@@ -141,7 +141,7 @@ def test_the_result_is_timed_again(demo_model, monkeypatch, whole, extra, refuse
         stopwatch.after = 10**9
         return stopwatch
 
-    from cobla_onnx.latency.search import LatencySearch
+    from cobla_onnx.pipeline.search.latency import LatencySearch
 
     confirm = LatencySearch.confirm
     monkeypatch.setattr("cobla_onnx.pipeline.open_session.Stopwatch", make)

@@ -12,10 +12,10 @@ import onnx
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.probe import Weights
-from cobla_onnx.calibration.refit import ChosenLayer, refit_layers, replaced_weights
 from cobla_onnx.calibration.statistics import Approximation
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.search.refit import ChosenLayer, refit_layers, replaced_weights
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.pool import Pool
