@@ -1,7 +1,7 @@
 """One analysis of a model, open for any number of budgets.
 
 Analysing a model (second moments, singular values, sensitivities) takes most of the time,
-and does not depend on the budget. It is done once, by `starting.open_study`; each
+and does not depend on the budget. It is done once, by `open_session.open_study`; each
 `Study.solve` then finds ranks and factors for a budget, and `Study.finish` rewrites, verifies
 and reports.
 """
@@ -78,7 +78,7 @@ class Solution:
 
 @dataclass
 class Study:
-    """A model that was analysed; `starting.open_study` makes it.
+    """A model that was analysed; `open_session.open_study` makes it.
 
     Attributes
     ----------

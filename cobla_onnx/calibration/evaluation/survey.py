@@ -46,7 +46,7 @@ class OutputFacts:
     mask : str or None
         Input that tells which positions count.
     shares : dict of (int, bool) to list of array
-        Doubt of each sample, by class axis and whether values are logits; see `soften.doubts`.
+        Doubt of each sample, by class axis and whether values are logits; see `temperature.doubts`.
     about : dict of (int, bool) to array
         Doubt about each class in the same way, of the calibration split's halves, shape
         (2, temperatures, classes).
