@@ -10,7 +10,7 @@ import pytest
 from onnx import helper, parser
 
 from cobla_onnx import Budget, compress, errors, inspect
-from cobla_onnx.pipeline.inspect import sparkline
+from cobla_onnx.report.inspection import sparkline
 from tests.builders import model_of, random_array, small_network
 from tests.test_command import ROOT, run, run_here
 

@@ -15,7 +15,8 @@ from cobla_onnx import Budget, compress, errors, sweep
 from cobla_onnx.cli.parsing import spread
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.pipeline import sweep as sweeping
-from cobla_onnx.pipeline.sweep import COLUMNS, SweepPoint, _with_front
+from cobla_onnx.pipeline.sweep import _with_front
+from cobla_onnx.report.sweep import COLUMNS, SweepPoint
 from tests.builders import random_array, small_network
 from tests.test_command import run, run_here
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.evaluation.survey import OutputFacts
@@ -23,7 +24,6 @@ from cobla_onnx.calibration.evaluation.temperature import LADDER
 from cobla_onnx.graph.index import GraphIndex
 from cobla_onnx.graph.layers import Layer, attributes
 from cobla_onnx.graph.macs import Shape, infer_shapes
-from cobla_onnx.variants.low_rank.svd import Float64
 
 __all__ = ["Curvature", "curvatures", "importances"]
 
@@ -47,7 +47,7 @@ class Curvature:
     axis: int
     axes: int
     classes: bool
-    weights: Float64
+    weights: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ def curvatures(
     return found
 
 
-def _mixed(weights: Float64, even: float) -> Float64:
+def _mixed(weights: NDArray[np.float64], even: float) -> NDArray[np.float64]:
     """Weights of mean 1, of which a share is the same for all."""
     mean = weights.mean()
     return (1 - even) * weights / mean + even if mean > 0 else np.ones_like(weights)
 
 
-def _even_share(halves: Float64) -> float:
+def _even_share(halves: NDArray[np.float64]) -> float:
     """Share with which each half of the samples tells best what the other one shows.
 
     By the likelihood of one half under the mixture made of the other (deleted interpolation,
@@ -128,7 +128,7 @@ def importances(
     model: onnx.ModelProto,
     layers: Sequence[Layer],
     curvatures: Mapping[str, Curvature],
-) -> dict[str, Float64]:
+) -> dict[str, NDArray[np.float64]]:
     """Weights of the outputs of those layers that make the model's outputs one by one.
 
     Parameters
@@ -145,7 +145,7 @@ def importances(
         By the layer's name; their mean is 1.
     """
     walk = _Walk(model, layers)
-    found: dict[str, Float64] = {}
+    found: dict[str, NDArray[np.float64]] = {}
     for name, curvature in curvatures.items():
         start = _Place(name, curvature.axis, curvature.axes, curvature.classes)
         layer = walk.layer_behind(start, len(curvature.weights))

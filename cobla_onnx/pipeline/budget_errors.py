@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -14,18 +13,16 @@ from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.layers import Reason, Skipped, find_layers
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.analysis import Analysis
-from cobla_onnx.report.amounts import count_text
+from cobla_onnx.report.amounts import elsewhere_text
 from cobla_onnx.text import safe_text
 from cobla_onnx.variants.low_rank.ranks import RankRule
 
-__all__ = ["elsewhere_note", "elsewhere_text", "explain"]
+__all__ = ["elsewhere_note", "explain"]
 
 # Shares of the least below this are not worth a word.
 NOTABLE = 0.1
 # Nor is a budget that means nearly as much of what can be factorised.
 NEAR = 0.1
-# Operators that are named.
-NAMED = 4
 QUANTISED_OPERATORS = {
     "ConvInteger",
     "MatMulInteger",
@@ -80,20 +77,6 @@ def explain(
     )
     advice = ", ".join(group.advice for group in groups)
     return BudgetError(f"{error.cause}, of which {held}", error.least, f"{advice}, or raise it")
-
-
-def elsewhere_text(held: Mapping[str, int]) -> str:
-    """Return bytes by operator in words, most first.
-
-    Examples
-    --------
-    >>> elsewhere_text({"Gather": 47_000_000, "LSTM": 12_000_000})
-    '47M in Gather, 12M in LSTM'
-    """
-    parts = [f"{count_text(size)} in {safe_text(op)}" for op, size in held.items()]
-    rest = sum(list(held.values())[NAMED:])
-    more = [f"{count_text(rest)} in others"] if rest else []
-    return ", ".join([*parts[:NAMED], *more])
 
 
 def elsewhere_note(

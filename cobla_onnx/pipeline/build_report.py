@@ -13,7 +13,6 @@ from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.pipeline.analysis import Analysis
-from cobla_onnx.pipeline.verification import Verification
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.report.model import (
     BudgetUse,
@@ -26,6 +25,7 @@ from cobla_onnx.report.model import (
     SolverReport,
     Spectrum,
     Spread,
+    Verification,
 )
 from cobla_onnx.runtime.environment import machine, versions
 from cobla_onnx.runtime.providers import current_provider

@@ -431,8 +431,9 @@ class Calibrated:
 
     def scores(self, choices: Sequence[Choice | None]) -> Scores:
         """Losses of a plan on the selection split, before refit."""
-        return self.judge.scores(self._truncated(choices))
+        return Scores(*self.judge.scores(self._truncated(choices)))
 
     def refitted_scores(self, choices: Sequence[Choice | None]) -> Scores:
         """Losses of a plan on the selection split, after refit."""
-        return self.judge.scores(self.finisher.refitted_weights(self.analysis.plan(choices)))
+        weights = self.finisher.refitted_weights(self.analysis.plan(choices))
+        return Scores(*self.judge.scores(weights))

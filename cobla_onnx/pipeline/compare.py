@@ -37,85 +37,19 @@ from cobla_onnx.options import BatchSize, check_batch, memory_bytes
 from cobla_onnx.pipeline.analysis import model_costs
 from cobla_onnx.pipeline.inputs import ModelSource, available_cores, open_model
 from cobla_onnx.pipeline.verification import varying_outputs
-from cobla_onnx.report.serialise import Exported
+from cobla_onnx.report.comparison import ModelComparison, ModelFacts
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.providers import execution_provider
 from cobla_onnx.runtime.session import Feeds, open_session, run_session, runnable_feeds
 from cobla_onnx.text import quoted, safe_text
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    pass
 
-__all__ = ["ModelComparison", "ModelFacts", "compare"]
+__all__ = ["compare"]
 
 # Seconds and runs for timing both models in turn.
 SECONDS, LEAST, MOST = 5.0, 9, 200
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What one of the models is.
-
-    Attributes
-    ----------
-    path : str or None
-    file_bytes : int or None
-        Of the file and its data files; None for a model in memory.
-    weight_bytes : int
-    macs : int or None
-        Of one sample; None where they are not known.
-    nodes : int
-    latency_ms : tuple of three float
-        Median, 10th and 90th percentile of the time of a run.
-    """
-
-    path: str | None
-    file_bytes: int | None
-    weight_bytes: int
-    macs: int | None
-    nodes: int
-    latency_ms: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class ModelComparison(Exported):
-    """What `compare` found; the second model is measured against the first.
-
-    Attributes
-    ----------
-    first, second : ModelFacts
-    outputs : tuple of OutputComparison
-    data : str
-        Where the inputs came from; ``random`` says little about real data.
-    samples : int
-    latency : timing.Comparison
-        Of runs in turn, in milliseconds.
-    timed_shapes : dict of str to tuple
-        Shapes of the inputs of the timed runs.
-    threads : int
-    provider : str
-        onnxruntime's execution provider.
-    onnxruntime : str
-        Its version.
-    notes : tuple of str
-    """
-
-    first: ModelFacts
-    second: ModelFacts
-    outputs: tuple[OutputComparison, ...]
-    data: str
-    samples: int
-    latency: timing.Comparison
-    timed_shapes: dict[str, tuple[int, ...]]
-    threads: int
-    provider: str
-    onnxruntime: str
-    notes: tuple[str, ...]
-
-    def __rich__(self) -> RenderableType:
-        from cobla_onnx.report.comparison_table import comparison_table
-
-        return comparison_table(self)
 
 
 def compare(

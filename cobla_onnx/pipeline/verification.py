@@ -10,26 +10,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import onnx
 
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.evaluation.choosing import measures_on
-from cobla_onnx.calibration.evaluation.outputs import Comparison, OutputComparison
+from cobla_onnx.calibration.evaluation.outputs import Comparison
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.macs import Shape, infer_shapes
 from cobla_onnx.graph.varying import varying_tensors
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.pipeline.proof import prove_rewrite
+from cobla_onnx.report.model import Verification
 from cobla_onnx.runtime.session import Feeds, first_line, open_session, run_session, runnable_feeds
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.rewrite import Replacement
 
 __all__ = [
-    "Verification",
     "check_model",
     "varying_outputs",
     "verify",
@@ -37,33 +36,6 @@ __all__ = [
 
 # Batches of given data on which every layer of the rewrite is proved.
 PROVED_BATCHES = 2
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What was verified, on which data, and how it came out.
-
-    Attributes
-    ----------
-    data : str
-        Where the inputs came from; ``random`` says little about real data.
-    samples : int
-    rewrite_max_error : float
-        Largest difference between a layer's factor nodes and its node with the same
-        dense weight, relative to the layer's largest output.
-    network_error : float or None
-        The same for the model's outputs, as relative L2 norm; None where all dense weights
-        together would take too much memory.
-    outputs : tuple of OutputComparison
-    notes : tuple of str
-    """
-
-    data: str
-    samples: int
-    rewrite_max_error: float
-    network_error: float | None
-    outputs: tuple[OutputComparison, ...]
-    notes: tuple[str, ...] = ()
 
 
 def check_model(original: onnx.ModelProto, compressed: onnx.ModelProto) -> tuple[str, ...]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from cobla_onnx.text import safe_text
 
 if TYPE_CHECKING:
     from cobla_onnx.allocation import Budget
 
-__all__ = ["budget_name", "count_text", "percent_text"]
+__all__ = ["budget_name", "count_text", "elsewhere_text", "percent_text"]
+
+# Operators that are named.
+NAMED = 4
 
 
 def count_text(number: int | None) -> str:
@@ -46,3 +52,17 @@ def budget_name(budget: Budget) -> str:
     """Write a budget as ``mem 0.5 mac 0.7``."""
     limits = (("mem", budget.mem), ("mac", budget.mac), ("latency", budget.latency))
     return " ".join(f"{name} {value:g}" for name, value in limits if value is not None)
+
+
+def elsewhere_text(held: Mapping[str, int]) -> str:
+    """Return bytes by operator in words, most first.
+
+    Examples
+    --------
+    >>> elsewhere_text({"Gather": 47_000_000, "LSTM": 12_000_000})
+    '47M in Gather, 12M in LSTM'
+    """
+    parts = [f"{count_text(size)} in {safe_text(op)}" for op, size in held.items()]
+    rest = sum(list(held.values())[NAMED:])
+    more = [f"{count_text(rest)} in others"] if rest else []
+    return ", ".join([*parts[:NAMED], *more])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from cobla_onnx.calibration.evaluation.outputs import OutputComparison
-    from cobla_onnx.pipeline.compare import ModelComparison, ModelFacts
+    from cobla_onnx.report.comparison import ModelComparison, ModelFacts
 
 __all__ = ["comparison_table"]
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cobla_onnx.calibration.evaluation.outputs import OutputComparison
 from cobla_onnx.calibration.evaluation.quality import Quality
-from cobla_onnx.pipeline.verification import Verification
 from cobla_onnx.report.serialise import Exported
 
 if TYPE_CHECKING:
@@ -113,6 +113,33 @@ class SolverReport:
     iterations: int = 0
     variables: int = 0
     fronts: dict[str, Front] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was verified, on which data, and how it came out.
+
+    Attributes
+    ----------
+    data : str
+        Where the inputs came from; ``random`` says little about real data.
+    samples : int
+    rewrite_max_error : float
+        Largest difference between a layer's factor nodes and its node with the same
+        dense weight, relative to the layer's largest output.
+    network_error : float or None
+        The same for the model's outputs, as relative L2 norm; None where all dense weights
+        together would take too much memory.
+    outputs : tuple of OutputComparison
+    notes : tuple of str
+    """
+
+    data: str
+    samples: int
+    rewrite_max_error: float
+    network_error: float | None
+    outputs: tuple[OutputComparison, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cobla_onnx.errors import UsageError
 
 if TYPE_CHECKING:
-    from cobla_onnx.pipeline.sweep import Sweep, SweepPoint
+    from cobla_onnx.report.sweep import Sweep, SweepPoint
 
 __all__ = ["check_plot", "draw"]
 

@@ -16,7 +16,7 @@ from cobla_onnx.text import safe_text
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from cobla_onnx.pipeline.sweep import Sweep
+    from cobla_onnx.report.sweep import Sweep
 
 __all__ = ["sweep_table"]
 

@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation.sqp import Scores
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.data.labels import labels_of_batches
@@ -118,8 +117,8 @@ class Judge:
         labels = self.labels_of(indices)
         return SpreadProbe(pool, model, self.layers, self.batches(indices), loss, labels)
 
-    def scores(self, weights: Weights) -> Scores:
-        """Losses on the selection split, both of them."""
+    def scores(self, weights: Weights) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Losses on the selection split: as decisions follow it, and the loss itself."""
         searched = self.followed.losses(weights)
         same = self.followed is self.selection
-        return Scores(searched, searched if same else self.selection.losses(weights))
+        return searched, searched if same else self.selection.losses(weights)
