@@ -16,7 +16,7 @@ from cobla_onnx import Budget, Plan, compress, errors
 from cobla_onnx.graph.io import save as saving
 from cobla_onnx.graph.io.external import is_external
 from cobla_onnx.graph.io.model_file import load_model, stored_bytes
-from cobla_onnx.pipeline import verification as verify
+from cobla_onnx.pipeline import proof
 from cobla_onnx.plan import Decision
 from cobla_onnx.variants import offload as spill
 from tests.builders import differences, small_network
@@ -134,7 +134,7 @@ def test_one_file_cannot_hold_more_than_two_gigabytes(monkeypatch, tmp_path):
 def test_large_models_are_verified_in_groups_with_factors_on_disk(monkeypatch, tmp_path):
     plan = Plan((Decision("conv2", "channel", 4), Decision("fc", "matrix", 2)))
     plain = compress(small_network(), Budget(mem=0.9), plan=plan, threads=1)
-    monkeypatch.setattr(verify, "DENSE_AT_ONCE", 1)
+    monkeypatch.setattr(proof, "DENSE_AT_ONCE", 1)
     monkeypatch.setattr(spill, "SPILL_FROM", 1)
     result = compress(external_network(tmp_path), Budget(mem=0.9), plan=plan, threads=1)
     assert result.report.verification.network_error is None

@@ -53,9 +53,9 @@ def test_weights_in_a_file_are_those_in_memory(monkeypatch, tmp_path, optimized)
         return runtime.run_session(session, feeds)
 
     made = []
-    inner = runtime.TemporaryDirectory
+    inner = runtime.temporary_folder
     monkeypatch.setattr(
-        runtime, "TemporaryDirectory", lambda **given: made.append(given) or inner(**given)
+        runtime, "temporary_folder", lambda purpose: made.append(purpose) or inner(purpose)
     )
     in_memory = outputs(1 << 40)
     assert made == []
@@ -67,7 +67,7 @@ def test_weights_in_a_file_are_those_in_memory(monkeypatch, tmp_path, optimized)
 
 def test_timed_sessions_have_their_weights_in_memory(monkeypatch):
     monkeypatch.setattr(runtime, "BY_FILE", 0)
-    monkeypatch.delattr(runtime, "TemporaryDirectory")
+    monkeypatch.delattr(runtime, "temporary_folder")
     outside = {"outside": np.ones((50, 30), np.float32)}
     assert runtime.open_session(mixed_model(), 1, (), outside, timed=True)
 
