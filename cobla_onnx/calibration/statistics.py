@@ -143,6 +143,8 @@ class Seen:
         Bytes of second moments that a unit of work sums up at a time, and all units together.
     taps : TapLimit, optional
         For the tensors that are read from a run.
+    kept : int
+        Bytes of decompositions that are kept for the next rank that is asked for.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class Seen:
         limit: int = LIMIT,
         together: int = ALL_UNITS,
         taps: TapLimit | None = None,
+        kept: int = KEPT,
     ) -> None:
         self._model, self._cache = model, cache
         self.importance = importance or {}
@@ -174,7 +177,10 @@ class Seen:
             limit=limit,
             together=together,
             taps=taps,
+            # They are asked for a rank or two, where this is asked again and again.
+            kept=kept // 4,
         )
+        self._kept = kept
         self.key = digest(key, wide)
         self._patches = {layer.name: _patches(model, layer, wide) for layer in layers}
         with nullcontext(pool) if pool is not None else open_pool(threads) as working:
@@ -261,8 +267,10 @@ class Seen:
             solver = kind(scheme, weight, second, most, self.importance.get(layer.name))
             found = solver, solver.nbytes
         self._solvers[key] = found
-        while sum(size for _, size in self._solvers.values()) > KEPT and len(self._solvers) > 1:
-            self._solvers.popitem(last=False)
+        held = sum(size for _, size in self._solvers.values())
+        while held > self._kept and len(self._solvers) > 1:
+            _, (_, size) = self._solvers.popitem(last=False)
+            held -= size
         return found[0]
 
     def _read(self, layer: Layer, weight: NDArray[Any]) -> Float64:
