@@ -11,7 +11,7 @@ import inspect
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
@@ -22,14 +22,13 @@ from cobla_onnx import __version__
 from cobla_onnx.cli import parsing
 from cobla_onnx.cli.config import read_config
 from cobla_onnx.options import settings
-from cobla_onnx.options.declaring import Command, Flag, Option
+from cobla_onnx.options.declaring import Command, Flag, Group, Option
 
 __all__ = ["ExternalData", "Given", "Input", "Shown", "Version", "takes_options"]
 
 # Options of a command as the Python API takes them.
 Given = Mapping[str, Any]
-# Groups in the order of the help.
-GROUPS = ("data", "search", "layers", "speed", "run")
+GROUPS = typing.get_args(Group)
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,10 @@ def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[
     """Put the options of a command in the places of its parameters ``options`` and ``shown``."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        shared = _Shared(command)
+        shared = _shared_options(command)
+        flags = [_parameter(*flag) for option in shared for flag in option.flags]
         run_options = list(inspect.signature(_run_options, eval_str=True).parameters.values())
-        places = {"options": shared.parameters(), "shown": run_options}
+        places = {"options": flags, "shown": run_options}
         signature = inspect.signature(function, eval_str=True)
         parameters = [
             one.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -102,7 +102,7 @@ def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[
         @functools.wraps(function)
         def run(**values: Any) -> None:
             shown = _run_options(**{one.name: values.pop(one.name) for one in run_options})
-            options = shared.take(values)
+            options = {option.name: option.take(values) for option in shared}
             function(**values, options=options, shown=shown)
 
         run.__dict__["__signature__"] = signature.replace(parameters=parameters)
@@ -116,8 +116,8 @@ def _as_given(flag: str, value: Any) -> Any:
     return value
 
 
-def _texts(flag: str, values: list[str] | None) -> tuple[str, ...]:
-    return tuple(values or ())
+def _texts(flag: str, values: list[str]) -> tuple[str, ...]:
+    return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -154,48 +154,51 @@ def _form(hint: Any) -> _Form:
     raise TypeError(f"options of type {hint} cannot be written on the command line; see FORMS")
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """An option of the table, and the flags by which the command line has it.
+
+    ``parts`` is the class whose fields the flags are, where they are more than one.
+    """
+
+    name: str
+    flags: tuple[tuple[Field[Any], _Form], ...]
+    parts: type | None
+
+    def take(self, values: dict[str, Any]) -> Any:
+        """Take the values of the flags out of a command's; return the option's."""
+        taken = {}
+        for field, form in self.flags:
+            value = values.pop(field.name)
+            flag = _flag(field).name
+            taken[field.name] = field.default if value is None else form.read(flag, value)
+        return taken[self.name] if self.parts is None else BUILDERS[self.parts](**taken)
+
+
+def _shared_options(command: Command) -> list[_Shared]:
+    """Return the options of the table that a command has, in the order of the help."""
+    fields_by_group = sorted(
+        settings.options_of(command), key=lambda field: GROUPS.index(_option(field).group)
+    )
+    shared = []
+    for field in fields_by_group:
+        parts = _option(field).parts
+        if parts is not None:
+            shared.append(_Shared(field.name, _with_forms(parts, fields(parts)), parts))
+        elif field.metadata["flag"] is not None:
+            shared.append(_Shared(field.name, _with_forms(settings.Settings, [field]), None))
+    return shared
+
+
 # A few milliseconds each.
 _hints = functools.cache(typing.get_type_hints)
 
 
-def _flags(declared: type, wanted: Iterable[str]) -> list[tuple[Field[Any], _Form]]:
-    """Fields of a dataclass that are flags, and how their values are written."""
+def _with_forms(
+    declared: type, flags: Iterable[Field[Any]]
+) -> tuple[tuple[Field[Any], _Form], ...]:
     hints = _hints(declared)
-    by_name = {field.name: field for field in fields(declared)}
-    return [(by_name[name], _form(hints[name])) for name in wanted]
-
-
-class _Shared:
-    """The options of the table that a command has, in the order of the help."""
-
-    def __init__(self, command: Command) -> None:
-        found = settings.options_of(command)
-        self._options = sorted(found, key=lambda field: GROUPS.index(_option(field).group))
-
-    def __iter__(self) -> Iterator[tuple[str, type | None, list[tuple[Field[Any], _Form]]]]:
-        """Go through the options: name, class of the parts if it has any, and the flags."""
-        for field in self._options:
-            option = _option(field)
-            if option.parts is not None:
-                names = [part.name for part in fields(option.parts)]
-                yield field.name, option.parts, _flags(option.parts, names)
-            elif option.flag is not None:
-                yield field.name, None, _flags(settings.Settings, [field.name])
-
-    def parameters(self) -> list[inspect.Parameter]:
-        """Return the flags as typer takes them."""
-        return [_parameter(field, form) for _, _, flags in self for field, form in flags]
-
-    def take(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Take the values of the flags out of a command's; return those of the options."""
-        given: dict[str, Any] = {}
-        for name, parts, flags in self:
-            read = {
-                field.name: form.read(field.metadata["flag"].name, values.pop(field.name))
-                for field, form in flags
-            }
-            given[name] = read[name] if parts is None else BUILDERS[parts](**read)
-        return given
+    return tuple((field, _form(hints[field.name])) for field in flags)
 
 
 def _option(field: Field[Any]) -> Option:
@@ -203,8 +206,13 @@ def _option(field: Field[Any]) -> Option:
     return option
 
 
-def _parameter(field: Field[Any], form: _Form) -> inspect.Parameter:
+def _flag(field: Field[Any]) -> Flag:
     flag: Flag = field.metadata["flag"]
+    return flag
+
+
+def _parameter(field: Field[Any], form: _Form) -> inspect.Parameter:
+    flag = _flag(field)
     default = None if form.repeated else field.default
     annotation: Any = types.GenericAlias(list, (form.type,)) if form.repeated else form.type
     return inspect.Parameter(

@@ -16,13 +16,13 @@ __all__ = ["image_options", "input_shapes", "numbers", "share", "spread", "whole
 MOST_POINTS = 1000
 
 
-def input_shapes(option: str, entries: list[str] | None) -> dict[str, tuple[int, ...]]:
+def input_shapes(option: str, entries: list[str]) -> dict[str, tuple[int, ...]]:
     """Parse ``name:1,3,224,224``; the name itself may hold colons.
 
     An axis may be empty, as the past of a decoder is at its first step.
     """
     shapes = {}
-    for entry in entries or ():
+    for entry in entries:
         name, colon, sizes = entry.rpartition(":")
         parts = sizes.split(",")
         if not colon or not name or not all(p.isascii() and p.isdecimal() for p in parts):
@@ -42,10 +42,8 @@ def whole_or_auto(option: str, text: str) -> Literal["auto"] | int:
     return int(text)
 
 
-def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+def numbers(option: str, text: str) -> tuple[float, ...]:
     """Parse one number, or some separated by commas."""
-    if text is None:
-        return None
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:

@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["Command", "Flag", "Option", "flag", "option"]
+__all__ = ["Command", "Flag", "Group", "Option", "flag", "option"]
 
 Command: TypeAlias = Literal["compress", "inspect", "sweep", "compare"]
+# In the order in which the help shows them.
 Group: TypeAlias = Literal["data", "search", "layers", "speed", "run"]
 
 
