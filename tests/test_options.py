@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
-import subprocess
-import sys
 import typing
 from pathlib import Path
 
@@ -16,65 +15,71 @@ import typer.main
 import cobla_onnx
 from cobla_onnx.calibration.data.images import ImageOptions
 from cobla_onnx.cli import app, parameters
+from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.save import ExternalData
 from cobla_onnx.options import Settings
-from cobla_onnx.options.declaring import Command
-from cobla_onnx.options.settings import ImageFlags, options_of
-from cobla_onnx.options.signatures import InspectOptions, SearchOptions
+from cobla_onnx.options.declaring import Command, option
+from cobla_onnx.options.settings import ANALYSE, ImageFlags, options_of
+from cobla_onnx.options.signatures import InspectOptions, SearchOptions, takes_options
 from cobla_onnx.variants.low_rank import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = typing.get_args(Command)
-# A new option, and nothing else: where does it arrive?
-TOY = """
-import dataclasses, inspect, sys
-import cobla_onnx.options
-from cobla_onnx.options import settings
-from cobla_onnx.options.declaring import option
+
 
 @dataclasses.dataclass(frozen=True)
-class More(settings.Settings):
-    toy: int = option(settings.ANALYSE, "speed", 3, "--toy", "Play.", "N", minimum=1)
+class More(Settings):
+    """The options, and a new one: a field and nothing else."""
 
-settings.Settings = cobla_onnx.options.Settings = More
-
-from cobla_onnx.cli import app
-from cobla_onnx.errors import UsageError
-
-def run(*arguments):
-    try:
-        app(arguments, prog_name="cobla-onnx", standalone_mode=False)
-    except UsageError as error:
-        print(error)
-
-for command in ("compress", "inspect", "sweep", "compare"):
-    run(command, "--help")
-    print("END")
-
-import cobla_onnx.pipeline.inspect
-def record(model, settings):
-    raise UsageError(f"toy is {settings.toy}")
-sys.modules["cobla_onnx.pipeline.inspect"].open_study = record
-run("inspect", "a.onnx")
-run("inspect", "a.onnx", "--toy", "5")
-run("inspect", "a.onnx", "--config", sys.argv[1])
-try:
-    cobla_onnx.inspect("a.onnx", toy=9)
-except UsageError as error:
-    print(error)
-print(inspect.signature(cobla_onnx.inspect).parameters["toy"])
-"""
+    toy: int = option(ANALYSE, "speed", 3, "--toy", "Play.", "N", minimum=1)
 
 
-def test_a_new_option_is_one_field(tmp_path):
+@pytest.fixture
+def one_more(monkeypatch):
+    """Make commands from the table with the new option; what they open tells its value."""
+
+    def opened(model, settings):
+        raise UsageError(f"toy is {settings.toy}")
+
+    pipeline = importlib.import_module("cobla_onnx.pipeline.inspect")
+    monkeypatch.setattr(cobla_onnx.options.settings, "Settings", More)
+    monkeypatch.setattr(pipeline, "Settings", More)
+    monkeypatch.setattr(pipeline, "open_study", opened)
+    made = typer.Typer(rich_markup_mode=None)
+    for command in COMMANDS:
+        module = importlib.import_module(f"cobla_onnx.cli.commands.{command}")
+        plain = getattr(module, command).__wrapped__
+        made.command(command)(parameters.takes_options(command)(plain))
+    return lambda *arguments: made(map(str, arguments), standalone_mode=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_shows_a_new_option_where_it_belongs(one_more, command, capsys):
+    one_more(command, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert ("--toy" in text) == (command in ANALYSE)
+    if command in ANALYSE:
+        # After the others of its group.
+        later = "--measure-latency .*" if command != "inspect" else ""
+        assert re.search(later + r"--toy N Play\. \W*default: 3; x>=1\] --(seed|threads)", text)
+
+
+def test_a_new_option_reaches_the_settings(one_more, tmp_path):
     config = tmp_path / "toy.toml"
     config.write_text("toy = 7\n")
-    done = subprocess.run([sys.executable, "-c", TOY, config], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    *helps, reached = done.stdout.split("END\n")
-    shown = [re.search(r"--toy N +Play\. +\[default: 3; x>=1\]", text) for text in helps]
-    assert [found is not None for found in shown] == [True, True, True, False]
-    assert reached.splitlines() == [*(f"toy is {value}" for value in (3, 5, 7, 9)), "toy: int = 3"]
+    asked = {3: [], 5: ["--toy", 5], 7: ["--config", config], 8: ["--config", config, "--toy", 8]}
+    for value, arguments in asked.items():
+        with pytest.raises(UsageError, match=f"^toy is {value}$"):
+            one_more("inspect", "a.onnx", *arguments)
+    with pytest.raises(UsageError, match=r"^toy is 9$"):
+        cobla_onnx.inspect("a.onnx", toy=9)
+
+
+def test_a_new_option_stands_in_signatures(one_more):
+    @takes_options("inspect")
+    def look(model: str, **options: object) -> None: ...
+
+    assert str(inspect.signature(look).parameters["toy"]) == "toy: 'int' = 3"
 
 
 def flags(command: str) -> dict[str, typing.Any]:
