@@ -1,4 +1,4 @@
-"""Options of compression, each declared once: defaults, flags and help texts of them."""
+"""The options of compression, each declared once: type, default, flag, limits and help text."""
 
 from cobla_onnx.options.settings import (
     BatchSize,

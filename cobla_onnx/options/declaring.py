@@ -1,4 +1,4 @@
-"""How an option is declared: what a field of a dataclass says of the command line."""
+"""Declare options: fields of a dataclass that also carry what the command line needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Group: TypeAlias = Literal["data", "search", "layers", "speed", "run"]
 
 @dataclass(frozen=True)
 class Flag:
-    """An option as the command line has it; type and default are those of the field.
+    """How the command line shows an option; its type and default are those of the field.
 
     Attributes
     ----------
@@ -36,30 +36,27 @@ class Flag:
 
 @dataclass(frozen=True)
 class Option:
-    """Where an option is to be had.
+    """Which commands have an option, and where in the help it stands.
 
     Attributes
     ----------
     commands : tuple of str
         The commands, and functions of the Python API, that have it.
     group : str
-        Options stand in the help by their groups, in a group as the fields do.
-    flag : Flag, optional
-        None: the command line does not have it as one option.
+        The help lists options group by group, within a group in the order of the fields.
     parts : dataclass, optional
-        The fields by which the command line has it instead, made with `flag`.
+        The command line has its fields, made with `flag`, in place of one option.
     """
 
     commands: tuple[Command, ...]
     group: Group
-    flag: Flag | None = None
     parts: type | None = None
 
 
 def flag(
     default: Any, name: str, help: str, metavar: str | None = None, minimum: float | None = None
 ) -> Any:
-    """Declare a field that is a part of an option, see `Flag`."""
+    """Declare a field that is one of the parts of an option; see `Flag`."""
     return dataclasses.field(default=default, metadata={"flag": Flag(name, help, metavar, minimum)})
 
 
@@ -74,10 +71,10 @@ def option(
     minimum: float | None = None,
     parts: type | None = None,
 ) -> Any:
-    """Declare a field of `Settings` that is an option, see `Option` and `Flag`.
+    """Declare a field of `Settings` that is an option; see `Option` and `Flag`.
 
-    Without a `name` it belongs to the Python API alone.
+    Without `name` and `parts` only the Python API has it.
     """
     shown = None if name is None else Flag(name, help, metavar, minimum)
-    declared = Option(commands, group, shown, parts)
-    return dataclasses.field(default=default, metadata={"option": declared, "flag": shown})
+    metadata = {"option": Option(commands, group, parts), "flag": shown}
+    return dataclasses.field(default=default, metadata=metadata)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cobla_onnx.calibration.data.readers import ImageOptions
     from cobla_onnx.variants.low_rank.ranks import RankMultiple
 else:
-    # The command line reads the types of the fields; their modules take a second to import.
+    # The command line evaluates the annotations; importing these modules takes a second.
     Labels = ImageOptions = Any
     RankMultiple = Literal["auto"] | int
 
@@ -327,7 +327,7 @@ class Settings:
 
     @classmethod
     def of(cls, command: Command, given: Mapping[str, Any], **more: Any) -> Settings:
-        """Take what a function of the Python API was given, and what it adds.
+        """Make settings from the keywords of an API function, and from what it adds itself.
 
         Raises
         ------
@@ -369,7 +369,7 @@ class Settings:
 
 
 def options_of(command: Command) -> list[dataclasses.Field[Any]]:
-    """Return the fields of `Settings` that a command has, in the order of the Python API."""
+    """Return the fields of `Settings` that a command has, in the order of its signature."""
     return [
         field
         for field in dataclasses.fields(Settings)

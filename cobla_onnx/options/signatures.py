@@ -1,7 +1,8 @@
-"""Signatures of the Python API: functions take ``**options`` and show them one by one.
+"""Signatures of the Python API, derived from the fields of `Settings`.
 
-`takes_options` writes the signature that ``help()`` and the documentation show. Type checkers
-cannot run it, so the types of the keywords stand here a second time, compared by a test.
+Functions take ``**options``; `takes_options` sets the signature that ``help()`` and the
+documentation show, which lists them one by one. Type checkers do not run it, so the keywords
+and their types are repeated here for them; a test compares both.
 """
 
 from __future__ import annotations

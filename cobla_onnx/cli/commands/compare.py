@@ -28,10 +28,5 @@ def compare(
     from cobla_onnx.pipeline.compare import compare as run
 
     with terminal.progress(shown.quiet, shown.verbose) as progress:
-        found = run(
-            first,
-            second,
-            **options,
-            progress=progress,
-        )
+        found = run(first, second, **options, progress=progress)
     terminal.result(found, json=shown.json, quiet=shown.quiet)

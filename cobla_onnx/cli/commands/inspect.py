@@ -21,9 +21,5 @@ def inspect(
     from cobla_onnx.pipeline.inspect import inspect as run
 
     with terminal.progress(shown.quiet, shown.verbose) as progress:
-        found = run(
-            input,
-            **options,
-            progress=progress,
-        )
+        found = run(input, **options, progress=progress)
     terminal.result(found, json=shown.json, quiet=shown.quiet)
