@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -16,18 +17,24 @@ from cobla_onnx.cli import app
 
 HERE = Path(__file__).parent
 COMMANDS = ("compress", "inspect", "sweep", "compare")
-# Versions of typer write types of values in other brackets.
 WRITTEN_WITH = "0.29."
+
+
+def words(text: str) -> list[str]:
+    """Return words of the options: versions of typer put types and limits in other brackets."""
+    plain = re.sub(r"[][<>{}\\]", "", text.partition("Options:\n")[2]).lower()
+    return plain.replace("integer", "int").split()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_as_written_down(command, monkeypatch, capsys):
-    if not importlib.metadata.version("typer").startswith(WRITTEN_WITH):
-        pytest.skip(f"the help texts are those of typer {WRITTEN_WITH}x")
     monkeypatch.setenv("COLUMNS", "80")
     app([command, "--help"], prog_name="cobla-onnx", standalone_mode=False)
     shown = capsys.readouterr().out
-    assert shown == (HERE / "help" / f"{command}.txt").read_text(encoding="utf-8")
+    stored = (HERE / "help" / f"{command}.txt").read_text(encoding="utf-8")
+    assert words(shown) == words(stored)
+    if importlib.metadata.version("typer").startswith(WRITTEN_WITH):
+        assert shown == stored
 
 
 def test_signatures_are_as_written_down():
