@@ -1,7 +1,7 @@
 """Options of `Settings` as parameters of commands, and those of the command line alone.
 
 A command is decorated with `takes_options`: its parameter ``options`` stands for all options
-that the table has for it, and ``shown`` for how the result is to be shown.
+that `Settings` has for it, in the form in which the Python API takes them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -29,15 +29,6 @@ __all__ = ["ExternalData", "Given", "Input", "Shown", "Version", "takes_options"
 # Options of a command as the Python API takes them.
 Given = Mapping[str, Any]
 GROUPS = typing.get_args(Group)
-
-
-@dataclass(frozen=True)
-class Shown:
-    """How a command shows its result, and how far it is."""
-
-    json: bool
-    quiet: bool
-    verbose: bool
 
 
 def _version(wanted: bool) -> None:
@@ -60,10 +51,13 @@ Version = Annotated[
 ]
 
 
-def _run_options(
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON, for scripts.")
-    ] = False,
+@dataclass(frozen=True)
+class Shown:
+    """How a command shows its result, and how far it is; what every command has."""
+
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")] = (
+        False
+    )
     config: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -73,43 +67,62 @@ def _run_options(
             is_eager=True,
             help="Options from a file; those on the command line win.",
         ),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    ] = None
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Print each stage with its time to stderr.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
-) -> Shown:
-    """Declare what every command has of the run, in the place of ``shown``."""
-    return Shown(json, quiet, verbose)
+    ] = False
+    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False
 
 
 def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Put the options of a command in the places of its parameters ``options`` and ``shown``."""
+    """Let typer see the options of a command where its function has them together.
+
+    The parameter ``options`` stands for those of the table, and a parameter whose type is a
+    dataclass for the fields of it.
+    """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        shared = _shared_options(command)
-        flags = [_parameter(*flag) for option in shared for flag in option.flags]
-        run_options = list(inspect.signature(_run_options, eval_str=True).parameters.values())
-        places = {"options": flags, "shown": run_options}
         signature = inspect.signature(function, eval_str=True)
-        parameters = [
-            one.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in signature.parameters.values()
-            for one in places.get(parameter.name, [parameter])
-        ]
+        shared = _shared_options(command)
+        places: dict[str, list[inspect.Parameter]] = {}
+        together: dict[str, type] = {}
+        for name, parameter in signature.parameters.items():
+            if name == "options":
+                places[name] = [_parameter(*flag) for option in shared for flag in option.flags]
+            elif isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation):
+                together[name] = parameter.annotation
+                places[name] = _own_parameters(parameter.annotation)
+            else:
+                places[name] = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+        parameters = [parameter for place in places.values() for parameter in place]
 
         @functools.wraps(function)
         def run(**values: Any) -> None:
-            shown = _run_options(**{one.name: values.pop(one.name) for one in run_options})
+            for name, kind in together.items():
+                values[name] = kind(**{one.name: values.pop(one.name) for one in places[name]})
             options = {option.name: option.take(values) for option in shared}
-            function(**values, options=options, shown=shown)
+            function(**values, options=options)
 
         run.__dict__["__signature__"] = signature.replace(parameters=parameters)
         run.__annotations__ = {one.name: one.annotation for one in parameters}
         return run
 
     return decorate
+
+
+def _own_parameters(declared: type) -> list[inspect.Parameter]:
+    """Return the fields of a dataclass, annotated for typer, as parameters."""
+    hints = typing.get_type_hints(declared, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(declared)
+    ]
 
 
 def _as_given(flag: str, value: Any) -> Any:
