@@ -49,10 +49,10 @@ def test_an_empty_past_is_a_feed(tmp_path):
 
 
 def test_shapes_with_an_empty_axis():
-    assert input_shapes(["a:b:1,2,0,16"]) == {"a:b": (1, 2, 0, 16)}
+    assert input_shapes("--input-shape", ["a:b:1,2,0,16"]) == {"a:b": (1, 2, 0, 16)}
     for wrong in ("past:1,-2", "past:1,²", "past:"):
         with pytest.raises(UsageError, match="is not NAME:SIZE"):
-            input_shapes([wrong])
+            input_shapes("--input-shape", [wrong])
     with pytest.raises(UsageError, match="first axis has to be at least 1"):
         compress(decoder(), Budget(mem=0.7), input_shapes={"past": (0, 2, 32)}, threads=1)
 

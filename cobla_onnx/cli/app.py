@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from cobla_onnx import __version__
-from cobla_onnx.cli import parameters as options
+from cobla_onnx.cli import parameters
 from cobla_onnx.cli.commands.compare import compare
 from cobla_onnx.cli.commands.compress import compress
 from cobla_onnx.cli.commands.inspect import inspect
@@ -55,7 +55,7 @@ app.command()(compare)
 
 
 @app.callback()
-def cobla_onnx(version: options.Version = False) -> None:
+def cobla_onnx(version: parameters.Version = False) -> None:
     """Make ONNX models smaller by low-rank factorisation under hard budgets.
 
     The main job needs no command's name: cobla-onnx IN OUT --mem 0.3

@@ -1,75 +1,34 @@
-"""The options that commands share, each declared once.
+"""Options of `Settings` as parameters of commands, and those of the command line alone.
 
-A command annotates its parameter with the option, ``data: options.Data = None``. Options of
-one command alone are declared there.
+A command is decorated with `takes_options`: its parameter ``options`` stands for all options
+that `Settings` has for it, in the form in which the Python API takes them.
 """
 
 from __future__ import annotations
 
-from enum import Enum
+import functools
+import inspect
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 
 from cobla_onnx import __version__
+from cobla_onnx.cli import parsing
 from cobla_onnx.cli.config import read_config
+from cobla_onnx.options import settings
+from cobla_onnx.options.declaring import Command, Flag, Group, Option
 
+__all__ = ["ExternalData", "Given", "Input", "Shown", "Version", "takes_options"]
 
-class Solver(str, Enum):
-    """Choices of --solver."""
-
-    slsqp = "slsqp"
-    milp = "milp"
-
-
-class Objective(str, Enum):
-    """Choices of --objective."""
-
-    auto = "auto"
-    weights = "weights"
-    output = "output"
-    loss = "loss"
-
-
-class Loss(str, Enum):
-    """Choices of --loss."""
-
-    auto = "auto"
-    kl = "kl"
-    mse = "mse"
-    ce = "ce"
-
-
-class ChannelOrder(str, Enum):
-    """Choices of --channel-order."""
-
-    rgb = "rgb"
-    bgr = "bgr"
-
-
-class ExternalData(str, Enum):
-    """Choices of --external-data."""
-
-    auto = "auto"
-    always = "always"
-    never = "never"
-
-
-class Layout(str, Enum):
-    """Choices of --layout."""
-
-    nchw = "nchw"
-    nhwc = "nhwc"
-
-
-class Scheme(str, Enum):
-    """Choices of --scheme."""
-
-    auto = "auto"
-    spatial = "spatial"
-    channel = "channel"
-    input = "input"
+# Options of a command as the Python API takes them.
+Given = Mapping[str, Any]
+GROUPS = typing.get_args(Group)
 
 
 def _version(wanted: bool) -> None:
@@ -79,206 +38,201 @@ def _version(wanted: bool) -> None:
 
 
 Input = Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model.")]
-
-# Calibration data.
-DataPath = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "--data",
-        metavar="PATH",
-        help="Unlabelled samples: .npz, .npy, a folder of images or of test_data_set_*.",
-    ),
-]
-Samples = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--samples", metavar="N", help="Use at most N samples.", min=2),
-]
-Batch = Annotated[
-    str,
-    typer.Option(
-        "--batch",
-        metavar="auto|N",
-        help="Samples that are run at a time; auto: as many as --memory-limit allows, 16 at most.",
-    ),
-]
-MemoryLimit = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--memory-limit",
-        metavar="SIZE",
-        help="Memory to take at most, such as 1500MB; by default 2GB more than the model has.",
-        show_default=False,
-    ),
-]
-Mean = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--mean", metavar="M[,M,M]", help="Images: taken off each channel, after --scale."
-    ),
-]
-Std = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--std", metavar="S[,S,S]", help="Images: each channel is divided by it, last."),
-]
-Scale = Annotated[
-    float,
-    typer.Option("--scale", metavar="F", help="Images: pixels (0 to 255) are multiplied by it."),
-]
-ChannelOrderOption = Annotated[
-    ChannelOrder, typer.Option("--channel-order", help="Images: order of the model's channels.")
-]
-LayoutOption = Annotated[
-    Layout, typer.Option("--layout", help="Images: order of the model's axes.")
-]
-LabelsFile = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "--labels",
-        metavar="FILE",
-        help="Classes of the samples, .csv, .npy or .npz: the loss is the cross-entropy.",
-    ),
-]
-LossOption = Annotated[
-    Loss, typer.Option("--loss", help="How outputs are compared with the original's.")
-]
-OutputsOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option(
-        "--output",
-        metavar="NAME[=HOW][:AXIS]",
-        help="How an output counts: classes, values or ignore; if some are named alone, only "
-        "those count. Repeatable.",
-    ),
-]
-
-# Which layers, and how.
-InputShapes = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--input-shape", metavar="NAME:D,D", help="Shape of an input with unknown axes."),
-]
-Include = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--include", metavar="GLOB", help="Only layers of this name, or that match."),
-]
-Exclude = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--exclude", metavar="GLOB", help="Leave layers of this name, or that match."),
-]
-MinSize = Annotated[
-    int,
-    typer.Option("--min-size", metavar="N", help="Leave layers with fewer weights.", min=0),
-]
-SchemeOption = Annotated[
-    Scheme,
-    typer.Option("--scheme", help="How convolutions are unfolded; auto chooses per layer."),
-]
-
-# How ranks and factors are found.
-ObjectiveOption = Annotated[
-    Objective,
-    typer.Option(
-        "--objective",
-        help="weights: no data needed; output: each layer measured with --data; loss: the "
-        "network's loss by its gradient, slower.",
-    ),
-]
-SolverOption = Annotated[
-    Solver,
-    typer.Option("--solver", help="slsqp: relaxed masks, then rounding; milp: integer only."),
-]
-TimeLimit = Annotated[
-    Optional[float],  # noqa: UP045
-    typer.Option(
-        "--time-limit", metavar="SECONDS", help="With --objective loss: of its search.", min=0
-    ),
-]
-Refit = Annotated[
-    bool,
-    typer.Option("--refit/--no-refit", help="With data: refit factors to changed inputs."),
-]
-
-# Speed.
-RankMultiple = Annotated[
-    str,
-    typer.Option(
-        "--rank-multiple",
-        metavar="auto|N",
-        help="Ranks are multiples of N; auto: as the CPU likes them, every rank with --mem alone.",
-    ),
-]
-Provider = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--provider", metavar="NAME", help="onnxruntime's execution provider; the CPU's if none."
-    ),
-]
-ProfileFile = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "--profile",
-        metavar="FILE.json",
-        help="Measured times: read if the file is there, and kept for the next run.",
-    ),
-]
-MeasureLatency = Annotated[
-    bool,
-    typer.Option(
-        "--measure-latency", help="Time original and result; with --latency that is always done."
-    ),
-]
-
-# The run.
-Seed = Annotated[
-    int, typer.Option("--seed", help="For the random inputs of the verification.", min=0)
-]
-Threads = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--threads", metavar="N", help="Threads; as many as there are cores.", min=1),
-]
-Workers = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(
-        "--workers", metavar="N", help="Processes that share the work, each one thread.", min=1
-    ),
-]
-Dask = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--dask", metavar="ADDRESS", help="Share the work over the dask cluster of a scheduler."
-    ),
-]
-CacheFolder = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "--cache",
-        metavar="DIR",
-        help="Keep spectra, factors and what data told there: the next budget is quicker.",
-    ),
-]
-ExternalDataOption = Annotated[
-    ExternalData,
+ExternalData = Annotated[
+    Literal["auto", "always", "never"],
     typer.Option(
         "--external-data",
         help="Weights in a file beside OUT; auto: as they were, or if over 2 GB.",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Print each stage with its time to stderr.")
-]
-Config = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "--config",
-        metavar="FILE.toml",
-        callback=read_config,
-        is_eager=True,
-        help="Options from a file; those on the command line win.",
-    ),
-]
-Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
 Version = Annotated[
     bool,
     typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
 ]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a command shows its result, and how far it is; what every command has."""
+
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")] = (
+        False
+    )
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--config",
+            metavar="FILE.toml",
+            callback=read_config,
+            is_eager=True,
+            help="Options from a file; those on the command line win.",
+        ),
+    ] = None
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print each stage with its time to stderr.")
+    ] = False
+    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False
+
+
+def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let typer see the options of a command where its function has them together.
+
+    The parameter ``options`` stands for those of the table, and a parameter whose type is a
+    dataclass for the fields of it.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True)
+        shared = _shared_options(command)
+        places: dict[str, list[inspect.Parameter]] = {}
+        together: dict[str, type] = {}
+        for name, parameter in signature.parameters.items():
+            if name == "options":
+                places[name] = [_parameter(*flag) for option in shared for flag in option.flags]
+            elif isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation):
+                together[name] = parameter.annotation
+                places[name] = _own_parameters(parameter.annotation)
+            else:
+                places[name] = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+        parameters = [parameter for place in places.values() for parameter in place]
+
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            for name, kind in together.items():
+                values[name] = kind(**{one.name: values.pop(one.name) for one in places[name]})
+            options = {option.name: option.take(values) for option in shared}
+            function(**values, options=options)
+
+        run.__dict__["__signature__"] = signature.replace(parameters=parameters)
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate
+
+
+def _own_parameters(declared: type) -> list[inspect.Parameter]:
+    """Return the fields of a dataclass, annotated for typer, as parameters."""
+    hints = typing.get_type_hints(declared, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(declared)
+    ]
+
+
+def _as_given(flag: str, value: Any) -> Any:
+    return value
+
+
+def _texts(flag: str, values: list[str]) -> tuple[str, ...]:
+    return tuple(values)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How values of a type are written on the command line, and read: ``read(flag, value)``."""
+
+    type: Any
+    repeated: bool = False
+    read: Callable[[str, Any], Any] = _as_given
+
+
+# By the type of the field, or by the first of these that is in its union.
+FORMS: dict[Any, _Form] = {
+    Any: _Form(Path),
+    os.PathLike[str]: _Form(Path),
+    Literal["auto"]: _Form(str, read=parsing.whole_or_auto),
+    Mapping[str, Sequence[int]]: _Form(str, repeated=True, read=parsing.input_shapes),
+    Sequence[str]: _Form(str, repeated=True, read=_texts),
+    tuple[float, ...]: _Form(str, read=parsing.numbers),
+    **{plain: _Form(plain) for plain in (str, bool, int, float)},
+}
+# What is written in parts, and how it is put together from their values.
+BUILDERS: dict[type, Callable[..., Any]] = {settings.ImageFlags: parsing.image_options}
+
+
+def _form(hint: Any) -> _Form:
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    members = typing.get_args(hint) if union else (hint,)
+    for known, form in FORMS.items():
+        if known in members:
+            return form
+    if typing.get_origin(members[0]) is Literal:
+        return _Form(members[0])
+    raise TypeError(f"options of type {hint} cannot be written on the command line; see FORMS")
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """An option of the table, and the flags by which the command line has it.
+
+    ``parts`` is the class whose fields the flags are, where they are more than one.
+    """
+
+    name: str
+    flags: tuple[tuple[Field[Any], _Form], ...]
+    parts: type | None
+
+    def take(self, values: dict[str, Any]) -> Any:
+        """Take the values of the flags out of a command's; return the option's."""
+        taken = {}
+        for field, form in self.flags:
+            value = values.pop(field.name)
+            flag = _flag(field).name
+            taken[field.name] = field.default if value is None else form.read(flag, value)
+        return taken[self.name] if self.parts is None else BUILDERS[self.parts](**taken)
+
+
+def _shared_options(command: Command) -> list[_Shared]:
+    """Return the options of the table that a command has, in the order of the help."""
+    fields_by_group = sorted(
+        settings.options_of(command), key=lambda field: GROUPS.index(_option(field).group)
+    )
+    shared = []
+    for field in fields_by_group:
+        parts = _option(field).parts
+        if parts is not None:
+            shared.append(_Shared(field.name, _with_forms(parts, fields(parts)), parts))
+        elif field.metadata["flag"] is not None:
+            shared.append(_Shared(field.name, _with_forms(settings.Settings, [field]), None))
+    return shared
+
+
+# A few milliseconds each.
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _with_forms(
+    declared: type, flags: Iterable[Field[Any]]
+) -> tuple[tuple[Field[Any], _Form], ...]:
+    hints = _hints(declared)
+    return tuple((field, _form(hints[field.name])) for field in flags)
+
+
+def _option(field: Field[Any]) -> Option:
+    option: Option = field.metadata["option"]
+    return option
+
+
+def _flag(field: Field[Any]) -> Flag:
+    flag: Flag = field.metadata["flag"]
+    return flag
+
+
+def _parameter(field: Field[Any], form: _Form) -> inspect.Parameter:
+    flag = _flag(field)
+    default = None if form.repeated else field.default
+    annotation: Any = types.GenericAlias(list, (form.type,)) if form.repeated else form.type
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=typer.Option(
+            default, flag.name, metavar=flag.metavar, help=flag.help, min=flag.minimum
+        ),
+        annotation=annotation if default is not None else annotation | None,
+    )

@@ -3,69 +3,61 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cobla_onnx.errors import UsageError
 
 if TYPE_CHECKING:
     from cobla_onnx.calibration.data.readers import ImageOptions
-    from cobla_onnx.cli.parameters import ChannelOrder, Layout
-    from cobla_onnx.variants.low_rank.ranks import RankMultiple
 
-__all__ = ["batch_size", "image_options", "input_shapes", "rank_multiple", "share", "spread"]
+__all__ = ["image_options", "input_shapes", "numbers", "share", "spread", "whole_or_auto"]
 
 # Budgets of a sweep in one direction.
 MOST_POINTS = 1000
 
 
-def input_shapes(entries: list[str] | None) -> dict[str, tuple[int, ...]]:
+def input_shapes(option: str, entries: list[str]) -> dict[str, tuple[int, ...]]:
     """Parse ``name:1,3,224,224``; the name itself may hold colons.
 
     An axis may be empty, as the past of a decoder is at its first step.
     """
     shapes = {}
-    for entry in entries or ():
+    for entry in entries:
         name, colon, sizes = entry.rpartition(":")
         parts = sizes.split(",")
         if not colon or not name or not all(p.isascii() and p.isdecimal() for p in parts):
             raise UsageError(
-                f"--input-shape {entry}: is not NAME:SIZE,SIZE,...; write e.g. image:1,3,224,224"
+                f"{option} {entry}: is not NAME:SIZE,SIZE,...; write e.g. image:1,3,224,224"
             )
         shapes[name] = tuple(int(part) for part in parts)
     return shapes
 
 
-def rank_multiple(text: str) -> RankMultiple:
+def whole_or_auto(option: str, text: str) -> Literal["auto"] | int:
     """Parse ``auto`` or a whole number from 1 on."""
     if text == "auto":
         return "auto"
     if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--rank-multiple {text}: give auto, or a whole number from 1 on")
+        raise UsageError(f"{option} {text}: give auto, or a whole number from 1 on")
     return int(text)
 
 
-def batch_size(text: str) -> Literal["auto"] | int:
-    """Parse ``auto`` or a whole number from 1 on."""
-    if text == "auto":
-        return "auto"
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--batch {text}: give auto, or a whole number from 1 on")
-    return int(text)
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """Parse one number, or some separated by commas."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {text}: is not a number, or one for each channel separated by commas; "
+            f"write e.g. {option} 104,117,123"
+        ) from error
 
 
-def image_options(
-    mean: str | None, std: str | None, scale: float, order: ChannelOrder, layout: Layout
-) -> ImageOptions:
-    """Put the options of images together."""
+def image_options(**parts: Any) -> ImageOptions:
+    """Put the options of images together; None is the default."""
     from cobla_onnx.calibration.data.readers import ImageOptions
 
-    return ImageOptions(
-        mean=_numbers("--mean", mean, 0.0),
-        std=_numbers("--std", std, 1.0),
-        scale=scale,
-        channel_order=order.value,
-        layout=layout.value,
-    )
+    return ImageOptions(**{name: value for name, value in parts.items() if value is not None})
 
 
 def share(option: str, text: str | None) -> float | None:
@@ -105,15 +97,3 @@ def _spread(low: str, high: str | None = None, count: str = "") -> list[float]:
         raise ValueError(points)
     step = (stop - start) / (points - 1)
     return [round(start + step * number, 10) for number in range(points)]
-
-
-def _numbers(option: str, text: str | None, default: float) -> tuple[float, ...]:
-    if text is None:
-        return (default,)
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(
-            f"{option} {text}: is not a number, or one for each channel separated by commas; "
-            f"write e.g. {option} 104,117,123"
-        ) from error

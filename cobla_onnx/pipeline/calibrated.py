@@ -27,8 +27,8 @@ from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.choosing import Compared
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.gradients import GradientProbe
-from cobla_onnx.calibration.evaluation.loss import LossName
 from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel
+from cobla_onnx.calibration.evaluation.output_choice import LossName
 from cobla_onnx.calibration.evaluation.probe import Weights
 from cobla_onnx.calibration.evaluation.quality import measure_quality
 from cobla_onnx.calibration.statistics import Approximation

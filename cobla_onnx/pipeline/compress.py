@@ -2,64 +2,33 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.calibration.data.labels import Labels
-from cobla_onnx.calibration.data.readers import ImageOptions
-from cobla_onnx.calibration.evaluation.loss import LossName
-from cobla_onnx.calibration.evaluation.output_choice import Outputs
 from cobla_onnx.errors import UsageError
-from cobla_onnx.options import BatchSize, ObjectiveName, Settings
+from cobla_onnx.options import Settings
+from cobla_onnx.options.signatures import SearchOptions, takes_options
 from cobla_onnx.pipeline.inputs import ModelSource
 from cobla_onnx.pipeline.max_drop import check_max_drop, smallest
 from cobla_onnx.pipeline.open_session import open_study
 from cobla_onnx.pipeline.result import Result
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.provenance import call_text
-from cobla_onnx.runtime.progress import Progress
-from cobla_onnx.variants.low_rank.ranks import RankMultiple
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["compress"]
 
 
+@takes_options("compress", own_after="measure_latency")
 def compress(
     model: ModelSource,
     budget: Budget | None = None,
     *,
-    solver: Literal["slsqp", "milp"] = "slsqp",
-    objective: ObjectiveName = "auto",
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    min_size: int = 0,
-    scheme: Literal["auto", "spatial", "channel", "input"] = "auto",
-    data: Any = None,
-    samples: int | None = None,
-    batch: BatchSize = "auto",
-    memory_limit: int | str | None = None,
-    images: ImageOptions | None = None,
-    labels: Labels | str | os.PathLike[str] | None = None,
-    loss: LossName = "auto",
-    outputs: Outputs = (),
-    refit: bool = True,
-    time_limit: float | None = None,
-    rank_multiple: RankMultiple = "auto",
-    provider: str | None = None,
-    profile: str | os.PathLike[str] | None = None,
-    measure_latency: bool = False,
     max_drop: float | None = None,
     plan: Plan | None = None,
-    seed: int = 0,
-    threads: int | None = None,
-    workers: int | None = None,
-    executor: Executor | None = None,
-    dask: str | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[SearchOptions],
 ) -> Result:
     """Compress a model so that it fits a budget, and verify it in onnxruntime.
 
@@ -170,38 +139,13 @@ def compress(
     >>> result.report.budget["mem"].reached <= 0.5
     True
     """
-    call = call_text(compress, {**locals(), "progress": None})
+    own = {"model": model, "budget": budget, "max_drop": max_drop, "plan": plan}
     timed = budget is not None and budget.latency is not None
-    settings = Settings(
-        solver=solver,
-        objective=objective,
-        input_shapes=input_shapes,
-        include=include,
-        exclude=exclude,
-        min_size=min_size,
-        scheme=scheme,
-        data=data,
-        samples=samples,
-        batch=batch,
-        memory_limit=memory_limit,
-        images=images,
-        labels=labels,
-        loss=loss,
-        outputs=outputs,
-        refit=refit,
-        time_limit=time_limit,
-        rank_multiple=rank_multiple,
-        provider=provider,
-        profile=profile,
-        measure_latency=measure_latency or timed,
-        seed=seed,
-        threads=threads,
-        workers=workers,
-        executor=executor,
-        dask=dask,
-        cache=cache,
-        progress=progress,
-        call=call,
+    settings = Settings.of(
+        "compress",
+        options,
+        measure_latency=options.get("measure_latency", False) or timed,
+        call=call_text(compress, {**options, **own, "progress": None}),
     )
     if max_drop is not None:
         check_max_drop(max_drop)

@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.problem import Curve
-from cobla_onnx.calibration.data.readers import ImageOptions
 from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.layers import Skipped
-from cobla_onnx.options import BatchSize, Settings
+from cobla_onnx.options import Settings
+from cobla_onnx.options.signatures import InspectOptions, takes_options
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.inputs import ModelSource
 from cobla_onnx.pipeline.open_session import open_study
 from cobla_onnx.pipeline.session import Study
 from cobla_onnx.report.inspection import InspectedLayer, InspectedScheme, Inspection, LeftAlone
-from cobla_onnx.runtime.progress import Progress
 
 if TYPE_CHECKING:
-    pass
+    from typing_extensions import Unpack
 
 __all__ = ["inspect"]
 
 
+@takes_options("inspect")
 def inspect(
     model: ModelSource,
-    *,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    min_size: int = 0,
-    scheme: Literal["auto", "spatial", "channel", "input"] = "auto",
-    data: Any = None,
-    samples: int | None = None,
-    batch: BatchSize = "auto",
-    memory_limit: int | str | None = None,
-    images: ImageOptions | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[InspectOptions],
 ) -> Inspection:
     """Look at what could be done to a model; nothing is changed or written.
 
@@ -69,21 +57,7 @@ def inspect(
     >>> found.least["mem"] < 0.05
     True
     """  # noqa: E501
-    settings = Settings(
-        input_shapes=input_shapes,
-        include=include,
-        exclude=exclude,
-        min_size=min_size,
-        scheme=scheme,
-        data=data,
-        samples=samples,
-        batch=batch,
-        memory_limit=memory_limit,
-        images=images,
-        threads=threads,
-        progress=progress,
-    )
-    with open_study(model, settings) as study:
+    with open_study(model, Settings.of("inspect", options)) as study:
         return _inspection(study)
 
 

@@ -3,69 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from cobla_onnx.allocation import Budget
-from cobla_onnx.calibration.data.labels import Labels
-from cobla_onnx.calibration.data.readers import ImageOptions
-from cobla_onnx.calibration.evaluation.loss import LossName
-from cobla_onnx.calibration.evaluation.output_choice import Outputs
 from cobla_onnx.errors import BudgetError, UsageError, WriteError
 from cobla_onnx.graph.io.save import ExternalData
-from cobla_onnx.options import BatchSize, ObjectiveName, Settings
+from cobla_onnx.options import Settings
+from cobla_onnx.options.signatures import SearchOptions, takes_options
 from cobla_onnx.pipeline.inputs import ModelSource
 from cobla_onnx.pipeline.open_session import open_study
 from cobla_onnx.pipeline.session import Study
 from cobla_onnx.report.amounts import budget_name
 from cobla_onnx.report.sweep import Sweep, SweepPoint
-from cobla_onnx.runtime.progress import Progress
-from cobla_onnx.variants.low_rank.ranks import RankMultiple
 
 if TYPE_CHECKING:
-    pass
+    from typing_extensions import Unpack
 
 __all__ = ["sweep"]
 
 
+@takes_options("sweep")
 def sweep(
     model: ModelSource,
     budgets: Iterable[Budget],
     *,
     out_dir: str | os.PathLike[str] | None = None,
     external_data: ExternalData = "auto",
-    solver: Literal["slsqp", "milp"] = "slsqp",
-    objective: ObjectiveName = "auto",
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    min_size: int = 0,
-    scheme: Literal["auto", "spatial", "channel", "input"] = "auto",
-    data: Any = None,
-    samples: int | None = None,
-    batch: BatchSize = "auto",
-    memory_limit: int | str | None = None,
-    images: ImageOptions | None = None,
-    labels: Labels | str | os.PathLike[str] | None = None,
-    loss: LossName = "auto",
-    outputs: Outputs = (),
-    refit: bool = True,
-    time_limit: float | None = None,
-    rank_multiple: RankMultiple = "auto",
-    provider: str | None = None,
-    profile: str | os.PathLike[str] | None = None,
-    measure_latency: bool = False,
-    seed: int = 0,
-    threads: int | None = None,
-    workers: int | None = None,
-    executor: Executor | None = None,
-    dask: str | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[SearchOptions],
 ) -> Sweep:
     """Compress a model to many budgets; it is analysed once.
 
@@ -82,7 +50,7 @@ def sweep(
         See `Result.save`.
     solver, objective, input_shapes, include, exclude, min_size, scheme, data, samples, batch
         As those of `compress`.
-    memory_limit, images, labels, loss, refit, time_limit, seed, threads
+    memory_limit, images, labels, loss, outputs, refit, time_limit, seed, threads
         As those of `compress`.
     rank_multiple, provider, profile, measure_latency, workers, executor, dask, cache, progress
         As those of `compress`.
@@ -111,36 +79,8 @@ def sweep(
     if not wanted:
         raise UsageError("no budgets: give --mem or --mac, e.g. --mem 0.3:0.9:7")
     timed = any(budget.latency is not None for budget in wanted)
-    settings = Settings(
-        solver=solver,
-        objective=objective,
-        input_shapes=input_shapes,
-        include=include,
-        exclude=exclude,
-        min_size=min_size,
-        scheme=scheme,
-        data=data,
-        samples=samples,
-        batch=batch,
-        memory_limit=memory_limit,
-        images=images,
-        labels=labels,
-        loss=loss,
-        outputs=outputs,
-        refit=refit,
-        time_limit=time_limit,
-        rank_multiple=rank_multiple,
-        provider=provider,
-        profile=profile,
-        measure_latency=measure_latency or timed,
-        seed=seed,
-        threads=threads,
-        workers=workers,
-        executor=executor,
-        dask=dask,
-        cache=cache,
-        progress=progress,
-    )
+    measured = options.get("measure_latency", False) or timed
+    settings = Settings.of("sweep", options, measure_latency=measured)
     folder = None if out_dir is None else _folder(Path(out_dir))
     macs_needed = any(budget.mac is not None for budget in wanted)
     with ExitStack() as stack:

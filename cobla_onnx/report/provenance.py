@@ -31,7 +31,7 @@ def command_text(arguments: Sequence[str]) -> str:
 
 
 def call_text(function: Callable[..., Any], values: Mapping[str, Any]) -> str:
-    """Write a call down, without the arguments that have their default.
+    """Write a call down, without the arguments that have their default or no value.
 
     Objects that no literal stands for are written as ``<their type>``.
 
@@ -43,7 +43,7 @@ def call_text(function: Callable[..., Any], values: Mapping[str, Any]) -> str:
     """
     shown = []
     for name, parameter in inspect.signature(function).parameters.items():
-        value = values[name]
+        value = values.get(name, parameter.default)
         if parameter.default is inspect.Parameter.empty:
             shown.append(_literal(value))
         elif value is not parameter.default and _literal(value) != _literal(parameter.default):

@@ -11,9 +11,8 @@ import onnx
 
 from cobla_onnx.autodiff.measures import LossKind, Measure
 from cobla_onnx.calibration.data.dataset import Dataset
-from cobla_onnx.calibration.evaluation.loss import LossName
 from cobla_onnx.calibration.evaluation.makers import Made, made_by
-from cobla_onnx.calibration.evaluation.output_choice import OutputChoice
+from cobla_onnx.calibration.evaluation.output_choice import LossName, OutputChoice
 from cobla_onnx.calibration.evaluation.survey import OutputFacts, Survey, survey
 from cobla_onnx.calibration.evaluation.temperature import temperatures
 from cobla_onnx.calibration.heads import Curvature, curvatures

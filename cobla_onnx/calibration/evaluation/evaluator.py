@@ -13,7 +13,7 @@ from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.data.labels import labels_of_batches
 from cobla_onnx.calibration.evaluation.choosing import Chooser, Compared, look_at
-from cobla_onnx.calibration.evaluation.loss import LossName
+from cobla_onnx.calibration.evaluation.output_choice import LossName
 from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
 from cobla_onnx.calibration.evaluation.probe import Probe, Weights
 from cobla_onnx.calibration.evaluation.temperature import soften

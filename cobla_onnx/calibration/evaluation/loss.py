@@ -8,7 +8,7 @@ feature, or by both. Several outputs are summed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +17,12 @@ from cobla_onnx.autodiff.measures import TINY, LossKind, Measure, as_measure
 from cobla_onnx.calibration.evaluation.targets import counted_positions
 
 __all__ = [
-    "LossName",
     "counting",
     "equal_infinities",
     "log_probabilities",
     "sample_losses",
     "squared_errors",
 ]
-
-LossName: TypeAlias = Literal["auto", "kl", "mse", "ce"]
 
 # Elements of an output that are compared at a time, in double precision.
 AT_ONCE = 1 << 22

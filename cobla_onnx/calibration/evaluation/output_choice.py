@@ -6,14 +6,17 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from cobla_onnx.errors import UsageError
 from cobla_onnx.text import quoted
 
-__all__ = ["HOW", "OutputChoice", "Outputs", "resolve_outputs"]
+__all__ = ["HOW", "LossName", "OutputChoice", "Outputs", "resolve_outputs"]
 
 HOW = ("classes", "values", "ignore")
+
+LossName: TypeAlias = Literal["auto", "kl", "mse", "ce"]
+"""How outputs are compared with the original's, where nothing else is said of one."""
 
 Outputs: TypeAlias = "Sequence[str] | Mapping[str, str]"
 """``NAME[=classes|values|ignore][:AXIS]`` for each output, or what follows the = by name."""

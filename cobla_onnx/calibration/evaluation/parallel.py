@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.evaluation.incremental import OnwardProbe
-from cobla_onnx.calibration.evaluation.loss import LossName
+from cobla_onnx.calibration.evaluation.output_choice import LossName
 from cobla_onnx.calibration.evaluation.probe import KEPT_OUTPUTS, Pair, Probe
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.runtime.pool import Pool

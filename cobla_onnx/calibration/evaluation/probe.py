@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.evaluation.choosing import measures_of
-from cobla_onnx.calibration.evaluation.loss import LossName, sample_losses
+from cobla_onnx.calibration.evaluation.loss import sample_losses
+from cobla_onnx.calibration.evaluation.output_choice import LossName
 from cobla_onnx.calibration.evaluation.targets import binary_targets, one_hot
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.graph.subgraph import expose

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from cobla_onnx.cli import parameters as options
-from cobla_onnx.cli import parsing, terminal
+from cobla_onnx.cli import parameters, parsing, terminal
 
 __all__ = ["compress"]
 
 
-def compress(
-    input: Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model to compress.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write the result.")],
+@dataclass(frozen=True)
+class Limits:
+    """Budgets, or what may be lost."""
+
     mem: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(metavar="F", help="Keep at most this fraction of the weights' bytes."),
-    ] = None,
+    ] = None
     mac: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(metavar="F", help="Keep at most this fraction of the MACs."),
-    ] = None,
+    ] = None
     latency: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(metavar="F", help="Take at most this fraction of the time, measured here."),
-    ] = None,
+    ] = None
     max_drop: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -36,65 +37,46 @@ def compress(
             help="With --data: the smallest model that loses at most this share of agreement, "
             "of accuracy with --labels, or relative error.",
         ),
-    ] = None,
-    data: options.DataPath = None,
-    samples: options.Samples = None,
-    batch: options.Batch = "auto",
-    memory_limit: options.MemoryLimit = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    scale: options.Scale = 1.0,
-    channel_order: options.ChannelOrderOption = options.ChannelOrder.rgb,
-    layout: options.LayoutOption = options.Layout.nchw,
-    labels: options.LabelsFile = None,
-    loss: options.LossOption = options.Loss.auto,
-    outputs: options.OutputsOption = None,
-    refit: options.Refit = True,
-    solver: options.SolverOption = options.Solver.slsqp,
-    objective: options.ObjectiveOption = options.Objective.auto,
-    time_limit: options.TimeLimit = None,
-    input_shape: options.InputShapes = None,
-    include: options.Include = None,
-    exclude: options.Exclude = None,
-    min_size: options.MinSize = 0,
-    scheme: options.SchemeOption = options.Scheme.auto,
-    rank_multiple: options.RankMultiple = "auto",
-    provider: options.Provider = None,
-    profile: options.ProfileFile = None,
-    measure_latency: options.MeasureLatency = False,
-    seed: options.Seed = 0,
-    threads: options.Threads = None,
-    workers: options.Workers = None,
-    dask: options.Dask = None,
-    cache: options.CacheFolder = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class Files:
+    """Which files are written, and how; and the plan that is read."""
+
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but write the model.")
-    ] = False,
+    ] = False
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Allow OUT to be the same file as IN.")
-    ] = False,
-    external_data: options.ExternalDataOption = options.ExternalData.auto,
+    ] = False
+    external_data: parameters.ExternalData = "auto"
     report: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE", help="Write the report, as .html, .md or .json."),
-    ] = None,
+    ] = None
     history: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.csv", help="Write the steps of --objective loss as CSV."),
-    ] = None,
+    ] = None
     plan_out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.json", help="Write what becomes of each layer, to be edited."),
-    ] = None,
+    ] = None
     plan_in: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.json", help="Apply such a plan; limits that are set hold."),
-    ] = None,
-    json: options.Json = False,
-    config: options.Config = None,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
+    ] = None
+
+
+@parameters.takes_options("compress")
+def compress(
+    input: Annotated[Path, typer.Argument(metavar="IN", help="The ONNX model to compress.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write the result.")],
+    limits: Limits,
+    options: parameters.Given,
+    files: Files,
+    shown: parameters.Shown,
 ) -> None:
     """Write a smaller ONNX model that was verified in onnxruntime.
 
@@ -105,68 +87,41 @@ def compress(
     from cobla_onnx.pipeline.result import check_paths
     from cobla_onnx.report.files import report_writer
 
-    shapes = parsing.input_shapes(input_shape)
-    if report is not None:
-        report_writer(report)
+    if files.report is not None:
+        report_writer(files.report)
     written = [
-        ("--report", report),
-        ("--history", history),
-        ("--plan-out", plan_out),
-        ("--profile", profile),
+        ("--report", files.report),
+        ("--history", files.history),
+        ("--plan-out", files.plan_out),
+        ("--profile", options["profile"]),
     ]
-    check_paths(input, output, written, in_place=in_place)
+    check_paths(input, output, written, in_place=files.in_place)
     from cobla_onnx.allocation import Budget
     from cobla_onnx.plan import Plan
 
-    plan = None if plan_in is None else Plan.read(plan_in)
-    limited = any(value is not None for value in (mem, mac, latency))
-    budget = Budget(mem=mem, mac=mac, latency=latency) if limited else None
-    images = parsing.image_options(mean, std, scale, channel_order, layout)
-    with terminal.progress(quiet, verbose) as progress:
+    plan = None if files.plan_in is None else Plan.read(files.plan_in)
+    fractions = {"mem": limits.mem, "mac": limits.mac, "latency": limits.latency}
+    limited = any(fraction is not None for fraction in fractions.values())
+    with terminal.progress(shown.quiet, shown.verbose) as progress:
         result = run(
             input,
-            budget,
-            solver=solver.value,
-            objective=objective.value,
-            input_shapes=shapes,
-            include=include or (),
-            exclude=exclude or (),
-            min_size=min_size,
-            scheme=scheme.value,
-            data=data,
-            samples=samples,
-            batch=parsing.batch_size(batch),
-            memory_limit=memory_limit,
-            images=images,
-            labels=labels,
-            loss=loss.value,
-            outputs=outputs or (),
-            refit=refit,
-            time_limit=time_limit,
-            rank_multiple=parsing.rank_multiple(rank_multiple),
-            provider=provider,
-            profile=profile,
-            measure_latency=measure_latency,
-            max_drop=parsing.share("--max-drop", max_drop),
+            Budget(**fractions) if limited else None,
+            **options,
+            max_drop=parsing.share("--max-drop", limits.max_drop),
             plan=plan,
-            seed=seed,
-            threads=threads,
-            workers=workers,
-            dask=dask,
-            cache=cache,
             progress=progress,
         )
-        if not dry_run:
+        if not files.dry_run:
             if progress is not None:
                 progress("write", 0, 1)
-            result.save(output, external_data=external_data.value)
+            result.save(output, external_data=files.external_data)
             if progress is not None:
                 progress("write", 1, 1)
-    if report is not None:
-        result.save_report(report, sys.argv)
-    if history is not None:
-        result.save_history(history)
-    if plan_out is not None:
-        result.plan.save(plan_out)
-    last = "dry run: nothing was written" if dry_run else f"written: {output}"
-    terminal.result(result.report, json=json, quiet=quiet, last=last)
+    if files.report is not None:
+        result.save_report(files.report, sys.argv)
+    if files.history is not None:
+        result.save_history(files.history)
+    if files.plan_out is not None:
+        result.plan.save(files.plan_out)
+    last = "dry run: nothing was written" if files.dry_run else f"written: {output}"
+    terminal.result(result.report, json=shown.json, quiet=shown.quiet, last=last)

@@ -8,14 +8,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from cobla_onnx.cli import parameters as options
-from cobla_onnx.cli import parsing, terminal
+from cobla_onnx.cli import parameters, parsing, terminal
 
 __all__ = ["sweep"]
 
 
+@parameters.takes_options("sweep")
 def sweep(
-    input: options.Input,
+    input: parameters.Input,
     mem: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="LOW:HIGH:N", help="Memory budgets; also 0.3,0.5,0.8."),
@@ -40,42 +40,10 @@ def sweep(
         Optional[list[Path]],  # noqa: UP045
         typer.Option(metavar="FILE", help="Draw the points, as .svg or .png; repeatable."),
     ] = None,
-    data: options.DataPath = None,
-    samples: options.Samples = None,
-    batch: options.Batch = "auto",
-    memory_limit: options.MemoryLimit = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    scale: options.Scale = 1.0,
-    channel_order: options.ChannelOrderOption = options.ChannelOrder.rgb,
-    layout: options.LayoutOption = options.Layout.nchw,
-    labels: options.LabelsFile = None,
-    loss: options.LossOption = options.Loss.auto,
-    outputs: options.OutputsOption = None,
-    refit: options.Refit = True,
-    solver: options.SolverOption = options.Solver.slsqp,
-    objective: options.ObjectiveOption = options.Objective.auto,
-    time_limit: options.TimeLimit = None,
-    input_shape: options.InputShapes = None,
-    include: options.Include = None,
-    exclude: options.Exclude = None,
-    min_size: options.MinSize = 0,
-    scheme: options.SchemeOption = options.Scheme.auto,
-    rank_multiple: options.RankMultiple = "auto",
-    provider: options.Provider = None,
-    profile: options.ProfileFile = None,
-    measure_latency: options.MeasureLatency = False,
-    seed: options.Seed = 0,
-    threads: options.Threads = None,
-    workers: options.Workers = None,
-    dask: options.Dask = None,
-    cache: options.CacheFolder = None,
-    external_data: options.ExternalDataOption = options.ExternalData.auto,
-    json: options.Json = False,
-    config: options.Config = None,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
+    *,
+    options: parameters.Given,
+    external_data: parameters.ExternalData = "auto",
+    shown: parameters.Shown,
 ) -> None:
     """Compress to many budgets and show the Pareto front.
 
@@ -95,44 +63,17 @@ def sweep(
     check_written([input], [("--csv", csv), *(("--plot", path) for path in plot or ())])
     combined = itertools.product(*(values or (None,) for values in grid))
     budgets = [Budget(mem=m, mac=c, latency=t) for m, c, t in combined]
-    shapes = parsing.input_shapes(input_shape)
-    images = parsing.image_options(mean, std, scale, channel_order, layout)
-    with terminal.progress(quiet, verbose) as progress:
+    with terminal.progress(shown.quiet, shown.verbose) as progress:
         found = run(
             input,
             budgets,
             out_dir=out_dir,
-            external_data=external_data.value,
-            solver=solver.value,
-            objective=objective.value,
-            input_shapes=shapes,
-            include=include or (),
-            exclude=exclude or (),
-            min_size=min_size,
-            scheme=scheme.value,
-            data=data,
-            samples=samples,
-            batch=parsing.batch_size(batch),
-            memory_limit=memory_limit,
-            images=images,
-            labels=labels,
-            loss=loss.value,
-            outputs=outputs or (),
-            refit=refit,
-            time_limit=time_limit,
-            rank_multiple=parsing.rank_multiple(rank_multiple),
-            provider=provider,
-            profile=profile,
-            measure_latency=measure_latency,
-            seed=seed,
-            threads=threads,
-            workers=workers,
-            dask=dask,
-            cache=cache,
+            external_data=external_data,
+            **options,
             progress=progress,
         )
     if csv is not None:
         found.save_csv(csv)
     for path in plot or ():
         found.save_plot(path)
-    terminal.result(found, json=json, quiet=quiet)
+    terminal.result(found, json=shown.json, quiet=shown.quiet)

@@ -1,0 +1,11 @@
+"""The options of compression, each declared once: type, default, flag, limits and help text."""
+
+from cobla_onnx.options.settings import (
+    BatchSize,
+    ObjectiveName,
+    Settings,
+    check_batch,
+    memory_bytes,
+)
+
+__all__ = ["BatchSize", "ObjectiveName", "Settings", "check_batch", "memory_bytes"]

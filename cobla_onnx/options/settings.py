@@ -1,0 +1,377 @@
+"""The options of compression, each written once, as a field of `Settings`.
+
+The command line, ``--config`` and the signatures of the Python API are derived from the fields;
+tests hold the tables of the documentation against them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from cobla_onnx.calibration.evaluation.output_choice import LossName, Outputs
+from cobla_onnx.errors import UsageError
+from cobla_onnx.options.declaring import Command, flag, option
+from cobla_onnx.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from cobla_onnx.calibration.data.labels import Labels
+    from cobla_onnx.calibration.data.readers import ImageOptions
+    from cobla_onnx.variants.low_rank.ranks import RankMultiple
+else:
+    # The command line evaluates the annotations; importing these modules takes a second.
+    Labels = ImageOptions = Any
+    RankMultiple = Literal["auto"] | int
+
+__all__ = [
+    "BatchSize",
+    "ImageFlags",
+    "ObjectiveName",
+    "Settings",
+    "check_batch",
+    "memory_bytes",
+    "options_of",
+]
+
+BatchSize: TypeAlias = Literal["auto"] | int
+ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
+
+# Which commands have an option.
+EVERY: tuple[Command, ...] = ("compress", "inspect", "sweep", "compare")
+ANALYSE: tuple[Command, ...] = ("compress", "inspect", "sweep")
+RUN: tuple[Command, ...] = ("compress", "sweep", "compare")
+SEARCH: tuple[Command, ...] = ("compress", "sweep")
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def check_batch(batch: object) -> None:
+    """Check a number of samples that run at a time.
+
+    Raises
+    ------
+    UsageError
+        If it is neither ``auto`` nor a whole number from 1 on.
+    """
+    if batch != "auto" and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
+        raise UsageError(f"--batch {batch}: give auto, or a whole number from 1 on")
+
+
+def memory_bytes(limit: int | str | None) -> int | None:
+    """Bytes of a limit such as ``2GB``, ``1500MB`` or ``2000000000``.
+
+    Raises
+    ------
+    UsageError
+        If it is not one.
+
+    Examples
+    --------
+    >>> memory_bytes("1.5GB"), memory_bytes("2 GiB"), memory_bytes(100)
+    (1500000000, 2147483648, 100)
+    """
+    if limit is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(limit).strip().lower(), re.ASCII)
+    size = int(float(found[1]) * UNITS.get(found[2], 0)) if found else 0
+    if not size:
+        raise UsageError(
+            f"--memory-limit {limit}: is no number of bytes; write e.g. 2GB, 1500MB or 2000000000"
+        )
+    return size
+
+
+@dataclass(frozen=True)
+class ImageFlags:
+    """``images`` on the command line: a flag for each field of `ImageOptions`.
+
+    None stands for its default.
+    """
+
+    mean: tuple[float, ...] | None = flag(
+        None, "--mean", "Images: taken off each channel, after --scale.", "M[,M,M]"
+    )
+    std: tuple[float, ...] | None = flag(
+        None, "--std", "Images: each channel is divided by it, last.", "S[,S,S]"
+    )
+    scale: float = flag(1.0, "--scale", "Images: pixels (0 to 255) are multiplied by it.", "F")
+    channel_order: Literal["rgb", "bgr"] = flag(
+        "rgb", "--channel-order", "Images: order of the model's channels."
+    )
+    layout: Literal["nchw", "nhwc"] = flag("nchw", "--layout", "Images: order of the model's axes.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compress, apart from the budget; `cobla_onnx.compress` documents each field.
+
+    ``call`` is how it was asked for, for the report.
+
+    Raises
+    ------
+    UsageError
+        If one needs another that is not given.
+    """
+
+    solver: Literal["slsqp", "milp"] = option(
+        SEARCH,
+        "search",
+        "slsqp",
+        "--solver",
+        "slsqp: relaxed masks, then rounding; milp: integer only.",
+    )
+    objective: ObjectiveName = option(
+        SEARCH,
+        "search",
+        "auto",
+        "--objective",
+        "weights: no data needed; output: each layer measured with --data; loss: the "
+        "network's loss by its gradient, slower.",
+    )
+    input_shapes: Mapping[str, Sequence[int]] | None = option(
+        EVERY,
+        "layers",
+        None,
+        "--input-shape",
+        "Shape of an input with unknown axes.",
+        "NAME:D,D",
+    )
+    include: Sequence[str] = option(
+        ANALYSE,
+        "layers",
+        (),
+        "--include",
+        "Only layers of this name, or that match.",
+        "GLOB",
+    )
+    exclude: Sequence[str] = option(
+        ANALYSE,
+        "layers",
+        (),
+        "--exclude",
+        "Leave layers of this name, or that match.",
+        "GLOB",
+    )
+    min_size: int = option(
+        ANALYSE,
+        "layers",
+        0,
+        "--min-size",
+        "Leave layers with fewer weights.",
+        "N",
+        minimum=0,
+    )
+    scheme: Literal["auto", "spatial", "channel", "input"] = option(
+        ANALYSE,
+        "layers",
+        "auto",
+        "--scheme",
+        "How convolutions are unfolded; auto chooses per layer.",
+    )
+    data: Any = option(
+        EVERY,
+        "data",
+        None,
+        "--data",
+        "Unlabelled samples: .npz, .npy, a folder of images or of test_data_set_*.",
+        "PATH",
+    )
+    samples: int | None = option(
+        EVERY,
+        "data",
+        None,
+        "--samples",
+        "Use at most N samples.",
+        "N",
+        minimum=2,
+    )
+    batch: BatchSize = option(
+        EVERY,
+        "data",
+        "auto",
+        "--batch",
+        "Samples that are run at a time; auto: as many as --memory-limit allows, 16 at most.",
+        "auto|N",
+    )
+    memory_limit: int | str | None = option(
+        EVERY,
+        "data",
+        None,
+        "--memory-limit",
+        "Memory to take at most, such as 1500MB; by default 2GB more than the model has.",
+        "SIZE",
+    )
+    images: ImageOptions | None = option(EVERY, "data", None, parts=ImageFlags)
+    labels: Labels | str | os.PathLike[str] | None = option(
+        SEARCH,
+        "data",
+        None,
+        "--labels",
+        "Classes of the samples, .csv, .npy or .npz: the loss is the cross-entropy.",
+        "FILE",
+    )
+    loss: LossName = option(
+        SEARCH,
+        "data",
+        "auto",
+        "--loss",
+        "How outputs are compared with the original's.",
+    )
+    outputs: Outputs = option(
+        RUN,
+        "data",
+        (),
+        "--output",
+        "How an output counts: classes, values or ignore; if some are named alone, only "
+        "those count. Repeatable.",
+        "NAME[=HOW][:AXIS]",
+    )
+    refit: bool = option(
+        SEARCH,
+        "data",
+        True,
+        "--refit/--no-refit",
+        "With data: refit factors to changed inputs.",
+    )
+    time_limit: float | None = option(
+        SEARCH,
+        "search",
+        None,
+        "--time-limit",
+        "With --objective loss: of its search.",
+        "SECONDS",
+        minimum=0,
+    )
+    rank_multiple: RankMultiple = option(
+        SEARCH,
+        "speed",
+        "auto",
+        "--rank-multiple",
+        "Ranks are multiples of N; auto: as the CPU likes them, every rank with --mem alone.",
+        "auto|N",
+    )
+    provider: str | None = option(
+        RUN,
+        "speed",
+        None,
+        "--provider",
+        "onnxruntime's execution provider; the CPU's if none.",
+        "NAME",
+    )
+    profile: str | os.PathLike[str] | None = option(
+        SEARCH,
+        "speed",
+        None,
+        "--profile",
+        "Measured times: read if the file is there, and kept for the next run.",
+        "FILE.json",
+    )
+    measure_latency: bool = option(
+        SEARCH,
+        "speed",
+        False,
+        "--measure-latency",
+        "Time original and result; with --latency that is always done.",
+    )
+    seed: int = option(
+        RUN,
+        "run",
+        0,
+        "--seed",
+        "For the random inputs of the verification.",
+        minimum=0,
+    )
+    threads: int | None = option(
+        EVERY,
+        "run",
+        None,
+        "--threads",
+        "Threads; as many as there are cores.",
+        "N",
+        minimum=1,
+    )
+    workers: int | None = option(
+        SEARCH,
+        "run",
+        None,
+        "--workers",
+        "Processes that share the work, each one thread.",
+        "N",
+        minimum=1,
+    )
+    executor: Executor | None = option(SEARCH, "run", None)
+    dask: str | None = option(
+        SEARCH,
+        "run",
+        None,
+        "--dask",
+        "Share the work over the dask cluster of a scheduler.",
+        "ADDRESS",
+    )
+    cache: str | os.PathLike[str] | None = option(
+        SEARCH,
+        "run",
+        None,
+        "--cache",
+        "Keep spectra, factors and what data told there: the next budget is quicker.",
+        "DIR",
+    )
+    progress: Progress | None = option(EVERY, "run", None)
+    call: str | None = None
+
+    @classmethod
+    def of(cls, command: Command, given: Mapping[str, Any], **more: Any) -> Settings:
+        """Make settings from the keywords of an API function, and from what it adds itself.
+
+        Raises
+        ------
+        TypeError
+            If the function has no such option.
+        """
+        known = {field.name for field in options_of(command)}
+        for name in given:
+            if name not in known:
+                raise TypeError(f"{command}() got an unexpected keyword argument {name!r}")
+        return cls(**{**given, **more})
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.data is None:
+            raise UsageError("--labels: are those of the data; give --data too")
+        if self.outputs and self.data is None:
+            raise UsageError("--output: says how data is compared; give --data too")
+        check_batch(self.batch)
+        memory_bytes(self.memory_limit)
+        if self.profile is not None and not self.measure_latency:
+            raise UsageError("--profile: is of times; give --latency or --measure-latency too")
+
+    @property
+    def needed(self) -> Literal["weights", "output", "loss"]:
+        """The objective, ``auto`` resolved.
+
+        Raises
+        ------
+        UsageError
+            If it needs data and there is none.
+        """
+        if self.objective in ("output", "loss") and self.data is None:
+            raise UsageError(
+                f"--objective {self.objective}: needs data; give --data, or --objective weights"
+            )
+        if self.objective == "auto":
+            return "weights" if self.data is None else "output"
+        return self.objective
+
+
+def options_of(command: Command) -> list[dataclasses.Field[Any]]:
+    """Return the fields of `Settings` that a command has, in the order of its signature."""
+    return [
+        field
+        for field in dataclasses.fields(Settings)
+        if "option" in field.metadata and command in field.metadata["option"].commands
+    ]

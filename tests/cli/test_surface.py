@@ -1,0 +1,43 @@
+"""Help texts and signatures stay as they are, unless the stored ones are changed too.
+
+`help/NAME.txt` is what ``COLUMNS=80 NO_COLOR=1 cobla-onnx NAME --help`` prints.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import cobla_onnx
+from cobla_onnx.cli import app
+
+HERE = Path(__file__).parent
+COMMANDS = ("compress", "inspect", "sweep", "compare")
+WRITTEN_WITH = "0.29."
+
+
+def words(text: str) -> list[str]:
+    """Return words of the options: versions of typer put types and limits in other brackets."""
+    plain = re.sub(r"[][<>{}\\]", "", text.partition("Options:\n")[2]).lower()
+    return plain.replace("integer", "int").split()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_as_written_down(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    app([command, "--help"], prog_name="cobla-onnx", standalone_mode=False)
+    shown = capsys.readouterr().out
+    stored = (HERE / "help" / f"{command}.txt").read_text(encoding="utf-8")
+    assert words(shown) == words(stored)
+    if importlib.metadata.version("typer").startswith(WRITTEN_WITH):
+        assert shown == stored
+
+
+def test_signatures_are_as_written_down():
+    functions = ("compare", "compress", "inspect", "sweep")
+    found = [f"{name}{inspect.signature(getattr(cobla_onnx, name))}\n" for name in functions]
+    assert "".join(found) == (HERE / "signatures.txt").read_text(encoding="utf-8")
