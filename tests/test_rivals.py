@@ -87,14 +87,15 @@ def test_every_half_is_judged_under_the_factors_of_the_other():
     made = dataset.calibration
     assert len(found) == len(made) + len(dataset.selection)
     halves = made[::2], made[1::2]
-    begin = 0
+    begin = len(dataset.selection)
+    held_back = finisher.judge.followed.losses(finisher.weights(plan))
+    np.testing.assert_allclose(found[:begin], held_back, rtol=1e-6)
     for half, other in (halves, halves[::-1]):
         seen = Seen(model, layers, lambda other=other: dataset.batches(other, 8))
         losses = finisher.judge.on(half).losses(finisher.weights(plan, seen.approximate))
         np.testing.assert_allclose(found[begin : begin + len(half)], losses, rtol=1e-6)
         begin += len(half)
-    held_back = finisher.judge.followed.losses(finisher.weights(plan))
-    np.testing.assert_allclose(found[begin:], held_back, rtol=1e-6)
+    assert begin == len(found)
 
 
 def test_an_answer_gives_way_only_to_what_all_samples_prefer():

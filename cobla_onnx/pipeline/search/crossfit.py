@@ -43,20 +43,22 @@ class CrossFit:
         return made[::2], made[1::2]
 
     def losses(self, plan: Plan) -> Float64:
-        """Loss of each sample that decisions follow: of both halves, then of those held back.
+        """Loss of each sample that decisions follow: of those held back, then of both halves.
 
         Before refit.
         """
+        followed = self.finisher.judge.followed
+        found = [followed.losses(self.finisher.weights(plan))]
+        # Sessions hold the memory of their largest run: one is open at a time.
+        followed.rest()
         self._see({d.layer for d in plan.decisions if d.scheme is not None})
         if not self._probes:
-            self._probes = [self.finisher.judge.on(half) for half in self.halves]
-        found = [
-            probe.losses(self.finisher.weights(plan, self._of_half(1 - number)))
-            for number, probe in enumerate(self._probes)
-        ]
-        for probe in self._probes:
+            for half in self.halves:
+                self._probes.append(self.finisher.judge.on(half))
+                self._probes[-1].rest()
+        for number, probe in enumerate(self._probes):
+            found.append(probe.losses(self.finisher.weights(plan, self._of_half(1 - number))))
             probe.rest()
-        found.append(self.finisher.judge.followed.losses(self.finisher.weights(plan)))
         return np.concatenate(found)
 
     def _see(self, names: set[str]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from cobla_onnx.allocation import Allocation, Constraint, LayerCurves, WeightError, allocate
@@ -24,6 +24,7 @@ from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import Rival
+from cobla_onnx.runtime.progress import tracked
 from cobla_onnx.variants.low_rank.units import ValuesUnit, weight_values
 
 __all__ = ["WEIGHTS_ALONE", "Rivals"]
@@ -80,7 +81,8 @@ class Rivals:
         before = self._held_back(own)
         known = {own.choices: float(before.mean())}
         promising = []
-        for origin, other in others:
+        for number, (origin, other) in enumerate(others):
+            self.finisher.progress("other answers", number, number + 1)
             if other.choices in known:
                 continue
             losses = self._held_back(other)
@@ -88,6 +90,7 @@ class Rivals:
             gain = paired_gain(before, losses).in_errors
             if gain > PROMISING:
                 promising.append((gain, origin, other))
+        self.finisher.progress("other answers", len(known), len(known))
         promising.sort(key=lambda entry: -entry[0])
         answer, rivals = own, tuple[Rival, ...]()
         if promising and min(map(len, self._crossfit.halves)) >= LEAST:
@@ -97,8 +100,10 @@ class Rivals:
     def _on_all(
         self, own: Allocation, others: Sequence[tuple[str, Allocation]]
     ) -> tuple[Allocation, tuple[Rival, ...]]:
-        before = self._crossfit.losses(self._plan(own))
-        gains = [paired_gain(before, self._crossfit.losses(self._plan(o))) for _, o in others]
+        plans = [self._plan(allocation) for allocation in (own, *(other for _, other in others))]
+        progress = partial(self.finisher.progress, "answers on all samples")
+        before, *after = tracked(map(self._crossfit.losses, plans), len(plans), progress)
+        gains = [paired_gain(before, losses) for losses in after]
         best = max(range(len(others)), key=lambda k: gains[k].mean)
         taken = gains[best].in_errors > BETTER
         rivals = tuple(
