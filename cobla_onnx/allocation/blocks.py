@@ -1,4 +1,4 @@
-"""Masks of all layers in a row, cut into blocks of neighbours that share one mask.
+"""Group the masks of all layers into blocks, one variable each, for the relaxed problem.
 
 Keep-whole. Under its active scheme a layer's masks up to the tangent rank r_t cost what a
 unit of rank costs; all singular values beyond r_t share one mask, which costs what is

@@ -1,4 +1,4 @@
-"""The least loss at every cost: a bound under which no choice of ranks lies.
+"""Lower bound on the loss at every cost, from the linear relaxation.
 
 For one budget the linear relaxation of the multiple-choice knapsack is solved for all limits at
 once: on each layer the lower convex hull of loss against cost, then all hull segments of all

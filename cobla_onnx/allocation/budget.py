@@ -1,4 +1,4 @@
-"""Budgets: fractions of the original, as hard integer limits over the layers' choices."""
+"""Budgets: fractions of the original's cost, as hard integer limits on the layers' choices."""
 
 from __future__ import annotations
 

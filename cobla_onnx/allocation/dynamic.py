@@ -1,4 +1,4 @@
-"""One budget alone: the integer problem by dynamic programming over what may be spent.
+"""Solve the integer problem with a single budget by dynamic programming.
 
 With one constraint the multiple-choice knapsack needs no branching: layer after layer the
 least loss at every cost is kept (Kellerer, Pferschy and Pisinger 2004, Knapsack Problems,

@@ -1,4 +1,4 @@
-"""The integer problem: one choice per layer under hard budgets, solved with a proof.
+"""Solve the integer problem, one choice per layer under hard budgets, with a proven bound.
 
 With a separable loss the allocation is a multiple-choice knapsack. Its LP relaxation
 gives a price for each budget; by weak duality the prices give a lower bound, and any

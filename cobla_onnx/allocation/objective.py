@@ -1,4 +1,4 @@
-"""What the allocation minimises, as a function of masks on singular values."""
+"""Objectives of the allocation, as functions of masks on singular values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether one answer is better than another beyond the noise of the samples at hand."""
+"""Test whether one answer is better than another beyond the noise of the samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The input of the allocation: for each layer, what every rank would cost and lose."""
+"""Input of the allocation: cost and loss of every layer at every candidate rank."""
 
 from __future__ import annotations
 

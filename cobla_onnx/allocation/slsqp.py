@@ -1,4 +1,4 @@
-"""COBLA's relaxed problem: masks in [0, 1] on singular values, solved by SLSQP.
+"""Solve COBLA's relaxed problem by SLSQP: masks in [0, 1] on singular values.
 
 `allocation.blocks` says how it is kept small, and keep-whole linear.
 

@@ -1,4 +1,4 @@
-"""Which ranks: knapsack, relaxed masks by SLSQP, rounding, and a certificate."""
+"""Allocate ranks: knapsack, relaxed masks by SLSQP, rounding, and an optimality certificate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks by the loss of the network itself: sequential quadratic programming with integers.
+"""Allocate ranks by the network's loss: sequential quadratic programming with integers.
 
 From choices within the budgets the loss is modelled to second order: its true gradient
 from where the masks are now, and the curvature of the separable model. Two problems come

@@ -1,4 +1,4 @@
-"""The reverse pass: from the gradients by a graph's outputs to those by its weights."""
+"""The reverse pass: propagate gradients from a graph's outputs back to its weights."""
 
 from __future__ import annotations
 

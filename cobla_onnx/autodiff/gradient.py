@@ -1,4 +1,4 @@
-"""From a forward graph to a graph of its loss and gradients."""
+"""Build, from a forward graph, the graph of its loss and gradients."""
 
 from __future__ import annotations
 

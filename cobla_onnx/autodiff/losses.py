@@ -1,4 +1,4 @@
-"""The loss inside the graph, and its derivative by each output of the model.
+"""The loss as nodes of the graph, and its derivative with respect to each output of the model.
 
 The same formulas as `calibration.evaluation.loss`, in the graph's own precision. With p the
 target's and q the model's distribution along the measure's axis:

@@ -1,4 +1,4 @@
-"""Gradients by masks without the gradient by the weight.
+"""Gradients with respect to masks, without forming the gradient with respect to the weight.
 
 With W = second diag(m) first, the layer's output is second(m z), z = first(x). So the
 derivative of a sample's loss by m_j is the sum over positions of z_j t_j, where

@@ -1,4 +1,4 @@
-"""How many samples run at a time: as many as memory has room for, one where a model mixes them."""
+"""Choose the batch size: as large as memory allows, or 1 where a model mixes its samples."""
 
 from __future__ import annotations
 

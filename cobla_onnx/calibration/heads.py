@@ -1,4 +1,4 @@
-"""How much each output of a model's last layers counts, by the loss at the model's outputs.
+"""Weight each output of a model's last layers by its effect on the loss.
 
 A layer that makes class logits makes them for all classes, of which the samples may show a
 few: a recogniser of 6,625 characters reads 95 of them in English text. Its error is then best

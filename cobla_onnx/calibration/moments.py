@@ -1,9 +1,9 @@
-"""Second moments of what layers see, in one streaming pass of bounded memory.
+"""Accumulate second moments of layer inputs in one streaming pass with bounded memory.
 
-Batches run through onnxruntime, the tensors
-that layers read are tapped as outputs, and products of their vectors are added up in
-float64. Tensors are tapped in groups, so that neither they nor the sums outgrow a limit;
-finished sums wait in a temporary file.
+Batches run through onnxruntime, the tensors that layers read are added to the outputs
+("tapped"), and products of their vectors are summed in float64. Tensors are tapped in groups,
+so that neither they nor the sums exceed a memory limit; finished sums are kept in a temporary
+file.
 """
 
 from __future__ import annotations

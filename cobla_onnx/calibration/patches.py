@@ -1,4 +1,4 @@
-"""Cut out of a layer's data the vectors that its weight is multiplied with.
+"""Extract from a layer's input the vectors that its weight is multiplied with.
 
 A convolution multiplies each im2col patch, a product each row (or column) of its data.
 The order of a vector's entries is that of the weight's input side: (C / group, *kernel)

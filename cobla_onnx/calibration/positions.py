@@ -1,4 +1,4 @@
-"""Choose which positions of a sample are added up, where it has more than are needed.
+"""Sample positions of large inputs, where fewer than all are enough.
 
 Neighbouring positions of a large image or a long sequence tell nearly the same. Of each
 sample so many are taken that their vectors come to `NUMBERS` numbers, and `LEAST` at least:

@@ -1,4 +1,4 @@
-"""What a model's layers saw in the calibration data, and the factors that follow from it."""
+"""Per-layer statistics of the calibration data, and the factors that follow from them."""
 
 from __future__ import annotations
 

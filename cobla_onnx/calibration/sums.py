@@ -1,4 +1,4 @@
-"""Sums of vectors, and the second moments that they come to.
+"""Running sums of vectors, and the second moments derived from them.
 
 For a layer y = W x the second moment S = E[x x^T] is all that its output error depends on:
 E||(W - W') x||^2 = tr((W - W') S (W - W')^T).

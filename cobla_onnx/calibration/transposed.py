@@ -1,4 +1,4 @@
-"""Cut out of a layer's data the vectors that the weight of a transposed convolution meets.
+"""Extract the vectors that the weight of a transposed convolution is multiplied with.
 
 It is a convolution with its kernel turned round, over data with zeros put in between, so that
 its vectors are exact at the edges, too.

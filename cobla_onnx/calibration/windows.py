@@ -1,4 +1,4 @@
-"""Cut out of a layer's data the im2col patches that the weight of a convolution is multiplied with.
+"""Extract the im2col patches that the weight of a convolution is multiplied with.
 
 The order of a patch's entries is that of the weight's input side, (C / group, *kernel), so that
 a weight of shape (N, C / group, *kernel) reshaped to rows times a patch gives an output position.

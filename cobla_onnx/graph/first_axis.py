@@ -1,4 +1,4 @@
-"""Whether the first axis of a model's input runs over samples, from what the graph says.
+"""Tell whether the first axis of a model's input is the batch axis, from the graph alone.
 
 The name of the axis comes first, then where it gets to: shape inference carries a symbol in
 its place through the graph, to operators that define what their axes are (the first of a

@@ -1,4 +1,4 @@
-"""Everything the allocation needs to know about a model: layers, costs and spectra."""
+"""Analyse a model for the allocation: its layers, their costs and their singular values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who holds what a budget cannot take away: for the message that refuses it."""
+"""Explain an infeasible budget: which excluded layers hold the bytes."""
 
 from __future__ import annotations
 

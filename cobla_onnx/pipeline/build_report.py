@@ -1,4 +1,4 @@
-"""Put the report together from what the stages left behind."""
+"""Build the report from the results of all stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decide ranks and factors by what a model does on calibration data.
+"""Choose ranks and factors by the model's loss on calibration data.
 
 The calibration split gives second moments, from which the factors follow, and the scale
 between layers. The selection split, which no factor sees, chooses between candidate plans

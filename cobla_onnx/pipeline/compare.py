@@ -1,4 +1,4 @@
-"""Any two models side by side: `compare` measures outputs, size, MACs and running time."""
+"""Compare any two models: outputs, size, MACs and running time."""
 
 from __future__ import annotations
 

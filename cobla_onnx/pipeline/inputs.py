@@ -1,4 +1,4 @@
-"""Models, samples and labels, opened and checked before any work."""
+"""Open and check models, samples and labels before any work starts."""
 
 from __future__ import annotations
 

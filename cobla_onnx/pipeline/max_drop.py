@@ -1,4 +1,4 @@
-"""The smallest model that still is good enough: a search over budgets on one analysis."""
+"""Find the smallest model that is good enough: a search over budgets on one analysis."""
 
 from __future__ import annotations
 

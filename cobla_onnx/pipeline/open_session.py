@@ -1,4 +1,4 @@
-"""Start a study: open the model and the samples, analyse, time the layers."""
+"""Open a session: read the model and the samples, analyse the model, time its layers."""
 
 from __future__ import annotations
 

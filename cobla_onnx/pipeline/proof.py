@@ -1,4 +1,4 @@
-"""Prove a rewrite: factor nodes compute what the original nodes would with their dense weights."""
+"""Check a rewrite: each pair of factor nodes must compute what its multiplied-out weight does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which budgets costs alone put within reach, and with which ranks, before data is looked at."""
+"""Tell which budgets can be met, and with which ranks, from costs alone."""
 
 from __future__ import annotations
 

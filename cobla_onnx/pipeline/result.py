@@ -1,4 +1,4 @@
-"""What comes of a compression, and how it is written."""
+"""Result of a compression: the model and its report, and how they are written."""
 
 from __future__ import annotations
 

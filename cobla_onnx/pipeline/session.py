@@ -1,4 +1,4 @@
-"""One analysis of a model, open for any number of budgets.
+"""A session: one analysis of a model, open for any number of budgets.
 
 Analysing a model (second moments, singular values, sensitivities) takes most of the time,
 and does not depend on the budget. It is done once, by `open_session.open_study`; each

@@ -1,4 +1,4 @@
-"""The same story with a stopwatch: budgets of time, and times in the report."""
+"""Latency budgets: choose ranks by measured time, and report it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run the original and the compressed model in onnxruntime and compare them.
+"""Verify a compressed model: run it and the original in onnxruntime and compare.
 
 Two different questions are asked. Is the rewrite right: does each pair of factor nodes
 compute what the original node computes with the same approximated dense weight, up to

@@ -1,4 +1,4 @@
-"""Geometry of the page's charts: points and ticks in drawing units. The template draws them."""
+"""Geometry of the HTML report's charts: points and ticks in drawing units."""
 
 from __future__ import annotations
 

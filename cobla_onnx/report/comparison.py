@@ -1,4 +1,4 @@
-"""What a comparison of two models found."""
+"""Result of comparing two models."""
 
 from __future__ import annotations
 

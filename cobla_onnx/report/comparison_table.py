@@ -1,4 +1,4 @@
-"""Two models side by side as a table for the terminal."""
+"""Table of a comparison of two models, for the terminal."""
 
 from __future__ import annotations
 

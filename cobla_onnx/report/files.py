@@ -1,4 +1,4 @@
-"""The report as a file: which form it takes is said by the ending of its name."""
+"""Write the report to a file in the format that its extension names."""
 
 from __future__ import annotations
 

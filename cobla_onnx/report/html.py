@@ -1,4 +1,4 @@
-"""The report as one HTML page without scripts that needs no network, for a browser or a notebook.
+"""Render the report as one HTML page that needs no scripts and no network.
 
 Everything from the model's file, names above all, goes through `safe_text` here and is
 escaped by the template: jinja2's autoescape is on and no markup is made in Python.

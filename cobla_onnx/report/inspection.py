@@ -1,4 +1,4 @@
-"""What an inspection of a model found, and its table for the terminal."""
+"""Result of inspecting a model, and its table for the terminal."""
 
 from __future__ import annotations
 

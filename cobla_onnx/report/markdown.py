@@ -1,4 +1,4 @@
-"""The report as Markdown, for a model card, an issue or a review."""
+"""Render the report as Markdown, for a model card, an issue or a review."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: what was decided and measured."""
+"""The report of a compression: what was decided and measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The call or command that makes a result again, as text to copy."""
+"""The call or command that reproduces a result, as text to copy."""
 
 from __future__ import annotations
 

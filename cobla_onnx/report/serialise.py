@@ -1,4 +1,4 @@
-"""Results as plain values and as JSON, with the version of their keys."""
+"""Convert results to plain values and to JSON, with the version of the schema."""
 
 from __future__ import annotations
 

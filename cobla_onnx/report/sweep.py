@@ -1,4 +1,4 @@
-"""What came of a sweep: a point for each budget, and the Pareto front."""
+"""Result of a sweep: one point for each budget, and the Pareto front."""
 
 from __future__ import annotations
 

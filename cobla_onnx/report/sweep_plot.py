@@ -1,4 +1,4 @@
-"""The plot of a sweep, by matplotlib (the extra ``plot``)."""
+"""Plot a sweep with matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep as a table for the terminal."""
+"""Table of a sweep, for the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report in a terminal: a table of the layers and a few lines."""
+"""Show the report in a terminal: a table of the layers and a few lines."""
 
 from __future__ import annotations
 

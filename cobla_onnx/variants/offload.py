@@ -1,4 +1,4 @@
-"""Keep factors on disk where there are too many of them for memory."""
+"""Move factors to a file on disk when they are too large for memory."""
 
 from __future__ import annotations
 

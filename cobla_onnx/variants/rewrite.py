@@ -1,4 +1,4 @@
-"""Replace nodes by their two factor nodes, on a copy of the model; nothing else changes.
+"""Replace nodes by pairs of factor nodes, on a copy of the model; nothing else changes.
 
 The factor nodes are built with onnx-graphsurgeon in a scratch graph and their protos are
 transplanted, since exporting a whole model through graph-surgeon loses fields.

@@ -1,4 +1,4 @@
-"""Convolutions of any number of axes, with groups, strides, dilations and padding.
+"""Rules for convolutions with any number of axes, groups, strides, dilations and padding.
 
 y[n, o, p] = sum over c and k of w[o, c, k] x[n, c, s p + d k - b]. By x the adjoint is the
 transposed convolution, by w the correlation of x with dy (Dumoulin and Visin,

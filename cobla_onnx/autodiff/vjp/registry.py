@@ -1,4 +1,4 @@
-"""The table of derivative rules, and what a rule sees of the node that it differentiates.
+"""Registry of derivative rules, and the view of a node that a rule is given.
 
 A rule is the vector-Jacobian product of one operator: from dE/dy, the gradient by the
 node's output, it writes dE/dx for the inputs that are asked for. As in HIPS/autograd and

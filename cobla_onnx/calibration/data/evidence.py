@@ -1,4 +1,4 @@
-"""Say where calibration samples are so few, or so alike, that they can judge nothing."""
+"""Warn where calibration samples are too few, or too alike, to base decisions on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an input wants, and arrays brought to its type and checked against its shape."""
+"""Convert arrays to the type of a model's input, and check them against its shape."""
 
 from __future__ import annotations
 

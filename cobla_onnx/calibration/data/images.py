@@ -1,4 +1,4 @@
-"""Turn image files into a model's inputs. Needs Pillow, the extra ``images``."""
+"""Convert image files to a model's inputs. Needs Pillow, the extra ``images``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels for calibration samples: with them the loss is the cross-entropy."""
+"""Labels of calibration samples; where they are given, the loss is the cross-entropy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open calibration data of any of the kinds that people have."""
+"""Open calibration data in any of the supported formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decide how each output is compared, by evidence: the graph, the data, labels, its name."""
+"""Choose how each output is compared, from evidence: graph, data, labels and names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far two runs of a network are apart, relative to what they should give."""
+"""Relative deviation between the outputs of two runs of a network."""
 
 from __future__ import annotations
 

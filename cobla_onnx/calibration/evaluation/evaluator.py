@@ -1,4 +1,4 @@
-"""The loss of a model with other weights: as it is stated, and as decisions follow it."""
+"""Evaluate the loss with replaced weights, both as reported and as decisions follow it."""
 
 from __future__ import annotations
 

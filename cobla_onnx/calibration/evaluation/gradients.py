@@ -1,4 +1,4 @@
-"""The loss of a probed model and its derivatives by all layers' weights, by a gradient graph."""
+"""Loss of a probed model, and its gradient with respect to all layers' weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Go through a model from node to node, with all samples, without beginning anew each time.
+"""Advance all samples through a model node by node, without restarting from the inputs.
 
 Layers are looked at one after the other, and the weights of those before are only known
 then. Running the model from its inputs for each would take time that grows with the square

@@ -1,4 +1,4 @@
-"""What the loss would be with another weight for one layer, then for one further on.
+"""Evaluate candidate weights layer by layer, reusing the activations before the layer.
 
 Nothing that comes before a layer depends on its weight. An `OnwardProbe` runs that once and
 not for every weight, and for the next layer begins where the last one was.

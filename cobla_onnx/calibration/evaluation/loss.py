@@ -1,4 +1,4 @@
-"""How far a compressed model's outputs are from the original's, as one number a sample.
+"""Loss of each sample: how far a compressed model's outputs are from the original's.
 
 Without labels the original's own outputs are the target. How each output is compared is its
 `Measure`: by the divergence of class distributions, by the relative squared error of each

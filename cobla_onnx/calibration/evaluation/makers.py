@@ -1,4 +1,4 @@
-"""Find the operator that makes an output, and the axis of a softmax in it."""
+"""Find the operator that produces an output, and the axis of its softmax."""
 
 from __future__ import annotations
 

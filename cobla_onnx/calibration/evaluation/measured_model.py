@@ -1,4 +1,4 @@
-"""The model whose outputs are exactly the tensors at which the loss is taken.
+"""A copy of the model whose outputs are the tensors at which the loss is taken.
 
 An output cannot always be compared number by number: a list of boxes has another length for
 every image, a label changes in steps, a weight never changes. Such an output is followed back

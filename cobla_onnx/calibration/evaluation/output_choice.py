@@ -1,4 +1,4 @@
-"""Which outputs count and how they are compared, as users say it: ``NAME=classes:1``."""
+"""Parse the user's choice of outputs and of how each is compared: ``NAME=classes:1``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far the outputs of two models are apart, added up batch by batch."""
+"""Deviation between the outputs of two models, accumulated batch by batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure what other weights for single layers cost, layers side by side over a pool."""
+"""Measure the loss with candidate weights for single layers, in parallel over a pool."""
 
 from __future__ import annotations
 

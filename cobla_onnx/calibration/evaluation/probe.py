@@ -1,4 +1,4 @@
-"""Ask one open session what the model's loss would be with other weights."""
+"""Evaluate a model's loss with replaced weights, from one open session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compressed model is worth to its user: accuracy, agreement, or relative error.
+"""Quality as a user sees it: accuracy, agreement with the original, or relative error.
 
 The loss that ranks are chosen by is smooth and sums over classes; this is the number that
 people ask for. It is measured on samples that no factor has seen.

@@ -1,4 +1,4 @@
-"""Mean, variance and error of each feature of an output, added up batch by batch.
+"""Mean, variance and error of each feature of an output, accumulated batch by batch.
 
 A feature slice is everything at one index of one axis: a column of an embedding, a channel of
 an image, a row of a detector's output. Which axis holds the features is seen by how much the

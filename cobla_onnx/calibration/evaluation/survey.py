@@ -1,4 +1,4 @@
-"""One pass of the original over all samples: what its outputs are, and which samples count."""
+"""Survey the original's outputs in one pass over all samples, and which samples count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What outputs are compared with where classes are known: distributions in their shape.
+"""Target class distributions, in the shape of an output, from labels or from the output itself.
 
 A position is an entry of an output without its class axis: a sample, a token, a frame, a
 pixel. Labels have one whole number for each, or are one-hot. Those that do not count have

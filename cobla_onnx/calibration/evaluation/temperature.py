@@ -1,4 +1,4 @@
-"""Class distributions at a higher temperature, on which decisions overfit less.
+"""Choose the temperature of class distributions, so that decisions overfit less.
 
 Where a network is sure of most samples, their Kullback-Leibler divergence hangs on the few
 whose classes are close to each other: ranks that please these do not please other samples.

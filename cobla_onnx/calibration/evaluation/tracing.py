@@ -1,4 +1,4 @@
-"""Follow an output back to the nearest tensors that can be compared number by number.
+"""Trace an output back to the nearest tensors that can be compared numerically.
 
 Such a tensor is of floating type, has a shape that follows from the inputs' shapes, and is
 moved smoothly by the weights of some layer. The graph tells most of it; what it leaves open,

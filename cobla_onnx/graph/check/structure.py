@@ -1,4 +1,4 @@
-"""Is a model whole? Our own checks, before any other library works on it.
+"""Check that a model is complete and consistent, before any other library works on it.
 
 onnx's checker passes a group of 0, a false kernel_shape, doubled node names, unknown
 opsets and too much data; onnxruntime passes doubled initializers and unsorted graphs.

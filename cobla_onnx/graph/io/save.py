@@ -1,4 +1,4 @@
-"""Write a model: in one file, or with its weights in a data file beside it.
+"""Write a model, either as one file or with its weights in a data file beside it.
 
 The data file is named by its content (``model-<sha256>.data``) and written whole before
 the model; renaming the model is the moment from which the new one counts. Nothing is ever

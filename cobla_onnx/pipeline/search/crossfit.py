@@ -1,4 +1,4 @@
-"""Losses of plans on all samples, each under factors that were made without it."""
+"""Cross-fitting: the loss of a plan on all samples, each under factors made without it."""
 
 from __future__ import annotations
 

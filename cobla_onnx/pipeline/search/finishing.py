@@ -1,4 +1,4 @@
-"""From a plan to the factors of its layers, before and after refit."""
+"""Compute the factors of a plan's layers, before and after refit."""
 
 from __future__ import annotations
 

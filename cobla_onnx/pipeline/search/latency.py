@@ -1,4 +1,4 @@
-"""Ranks that meet a limit on the whole model's time, as it is measured in the end.
+"""Choose ranks so that the whole model, as measured, meets a latency budget.
 
 The table of layers leaves out what layers do to each other: caches, layouts, operators that
 are fused. So the whole model is timed under the plan that the table gives. What was saved in

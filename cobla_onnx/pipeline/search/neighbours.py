@@ -1,4 +1,4 @@
-"""Answers to problems near the one that was asked: other grids, other budgets.
+"""Solutions of nearby problems, as alternative plans: other rank grids, other budgets.
 
 An allocation is the best of its model of the loss, whose errors are larger than what lies
 between plans that cost nearly the same. The answers to near problems are as good by any other

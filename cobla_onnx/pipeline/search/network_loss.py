@@ -1,4 +1,4 @@
-"""The loss of the network itself as a function of masks: what COBLA minimises.
+"""The loss of the whole network as a function of masks, which is what COBLA minimises.
 
 Each layer follows a path from rank 0 to its own weight, W(0) = 0, W(1), ..., W(full): the
 truncations that it would have after the allocation, each the best of its rank. With

@@ -1,4 +1,4 @@
-"""Refit the chosen layers one after the other, each on what the ones before it leave."""
+"""Refit the chosen layers one after the other, on the inputs that compressed layers produce."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether another answer than the allocation's own is better beyond the noise.
+"""Replace the allocation's answer only by one that is better beyond the noise.
 
 The losses of a few dozen held-back samples differ between plans by less than their noise, and
 the best of several by such losses is chosen by luck. So the answer is the last round's, whose

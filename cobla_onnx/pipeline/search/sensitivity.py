@@ -1,4 +1,4 @@
-"""What an output error of one layer costs the network: the scale between layers.
+"""Measure how much an output error of each layer costs the network.
 
 Layers are truncated one at a time and the loss of the whole network is measured on a few
 dozen samples. A handful of ranks under one scheme give each layer's response, loss against

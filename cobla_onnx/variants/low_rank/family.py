@@ -1,4 +1,4 @@
-"""The ways a layer may be factorised, and what each costs and keeps at every rank."""
+"""Candidate factorisations of a layer, with the costs and error of each at every rank."""
 
 from __future__ import annotations
 

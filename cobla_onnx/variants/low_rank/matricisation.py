@@ -1,4 +1,4 @@
-"""The matricisations: how a weight unfolds into a matrix, and factors fold back to nodes.
+"""Matricisations: how a weight unfolds into a matrix, and how factors fold back into nodes.
 
 A weight of shape (N, C, h, w) can be unfolded in several ways; a matrix factorisation of
 each is a pair of cheaper nodes:

@@ -1,4 +1,4 @@
-"""Which ranks are candidates: those that a machine computes without waste."""
+"""Choose the candidate ranks: those that the hardware computes without waste."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Least-squares refit of a layer's factors on the inputs that it gets after compression.
+"""Refit a layer's factors by least squares on the inputs that it gets after compression.
 
 Layers before it are approximated too, so its inputs x' differ from the original's x. The
 factors are chosen anew to give the original's output y from x' (Zhang, Zou, He and Sun

@@ -1,4 +1,4 @@
-"""Draw a moment of few samples towards the one that is right without any data.
+"""Shrink a second moment of few samples towards the one that is assumed without data.
 
 The moment of a few samples knows nothing of the directions that they leave out, and
 overstates those that they have by chance. S' = (1 - l) S + l (tr S / n) I keeps to the

@@ -1,4 +1,4 @@
-"""Truncated SVD of a stack of matrices, by the eigenvectors of the smaller Gram matrix.
+"""Truncated SVD of a stack of matrices, from the eigenvectors of the smaller Gram matrix.
 
 For a matrix W with fewer rows than columns, W W^T = U S^2 U^T, and the best approximation
 of rank r is the projection U_r U_r^T W (Eckart and Young 1936). In float64 this costs a

@@ -1,4 +1,4 @@
-"""Units of work on one layer's weight alone: its singular values, and its factor nodes."""
+"""Units of work on the weight of one layer: its singular values, and its factors."""
 
 from __future__ import annotations
 

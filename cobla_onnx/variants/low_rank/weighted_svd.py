@@ -1,4 +1,4 @@
-"""Truncated SVD weighted by what a layer sees: the least output error, not weight error.
+"""SVD weighted by a layer's inputs: it minimises the output error, not the weight error.
 
 For a layer y = M^T x with second moment S = E[x x^T] the best M' of rank r minimises
 E||(M - M')^T x||^2. It is the truncated SVD of S^(1/2) M with the root divided out again,
