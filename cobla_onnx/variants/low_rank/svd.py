@@ -102,7 +102,7 @@ def leading_vectors(stack: NDArray[Any], count: int) -> Basis:
 
     All of them are computed and the first `count` kept: the factors of a rank are then the
     same whatever `count` was, and a kept basis serves every rank up to it. For all but the
-    lowest ranks this is also faster than to ask for some (docs/design.md has figures).
+    lowest ranks this is also faster than computing some (docs/experiments.md has figures).
 
     Parameters
     ----------
