@@ -9,7 +9,7 @@ from cobla_onnx.calibration.positions import sample_seeds
 
 __all__ = ["FEW", "lack_of_evidence"]
 
-# So many different samples tell next to nothing.
+# This many different samples carry almost no information.
 FEW = 3
 
 
