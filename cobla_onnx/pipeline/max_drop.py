@@ -56,7 +56,7 @@ class _Search:
 
 
 def check_max_drop(max_drop: float) -> None:
-    """Refuse what is no share.
+    """Check that max_drop lies in [0, 1).
 
     Raises
     ------
