@@ -252,7 +252,7 @@ def test_a_hundred_thousand_nodes(tmp_path):
 
 
 def test_a_loop_without_end_is_stopped(monkeypatch):
-    from cobla_onnx.runtime.session import session as runtime
+    from cobla_onnx.runtime import session as runtime
 
     value = helper.make_tensor_value_info
     body = helper.make_graph(

@@ -112,7 +112,7 @@ def gradient_graph(
     result = differentiate(model, loss, weights, input_shapes=input_shapes, threads=threads)
     if result.blocked:
         listed = "; ".join(f"{name!r}: {reason}" for name, reason in result.blocked.items())
-        raise ModelError(f"no gradient by {listed}; leave these weights out")
+        raise ModelError(f"no gradient with respect to {listed}; leave these weights out")
     return result.model
 
 

@@ -149,7 +149,7 @@ def open_npy(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dat
             f"{path}: is not an .npy file of numbers ({error}); save it again"
         ) from error
     if not isinstance(array, np.ndarray):
-        raise DataError(f"{path}: is not an .npy file; rename it by what it holds")
+        raise DataError(f"{path}: is not an .npy file; rename it to match its content")
     return array_samples(str(path), {specs[0].name: array}, specs, samples)
 
 

@@ -119,7 +119,7 @@ def target_size(spec: InputSpec, options: ImageOptions) -> tuple[int, int, int]:
     sizes = spec.filled
     if sizes is None or len(sizes) != 4:
         raise DataError(
-            f"input {spec.name!r}: is not of images, which have 4 axes; give an .npz instead"
+            f"input {spec.name!r}: does not take images, which have 4 axes; give an .npz instead"
         )
     axes = (1, 2, 3) if options.layout == "nchw" else (3, 1, 2)
     channels, height, width = (sizes[axis] for axis in axes)
@@ -145,8 +145,8 @@ def _check_type(spec: InputSpec, options: ImageOptions) -> None:
         return
     if spec.dtype != np.uint8:
         raise DataError(
-            f"input {spec.name!r}: is {spec.dtype}, and what pixels become there is not known; "
-            "give an .npz of what the model is fed with"
+            f"input {spec.name!r}: is {spec.dtype}, and how to convert pixels to that is not "
+            "known; give an .npz of the model's inputs"
         )
     if set(options.mean) != {0.0} or set(options.std) != {1.0} or options.scale != 1.0:
         raise UsageError(

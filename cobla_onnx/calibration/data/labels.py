@@ -185,7 +185,7 @@ def _whole_numbers(labels: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
         further = f" at {list(place[1:])}" if array.ndim > 1 else ""
         raise DataError(
             f"--labels: sample {place[0]} (from 0) has {array[place]:g}{further}; give whole "
-            f"numbers from 0, or {IGNORED} for what does not count"
+            f"numbers from 0, or {IGNORED} for a position that does not count"
         )
     return array.astype(np.int64)
 
@@ -197,7 +197,7 @@ def _by_name(labels: Mapping[str, int], dataset: Dataset) -> NDArray[np.int64]:
     """
     if not dataset.names:
         raise DataError(
-            "--labels: are by file name, but the data is not a folder of images; give them "
+            "--labels: go by file name, but the data is not a folder of images; give them "
             "in the order of the samples, or by their numbers from 0"
         )
     by_end: dict[str, list[_Key]] = {}

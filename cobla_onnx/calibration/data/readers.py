@@ -111,7 +111,7 @@ def _open_images(
             "folders; check the path"
         )
     if len(specs) != 1:
-        raise DataError(f"{folder}: are images, the model has {len(specs)} inputs; give an .npz")
+        raise DataError(f"{folder}: holds images, the model has {len(specs)} inputs; give an .npz")
     size = target_size(specs[0], options)
     positions = evenly(len(pictures), samples)
     chosen = [pictures[i] for i in positions]

@@ -177,8 +177,8 @@ class Chooser:
                 return candidates[0]
         listed = ", ".join(quoted(self.shown.get(name, name)) for name in counted)
         raise UsageError(
-            f"--labels: the model has {len(counted)} outputs, {listed}, and labels are for one; "
-            "say which by --output NAME=classes"
+            f"--labels: the model has {len(counted)} outputs, {listed}, and labels belong "
+            "to one of them; say which by --output NAME=classes"
         )
 
     def _to_labels(self, name: str, facts: OutputFacts) -> Measure:

@@ -196,6 +196,6 @@ def _same(path: Path, digest: str) -> None:
         ) from error
     if found.hexdigest() != digest:
         raise WriteError(
-            f"{safe_text(str(path), 300)}: is there with other content than its name says; "
+            f"{safe_text(str(path), 300)}: exists, with other content than its name says; "
             "move it away or give another output path"
         )

@@ -143,7 +143,7 @@ def rank_rule(
     timed = mac or latency
     if multiple != "auto":
         if multiple < 1:
-            raise UsageError(f"--rank-multiple {multiple}: give auto, or a number from 1 on")
+            raise UsageError(f"--rank-multiple {multiple}: give auto, or a number of at least 1")
         convolution = product = RankGrid(multiple)
     elif not timed:
         convolution = product = RankGrid()
