@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from cobla_onnx.runtime.session import session as runtime
+from cobla_onnx.runtime import session as runtime
 
 
 def mixed_model():
