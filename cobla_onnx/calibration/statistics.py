@@ -142,7 +142,7 @@ class Seen:
     limit, together : int
         Most bytes of second moments in one unit of work, and in all units together.
     taps : TapLimit, optional
-        Limits the tensors that are read from a run.
+        For the tensors that are read from a run.
     """
 
     def __init__(

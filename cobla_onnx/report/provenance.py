@@ -31,7 +31,7 @@ def command_text(arguments: Sequence[str]) -> str:
 
 
 def call_text(function: Callable[..., Any], values: Mapping[str, Any]) -> str:
-    """Format a call, without the arguments that have their default.
+    """Write a call down, without the arguments that have their default.
 
     Objects that cannot be written as a literal are written as ``<their type>``.
 

@@ -27,7 +27,7 @@ __all__ = [
 
 LossName: TypeAlias = Literal["auto", "kl", "mse", "ce"]
 
-# Elements of an output compared at a time, in double precision.
+# Elements of an output that are compared at a time, in double precision.
 AT_ONCE = 1 << 22
 # Replaces minus infinity where both logits are: their difference must be 0 and not NaN.
 LOW = -1e300
