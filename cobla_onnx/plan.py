@@ -154,7 +154,7 @@ def _decision(number: int, entry: Any) -> Decision:
     if "scheme" in entry and scheme not in SCHEMES:
         raise UsageError(f'{where}: "scheme" is {_json(scheme)}; allowed are {", ".join(SCHEMES)}')
     if "rank" in entry and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise UsageError(f'{where}: "rank" is {_json(rank)}; write a whole number from 1 on')
+        raise UsageError(f'{where}: "rank" is {_json(rank)}; write a whole number of at least 1')
     if keep:
         return Decision(entry["layer"])
     if scheme is None or rank is None:

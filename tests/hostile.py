@@ -167,10 +167,10 @@ hostile("attribute twice", "node 'conv1': has an attribute twice; the file is da
 )
 
 # Names and order
-hostile("initializer twice", f"initializer 'w1': stands there twice; {AGAIN}")(
+hostile("initializer twice", f"initializer 'w1': occurs twice; {AGAIN}")(
     lambda m: m.graph.initializer.append(m.graph.initializer[0])
 )
-hostile("missing initializer", f"node 'fc': reads 'w3', which nothing makes; {AGAIN}")(
+hostile("missing initializer", f"node 'fc': reads 'w3', which nothing produces; {AGAIN}")(
     lambda m: m.graph.initializer.remove(m.graph.initializer[3])
 )
 hostile("node name twice", f"node 'conv1': another node has the same name; {AGAIN}")(
@@ -182,7 +182,7 @@ hostile("two producers", f"node 'relu2': makes 'y1', which exists already; {AGAI
 hostile("output without producer", f"output 'nowhere': no node makes it; {AGAIN}")(
     lambda m: setattr(m.graph.output[0], "name", "nowhere")
 )
-hostile("output twice", f"graph output 'logits': stands there twice; {AGAIN}")(
+hostile("output twice", f"graph output 'logits': occurs twice; {AGAIN}")(
     lambda m: m.graph.output.append(m.graph.output[0])
 )
 hostile("cycle", f"node 'relu1': depends on its own output 'r2'; {AGAIN}")(
@@ -257,7 +257,7 @@ hostile("function twice", f"function 'f': is defined twice; {AGAIN}")(
 
 @hostile(
     "unknown name in a function",
-    f"function 'f', node 'Relu_0': reads 'z', which nothing makes; {AGAIN}",
+    f"function 'f', node 'Relu_0': reads 'z', which nothing produces; {AGAIN}",
 )
 def _(model: onnx.ModelProto) -> None:
     model.functions.append(function("f"))
@@ -305,7 +305,7 @@ def named(name: str) -> Callable[[onnx.ModelProto], None]:
     return damage
 
 
-LOST = f"reads 'lost', which nothing makes; {AGAIN}"
+LOST = f"reads 'lost', which nothing produces; {AGAIN}"
 hostile("hostile name", f"node 'a\\x1b[31mb\\x0a\\x202e/../c': {LOST}")(
     named("a\x1b[31mb\n\u202e/../c")
 )

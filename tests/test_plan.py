@@ -44,7 +44,7 @@ BAD = [
     ),
     (
         {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 0}]},
-        '"rank" is 0; write a whole number from 1 on',
+        '"rank" is 0; write a whole number of at least 1',
     ),
     (
         {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": "8"}]},

@@ -1,4 +1,4 @@
-"""Which ranks: budgets, objectives and the solvers that meet the one at least of the other."""
+"""Rank allocation: minimise an objective subject to hard budgets."""
 
 from cobla_onnx.allocation.budget import Budget, Constraint
 from cobla_onnx.allocation.objective import (

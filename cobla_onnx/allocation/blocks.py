@@ -1,14 +1,14 @@
-"""Masks of all layers in a row, cut into blocks of neighbours that share one mask.
+"""Group the masks of all layers into blocks, one variable each, for the relaxed problem.
 
-Keep-whole. Under its active scheme a layer's masks up to the tangent rank r_t cost what a
-unit of rank costs; all singular values beyond r_t share one mask, which costs what is
-then missing to the whole layer. r_t is where the line from the whole layer touches the
-convex curve of loss against cost, so between r_t and whole no rank is worth its price.
-All masks at 1 are the whole layer at exactly its cost: the authors' second pass for "cost
-saturation" becomes part of one linear problem.
+Keep-whole. Under its active scheme, each mask of a layer up to the tangent rank r_t costs one
+unit of rank. All singular values beyond r_t share one mask, whose cost is the difference to
+the whole layer. r_t is where the line from the whole layer touches the convex curve of loss
+against cost, so between r_t and whole no rank is worth its price. With all masks at 1 the cost
+is exactly that of the whole layer: the authors' second pass for "cost saturation" becomes part
+of one linear problem.
 
-Blocks. Neighbouring singular values share a mask. What the prices of the knapsack settle
-is frozen; a second round freezes what reached a bound and splits what did not.
+Blocks. Neighbouring singular values share a mask. Blocks that the knapsack's prices already
+decide are frozen; a second round freezes those that reached a bound and splits the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves
 
 __all__ = ["Blocks", "Space", "active_schemes", "partition", "refine", "warm_masks"]
 
-# A gain this many times its price is kept, one this many times below it is dropped.
+# A block is kept if its gain is this many times its price, dropped if it is this many times less.
 CERTAIN_KEEP, CERTAIN_DROP = 100.0, 8.0
 
 
@@ -34,9 +34,9 @@ CERTAIN_KEEP, CERTAIN_DROP = 100.0, 8.0
 class Blocks:
     """A partition of all masks into blocks of neighbours, over all layers in a row.
 
-    ``starts`` are the first mask of each block, ``costs`` (constraints, blocks) what a
-    block costs as a share of the room that each budget leaves, and ``curvature`` is that
-    of the separable model.
+    ``starts`` is the first mask of each block, ``costs`` (constraints, blocks) the cost of
+    each block as a fraction of the room that each budget leaves, and ``curvature`` that of
+    the separable model.
     """
 
     starts: NDArray[np.int64]
@@ -50,9 +50,9 @@ class Blocks:
 class Space:
     """The masks of all layers as one vector, with their costs and gains.
 
-    ``gains`` is what each singular value saves in the separable model. ``costs``
-    (constraints, masks) and ``offset`` (constraints,) are shares of the room that a budget
-    leaves: what the masks cost, and what two factors cost at any rank. ``grid`` tells the
+    ``gains`` is the loss that each singular value saves in the separable model. ``costs``
+    (constraints, masks) are the costs of the masks and ``offset`` (constraints,) the cost of two
+    factors at any rank, both as fractions of the room that a budget leaves. ``grid`` marks the
     masks at which a block may begin, so that blocks are made of candidate ranks.
     """
 
@@ -88,7 +88,7 @@ class Space:
         self.grid = grid
 
     def masks(self, flat: Float64, starts: NDArray[np.int64]) -> Masks:
-        """Cut the vector into layers; `starts` are those of all blocks."""
+        """Split the vector by layer; `starts` are the first masks of all blocks."""
         own = np.split(starts, np.searchsorted(starts, self.offsets[1:-1]))
         edges = [
             np.append(blocks - offset, length)
@@ -126,7 +126,7 @@ def active_schemes(
 
 
 def warm_masks(space: Space, choices: Sequence[Choice | None]) -> Float64:
-    """Write choices as one vector of masks."""
+    """Convert choices to one vector of masks."""
     flat = np.ones(space.offsets[-1])
     for i, choice in enumerate(choices):
         if choice is not None:
@@ -142,7 +142,7 @@ def partition(
     max_variables: int,
     fixed: Collection[int] = (),
 ) -> Blocks:
-    """Cut each layer's masks into blocks; freeze those whose gain and price settle them.
+    """Cut each layer's masks into blocks; freeze those that gain and price already decide.
 
     The rank of the start is one of the cuts, so that blocks can express it.
     """
@@ -167,7 +167,7 @@ def partition(
     cost = np.add.reduceat(price, blocks.starts)
     kept, dropped = gain > CERTAIN_KEEP * cost, gain * CERTAIN_DROP < cost
     mean = np.add.reduceat(flat, blocks.starts) / blocks.sizes
-    # Only what the warm start agrees with: it is feasible, and so stays the start.
+    # Freeze only what the warm start agrees with: it is feasible, and must stay the start.
     layer = np.searchsorted(space.offsets, blocks.starts, side="right") - 1
     still = np.isin(layer, list(fixed)) | (kept & (mean == 1.0)) | (dropped & (mean == 0.0))
     blocks.free = ~still
@@ -175,14 +175,14 @@ def partition(
 
 
 def _nearest(grid: NDArray[np.int64], wanted: Float64) -> NDArray[np.int64]:
-    """Round to the nearest entries of an ascending grid, each named once."""
+    """Round to the nearest entries of an ascending grid, without duplicates."""
     right = np.clip(np.searchsorted(grid, wanted), 1, max(len(grid) - 1, 1))
     left, right = grid[right - 1], grid[np.minimum(right, len(grid) - 1)]
     return np.unique(np.where(wanted - left < right - wanted, left, right))
 
 
 def _middle(grid: NDArray[np.bool_], start: int, size: int) -> NDArray[np.int64]:
-    """Where to split a block: the place on the grid nearest to its middle, if there is one."""
+    """Where to split a block: the grid point nearest to its middle, if there is one."""
     inside = np.flatnonzero(grid[start + 1 : start + size]) + start + 1
     return inside[np.argsort(np.abs(inside - (start + size // 2)), kind="stable")[:1]]
 
@@ -195,7 +195,7 @@ def _with_costs(space: Space, starts: NDArray[np.int64], divisible: NDArray[np.b
 
 
 def refine(space: Space, blocks: Blocks, flat: Float64, max_variables: int) -> Blocks:
-    """Freeze the blocks that reached a bound, halve the widest of the others."""
+    """Freeze the blocks that reached a bound, and halve the widest of the others."""
     mean = np.add.reduceat(flat, blocks.starts) / blocks.sizes
     open_ = (mean > 1e-3) & (mean < 1 - 1e-3)
     order = np.argsort(-blocks.sizes * (open_ & blocks.divisible), kind="stable")

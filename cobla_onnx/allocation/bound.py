@@ -1,9 +1,9 @@
-"""The least loss at every cost: a bound under which no choice of ranks lies.
+"""Lower bound on the loss at every cost, from the linear relaxation.
 
 For one budget the linear relaxation of the multiple-choice knapsack is solved for all limits at
-once: on each layer the lower convex hull of loss against cost, then all hull segments of all
-layers by what they lose per unit they save (Sinha and Zoltners 1979, The Multiple-Choice Knapsack
-Problem, Operations Research 27).
+once: take the lower convex hull of loss against cost for each layer, then all segments of all
+hulls in the order of loss per unit of cost saved (Sinha and Zoltners 1979, The Multiple-Choice
+Knapsack Problem, Operations Research 27).
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ __all__ = ["Front", "least_losses"]
 
 @dataclass(frozen=True)
 class Front:
-    """Least loss against what is kept, for one cost.
+    """Least loss against the fraction kept, for one cost.
 
     Attributes
     ----------
     kept : tuple of float
         Fractions of the original's cost, descending from 1.
     losses : tuple of float
-        No choices that keep at most that fraction lose less; piecewise linear in between.
+        Lower bounds on the loss of any choices that keep at most that fraction; piecewise
+        linear in between.
     """
 
     kept: tuple[float, ...]
@@ -47,10 +48,10 @@ def least_losses(
     losses : sequence over layers and their curves of float64 array
         Loss at ranks 0 to full rank.
     constraint : Constraint
-        Whose cost is meant, ``mem`` or ``mac``; its limit does not matter.
+        Its cost, ``mem`` or ``mac``, is meant; its limit does not matter.
     points : int
-        How many points to return at most. Fewer than there are segments make the line lie
-        higher between them, never at them.
+        Number of points returned at most. With fewer points than segments, the line is too
+        high between points, never at them.
     """
     saved: list[Float64] = [np.zeros(1)]
     lost: list[Float64] = [np.zeros(1)]
@@ -75,7 +76,7 @@ def least_losses(
 
 
 def _hull(savings: Float64, losses: Float64) -> tuple[Float64, Float64]:
-    """Lower convex hull of loss against saving, from nothing saved to the most."""
+    """Lower convex hull of loss against saving, from nothing saved to most saved."""
     hull: list[tuple[float, float]] = []
     for x, y in sorted(zip(savings.tolist(), losses.tolist(), strict=True)):
         if x < 0 or (hull and x <= hull[-1][0]):

@@ -1,4 +1,4 @@
-"""Budgets: fractions of the original, as hard integer limits over the layers' choices."""
+"""Budgets: fractions of the original's cost, as hard integer limits on the layers' choices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cobla_onnx.errors import BudgetError, UsageError
 
 __all__ = ["Budget", "Constraint", "least_fraction", "require_reachable", "unreachable"]
 
-# What there may be nothing to save of.
+# Said of a model whose cost is 0, so that nothing can be saved.
 COUNTED = {
     "mem": "stores no weights",
     "mac": "does no multiply-accumulate operations",
@@ -25,9 +25,7 @@ COUNTED = {
 
 @dataclass(frozen=True)
 class Constraint:
-    """One limit on what the layers and the rest of the model cost.
-
-    In whole bytes, MACs or nanoseconds.
+    """One limit on the cost of the whole model, in whole bytes, MACs or nanoseconds.
 
     Attributes
     ----------
@@ -39,8 +37,8 @@ class Constraint:
     limit : int
         The most that the compressed model may cost.
     fixed : int
-        Cost of all that no choice can change. Of a latency it is what the layers, timed
-        one by one, leave of the whole model's time, and may be negative.
+        Cost that no choice can change. For a latency, the whole model's time less the sum of
+        its layers, timed one by one; it may be negative.
     """
 
     name: str
@@ -57,7 +55,7 @@ class Constraint:
         return cost
 
     def per_rank(self, curve: Curve) -> int:
-        """Cost of a unit of rank on a curve, for costs that are proportional to it."""
+        """Cost of one unit of rank on a curve, for costs that are proportional to the rank."""
         cost = curve.bytes_per_rank if self.name == "mem" else curve.macs_per_rank
         assert cost is not None
         assert self.name != "latency"
@@ -73,7 +71,7 @@ class Constraint:
     def path(self, curve: Curve) -> Float64:
         """Cost at ranks 0 to full rank: linear between candidates, and beyond them.
 
-        Rank 0 is where the line through the first two candidates meets it, not below 0.
+        The cost at rank 0 is that of the line through the first two candidates, at least 0.
         """
         ranks = np.arange(len(curve.singular_values) + 1)
         if self.name != "latency":
@@ -89,7 +87,7 @@ class Constraint:
         return np.asarray(path, dtype=np.float64)
 
     def at(self, curve: Curve, rank: int) -> int:
-        """Cost at one of the candidate ranks, exactly."""
+        """Exact cost at one of the candidate ranks."""
         if self.name != "latency":
             return rank * self.per_rank(curve)
         index = int(np.searchsorted(curve.ranks, rank))
@@ -97,7 +95,7 @@ class Constraint:
         return int(self.costs(curve)[index])
 
     def cost(self, layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) -> int:
-        """Cost of the model under the given choices, exactly."""
+        """Exact cost of the model under the given choices."""
         total = self.fixed
         for layer, choice in zip(layers, choices, strict=True):
             if choice is None:
@@ -107,7 +105,7 @@ class Constraint:
         return total
 
     def least(self, layers: Sequence[LayerCurves]) -> int:
-        """Return the least cost that any choices reach."""
+        """Return the least cost that any choices have."""
         return self.fixed + sum(
             min(
                 self.whole(layer),
@@ -168,7 +166,7 @@ class Budget:
         Raises
         ------
         UsageError
-            If a budget is set of which the original's cost is not known.
+            If a budget is set for a cost that is not known of the original.
         BudgetError
             If there is nothing to keep a fraction of.
         """
@@ -185,7 +183,7 @@ class Budget:
             if total == 0 and value < 1:
                 cause = f"--{name} {value:g}: the model {COUNTED[name]}, none can be saved"
                 raise BudgetError(cause, {name: 1.0})
-            # repr gives the decimal that was meant: 0.3 * 1000 is 300, not 299.
+            # repr gives the decimal that was meant, so that 0.3 of 1000 is 300, not 299.
             limit = math.floor(Fraction(repr(float(value))) * total)
             bare = Constraint(name, value, total, limit, 0)
             fixed = total - sum(bare.whole(layer) for layer in layers)
@@ -194,22 +192,22 @@ class Budget:
 
 
 def least_fraction(constraint: Constraint, layers: Sequence[LayerCurves]) -> float:
-    """Return the least fraction that is within reach, rounded up to four digits."""
+    """Return the least feasible fraction, rounded up to four digits."""
     return _rounded_up(constraint.least(layers), constraint.total)
 
 
 def _rounded_up(cost: int, total: int) -> float:
-    """Cost as a fraction, rounded up, so that the number is itself within reach."""
+    """Cost as a fraction, rounded up, so that the number is itself feasible."""
     return math.ceil(Fraction(cost, total) * 10_000) / 10_000 if total else 1.0
 
 
 def require_reachable(layers: Sequence[LayerCurves], constraints: Sequence[Constraint]) -> None:
-    """Refuse limits that no choices reach, each taken alone.
+    """Check that each limit, taken alone, can be met.
 
     Raises
     ------
     BudgetError
-        Names the least fraction that can be reached.
+        If one cannot; names the least feasible fraction.
     """
     beyond = {c.name: c.least(layers) for c in constraints if c.least(layers) > c.limit}
     if beyond:
@@ -217,7 +215,7 @@ def require_reachable(layers: Sequence[LayerCurves], constraints: Sequence[Const
 
 
 def unreachable(constraints: Sequence[Constraint], least: dict[str, int]) -> BudgetError:
-    """Make the error that names the least cost for each constraint out of reach."""
+    """Build the error that names the least cost for each infeasible constraint."""
     parts, fractions = [], {}
     for constraint in constraints:
         if constraint.name not in least:

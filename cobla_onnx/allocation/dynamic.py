@@ -1,11 +1,11 @@
-"""One budget alone: the integer problem by dynamic programming over what may be spent.
+"""Solve the integer problem with a single budget by dynamic programming.
 
-With one constraint the multiple-choice knapsack needs no branching: layer after layer the
-least loss at every cost is kept (Kellerer, Pferschy and Pisinger 2004, Knapsack Problems,
-section 11.5). Layers that are alike, as the blocks of a transformer, make branch and bound try
-the same sums in every order; here they cost nothing. Costs are counted in steps, of their
-greatest common divisor where that is coarse enough. Else they are rounded up, so that what is
-found meets the budget, and once more down, which no choice can beat.
+With one constraint the multiple-choice knapsack needs no branching: layer by layer, the least
+loss at every cost is kept (Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, section
+11.5). With equal layers, such as the blocks of a transformer, branch and bound tries the same
+sums in every order; here they cost nothing extra. Costs are counted in steps of their greatest
+common divisor, where that is coarse enough. Otherwise the problem is solved twice: with costs
+rounded up, so that the answer meets the budget, and rounded down, which gives a lower bound.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from cobla_onnx.allocation.problem import Float64
 
 __all__ = ["Programme", "solve_programme"]
 
-# Steps into which the budget is cut at most: 10,000 for each percent of rounding in 100 layers.
+# Most steps into which the budget is divided: 10,000 for each percent of rounding in 100 layers.
 STEPS = 1 << 16
-# Columns times steps at most, which bounds the work to about a second.
+# Most columns times steps, which limits the work to about a second.
 WORK = 1 << 28
 
 
 @dataclass(frozen=True)
 class Programme:
-    """What dynamic programming has found.
+    """Result of dynamic programming.
 
     Attributes
     ----------
     columns : int64 array, shape (layers,), or None
-        The chosen column of each layer; None where rounded costs do not fit.
+        The chosen column of each layer; None if no choice of rounded costs fits.
     bound : float
-        No choices that meet the budget lose less.
+        Lower bound on the loss of any choices that meet the budget.
     """
 
     columns: NDArray[np.int64] | None
@@ -45,7 +45,7 @@ class Programme:
 def solve_programme(
     layer: NDArray[np.int64], loss: Float64, cost: NDArray[np.int64], room: int
 ) -> Programme:
-    """Choose one column of each layer, of the least loss within the room.
+    """Choose one column of each layer, with the least total loss within the room.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def solve_programme(
     cost : int64 array, shape (columns,)
         At least 0.
     room : int
-        What the chosen costs may add up to.
+        Most that the chosen costs may add up to.
     """
     if room < 0:
         return Programme(None, np.inf)
@@ -76,7 +76,7 @@ def _solve(
     """Return the best columns, None where none fit, and their loss."""
     starts = np.searchsorted(layer, np.arange(int(layer[-1]) + 2))
     least = np.zeros(room + 1)
-    # From the first column of the layer on.
+    # Relative to the first column of the layer.
     dtype = np.int16 if np.diff(starts).max() < 1 << 15 else np.int32
     chosen = np.zeros((len(starts) - 1, room + 1), dtype)
     for number, (first, last) in enumerate(pairwise(starts)):

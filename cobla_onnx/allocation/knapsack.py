@@ -1,11 +1,11 @@
-"""The integer problem: one choice per layer under hard budgets, solved with a proof.
+"""Solve the integer problem, one choice per layer under hard budgets, with a proven bound.
 
-With a separable loss the allocation is a multiple-choice knapsack. Its LP relaxation
-gives a price for each budget; by weak duality the prices give a lower bound, and any
-choice whose priced cost exceeds the best of its layer by more than the distance between
-that bound and a known solution cannot be part of a better one. Of tens of thousands of
-choices a few hundred are left: one budget is solved by dynamic programming, several by
-branch and bound (scipy's HiGHS).
+With a separable loss the allocation is a multiple-choice knapsack. Its LP relaxation gives a
+price for each budget, and by weak duality the prices give a lower bound. A choice cannot be
+part of a better solution if its priced cost exceeds the best of its layer by more than the gap
+between that bound and a known solution. Of tens of thousands of choices a few hundred are left.
+They are solved by dynamic programming if there is one budget, and by branch and bound (scipy's
+HiGHS) if there are several.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ __all__ = ["KnapsackSolution", "LossCurves", "knapsack"]
 LossCurves: TypeAlias = Sequence[Sequence[Float64]]
 """Loss of each layer under each of its curves, at ranks 0 to full rank."""
 
-# Branch and bound stops here: the next digit may take a thousand times as long, and the loss
-# that is minimised is a model that is off by far more.
+# Relative gap at which branch and bound stops: the next digit may take a thousand times as long,
+# and the loss that is minimised is a model whose error is far larger.
 RELATIVE_GAP = 1e-3
 # A limit on work and not on time, so that results can be repeated.
 NODE_LIMIT = 1000
-# How far HiGHS may overstep a constraint; the exact count comes after it.
+# Feasibility tolerance of HiGHS; costs are counted exactly afterwards.
 TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class KnapsackSolution:
-    """The choices found, their loss, a bound that no others beat, and the budgets' prices.
+    """The choices found, their loss, a lower bound, and the prices of the budgets.
 
-    ``multipliers`` are losses per unit of fraction: what loosening a budget would buy.
+    ``multipliers`` are losses per unit of fraction: what loosening a budget would gain.
     """
 
     choices: tuple[Choice | None, ...]
@@ -64,12 +64,12 @@ class _Table:
 
     @property
     def rooms(self) -> NDArray[np.int64]:
-        """What may be spent, at least 1, so that costs can be told in units of it."""
+        """What may be spent, at least 1, so that costs can be divided by it."""
         return np.maximum(self.limits, 1)
 
     @cached_property
     def costs(self) -> Float64:
-        """Costs in units of what may be spent, so that every limit is 1."""
+        """Costs as fractions of what may be spent, so that every limit is 1."""
         return np.asarray(self.spent / self.rooms[:, None])
 
     def __getitem__(self, keep: NDArray[Any]) -> _Table:
@@ -83,7 +83,7 @@ class _Table:
         )
 
     def choices(self, columns: NDArray[Any]) -> tuple[Choice | None, ...]:
-        """Choices of the given columns, one per layer, in the order of the layers."""
+        """Convert columns, one for each layer in order, to choices."""
         return tuple(
             None if self.curve[c] < 0 else Choice(int(self.curve[c]), int(self.rank[c]))
             for c in columns
@@ -93,7 +93,7 @@ class _Table:
 def _table(
     layers: Sequence[LayerCurves], losses: LossCurves, constraints: Sequence[Constraint]
 ) -> _Table:
-    """Lay out all choices."""
+    """List all choices of all layers, each as one column."""
     parts: list[tuple[int, int, NDArray[np.int64], Float64, NDArray[np.int64]]] = []
     for index, layer in enumerate(layers):
         whole = np.array([[c.whole(layer)] for c in constraints], dtype=np.int64)
@@ -114,7 +114,7 @@ def _table(
 
 @dataclass
 class _Search:
-    """The best choices so far, and a loss that no choices beat."""
+    """The best choices so far, and a lower bound on the loss."""
 
     loss: Callable[[Sequence[Choice | None]], float]
     relative_gap: float
@@ -123,21 +123,21 @@ class _Search:
     value: float = np.inf
 
     def add(self, found: tuple[Choice | None, ...] | None, proved: float = -np.inf) -> None:
-        """Consider choices, and a bound on those that beat the best so far."""
+        """Consider choices, and a proven bound on any that beat the best so far."""
         self.bound = max(self.bound, min(proved, self.value))
         if found is not None and self.loss(found) < self.value:
             self.best, self.value = found, self.loss(found)
 
     @property
     def distance(self) -> float:
-        """How far above the bound choices may be that could still be better."""
+        """Distance above the bound within which choices could still be better."""
         if self.best is None:
             return np.inf
         return self.value - self.bound + 1e-12 * max(1.0, abs(self.value))
 
     @property
     def done(self) -> bool:
-        """Whether what may be missing is not worth a search."""
+        """Whether the remaining gap is too small to be worth a search."""
         return self.distance <= self.relative_gap * abs(self.value) + 1e-11
 
 
@@ -148,12 +148,12 @@ def knapsack(
     *,
     relative_gap: float = RELATIVE_GAP,
 ) -> KnapsackSolution:
-    """Choose for each layer to keep it whole or a curve and a rank, at least loss.
+    """Choose for each layer a curve and a rank, or to keep it whole, with the least loss.
 
     Raises
     ------
     BudgetError
-        If the constraints cannot be met together; names the least that can.
+        If the constraints cannot be met together; names the least feasible fraction.
     """
     table = _table(layers, losses, constraints)
     assign = _assignment(table, len(layers))
@@ -184,7 +184,7 @@ def knapsack(
 
 
 def _assignment(table: _Table, layers: int) -> scipy.sparse.csr_array:
-    """Matrix of the condition that each layer has one choice."""
+    """Matrix of the constraint that each layer has exactly one choice."""
     columns = np.arange(len(table.layer))
     ones = np.ones(len(columns))
     return scipy.sparse.csr_array((ones, (table.layer, columns)), shape=(layers, len(columns)))
@@ -208,7 +208,7 @@ def _prices(table: _Table, assign: scipy.sparse.csr_array) -> Float64 | None:
 
 
 def _reduced(table: _Table, prices: Float64, layers: int) -> tuple[Float64, float]:
-    """Priced cost of each choice above the best of its layer, and the dual bound."""
+    """Reduced cost of each choice (above the best of its layer), and the dual bound."""
     priced = table.loss + prices @ table.costs
     best = np.full(layers, np.inf)
     np.minimum.at(best, table.layer, priced)
@@ -221,7 +221,7 @@ def _incumbent(
     layers: Sequence[LayerCurves],
     constraints: Sequence[Constraint],
 ) -> tuple[Choice | None, ...] | None:
-    """Best choices of each layer at rising prices, until the budgets hold; then filled up."""
+    """Best choices of each layer at rising prices until the budgets hold, then filled up."""
     floor = 1e-9 * max(float(prices.max(initial=0.0)), 1e-6)
     scale = 1.0
     for _ in range(200):
@@ -236,7 +236,7 @@ def _incumbent(
 
 
 def _filled(table: _Table, columns: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Spend what is left: the change that gains most, one layer at a time, while one fits."""
+    """Spend the rest of the budgets greedily, changing one layer at a time while a gain fits."""
     columns = columns.copy()
     for _ in range(len(columns)):
         more = table.spent - table.spent[:, columns[table.layer]]
@@ -264,7 +264,7 @@ def _branch(
     constraints: Sequence[Constraint],
     relative_gap: float,
 ) -> tuple[tuple[Choice | None, ...] | None, float]:
-    """Solve by branch and bound; tighten where rounding oversteps an exact limit."""
+    """Solve by branch and bound; tighten the limits where rounding exceeds an exact one."""
     assign = _assignment(table, len(layers))
     room = 1.0
     for _ in range(4):
@@ -303,11 +303,11 @@ def _loss(
 
 
 def _together(layers: Sequence[LayerCurves], constraints: Sequence[Constraint]) -> Exception:
-    """Find the least of the last constraint that the others leave, for the message."""
+    """Build the error: the least feasible last constraint, given the others."""
     last, others = constraints[-1], constraints[:-1]
     if not others:
         return unreachable(constraints, {last.name: last.least(layers)})
-    # Cost of the last constraint as loss, above the cost of keeping the layer whole.
+    # Minimise the cost of the last constraint, relative to keeping the layer whole.
     losses = [
         [(last.path(curve) - last.whole(layer)) / last.total for curve in layer.curves]
         for layer in layers

@@ -1,4 +1,4 @@
-"""What the allocation minimises, as a function of masks on singular values."""
+"""Objectives of the allocation, as functions of masks on singular values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Masks", "Objective", "OutputError", "SeparableError", "WeightError",
 
 @dataclass(frozen=True)
 class Masks:
-    """Relaxed masks: what share of each singular value is kept.
+    """Relaxed masks: the fraction of each singular value that is kept.
 
     Attributes
     ----------
@@ -25,8 +25,8 @@ class Masks:
     values : tuple of float64 array, each of shape (full_rank,)
         In [0, 1]; all ones is the layer kept whole.
     edges : tuple of int64 array, each of shape (blocks + 1,), optional
-        Where blocks of equal masks begin, from 0, and the full rank at the end; each mask
-        is a block of its own where there are none.
+        Where blocks of equal masks begin, starting with 0 and ending with the full rank. If
+        empty, each mask is a block of its own.
     """
 
     schemes: tuple[int, ...]
@@ -41,7 +41,7 @@ class Masks:
 
 
 class Objective(Protocol):
-    """A loss of masks, with its gradient and a separable model of it."""
+    """A loss as a function of masks, with its gradient and a separable model of it."""
 
     name: str
 
@@ -50,9 +50,9 @@ class Objective(Protocol):
         ...
 
     def gradient(self, masks: Masks) -> tuple[Float64, ...]:
-        """Derivative by each mask, in the shape of ``masks.values``.
+        """Derivative with respect to each mask, in the shape of ``masks.values``.
 
-        Only its sums over the blocks of the masks are looked at.
+        Only its sums over the blocks of the masks are used.
         """
         ...
 
@@ -64,8 +64,8 @@ class Objective(Protocol):
 class SeparableError:
     """A sum over layers of a loss that depends on the layer's own masks alone.
 
-    With c_r the loss of a layer at rank r and d_j = c_(j-1) - c_j what singular value j
-    saves, the loss at masks m is sum_j d_j (1 - m_j)^2, which is c_r for 0/1 masks.
+    Let c_r be the loss of a layer at rank r, and d_j = c_(j-1) - c_j the loss that singular
+    value j saves. The loss at masks m is sum_j d_j (1 - m_j)^2, which is c_r for 0/1 masks.
     """
 
     def __init__(self, name: str, curves: Sequence[Sequence[Float64]]) -> None:
@@ -80,7 +80,7 @@ class SeparableError:
         )
 
     def gradient(self, masks: Masks) -> tuple[Float64, ...]:
-        """Derivative by each mask: -2 d_j (1 - m_j)."""
+        """Derivative with respect to each mask: -2 d_j (1 - m_j)."""
         return tuple(
             -2.0 * steps[scheme] * (1.0 - mask) for steps, scheme, mask in self._terms(masks)
         )
@@ -125,7 +125,7 @@ class OutputError(SeparableError):
 
 
 def masks_of(layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) -> Masks:
-    """Write choices as 0/1 masks."""
+    """Convert choices to 0/1 masks."""
     schemes, values, edges = [], [], []
     for layer, choice in zip(layers, choices, strict=True):
         scheme = 0 if choice is None else choice.curve

@@ -1,4 +1,4 @@
-"""Whether one answer is better than another beyond the noise of the samples at hand."""
+"""Test whether one answer is better than another beyond the noise of the samples."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["PairedGain", "paired_gain"]
 
 @dataclass(frozen=True)
 class PairedGain:
-    """What is gained on average by one answer over another, on the same samples.
+    """Mean gain of one answer over another, on the same samples.
 
     Attributes
     ----------
     mean : float
-        Loss of the one less that of the other.
+        Mean loss before less mean loss after; positive where the second answer is better.
     standard_error : float
     samples : int
     """
@@ -40,8 +40,8 @@ class PairedGain:
 def paired_gain(before: Float64, after: Float64) -> PairedGain:
     """Compare losses of the same samples, each float64 of shape (samples,).
 
-    What is not finite loses all, and gains nothing over another such; of one sample nothing is
-    known of the error, which is infinite.
+    Losses that are not finite are worse than any finite ones, and equal to each other. With one
+    sample the standard error is unknown, and taken as infinite.
     """
     count = len(before)
     finite = bool(np.isfinite(before).all()), bool(np.isfinite(after).all())

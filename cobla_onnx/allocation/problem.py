@@ -1,4 +1,4 @@
-"""The input of the allocation: for each layer, what every rank would cost and lose."""
+"""Input of the allocation: cost and loss of every layer at every candidate rank."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Curve:
         Descending. For grouped layers, entry j is the root of the sum over the groups
         of the squared j-th singular value, since ranks are equal over groups.
     ranks : int64 array, shape (candidates,)
-        The ranks that may be chosen, ascending, each at least 1. Every one of them is
-        worth choosing: it is smaller than the whole layer.
+        Candidate ranks, ascending, each at least 1. At each of them the layer is smaller than
+        the whole one.
     bytes_per_rank, macs_per_rank : int
         Cost of one unit of rank; a choice of rank r costs r times that.
         ``macs_per_rank`` is None when the MACs of the model are not known.
     errors : float64 array, shape (full_rank + 1,), optional
-        Squared relative error at each rank, where the singular values do not tell it.
+        Squared relative error at each rank, where it does not follow from the singular values.
     times : int64 array, shape (candidates,), optional
-        Nanoseconds that the two factors take at each of `ranks`, never falling.
+        Nanoseconds that the two factors take at each of `ranks`, non-decreasing.
     """
 
     scheme: str
@@ -45,7 +45,7 @@ class Curve:
     times: NDArray[np.int64] | None = None
 
     def relative_errors(self) -> Float64:
-        """Squared relative error at ranks 0 to full rank: descending, 0 at the end."""
+        """Squared relative error at ranks 0 to full rank, descending to 0."""
         if self.errors is not None:
             return self.errors
         energy = np.square(self.singular_values)
@@ -56,16 +56,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class LayerCurves:
-    """A layer as the allocation sees it: keep it whole, or take a point of a curve.
+    """The options of a layer: keep it whole, or choose a point on one of its curves.
 
     Attributes
     ----------
     name : str
         Name of the layer, for messages.
     bytes_whole, macs_whole : int
-        Cost of the layer as it is; ``macs_whole`` is None when not known.
+        Cost of the layer kept whole; ``macs_whole`` is None when not known.
     time_whole : int or None
-        Nanoseconds that the layer takes as it is, where that was measured.
+        Nanoseconds that the layer takes when kept whole, where that was measured.
     curves : tuple of Curve
         One per scheme that has at least one candidate rank; never empty.
     """
@@ -79,7 +79,7 @@ class LayerCurves:
 
 @dataclass(frozen=True)
 class Choice:
-    """A point on a curve: which curve of the layer, and at which rank.
+    """A point on a curve: the index of the layer's curve, and a rank.
 
     The choice to keep a layer whole is written as None.
     """

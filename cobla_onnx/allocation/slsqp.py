@@ -1,6 +1,6 @@
-"""COBLA's relaxed problem: masks in [0, 1] on singular values, solved by SLSQP.
+"""Solve COBLA's relaxed problem by SLSQP: masks in [0, 1] on singular values.
 
-`allocation.blocks` says how it is kept small, and keep-whole linear.
+`allocation.blocks` describes how the problem is kept small, and how keep-whole stays linear.
 
 Scale. Each variable is multiplied by the root of its curvature in the separable model, so
 that the unit matrix, from which SLSQP's BFGS updates start, is near the true Hessian.
@@ -35,13 +35,13 @@ __all__ = ["Effort", "Iteration", "Relaxed", "nearest_choices", "relax"]
 
 KKT_TOLERANCE = 1e-3
 FEASIBILITY_TOLERANCE = 1e-6
-# Least curvature of a variable, relative to the largest: what is flatter counts as this flat.
+# Lower bound on the curvature of a variable, relative to the largest.
 LEAST_CURVATURE = 1e-6
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """Where SLSQP stood when it asked for a gradient.
+    """State of SLSQP when it asked for a gradient.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class Iteration:
     value : float
         Objective at the masks.
     costs : tuple of float
-        Used share of the room of each budget.
+        Fraction of the room of each budget that is used.
     seconds : float
         Since the start.
     """
@@ -63,22 +63,22 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long SLSQP may take.
+    """Limits on the work of SLSQP.
 
     Attributes
     ----------
     max_variables : int
-        Most variables that SLSQP sees; its own time grows with their cube.
+        Most variables that SLSQP is given; its own time grows with their cube.
     rounds : int
-        Times that it is run, each with finer blocks where the last left masks between.
+        Number of runs, each with finer blocks where the last left masks between 0 and 1.
     iterations : int
-        At most, in each round.
+        Most iterations in each round.
     tolerance : float
         Relative change of the objective that ends a round.
     seconds : float, optional
-        After which no further evaluation begins; the best masks so far are the answer.
+        Time limit, after which no evaluation is started; the best masks so far are returned.
     converge : bool
-        Whether an answer that is not stationary is refused.
+        Whether an answer that is not stationary is rejected.
     watch : callable
         Called with every `Iteration`.
     """
@@ -94,21 +94,21 @@ class Effort:
 
 @dataclass(frozen=True)
 class Relaxed:
-    """A solution of the relaxed problem, or why there is none.
+    """A solution of the relaxed problem, or the reason why there is none.
 
     Attributes
     ----------
     masks : Masks or None
-        None where SLSQP's answer did not stand up to the checks in `problem`.
+        None if SLSQP's answer failed a check; `problem` says which.
     tails : tuple of int
-        For each layer the tangent rank, from which on all masks are equal.
+        For each layer the tangent rank; all masks beyond it are equal.
     value : float
     kkt_residual : float
         Norm of the projected gradient of the Lagrangian, relative to the gradient's.
     multipliers : dict of str to float
         Price of each budget, as in `KnapsackSolution`.
     stopped : str
-        Why it ended before it converged, if it did.
+        Why it ended before it converged, if it did; else empty.
     """
 
     masks: Masks | None
@@ -132,7 +132,7 @@ def relax(
     effort: Effort = Effort(),
     fixed: Collection[int] = (),
 ) -> Relaxed:
-    """Solve the relaxed problem from choices within the limits.
+    """Solve the relaxed problem, starting from choices within the limits.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ def relax(
     start : sequence of (Choice or None)
         The knapsack's answer.
     multipliers : mapping of str to float
-        The knapsack's prices, which tell the masks that are settled.
+        The knapsack's prices, which decide the masks that are frozen.
     effort : Effort
     fixed : collection of int
         Layers whose masks stay as they are.
@@ -184,11 +184,11 @@ def relax(
 
 
 class _TimeIsUp(Exception):
-    """Leaves SLSQP from within."""
+    """Raised inside the objective to end SLSQP."""
 
 
 class _Search:
-    """Runs SLSQP over free blocks, and remembers the best masks that it has come across."""
+    """Runs SLSQP over the free blocks, and remembers the best masks evaluated."""
 
     def __init__(self, space: Space, objective: Objective, effort: Effort) -> None:
         self._space, self._objective, self._effort = space, objective, effort
@@ -198,14 +198,14 @@ class _Search:
         self._last: tuple[bytes, Float64] | None = None
 
     def value(self, flat: Float64, blocks: Blocks) -> float:
-        """Return the objective; masks that were seen before are not evaluated again."""
+        """Return the objective; values of masks seen before are remembered."""
         key = flat.tobytes()
         if key not in self._values:
             self._values[key] = self._objective.value(self._space.masks(flat, blocks.starts))
         return self._values[key]
 
     def gradient(self, flat: Float64, blocks: Blocks) -> Float64:
-        """Return the derivative by each block; the last one is kept."""
+        """Return the derivative with respect to each block; the last one is remembered."""
         key = flat.tobytes() + blocks.starts.tobytes()
         if self._last is None or self._last[0] != key:
             by_layer = self._objective.gradient(self._space.masks(flat, blocks.starts))
@@ -214,7 +214,7 @@ class _Search:
         return self._last[1]
 
     def run(self, blocks: Blocks, flat: Float64) -> tuple[Float64, str, str]:
-        """Return masks, what is wrong with them, and why the run was ended if it was."""
+        """Return masks, any problem with them, and why the run ended early (both empty if none)."""
         start = np.add.reduceat(flat, blocks.starts) / blocks.sizes
         free = blocks.free
         if not free.any():
@@ -230,7 +230,7 @@ class _Search:
 
         def expand(x: Float64) -> Float64:
             values = start.copy()
-            # SLSQP leaves the box by a rounding error or two.
+            # SLSQP may leave the bounds by a rounding error or two.
             values[free] = np.clip(x / roots, 0.0, 1.0)
             return np.repeat(values, blocks.sizes)
 
@@ -293,7 +293,7 @@ def _roots(curvature: Float64) -> Float64:
 
 
 def _kkt(space: Space, gradient: Float64, blocks: Blocks, flat: Float64) -> tuple[float, Float64]:
-    """Residual of the conditions of Karush, Kuhn and Tucker, and the multipliers.
+    """Residual of the Karush-Kuhn-Tucker (KKT) conditions, and the multipliers.
 
     The multipliers are those that best balance the gradient where no bound is active.
     """
@@ -318,7 +318,7 @@ def _kkt(space: Space, gradient: Float64, blocks: Blocks, flat: Float64) -> tupl
 def nearest_choices(
     layers: Sequence[LayerCurves], relaxed: Relaxed, shrink: float
 ) -> tuple[Choice | None, ...]:
-    """Ranks nearest to `shrink` times the sums of the relaxed masks, or whole."""
+    """Candidate ranks nearest to `shrink` times the sums of the relaxed masks, or whole."""
     assert relaxed.masks is not None
     choices: list[Choice | None] = []
     for layer, scheme, mask, tail in zip(

@@ -1,4 +1,4 @@
-"""Which ranks: knapsack, relaxed masks by SLSQP, rounding, and a certificate."""
+"""Allocate ranks: knapsack, relaxed masks by SLSQP, rounding, and an optimality certificate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Allocation", "Certificate", "allocate", "fitting"]
 
 @dataclass(frozen=True)
 class Certificate:
-    """Proof of what an allocation is worth.
+    """How good an allocation is, with a bound on how much better it could be.
 
     Attributes
     ----------
@@ -28,19 +28,19 @@ class Certificate:
     value : float
         Objective of the choices.
     lower_bound : float or None
-        No choices within the budgets have less; None where the objective is not separable.
+        Lower bound over all choices within the budgets; None if the objective is not separable.
     gap : float or None
         (value - lower_bound) / value.
     multipliers : mapping of str to float
-        How much the objective would fall per unit by which a budget's fraction is raised.
+        Decrease of the objective per unit by which a budget's fraction is raised.
     reached : mapping of str to int
-        Cost under each constraint, exactly.
+        Exact cost under each constraint.
     relaxed_value, kkt_residual : float or None
         Of the relaxed problem, where SLSQP solved it.
     iterations, variables : int
         Of SLSQP.
     notes : tuple of str
-        What a reader has to know, such as a fallback.
+        What a reader has to know, such as a fallback that was taken.
     fronts : mapping of str to Front
         The least loss at every fraction of memory or MACs, each budget taken alone.
     """
@@ -64,8 +64,8 @@ class Certificate:
 class Allocation:
     """One choice per layer, None for a layer kept whole, and the certificate.
 
-    `factors` says whether they keep what layers give on the data, where there are any, or the
-    weights themselves.
+    `factors` says what the factors approximate: the layers' outputs on the data, or the weights
+    themselves.
     """
 
     choices: tuple[Choice | None, ...]
@@ -73,7 +73,7 @@ class Allocation:
     factors: Literal["data", "weights"] = "data"
 
     def noting(self, note: str) -> Allocation:
-        """Return the same with a further note."""
+        """Return a copy with a further note."""
         notes = (*self.certificate.notes, note)
         return replace(self, certificate=replace(self.certificate, notes=notes))
 
@@ -101,7 +101,7 @@ def allocate(
     Raises
     ------
     BudgetError
-        If the limits cannot be met; names the least that can.
+        If the limits cannot be met; names the least feasible ones.
     """
     whole: tuple[Choice | None, ...] = (None,) * len(layers)
     if all(c.cost(layers, whole) <= c.limit for c in constraints):
@@ -157,7 +157,7 @@ def _rounded(
     constraints: Sequence[Constraint],
     relaxed: Relaxed,
 ) -> Iterator[tuple[Choice | None, ...]]:
-    """Integer choices near a relaxed solution, all within the limits."""
+    """Yield integer choices near a relaxed solution, all within the limits."""
     if relaxed.masks is None:
         return
     scales = _slopes(objective, losses, relaxed)
@@ -170,10 +170,10 @@ def _rounded(
 def fitting(
     layers: Sequence[LayerCurves], constraints: Sequence[Constraint], relaxed: Relaxed
 ) -> Iterator[tuple[Choice | None, ...]]:
-    """Yield choices nearest to ever larger shares of the relaxed ranks, all within limits."""
+    """Yield choices nearest to ever larger fractions of the relaxed ranks, within the limits."""
     low, high = 0.0, 1.0
     for _ in range(25):
-        # The largest share of the relaxed ranks that fits the budgets.
+        # Bisection for the largest fraction of the relaxed ranks that fits the budgets.
         middle = high if low == 0.0 and high == 1.0 else (low + high) / 2
         choices = nearest_choices(layers, relaxed, middle)
         if all(c.cost(layers, choices) <= c.limit for c in constraints):
@@ -186,7 +186,7 @@ def fitting(
 
 
 def _slopes(objective: Objective, losses: LossCurves, relaxed: Relaxed) -> list[float]:
-    """How much steeper the objective is than its separable model, layer by layer."""
+    """Ratio of the objective's slope to that of its separable model, for each layer."""
     assert relaxed.masks is not None
     gradient = objective.gradient(relaxed.masks)
     scales = []

@@ -1,20 +1,20 @@
-"""Ranks by the loss of the network itself: sequential quadratic programming with integers.
+"""Allocate ranks by the network's loss: sequential quadratic programming with integers.
 
-From choices within the budgets the loss is modelled to second order: its true gradient
-from where the masks are now, and the curvature of the separable model. Two problems come
-of that model again and again:
+Starting from choices within the budgets, the loss is modelled to second order, with its true
+gradient at the current masks and the curvature of the separable model. Two problems are solved
+with this model, repeatedly:
 
-* with relaxed masks it is SLSQP's (Li and Shi 2018), which refines the curvature as it goes
-  and whose answer is rounded by the next one;
-* with integer choices it is a multiple-choice knapsack, solved exactly.
+* with relaxed masks, by SLSQP (Li and Shi 2018), which refines the curvature as it goes; its
+  answer is rounded by the second problem;
+* with integer choices, as a multiple-choice knapsack, solved exactly.
 
-A calibration set of a few hundred samples is easily fitted too well: choices made for it
-can be no better on other samples. So every candidate is scored on samples that neither its
-factors nor its gradients have seen. The best few are then finished as the answer will be
-(their factors refitted), and one takes the place of the start only if the loss that the
-search follows is lower on those samples by more than half a standard error of the
-comparison, and the loss that counts in the end is not higher by more than a whole one (after
-Breiman et al. 1984, Classification and Regression Trees, section 3.4.3).
+A calibration set of a few hundred samples is easily overfitted: choices made for it may be no
+better on other samples. So every candidate is scored on samples that neither its factors nor
+its gradients have seen. The best few are then finished as the answer will be (their factors
+are refitted). A candidate replaces the start only if, on those samples, the loss that the
+search follows is lower by more than half a standard error of the paired difference, and the
+final loss is not higher by more than one standard error (after Breiman et al. 1984,
+Classification and Regression Trees, section 3.4.3).
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from cobla_onnx.allocation.solve import Allocation, fitting
 
 __all__ = ["Candidate", "ModelledLoss", "Scores", "Step", "allocate_by_loss"]
 
-# How much the curvature of the separable model is raised: larger steps are trusted less.
+# Factors on the curvature of the separable model; larger ones make shorter steps.
 DAMPINGS = (1.0, 2.0, 4.0)
-# Knapsacks in a row from one start at most.
+# Most knapsacks in a row from one start.
 STEPS = 3
-# The model is not worth proving an optimum to more digits.
+# The model is too inexact to be worth an optimum with more digits.
 RELATIVE_GAP = 1e-2
-# Candidates that are finished.
+# Number of candidates that are finished (refitted).
 SHORTLIST = 2
-# Standard errors by which a candidate has to be better than the start in the loss that the
-# search follows, and by which it may seem worse in the noisier loss that counts.
+# Standard errors by which a candidate must be better than the start in the loss that the search
+# follows, and by which it may look worse in the final loss, which is noisier.
 SIGNIFICANCE, TOLERANCE = 0.5, 1.0
 
 Choices = tuple[Choice | None, ...]
 
 
 class ModelledLoss(Objective, Protocol):
-    """A loss with a model of it to second order; layers in `fixed` have no gradient."""
+    """A loss with a second-order model of it; layers in `fixed` have no gradient."""
 
     fixed: frozenset[int]
 
     def model(self, masks: Masks, damping: float) -> LossCurves:
-        """Loss predicted for every rank of every curve, the other layers' masks held.
+        """Predict the loss for every rank of every curve, with the other layers' masks held fixed.
 
         Relative to the layer kept whole; `damping` multiplies the curvature.
         """
@@ -64,17 +64,17 @@ class ModelledLoss(Objective, Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation on the way, for the history.
+    """One evaluation of the search, for its history.
 
     Attributes
     ----------
     stage : str
     number : int
-        From 0, in the order of time.
+        From 0, in chronological order.
     loss : float
-        The search's, on the calibration split.
+        Loss that the search follows, on the calibration split.
     selection : float or None
-        Loss that counts, on the selection split, where the masks are 0 or 1.
+        Final loss, on the selection split, where the masks are 0 or 1.
     costs : dict of str to float
         Fraction of the original's memory or MACs that is used, by budget.
     seconds : float
@@ -98,7 +98,7 @@ class Scores:
     searched : array
         By the loss that the search follows.
     final : array
-        By the loss that counts.
+        By the final loss.
     """
 
     searched: Float64
@@ -107,14 +107,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Choices within the budgets, and their losses on either split.
+    """Choices within the budgets, and their losses on both splits.
 
     Attributes
     ----------
     origin : str
     choices : tuple of (Choice or None)
     loss : float
-        The search's, on the calibration split.
+        Loss that the search follows, on the calibration split.
     scores : Scores
         On the selection split.
     """
@@ -125,7 +125,7 @@ class Candidate:
     scores: Scores
 
     def beats(self, start: Candidate) -> bool:
-        """Whether it is better on the selection split beyond the noise."""
+        """Whether it is better than the start on the selection split, beyond the noise."""
         searched = paired_gain(start.scores.searched, self.scores.searched)
         final = paired_gain(start.scores.final, self.scores.final)
         return searched.in_errors > SIGNIFICANCE and final.in_errors > -TOLERANCE
@@ -141,7 +141,7 @@ def allocate_by_loss(
     watch: Callable[[Step], None] = lambda step: None,
     finish: Callable[[Sequence[Choice | None]], Scores] | None = None,
 ) -> tuple[Allocation, tuple[Candidate, ...]]:
-    """Improve choices by the loss itself.
+    """Improve choices by the loss of the network.
 
     Parameters
     ----------
@@ -149,22 +149,22 @@ def allocate_by_loss(
     objective : ModelledLoss
     constraints : sequence of Constraint
     warm : Allocation
-        Within the constraints; the answer where nothing is better beyond the noise.
+        Within the constraints; returned if nothing is better beyond the noise.
     score : callable
-        Losses of the selection split at given choices.
+        Returns the losses on the selection split under given choices.
     effort : Effort
-        Of SLSQP; its time limit holds for all. An interrupt ends the search too, and the
-        best candidate so far is the answer.
+        Limits of SLSQP; the time limit applies to the whole search. An interrupt ends the
+        search, too, and the best candidate so far is returned.
     watch : callable
         Called with every step.
     finish : callable, optional
-        As `score`, after all that is done to the factors when ranks are chosen.
+        As `score`, but with the factors finished (refitted).
 
     Returns
     -------
     allocation : Allocation
     candidates : tuple of Candidate
-        All that were scored, the start first.
+        All candidates that were scored, the start first.
     """
     search = _Search(layers, objective, constraints, score, effort, watch)
     search.add("output's knapsack", warm.choices)
@@ -209,7 +209,7 @@ def _elected(
     candidates: Sequence[Candidate],
     finish: Callable[[Sequence[Choice | None]], Scores] | None,
 ) -> Candidate:
-    """The best that beats the start, the first; of a shortlist if each has to be finished."""
+    """The best candidate that beats the start (the first); a shortlist is finished before."""
 
     def searched(candidate: Candidate) -> float:
         return float(candidate.scores.searched.mean())
@@ -225,12 +225,12 @@ def _elected(
 
 
 class _TimeIsUp(Exception):
-    """Ends the search between two evaluations."""
+    """Raised between two evaluations to end the search."""
 
 
 @dataclass
 class _Search:
-    """The candidates so far and what is needed to make more."""
+    """The candidates so far, and the inputs for making more."""
 
     layers: Sequence[LayerCurves]
     objective: ModelledLoss
@@ -243,7 +243,7 @@ class _Search:
     _steps: int = 0
 
     def add(self, origin: str, choices: Choices) -> Candidate:
-        """Evaluate choices; those that were seen before are not evaluated again."""
+        """Evaluate choices, unless they were evaluated before."""
         for known in self.candidates:
             if known.choices == choices:
                 return known
@@ -255,11 +255,11 @@ class _Search:
         return found
 
     def best_by_loss(self) -> Candidate:
-        """Return the candidate of least loss on the calibration split."""
+        """Return the candidate with the least loss on the calibration split."""
         return min(self.candidates, key=lambda c: c.loss)
 
     def descend(self, origin: str, start: Choices, damping: float) -> None:
-        """Solve one knapsack after the other while the loss falls."""
+        """Solve one knapsack after another as long as the loss falls."""
         current = self.add(origin, start)
         for _ in range(STEPS):
             self._check_time()
@@ -291,7 +291,7 @@ class _Search:
         )
 
     def round(self, relaxed: Relaxed) -> None:
-        """Turn relaxed masks into choices: nearest ranks, and knapsacks on the model."""
+        """Round relaxed masks to choices: nearest ranks, and knapsacks on the model."""
         if relaxed.masks is None:
             return
         for choices in list(fitting(self.layers, self.constraints, relaxed))[-1:]:

@@ -1,4 +1,4 @@
-"""The derivative of an ONNX graph, as another ONNX graph of standard operators."""
+"""Automatic differentiation: the gradient of an ONNX graph as an ONNX graph."""
 
 from __future__ import annotations
 

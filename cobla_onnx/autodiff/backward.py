@@ -1,4 +1,4 @@
-"""The reverse pass: from the gradients by a graph's outputs to those by its weights."""
+"""The reverse pass: propagate gradients from a graph's outputs back to its weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Backward:
     Attributes
     ----------
     gradients : dict of str to str
-        For each tensor, the name of the gradient by it.
+        For each tensor, the name of the gradient with respect to it.
     blocked : dict of str to str
         For each tensor without one, why: a path from it to the loss passes a node that
         cannot be differentiated, or there is no path. What flows along other paths would be
@@ -43,7 +43,7 @@ class Backward:
 def backward(
     g: Emitter, forward: Prepared, seeds: Mapping[str, str], wanted: Collection[str]
 ) -> Backward:
-    """Write the gradients by the tensors `wanted`.
+    """Write the gradients with respect to the tensors `wanted`.
 
     Walks the nodes between `wanted` and the seeds once, in reverse; what several nodes give
     to one tensor is added up.

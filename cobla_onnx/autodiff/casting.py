@@ -1,4 +1,4 @@
-"""Cast a whole model to one floating type."""
+"""Cast a whole model to one floating-point type."""
 
 from __future__ import annotations
 

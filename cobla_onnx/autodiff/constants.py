@@ -1,4 +1,4 @@
-"""Values of the small tensors of a graph that depend on no input: axes, pads, shapes."""
+"""Evaluate the small tensors of a graph that depend on no input: axes, pads, shapes."""
 
 from __future__ import annotations
 

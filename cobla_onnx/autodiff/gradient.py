@@ -1,4 +1,4 @@
-"""From a forward graph to a graph of its loss and gradients."""
+"""Build, from a forward graph, the graph of its loss and gradients."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def gradient_graph(
     UsageError
         If a name, a shape or a loss does not fit the model.
     ModelError
-        If the gradient by some weight cannot be had; names the node that is in the way.
+        If some weight has no gradient; names the node that blocks it.
         `differentiate` goes on without that weight.
 
     Examples
@@ -112,7 +112,7 @@ def gradient_graph(
     result = differentiate(model, loss, weights, input_shapes=input_shapes, threads=threads)
     if result.blocked:
         listed = "; ".join(f"{name!r}: {reason}" for name, reason in result.blocked.items())
-        raise ModelError(f"no gradient by {listed}; leave these weights out")
+        raise ModelError(f"no gradient with respect to {listed}; leave these weights out")
     return result.model
 
 
@@ -127,7 +127,7 @@ def differentiate(
     threads: int = 1,
     element_type: int = onnx.TensorProto.FLOAT,
 ) -> GradientGraph:
-    """Make a graph of a model's loss, its gradients, and its gradients by masks.
+    """Build the graph of a model's loss and its gradients with respect to weights and masks.
 
     As `gradient_graph`, but a weight whose gradient cannot be had is listed in the result
     with a reason.
@@ -135,8 +135,8 @@ def differentiate(
     Parameters
     ----------
     masks : sequence of MaskedWeight
-        Weights whose gradient by the masks of a factorisation is wanted. The weight, or
-        what the layer runs with in its place, becomes an input too.
+        Weights for which gradients with respect to masks of a factorisation are wanted. The
+        weight, or what the layer runs with in its place, becomes an input, too.
     constants : sequence of str
         Further tensors that become inputs, without a gradient.
     element_type : {TensorProto.FLOAT, TensorProto.DOUBLE}

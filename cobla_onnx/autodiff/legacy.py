@@ -1,4 +1,4 @@
-"""Experimental operators of ONNX 1.0 to 1.4, in terms of those that are left.
+"""Rewrite the experimental operators of ONNX 1.0 to 1.4 in terms of current ones.
 
 They have no schema any more, so onnx's version converter stops at them; old exporters
 wrote them (Core ML's ImageScaler, Crop and Affine in style transfer networks).

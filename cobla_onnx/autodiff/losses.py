@@ -1,10 +1,10 @@
-"""The loss inside the graph, and its derivative by each output of the model.
+"""The loss as nodes of the graph, and its derivative with respect to each output of the model.
 
 The same formulas as `calibration.evaluation.loss`, in the graph's own precision. With p the
 target's and q the model's distribution along the measure's axis:
 
 =======================  ==========================  ==============================
-kind                     loss of a position          derivative by the output
+kind                     loss of a position          derivative w.r.t. the output
 =======================  ==========================  ==============================
 ``probabilities``        sum p log(p / q)            -p / q
 ``logits``               the same of softmaxes       softmax(output) - p
@@ -17,8 +17,8 @@ kind                     loss of a position          derivative by the output
                          |centred(q - p)|^2 / spread
 =======================  ==========================  ==============================
 
-Further axes are averaged over, by the mask where there is one, and where there are labels over
-those positions that have one that counts.
+Further axes are averaged: over the positions in the mask, if there is one, and with labels over
+the positions whose label counts.
 """
 
 from __future__ import annotations

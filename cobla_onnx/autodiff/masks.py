@@ -1,13 +1,13 @@
-"""Gradients by masks without the gradient by the weight.
+"""Gradients with respect to masks, without forming the gradient with respect to the weight.
 
 With W = second diag(m) first, the layer's output is second(m z), z = first(x). So the
-derivative of a sample's loss by m_j is the sum over positions of z_j t_j, where
-t = second^T dy is the gradient by what the second factor node reads: two products of the
-size of the factors, per sample, whatever m is. (Li and Shi's dE/dm_j = s_j u_j^T (dE/dW) v_j,
-contracted in another order.)
+derivative of a sample's loss with respect to m_j is the sum over positions of z_j t_j, where
+t = second^T dy is the gradient with respect to the input of the second factor node. That takes
+two products of the size of the factors for each sample, whatever m is. (It is Li and Shi's
+dE/dm_j = s_j u_j^T (dE/dW) v_j, contracted in another order.)
 
-If the layer itself runs through its factors, z and t are there already, and the gradients
-by all masks cost next to nothing beyond the forward and the backward pass.
+If the layer itself runs through its factors, z and t exist already, and the gradients with
+respect to all masks cost almost nothing beyond the forward and the backward pass.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class MaskedWeight:
         named for the layer's output. See `cobla_onnx.variants.rewrite.factor_nodes`.
     mask : str or None
         Name of the masks, of shape (ranks,), which become an input: the layer runs as
-        second(m first(x)), and its weight is no input. Without, the layer runs with its
+        second(m first(x)), and its weight is not an input. Without, the layer runs with its
         weight, which the caller makes of the masks.
     """
 

@@ -1,4 +1,4 @@
-"""How one output of a model is compared with the original's: the kind of loss and its axis."""
+"""How one output is compared with the original's: the kind of loss and the axis it runs over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bring a private copy of a model into the form that the rules expect.
+"""Bring a private copy of a model into the form that the derivative rules expect.
 
 One floating type, a recent operator set, fixed dimensions, weights as inputs, no local
 functions, no operators without a rule that are made of operators with one; and what is

@@ -1,1 +1,1 @@
-"""What does the model see: samples, second moments, sensitivities, refit."""
+"""Calibration: run a model on samples, and collect what compression decisions need."""

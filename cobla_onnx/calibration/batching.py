@@ -1,4 +1,4 @@
-"""How many samples run at a time: as many as memory has room for, one where a model mixes them."""
+"""Choose the batch size: as large as memory allows, or 1 where a model mixes its samples."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ __all__ = [
 
 Item = TypeVar("Item")
 
-# Bytes above the model that a run of the package takes at most, unless it is told otherwise.
+# Most bytes that a run of the package takes in addition to the model, by default.
 MEMORY = 2_000_000_000
-# Bytes of Python and its libraries, and of what does not grow with the samples, such as chunks
-# of vectors in double precision.
+# Bytes of Python and its libraries, and of everything that does not grow with the samples, such as
+# chunks of vectors in double precision.
 PROCESS = 600_000_000
-# Copies of the weights: the model's, and those of sessions.
+# Number of copies of the weights: the model's, and those of sessions.
 COPIES = 2
-# Bytes for each byte of an output that is compared, in double precision, where a sample of it
-# is larger than a chunk that is compared at a time.
+# Bytes for each byte of a compared output, in double precision, where a sample of it is larger
+# than the chunk that is compared at a time.
 COMPARED, CHUNK = 12, 1 << 24
 MOST_AT_ONCE = 16
 # Sessions that are open at the same time, most of them idle.
 SESSIONS = 8
-# Bytes of second moments that are summed up at a time even where there is no room.
+# Bytes of second moments that are accumulated at a time even where there is no room.
 LEAST_SUMS = 1 << 25
-# Largest difference, relative to the largest output, between samples that run alone and together.
+# Largest difference between samples run alone and together, relative to the largest output.
 ROUNDING = {np.dtype(np.float16): 3e-2, np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-6}
-# Share of integers, such as classes, that rounding may change.
+# Fraction of integers, such as classes, that rounding may change.
 CHANGED = 0.02
 
 
@@ -60,11 +60,11 @@ class RunSizes:
     Attributes
     ----------
     peak : int
-        Tensors that are held at the same time, at most, if each goes after its last reader.
+        Most bytes held at the same time, if each tensor is freed after its last reader.
     total : int
-        All of them: what a gradient needs.
+        Bytes of all tensors, which a gradient needs.
     tensors : dict of str to int
-        Those of the main graph, by name; inputs included, weights not.
+        Bytes of the tensors of the main graph, by name, with inputs and without weights.
     """
 
     peak: int
@@ -74,12 +74,12 @@ class RunSizes:
 
 @dataclass(frozen=True)
 class TapLimit:
-    """How much may be read from a run of a model: what is more is read in several runs.
+    """Limit on the bytes read from one run of a model; more tensors take several runs.
 
     Attributes
     ----------
     most : int
-        Bytes of tensors that are read from a run.
+        Most bytes of tensors that are read from one run.
     tensors : dict of str to int
         Bytes of each tensor.
     """
@@ -88,12 +88,12 @@ class TapLimit:
     tensors: Mapping[str, int]
 
     def cut(self, items: Iterable[Item], read: Callable[[Item], str]) -> list[list[Item]]:
-        """Share items out, in their order, so that each group reads no more than it may.
+        """Split items, in their order, into groups that each stay within the limit.
 
         Parameters
         ----------
         read : callable
-            Name of the tensor that an item reads. A tensor that is more on its own is read.
+            Name of the tensor that an item reads. A tensor over the limit is a group of its own.
         """
         groups: list[list[Item]] = []
         names: set[str] = set()
@@ -114,15 +114,15 @@ class Batching:
     Attributes
     ----------
     size : int
-        Samples that run at a time; depends on model, data and limit alone.
+        Samples in a run (batch size); depends on model, data and limit alone.
     at_once : int
-        Such runs that memory has room for side by side; results do not depend on it.
+        Number of such runs that fit in memory at once; results do not depend on it.
     sums : int
-        Bytes of second moments that are summed up at a time, half of them by one unit of work.
+        Bytes of second moments accumulated at a time, half of them by one unit of work.
     taps : TapLimit
-        For tensors that are read from such a run.
+        Limits the tensors that are read from such a run.
     gives_back : bool
-        Whether sessions give back what a run needed, so that those that are idle hold nothing.
+        Whether sessions free the memory of a run, so that idle ones hold nothing.
     notes : tuple of str
     """
 
@@ -145,25 +145,25 @@ def choose_batching(
     threads: int,
     gradient: bool = False,
 ) -> Batching:
-    """Choose how many samples run at a time, from runs of one sample and of two.
+    """Choose the batch size, from runs of one sample and of two.
 
-    One run, with the tensors that are read from it, gets a third of the room; what of a single
-    sample is more is read in several runs. The room is the limit without the process itself
-    and copies of the weights, never what the machine has free: the same samples run together
-    everywhere.
+    One run, with the tensors that are read from it, gets a third of the room; tensors of a single
+    sample that exceed it are read in several runs. The room is the limit less the process itself
+    and copies of the weights. It never depends on the machine's free memory, so that batches are
+    the same everywhere.
 
     Parameters
     ----------
     model, measured : ModelProto
-        What is run, and the same with the tensors as outputs at which the loss is taken.
+        The model that is run, and the same with the tensors where the loss is taken as outputs.
     layers : sequence of Layer
-        Those whose inputs and outputs are looked at.
+        Layers whose inputs and outputs are read.
     batch : 'auto' or int
-        A number is taken as it is.
+        A number is used as it is.
     limit : int, optional
-        Bytes that the process takes at most; `MEMORY` above the model by default.
+        Most bytes that the process may take; by default `MEMORY` more than the model.
     gradient : bool
-        Whether a gradient is taken, which holds all tensors.
+        Whether gradients are computed, which keep all tensors.
     """
     one, two = dataset.examples()
     sizes = run_sizes(model, next(dataset.batches([one], 1)), threads)
@@ -173,7 +173,7 @@ def choose_batching(
     room = max((weights + MEMORY if limit is None else limit) - fixed, 0)
     share = room // 3
     inputs, made = _tensors(layers, sizes)
-    # Two copies of what is read: onnxruntime's and numpy's.
+    # Tensors that are read exist twice: in onnxruntime and in numpy.
     taps = max(*inputs, *made, min(sum(inputs), (share - sizes.peak) // 2), 0)
     each = max(sizes.peak + 2 * taps, 2 * sizes.total if gradient else 0, 1)
     notes: list[str] = []
@@ -202,7 +202,7 @@ def choose_batching(
 
 
 def _tensors(layers: Sequence[Layer], sizes: RunSizes) -> tuple[list[int], list[int]]:
-    """Bytes of what layers read, and of what they give; a zero more for models without layers."""
+    """Bytes of the inputs and outputs of layers, with an extra 0 for models without layers."""
     uses = [use for layer in layers for use in layer.uses]
     read = {use.data for use in uses}, {use.output for use in uses}
     inputs, outputs = ([0, *(sizes.tensors.get(name, 0) for name in names)] for names in read)
@@ -234,11 +234,11 @@ def run_sizes(model: onnx.ModelProto, feeds: Feeds, threads: int) -> RunSizes:
 def _profile(
     model: onnx.ModelProto, feeds: Feeds, threads: int, folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """Run a model once; yield what onnxruntime tells about its nodes, in a file of the folder."""
+    """Run a model once; yield what onnxruntime's profile, a file in the folder, says of nodes."""
     session = open_session(model, threads, profile=str(folder / "run"))
     run_session(session, feeds)
     with Path(session.end_profiling()).open(encoding="utf-8") as lines:
-        # One event a line: those of a loop may be too many to be held together.
+        # One event per line: those of a loop may be too many to hold at once.
         for line in lines:
             text = line.strip().rstrip(",")
             if text.startswith("{"):
@@ -248,7 +248,7 @@ def _profile(
 
 
 def _output_sizes(names: Sequence[str], event: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of a node's outputs; those of all of them for the first where shapes are not told."""
+    """Bytes of a node's outputs; where shapes are unknown, all bytes count for the first."""
     shapes = event.get("output_type_shape", ())
     if len(shapes) != len(names):
         return dict(zip(names, [int(event.get("output_size", 0))], strict=False))
@@ -263,7 +263,7 @@ def _item_size(kind: str) -> int:
     try:
         return np.dtype({"float": "float32", "double": "float64"}.get(kind, kind)).itemsize
     except TypeError:
-        # A type that numpy does not know has two bytes at most.
+        # A type that numpy does not have takes at most two bytes.
         return 2
 
 
@@ -283,9 +283,9 @@ def _peak(graph: onnx.GraphProto, sizes: Mapping[str, int]) -> int:
 def mixes_samples(
     model: onnx.ModelProto, dataset: Dataset, one: int, two: int, threads: int
 ) -> str:
-    """Run two samples alone and together; say why they must not be, empty if they may.
+    """Run two samples alone and together; return why they must not be batched, or an empty text.
 
-    A model that is random differs from itself: nothing follows from that.
+    The outputs of a random model always differ, so that nothing follows for it.
 
     Raises
     ------
@@ -309,7 +309,7 @@ def mixes_samples(
 
 
 def _are_both(found: Any, parts: Sequence[Any]) -> bool:
-    """Whether an output holds the samples' own one above the other."""
+    """Whether a batched output is the two single outputs, concatenated along the first axis."""
     arrays = all(isinstance(value, np.ndarray) and value.ndim for value in parts)
     if not arrays or len({value.shape[1:] for value in parts}) > 1:
         return False
@@ -317,7 +317,7 @@ def _are_both(found: Any, parts: Sequence[Any]) -> bool:
 
 
 def _alike(found: Any, expected: Any) -> bool:
-    """Whether two outputs are the same up to rounding."""
+    """Whether two outputs are equal up to rounding."""
     if not isinstance(found, np.ndarray) or not isinstance(expected, np.ndarray):
         return False
     if found.shape != expected.shape or found.dtype != expected.dtype:

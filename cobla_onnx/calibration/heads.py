@@ -1,12 +1,12 @@
-"""How much each output of a model's last layers counts, by the loss at the model's outputs.
+"""Weight each output of a model's last layers by its effect on the loss.
 
-A layer that makes class logits makes them for all classes, of which the samples may show a
+A layer that produces class logits does so for all classes, of which the samples may show only a
 few: a recogniser of 6,625 characters reads 95 of them in English text. Its error is then best
-measured as the loss is: by the loss's second derivative by each output. For the divergence of
-class distributions its diagonal is p (1 - p), for values compared by features the reciprocal of
-each feature's variance. Only layers whose outputs reach the loss one by one are weighted; for
-those further back, weights of single outputs say too little (a full second moment of gradients
-was measured to be worse than none).
+weighted as in the loss, by the second derivative of the loss with respect to each output. For
+the divergence of class distributions the diagonal of that is p (1 - p); for values compared by
+features it is the reciprocal of each feature's variance. Only layers whose outputs reach the
+loss one by one are weighted. For layers further back, weights of single outputs are too crude (a
+full second moment of gradients was measured to be worse than none).
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ __all__ = ["Curvature", "curvatures", "importances"]
 
 @dataclass(frozen=True)
 class Curvature:
-    """How much each entry of an output counts.
+    """Weights of the entries of an output.
 
     Attributes
     ----------
     axis : int
-        Along which entries differ.
+        Axis of the entries.
     axes : int
         Number of axes of the output.
     classes : bool
-        Whether entries are classes: a softmax of which the derivative knows is passed then.
+        Whether entries are classes; the derivative then includes a softmax before the output.
     weights : float64 array, shape (size,)
-        Of the entries along the axis; their mean is 1, and none is 0.
+        Weights of the entries along the axis; their mean is 1, and none is 0.
     """
 
     axis: int
@@ -52,7 +52,7 @@ class Curvature:
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor, its number of axes, the one that is followed, and what lies along it."""
+    """A tensor on the walk, with the axis that is followed and the meaning of its entries."""
 
     name: str
     axis: int
@@ -60,13 +60,12 @@ class _Place:
     classes: bool
 
 
-# Shares of the weight that all outputs may have alike: samples do not show all that will come.
+# Candidate fractions of the weight that is even: samples do not show all future classes.
 EVEN = tuple(step / 10 for step in range(1, 11))
-# Where more than this has to be the same for all, everything is: layers are measured on samples
-# that the weights are made of, which must not flatter them.
+# If more than this fraction must be even, all of it is: layers are measured on the samples from
+# which the weights are computed, and would look better than they are.
 TOO_EVEN = 0.5
-# Operators behind which each number is the same but for a constant, or its mean or its part
-# that is positive.
+# Operators that keep each number up to a constant factor, or take its mean or its positive part.
 ALONG = frozenset({"Identity", "Cast", "Dropout", "Relu", "Clip", "Resize", "Upsample"})
 SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
 POOLS = frozenset({"GlobalAveragePool", "AveragePool"})
@@ -79,9 +78,9 @@ def curvatures(
     facts: Mapping[str, OutputFacts],
     temperatures: Mapping[str, float],
 ) -> dict[str, Curvature]:
-    """Second derivative of the loss by each entry of an output, but for a factor.
+    """Second derivative of the loss with respect to each entry of an output, up to a factor.
 
-    Outputs that are compared in another way than by classes or by features have none.
+    Only outputs that are compared by classes or by features have one.
     """
     found = {}
     for name, measure in measures.items():
@@ -102,17 +101,17 @@ def curvatures(
 
 
 def _mixed(weights: NDArray[np.float64], even: float) -> NDArray[np.float64]:
-    """Weights of mean 1, of which a share is the same for all."""
+    """Weights of mean 1, mixed with even weights."""
     mean = weights.mean()
     return (1 - even) * weights / mean + even if mean > 0 else np.ones_like(weights)
 
 
 def _even_share(halves: NDArray[np.float64]) -> float:
-    """Share with which each half of the samples tells best what the other one shows.
+    """Fraction of even weight with which each half of the samples predicts the other best.
 
-    By the likelihood of one half under the mixture made of the other (deleted interpolation,
-    Jelinek and Mercer 1980): where few samples of many classes tell nothing of the next ones,
-    all classes count alike.
+    By the likelihood of one half under the mixture made from the other (deleted interpolation,
+    Jelinek and Mercer 1980): where few samples of many classes predict nothing about others, all
+    classes get the same weight.
     """
     if (halves.sum(axis=1) <= 0).any():
         return EVEN[-1]
@@ -129,15 +128,15 @@ def importances(
     layers: Sequence[Layer],
     curvatures: Mapping[str, Curvature],
 ) -> dict[str, NDArray[np.float64]]:
-    """Weights of the outputs of those layers that make the model's outputs one by one.
+    """Weights of the outputs of layers that produce the model's outputs one by one.
 
     Parameters
     ----------
     model : ModelProto
-        Whose outputs are compared, with its nodes in topological order.
+        The model whose outputs are compared, with its nodes in topological order.
     layers : sequence of Layer
     curvatures : mapping of str to Curvature
-        By the name of the output.
+        By the name of the model's output.
 
     Returns
     -------
@@ -155,7 +154,7 @@ def importances(
 
 
 class _Walk:
-    """Walks from an output to the layer that makes its entries along an axis."""
+    """Walks back from an output to the layer that produces its entries along an axis."""
 
     def __init__(self, model: onnx.ModelProto, layers: Sequence[Layer]) -> None:
         self._graph = GraphIndex(model)
@@ -163,7 +162,7 @@ class _Walk:
         self._shapes: dict[str, Shape] = infer_shapes(model, {})
 
     def layer_behind(self, place: _Place, size: int) -> Layer | None:
-        """Return the layer, if its outputs are the entries along the axis and nothing else."""
+        """Return the layer, if its outputs are exactly the entries along the axis."""
         at: _Place | None = place
         while at is not None and at.name not in self._layers:
             at = self._before(at, size)

@@ -1,9 +1,9 @@
-"""Second moments of what layers see, in one streaming pass of bounded memory.
+"""Accumulate second moments of layer inputs in one streaming pass with bounded memory.
 
-Batches run through onnxruntime, the tensors
-that layers read are tapped as outputs, and products of their vectors are added up in
-float64. Tensors are tapped in groups, so that neither they nor the sums outgrow a limit;
-finished sums wait in a temporary file.
+Batches run through onnxruntime, the tensors that layers read are added to the outputs
+("tapped"), and products of their vectors are summed in float64. Tensors are tapped in groups,
+so that neither they nor the sums exceed a memory limit; finished sums are kept in a temporary
+file.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ __all__ = [
 
 Batch = TypeVar("Batch")
 
-# Bytes of sums that each unit of work holds at a time, and all units on this machine.
+# Most bytes of sums held by one unit of work, and by all units on this machine.
 LIMIT = 1 << 28
 ALL_UNITS = 1 << 30
-# Batches that are added up as one unit of work. Sums of units are added in their order, so
-# that the result does not depend on who adds what.
+# Batches that are summed as one unit of work. Sums of units are added in order, so that the
+# result does not depend on how units are distributed.
 BATCHES_PER_UNIT = 2
 
 
 class MomentStore:
-    """Moments by patch, in an unnamed temporary file; equal patches share one."""
+    """Moments by patch, in an unnamed temporary file; equal patches share a moment."""
 
     def __init__(self) -> None:
         self._file = ArrayFile()
@@ -64,7 +64,7 @@ class MomentStore:
         self._places[patch] = second, mean, effective, moment.count, moment.share
 
     def get(self, patches: Sequence[Patch]) -> Moment:
-        """Return the moment over all the given patches, those of one layer's uses."""
+        """Return the moment over all given patches, which are those of one layer's uses."""
         found = [self._read(patch) for patch in patches]
         if len(found) == 1:
             return found[0]
@@ -72,7 +72,7 @@ class MomentStore:
         shares = [moment.count / max(count, 1) for moment in found]
         second = sum(share * moment.second for share, moment in zip(shares, found, strict=True))
         mean = sum(share * moment.mean for share, moment in zip(shares, found, strict=True))
-        # The uses see the same samples: together they are not worth the sum.
+        # The uses see the same samples, so effective numbers do not add up.
         effective = np.max([moment.effective for moment in found], axis=0)
         share = min(moment.share for moment in found)
         return Moment(np.asarray(second), np.asarray(mean), count, effective, share)
@@ -83,12 +83,12 @@ class MomentStore:
         return Moment(second, mean, count, effective, share)
 
     def close(self) -> None:
-        """Give the disk space back; happens by itself when nobody holds the store."""
+        """Free the disk space; this happens by itself when the store is no longer used."""
         self._file.close()
 
 
 class Taps:
-    """A session that yields inner tensors of a model, inputs included.
+    """A session that returns inner tensors of a model, including inputs.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ class Taps:
     names : iterable of str
     threads : int
     extra_weights : mapping of str to array, optional
-        Initializers beside those that the model holds.
+        Initializers in addition to those in the model.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Taps:
         self._names = list(dict.fromkeys(names))
         inputs = {value.name for value in model.graph.input}
         inner = [name for name in self._names if name not in inputs]
-        # onnxruntime opens no graph without nodes.
+        # onnxruntime does not open a graph without nodes.
         self._session = (
             open_session(
                 model, threads, inner, extra_weights, optimized=True, part="what layers see"
@@ -125,7 +125,7 @@ class Taps:
 
 
 def _open_taps(model: onnx.ModelProto, names: Sequence[str]) -> Taps:
-    """Open what leads to the tensors `names` and no more: the rest would be run for nothing."""
+    """Open only the part of the model that leads to the tensors `names`."""
     return Taps(prefix(model, names), names, 1)
 
 
@@ -188,17 +188,17 @@ def collect_moments(
     Parameters
     ----------
     batches : callable
-        Gives a fresh iterator over the batches; called once for each group of taps.
+        Returns a fresh iterator over the batches; called once for each group of taps.
     pool : Pool
-        Adds a few batches up at a time.
+        Runs units of a few batches each.
     cache : Cache, optional
-        Moments come from there, and go there, by `key`, which stands for model and batches.
+        Moments are read from and stored there under `key`, which identifies model and batches.
     limit : int
-        Bytes of sums held by a unit of work; a single larger moment is a group of its own.
+        Most bytes of sums held by a unit of work; a single larger moment is its own group.
     together : int
-        Bytes of sums held by all units on this machine.
+        Most bytes of sums held by all units on this machine.
     taps : TapLimit, optional
-        For the tensors that are read from a run.
+        Limits the tensors that are read from a run.
     """
     store = MomentStore()
     wanted = []
@@ -230,7 +230,7 @@ def collect_moments(
 
 
 def parts_of(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-    """Cut batches into units of work, always the same."""
+    """Group batches into units of work, always in the same way."""
     rest = iter(batches)
     while part := list(itertools.islice(rest, BATCHES_PER_UNIT)):
         yield part

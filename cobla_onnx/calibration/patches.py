@@ -1,10 +1,10 @@
-"""Cut out of a layer's data the vectors that its weight is multiplied with.
+"""Extract from a layer's input the vectors that its weight is multiplied with.
 
 A convolution multiplies each im2col patch, a product each row (or column) of its data.
 The order of a vector's entries is that of the weight's input side: (C / group, *kernel)
 for a convolution, so that a weight of shape (N, C / group, *kernel) reshaped to rows times
 a patch gives an output position. A transposed convolution is one with its kernel turned
-round, over data with zeros put in between, so that its vectors are exact at the edges, too.
+round, over data with zeros inserted, so that its vectors are exact at the edges, too.
 
 Vectors are ordered by sample first: those of the first sample of a batch, then the next.
 """
@@ -45,10 +45,10 @@ class ProductPatch:
     data : str
         Name of the tensor.
     columns : bool
-        Whether the vectors are its columns (the weight stands on the left, or Gemm
-        transposes its data) and not its rows.
+        Whether the vectors are its columns, not its rows (the weight is the left operand, or
+        Gemm transposes its data).
     batch : tuple of int
-        Leading axes of the weight: a moment for each matrix of the stack.
+        Leading axes of the weight; each matrix of the stack has its own moment.
     size : int
         Entries of a vector.
     output_columns : bool
@@ -91,13 +91,13 @@ class ProductPatch:
         return self._stack(data if data.ndim > 1 else data[None], self.columns and data.ndim > 1)
 
     def _stack(self, array: NDArray[Any], columns: bool) -> NDArray[Any]:
-        """Sort the vectors of an array by the matrix of the weight that they meet."""
+        """Group the vectors of an array by the matrix of the weight that multiplies them."""
         if not columns:
             array = array.swapaxes(-1, -2)
         shape = np.broadcast_shapes(array.shape[:-2], self.batch)
         array = np.broadcast_to(array, (*shape, *array.shape[-2:]))
         lead = len(shape) - len(self.batch)
-        # Along an axis of 1 of the weight all of the data meets the same matrix.
+        # Along an axis of length 1 of the weight, all data is multiplied with the same matrix.
         apart = [lead + axis for axis, length in enumerate(self.batch) if length != 1]
         together = [axis for axis in range(len(shape)) if axis not in apart]
         order = (*apart, array.ndim - 2, *together, array.ndim - 1)
@@ -106,7 +106,7 @@ class ProductPatch:
 
 @dataclass(frozen=True)
 class OutputPatch:
-    """What a layer gives instead of what it reads, for layers that read too wide vectors.
+    """A layer's outputs in place of its inputs, for layers whose input vectors are too wide.
 
     Attributes
     ----------
@@ -141,7 +141,7 @@ class OutputPatch:
 
 
 def finite_outputs(output: NDArray[Any]) -> NDArray[Any]:
-    """Return a layer's output with 0 for what an infinite bias suppresses: no matter what else."""
+    """Return a layer's output, with 0 where an infinite bias suppresses it."""
     finite = np.isfinite(output)
     return output if finite.all() else np.where(finite, output, output.dtype.type(0))
 

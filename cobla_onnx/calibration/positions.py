@@ -1,9 +1,9 @@
-"""Choose which positions of a sample are added up, where it has more than are needed.
+"""Sample positions of large inputs, where fewer than all are enough.
 
-Neighbouring positions of a large image or a long sequence tell nearly the same. Of each
-sample so many are taken that their vectors come to `NUMBERS` numbers, and `LEAST` at least:
-one from each of as many equal stretches, at random within it. The seed is the content of the
-sample, so that the choice is the same in whatever batch, thread or order it comes.
+Neighbouring positions of a large image or a long sequence are nearly the same. Of each sample as
+many positions are used as make `NUMBERS` numbers, but at least `LEAST`: one at random from each
+of as many equal stretches. The seed is the content of the sample, so that the choice does not
+depend on batch, thread or order.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from cobla_onnx.calibration.patches import Patch
 
 __all__ = ["LEAST", "NUMBERS", "Chosen", "choose_positions", "sample_seeds"]
 
-# Numbers in the vectors of a sample, over all groups, and its vectors at least.
+# Numbers in the vectors of a sample, over all groups, and the least number of its vectors.
 NUMBERS, LEAST = 1 << 21, 1024
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Vectors of a batch that count.
+    """The chosen vectors of a batch.
 
     Attributes
     ----------
     index : int64 array, shape (samples * each,), or None
-        Their numbers, ascending; None stands for all.
+        Their indices, ascending; None for all.
     each : int
-        How many of each sample.
+        Number chosen from each sample.
     share : float
-        Of the vectors that the batch has.
+        Chosen fraction of the vectors in the batch.
     """
 
     index: NDArray[np.int64] | None
@@ -46,8 +46,8 @@ class Chosen:
 def sample_seeds(feeds: Mapping[str, NDArray[Any]]) -> tuple[int, ...]:
     """Return a seed for each sample of a batch, from its content.
 
-    Samples lie along the first axis where all inputs agree about it; otherwise the whole batch
-    is one.
+    Samples are along the first axis if all inputs have the same number of rows; otherwise the
+    whole batch is one sample.
     """
     arrays = [np.asarray(array) for _, array in sorted(feeds.items())]
     firsts = {array.shape[0] if array.ndim else 0 for array in arrays}
@@ -67,25 +67,25 @@ def _content(arrays: Sequence[NDArray[Any]]) -> int:
 
 
 def choose_positions(patch: Patch, data: NDArray[Any], seeds: Sequence[int]) -> Chosen:
-    """Choose vectors of a batch; all of them where they are few.
+    """Choose vectors of a batch; all of them if there are few.
 
     Parameters
     ----------
     patch : Patch
     data : array
-        Of which it reads vectors.
+        The tensor from which the patch takes vectors.
     seeds : sequence of int
         One for each sample.
     """
     total = patch.positions(data)
     if total % len(seeds):
-        # The tensor mixes samples up.
+        # The tensor does not keep samples apart.
         seeds = seeds[:1]
     whole = total // len(seeds)
     each = max(LEAST, NUMBERS // (patch.groups * patch.size))
     if whole <= each:
         return Chosen(None, max(whole, 1), 1.0)
-    # Ends of the stretches; a number below each length is drawn.
+    # Ends of the stretches; an offset below each length is drawn.
     ends = np.arange(each + 1) * whole // each
     lengths = np.diff(ends)
     parts = []

@@ -1,4 +1,4 @@
-"""What a model's layers saw in the calibration data, and the factors that follow from it."""
+"""Per-layer statistics of the calibration data, and the factors that follow from them."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ __all__ = ["Approximation", "Seen", "Spectra", "SpectraUnit", "Spectrum", "spect
 Solver: TypeAlias = WeightedFactorizer | OutputFactorizer
 Spectrum: TypeAlias = tuple[Float64, Float64]
 
-# Vectors longer than this are not multiplied out: the moment of the outputs serves.
+# For vectors longer than this, the second moment of the outputs is used instead.
 WIDE = 5000
-# Bytes of decompositions that are kept for the next rank that is asked for.
+# Most bytes of decompositions that are kept for further ranks.
 KEPT = 1 << 28
-# Ranks at which an error that no spectrum tells is computed; in between it is interpolated.
+# Ranks at which an error that does not follow from a spectrum is computed; else interpolated.
 GRID = 14
 
 
 @dataclass(frozen=True)
 class Approximation:
-    """A layer's weight at some rank.
+    """A layer's approximated weight at some rank.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class Approximation:
     weight : float64 array, shape ``layer.shape``
         The factors multiplied out.
     bias : float64 array or None
-        Keeps the mean of the output; None where the layer has no bias of its own.
+        Corrected to keep the mean of the output; None if the layer has no bias of its own.
     """
 
     factors: Factorization
@@ -60,9 +60,9 @@ class Approximation:
 
 @dataclass(frozen=True)
 class SpectraUnit:
-    """A layer, the schemes and largest ranks asked for, and what it has seen.
+    """A layer, the schemes and largest ranks asked for, and its moment.
 
-    A unit of work for `spectra`, together with where its result may be kept.
+    A unit of work for `spectra`, with the cache for its result.
     """
 
     ranks: tuple[tuple[Scheme, int], ...]
@@ -76,7 +76,7 @@ class SpectraUnit:
 
 @dataclass(frozen=True)
 class Spectra:
-    """What `spectra` has found: one entry for each scheme, and the cache's notes."""
+    """Result of `spectra`: one entry for each scheme, and the cache's notes."""
 
     spectra: list[Spectrum | None]
     notes: list[str]
@@ -126,21 +126,21 @@ class Seen:
     model : ModelProto
     layers : sequence of Layer
     batches : callable
-        Gives a fresh iterator over batches of samples.
+        Returns a fresh iterator over batches of samples.
     threads : int
-        Of this process, if no pool is given.
+        Threads of this process, if no pool is given.
     pool : Pool, optional
-        Adds up the moments.
+        Accumulates the moments.
     cache : Cache, optional
-        Keeps them by `key`, which stands for the model and the batches.
+        Keeps them under `key`, which identifies the model and the batches.
     progress : callable
     wide : int
-        Layers with longer vectors are seen by their outputs; of their schemes only those
-        remain whose second factor stays in place.
+        Layers with longer vectors are measured by their outputs; of their schemes only those
+        remain whose second factor moves over a single position.
     importance : mapping of str to float64 array, optional
-        How much each output of a layer counts, by the layer's name; see `heads`.
+        Weights of a layer's outputs, by the layer's name; see `heads`.
     limit, together : int
-        Bytes of second moments that a unit of work sums up at a time, and all units together.
+        Most bytes of second moments in one unit of work, and in all units together.
     taps : TapLimit, optional
         For the tensors that are read from a run.
     kept : int
@@ -196,19 +196,19 @@ class Seen:
                 together=together,
                 taps=taps,
             )
-        # Decompositions, the last used at the end, with their size in bytes.
+        # Decompositions with their size in bytes, the most recently used at the end.
         self._solvers: OrderedDict[tuple[str, str], tuple[Solver, int]] = OrderedDict()
 
     def in_others(self, layers: Sequence[Layer], batches: Callable[[], Iterable[Feeds]]) -> Seen:
-        """Collect in the same way what some layers see in other samples; the cache has no part."""
+        """Collect the same statistics of some layers on other samples, without the cache."""
         return self._others(layers, batches)
 
     def close(self) -> None:
-        """Give the disk space back."""
+        """Free the disk space."""
         self._store.close()
 
     def is_wide(self, layer: Layer) -> bool:
-        """Whether a layer is seen by its outputs alone."""
+        """Whether a layer is measured by its outputs alone."""
         return isinstance(self._patches[layer.name][0], OutputPatch)
 
     def spectrum(
@@ -219,7 +219,7 @@ class Seen:
         Returns
         -------
         tuple of float64 arrays, shapes (full_rank,) and (full_rank + 1,), or None
-            None where the layer is wide and the scheme needs more than its outputs.
+            None if the layer is wide and the scheme needs more than its outputs.
         """
         unit = self.unit(layer, [(scheme, max_rank)], Carried(weight, False))
         with one_thread:
@@ -228,7 +228,7 @@ class Seen:
     def unit(
         self, layer: Layer, ranks: Sequence[tuple[Scheme, int]], weight: Carried
     ) -> SpectraUnit:
-        """Put together what `spectra` needs, for schemes with the largest ranks asked for."""
+        """Collect the input of `spectra`, for schemes with the largest ranks asked for."""
         moment = self._read(layer, weight.array)
         importance = self.importance.get(layer.name)
         centred = self._is_centred(layer)
@@ -258,7 +258,7 @@ class Seen:
         key = (layer.name, scheme.name)
         found = self._solvers.pop(key, None)
         if found is None or found[0].max_rank < rank:
-            # The same number of directions whatever is asked for first, so that results do
+            # Always the same number of directions, whatever is asked for first, so that results do
             # not depend on it.
             usual = largest_rank(layer, scheme)
             most = usual if rank <= usual else min(scheme.matrix_shape()[1:])
@@ -274,7 +274,7 @@ class Seen:
         return found[0]
 
     def _read(self, layer: Layer, weight: NDArray[Any]) -> Float64:
-        """Moment of a layer's inputs or outputs, drawn towards that of no data."""
+        """Moment of a layer's inputs or outputs, shrunk towards the one without data."""
         moment = self._moment(layer)
         second, mean = moment.second, moment.mean
         if self._is_centred(layer):
@@ -300,10 +300,10 @@ class Seen:
         bias: NDArray[Any],
         factors: Factorization,
     ) -> Float64:
-        """Mean of what the approximation takes from the output."""
+        """Mean of the change of the output by the approximation."""
         mean = self._moment(layer).mean
         if self.is_wide(layer):
-            # Orthogonal projection of the outputs on what the second factor reaches.
+            # Orthogonal projection of the outputs on the range of the second factor.
             second = factors.right if scheme.inputs_first else factors.left.swapaxes(1, 2)
             without = mean - bias.reshape(mean.shape)
             pairs = zip(second, without, strict=True)

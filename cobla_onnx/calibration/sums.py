@@ -1,6 +1,6 @@
-"""Sums of vectors, and the second moments that they come to.
+"""Running sums of vectors, and the second moments derived from them.
 
-For a layer y = W x the second moment S = E[x x^T] is all that its output error depends on:
+The output error of a layer y = W x depends on the data only by the second moment S = E[x x^T]:
 E||(W - W') x||^2 = tr((W - W') S (W - W')^T).
 """
 
@@ -16,26 +16,26 @@ from numpy.typing import NDArray
 
 __all__ = ["Moment", "MomentSum"]
 
-# Samples whose moments differ by less, relative to their squares, are the same.
+# Samples whose moments differ by less than this, relative to their squares, are the same.
 SAME = 1e-12
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Second moment and mean of the vectors that a layer multiplies.
+    """Second moment and mean of the vectors that a layer's weight is multiplied with.
 
     Attributes
     ----------
     second : float64 array, shape (groups, size, size)
-        E[x x^T] over all positions of all samples, or those that were chosen.
+        E[x x^T] over all positions of all samples, or the chosen ones.
     mean : float64 array, shape (groups, size)
         E[x].
     count : int
-        Vectors seen.
+        Number of vectors.
     effective : float64 array, shape (groups,)
-        Independent vectors that they are worth, see `MomentSum.moment`; 0 where nothing tells.
+        Effective number of independent vectors, see `MomentSum.moment`; 0 if not known.
     share : float
-        Of the positions that were there.
+        Chosen fraction of the positions.
     """
 
     second: NDArray[np.float64]
@@ -45,25 +45,25 @@ class Moment:
     share: float = 1.0
 
     def covariance(self) -> NDArray[np.float64]:
-        """E[(x - E x) (x - E x)^T]: what matters where a bias can absorb the mean."""
+        """E[(x - E x) (x - E x)^T], for layers whose bias absorbs the mean."""
         return self.second - self.mean[:, :, None] * self.mean[:, None, :]
 
 
 class MomentSum:
-    """Adds vectors up to a `Moment`.
+    """Accumulates vectors to a `Moment`.
 
     Parameters
     ----------
     groups, size : int
     parts : sequence of int64 array, optional
-        Entries that are not 0 in vectors of each phase, none of them in two; of one group.
+        Disjoint sets of the entries that are not 0 in vectors of each phase; for one group.
     """
 
     def __init__(
         self, groups: int, size: int, parts: Sequence[NDArray[np.int64]] | None = None
     ) -> None:
         self._parts = parts
-        # What belongs to different parts has no products.
+        # Products between different parts are 0.
         self._blocks = (
             [np.zeros((size, size)) for _ in range(groups)]
             if parts is None
@@ -72,7 +72,7 @@ class MomentSum:
         self._total = np.zeros((groups, size))
         self._count = 0
         self._positions = 0.0
-        # Over samples, the squares of what each adds: of its products, and of its number.
+        # Sums over samples of squares: of the products that each adds, and of its number.
         self._spread = np.zeros(groups)
         self._samples, self._squares = 0, 0
         self._fourth = np.zeros(groups)
@@ -89,11 +89,11 @@ class MomentSum:
         Parameters
         ----------
         each : int
-            Vectors of a sample; those of one sample are not independent.
+            Vectors in a sample; those of one sample are not independent.
         share : float
-            Of the vectors that there are.
+            Chosen fraction of all vectors.
         phases : int64 array, shape (positions,)
-            Part to which each vector belongs, where there are parts.
+            Part to which each vector belongs, if there are parts.
         """
         samples = vectors.shape[2] // each
         starts = np.arange(0, vectors.shape[2], each)
@@ -131,7 +131,7 @@ class MomentSum:
         self._spread[group] += _spread(wide, squares, starts)
 
     def merge(self, other: MomentSum) -> None:
-        """Add what another sum has added up."""
+        """Add another sum."""
         for block, more in zip(self._blocks, other._blocks, strict=True):
             block += more
         self._total += other._total
@@ -153,15 +153,14 @@ class MomentSum:
         return result
 
     def moment(self) -> Moment:
-        """Return the mean over what was added.
+        """Return the mean over all added vectors.
 
-        How much the samples' own moments S_k differ tells the variance of S, their mean:
-        sum ||S_k - S||^2 / (m (m - 1)) (Ledoit and Wolf 2004, Lemma 3.4, with samples in
-        place of vectors). The mean over N independent normal vectors would have the variance
-        (tr(S)^2 + ||S||^2 - 2 ||mean||^4) / N; the N with which it is the same is the number
-        of vectors that the samples are worth. A single sample, or one that comes again and
-        again, is judged by its positions, as if they were independent; a single vector is
-        worth none, since nothing tells how much it says about others.
+        The variance of S follows from how much the samples' own moments S_k, of which it is
+        the mean, differ: sum ||S_k - S||^2 / (m (m - 1)) (Ledoit and Wolf 2004, Lemma 3.4, with
+        samples in place of vectors). The mean over N independent normal vectors would have the
+        variance (tr(S)^2 + ||S||^2 - 2 ||mean||^4) / N; the N at which the two are equal is the
+        effective number of vectors. For a single sample, or copies of one, the positions count
+        as independent. For a single vector the number is 0, since nothing is known of others.
         """
         count = max(self._count, 1)
         second, mean = self._second() / count, self._total / count
@@ -177,7 +176,7 @@ class MomentSum:
             effective = np.zeros_like(norms)
         else:
             variance = np.maximum(sums, 0.0) * parts / (parts - 1) / count**2 * repeated
-            # Never worth more than there are.
+            # Never more than the actual number.
             least = np.maximum(normal * repeated / count, np.finfo(np.float64).tiny)
             effective = normal / np.maximum(variance, least)
         share = self._count / self._positions if self._positions else 1.0

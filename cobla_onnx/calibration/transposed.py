@@ -1,7 +1,7 @@
-"""Cut out of a layer's data the vectors that the weight of a transposed convolution meets.
+"""Extract the vectors that the weight of a transposed convolution is multiplied with.
 
-It is a convolution with its kernel turned round, over data with zeros put in between, so that
-its vectors are exact at the edges, too.
+It is a convolution with its kernel turned round, over data with zeros inserted, so that its
+vectors are exact at the edges, too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TransposedPatch:
     more : tuple of int
         ``output_padding``.
     wanted : tuple of int or None
-        ``output_shape``, from which the padding follows where it is given.
+        ``output_shape``, which determines the padding if given.
     """
 
     data: str
@@ -76,9 +76,9 @@ class TransposedPatch:
 
     @property
     def parts(self) -> tuple[NDArray[np.int64], ...]:
-        """Entries of a vector that hold data, for each phase of its position; all others are 0.
+        """Entries of a vector that hold data, for each phase of its position; the others are 0.
 
-        With a stride of s every s-th place of the spread data is taken, so that no entry
+        With a stride of s, data is at every s-th place of the spread array, so that no entry
         belongs to two phases.
         """
         numbers = np.arange(self.size).reshape(self.channels, *self.kernel)
@@ -97,7 +97,7 @@ class TransposedPatch:
     def phases(
         self, data: NDArray[Any], chosen: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:
-        """Which of `parts` each vector belongs to, shape (positions,)."""
+        """Index in `parts` of each vector, shape (positions,)."""
         spread = self._spread_out(data[:1, :1])
         spans = [(k - 1) * d for k, d in zip(self.kernel, self.dilations, strict=True)]
         lengths = [size - span for size, span in zip(spread.shape[2:], spans, strict=True)]
@@ -116,12 +116,12 @@ class TransposedPatch:
         return ConvPatch(self.data, 1, self.channels, self.kernel, ones, self.dilations, pads)
 
     def _spread_out(self, data: NDArray[Any]) -> NDArray[Any]:
-        """Data with zeros in between and around, over which the turned kernel moves."""
+        """Data with zeros inserted and around, over which the turned kernel moves."""
         sizes = data.shape[2:]
         rows = zip(sizes, self.strides, self._padding(sizes), strict=True)
         lengths, places, cuts = [], [], []
         for size, stride, (begin, end) in rows:
-            # A padding below 0 means that part of the data is not read.
+            # With negative padding, part of the data is not read.
             length = begin + max(size - 1, 0) * stride + 1 + end
             first = max(0, -(begin // stride)) if begin < 0 else 0
             kept = len(range(begin + first * stride, min(length, begin + size * stride), stride))
@@ -136,7 +136,7 @@ class TransposedPatch:
         return result
 
     def _padding(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-        """Zeros before and after, by ONNX's rules for the padding of the output."""
+        """Numbers of zeros before and after, by ONNX's rules for the padding of the output."""
         half = len(self.kernel)
         result = []
         for axis, size in enumerate(sizes):
@@ -149,7 +149,7 @@ class TransposedPatch:
                 small = total // 2
                 begin = small if self.pads == "SAME_UPPER" else total - small
                 end = total - begin
-                # A shape that is asked for is reached, if by zeros.
+                # A requested shape is always reached, if need be with zeros.
                 more += 0 if self.wanted is None else max(target - whole, 0)
             else:
                 begin, end = (

@@ -1,4 +1,4 @@
-"""Cut out of a layer's data the im2col patches that the weight of a convolution is multiplied with.
+"""Extract the im2col patches that the weight of a convolution is multiplied with.
 
 The order of a patch's entries is that of the weight's input side, (C / group, *kernel), so that
 a weight of shape (N, C / group, *kernel) reshaped to rows times a patch gives an output position.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 __all__ = ["ConvPatch", "cut"]
 
-# Elements of a chunk of vectors, so that unfolding never multiplies the memory of a batch.
+# Elements in a chunk of vectors, so that unfolding never multiplies the memory of a batch.
 CHUNK = 1 << 22
 
 
@@ -68,9 +68,9 @@ class ConvPatch:
         data : array
             A batch.
         chosen : int64 array, optional
-            Numbers of the patches that are wanted, by default of all.
+            Indices of the patches to extract, by default all.
         each : int
-            Chunks are multiples of so many patches.
+            The size of chunks is a multiple of this.
         """
         windows = self._windows(data)
         spatial = len(self.kernel)
@@ -123,7 +123,7 @@ class ConvPatch:
 
 
 def cut(count: int, size: int, each: int) -> Iterator[slice]:
-    """Cut `count` vectors of some size into chunks of a multiple of `each` of them."""
+    """Split `count` vectors of some size into chunks of a multiple of `each` vectors."""
     step = max(1, CHUNK // max(size * each, 1)) * each
     for start in range(0, count, step):
         yield slice(start, start + step)

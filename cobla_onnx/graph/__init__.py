@@ -1,1 +1,1 @@
-"""What is in the file: the model, its layers, its costs."""
+"""The ONNX graph: reading and writing models, finding layers, counting their costs."""

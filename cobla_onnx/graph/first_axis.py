@@ -1,8 +1,8 @@
-"""Whether the first axis of a model's input runs over samples, from what the graph says.
+"""Tell whether the first axis of a model's input is the batch axis, from the graph alone.
 
-The name of the axis comes first, then where it gets to: shape inference carries a symbol in
-its place through the graph, to operators that define what their axes are (the first of a
-convolution is the batch, the first of an LSTM is time), or mix what lies along it.
+Its name is considered first, then where it leads: shape inference carries a symbol in its place
+through the graph, to operators that define the meaning of their axes (the first axis of a
+convolution is the batch, that of an LSTM is time) or that mix values along it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _ALONG_AXIS = {"ArgMax", "ArgMin", "CumSum", "Hardmax", "LogSoftmax", "Softmax",
 
 
 def first_axes(model: onnx.ModelProto) -> dict[str, FirstAxis]:
-    """Tell for each input that is no initializer what its first axis is.
+    """Return the meaning of the first axis of each input that is not an initializer.
 
     An axis of one is of samples unless something speaks against it, so is one of a fixed
     length that an output's first axis has, too. A scalar has none: ``other``.

@@ -1,4 +1,4 @@
-"""Where a model's bytes are that no factorisation touches, by the operators that read them."""
+"""Bytes of stored weights outside the layers, grouped by the operator that reads them first."""
 
 from __future__ import annotations
 

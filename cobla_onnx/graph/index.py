@@ -1,4 +1,4 @@
-"""A graph indexed: who makes and who reads each tensor, and where constants come from."""
+"""Index of a graph: the producer and the readers of each tensor, and the source of constants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the search for layers finds: layers, and nodes that are left alone with a reason."""
+"""Result of the search for layers: the layers found, and the nodes skipped, with reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find the nodes whose constant weight can be factorised; every other one gets a reason."""
+"""Find the nodes whose constant weight can be factorised; give a reason for every other node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes of a model's tensors, and from them the MACs of its nodes."""
+"""Infer the shapes of a model's tensors, and count the MACs of its nodes from them."""
 
 from __future__ import annotations
 

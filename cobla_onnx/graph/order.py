@@ -1,4 +1,4 @@
-"""Sort the nodes of a graph for work on it, and put them back in the order they came in.
+"""Sort the nodes of a graph topologically, and restore their original order afterwards.
 
 The ONNX standard wants each node after those whose outputs it reads. onnxruntime does not
 insist on that in the main graph, so that files are about that do not have it; in sub-graphs

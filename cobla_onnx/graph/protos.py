@@ -1,4 +1,4 @@
-"""Protobuf messages by their fields, in protobuf versions old and new."""
+"""Read the fields of protobuf messages, in old and new versions of protobuf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of tensors, from their declared type and shape alone, and of tables in attributes."""
+"""Size in bytes of tensors, from declared type and shape alone, and of tables in attributes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A copy of a model whose weights come from outside, to be fed or replaced at will."""
+"""Copies and parts of a model whose weights are inputs, so that they can be replaced at will."""
 
 from __future__ import annotations
 

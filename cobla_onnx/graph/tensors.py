@@ -1,4 +1,4 @@
-"""Tensors of a model: where they sit, how many bytes they hold, their values."""
+"""Tensors of a model: where they are stored, their size in bytes, their values."""
 
 from __future__ import annotations
 

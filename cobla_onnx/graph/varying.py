@@ -1,4 +1,4 @@
-"""Find the tensors whose shape follows from the data, and not from the inputs' shapes alone.
+"""Find the tensors whose shape depends on the data, not only on the shapes of the inputs.
 
 Two facts are carried through the graph in the order of its nodes: whether a tensor's values
 depend on the values of an input, and whether its shape does. A shape does where an operator

@@ -1,4 +1,4 @@
-"""Read the weights of layers as their nodes read them."""
+"""Read the weight of a layer in the orientation in which its node uses it."""
 
 from __future__ import annotations
 

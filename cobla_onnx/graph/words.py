@@ -1,4 +1,4 @@
-"""Find texts that a model knows, to be fed with."""
+"""Find strings that a model has in its vocabulary, to use as text inputs."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How long layers and models take in onnxruntime, and plans that meet a limit on it."""
+"""Running times of layers and models in onnxruntime."""

@@ -1,4 +1,4 @@
-"""The time of every layer at every candidate rank, from a few that are measured."""
+"""Time of every layer at every candidate rank, interpolated from a few measurements."""
 
 from __future__ import annotations
 

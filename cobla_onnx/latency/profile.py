@@ -1,4 +1,4 @@
-"""Measured times, kept in a file with what they depend on."""
+"""Latency profile: measured times in a file, keyed by what they depend on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One node of a model as a model of its own, whole or in two factors, to be timed.
+"""Cut one node, or its two factors, out of a model as a model of its own, to be timed.
 
 The node keeps its attributes, the shape of its input and what is constant about it. What
 follows it is left out: an activation or a normalisation is fused into the whole node and

@@ -1,4 +1,4 @@
-"""Run models in turn and take their times."""
+"""Measure the running times of several models, run in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything the allocation needs to know about a model: layers, costs and spectra."""
+"""Analyse a model for the allocation: its layers, their costs and their singular values."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ class Analysis:
     Attributes
     ----------
     layers : tuple of Layer
-        Those that may be factorised, with their `curves`, `schemes` and `macs`.
+        Layers that may be factorised, with their `curves`, `schemes` and `macs`.
     curves : tuple of LayerCurves
     schemes : tuple of tuple of Scheme
-        In the order of the curves of the layer.
+        Schemes, in the order of the layer's curves.
     macs : tuple of int or None
         MACs of each layer over all its uses.
     skipped : tuple of Skipped
     mem_total : int
         Bytes of all constant tensors of the model.
     mac_total : int or None
-        MACs of the model, None where they are not known.
+        MACs of the model; None if not known.
     input_shapes : dict of str to Shape
     notes : tuple of str
     seen : Seen or None
-        What the layers saw in the calibration data.
+        Statistics of the layers on the calibration data.
     shapes : dict of str to Shape
-        Of the model's tensors, as far as they are known.
+        Shapes of the model's tensors, as far as known.
     time_total : int or None
-        Nanoseconds of one run of the model, where its layers were timed.
+        Nanoseconds of one run of the model, if its layers were timed.
     """
 
     layers: tuple[Layer, ...]
@@ -83,7 +83,7 @@ class Analysis:
         return budget.constraints(self.curves, self.mem_total, self.mac_total, self.time_total)
 
     def curves_under(self, rule: RankRule) -> tuple[LayerCurves, ...]:
-        """Curves with the ranks that a rule leaves; layers that keep none are left out."""
+        """Curves with only the ranks that a rule allows, without layers that keep none."""
         result = []
         for layer, curves in zip(self.layers, self.curves, strict=True):
             grid, pointwise = layer_grid(layer, rule)
@@ -105,7 +105,7 @@ class Analysis:
         return {constraint.name: constraint.limit for constraint in self.constraints(budget)}
 
     def plan(self, choices: Iterable[Choice | None], factors: FactorsFrom = "data") -> Plan:
-        """Write the choices of an allocation down as a plan."""
+        """Convert the choices of an allocation to a plan."""
         return Plan(
             tuple(
                 Decision(layer.name)
@@ -117,7 +117,7 @@ class Analysis:
         )
 
     def resolve(self, decision: Decision) -> tuple[Layer, Scheme, int]:
-        """Look up what a decision to factorise names.
+        """Look up the layer, scheme and rank of a decision to factorise.
 
         Raises
         ------
@@ -148,7 +148,7 @@ class Analysis:
         raise UsageError(f"plan: there is no layer {name!r} to factorise; {hint}")
 
     def curve(self, decision: Decision) -> Curve | None:
-        """Return the curve that a decision lies on, None for a layer kept whole."""
+        """Return the curve of a decision; None for a layer kept whole."""
         curves = self.curves[self._index(decision.layer)].curves
         return next((c for c in curves if c.scheme == decision.scheme), None)
 
@@ -161,7 +161,7 @@ class Analysis:
         return None if curve.macs_per_rank is None else curve.macs_per_rank * decision.rank
 
     def macs_after(self, plan: Plan) -> int | None:
-        """MACs of the whole model after a plan, None where they are not known."""
+        """MACs of the whole model after a plan; None if not known."""
         total = self.mac_total
         for decision in plan.decisions:
             after, before = self.layer_macs(decision), self.macs[self._index(decision.layer)]
@@ -194,15 +194,15 @@ def analyse(
 ) -> Analysis:
     """Find a model's layers, count their costs and compute their singular values.
 
-    With `see`, which shows the layers the calibration data, singular values and errors are
+    With `see`, which collects statistics on the calibration data, singular values and errors are
     those of the layers' outputs and not of their weights, unless `weigh` is False. Layers are
-    mapped over `pool`, by default over `threads` of this process. `ranks` says which ranks are
-    candidates. The layers called `unmeasured` are left whole: no loss would see their errors.
+    mapped over `pool`, by default over `threads` of this process. `ranks` decides the candidate
+    ranks. The layers named in `unmeasured` stay whole: no loss would see their errors.
 
     Raises
     ------
     UsageError
-        If a pattern matches nothing, or a shape is missing that MACs need.
+        If a pattern matches nothing, or a shape that MACs need is missing.
     ModelError
         If a weight is damaged.
     """
@@ -278,14 +278,14 @@ def _candidate(
 
 
 def _vector_meets_batch(layer: Layer, shapes: Mapping[str, Shape]) -> bool:
-    """Whether a product of two factors would broadcast otherwise than the one product."""
+    """Whether a product of two factors would broadcast differently from the single product."""
     if layer.op != "MatMul" or len(layer.shape) == 2:
         return False
     return any(len(shapes.get(use.data) or ()) < 2 for use in layer.uses)
 
 
 def _without_unmeasured(inventory: Inventory, unmeasured: Collection[str]) -> Inventory:
-    """Leave out the layers called `unmeasured`, whose loss cannot be taken."""
+    """Leave out the layers named in `unmeasured`, whose errors no loss would see."""
     blind = [layer for layer in inventory.layers if layer.name in unmeasured]
     skipped = [Skipped(x.name, x.op, Reason.UNMEASURED, "", x.params) for x in blind]
     kept = tuple(layer for layer in inventory.layers if layer.name not in unmeasured)

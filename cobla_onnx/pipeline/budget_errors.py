@@ -1,4 +1,4 @@
-"""Who holds what a budget cannot take away: for the message that refuses it."""
+"""Explain an infeasible budget: which excluded layers hold the bytes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cobla_onnx.variants.low_rank.ranks import RankRule
 
 __all__ = ["elsewhere_note", "explain"]
 
-# Shares of the least below this are not worth a word.
+# Fractions of the least cost below this are not mentioned.
 NOTABLE = 0.1
-# Nor is a budget that means nearly as much of what can be factorised.
+# Nor is a budget that amounts to nearly the same fraction of the layers.
 NEAR = 0.1
 QUANTISED_OPERATORS = {
     "ConvInteger",
@@ -35,7 +35,7 @@ QUANTISED_OPERATORS = {
 
 @dataclass(frozen=True)
 class _Group:
-    """Layers that are left whole for one reason, and the option that would change it."""
+    """Layers that are left whole for one reason, with the option that would change it."""
 
     count: int
     bytes: int
@@ -50,14 +50,14 @@ def explain(
     settings: Settings,
     rule: RankRule,
 ) -> BudgetError:
-    """Add to a refusal of memory which layers hold the least that is within reach.
+    """Add to the refusal of a memory budget which layers hold the least feasible bytes.
 
     Parameters
     ----------
     settings : Settings
-        Whose options are named.
+        The options that messages refer to.
     rule : RankRule
-        For the candidate ranks; where it leaves any out, that is said, too.
+        Decides the candidate ranks; the message says if it leaves any out.
     """
     error = _with_more_ranks(error, rule)
     include, exclude = bool(settings.include), bool(settings.exclude)
@@ -82,7 +82,7 @@ def explain(
 def elsewhere_note(
     model: onnx.ModelProto, analysis: Analysis, budget: Budget | None
 ) -> tuple[str, ...]:
-    """Say what a budget of memory means for what can be factorised, where that is much less."""
+    """Say what a memory budget leaves for the layers, where that is a much smaller fraction."""
     inside = sum(layer.stored_bytes for layer in analysis.layers)
     if budget is None or budget.mem is None or not inside:
         return ()
@@ -98,7 +98,7 @@ def elsewhere_note(
 
 
 def _nothing_to_cut(error: BudgetError, model: onnx.ModelProto, analysis: Analysis) -> BudgetError:
-    """Say why no layer can be cut, where none can: more of them cannot be asked for."""
+    """Say why no layer can be factorised, if none can: advice to allow more would not help."""
     if analysis.layers:
         return error
     counts = Counter(_why(item) for item in analysis.skipped)
@@ -121,7 +121,7 @@ def _nothing_to_cut(error: BudgetError, model: onnx.ModelProto, analysis: Analys
 
 
 def _why(item: Skipped) -> str:
-    """Why a node is left alone; of operators that hold weights of their own, which it is."""
+    """Reason why a node is skipped, with the operator if it holds weights of its own."""
     if item.reason is not Reason.OPERATOR:
         return str(item.reason.value)
     kind = Reason.QUANTISED if item.op in QUANTISED_OPERATORS else item.reason
@@ -129,7 +129,7 @@ def _why(item: Skipped) -> str:
 
 
 def _with_more_ranks(error: BudgetError, rule: RankRule) -> BudgetError:
-    """Advise to allow more ranks, where not all are."""
+    """Advise to allow more ranks, if not all are allowed."""
     if rule.complete:
         return error
     advice = "allow more ranks by --rank-multiple 1"

@@ -1,4 +1,4 @@
-"""Put the report together from what the stages left behind."""
+"""Build the report from the results of all stages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cobla_onnx.runtime.providers import current_provider
 
 __all__ = ["latency_report", "make_report"]
 
-# Singular values of a layer that are kept for drawing.
+# Most singular values of a layer that are kept for drawing.
 SPECTRUM_POINTS = 64
 
 
@@ -181,7 +181,7 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
 
 
 def _spectrum(curve: Curve, rank: int | None = None) -> Spectrum | None:
-    """Thin a curve's singular values out; those beside the cut are always there."""
+    """Thin out a curve's singular values; those next to the cut are always kept."""
     values = curve.singular_values
     largest = float(values.max(initial=0.0))
     if not largest > 0:

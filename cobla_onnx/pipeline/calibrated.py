@@ -1,9 +1,9 @@
-"""Decide ranks and factors by what a model does on calibration data.
+"""Choose ranks and factors by the model's loss on calibration data.
 
-The calibration split gives second moments, from which the factors follow, and the scale
-between layers. The selection split, which no factor sees, chooses between candidate plans
-and between a layer's factors before and after refit. All these decisions follow one loss;
-for class distributions that is their divergence at a temperature, see `soften`, unless the
+The calibration split gives the second moments, from which the factors follow, and the
+sensitivity of each layer. The selection split, which no factor sees, decides between candidate
+plans and between a layer's factors before and after refit. All these decisions follow one loss;
+for class distributions that is their divergence at a temperature (see `soften`), unless the
 divergence itself is asked for.
 """
 
@@ -57,9 +57,9 @@ from cobla_onnx.variants.rewrite import Replacement, make_replacement
 
 __all__ = ["Calibrated"]
 
-# Allocations at most, each with the points measured that the one before has chosen.
+# Most allocations in a row, each after measuring the points that the last one chose.
 ROUNDS = 4
-# Of SLSQP on the network's loss: each iteration is a pass forward and back.
+# Limits of SLSQP on the network's loss: each iteration is a forward and a backward pass.
 LOSS_EFFORT = Effort(max_variables=120, rounds=1, iterations=15, tolerance=1e-3, converge=False)
 
 
@@ -102,9 +102,9 @@ class Calibrated:
     rivals : Rivals
         Compares answers.
     history : list of Step
-        What the search by the network's loss went through.
+        Steps of the search by the network's loss.
     sensitivity : Sensitivity or None
-        Measured losses of single layers that the last allocation went by.
+        Measured losses of single layers that the last allocation was based on.
     """
 
     model: onnx.ModelProto
@@ -153,7 +153,7 @@ class Calibrated:
         self.rivals = Rivals(self.finisher)
 
     def start_over(self) -> None:
-        """Forget what was chosen for another budget; measurements stay."""
+        """Forget the choices for the last budget; measurements are kept."""
         self._report = {}
         self.history = []
         self.sensitivity = None
@@ -171,8 +171,8 @@ class Calibrated:
         Parameters
         ----------
         objective : {'auto', 'output', 'loss'}
-            ``output`` is `allocate` alone, ``loss`` goes on with `improve`; ``auto`` does so
-            if the gradient by every layer can be had.
+            ``output`` is `allocate` alone, ``loss`` continues with `improve`; ``auto`` does so
+            if the gradient with respect to every layer is available.
         seconds : float, optional
             Time that `improve` may take.
 
@@ -181,7 +181,7 @@ class Calibrated:
         BudgetError
             If the constraints cannot be met.
         ModelError
-            If ``loss`` is asked for and the gradient by no layer can be had.
+            If ``loss`` is asked for and no layer has a gradient.
         """
         warm = self.allocate(constraints, solver)
         if not any(warm.choices):
@@ -198,7 +198,7 @@ class Calibrated:
         objective: Literal["auto", "output", "loss"],
         seconds: float | None,
     ) -> Allocation:
-        """Go on with the loss of the whole network, where that is wanted and can be had."""
+        """Improve by the loss of the whole network, where that is wanted and available."""
         if objective == "output":
             return warm
         try:
@@ -231,10 +231,10 @@ class Calibrated:
         constraints: Sequence[Constraint],
         effort: Effort = LOSS_EFFORT,
     ) -> Allocation:
-        """Improve what `allocate` chose by the loss of the whole network.
+        """Improve the choices of `allocate` by the loss of the whole network.
 
-        Of all candidates the best on the selection split, and `warm` where none is better
-        there beyond the noise; see `allocate_by_loss`.
+        Returns the best candidate on the selection split, or `warm` if none is better there
+        beyond the noise; see `allocate_by_loss`.
         """
         if self.sensitivity is None or not any(warm.choices):
             # Nothing had to be cut.
@@ -246,7 +246,7 @@ class Calibrated:
             curves, self._path(), gradients, self.sensitivity.objective(), fixed=fixed
         )
         start = masks_of(curves, warm.choices)
-        # The separable model leaves out what layers do to each other's errors.
+        # The separable model ignores interactions between the errors of layers.
         ratio = objective.value(start) / max(objective.separable.value(start), 1e-12)
         objective = replace(objective, separable=objective.separable.scaled(ratio))
         allocation, candidates = allocate_by_loss(
@@ -265,7 +265,7 @@ class Calibrated:
     def allocate(
         self, constraints: Sequence[Constraint], solver: Literal["slsqp", "milp"]
     ) -> Allocation:
-        """Choose ranks by measured loss: the last round's, unless a rival is better for sure.
+        """Choose ranks by measured loss: the last round's, unless a rival is significantly better.
 
         See `Rivals.settle`.
 
@@ -298,7 +298,7 @@ class Calibrated:
     def _measured(self, constraints: Sequence[Constraint]) -> Sensitivity:
         """Measure the layers, once for each kind of budget.
 
-        Every allocation refines a copy, so that it does not depend on those before it.
+        Every allocation refines a copy, so that it does not depend on earlier ones.
         """
         kinds = frozenset(constraint.name for constraint in constraints)
         if kinds not in self._first:
@@ -318,7 +318,7 @@ class Calibrated:
         return self.sensitivity
 
     def _key(self, samples: Sequence[int]) -> str:
-        """Hash what losses on samples depend on beside the weights; empty without a cache."""
+        """Hash what losses on samples depend on, apart from the weights; empty without a cache."""
         return "" if self.cache is None else digest(self._seen.key, self.judge.key(samples))
 
     @cached_property
@@ -326,7 +326,8 @@ class Calibrated:
         """Samples on which layers are truncated one at a time.
 
         Losses of class distributions differ much from sample to sample. Those of images hardly
-        do, and cost the most: how many are enough is seen with all layers truncated a little.
+        do, and cost the most: a pilot run with all layers truncated a little shows how many
+        samples are enough.
         """
         chosen = spread_over(self.dataset.calibration, PROBE_SAMPLES)
         if any(measure.kind != "mse" for measure in self.judge.measures.values()):
@@ -364,7 +365,7 @@ class Calibrated:
         self.progress(f"network loss: {step.loss:.4g}", step.number, step.number + 1)
 
     def factorise(self, plan: Plan) -> list[Replacement]:
-        """Factorise the chosen layers, and refit them if that is wanted."""
+        """Factorise the chosen layers, and refit them if asked for."""
         chosen = self.finisher.chosen(plan)
         approximations = [entry.approximation for entry in chosen]
         before: float | None = None
@@ -382,7 +383,7 @@ class Calibrated:
         self._report["loss_before_refit"] = loss if before is None else before
         assert self.measured is not None
         quality = measure_quality(selection, zip(selection.expected, found, strict=True))
-        # Users know outputs, and not the tensors that stand for them.
+        # Users know the outputs, not the tensors that are measured in their place.
         output = self.measured.outputs.get(quality.output, quality.output)
         self._report["quality"] = replace(quality, output=output)
         return [
@@ -396,7 +397,7 @@ class Calibrated:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is measured in place of what."""
+        """Notes on which tensors are measured in place of which outputs."""
         return () if self.measured is None else self.measured.notes
 
     @property
@@ -405,7 +406,7 @@ class Calibrated:
         return max(1, -(-len(self.dataset.selection) // self.batch))
 
     def report(self) -> CalibrationReport:
-        """Return what the data was and what it told."""
+        """Report the data that was used, and its results."""
         assert self.measured is not None
         shown = self.measured.shown
         selection = self.judge.selection

@@ -1,4 +1,4 @@
-"""Any two models side by side: `compare` measures outputs, size, MACs and running time."""
+"""Compare any two models: outputs, size, MACs and running time."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def compare(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> ModelComparison:
-    """Compare two models that have the same inputs and outputs, whatever made them.
+    """Compare any two models that have the same inputs and outputs.
 
     Parameters
     ----------
@@ -77,17 +77,17 @@ def compare(
     input_shapes, data, samples, batch, memory_limit, images, outputs
         As those of `compress`; without data, inputs are random.
     provider : str, optional
-        onnxruntime's execution provider; the CPU's.
+        onnxruntime's execution provider; by default the CPU's.
     seed : int
         For random inputs.
     threads : int, optional
-        Of onnxruntime; as many as there are cores.
+        Threads of onnxruntime; by default the number of cores.
     progress : callable, optional
 
     Raises
     ------
     UsageError
-        If inputs or outputs have other names, types or shapes.
+        If inputs or outputs differ in names, types or shapes.
     ModelError, DataError
         See `cobla_onnx.errors`.
 
@@ -145,9 +145,9 @@ def compare(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What both models are fed with; `example` is one sample, to be timed.
+    """Inputs for both models; `example` is one sample, for timing.
 
-    `shapes` are those of samples, empty where inputs are random.
+    `shapes` are those of the samples; empty if inputs are random.
     """
 
     name: str
@@ -226,7 +226,7 @@ def _compare_outputs(
 def _check_ends(
     models: Sequence[onnx.ModelProto], names: Sequence[str], shapes: Mapping[str, Sequence[int]]
 ) -> None:
-    """Refuse models that cannot take the same inputs and give the same outputs."""
+    """Check that both models take the same inputs and give the same outputs."""
     inputs = [{spec.name: spec for spec in input_specs(model, shapes)} for model in models]
     outputs = [{value.name: value for value in model.graph.output} for model in models]
     for kind, (left, right) in (("inputs", inputs), ("outputs", outputs)):
@@ -313,7 +313,7 @@ def _facts(
 
 
 def _file_bytes(model: onnx.ModelProto, source: Path) -> int:
-    """Size of the file and of the data files beside it."""
+    """Size of the file and of its external data files."""
     files = {source.resolve()}
     for held in all_tensors(model):
         if is_external(held.tensor):

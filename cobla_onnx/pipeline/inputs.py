@@ -1,4 +1,4 @@
-"""Models, samples and labels, opened and checked before any work."""
+"""Open and check models, samples and labels before any work starts."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ __all__ = [
     "sample_labels",
 ]
 
-# A full disk, a quota, a limit of the shell.
+# A full disk, an exceeded quota, a limit of the shell.
 NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 
 ModelSource: TypeAlias = "onnx.ModelProto | str | os.PathLike[str]"
 
 
 def open_model(model: ModelSource) -> onnx.ModelProto:
-    """Load a model, or check one that is in memory already; see `open_in_order`."""
+    """Load a model, or check one that is already in memory; see `open_in_order`."""
     return open_in_order(model)[0]
 
 
 def open_in_order(model: ModelSource) -> tuple[onnx.ModelProto, Order]:
-    """Load a model, or check one that is in memory already; its nodes are sorted.
+    """Load a model, or check one that is already in memory, and sort its nodes.
 
     Returns
     -------
     ModelProto
-        The very object where one was passed in whose nodes are sorted, else a copy.
+        The object that was passed in if its nodes are sorted, else a copy.
     Order
-        What `restore_order` needs to have the nodes as they came.
+        The original order of the nodes, for `restore_order`.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def open_in_order(model: ModelSource) -> tuple[onnx.ModelProto, Order]:
 
 
 def _checked(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Order]:
-    """Check a model that did not come from a file of ours."""
+    """Check a model that was not loaded by this package."""
     order: Order = {}
     if not is_sorted(model.graph):
         whole, model = model, onnx.ModelProto()
@@ -87,7 +87,7 @@ def _checked(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Order]:
 
 @contextmanager
 def naming(source: Path | None) -> Iterator[None]:
-    """Put the name of the file before errors about the model, and say what is full."""
+    """Add the name of the file to errors about the model, and say which disk is full."""
     shown = "the model" if source is None else safe_text(str(source), 300)
     try:
         yield
@@ -125,16 +125,16 @@ def open_samples(model: onnx.ModelProto, settings: Settings) -> Iterator[Dataset
 def known_shapes(
     settings: Settings, dataset: Dataset | None
 ) -> tuple[dict[str, Sequence[int]], tuple[str, ...]]:
-    """Shapes of inputs as they are given, else as the samples have them, and notes.
+    """Shapes of inputs, as given or else as in the samples, and notes.
 
-    Where samples differ it is the commonest shape, and a note says so.
+    If samples differ, the most common shape is used, and a note says so.
     """
     given = dict(settings.input_shapes or {})
     if dataset is None:
         return given, ()
     shapes = dataset.shapes()
     if any(tuple(given[name]) != shapes.get(name) for name in given):
-        # Those of the samples would not go with these.
+        # Shapes of the samples would not fit these.
         return given, ()
     if dataset.uniform:
         return {**shapes}, ()
@@ -151,14 +151,14 @@ def known_shapes(
 def sample_labels(
     labels: Labels | str | os.PathLike[str] | None, dataset: Dataset
 ) -> NDArray[np.int64] | None:
-    """Read labels if they are a file, and put them in the order of the samples.
+    """Read labels, if they are in a file, and put them in the order of the samples.
 
-    Samples without a label that counts are left out of the dataset's splits, with a note.
+    Samples without a label that counts are excluded from the dataset's splits, with a note.
 
     Raises
     ------
     DataError
-        See `read_labels` and `align_labels`; or if less than two samples have labels.
+        See `read_labels` and `align_labels`; also if fewer than two samples have labels.
     """
     if isinstance(labels, (str, os.PathLike)):
         labels = read_labels(Path(labels))
@@ -179,7 +179,7 @@ def sample_labels(
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The smallest model that still is good enough: a search over budgets on one analysis."""
+"""Find the smallest model that is good enough: a search over budgets on one analysis."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cobla_onnx.text import quoted
 
 __all__ = ["check_max_drop", "smallest"]
 
-# Budgets tried over the whole range, and then between the two that bracket the answer.
+# Numbers of budgets tried over the whole range, and then between the two around the answer.
 COARSE, FINE = 5, 4
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A memory budget, and the quality that came of it."""
+    """A memory budget, and the quality that was reached under it."""
 
     mem: float
     quality: Quality
@@ -29,7 +29,7 @@ class _Trial:
 
 @dataclass
 class _Search:
-    """Budgets tried so far; of all solutions the best is held."""
+    """Budgets tried so far; of the solutions only the best is kept."""
 
     study: Study
     limits: Budget
@@ -39,7 +39,7 @@ class _Search:
     best: tuple[_Trial, Solution] | None = None
 
     def good(self, mem: float) -> bool:
-        """Try a budget; one that cannot be met together with the other limits is not good."""
+        """Try a budget; it fails if it cannot be met together with the other limits."""
         self.study.notify(f"search: memory {mem:.3f}", len(self.trials), self.expected)
         try:
             solution = self.study.solve(replace(self.limits, mem=mem))
@@ -56,7 +56,7 @@ class _Search:
 
 
 def check_max_drop(max_drop: float) -> None:
-    """Refuse what is no share.
+    """Check that max_drop lies in [0, 1).
 
     Raises
     ------
@@ -71,18 +71,18 @@ def check_max_drop(max_drop: float) -> None:
 def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Solution:
     """Find the smallest memory whose quality on the selection split drops by at most `max_drop`.
 
-    A few budgets over the whole range are tried first, then the gap below the smallest that
-    was good enough is halved. Quality need not fall evenly with memory, so the answer is the
-    smallest budget that was tried and found good enough, not one that was reasoned out.
+    A few budgets over the whole range are tried first, then the gap below the smallest one
+    that was good enough is halved. Quality need not be monotone in memory, so the answer is the
+    smallest budget that was tried and found good enough, never an interpolated one.
 
     Parameters
     ----------
     study : Study
-        With data.
+        Must have data.
     max_drop : float
-        Of accuracy or agreement, in shares of samples, or as relative error of the outputs.
+        Drop of accuracy or agreement, as a fraction of samples, or relative error of outputs.
     limits : Budget, optional
-        Hold too.
+        Further limits that must be met.
 
     Raises
     ------
@@ -103,9 +103,9 @@ def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Sol
         error = BudgetError(cause, {"mem": 1.0}, "let more layers be factorised")
         raise explain(error, study.model, study.analysis, study.settings, study.rule)
     if low > high:
-        # The ordinary refusal names what the model's layers allow.
+        # The usual error names the least that the model's layers allow.
         study.solve(replace(hard, mem=high))
-    # At the top is the original itself, unless something limits it.
+    # The upper end is the original itself, unless other limits apply.
     free = hard == Budget(mem=1.0)
     grid = [low + (high - low) * k / COARSE for k in range(1, COARSE + (not free))]
     search = _Search(study, hard, max_drop, len(grid) + FINE)
@@ -158,7 +158,7 @@ def _noting(
 
 
 def _upper_bound(quality: Quality) -> float:
-    """Upper end of Clopper and Pearson's one-sided 95 % interval of a share."""
+    """Upper end of Clopper and Pearson's one-sided 95 % interval for a proportion."""
     wrong = round(quality.drop * quality.samples)
     if wrong >= quality.samples:
         return 1.0
@@ -184,7 +184,7 @@ def _refusal(max_drop: float, search: _Search, limits: Budget | None) -> BudgetE
 
 
 def _settled(quality: Quality) -> str:
-    """How to say what an output is, where nothing tells."""
+    """Advice on how to declare an output whose kind is not known."""
     if not quality.undecided:
         return ""
     return (

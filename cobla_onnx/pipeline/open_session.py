@@ -1,4 +1,4 @@
-"""Start a study: open the model and the samples, analyse, time the layers."""
+"""Open a session: read the model and the samples, analyse the model, time its layers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, rank_rule
 
 __all__ = ["open_study"]
 
-# Samples on which it is seen what shapes and types the outputs have.
+# Number of samples that show the shapes and types of the outputs.
 EXAMPLES = 6
 
 
@@ -65,7 +65,7 @@ def open_study(
     times_needed: bool = False,
     budgets: Sequence[Budget] = (),
 ) -> Iterator[Study]:
-    """Load a model and analyse it; the study holds as long as the context.
+    """Load a model and analyse it; the study is valid within the context.
 
     Parameters
     ----------
@@ -73,14 +73,14 @@ def open_study(
         It is not changed.
     settings : Settings
     macs_needed : bool
-        Whether there is a budget of MACs: it is an error if they are not known, and ranks
-        follow the grid for all budgets.
+        Whether there is a MAC budget: it is an error if MACs are not known, and ranks follow
+        the grid for all budgets.
     times_needed : bool
-        Whether there is a budget of time: layers are timed, and those left whole that would
-        not be faster. The settings must measure latency then.
+        Whether there is a latency budget: layers are timed, and those that would not be faster
+        stay whole. The settings must then measure latency.
     budgets : sequence of Budget
-        Those that will be asked for, where they are known. If none can be met, that is said
-        before anything is run over data; if some need ranks off the grid, they are added.
+        The budgets that will be asked for, if known. If none can be met, the error is raised
+        before anything is run on data; if some need ranks off the grid, they are added.
 
     Raises
     ------
@@ -221,7 +221,7 @@ def open_study(
 def _measured(
     model: onnx.ModelProto, dataset: Dataset, threads: int, ignored: frozenset[str]
 ) -> MeasuredModel:
-    """Choose where the loss is taken, by the graph and a few samples."""
+    """Choose where the loss is taken, from the graph and a few samples."""
     examples = list(dataset.batches(dataset.calibration[:EXAMPLES], 1))
     layers = find_layers(model).layers
     return measured_model(model, layers, examples, ignored=ignored, threads=threads)
@@ -231,15 +231,15 @@ def _measured(
 class _Looking:
     """Runs the original: what samples need, what its outputs are like, then what layers read.
 
-    It is called once the costs alone have shown that a budget can be met, since all three run
-    the model over data.
+    It is called after the costs alone have shown that a budget can be met, since all three run
+    the model on data.
 
     Attributes
     ----------
     batching : Batching
-        How samples are run; known after the call.
+        How samples are batched; set by the call.
     compared : Compared
-        How outputs are compared; known after the call.
+        How outputs are compared; set by the call.
     """
 
     model: onnx.ModelProto
@@ -281,7 +281,7 @@ class _Looking:
         )
         if self.labels is not None:
             self._refuse_unfit(self.labels, batch)
-        # Samples may have been left out: both are of those that remain.
+        # Samples may have been left out: both belong to the remaining ones.
         samples = self.dataset.calibration
         key = ""
         if self.cache is not None:
@@ -301,7 +301,7 @@ class _Looking:
         )
 
     def _refuse_unfit(self, labels: NDArray[np.int64], batch: int) -> None:
-        """Raise on labels that do not fit the output, before what takes long."""
+        """Raise on labels that do not fit the output, before any long computation."""
         group = next(self.dataset.groups(self.dataset.selection, batch))
         Probe(
             self.measured.model,

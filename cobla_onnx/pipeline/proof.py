@@ -1,4 +1,4 @@
-"""Prove a rewrite: factor nodes compute what the original nodes would with their dense weights."""
+"""Check a rewrite: each pair of factor nodes must compute what its multiplied-out weight does."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from cobla_onnx.variants.rewrite import Replacement
 
 __all__ = ["prove_rewrite"]
 
-# Float rounding of one layer, relative to its largest output, by its type.
+# Tolerance for float rounding in one layer, relative to its largest output, by type.
 ROUNDING = {np.dtype(np.float16): 2e-2, np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-10}
-# The same after a whole network, which amplifies it.
+# Tolerance after a whole network, which amplifies rounding.
 AMPLIFICATION = 30.0
-# Bytes of multiplied-out weights that are held at a time.
+# Most bytes of multiplied-out weights held at a time.
 DENSE_AT_ONCE = 1 << 29
 
 
@@ -39,7 +39,7 @@ def prove_rewrite(
     varying: frozenset[str],
     taps: TapLimit | None,
 ) -> tuple[float, float | None, tuple[str, ...]]:
-    """Prove all layers; in groups, without the network's outputs, where memory asks for it."""
+    """Check all layers; if memory is short, in groups and without the network's outputs."""
     groups = _groups(replacements)
     if len(groups) > 1:
         errors = [_check_layers(original, compressed, g, feeds, threads, taps)[0] for g in groups]
@@ -88,7 +88,7 @@ def prove_rewrite(
 def _own_differences(
     model: onnx.ModelProto, feeds: Sequence[Feeds], threads: int
 ) -> dict[str, float]:
-    """How far the outputs of a model differ between two runs on the same inputs."""
+    """Difference of a model's outputs between two runs on the same inputs."""
     session = open_session(model, threads)
     runs = [[run_session(session, feed) for feed in feeds] for _ in range(2)]
     return network_errors(runs[0], runs[1])
@@ -102,7 +102,7 @@ def _rounding_noise(
     size: float,
     threads: int,
 ) -> dict[str, float]:
-    """How far the outputs move if each dense weight moves by a share of `size` at most."""
+    """Change of the outputs if each dense weight changes by at most a fraction `size`."""
     exposed = expose(original, [r.layer for r in replacements], as_inputs=False)
     weights = _dense_weights(original, exposed, replacements)
     generator = np.random.default_rng(0)
@@ -114,7 +114,7 @@ def _rounding_noise(
 
 
 def _groups(replacements: Sequence[Replacement]) -> list[list[Replacement]]:
-    """Share layers out so that the dense weights of a group fit into memory."""
+    """Group layers so that the dense weights of each group fit into memory."""
     groups: list[list[Replacement]] = [[]]
     size = 0
     for replacement in replacements:
@@ -137,9 +137,9 @@ def _check_layers(
 ) -> tuple[float, list[dict[str, Any]]]:
     """Compare each pair of factor nodes with its node under the same dense weight.
 
-    One graph holds both: the original with dense approximated weights, and beside each
-    such node the factor nodes as they stand in the compressed model, on the same input.
-    It is run once for each part of the layers that `taps` makes.
+    One graph holds both: the original with dense approximated weights and, on the same input
+    as each such node, the factor nodes of the compressed model. It is run once for each group
+    of layers that `taps` makes.
     """
     outputs = [use.output for r in replacements for use in r.layer.uses]
     exposed = expose(original, [r.layer for r in replacements], as_inputs=False)
@@ -155,13 +155,13 @@ def _check_layers(
         for feed in feeds:
             values = run_session(session, feed)
             worst = max([worst, *(_checked(values, name, renamed[name]) for name in part)])
-            # Not those of the layers, which are many.
+            # Without the outputs of the layers, which are many.
             results.append({name: value for name, value in values.items() if name in kept})
     return worst, results
 
 
 def _checked(values: Mapping[str, Any], dense: str, factors: str) -> float:
-    """Compare a tensor by factor nodes with the same by a dense weight."""
+    """Compare the output of factor nodes with that of a dense weight."""
     error = rounding_error(values[dense], values[factors])
     tolerance = ROUNDING[values[dense].dtype]
     if not error <= tolerance:
@@ -176,7 +176,7 @@ def _checked(values: Mapping[str, Any], dense: str, factors: str) -> float:
 def _dense_weights(
     original: onnx.ModelProto, exposed: Exposed, replacements: Sequence[Replacement]
 ) -> dict[str, NDArray[Any]]:
-    """Multiplied-out weights, and biases, by the names that the exposed model reads."""
+    """Multiplied-out weights, and biases, by their input names in the exposed model."""
     result = {name: r.dense() for name, r in zip(exposed.weights, replacements, strict=True)}
     for name, r in zip(exposed.biases, replacements, strict=True):
         if name is not None:
@@ -191,7 +191,7 @@ def _add_factors(
     compressed: onnx.ModelProto,
     replacements: Sequence[Replacement],
 ) -> dict[str, str]:
-    """Add the factor nodes beside the dense ones; return names of outputs, old to new."""
+    """Add the factor nodes to the dense ones; return a map of output names, old to new."""
     graph = reference.graph
     present = {t.name for t in graph.initializer} | {v.name for v in graph.input}
     present.update(name for node in graph.node for name in node.output)
@@ -216,7 +216,7 @@ def _append_slice(
     present: set[str],
     copied: set[str],
 ) -> None:
-    """Copy the nodes that make `output` from tensors of the original, output renamed."""
+    """Copy the nodes that compute `output` from tensors of the original, with a new name."""
     nodes, wanted = [], [output]
     while wanted:
         name = wanted.pop()

@@ -1,4 +1,4 @@
-"""Which budgets costs alone put within reach, and with which ranks, before data is looked at."""
+"""Tell which budgets can be met, and with which ranks, from costs alone."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def ranks_in_reach(
     Parameters
     ----------
     budgets : sequence of Budget
-        Limits of time do not count: they are not known before layers are timed.
+        Latency limits are ignored: they cannot be judged before layers are timed.
     rules : sequence of RankRule
-        Those after the first are for budgets that it puts out of reach.
+        Rules after the first are for budgets that it makes infeasible.
     candidates : callable
-        The layers' candidates under a rule.
+        Returns the layers' candidates under a rule.
     mem_total, mac_total : int
-        Bytes and MACs of the model; the latter None where they are not known.
+        Bytes and MACs of the model; MACs are None if not known.
 
     Raises
     ------
     BudgetError
-        If no budget can be met under any rule; that of the last budget.
+        If no budget can be met under any rule; the error of the last budget.
     """
     untimed = [replace(b, latency=None) for b in budgets if b.mem is not None or b.mac is not None]
     best: tuple[int, Sequence[Candidate], RankRule] | None = None
@@ -77,7 +77,7 @@ def _refusal(
 
 
 def _costs(candidate: Candidate) -> LayerCurves:
-    """A layer's costs at all of its candidate ranks; singular values are not known yet."""
+    """A layer's costs at all candidate ranks, before its singular values are known."""
     curves = tuple(
         Curve(
             option.scheme.name,

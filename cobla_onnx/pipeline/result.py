@@ -1,4 +1,4 @@
-"""What comes of a compression, and how it is written."""
+"""Result of a compression: the model and its report, and how they are written."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ BUDGETS = ("mem", "mac", "latency")
 
 @dataclass
 class Result:
-    """A compressed model that was verified, the plan that made it, and the report.
+    """A verified compressed model, with its plan and the report.
 
     Attributes
     ----------
     model : onnx.ModelProto
-        The very object that was passed in, where nothing had to change, and its nodes were
-        sorted. Nodes stand in the order of the original.
+        The object that was passed in, if nothing had to change and its nodes were sorted.
+        Nodes are in the order of the original.
     plan : Plan
     report : Report
     source : Path or None
-        The file that the original came from.
+        File of the original.
     history : tuple of Step
         Every evaluation of the search by the network's loss.
     """
@@ -55,16 +55,16 @@ class Result:
     history: tuple[Step, ...] = field(default=(), repr=False)
 
     def save(self, path: str | os.PathLike[str], *, external_data: ExternalData = "auto") -> None:
-        """Write the model, atomically; what is at `path` stays until the new file is whole.
+        """Write the model atomically: a file at `path` stays until the new one is complete.
 
-        An unchanged model is copied byte for byte. A changed one is read back, counted
-        and opened in onnxruntime before it takes its place.
+        An unchanged model is copied byte for byte. A changed one is read back, its costs are
+        counted, and it is opened in onnxruntime before it replaces the file.
 
         Parameters
         ----------
         external_data : {'auto', 'always', 'never'}
             Whether weights go into a data file beside the model, named by its content.
-            ``auto``: if they were beside the original, or one file cannot hold them.
+            ``auto``: if the original had external data, or one file cannot hold them.
 
         Raises
         ------
@@ -73,7 +73,7 @@ class Result:
         UsageError
             If 'never' is asked for and one file cannot hold the model.
         VerificationError
-            If what arrived on disk is not what was verified.
+            If the file on disk differs from the verified model.
         """
         if self._external and external_data == "auto":
             external_data = "always"
@@ -96,18 +96,18 @@ class Result:
     def save_report(
         self, path: str | os.PathLike[str], arguments: Sequence[str] | None = None
     ) -> None:
-        """Write the report as JSON, HTML or Markdown, by the ending of `path`, atomically.
+        """Write the report as JSON, HTML or Markdown, by the extension of `path`, atomically.
 
         Parameters
         ----------
         arguments : sequence of str, optional
-            The command line that asked for it, as in ``sys.argv``; without, the report says
-            how `compress` was called.
+            The command line to show, as in ``sys.argv``; by default the report shows how
+            `compress` was called.
 
         Raises
         ------
         UsageError
-            If the ending is none of ``.json``, ``.html`` and ``.md``.
+            If the extension is not ``.json``, ``.html`` or ``.md``.
         """
         report = self.report
         if arguments is not None:
@@ -115,11 +115,11 @@ class Result:
         write_atomically(path, report_writer(path)(report).encode())
 
     def save_history(self, path: str | os.PathLike[str]) -> None:
-        """Write the history as CSV, atomically: a line for each evaluation.
+        """Write the history as CSV, atomically, with a line for each evaluation.
 
-        Columns: ``step``, ``stage``, ``loss`` (on the calibration split, as the search sees
-        it), ``selection_loss`` (where masks are 0 or 1), ``mem``, ``mac`` and ``latency``
-        (fraction of the original, of the budgets that were set), ``seconds``.
+        Columns: ``step``, ``stage``, ``loss`` (that the search follows, on the calibration
+        split), ``selection_loss`` (where masks are 0 or 1), ``mem``, ``mac`` and ``latency``
+        (fractions of the original, for the budgets that were set), ``seconds``.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -140,14 +140,14 @@ def check_paths(
     *,
     in_place: bool = False,
 ) -> None:
-    """Refuse paths that cannot work before any work is done.
+    """Check the paths before any work is done.
 
     Parameters
     ----------
     source, target : Path
         The model to read and the one to write.
     written : iterable of (str, Path or None)
-        Other files to write, with the option that names each.
+        Other files to write, each with its option.
 
     Raises
     ------
@@ -163,7 +163,7 @@ def check_paths(
 
 
 def check_written(models: Iterable[Path], written: Iterable[tuple[str, Path | None]]) -> None:
-    """Refuse files to write that cannot work, or that are one another or a model.
+    """Check that files can be written, and that no two, or one and a model, are the same.
 
     Raises
     ------

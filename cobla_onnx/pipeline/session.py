@@ -1,7 +1,7 @@
-"""One analysis of a model, open for any number of budgets.
+"""A session: one analysis of a model, open for any number of budgets.
 
-Analysing a model (second moments, singular values, sensitivities) takes most of the time,
-and does not depend on the budget. It is done once, by `open_session.open_study`; each
+Analysing a model (second moments, singular values, sensitivities) takes most of the time and
+does not depend on the budget. It is done once, by `open_session.open_study`. Each call of
 `Study.solve` then finds ranks and factors for a budget, and `Study.finish` rewrites, verifies
 and reports.
 """
@@ -48,7 +48,7 @@ __all__ = ["Solution", "Study"]
 
 @dataclass(frozen=True)
 class Solution:
-    """Ranks and factors for a budget, not verified yet.
+    """Ranks and factors for a budget, not yet verified.
 
     Attributes
     ----------
@@ -59,11 +59,11 @@ class Solution:
         None where the plan was given.
     replacements : list of Replacement
     spill : Spill
-        Holds factors on disk where there are too many for memory.
+        Keeps factors on disk if they are too large for memory.
     calibration : CalibrationReport or None
     history : tuple of Step
     seconds : float
-        Time that it took.
+        Time that the search took.
     """
 
     budget: Budget | None
@@ -78,31 +78,31 @@ class Solution:
 
 @dataclass
 class Study:
-    """A model that was analysed; `open_session.open_study` makes it.
+    """An analysed model, made by `open_session.open_study`.
 
     Attributes
     ----------
     model : ModelProto
     source : Path or None
-        The file that it came from.
+        The model's file.
     analysis : Analysis
     calibrated : Calibrated or None
         None without data.
     settings : Settings
     threads : int
     pool : Pool
-        Over which layers are factorised.
+        Runs the factorisation of layers.
     cache : Cache or None
     seconds : float
         Time that the analysis took.
     notify : callable
-        Told of progress.
+        Called with progress.
     rule : RankRule
-        For the candidate ranks.
+        Decides the candidate ranks.
     timed : Timed or None
-        Times of the model, where they are wanted.
+        Times of the model, if asked for.
     order : Order
-        Places of the nodes in the file, where they are not sorted there.
+        Original places of the nodes, if they are not sorted in the file.
     """
 
     model: onnx.ModelProto
@@ -120,7 +120,7 @@ class Study:
     order: Order = field(default_factory=dict, repr=False)
 
     def compress(self, budget: Budget | None, plan: Plan | None = None) -> Result:
-        """Find ranks and factors for a budget, verify them and report.
+        """Find ranks and factors for a budget, verify the result and report.
 
         Raises
         ------
@@ -129,7 +129,7 @@ class Study:
         return self.finish(self.solve(budget, plan))
 
     def solve(self, budget: Budget | None, plan: Plan | None = None) -> Solution:
-        """Find ranks, unless a plan has them, and factors.
+        """Find ranks, unless a plan gives them, and factors.
 
         Raises
         ------
@@ -167,7 +167,7 @@ class Study:
         )
 
     def _factorise(self, plan: Plan) -> Iterator[Replacement]:
-        """Factorise the chosen layers by their weights, over the pool, one after the other."""
+        """Factorise the weights of the chosen layers over the pool; yield them one by one."""
         chosen: list[Decision] = [d for d in plan.decisions if d.scheme is not None]
         units = (
             FactorUnit(*found, self.pool.carry(read_weight(self.model, found[0])), self.cache)
@@ -181,11 +181,11 @@ class Study:
 
     @property
     def objective(self) -> Literal["weights", "output", "loss"]:
-        """What is minimised, ``auto`` resolved."""
+        """The objective that is minimised, with ``auto`` resolved."""
         return self.settings.needed
 
     def least_memory(self) -> float:
-        """Least fraction of memory within reach, rounded up so that it is."""
+        """Least feasible fraction of memory, rounded up so that it is itself feasible."""
         (constraint,) = self.analysis.constraints(Budget(mem=1.0))
         return least_fraction(constraint, self.analysis.curves)
 
@@ -204,12 +204,12 @@ class Study:
         return self.calibrated.choose(constraints, settings.solver, needed, settings.time_limit)
 
     def finish(self, solution: Solution) -> Result:
-        """Rewrite the model, count it again, verify it and report.
+        """Rewrite the model, count its costs again, verify it and report.
 
         Raises
         ------
         BudgetError
-            If a plan that was given is over the budget.
+            If a given plan is over the budget.
         VerificationError
         """
         started = time.perf_counter()
@@ -248,7 +248,7 @@ class Study:
         more_notes += elsewhere_note(self.model, self.analysis, solution.budget)
         analysis = self.analysis
         if self.calibrated is not None and solution.plan.factors == "weights":
-            # Errors are stated of what was kept.
+            # The reported errors are those of the weights, which the factors approximate.
             analysis = replace(analysis, curves=self.calibrated.rivals.weight_curves)
         if self.cache is not None:
             notes = dict.fromkeys((*analysis.notes, *self.cache.notes))
@@ -270,7 +270,7 @@ class Study:
             command=self.settings.call,
             history=solution.history,
         )
-        # All is checked: the nodes go where they were in the file.
+        # All checks are done: put the nodes back in the order of the file.
         if self.order and compressed is self.model:
             compressed = onnx.ModelProto()
             compressed.CopyFrom(self.model)
@@ -290,7 +290,7 @@ class Study:
 def _check_budget(
     analysis: Analysis, budget: Budget | None, plan: Plan, compressed: onnx.ModelProto
 ) -> None:
-    """Count again, from the result itself: budgets are hard. Times are measured elsewhere."""
+    """Count the costs of the result again: budgets are hard. Times are measured elsewhere."""
     if budget is None or (budget.mem is None and budget.mac is None):
         return
     reached = {"mem": stored_bytes(compressed), "mac": analysis.macs_after(plan)}

@@ -1,4 +1,4 @@
-"""The same story with a stopwatch: budgets of time, and times in the report."""
+"""Latency budgets: choose ranks by measured time, and report it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Timed", "open_profile"]
 
 
 def open_profile(path: str | os.PathLike[str] | None, threads: int) -> Profile:
-    """Read the profile of these conditions, or begin one.
+    """Read the profile for these conditions, or start a new one.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def open_profile(path: str | os.PathLike[str] | None, threads: int) -> Profile:
 
 @dataclass
 class Timed:
-    """A model beside what is known of its times.
+    """A model and its measured times.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class Timed:
         Of all layers.
     profile : Profile
     path : path, optional
-        Where the profile is kept.
+        File of the profile.
     seed : int
         Of the random inputs.
     progress : callable
@@ -82,7 +82,7 @@ class Timed:
         return result
 
     def start_over(self) -> None:
-        """Forget what was promised for another budget; measurements stay."""
+        """Forget the prediction for the last budget; measurements are kept."""
         self._predicted = None
 
     def choose(
@@ -91,7 +91,7 @@ class Timed:
         budget: Budget,
         choose: Callable[[Sequence[Constraint]], Allocation],
     ) -> Allocation:
-        """Choose ranks that meet a budget of time; see `LatencySearch.meet`."""
+        """Choose ranks that meet a latency budget; see `LatencySearch.meet`."""
         try:
             found = self._search.meet(analysis, budget, choose)
         finally:
@@ -102,7 +102,7 @@ class Timed:
     def report(
         self, compressed: onnx.ModelProto, plan: Plan, limit: float | None
     ) -> tuple[LatencyReport, tuple[str, ...]]:
-        """Time the result and its slowest layers; return notes beside.
+        """Time the result and its slowest layers; also return notes.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Run the original and the compressed model in onnxruntime and compare them.
+"""Verify a compressed model: run it and the original in onnxruntime and compare.
 
 Two different questions are asked. Is the rewrite right: does each pair of factor nodes
 compute what the original node computes with the same approximated dense weight, up to
@@ -34,7 +34,7 @@ __all__ = [
     "verify",
 ]
 
-# Batches of given data on which every layer of the rewrite is proved.
+# Batches of data on which every layer of the rewrite is checked.
 PROVED_BATCHES = 2
 
 
@@ -44,13 +44,13 @@ def check_model(original: onnx.ModelProto, compressed: onnx.ModelProto) -> tuple
     Returns
     -------
     tuple of str
-        A note, where the original does not pass either (it may use operators that only
+        A note if the original does not pass either (it may use operators that only
         onnxruntime knows).
 
     Raises
     ------
     VerificationError
-        If the compressed model fails where the original passes.
+        If the compressed model fails and the original passes.
     """
     try:
         onnx.checker.check_model(without_weights(compressed))
@@ -79,19 +79,19 @@ def verify(
     threads: int = 1,
     progress: Callable[[int], None] = lambda batches: None,
 ) -> Verification:
-    """Prove the rewrite and measure the approximation.
+    """Check the rewrite and measure the approximation.
 
     Parameters
     ----------
     shapes : mapping of str to tuple
-        Shapes of the model's inputs as far as they are known.
+        Shapes of the model's inputs, as far as known.
     data : tuple of str and callable, optional
-        What the data is called, and a fresh iterator over its batches. Random inputs are
-        used where there is none. The rewrite is proved on the first batches.
+        Name of the data, and a function that returns a fresh iterator over its batches. Without
+        data, random inputs are used. The rewrite is checked on the first batches.
     measures : mapping of str to Measure, optional
-        How outputs are compared; by the original's outputs where it is not given.
+        How outputs are compared; by default decided from the original's outputs.
     taps : TapLimit, optional
-        For the layers' outputs that are compared after one run.
+        Limits the layers' outputs that are compared after one run.
     progress : callable
         Called with the number of batches of data that were compared.
 
@@ -141,7 +141,7 @@ def verify(
 
 
 def varying_outputs(model: onnx.ModelProto, feeds: Feeds) -> frozenset[str]:
-    """Outputs whose shape may follow from the data, and not from the inputs' shapes alone."""
+    """Outputs whose shape may depend on the data, not only on the shapes of the inputs."""
     shapes = infer_shapes(model, {name: value.shape for name, value in feeds.items()})
     found = varying_tensors(model, shapes)
     names = (value.name for value in model.graph.output)
@@ -156,7 +156,7 @@ def _compare(
     threads: int,
     progress: Callable[[int], None],
 ) -> int:
-    """Add up over all batches; return how many samples they held."""
+    """Accumulate over all batches; return the number of samples."""
     first, second = (open_session(model, threads) for model in (original, compressed))
     samples = 0
     for number, feeds in enumerate(batches):

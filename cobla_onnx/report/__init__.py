@@ -1,1 +1,1 @@
-"""Documents: what was decided and measured, for programs and for people."""
+"""Reports: what was decided and measured, for programs and for people."""

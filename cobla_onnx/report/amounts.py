@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Format numbers for people: counts, bytes, percentages."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 __all__ = ["budget_name", "count_text", "elsewhere_text", "percent_text"]
 
-# Operators that are named.
+# Most operators that are named.
 NAMED = 4
 
 
 def count_text(number: int | None) -> str:
-    """Write a count with three digits and a unit; a question mark where it is not known.
+    """Format a count with three digits and a unit; a question mark if it is not known.
 
     Examples
     --------
@@ -33,7 +33,7 @@ def count_text(number: int | None) -> str:
 
 
 def percent_text(fraction: float | None) -> str:
-    """Write a fraction as percent, with digits where they tell something.
+    """Format a fraction as percent, with as many digits as are meaningful.
 
     Examples
     --------
@@ -49,13 +49,13 @@ def percent_text(fraction: float | None) -> str:
 
 
 def budget_name(budget: Budget) -> str:
-    """Write a budget as ``mem 0.5 mac 0.7``."""
+    """Format a budget as ``mem 0.5 mac 0.7``."""
     limits = (("mem", budget.mem), ("mac", budget.mac), ("latency", budget.latency))
     return " ".join(f"{name} {value:g}" for name, value in limits if value is not None)
 
 
 def elsewhere_text(held: Mapping[str, int]) -> str:
-    """Return bytes by operator in words, most first.
+    """Describe bytes by operator, largest first.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Geometry of the page's charts: points and ticks in drawing units. The template draws them."""
+"""Geometry of the HTML report's charts: points and ticks in drawing units."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPARK_WIDTH, SPARK_HEIGHT, SPARK_DECADES = 120, 28, 3.0
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis, in drawing units, and what stands there."""
+    """A tick: a place on an axis, in drawing units, and its label."""
 
     at: float
     text: str
@@ -28,7 +28,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point that stands out, with its text."""
+    """A highlighted point, with its label."""
 
     x: float
     y: float
@@ -57,7 +57,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Sparkline:
-    """A spectrum as two areas: what is kept, and what is cut off."""
+    """A spectrum as two areas: the part kept, and the part cut off."""
 
     kept: str
     lost: str
@@ -70,7 +70,7 @@ def sparkline(spectrum: Spectrum, rank: int | None) -> Sparkline:
     """Draw a spectrum over its ranks, three decades high, with the cut after `rank`."""
     last = spectrum.ranks[-1]
     scale = SPARK_WIDTH / last
-    # Each singular value is a step as wide as the ranks up to the one before it.
+    # Each singular value is a step, as wide as the distance of its rank from the last.
     corners = []
     edge = 0.0
     for number, value in zip(spectrum.ranks, spectrum.values, strict=True):
@@ -96,11 +96,11 @@ def _area(corners: Sequence[tuple[int, float, float, float]]) -> str:
 def front_chart(
     front: Front, name: str, limit: float | None, reached: float | None, value: float
 ) -> Chart | None:
-    """Draw the bound of the loss over what is kept, and where the result stands."""
+    """Draw the lower bound of the loss over the fraction kept, with the result as a point."""
     positive = [loss for loss in front.losses if loss > 0]
     if reached is None or len(positive) < 2 or value <= 0:
         return None
-    # Three decades below the result: the line comes from 0, which a logarithm does not show.
+    # Three decades below the result: the line starts at 0, which a logarithm cannot show.
     low = min(value, max(min(positive), value / 1e3))
     high = max(*positive, value)
     across = _scale(min(front.kept), 1.0, LEFT, WIDTH - RIGHT)
@@ -122,7 +122,7 @@ def front_chart(
 
 
 def history_chart(history: Sequence[Step]) -> Chart | None:
-    """Draw the search's loss over its evaluations."""
+    """Draw the loss of the search over its evaluations."""
     steps = [step for step in history if math.isfinite(step.loss)]
     if len(steps) < 2:
         return None
@@ -165,7 +165,7 @@ def _log_scale(low: float, high: float, begin: float, end: float) -> Callable[[f
 
 
 def _decades(low: float, high: float, up: Callable[[float], float]) -> tuple[Tick, ...]:
-    """Ticks at powers of ten, at steps that leave six at most; the ends where there are few."""
+    """Ticks at powers of ten, at most six; at the ends if there are too few."""
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
     values = [10.0**n for n in range(first, last + 1, max(1, math.ceil((last - first) / 5)))]
     if len(values) < 2:
@@ -174,7 +174,7 @@ def _decades(low: float, high: float, up: Callable[[float], float]) -> tuple[Tic
 
 
 def _nice(low: float, high: float) -> list[float]:
-    """Return about five round numbers between two."""
+    """Return about five round numbers between two numbers."""
     if high <= low:
         return [low]
     raw = (high - low) / 5

@@ -1,4 +1,4 @@
-"""What a comparison of two models found."""
+"""Result of comparing two models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ModelComparison", "ModelFacts"]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What one of the models is.
+    """Size and speed of one of the models.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class ModelFacts:
         Of the file and its data files; None for a model in memory.
     weight_bytes : int
     macs : int or None
-        Of one sample; None where they are not known.
+        Of one sample; None if they are not known.
     nodes : int
     latency_ms : tuple of three float
         Median, 10th and 90th percentile of the time of a run.
@@ -42,17 +42,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ModelComparison(Exported):
-    """What `compare` found; the second model is measured against the first.
+    """Result of `compare`; the second model is measured against the first.
 
     Attributes
     ----------
     first, second : ModelFacts
     outputs : tuple of OutputComparison
     data : str
-        Where the inputs came from; ``random`` says little about real data.
+        Source of the inputs; ``random`` says little about real data.
     samples : int
     latency : timing.Comparison
-        Of runs in turn, in milliseconds.
+        Times of runs in turn, in milliseconds.
     timed_shapes : dict of str to tuple
         Shapes of the inputs of the timed runs.
     threads : int

@@ -1,4 +1,4 @@
-"""Two models side by side as a table for the terminal."""
+"""Table of a comparison of two models, for the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["comparison_table"]
 
 
 def comparison_table(found: ModelComparison) -> RenderableType:
-    """Return sizes and times of both models, and below how far their outputs are apart."""
+    """Return sizes and times of both models, with the deviation of their outputs below."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for heading in ("A", "B", "B / A"):

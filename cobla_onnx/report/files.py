@@ -1,4 +1,4 @@
-"""The report as a file: which form it takes is said by the ending of its name."""
+"""Write the report to a file in the format that its extension names."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WRITERS: dict[str, Callable[[Report], str]] = {
 
 
 def report_writer(path: str | os.PathLike[str]) -> Callable[[Report], str]:
-    """Return what turns a report into the text of a file of this name.
+    """Return the function that renders a report for a file of this name.
 
     Raises
     ------
     UsageError
-        If the ending is not known.
+        If the extension is not known.
     """
     writer = WRITERS.get(Path(path).suffix.lower())
     if writer is None:

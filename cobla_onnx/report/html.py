@@ -1,4 +1,4 @@
-"""The report as one HTML page without scripts that needs no network, for a browser or a notebook.
+"""Render the report as one HTML page that needs no scripts and no network.
 
 Everything from the model's file, names above all, goes through `safe_text` here and is
 escaped by the template: jinja2's autoescape is on and no markup is made in Python.
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Meter:
-    """A budget: what was reached, and where the limit is, in percent."""
+    """A budget: the value reached and the limit, in percent."""
 
     title: str
     unit: str
@@ -98,7 +98,7 @@ def to_html(report: Report) -> str:
 
 
 def to_frame(report: Report) -> str:
-    """Return the page inside of a frame, for a notebook."""
+    """Return the page inside a frame, for a notebook."""
     page = escape(to_html(report), quote=True)
     return (
         f'<iframe title="Compression report" srcdoc="{page}" sandbox '
@@ -185,7 +185,7 @@ def _bar(cost: Cost, most: int) -> Bar:
 
 
 def _left_alone(report: Report) -> list[tuple[str, list[str]]]:
-    """Reasons with the names of the layers they hold for."""
+    """Reasons, with the names of the layers to which they apply."""
     groups: dict[str, list[str]] = defaultdict(list)
     for layer in report.layers:
         if layer.decision != "factorised" and not report.unchanged:
@@ -198,7 +198,7 @@ def _noun(cost: str) -> str:
 
 
 def _prices(report: Report) -> list[tuple[str, float]]:
-    """What one percentage point more of each budget would save, where it would."""
+    """Decrease of the objective for one more percentage point of each budget, if any."""
     prices = {} if report.solver is None else report.solver.multipliers
     return [(_noun(name), price / 100) for name, price in prices.items() if price > 0]
 
@@ -208,7 +208,7 @@ def _objective(name: str) -> str:
 
 
 def _agreement(report: Report) -> tuple[str, str] | None:
-    """Return the number that says most about quality, and what it is."""
+    """Return the number that says most about quality, and its name."""
     check = report.verification
     if check is None or not check.outputs:
         return None

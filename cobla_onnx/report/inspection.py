@@ -1,4 +1,4 @@
-"""What an inspection of a model found, and its table for the terminal."""
+"""Result of inspecting a model, and its table for the terminal."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class InspectedScheme:
     name : str
     full_rank : int
     break_even_memory, break_even_macs : float or None
-        Ranks below these make the layer smaller and faster; MACs may not be known.
+        Ranks below these make the layer smaller, or faster; None if MACs are not known.
     most : int
         The largest rank that is offered to the solver.
     half_error : float
-        Relative error, of the weight or with data of the layer's output, at the rank that
+        Relative error (of the weight or, with data, of the layer's output) at the rank that
         halves the layer's bytes; 1 if there is none.
     error_ranks : dict of str to int
         The least rank with at most that relative error.
@@ -55,7 +55,7 @@ class InspectedScheme:
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """A layer that can be factorised; of `schemes` the first has the least `half_error`."""
+    """A layer that can be factorised; the first of `schemes` has the least `half_error`."""
 
     name: str
     op: str
@@ -68,7 +68,7 @@ class InspectedLayer:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A node that is left as it is, and why; `params` is 0 where its weight is not known."""
+    """A node that is left as it is, and why; `params` is 0 if its weight is not known."""
 
     name: str
     op: str
@@ -78,7 +78,7 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class Inspection(Exported):
-    """What `inspect` found.
+    """Result of `inspect`.
 
     Attributes
     ----------
@@ -89,14 +89,14 @@ class Inspection(Exported):
     mem_total : int
         Bytes of all weights.
     mac_total : int or None
-        Multiply-accumulates of one run with `input_shapes`, None where they are not known.
+        Multiply-accumulates of one run with `input_shapes`; None if they are not known.
     elsewhere : dict of str to int
-        Bytes of weights that no budget reaches, by the operator that reads them.
+        Bytes of weights that cannot be factorised, by the operator that reads them.
     least : dict of str to float
-        ``mem`` and ``mac``: the least fraction that is within reach, each taken alone.
+        ``mem`` and ``mac``: the least feasible fraction, each budget taken alone.
     input_shapes : dict of str to tuple
     measured_by : {'weights', 'outputs'}
-        Whose singular values the spectra show: of weights, or with data of the outputs.
+        Whether the spectra are singular values of weights or, with data, of outputs.
     notes : tuple of str
     """
 
@@ -123,7 +123,7 @@ def sparkline(values: Sequence[float], width: int = 10) -> str:
     values : sequence of float
         Between 0 and 1.
     width : int
-        Characters at most.
+        Most characters.
 
     Examples
     --------
@@ -173,7 +173,7 @@ def _render(found: Inspection) -> RenderableType:
         *(f"note: {safe_text(note, 300)}" for note in found.notes),
     ]
     if not found.layers:
-        # Neither a table nor its legend.
+        # No layers: neither a table nor its legend.
         lines = [
             "nothing can be factorised: only Conv, ConvTranspose, Gemm and MatMul with constant "
             "weights can be",
@@ -204,7 +204,7 @@ def _totals(found: Inspection) -> list[str]:
         f"memory: {count_text(found.mem_total)} bytes of weights; "
         f"least reachable: --mem {found.least['mem']:g}",
     ]
-    # Biases are always there, and hardly anything.
+    # Biases are in every model, and negligible.
     if sum(found.elsewhere.values()) > found.mem_total / 100:
         lines.append(f"of these no budget reaches {elsewhere_text(found.elsewhere)}")
     if found.mac_total is None:

@@ -1,4 +1,4 @@
-"""The report as Markdown, for a model card, an issue or a review."""
+"""Render the report as Markdown, for a model card, an issue or a review."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["to_markdown"]
 def to_markdown(report: Report) -> str:
     """Return the report as GitHub-flavoured Markdown.
 
-    Names from the model's file are shown as code, sentences with all signs escaped, so that
-    nothing in them becomes markup.
+    Names from the model's file are shown as code, and sentences are escaped, so that nothing in
+    them becomes markup.
     """
     blocks = [
         f"# Compression report: {_code(report.input or 'a model in memory', 120)}",
@@ -37,7 +37,7 @@ def to_markdown(report: Report) -> str:
 
 
 def _code(text: str, limit: int = 80) -> str:
-    """Show a text as code: longer fences than any inside, no line breaks, no cell borders."""
+    """Show a text as code: fences longer than any inside, no line breaks, no cell borders."""
     shown = safe_text(text, limit).replace("|", "\\|") or " "
     longest = max((len(run) for run in re.findall("`+", shown)), default=0)
     fence = "`" * (longest + 1)
@@ -46,7 +46,7 @@ def _code(text: str, limit: int = 80) -> str:
 
 
 def _plain(text: str, limit: int) -> str:
-    """Show a sentence with every sign escaped that Markdown gives a meaning."""
+    """Escape every character of a sentence that has a meaning in Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", safe_text(text, limit))
 
 

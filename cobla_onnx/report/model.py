@@ -1,4 +1,4 @@
-"""The report: what was decided and measured."""
+"""The report of a compression: what was decided and measured."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Cost:
-    """A cost before and after, in elements or MACs; None where it is not known."""
+    """A cost before and after, in elements or MACs; None if it is not known."""
 
     before: int | None
     after: int | None
 
     @property
     def kept(self) -> float | None:
-        """Share that is left."""
+        """Fraction that is left."""
         if self.before is None or self.after is None or self.before == 0:
             return None
         return self.after / self.before
@@ -47,7 +47,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class BudgetUse:
-    """A budget: its limit (a fraction, None if not set), what was reached, absolute costs."""
+    """A budget: its limit (a fraction, None if not set), the fraction reached, absolute costs."""
 
     limit: float | None
     reached: float | None
@@ -57,16 +57,16 @@ class BudgetUse:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of a layer, thinned out to be drawn.
+    """Singular values of a layer, thinned out for drawing.
 
     Attributes
     ----------
     scheme : str
-        Under which the weight was unfolded.
+        The scheme under which the weight was unfolded.
     ranks : tuple of int
-        Which of the singular values these are, from 1.
+        Indices of these singular values, starting with 1.
     values : tuple of float
-        Relative to the largest: of the weight or, with data, of the layer's output.
+        Relative to the largest; singular values of the weight or, with data, of the output.
     """
 
     scheme: str
@@ -96,7 +96,7 @@ class LayerReport:
 class SolverReport:
     """The certificate of the allocation.
 
-    ``value`` is the objective reached, ``lower_bound`` one that no choice within the
+    ``value`` is the objective reached, ``lower_bound`` a bound that no choice within the
     budgets can beat, ``gap`` their relative distance. ``multipliers`` are the prices of
     the budgets: how much the objective falls per unit by which the fraction is raised.
     ``fronts`` bound the objective at every fraction, each budget taken alone.
@@ -117,18 +117,18 @@ class SolverReport:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was verified, on which data, and how it came out.
+    """Result of the verification.
 
     Attributes
     ----------
     data : str
-        Where the inputs came from; ``random`` says little about real data.
+        Source of the inputs; ``random`` says little about real data.
     samples : int
     rewrite_max_error : float
         Largest difference between a layer's factor nodes and its node with the same
         dense weight, relative to the layer's largest output.
     network_error : float or None
-        The same for the model's outputs, as relative L2 norm; None where all dense weights
+        The same for the model's outputs, as relative L2 norm; None if all dense weights
         together would take too much memory.
     outputs : tuple of OutputComparison
     notes : tuple of str
@@ -144,21 +144,21 @@ class Verification:
 
 @dataclass(frozen=True)
 class Rival:
-    """Another answer to a budget, beside that of the allocation.
+    """Another answer to a budget, besides that of the allocation.
 
     Attributes
     ----------
     origin : str
-        The round, or the near problem, that it is the answer to; ``weights alone`` has no data.
+        The round or nearby problem that it solves; ``weights alone`` uses no data.
     gain : float or None
-        What the loss that decisions follow would be lower by, on average over the samples; None
-        where one of the two has no finite loss.
+        Mean decrease, over the samples, of the loss that decisions follow; None if one of the
+        two has no finite loss.
     standard_error : float or None
-        Of the gain, over the paired samples; None where nothing tells.
+        Of the gain, over the paired samples; None if not known.
     samples : int
-        How many: all under factors that were made without them, or those held back.
+        Their number: all, under factors that were made without them, or the held-back ones.
     taken : bool
-        Whether it took the place of the allocation's answer.
+        Whether it replaced the allocation's answer.
     """
 
     origin: str
@@ -170,7 +170,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What calibration data was used, and the losses measured with it.
+    """The calibration data that was used, and the losses measured with it.
 
     Attributes
     ----------
@@ -189,10 +189,10 @@ class CalibrationReport:
     probe_samples : int
         Samples on which layers were truncated one at a time.
     candidates : tuple of float
-        Losses on the selection split of the allocations that were compared, before refit, by
-        what decisions follow (a divergence at a temperature, see `soften`).
+        Losses on the selection split of the allocations that were compared, before refit; the
+        loss is the one that decisions follow (a divergence at a temperature, see `soften`).
     temperatures : dict of str to float
-        At which decisions follow the divergence, by the name of the output.
+        Temperatures of the divergence that decisions follow, by the name of the output.
     rivals : tuple of Rival
         Other answers that came close enough to be compared with the allocation's own.
     """
@@ -243,9 +243,9 @@ class LatencyReport:
     ratio : float
         Of the medians, and its 95 % interval `ratio_low` to `ratio_high`.
     predicted_ratio : float or None
-        What the table of layers promised, before it was corrected; None without one.
+        Predicted by the table of layer times, before it was corrected; None without a table.
     layers : tuple of LayerLatency
-        The ten slowest before, of those that could be factorised.
+        The ten slowest layers of the original that could be factorised.
     """
 
     threads: int
@@ -302,7 +302,7 @@ class Report(Exported):
         result["layers"] = list(result["layers"])
         result["notes"] = list(self.notes)
         for step in result["history"]:
-            # A relaxed step can go where the loss is not a number; JSON has none of those.
+            # The loss may be NaN at a relaxed step, which JSON cannot express.
             step["loss"] = step["loss"] if math.isfinite(step["loss"]) else None
         result["history"] = list(result["history"])
         if self.verification is not None:
@@ -312,7 +312,7 @@ class Report(Exported):
         return result
 
     def to_html(self) -> str:
-        """Return the report as one HTML page that needs nothing else."""
+        """Return the report as one self-contained HTML page."""
         from cobla_onnx.report.html import to_html
 
         return to_html(self)
@@ -329,7 +329,7 @@ class Report(Exported):
         return render(self)
 
     def _repr_html_(self) -> str:
-        """Show the page in a notebook, in a frame of its own: its style stays inside."""
+        """Show the page in a notebook, in its own frame, so that its style stays inside."""
         from cobla_onnx.report.html import to_frame
 
         return to_frame(self)

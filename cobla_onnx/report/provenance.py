@@ -1,4 +1,4 @@
-"""The call or command that makes a result again, as text to copy."""
+"""The call or command that reproduces a result, as text to copy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["call_text", "command_text"]
 
 
 def command_text(arguments: Sequence[str]) -> str:
-    """Write a command line down, quoted for a POSIX shell.
+    """Format a command line, quoted for a POSIX shell.
 
     Parameters
     ----------
     arguments : sequence of str
-        As in ``sys.argv``: the program first, of which the name alone is shown.
+        As in ``sys.argv``; of the program, which comes first, only the name is shown.
 
     Examples
     --------
@@ -33,7 +33,7 @@ def command_text(arguments: Sequence[str]) -> str:
 def call_text(function: Callable[..., Any], values: Mapping[str, Any]) -> str:
     """Write a call down, without the arguments that have their default or no value.
 
-    Objects that no literal stands for are written as ``<their type>``.
+    Objects that cannot be written as a literal are written as ``<their type>``.
 
     Examples
     --------
@@ -60,6 +60,6 @@ def _literal(value: Any) -> str:
     if isinstance(value, dict) and len(value) <= 20:
         return f"{{{', '.join(f'{_literal(k)}: {_literal(v)}' for k, v in value.items())}}}"
     plain = isinstance(value, (str, int, float)) or value is None
-    # Dataclasses of this package, such as Budget, are written as they are made.
+    # Dataclasses of this package, such as Budget, are written as constructor calls.
     ours = type(value).__module__.startswith("cobla_onnx.") and len(repr(value)) <= 300
     return repr(value) if plain or ours else f"<{type(value).__name__}>"

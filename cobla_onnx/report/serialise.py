@@ -1,4 +1,4 @@
-"""Results as plain values and as JSON, with the version of their keys."""
+"""Convert results to plain values and to JSON, with the version of the schema."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Exported"]
 
 
 class Exported:
-    """Base of dataclasses that programs read. NaN and infinity do not occur in them.
+    """Base of dataclasses that programs read; they contain neither NaN nor infinity.
 
     Attributes
     ----------
@@ -21,11 +21,11 @@ class Exported:
     schema_version: ClassVar[int] = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain dicts and lists."""
+        """Return the result as plain dicts and lists."""
         fields: Any = self
         found: dict[str, Any] = json.loads(json.dumps(asdict(fields), allow_nan=False))
         return {"schema_version": self.schema_version, **found}
 
     def to_json(self) -> str:
-        """Return it as indented JSON."""
+        """Return the result as indented JSON."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)

@@ -1,4 +1,4 @@
-"""What came of a sweep: a point for each budget, and the Pareto front."""
+"""Result of a sweep: one point for each budget, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -30,27 +30,28 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One budget and what came of it.
+    """One budget and its result.
 
     Attributes
     ----------
     budget : Budget
     mem, mac, latency : float or None
-        Fractions that are kept; None where the budget was refused, MACs are not known, or time
-        was not measured.
+        Fractions kept; None if the budget was refused, MACs are not known, or time was not
+        measured.
     loss : float or None
-        On the selection split; without data the objective, summed weight errors.
+        Loss on the selection split; without data the objective, the sum of weight errors.
     quality : Quality or None
         Accuracy, agreement or relative error on the selection split; needs data.
     front : bool
-        Whether no other point is at least as good in memory, MACs and loss, and better in one.
-        Latency does not count: its noise would put nearly every point there.
+        Whether the point is on the Pareto front: no other is at least as good in memory, MACs
+        and loss, and better in one. Latency does not count: its noise would put nearly every
+        point on the front.
     plan : Plan or None
     report : Report or None
     file : str or None
-        Where the model was written.
+        Path of the written model.
     refused : str or None
-        Why there is none.
+        Reason why there is no model.
     """
 
     budget: Budget
@@ -66,7 +67,7 @@ class SweepPoint:
     refused: str | None = None
 
     def row(self) -> list[Any]:
-        """Return the cells of the CSV's line, by `COLUMNS`; empty where there is nothing."""
+        """Return the cells of a CSV row, by `COLUMNS`; empty where there is no value."""
         quality = self.quality
         cells = (
             self.budget.mem, self.budget.mac, self.budget.latency,
@@ -79,14 +80,14 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Sweep(Exported):
-    """What `sweep` found: `points` in the order of the budgets.
+    """Result of `sweep`: `points` in the order of the budgets.
 
     Attributes
     ----------
     input : str or None
         The file.
     objective : str
-        What `loss` of the points is: ``output`` or ``loss`` on held-back samples, or
+        Meaning of the points' `loss`: ``output`` or ``loss`` on held-back samples, or
         ``weights``.
     points : tuple of SweepPoint
     """
@@ -97,11 +98,11 @@ class Sweep(Exported):
 
     @property
     def front(self) -> tuple[SweepPoint, ...]:
-        """The points that no other one dominates."""
+        """The points that no other point dominates."""
         return tuple(point for point in self.points if point.front)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain dicts and lists; each point with its whole report."""
+        """Return the sweep as plain dicts and lists, each point with its whole report."""
         points = []
         for point in self.points:
             entry = asdict(replace(point, plan=None, report=None))
@@ -116,7 +117,7 @@ class Sweep(Exported):
         }
 
     def to_csv(self) -> str:
-        """Return a line for each point; the columns are those of `COLUMNS`."""
+        """Return a CSV row for each point; the columns are those of `COLUMNS`."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -128,12 +129,12 @@ class Sweep(Exported):
         write_atomically(path, self.to_csv().encode())
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the points, as ``.svg`` or ``.png`` by the ending of `path`.
+        """Draw the points, as ``.svg`` or ``.png`` by the extension of `path`.
 
         Raises
         ------
         UsageError
-            If the ending is another, or matplotlib is not installed.
+            If the extension is another, or matplotlib is not installed.
         """
         from cobla_onnx.report.sweep_plot import draw
 

@@ -1,4 +1,4 @@
-"""The plot of a sweep, by matplotlib (the extra ``plot``)."""
+"""Plot a sweep with matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ON_FRONT, OTHER = "#0072B2", "#999999"
 
 
 def check_plot(path: Path) -> None:
-    """Refuse, before any work, a plot that could not be drawn.
+    """Check, before any work, that the plot can be drawn.
 
     Raises
     ------
     UsageError
-        If the ending is neither ``.svg`` nor ``.png``, or matplotlib is not installed.
+        If the extension is neither ``.svg`` nor ``.png``, or matplotlib is not installed.
     """
     if path.suffix not in FORMATS:
         raise UsageError(f"--plot {path}: give a name that ends in .svg or .png")
@@ -39,12 +39,12 @@ def check_plot(path: Path) -> None:
 
 
 def draw(found: Sweep, path: Path) -> bytes:
-    """Draw a sweep: loss, and what quality was measured, against memory, MACs and latency.
+    """Draw a sweep: loss, and quality where measured, against memory, MACs and latency.
 
     Returns
     -------
     bytes
-        An SVG or PNG file, by the ending of `path`; the same for the same sweep.
+        An SVG or PNG file, by the extension of `path`; the same for the same sweep.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""A sweep as a table for the terminal."""
+"""Table of a sweep, for the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["sweep_table"]
 
 
 def sweep_table(found: Sweep) -> RenderableType:
-    """Return a line for each budget, and what the columns mean below."""
+    """Return a row for each budget, with the meaning of the columns below."""
     measured = [point.quality for point in found.points if point.quality is not None]
     measure = measured[0].measure if measured else None
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -1,4 +1,4 @@
-"""The report in a terminal: a table of the layers and a few lines."""
+"""Show the report in a terminal: a table of the layers and a few lines."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def _totals(name: str, unit: str, use: BudgetUse) -> str:
 
 
 def output_text(output: OutputComparison, largest: bool = False) -> str:
-    """Say how far an output is from the original's, or that the comparison tells nothing.
+    """Say how far an output is from the original's, or that the comparison means nothing.
 
     Parameters
     ----------
     largest : bool
-        Say the largest difference in place of the cosine.
+        Give the largest difference in place of the cosine.
     """
     if not output.reacts:
         return "the original gives the same for all inputs, so the comparison tells nothing"

@@ -1,1 +1,1 @@
-"""How work is run: onnxruntime sessions, pools of workers, a cache, temporary files."""
+"""Running things: onnxruntime sessions, worker pools, the cache, temporary files."""

@@ -1,4 +1,4 @@
-"""Keep what a run computed for the next run, by the content of what it was computed from.
+"""Cache results between runs, keyed by the content of everything they were computed from.
 
 An entry is an ordinary ``.npz`` file without pickles, named by a digest of everything that
 its arrays depend on: the bytes of weights or data, the options, the version of the algorithm

@@ -1,4 +1,4 @@
-"""Where a run took place: versions, processor, system. No names of hosts or users."""
+"""Describe the environment of a run: versions, processor, system; no host or user names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine is, as far as running times depend on it, and memory for others on it."""
+"""CPU properties that running times depend on, and the return of freed memory to the system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said when a part that was cut from a graph does not load."""
+"""Error message for a part of a graph that onnxruntime cannot load by itself."""
 
 from __future__ import annotations
 

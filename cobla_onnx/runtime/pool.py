@@ -1,4 +1,4 @@
-"""Map independent pieces of work over threads, processes or a cluster, results in order.
+"""Map independent units of work over threads, processes or a cluster, with results in order.
 
 Every unit of work runs with one thread of linear algebra, wherever it runs. Its result is
 then the same to the last bit whatever the number of threads, processes or machines (of one

@@ -1,4 +1,4 @@
-"""A pool of processes of our own that ends with its caller, whatever ends that."""
+"""A pool of worker processes that ends with its caller, however the caller ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the stages of the work tell how far they are."""
+"""Callbacks with which the stages of a run report their progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On what sessions run, and whether they keep their memory: settings of a context."""
+"""Context settings of sessions: the execution provider, and whether memory is kept between runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""onnxruntime sessions: open a model without copying it, feed it, read its tensors."""
+"""onnxruntime sessions: open a model without copying its weights, feed it, read its tensors."""
 
 from __future__ import annotations
 

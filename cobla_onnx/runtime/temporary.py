@@ -1,4 +1,4 @@
-"""Temporary files of arrays for what is too much for memory, and temporary folders."""
+"""Temporary folders, and temporary files for arrays that are too large for memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a unit of work takes with it where it leaves the process.
+"""Pass a unit's arrays and model to the worker that runs it, in this process or in another.
 
 Arrays travel as bytes, or as a place in a file where they are mapped and the worker is on this
 machine; what many units share, such as the model, as a file that each worker reads once.

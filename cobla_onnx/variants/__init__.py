@@ -1,1 +1,1 @@
-"""What may become of a layer, and the rewrite of the model."""
+"""What a layer may be replaced by, and the rewrite of the model."""

@@ -1,4 +1,4 @@
-"""Keep factors on disk where there are too many of them for memory."""
+"""Move factors to a file on disk when they are too large for memory."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SPILL_FROM = 1 << 30
 
 
 class Spill:
-    """A temporary folder with one file for each factor; it goes when this object goes."""
+    """A temporary folder with one file for each factor, deleted with this object."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
 
     def replacements(self, given: Iterable[Replacement]) -> list[Replacement]:
-        """Collect replacements; from a size in all on, their factors become mapped files.
+        """Collect replacements; beyond a total size their factors become mapped files.
 
-        They are taken one by one, so that no more than that is ever in memory.
+        They are taken one by one, so that no more than this size is ever in memory.
         """
         kept: list[Replacement] = []
         size = 0

@@ -1,4 +1,4 @@
-"""Replace nodes by their two factor nodes, on a copy of the model; nothing else changes.
+"""Replace nodes by pairs of factor nodes, on a copy of the model; nothing else changes.
 
 The factor nodes are built with onnx-graphsurgeon in a scratch graph and their protos are
 transplanted, since exporting a whole model through graph-surgeon loses fields.
@@ -28,7 +28,7 @@ __all__ = ["Replacement", "factor_nodes", "make_replacement", "rewrite"]
 
 @dataclass(frozen=True)
 class Replacement:
-    """A layer and what takes the place of its weight, in the type in which it was stored.
+    """A layer and the factors that replace its weight, in the type in which it was stored.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Replacement:
     first, second : array
         Weights of the two factor nodes.
     bias : array or None
-        Takes the place of ``layer.bias``; None leaves it.
+        Replaces ``layer.bias``; None leaves it as it is.
     """
 
     layer: Layer
@@ -47,8 +47,8 @@ class Replacement:
     bias: NDArray[Any] | None = None
 
     def dense(self) -> NDArray[Any]:
-        """Multiply the factors out: the weight that they stand for, shape ``layer.shape``."""
-        # Half precision is multiplied in single; double for all would double the memory.
+        """Multiply the factors to the weight that they stand for, shape ``layer.shape``."""
+        # Half precision is multiplied in single precision; double would double the memory.
         wide = np.result_type(self.first.dtype, np.float32)
         left, right = self.scheme.unfold(
             self.first.astype(wide, copy=False), self.second.astype(wide, copy=False)
@@ -61,7 +61,7 @@ class Replacement:
 def make_replacement(
     layer: Layer, scheme: Scheme, factors: Factorization, bias: NDArray[Any] | None = None
 ) -> Replacement:
-    """Fold factors into the weights of the two nodes, in the types of what they replace.
+    """Convert factors to the weights of the two nodes, in the types of what they replace.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def make_replacement(
 
 
 def _narrow(layer: Layer, array: NDArray[Any], dtype: np.dtype[Any], what: str) -> NDArray[Any]:
-    # bfloat16 has the range of single precision, and numpy does not know it.
+    # bfloat16 has the range of single precision, and numpy does not have it.
     limits = np.finfo(dtype if dtype.kind == "f" else np.float32)
     if float(np.abs(array).max(initial=0.0)) > float(limits.max):
         raise ModelError(
@@ -95,8 +95,8 @@ def _narrow(layer: Layer, array: NDArray[Any], dtype: np.dtype[Any], what: str) 
 def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx.ModelProto:
     """Return a copy of `model` in which each layer is computed by its two factors.
 
-    Weights, and Identity, Transpose, Cast and Constant nodes before them, that nobody
-    reads any more are left out. Everything else is as it was, in the same order. The
+    Weights that are no longer read are left out, as are the Identity, Transpose, Cast and
+    Constant nodes before them. Everything else is as it was, in the same order. The
     second factor node keeps the name, the output and the documentation of the original.
     """
     sources = {name for replacement in replacements for name in _replaced(replacement)}
@@ -223,8 +223,8 @@ def factor_nodes(
 ) -> tuple[tuple[onnx.NodeProto, onnx.NodeProto], ...]:
     """Build, for each use of a layer, the two nodes that would take its place.
 
-    They read their factors, as `Scheme.fold` shapes them, from tensors called `first` and
-    `second`.
+    They read their factors, in the shapes that `Scheme.fold` gives, from tensors named `first`
+    and `second`.
     """
     names = _Names(model)
     scratch = gs.Graph(opset=_opset(model))
@@ -270,7 +270,7 @@ def _pair(
 def _conv_attributes(
     scheme: ConvScheme, values: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Share a convolution's attributes out between its factors, axis by axis."""
+    """Distribute a convolution's attributes over its factors, axis by axis."""
     axes = range(len(scheme.shape) - 2)
     first_kernel, second_kernel = scheme.kernels()
     shared = []
@@ -305,9 +305,9 @@ def _transposed_attributes(
 
 
 def _dead_nodes(model: onnx.ModelProto, replacements: Iterable[Replacement]) -> set[int]:
-    """Indices of the nodes before the replaced weights, which nobody reads any more.
+    """Indices of the nodes before the replaced weights, which are no longer read.
 
-    A layer's weight has no readers but the layer (see `find_layers`), so all of them go.
+    A layer's weight is read by the layer alone (see `find_layers`), so all of them go.
     """
     dead = {index for r in replacements for use in r.layer.uses for index in use.chain}
     sources = {name for replacement in replacements for name in _replaced(replacement)}

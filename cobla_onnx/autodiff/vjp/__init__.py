@@ -1,4 +1,4 @@
-"""One derivative rule for each operator; importing this package fills the table."""
+"""Derivative rules, one for each operator; importing this package fills the registry."""
 
 from __future__ import annotations
 

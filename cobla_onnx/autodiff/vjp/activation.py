@@ -1,4 +1,4 @@
-"""Activations: dx = dy f'(x), by the output y where that is simpler.
+"""Rules for activations: dx = dy f'(x), written in terms of the output y where simpler.
 
 Using y also lets onnxruntime fuse a Relu into the convolution before it, whose own output
 nobody else reads then. At a kink the derivative from the left, or 0, is taken. Formulas

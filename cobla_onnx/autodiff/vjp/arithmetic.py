@@ -1,4 +1,4 @@
-"""Arithmetic with broadcasting: the gradient by a repeated operand sums over its copies."""
+"""Rules for arithmetic; the gradient of a broadcast operand is summed over the repeated axes."""
 
 from __future__ import annotations
 

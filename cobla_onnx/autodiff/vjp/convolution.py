@@ -1,9 +1,9 @@
-"""Convolutions of any number of axes, with groups, strides, dilations and padding.
+"""Rules for convolutions with any number of axes, groups, strides, dilations and padding.
 
-y[n, o, p] = sum over c and k of w[o, c, k] x[n, c, s p + d k - b]. By x the adjoint is the
-transposed convolution, by w the correlation of x with dy (Dumoulin and Visin,
-arXiv 1603.07285). Which of several equal forms is written follows from measurements
-(docs/benchmarks.md).
+y[n, o, p] = sum over c and k of w[o, c, k] x[n, c, s p + d k - b]. The gradient with
+respect to x is the transposed convolution of dy, that with respect to w the correlation of x
+with dy (Dumoulin and Visin, arXiv 1603.07285). Which of several equal forms is written follows
+from measurements (docs/experiments.md).
 """
 
 from __future__ import annotations

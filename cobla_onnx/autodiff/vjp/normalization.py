@@ -1,4 +1,4 @@
-"""Normalisations, with the statistics of the input itself or with given ones.
+"""Rules for normalisations, with statistics of the input or with given (constant) ones.
 
 With z = (x - mean) / deviation and dz = dy scale, over the same elements,
 dx = (dz - mean(dz) - z mean(dz z)) / deviation (Ioffe and Szegedy 2015, Ba et al. 2016).

@@ -1,4 +1,4 @@
-"""Pooling: a maximum sends its gradient to where it came from, a mean shares it out."""
+"""Rules for pooling: a maximum routes its gradient to its source, a mean distributes it evenly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrix products: y = a b gives da = dy b^T, db = a^T dy."""
+"""Rules for matrix products: y = a b gives da = dy b^T, db = a^T dy."""
 
 from __future__ import annotations
 

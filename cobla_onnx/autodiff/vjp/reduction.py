@@ -1,4 +1,4 @@
-"""Reductions: dy, repeated over the reduced axes, times the derivative of the reduction."""
+"""Rules for reductions: dy, broadcast over the reduced axes, times the reduction's derivative."""
 
 from __future__ import annotations
 

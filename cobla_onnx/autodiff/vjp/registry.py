@@ -1,8 +1,8 @@
-"""The table of derivative rules, and what a rule sees of the node that it differentiates.
+"""Registry of derivative rules, and the view of a node that a rule is given.
 
-A rule is the vector-Jacobian product of one operator: from dE/dy, the gradient by the
-node's output, it writes dE/dx for the inputs that are asked for. As in HIPS/autograd and
-tinygrad, the whole of reverse mode is this table and a short walk (`autodiff.backward`).
+A rule is the vector-Jacobian product of one operator: from dE/dy, the gradient
+with respect to the node's output, it writes dE/dx for the requested inputs. As in HIPS/autograd
+and tinygrad, all of reverse mode is this table and a short walk (`autodiff.backward`).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Step:
         return index < len(self.node.output) and self.node.output[index] != ""
 
     def wants(self, index: int) -> bool:
-        """Tell whether the gradient by an input is asked for."""
+        """Return whether the gradient with respect to an input is requested."""
         return index < len(self.wanted) and self.wanted[index]
 
     def shape(self, index: int = 0) -> Sizes:

@@ -1,4 +1,4 @@
-"""Resize: linear and separable, so the adjoint is one matrix for each axis.
+"""Rule for Resize, which is linear and separable: its adjoint is one matrix for each axis.
 
 The matrix is read off onnxruntime by resizing the identity. All coordinate systems,
 rounding and interpolation modes thus have the derivative of what is really computed.

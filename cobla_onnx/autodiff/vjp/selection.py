@@ -1,4 +1,4 @@
-"""Adjoints of taking along an axis, which Slice, Pad, Gather and Resize all are."""
+"""The adjoint of indexing along an axis, shared by Slice, Pad, Gather and Resize."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators that move numbers about: the gradient moves back."""
+"""Rules for operators that only move values: the gradient is moved back."""
 
 from __future__ import annotations
 

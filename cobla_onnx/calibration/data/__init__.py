@@ -1,1 +1,1 @@
-"""Calibration samples and labels."""
+"""Calibration samples and labels: reading and checking."""

@@ -1,7 +1,7 @@
 """Samples from arrays: in memory, mapped from an ``.npy`` file, or packed in an ``.npz``.
 
-An array with one axis more than the model's input is a stack of samples; one with as many has
-an axis of samples in place of the input's own, or lacks the axis of a batch of one.
+An array with one axis more than the model's input is a stack of samples. In one with as many
+axes, either the first axis runs over samples, or a batch axis of length 1 is missing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Member:
         with self.archive.open(self.name) as file:
             shape, fortran, dtype = _read_header(file)
             if fortran and len(shape) > 1:
-                # Its rows do not lie together.
+                # Its rows are not contiguous.
                 content = np.frombuffer(file.read(), dtype).reshape(shape, order="F")
                 yield from (content[index] for index in wanted)
                 return
@@ -85,11 +85,11 @@ class _Reading:
     Attributes
     ----------
     rows : int
-        Of samples in each item along the array's first axis.
+        Rows of samples in each item along the array's first axis.
     lacking : int or None
         Axis of length 1 that an item lacks.
     same : bool
-        Whether the array is a feed as it is, the same for all samples.
+        Whether the array itself is the feed, the same for all samples.
     """
 
     source: _Source
@@ -99,11 +99,11 @@ class _Reading:
 
     @property
     def count(self) -> int:
-        """Rows of samples in all."""
+        """Total number of rows of samples."""
         return self.source.shape[0] * self.rows
 
     def feeds(self, starts: Sequence[int], each: int) -> Iterator[NDArray[Any]]:
-        """Yield feeds of `each` rows from ascending starts; items as they are where it is 0."""
+        """Yield feeds of `each` rows from ascending starts; whole items if `each` is 0."""
         if self.same:
             yield from [self.source.all()] * len(starts)
             return
@@ -131,7 +131,7 @@ def array_samples(
     specs: Sequence[InputSpec],
     samples: int | None,
 ) -> Dataset:
-    """Read arrays by input name; at most so many samples, spread evenly."""
+    """Read arrays by input name; at most a given number of samples, spread evenly."""
     return _dataset(source, {name: _Held(a) for name, a in arrays.items()}, specs, samples)
 
 
@@ -149,14 +149,14 @@ def open_npy(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dat
             f"{path}: is not an .npy file of numbers ({error}); save it again"
         ) from error
     if not isinstance(array, np.ndarray):
-        raise DataError(f"{path}: is not an .npy file; rename it by what it holds")
+        raise DataError(f"{path}: is not an .npy file; rename it to match its content")
     return array_samples(str(path), {specs[0].name: array}, specs, samples)
 
 
 def open_npz(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dataset:
     """Read an array for each input, item by item."""
     try:
-        # A reader left halfway by an error would hold a file that the archive opened itself.
+        # A reader that an error leaves half-way would keep a file open that the archive opened.
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             members = {name.removesuffix(".npy"): name for name in archive.namelist()}
             wanted = {spec.name for spec in specs} | set(members) - set(IGNORED)
@@ -206,7 +206,7 @@ def _records(
 
 
 def _kept_whole(arrays: Mapping[str, _Source], specs: Sequence[InputSpec]) -> bool:
-    """Whether samples are fed as they are, and not cut along the inputs' first axes."""
+    """Whether samples are fed whole, not cut along the inputs' first axes."""
     if rows_of_a_sample(specs) is None or any(spec.first == "other" for spec in specs):
         return True
     stacked = [
@@ -245,7 +245,7 @@ def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
 
 
 def _count(readings: Mapping[str, _Reading], source: str) -> int:
-    """Rows of samples, or samples kept whole, of which all arrays must have as many."""
+    """Number of rows, or of whole samples, which must be the same for all arrays."""
     varying = {name: reading for name, reading in readings.items() if not reading.same}
     if any(not reading.source.shape for reading in varying.values()) or not readings:
         raise DataError(f"{source}: its arrays need a first axis of samples")
@@ -259,7 +259,7 @@ def _count(readings: Mapping[str, _Reading], source: str) -> int:
 
 
 def evenly(count: int, samples: int | None) -> list[int]:
-    """Indices of so many of `count` samples, evenly spread."""
+    """Indices of a given number of `count` samples, evenly spread."""
     if samples is None or samples >= count:
         return list(range(count))
     return [int(i) for i in np.linspace(0, count - 1, samples).round()]

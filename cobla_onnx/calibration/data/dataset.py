@@ -1,8 +1,7 @@
 """Calibration samples, checked against a model's inputs and kept in a temporary file.
 
-Whatever the samples came from, they are read once, checked, and written one by one to an
-unnamed temporary file, from where any of them can be had in any order. Memory holds one
-record at a time.
+Samples of any source are read once, checked, and written one by one to an unnamed temporary
+file, from which they can be read in any order. Memory holds one record at a time.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ from cobla_onnx.text import quoted
 __all__ = ["Dataset", "InputSpec", "Record", "input_specs", "rows_of_a_sample"]
 
 Record: TypeAlias = "Mapping[str, Any]"
-# A fifth is held back, and at least this many if half of the samples are as many.
+# A fifth is held back, but at least this many if that is no more than half of the samples.
 LEAST_HELD_BACK = 4
-# Missing inputs that a message names.
+# Most missing inputs that a message names.
 MOST_SHOWN = 4
 
 
 def input_specs(
     model: onnx.ModelProto, shapes: Mapping[str, Sequence[int | None]] | None = None
 ) -> tuple[InputSpec, ...]:
-    """Return what the model wants to be fed with.
+    """Return the specifications of the model's inputs.
 
     Parameters
     ----------
     shapes : mapping of str to sequence of int, optional
-        Sizes of symbolic axes, kept beside the model's own.
+        Sizes of symbolic axes, kept in addition to the model's own.
 
     Raises
     ------
@@ -79,26 +78,26 @@ def _spec(
 
 
 class Dataset:
-    """Samples in a temporary file, split into those that make factors and those held back.
+    """Samples in a temporary file, split into calibration and held-back samples.
 
-    Where the first axis of every input is of samples, a sample is one row of it, or as many as
-    a fixed axis has, filled over records if need be. Otherwise it is a record as it was given.
+    If the first axis of every input runs over samples, a sample is one row, or as many rows as a
+    fixed axis has, collected over several records if needed. Otherwise it is a whole record.
 
     Parameters
     ----------
     source : str
-        What the samples came from, for messages and the report.
+        Source of the samples, for messages and the report.
     records : iterable of mapping
         Arrays by input name.
     specs : sequence of InputSpec
     limit : int, optional
-        No record is asked for once there are as many samples.
+        No further record is read once there are this many samples.
 
     whole : bool, optional
-        Whether records are samples as they are; by default unless the first axis of every
-        input is known to be of samples.
+        Whether each record is one sample; by default unless the first axis of every input is
+        known to run over samples.
     positions, source_samples, names, source_names : optional
-        As the attributes of the same names.
+        See the attributes of the same names.
 
     Attributes
     ----------
@@ -106,14 +105,14 @@ class Dataset:
         Indices of the samples of each split: every fifth, at least a few, is held back.
     notes : tuple of str
     rows : int or None
-        Rows of a sample, None where records are taken as they are.
+        Rows of a sample; None if each record is one sample.
     positions : sequence of int
         Which of the source's samples each one is.
     source_samples : int
-        How many samples the source has; of one that is read as it comes, how many were read.
+        Number of samples in the source; for a one-shot source, the number read.
     names, source_names : tuple of str
         Path of each sample's file relative to the source, with forward slashes, and those of
-        all files there; empty where samples are no files.
+        all files there; empty if samples are not files.
 
     Raises
     ------
@@ -143,9 +142,9 @@ class Dataset:
         if whole is None:
             whole = any(spec.first != "batch" or spec.shape is None for spec in specs)
         self.rows = None if whole else rows_of_a_sample(specs)
-        # A fixed batch takes samples of its size only.
+        # A fixed batch takes only samples of its size.
         self._joins = self.rows == 1 and all(s.shape and s.shape[0] is None for s in specs)
-        # Rows that do not fill a batch yet, by input.
+        # Rows that do not yet fill a batch, by input.
         self._rest: list[list[NDArray[Any]]] = [[] for _ in specs]
         for record in records:
             if not self._add(record, limit):
@@ -169,14 +168,13 @@ class Dataset:
         self.close()
 
     def close(self) -> None:
-        """Give the disk space back."""
+        """Free the disk space."""
         self._file.close()
 
     def batches(self, indices: Iterable[int], size: int) -> Iterator[Feeds]:
         """Yield samples as inputs for the model, up to `size` at a time where it allows.
 
-        Samples of different shapes, and those of models with a fixed batch, are not put
-        together.
+        Samples of different shapes, and those of models with a fixed batch, are not batched.
         """
         return (feeds for _, feeds in self.grouped(indices, size))
 
@@ -185,7 +183,7 @@ class Dataset:
         return ((group, self._feeds(group)) for group in self.groups(indices, size))
 
     def groups(self, indices: Iterable[int], size: int) -> Iterator[tuple[int, ...]]:
-        """Yield the indices of samples that `batches` puts together."""
+        """Yield the indices of samples that `batches` combines."""
         pending: list[int] = []
         for index in indices:
             if pending and (len(pending) == size or not self._alike(pending[0], index)):
@@ -196,7 +194,7 @@ class Dataset:
             yield tuple(pending)
 
     def leave_out(self, indices: Iterable[int]) -> None:
-        """Take further samples out of both splits; the others are shared out anew."""
+        """Exclude further samples from both splits; the others are split anew."""
         gone = set(indices)
         kept = [i for i in sorted((*self.calibration, *self.selection)) if i not in gone]
         made, held = _split(len(kept))
@@ -205,11 +203,11 @@ class Dataset:
 
     @property
     def specs(self) -> Sequence[InputSpec]:
-        """What the model wants to be fed with."""
+        """Specifications of the model's inputs."""
         return self._specs
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the commonest sample's inputs; of equally common ones the middle by size."""
+        """The most common shapes of the inputs; among equally common ones, the median by size."""
         found = Counter(tuple(self._shapes_of(index)) for index in range(len(self)))
         most = max(found.values())
         common = [shapes for shapes, count in found.items() if count == most]
@@ -226,11 +224,11 @@ class Dataset:
         return [place.shape for place in self._places[index]]
 
     def count(self, indices: Sequence[int]) -> int:
-        """Count samples as people do: each row of a fixed batch, and a whole record once."""
+        """Count samples as users do: each row of a fixed batch, and a whole record once."""
         return len(indices) * (self.rows or 1)
 
     def content(self, indices: Iterable[int]) -> str:
-        """Hash samples: their values, shapes, types and the names of the inputs."""
+        """Hash samples: their values, shapes, types, and the names of the inputs."""
         return digest(
             [(spec.name, spec.dtype.str, spec.dtype.name) for spec in self._specs],
             self.rows,
@@ -238,7 +236,7 @@ class Dataset:
         )
 
     def examples(self) -> tuple[int, tuple[int, int] | None]:
-        """Return the largest sample, and two that may run together, if there are any."""
+        """Return the largest sample, and two that may be batched, if there are any."""
         sizes = [sum(math.prod(place.shape) for place in places) for places in self._places]
         first: dict[Any, int] = {}
         for index, places in enumerate(self._places):
@@ -258,7 +256,7 @@ class Dataset:
         return feeds
 
     def _add(self, record: Record, limit: int | None) -> bool:
-        """Check and keep a record; tell whether more are wanted."""
+        """Check and keep a record; return whether more are wanted."""
         self._refuse_missing(record)
         arrays = [self._checked(spec, record) for spec in self._specs]
         extra = sorted(set(record) - {spec.name for spec in self._specs})
@@ -274,7 +272,7 @@ class Dataset:
         return limit is None or len(self._places) < limit
 
     def _samples(self, arrays: list[NDArray[Any]]) -> Iterator[list[NDArray[Any]]]:
-        """Cut a record into samples; rows that do not fill one wait for the next record."""
+        """Split a record into samples; rows that do not fill one are kept for the next record."""
         if self.rows is None:
             yield arrays
             return
@@ -325,7 +323,7 @@ class Dataset:
         return f"{found}, at least 2 are needed, one of them to be held back; {advice}"
 
     def _refuse_missing(self, record: Record) -> None:
-        """Say which inputs a record lacks, and for a decoder's past how it is given."""
+        """Say which inputs a record lacks, and how to give the past of a decoder."""
         missing = [spec for spec in self._specs if spec.name not in record]
         if not missing:
             return
@@ -351,7 +349,7 @@ class Dataset:
 
 
 def rows_of_a_sample(specs: Sequence[InputSpec]) -> int | None:
-    """Rows that make a sample, None where the inputs' first axes cannot go together."""
+    """Rows of a sample; None if the inputs' first axes cannot be cut together."""
     if any(not spec.shape for spec in specs):
         return None
     fixed = {spec.shape[0] for spec in specs if spec.shape} - {None}

@@ -1,4 +1,4 @@
-"""Say where calibration samples are so few, or so alike, that they can judge nothing."""
+"""Warn where calibration samples are too few, or too alike, to base decisions on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cobla_onnx.calibration.positions import sample_seeds
 
 __all__ = ["FEW", "lack_of_evidence"]
 
-# So many different samples tell next to nothing.
+# This many different samples carry almost no information.
 FEW = 3
 
 

@@ -1,4 +1,4 @@
-"""What an input wants, and arrays brought to its type and checked against its shape."""
+"""Convert arrays to the type of a model's input, and check them against its shape."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["InputSpec", "check_shape", "converted"]
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input of the graph that is no initializer.
+    """An input of the graph that is not an initializer.
 
     Attributes
     ----------
     name : str
     dtype : numpy dtype
     shape : tuple of (int or None) or None
-        None for an axis of any size; None as a whole where the rank is not known.
+        None for an axis of any size; None instead of a tuple if the rank is not known.
     first : {'batch', 'other', 'unknown'}
-        What the first axis is, see `cobla_onnx.graph.first_axis`.
+        Meaning of the first axis, see `cobla_onnx.graph.first_axis`.
     given : tuple of int or None, optional
-        Sizes that the user gives, which stand in for open axes where nothing else tells them.
+        Sizes given by the user, used for open axes that nothing else determines.
     """
 
     name: str
@@ -38,7 +38,7 @@ class InputSpec:
 
     @property
     def filled(self) -> tuple[int | None, ...] | None:
-        """The shape with the sizes that are given, but for the first axis."""
+        """The shape with the given sizes filled in, except for the first axis."""
         if self.shape is None or self.given is None or len(self.given) != len(self.shape):
             return self.shape
         rest = zip(self.shape[1:], self.given[1:], strict=True)
@@ -53,12 +53,12 @@ class InputSpec:
 
 
 def converted(array: NDArray[Any], dtype: np.dtype[Any], where: str) -> NDArray[Any]:
-    """Convert to the input's type, where no meaning is lost.
+    """Convert to the input's type, if no information is lost.
 
     Raises
     ------
     DataError
-        If it would be, or a number is not finite.
+        If information would be lost, or a number is not finite.
     """
     if dtype.kind == "U":
         return _as_text(array, where)
@@ -93,12 +93,12 @@ def _as_text(array: NDArray[Any], where: str) -> NDArray[Any]:
     if not texts:
         raise DataError(f"{where}: holds {array.dtype}, the model wants text; save strings")
     array = array.astype(str)
-    # An array of empty texts takes no bytes, and could not be read back.
+    # An array of empty strings takes no bytes, and could not be read back.
     return array if array.dtype.itemsize else array.astype("U1")
 
 
 def check_shape(array: NDArray[Any], spec: InputSpec, rows: bool, where: str) -> None:
-    """Refuse an array that does not fit an input; with `rows` its first axis may be of any size.
+    """Check that an array fits an input; with `rows`, its first axis may have any size.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Turn image files into a model's inputs. Needs Pillow, the extra ``images``."""
+"""Convert image files to a model's inputs. Needs Pillow, the extra ``images``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["IMAGE_TYPES", "ImageOptions", "find_images", "read_image", "target_size"]
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
-# What systems leave in folders, beside what is hidden by a dot.
+# Files that operating systems leave in folders, apart from hidden ones.
 LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How pixels become inputs: (pixel * scale - mean) / std, pixels from 0 to 255.
+    """How pixels are converted to inputs: (pixel * scale - mean) / std, with pixels from 0 to 255.
 
     Inputs of type uint8 get the pixels as they are.
 
@@ -62,16 +62,16 @@ class ImageOptions:
 
 
 def find_images(folder: Path) -> tuple[list[str], tuple[str, ...]]:
-    """Find the images in and below a folder, links to other folders followed.
+    """Find the images in and below a folder, following links to other folders.
 
-    What is hidden (a name that starts with a dot) or left behind by systems is passed over.
+    Hidden files (names starting with a dot) and files left by operating systems are skipped.
 
     Returns
     -------
     paths : list of str
         Relative to the folder, with forward slashes, sorted folder by folder.
     notes : tuple of str
-        About files that are no images, and links that lead nowhere.
+        About files that are not images, and broken links.
     """
     found: list[str] = []
     others, broken = 0, []
@@ -97,7 +97,7 @@ def _files(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
         elif (true := os.path.realpath(path)) not in above:
-            # Else a link leads back up.
+            # Otherwise a link leads back to a folder above.
             yield from _files(path, (*above, true))
 
 
@@ -106,12 +106,12 @@ def _passed_over(name: str) -> bool:
 
 
 def target_size(spec: InputSpec, options: ImageOptions) -> tuple[int, int, int]:
-    """Channels, height and width that an input wants.
+    """Channels, height and width that an input takes.
 
     Raises
     ------
     DataError
-        If the input is not of images, or its size is not known.
+        If the input does not take images, or its size is not known.
     UsageError
         If the options do not fit it.
     """
@@ -119,7 +119,7 @@ def target_size(spec: InputSpec, options: ImageOptions) -> tuple[int, int, int]:
     sizes = spec.filled
     if sizes is None or len(sizes) != 4:
         raise DataError(
-            f"input {spec.name!r}: is not of images, which have 4 axes; give an .npz instead"
+            f"input {spec.name!r}: does not take images, which have 4 axes; give an .npz instead"
         )
     axes = (1, 2, 3) if options.layout == "nchw" else (3, 1, 2)
     channels, height, width = (sizes[axis] for axis in axes)
@@ -140,13 +140,13 @@ def target_size(spec: InputSpec, options: ImageOptions) -> tuple[int, int, int]:
 
 
 def _check_type(spec: InputSpec, options: ImageOptions) -> None:
-    """Refuse inputs that do not take pixels, and to normalise what takes them as they are."""
+    """Check that an input takes pixels, and is not to be normalised if it takes them raw."""
     if spec.dtype.kind == "f":
         return
     if spec.dtype != np.uint8:
         raise DataError(
-            f"input {spec.name!r}: is {spec.dtype}, and what pixels become there is not known; "
-            "give an .npz of what the model is fed with"
+            f"input {spec.name!r}: is {spec.dtype}, and how to convert pixels to that is not "
+            "known; give an .npz of the model's inputs"
         )
     if set(options.mean) != {0.0} or set(options.std) != {1.0} or options.scale != 1.0:
         raise UsageError(
@@ -158,10 +158,10 @@ def _check_type(spec: InputSpec, options: ImageOptions) -> None:
 def read_image(
     path: Path, channels: int, height: int, width: int, options: ImageOptions
 ) -> NDArray[np.float32]:
-    """Read an image, resize its tighter side, crop the centre, normalise.
+    """Read an image, resize it to cover the input, crop the centre, normalise.
 
-    It is turned as its EXIF entry says, 16 bits become 8, and what is transparent is laid on
-    white.
+    It is rotated as its EXIF entry says, 16 bits are reduced to 8, and transparent pixels are
+    composited on white.
 
     Returns
     -------
@@ -170,7 +170,7 @@ def read_image(
     Raises
     ------
     DataError
-        If the file is no image, or far too large.
+        If the file is not an image, or far too large.
     UsageError
         If Pillow is not installed.
     """
@@ -182,7 +182,7 @@ def read_image(
         ) from error
     try:
         with warnings.catch_warnings():
-            # Pillow warns of decompression bombs before it refuses larger ones.
+            # Pillow warns about decompression bombs, and refuses only larger ones.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 picture = _upright(opened).convert("RGB" if channels == 3 else "L")
@@ -209,12 +209,12 @@ def read_image(
 
 
 def _upright(picture: Image) -> Image:
-    """Turn a picture as people see it, in 8 bits and without transparency."""
+    """Return a picture as people see it: upright, in 8 bits and without transparency."""
     from PIL import Image, ImageOps
 
     turned = ImageOps.exif_transpose(picture)
     if turned.mode == "I" or turned.mode.startswith("I;16"):
-        # Grey of 16 bits; Pillow itself cuts it off at 255. Colours it brings to 8 bits.
+        # 16-bit grey, which Pillow would clip at 255. Colours it reduces to 8 bits itself.
         levels = np.asarray(turned, np.float64) / 257
         return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
     if turned.mode == "F":

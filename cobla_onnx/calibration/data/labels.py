@@ -1,4 +1,4 @@
-"""Labels for calibration samples: with them the loss is the cross-entropy."""
+"""Labels of calibration samples; where they are given, the loss is the cross-entropy."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cobla_onnx.text import quoted
 __all__ = ["Labels", "align_labels", "labels_of_batches", "read_labels"]
 
 Labels: TypeAlias = "Sequence[int] | NDArray[Any] | Mapping[str, int]"
-"""Classes in the order of the samples, an array of any shape, or by path where they are files."""
+"""Classes: an array in the order of the samples, or by path if samples are files."""
 
-# A path in parts, and as it is written.
+# The parts of a path, and the path as written.
 _Key: TypeAlias = "tuple[tuple[str, ...], str]"
 
 NAMES = ("labels", "label", "y")
@@ -36,12 +36,12 @@ def read_labels(path: Path) -> Labels:
         An ``.npy`` file, an ``.npz`` file with one array, or one called ``labels``,
         ``label`` or ``y``, of any shape that `targets.one_hot` takes; or a ``.csv`` file with a
         class on each line, or with a file or the number of a sample, from 0, and a class.
-        Commas, semicolons or tabs are between them; a first line without a number is a heading.
+        Separated by commas, semicolons or tabs; a first line without a number is a heading.
 
     Raises
     ------
     UsageError
-        If there is no such file, or its ending is not known.
+        If there is no such file, or its extension is not known.
     DataError
         If it does not hold labels.
     """
@@ -68,7 +68,7 @@ def read_labels(path: Path) -> Labels:
 
 def _read_csv(path: Path) -> Labels:
     try:
-        # Spreadsheets put a byte-order mark first.
+        # Spreadsheets write a byte-order mark first.
         text = path.read_text(encoding="utf-8-sig")
         rows = _rows(text)
     except (csv.Error, UnicodeDecodeError) as error:
@@ -102,7 +102,7 @@ def _read_csv(path: Path) -> Labels:
 
 
 def _rows(text: str) -> list[tuple[int, list[str]]]:
-    """Numbered rows of a table, split by what gives all of them two cells, else by commas."""
+    """Numbered rows of a table, split by the separator that gives two cells each, else commas."""
     tables = []
     for delimiter in ",;\t":
         reader = csv.reader(text.splitlines(), delimiter=delimiter)
@@ -111,7 +111,7 @@ def _rows(text: str) -> list[tuple[int, list[str]]]:
 
 
 def _class(text: str) -> int | None:
-    """Return the class that a cell holds: a whole number from 0, maybe written with a point."""
+    """Return the class in a cell: a non-negative whole number, possibly written as 3.0."""
     if not _is_number(text):
         return None
     value = float(text)
@@ -131,12 +131,12 @@ def align_labels(labels: Labels, dataset: Dataset) -> NDArray[np.int64]:
     Returns
     -------
     int64 array, shape (samples, rows of a sample, ...)
-        Whether further axes fit the output only it can tell, see `targets.one_hot`.
+        Further axes are checked against the output later, see `targets.one_hot`.
 
     Raises
     ------
     DataError
-        If they are not classes, too many or too few, or a file has none, or more than one.
+        If they are not classes, too many or too few, or a file has no label or several.
     """
     if isinstance(labels, Mapping):
         return _by_name(labels, dataset)
@@ -155,7 +155,7 @@ def align_labels(labels: Labels, dataset: Dataset) -> NDArray[np.int64]:
 def labels_of_batches(
     labels: NDArray[np.int64], groups: Iterable[tuple[int, ...]]
 ) -> list[NDArray[np.int64]]:
-    """Labels of each batch of samples, shape (rows, ...), from those of all."""
+    """Labels of each batch of samples, shape (rows, ...), from those of all samples."""
     return [labels[list(group)].reshape(-1, *labels.shape[2:]) for group in groups]
 
 
@@ -165,7 +165,7 @@ def _whole_numbers(labels: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
     Raises
     ------
     DataError
-        If some are no whole numbers from 0, nor `IGNORED`; names the sample.
+        If one is neither a non-negative whole number nor `IGNORED`; names the sample.
     """
     try:
         array = np.asarray(labels)
@@ -185,19 +185,19 @@ def _whole_numbers(labels: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
         further = f" at {list(place[1:])}" if array.ndim > 1 else ""
         raise DataError(
             f"--labels: sample {place[0]} (from 0) has {array[place]:g}{further}; give whole "
-            f"numbers from 0, or {IGNORED} for what does not count"
+            f"numbers from 0, or {IGNORED} for a position that does not count"
         )
     return array.astype(np.int64)
 
 
 def _by_name(labels: Mapping[str, int], dataset: Dataset) -> NDArray[np.int64]:
-    """Labels of files: by path relative to the data, by a longer path, or by the end of one.
+    """Labels of files: by path relative to the data, by a longer path, or by the end of a path.
 
-    An end, such as the bare name, must not stand for two files.
+    An end, such as the bare name, must not match two files.
     """
     if not dataset.names:
         raise DataError(
-            "--labels: are by file name, but the data is not a folder of images; give them "
+            "--labels: go by file name, but the data is not a folder of images; give them "
             "in the order of the samples, or by their numbers from 0"
         )
     by_end: dict[str, list[_Key]] = {}
@@ -222,10 +222,10 @@ def _by_name(labels: Mapping[str, int], dataset: Dataset) -> NDArray[np.int64]:
 
 
 def _meant(name: tuple[str, ...], folder: tuple[str, ...], keys: Sequence[_Key]) -> tuple[str, ...]:
-    """Of keys with the same last part those that a file may be called by, the best alone.
+    """Among keys with the same last part, the best match for a file.
 
-    That is its path relative to the folder; else the longest end of its full path; else paths
-    from elsewhere that end in it.
+    That is its path relative to the folder; else the longest end of its full path; else longer
+    paths that end in its path.
     """
     full = (*folder, *name)
     ends = [(its, key) for its, key in keys if full[-len(its) :] == its]

@@ -1,4 +1,4 @@
-"""Open calibration data of any of the kinds that people have."""
+"""Open calibration data in any of the supported formats."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def open_data(
     Parameters
     ----------
     data : path, mapping, iterable or CalibrationDataReader
-        A path to an ``.npz`` file with an array for each input, first axis samples; to an
+        A path to an ``.npz`` file with an array for each input, whose first axis is samples; to an
         ``.npy`` file for a model with one input; to a folder of images; to a folder of
         ONNX ``test_data_set_*`` folders, or one such folder. Or arrays by input name; an
         iterable of dicts, or of arrays for a model with one input; an object with
         ``get_next()``.
     specs : sequence of InputSpec
     samples : int, optional
-        Use at most as many, spread evenly where their number is known, else the first.
+        Most samples to use: evenly spread if their number is known, else the first ones.
     images : ImageOptions, optional
-        How pixels become inputs.
+        How pixels are converted to inputs.
 
     Raises
     ------
     UsageError
-        If the path does not exist, or it is not clear what lies there.
+        If the path does not exist, or its kind cannot be told.
     DataError
         If the data is damaged or does not fit the model.
     """
@@ -111,7 +111,7 @@ def _open_images(
             "folders; check the path"
         )
     if len(specs) != 1:
-        raise DataError(f"{folder}: are images, the model has {len(specs)} inputs; give an .npz")
+        raise DataError(f"{folder}: holds images, the model has {len(specs)} inputs; give an .npz")
     size = target_size(specs[0], options)
     positions = evenly(len(pictures), samples)
     chosen = [pictures[i] for i in positions]
@@ -124,7 +124,7 @@ def _open_images(
         records,
         specs,
         samples,
-        # A picture is a sample, even where the graph does not tell.
+        # A picture is a sample, even if the graph does not say so.
         whole=specs[0].first == "other",
         positions=positions,
         source_samples=len(pictures),
@@ -151,7 +151,7 @@ def _test_data(folders: Sequence[Path], specs: Sequence[InputSpec]) -> Iterator[
                 ) from error
             except Exception as error:
                 raise DataError(f"{path}: is not an ONNX tensor; write it again") from error
-        # Names in the files need not be those of the graph; the order is.
+        # Names in the files may differ from those of the graph; the order does not.
         names = {spec.name for spec in specs}
         if set(record) != names and len(record) == len(specs):
             record = dict(zip((spec.name for spec in specs), record.values(), strict=True))

@@ -1,1 +1,1 @@
-"""Evaluate a model with other weights: the loss, its gradient, quality."""
+"""Evaluate a model with replaced weights: its loss, the gradient of the loss, its quality."""

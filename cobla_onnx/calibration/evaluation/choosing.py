@@ -1,4 +1,4 @@
-"""Decide how each output is compared, by evidence: the graph, the data, labels, its name."""
+"""Choose how each output is compared, from evidence: graph, data, labels and names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cobla_onnx.text import quoted
 
 __all__ = ["Chooser", "Compared", "look_at", "measures_of", "measures_on", "notes_on"]
 
-# What exporters call class outputs; probabilities are seen by their sums.
+# Names that exporters give to class outputs; probabilities are recognised by their sums.
 NAMED = re.compile(r"logits?[\W\d_]*$", re.I)
 BY_NAME = "its name"
 UNDECIDED = "nothing tells whether it is classes or values"
@@ -32,23 +32,23 @@ UNDECIDED = "nothing tells whether it is classes or values"
 class Chooser:
     """Decides how outputs are compared.
 
-    Evidence for classes is, in this order: what the user says, a softmax that makes the
-    output, values that sum to one along an axis, labels, the output's name. The axis is the
-    softmax's, or that of the sums, and else the last of two or three axes and the second of
-    more. Without evidence an output with two axes is compared in a way that is safe for both
-    readings, and any other as values, by the axis along which variances differ most.
+    Evidence for classes is, in this order: the user's choice, a softmax that produces the output,
+    values that sum to one along an axis, labels, the output's name. The axis is that of the
+    softmax or of the sums; otherwise the last of two or three axes, and the second of more.
+    Without evidence, an output with two axes is compared in a way that is safe for classes and for
+    values, and any other as values, with features on the axis along which variances differ most.
 
     Parameters
     ----------
     loss : {'auto', 'kl', 'mse', 'ce'}
     choices : mapping of str to OutputChoice
-        What the user said, by the user's name of the output.
+        The user's choices, by the user's name of the output.
     made : mapping of str to Made
-        What makes the outputs.
+        The operators that produce the outputs.
     labelled : bool
-        Whether labels are given: they belong to the output that is named, or the only one.
+        Whether labels are given; they belong to the named output, or to the only one.
     shown : mapping of str to str
-        The user's output for which a measured tensor stands, where it has another name.
+        The user's output that a measured tensor represents, where it has another name.
     """
 
     loss: LossName = "auto"
@@ -59,26 +59,26 @@ class Chooser:
 
     @classmethod
     def of(cls, model: onnx.ModelProto, loss: LossName = "auto", **given: Any) -> Chooser:
-        """Make one that knows what makes a model's outputs."""
+        """Build a chooser that knows the operators behind a model's outputs."""
         return cls(loss, made=made_by(model), **given)
 
     def classes(self, name: str, facts: OutputFacts) -> tuple[int, bool] | None:
-        """Class axis of an output as far as is known, and whether it holds logits."""
+        """Class axis of an output, as far as known, and whether it holds logits."""
         if self.loss == "mse" or self._choice(name).how == "ignore":
             return None
         measure = self._measure(name, facts, self.loss)
         return (measure.axis or 1, measure.of_logits) if measure.has_classes else None
 
     def measures(self, found: Survey) -> dict[str, Measure]:
-        """Decide, for all outputs that count.
+        """Decide for all outputs that count.
 
         Raises
         ------
         DataError
             If no output is of floating type and counts.
         UsageError
-            If the loss or the labels need classes and there are none, or more than one output
-            could have the labels, or an axis does not fit.
+            If the loss or the labels need classes and there are none, if the labels could belong
+            to several outputs, or if an axis does not fit.
         """
         counted = {n: f for n, f in found.outputs.items() if self._choice(n).how != "ignore"}
         if not counted:
@@ -168,7 +168,7 @@ class Chooser:
         return Measure(kind, axis, mask=mask, suppressed=facts.suppressed, decided_by=why)
 
     def _with_labels(self, found: Mapping[str, Measure], counted: Mapping[str, OutputFacts]) -> str:
-        """Return the output that the labels are for."""
+        """Return the output to which the labels belong."""
         told = [name for name in found if self._choice(name).how == "classes"]
         certain = [name for name, measure in found.items() if measure.has_classes]
         for candidates in (told, list(found), certain):
@@ -176,8 +176,8 @@ class Chooser:
                 return candidates[0]
         listed = ", ".join(quoted(self.shown.get(name, name)) for name in counted)
         raise UsageError(
-            f"--labels: the model has {len(counted)} outputs, {listed}, and labels are for one; "
-            "say which by --output NAME=classes"
+            f"--labels: the model has {len(counted)} outputs, {listed}, and labels belong "
+            "to one of them; say which by --output NAME=classes"
         )
 
     def _to_labels(self, name: str, facts: OutputFacts) -> Measure:
@@ -186,7 +186,7 @@ class Chooser:
         axis = axis if axis is not None else self._normal_axis(name, facts)
         axis = axis if axis is not None else _usual(len(facts.sizes))
         if axis == 0 or facts.sizes[axis] == 1:
-            # One probability tells 0 from 1, whether of a sample, a token or a pixel.
+            # One probability separates 0 from 1, whether for a sample, a token or a pixel.
             kind: LossKind = "binary-probabilities" if facts.unit else "binary-logits"
             why = "labels that are given"
             return Measure(kind, None, mask=facts.mask, labelled=True, decided_by=why)
@@ -208,11 +208,11 @@ class Compared:
     ----------
     measures : dict of str to Measure
     temperatures : dict of str to float
-        Of class distributions; empty where a loss is asked for.
+        Temperatures of class distributions; empty if a loss is asked for.
     notes : tuple of str
-        What was assumed, and which samples were left out.
+        Assumptions made, and samples left out.
     curvatures : dict of str to Curvature
-        How much each entry of an output counts.
+        Weights of the entries of each output.
     """
 
     measures: dict[str, Measure]
@@ -229,7 +229,7 @@ def look_at(
     chooser: Chooser,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compared:
-    """Run the original on all samples, leave out those that say nothing, and decide.
+    """Run the original on all samples, leave out unusable ones, and decide.
 
     Raises
     ------
@@ -240,7 +240,7 @@ def look_at(
     if found.left_out:
         dataset.leave_out(found.left_out)
         if any(facts.about for facts in found.outputs.values()):
-            # The splits have moved, and with them what the halves tell of classes.
+            # The splits have changed, and so has the evidence of their halves about classes.
             again = survey(model, dataset, batch, threads, chooser.classes, progress)
             found = replace(again, notes=found.notes)
     measures = chooser.measures(found)
@@ -257,7 +257,7 @@ def measures_of(
     loss: LossName,
     labelled: bool = False,
 ) -> dict[str, Measure]:
-    """Decide by one batch alone."""
+    """Decide from a single batch."""
     found = Survey()
     found.add(outputs, feeds)
     return Chooser.of(model, loss, labelled=labelled).measures(found)
@@ -268,7 +268,7 @@ def measures_on(
     runs: Iterable[tuple[Feeds, Mapping[str, Any]]],
     choices: Mapping[str, OutputChoice] | None = None,
 ) -> dict[str, Measure]:
-    """Decide by inputs and outputs of some runs; nothing where no output is floating."""
+    """Decide from inputs and outputs of some runs; empty if no output is floating-point."""
     found = Survey()
     for feeds, outputs in runs:
         found.add(outputs, feeds)
@@ -280,7 +280,7 @@ def measures_on(
 def notes_on(
     measures: Mapping[str, Measure], shown: Mapping[str, str] | None = None
 ) -> tuple[str, ...]:
-    """Say what was assumed about outputs, and how to settle it."""
+    """Say what was assumed about outputs, and how to decide it explicitly."""
     notes = []
     for name, measure in measures.items():
         label = (shown or {}).get(name, name)
@@ -300,7 +300,7 @@ def notes_on(
 
 
 def _usual(rank: int) -> int:
-    """Axis of classes by convention: last of tokens and frames, second of maps."""
+    """Class axis by convention: the last for tokens and frames, the second for maps."""
     return 1 if rank > 3 else rank - 1
 
 
@@ -312,7 +312,7 @@ def _may_be_classes(facts: OutputFacts, axis: int) -> bool:
 
 
 def _two_axes(facts: OutputFacts) -> bool:
-    """Whether an output has two axes, but for axes of length 1."""
+    """Whether an output has two axes, not counting axes of length 1."""
     return len(facts.sizes) >= 2 and all(size == 1 for size in facts.sizes[2:])
 
 
@@ -323,7 +323,7 @@ def _of_values(facts: OutputFacts, axis: int | None, why: str) -> Measure:
             f"--output: axis {axis} of an output of shape {_shape(facts)} cannot hold features, "
             "since its size differs, or it has one entry; name another"
         )
-    # Rounded: sums in another order are to give the same loss, bit by bit.
+    # Rounded, so that sums in another order give the same loss, bit by bit.
     scale = tuple(float(f"{value:.3g}") for value in facts.slices.scale(axis))
     mask = facts.mask
     return Measure("mse", axis, scale, mask=mask, suppressed=facts.suppressed, decided_by=why)
@@ -333,7 +333,7 @@ def _either(facts: OutputFacts) -> Measure:
     values = _of_values(facts, 1, UNDECIDED)
     assert values.scale is not None
     sums = facts.slices.of(values.axis)
-    # Rows that are all the same differ by rounding alone: their own size is the measure then.
+    # Rows that are all equal differ by rounding alone; the scale is then their own size.
     same = not sums.variances(facts.slices.precision).any()
     spread = 1.0 / sum(values.scale) if same else float(f"{facts.centred:.3g}")
     return replace(values, kind="either", spread=spread if spread > 0 else 1.0)

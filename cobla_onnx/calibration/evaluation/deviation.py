@@ -1,4 +1,4 @@
-"""How far two runs of a network are apart, relative to what they should give."""
+"""Relative deviation between the outputs of two runs of a network."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["network_errors", "rounding_error"]
 def rounding_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
     """Largest difference, relative to the largest value; infinite where not alike.
 
-    Where nothing but 0 is expected, every difference is infinite: rounding is a share of a value,
-    and in an unknown unit no absolute difference is small. What a processor may take for 0, a
-    number below the smallest normal one, is 0.
+    Where only 0 is expected, any difference is infinite: rounding is relative to a value, and in
+    an unknown unit no absolute difference is small. Subnormal numbers, which a processor may flush
+    to 0, count as 0.
     """
     whole, difference = _norms(expected, actual, np.inf)
     if expected.dtype.kind == "f" and difference < np.finfo(expected.dtype).tiny:
@@ -28,19 +28,19 @@ def rounding_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
 
 
 def _relative_l2(expected: NDArray[Any], actual: NDArray[Any]) -> float:
-    """Norm of the difference over that of what is expected.
+    """Norm of the difference, relative to that of the expected values.
 
-    Where that is 0, the difference as it is: of a network's output, behind an activation that
-    cuts off, rounding may leave a little where all was cut off.
+    Where that is 0, the absolute norm: after an activation that cuts off, rounding may leave small
+    values in an output where everything should be 0.
     """
     whole, difference = _norms(expected, actual, 2)
     return difference / whole if whole > 0 else difference
 
 
 def _norms(expected: NDArray[Any], actual: NDArray[Any], order: float) -> tuple[float, float]:
-    """Norm of what is expected and of the difference, which is infinite where not alike.
+    """Norms of the expected values and of the difference, which is infinite where not alike.
 
-    Taken piece by piece: in double precision outputs of layers may be too much for memory.
+    Computed in chunks: in double precision, outputs of layers may be too large for memory.
     """
     if expected.shape != actual.shape:
         return 1.0, math.inf
@@ -64,7 +64,7 @@ def network_errors(
     results: Sequence[dict[str, Any]],
     varying: frozenset[str] = frozenset(),
 ) -> dict[str, float]:
-    """Largest relative L2 difference of each floating output, where shapes may be compared."""
+    """Largest relative L2 difference of each floating output whose shapes can be compared."""
     errors: dict[str, float] = {}
     for expected, actual in zip(dense, results, strict=True):
         for name, value in actual.items():

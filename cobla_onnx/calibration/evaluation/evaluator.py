@@ -1,4 +1,4 @@
-"""The loss of a model with other weights: as it is stated, and as decisions follow it."""
+"""Evaluate the loss with replaced weights, both as reported and as decisions follow it."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ __all__ = ["Judge"]
 class Judge:
     """Probes of a model's loss on samples of a dataset.
 
-    Decisions follow the loss itself, but for class distributions their divergence at a
-    temperature that suits the model, see `soften`, unless a loss is named.
+    Decisions follow the loss itself, except for class distributions: there they follow the
+    divergence at a temperature that suits the model (see `soften`), unless a loss is named.
 
     Parameters
     ----------
     model : ModelProto
     layers : sequence of Layer
-        Those that get other weights.
+        Layers whose weights are replaced.
     dataset : Dataset
     batch : int
-        Samples that are run at a time.
+        Batch size.
     loss : {'auto', 'kl', 'mse', 'ce'}
-        Decides where `compared` is not given.
+        Used if `compared` is not given.
     threads : int
     labels : int64 array, shape (samples, rows of a sample, ...), optional
-        Of all samples of the dataset, as `align_labels` gives them.
+        Labels of all samples of the dataset, as `align_labels` returns them.
     compared : Compared, optional
-        How outputs are compared. Without it the model is run on all samples to find out.
+        How outputs are compared. If not given, the model is run on all samples to decide.
 
     Attributes
     ----------
     selection : Probe
         The loss itself, on the selection split.
     followed : Probe
-        The loss that decisions follow, there; `selection` where it is the same.
+        The loss that decisions follow, on the same split; `selection` if it is the same loss.
     """
 
     model: onnx.ModelProto
@@ -86,7 +86,7 @@ class Judge:
 
     @property
     def temperatures(self) -> Mapping[str, float]:
-        """Of class distributions, by the name of the output."""
+        """Temperatures of class distributions, by the name of the output."""
         assert self.compared is not None
         return self.compared.temperatures
 
@@ -101,7 +101,7 @@ class Judge:
         return labels_of_batches(self.labels, self.dataset.groups(indices, self.batch))
 
     def key(self, indices: Sequence[int]) -> str:
-        """Hash what losses on samples depend on beside the model and the weights."""
+        """Hash what losses on samples depend on, apart from the model and the weights."""
         how = dict(self.measures), dict(self.temperatures), self.batch
         return digest(self.dataset.content(indices), self.labels_of(indices), how)
 
@@ -118,7 +118,7 @@ class Judge:
         return SpreadProbe(pool, model, self.layers, self.batches(indices), loss, labels)
 
     def scores(self, weights: Weights) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Losses on the selection split: as decisions follow it, and the loss itself."""
+        """Losses on the selection split: the one that decisions follow, and the loss itself."""
         searched = self.followed.losses(weights)
         same = self.followed is self.selection
         return searched, searched if same else self.selection.losses(weights)

@@ -1,4 +1,4 @@
-"""The loss of a probed model and its derivatives by all layers' weights, by a gradient graph."""
+"""Loss of a probed model, and its gradient with respect to all layers' weights."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class GradientProbe:
     Attributes
     ----------
     blocked : dict of int to str
-        Layers whose derivative cannot be had, and why: the node that is in the way.
+        Layers without a derivative, and why: the node that blocks it.
     left_out : int
-        Batches that the gradient does not see, since their shapes are too many.
+        Number of batches left out of the gradient, because there are too many shapes.
     """
 
     def __init__(self, probe: Probe, threads: int) -> None:
         self._probe, self._threads = probe, threads
         self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}
-        # Numbers of the batches that it sees.
+        # Indices of the batches that are included.
         self._batches: list[int] = []
         self.blocked: dict[int, str] = {}
         self.left_out = 0
@@ -57,13 +57,13 @@ class GradientProbe:
                 self._batches.append(number)
 
     def loss(self, weights: Weights) -> float:
-        """Mean loss of the samples."""
+        """Mean loss over the samples."""
         return self._probe.loss(weights)
 
     def gradient(self, weights: Weights) -> list[Pair]:
-        """Derivative of the mean loss by every layer's weight and bias.
+        """Derivative of the mean loss with respect to every layer's weight and bias.
 
-        Zero for layers that are blocked.
+        Zero for blocked layers.
         """
         exposed = self._probe.exposed
         fixed = {name: _single(value) for name, value in self._probe.feeds(weights).items()}
@@ -93,7 +93,7 @@ class GradientProbe:
         ]
 
     def _open(self, feeds: Feeds) -> _Graph | None:
-        """Return the graph for inputs of these shapes, None where there are too many."""
+        """Return the graph for inputs of these shapes; None if there are too many shapes."""
         key = tuple(feeds[name].shape for name in sorted(feeds))
         if key not in self._graphs:
             if len(self._graphs) == MOST_SHAPES:

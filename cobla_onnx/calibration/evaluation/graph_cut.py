@@ -1,9 +1,9 @@
-"""Go through a model from node to node, with all samples, without beginning anew each time.
+"""Advance all samples through a model node by node, without restarting from the inputs.
 
-Layers are looked at one after the other, and the weights of those before are only known
-then. Running the model from its inputs for each would take time that grows with the square
-of their number. A `Frontier` keeps, for every batch, the tensors that cross the line before
-some node; the next one starts from there.
+Layers are refitted one after another, and each depends on the new weights of those before it.
+Running the model from its inputs for each would take time quadratic in their number. A
+`Frontier` keeps, for every batch, the live tensors at a cut: those produced before some node
+and read at or after it. The next layer starts from there.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from cobla_onnx.runtime.temporary import ArrayFile, Place
 
 __all__ = ["Frontier", "Store", "can_be_fed"]
 
-# Bytes on disk of what crosses a line; where more does, the line stays behind.
+# Most bytes on disk of the tensors at a cut; where there are more, the cut stays behind.
 LIMIT = 1 << 29
 
 
 def can_be_fed(values: Mapping[str, Any]) -> bool:
-    """Whether the tensors of a batch can be inputs: arrays of numbers, and no sequences."""
+    """Whether the tensors of a batch can be inputs: arrays of numbers, not sequences."""
     return all(isinstance(v, np.ndarray) and v.dtype.kind in "biuf" for v in values.values())
 
 
 class Store:
-    """Tensors of one batch after the other, in an unnamed temporary file."""
+    """Tensors of a sequence of batches, in an unnamed temporary file."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         self._file = ArrayFile()
@@ -45,11 +45,11 @@ class Store:
 
     @property
     def whole(self) -> bool:
-        """Whether all that was put in is there."""
+        """Whether all batches that were put in were kept."""
         return self._places is not None
 
     def put(self, values: Mapping[str, Any]) -> None:
-        """Keep a batch, unless it is too much, or not made of numbers."""
+        """Keep a batch, unless it is too large, or not numeric."""
         if self._places is None:
             return
         room = self._limit - self._file.size
@@ -60,22 +60,22 @@ class Store:
         self._places.append({name: self._file.put(array) for name, array in values.items()})
 
     def batches(self) -> Iterator[Feeds]:
-        """Yield what was put in, batch by batch."""
+        """Yield the batches in order."""
         assert self._places is not None
         for places in self._places:
             yield {name: self._file.get(place) for name, place in places.items()}
 
 
 class Frontier:
-    """All samples, and how far they have come through a model.
+    """All samples, advanced to a cut of a model's graph.
 
-    Where onnxruntime does not open what lies behind the line, the samples go back to the
-    model's inputs: a part on its own is nobody's model, and its errors are nobody's errors.
+    Where onnxruntime does not open the part after the cut, the samples go back to the model's
+    inputs: users did not write that part, and should not see its errors.
 
     Parameters
     ----------
     model : ModelProto
-        With its nodes in topological order. Some weights may be missing.
+        Its nodes are in topological order. Some weights may be missing.
     batches : callable
         Gives a fresh iterator over the model's inputs.
     """
@@ -87,21 +87,21 @@ class Frontier:
         self._last_reader = {
             name: i for i, node in enumerate(model.graph.node) for name in all_inputs(node)
         }
-        # An output may be wanted behind any line.
+        # An output may be wanted after any cut.
         self._last_reader |= {value.name: len(model.graph.node) for value in model.graph.output}
         first = next(iter(batches()))
-        # What is the same for all samples is computed anew, and not kept for each.
+        # Tensors that are the same for all samples are computed anew, not kept for each.
         self._varying = reached_from(model, first)
         self._shapes = infer_shapes(model, {})
         self._given = {name: self._declared(name, value) for name, value in first.items()}
         self._start = self._batches, self._given
 
     def batches(self) -> Iterator[Feeds]:
-        """Yield the tensors of each batch that cross the line, for `taps` to be run on."""
+        """Yield the live tensors of each batch, as inputs for `taps`."""
         return iter(self._batches())
 
     def crossing(self, node: int) -> list[str]:
-        """Tensors that cross the line before a node, beyond the present one."""
+        """Live tensors at the cut before a node, which lies after the present cut."""
         return sorted(
             name
             for name in self._varying
@@ -116,14 +116,14 @@ class Frontier:
         inputs: Mapping[str, np.dtype[Any]] | None = None,
         threads: int = 1,
     ) -> Taps:
-        """Open what leads from the present line to the tensors `names`.
+        """Open the part of the model from the present cut to the tensors `names`.
 
         Parameters
         ----------
         weights : mapping of str to array, optional
-            Those that the model lacks; others may be among them.
+            The weights that the model lacks; further ones are allowed.
         inputs : mapping of str to numpy dtype, optional
-            Weights that come with each batch instead.
+            Weights that are given with each batch instead.
         """
         fed = {name: make_value(name, dtype) for name, dtype in (inputs or {}).items()}
         try:
@@ -147,10 +147,10 @@ class Frontier:
         return Taps(piece, names, threads, missing)
 
     def _declared(self, name: str, array: NDArray[Any]) -> onnx.ValueInfoProto:
-        """Declare a tensor that crosses the line, as closely as holds for all batches.
+        """Declare a live tensor with the most specific shape that holds for all batches.
 
-        Without its rank, and for a shape that is computed its length, onnxruntime's own
-        inference goes astray in what reads it.
+        onnxruntime's own inference goes wrong in the readers of a tensor without a known rank, or
+        of a computed shape without a known length.
         """
         known = self._shapes.get(name, ())
         if len(known) != array.ndim:
@@ -158,15 +158,15 @@ class Frontier:
         return make_value(name, array.dtype, known)
 
     def moved_to(self, store: Store) -> Frontier:
-        """Return the frontier at the line whose tensors were stored; itself, where not all were."""
+        """Return the frontier at the cut whose tensors are stored; itself if some are missing."""
         if not store.whole:
             return self
         return self.at(next(store.batches()), store.batches)
 
     def at(self, first: Feeds, batches: Callable[[], Iterable[Feeds]] | None = None) -> Frontier:
-        """Return the frontier at the line that the tensors of a first batch lie on.
+        """Return the frontier at the cut to which the tensors of a first batch belong.
 
-        Without `batches` it is of this batch alone, and has no way back.
+        Without `batches` it consists of this batch alone, and cannot go back to the inputs.
         """
         moved = copy.copy(self)
         moved._batches = batches or (lambda: [first])

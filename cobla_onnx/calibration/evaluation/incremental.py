@@ -1,7 +1,7 @@
-"""What the loss would be with another weight for one layer, then for one further on.
+"""Evaluate candidate weights layer by layer, reusing the activations before the layer.
 
-Nothing that comes before a layer depends on its weight. An `OnwardProbe` runs that once and
-not for every weight, and for the next layer begins where the last one was.
+Activations before a layer do not depend on its weight. An `OnwardProbe` computes them once for
+all candidates, and continues from there for the next layer.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["OnwardProbe", "has_lost"]
 
-# Bytes of weights up to which a session is opened with all of them but the layer's own: it
-# runs faster then, for a copy in the order that its kernels like.
+# Most bytes of weights with which a session holds all weights but the layer's own: it runs faster
+# then, since onnxruntime packs a copy in the order of its kernels.
 PACKED = 1 << 28
-# Standard errors of a mean difference beyond which there is no doubt, and samples at least.
+# Standard errors of a mean difference beyond which a candidate has lost, and least samples.
 DOUBT, LEAST = 3.0, 8
 
 
 class OnwardProbe:
-    """The samples of a `Probe`, and how far they have come through its model.
+    """The samples of a `Probe`, advanced through its model layer by layer.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class OnwardProbe:
     def losses(
         self, index: int, candidates: Sequence[Pair], weights: Weights
     ) -> list[NDArray[np.float64]]:
-        """Loss of every sample for each candidate of a layer; the samples move on to it.
+        """Loss of every sample for each candidate of a layer; advances the samples to it.
 
         The parameters are those of `race`.
 
@@ -64,21 +64,21 @@ class OnwardProbe:
         weights: Weights,
         best: NDArray[np.float64] | None,
     ) -> list[NDArray[np.float64] | None]:
-        """Loss of every sample, but for candidates that have lost before all have been seen.
+        """Loss of every sample for each candidate; None for candidates given up early.
 
-        A candidate has lost where another, or `best`, is better on the samples so far beyond
-        doubt, see `has_lost` (after Maron and Moore 1994, Hoeffding races).
+        A candidate is given up once another, or `best`, is significantly better on the samples
+        so far, see `has_lost` (after Maron and Moore 1994, Hoeffding races).
 
         Parameters
         ----------
         index : int
-            Of the layer; none that comes earlier in the model than the one before.
+            Index of the layer; it must not come earlier in the model than the last one.
         candidates : sequence of (array, array or None)
-            Weight and bias for the layer.
+            Weights and biases for the layer.
         weights : mapping of int to (array, array or None)
-            What other layers have instead of their own; fixed for those already passed.
+            Replaced weights of other layers; fixed for those already passed.
         best : float64 array, shape (samples,), optional
-            Losses that a candidate has to get below; without them none is given up.
+            Losses that a candidate must beat; without them none is given up.
 
         Returns
         -------
@@ -113,13 +113,13 @@ class OnwardProbe:
         ]
 
     def _rest(self, values: Feeds, batch: Feeds, index: int, feeds: Feeds) -> _Rest:
-        """Open what comes behind the line; from where the samples are, if it is not to be cut."""
+        """Open the part after the cut; from the present cut, if the graph cannot be cut there."""
         begin = partial(_Rest, probe=self._probe, index=index, feeds=feeds, threads=self._threads)
         if can_be_fed(values):
             try:
                 return begin(self._frontier.at(values), from_line=True)
             except ModelError:
-                # onnxruntime does not take this part on its own.
+                # onnxruntime does not load this part by itself.
                 pass
         return begin(self._frontier.at(batch), from_line=False)
 
@@ -129,7 +129,7 @@ def _still_running(
     losses: Sequence[Sequence[NDArray[np.float64]]],
     best: NDArray[np.float64],
 ) -> list[int]:
-    """Candidates that have lost neither to `best` nor to the one that leads."""
+    """Candidates that have lost neither to `best` nor to the leading one."""
     so_far = {number: np.concatenate(losses[number]) for number in running}
     leading = min(so_far.values(), key=lambda found: float(found.mean()), default=best)
     return [
@@ -141,7 +141,7 @@ def _still_running(
 
 
 def has_lost(losses: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
-    """Whether losses are above others on the same samples by more than `DOUBT` errors.
+    """Whether losses exceed others on the same samples by more than `DOUBT` standard errors.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ def has_lost(losses: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
 
 
 class _Rest:
-    """What comes behind a line, or from where the samples are, but for the weight of a layer."""
+    """The part of a model after a cut, with the weight of one layer as an input."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""How far a compressed model's outputs are from the original's, as one number a sample.
+"""Loss of each sample: how far a compressed model's outputs are from the original's.
 
-Without labels the original's own outputs are the target. How each output is compared is its
-`Measure`: by the divergence of class distributions, by the relative squared error of each
-feature, or by both. Several outputs are summed.
+Without labels the original's own outputs are the target. The `Measure` of each output says how
+it is compared: by the divergence of class distributions, by the relative squared error of each
+feature, or by both. The losses of several outputs are added.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 
 # Elements of an output that are compared at a time, in double precision.
 AT_ONCE = 1 << 22
-# Stands for minus infinity where both logits are: their difference is to be 0 and not NaN.
+# Replaces minus infinity where both logits are: their difference must be 0 and not NaN.
 LOW = -1e300
 
 
@@ -83,7 +83,7 @@ def _losses(
 def counting(
     measure: Measure, target: NDArray[Any], mask: NDArray[Any] | None
 ) -> NDArray[np.bool_] | None:
-    """Tell which positions count, by the labels and by the mask; None where all do.
+    """Return which positions count, by the labels and by the mask; None if all do.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def counting(
     Returns
     -------
     bool array, or None
-        Of the shape of the positions, or of its first two axes.
+        In the shape of the positions, or of its first two axes.
     """
     counted = counted_positions(measure, target)
     if mask is None:
@@ -108,7 +108,7 @@ def counting(
 def equal_infinities(
     expected: NDArray[Any], actual: NDArray[Any], instead: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return two arrays in double precision, the same infinities of both replaced."""
+    """Return two arrays in double precision, with common infinities replaced."""
     p, q = expected.astype(np.float64), actual.astype(np.float64)
     if not np.isfinite(p).all():
         same = np.isinf(p) & (p == q)
@@ -119,10 +119,10 @@ def equal_infinities(
 def squared_errors(
     measure: Measure, p: NDArray[np.float64], q: NDArray[np.float64], power: float = 1.0
 ) -> NDArray[np.float64]:
-    """Scaled squared error of each position: the shape of the output without `axis`."""
+    """Scaled squared error of each position, in the shape of the output without `axis`."""
     squares = np.square(q - p)
     if measure.scale is None:
-        # A mean over all axes but the first is still to be taken.
+        # The mean over all axes but the first is taken later.
         return squares / power
     scale = np.array(measure.scale)
     if measure.axis is None:
@@ -149,7 +149,7 @@ def _position_losses(
     axis = measure.axis
     assert axis is not None
     if measure.kind.startswith("ce"):
-        # A class that cannot be, and is not the label, costs nothing.
+        # A class of probability 0 that is not the label costs nothing.
         log_q = np.maximum(
             log_probabilities(q, measure.of_logits, axis), np.where(p > 0, -np.inf, LOW)
         )
@@ -163,9 +163,9 @@ def _position_losses(
 def _positions_mean(
     losses: NDArray[np.float64], counts: NDArray[np.bool_] | None
 ) -> NDArray[np.float64]:
-    """Mean over the positions that count, shape (samples,); 0 where none does."""
+    """Mean over the positions that count, shape (samples,); 0 if none does."""
     if counts is not None:
-        # A padded position may hold anything, even NaN.
+        # A padded position may hold any value, even NaN.
         counts = np.broadcast_to(_widened(counts, losses.ndim), losses.shape)
         losses = np.where(counts, losses, 0.0)
     lines = losses.reshape(len(losses), -1)

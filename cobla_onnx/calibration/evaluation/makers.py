@@ -1,4 +1,4 @@
-"""Find the operator that makes an output, and the axis of a softmax in it."""
+"""Find the operator that produces an output, and the axis of its softmax."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import onnx
 
 __all__ = ["Made", "made_by"]
 
-# Operators behind which values are the same, at the same places.
+# Operators that keep all values, at the same places.
 THROUGH = frozenset({"Identity", "Cast", "Dropout"})
-# Those behind which they are the same, at places that only shapes tell.
+# Operators that keep all values, at places that depend on the shapes.
 RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
-# Nodes that are followed back at most.
+# Most nodes that are followed back.
 DEPTH = 16
 
 
 @dataclass(frozen=True)
 class Made:
-    """The operator that makes an output.
+    """The operator that produces an output.
 
     Attributes
     ----------
     op : str
     axis : int or None
-        Of a softmax, seen in the output and as it is written, so perhaps negative; None where
-        shapes would have to tell.
+        Axis of a softmax, as seen in the output and as written, so possibly negative; None if
+        it depends on shapes.
     """
 
     op: str
@@ -33,7 +33,7 @@ class Made:
 
 
 def made_by(model: onnx.ModelProto) -> dict[str, Made]:
-    """Return what makes each output, behind operators that only move values."""
+    """Return the operator that produces each output, before any that only move values."""
     producer = {name: node for node in model.graph.node for name in node.output}
     version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
     found = {}
@@ -45,7 +45,7 @@ def made_by(model: onnx.ModelProto) -> dict[str, Made]:
 
 
 def _trace(name: str, producer: dict[str, onnx.NodeProto], version: int) -> Made | None:
-    """Follow a tensor back to its operator; transposes are undone on the way."""
+    """Follow a tensor back to its operator, undoing transposes on the way."""
     orders: list[list[int]] = []
     known = True
     for _ in range(DEPTH):
@@ -67,7 +67,7 @@ def _trace(name: str, producer: dict[str, onnx.NodeProto], version: int) -> Made
         return Made(node.op_type)
     axis: int | None = next((a.i for a in node.attribute if a.name == "axis"), None)
     if axis is None:
-        # Before opset 13 everything from axis 1 on was one row.
+        # Before opset 13, all axes starting with axis 1 were flattened to one row.
         axis = -1 if version >= 13 else 1
     if not known:
         return Made(node.op_type)

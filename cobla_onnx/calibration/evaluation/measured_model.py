@@ -1,9 +1,9 @@
-"""The model whose outputs are exactly the tensors at which the loss is taken.
+"""A copy of the model whose outputs are the tensors at which the loss is taken.
 
-An output cannot always be compared number by number: a list of boxes has another length for
-every image, a label changes in steps, a weight never changes. Such an output is followed back
-to the nearest tensors that can: of floating type, of a shape that follows from the inputs'
-shapes, and moved smoothly by the weights of some layer.
+Not every output can be compared number by number: a list of boxes differs in length from image
+to image, a label changes in steps, a weight never changes. Such an output is traced back to the
+nearest tensors that can be compared: of floating type, with a shape that follows from the
+inputs' shapes, and depending smoothly on the weights of some layer.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class MeasuredModel:
     Attributes
     ----------
     model : ModelProto
-        Its outputs are the measured tensors, all with a type; its nodes are those of the
-        original, but what nobody needs for them is a constant. The original itself, where
-        nothing has to change.
+        Its outputs are the measured tensors, all with a type. Its nodes are those of the
+        original, except that nodes not needed for these outputs are constants. It is the
+        original itself if nothing has to change.
     outputs : dict of str to str
-        For each measured tensor the output of the original that it stands for.
+        For each measured tensor, the output of the original that it represents.
     notes : tuple of str
-        What is measured in place of what.
+        Say which tensors are measured in place of which outputs.
     unmeasured : tuple of str
         Names of layers that change an output that counts, but no measured tensor.
     """
@@ -47,7 +47,7 @@ class MeasuredModel:
     unmeasured: tuple[str, ...] = ()
 
     def shown(self, name: str) -> str:
-        """Name for the report: the user's output, where this tensor alone stands for it."""
+        """Name for the report: the user's output, if this tensor alone represents it."""
         output = self.outputs.get(name, name)
         return output if list(self.outputs.values()).count(output) == 1 else name
 
@@ -65,12 +65,12 @@ def measured_model(
     Parameters
     ----------
     model : ModelProto
-        With its nodes in topological order; it is not changed.
+        Its nodes are in topological order; it is not changed.
     layers : sequence of Layer
-        Those whose weights may change. Without any, everything that depends on the inputs
-        can be measured.
+        Layers whose weights may change. Without any, all tensors that depend on the inputs can
+        be measured.
     examples : sequence of dict
-        A few samples, one at a time: what they show counts where the graph does not tell.
+        A few single samples, which decide where the graph does not.
     ignored : collection of str
         Outputs that do not count.
 
@@ -104,7 +104,7 @@ def measured_model(
 
 
 def _reason(search: Tracing, output: str) -> str:
-    """Why an output cannot be measured itself."""
+    """Reason why an output cannot be measured itself."""
     if output not in search.depends:
         return "no layer that is looked at changes it"
     if search.types[output] not in FLOATING.values():
@@ -170,7 +170,7 @@ def _unmeasured(
 
 
 def _behind(model: onnx.ModelProto, names: Iterable[str]) -> tuple[set[str], set[int]]:
-    """Tensors that `names` are computed from, these included, and the nodes that do it."""
+    """Tensors from which `names` are computed, these included, and the nodes on the way."""
     needed, nodes = set(names), set()
     for index in reversed(range(len(model.graph.node))):
         node = model.graph.node[index]
@@ -183,7 +183,7 @@ def _behind(model: onnx.ModelProto, names: Iterable[str]) -> tuple[set[str], set
 def _with_outputs(
     model: onnx.ModelProto, layers: Sequence[Layer], types: Mapping[str, int]
 ) -> onnx.ModelProto:
-    """Copy a model with other outputs; nodes stay at their places, for layers name them so."""
+    """Copy a model with other outputs; nodes keep their places, which layers refer to."""
     declared = {value.name: value for value in model.graph.output}
     typed = [declared[n] for n in types if n in declared and declared[n].type.tensor_type.elem_type]
     if len(typed) == len(types) == len(declared):
@@ -203,7 +203,7 @@ def _with_outputs(
 
 
 def _replace_idle(graph: onnx.GraphProto, idle: Callable[[int], bool]) -> None:
-    """Turn nodes that nobody needs into constants: they cost nothing, and cannot fail."""
+    """Turn unneeded nodes into constants, which cost nothing and cannot fail."""
     gone: set[str] = set()
     for index, node in enumerate(graph.node):
         names = [name for name in node.output if name]

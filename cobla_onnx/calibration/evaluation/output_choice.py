@@ -1,4 +1,4 @@
-"""Which outputs count and how they are compared, as users say it: ``NAME=classes:1``."""
+"""Parse the user's choice of outputs and of how each is compared: ``NAME=classes:1``."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ LossName: TypeAlias = Literal["auto", "kl", "mse", "ce"]
 """How outputs are compared with the original's, where nothing else is said of one."""
 
 Outputs: TypeAlias = "Sequence[str] | Mapping[str, str]"
-"""``NAME[=classes|values|ignore][:AXIS]`` for each output, or what follows the = by name."""
+"""``NAME[=classes|values|ignore][:AXIS]`` for each output, or the part after = by name."""
 
 
 @dataclass(frozen=True)
 class OutputChoice:
-    """What was said about one output.
+    """The user's choice for one output.
 
     Attributes
     ----------
     name : str
     how : {'classes', 'values', 'ignore'} or None
-        None: it counts, and evidence tells how.
+        None if it counts, and evidence decides how.
     axis : int or None
-        Of the classes, or of the features.
+        Axis of the classes, or of the features.
     """
 
     name: str
@@ -41,7 +41,7 @@ class OutputChoice:
 
 
 def resolve_outputs(outputs: Outputs, names: Iterable[str]) -> dict[str, OutputChoice]:
-    """Find the outputs that are meant; names may hold colons and signs of equality.
+    """Find the outputs that are meant; names may contain colons and equality signs.
 
     Parameters
     ----------

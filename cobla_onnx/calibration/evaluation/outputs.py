@@ -1,4 +1,4 @@
-"""How far the outputs of two models are apart, added up batch by batch."""
+"""Deviation between the outputs of two models, accumulated batch by batch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from cobla_onnx.text import quoted
 
 __all__ = ["Comparison", "OutputComparison", "as_array", "differently_made", "is_numeric"]
 
-# Elements that are compared at a time, in double precision.
+# Elements compared at a time, in double precision.
 PIECE = 1 << 20
-# Values this near to 0 and 1 are what a saturated activation gives.
+# Values this close to 0 or 1 come from a saturated activation.
 SATURATED = 1e-3
 
 
@@ -40,22 +40,22 @@ class OutputComparison:
     sqnr_db : float or None
         Signal to quantisation noise, 20 log10(norm / norm of difference); None if equal.
     argmax_agreement : float or None
-        Share of positions with the same most likely class; None where there are no classes.
+        Fraction of positions with the same most likely class; None if there are no classes.
     equal : float or None
-        Share of entries that are the same, for outputs that are not of floating type.
+        Fraction of equal entries, for outputs that are not of floating type.
     reacts : bool
-        Whether the original's output differs between the inputs; where not, that the two are
-        near says nothing about the approximation.
+        Whether the original's output differs between inputs. If not, agreement of the two
+        outputs says nothing about the approximation.
     axis : int or None
-        Of the classes or features; None where an output has one feature.
+        Axis of the classes or features; None if an output has one feature.
     slice_error : float or None
-        Root of the mean over features of squared error over variance; None where nothing
-        varies, or the output is not of floating type, or certain to hold classes.
+        Root of the mean over features of squared error over variance; None if nothing varies,
+        or the output is not of floating type, or certainly holds classes.
     worst_slice : int or None
         Feature of the largest relative error, and that error, `worst_error`.
     worst_error : float or None
     compared_as : str
-        The kind of its `Measure`, and what decided that; empty where it does not count.
+        The kind of its `Measure`, and the reason for it; empty if the output does not count.
     """
 
     name: str
@@ -74,7 +74,7 @@ class OutputComparison:
 
     @property
     def worst(self) -> str:
-        """The worst feature in words; empty where there is one feature, or none."""
+        """The worst feature in words; empty if there are fewer than two features."""
         if self.worst_slice is None or self.worst_error is None or self.axis is None:
             return ""
         return f"worst of axis {self.axis} is {self.worst_slice}: {self.worst_error:.3g}"
@@ -82,7 +82,7 @@ class OutputComparison:
 
 @dataclass
 class _Reaction:
-    """Whether an output differs between samples, by more than rounding or saturation."""
+    """Tracks whether an output differs between samples, beyond rounding and saturation."""
 
     first: NDArray[Any] | None = None
     rows: int = 0
@@ -97,7 +97,7 @@ class _Reaction:
         if self.first is None:
             self.first = np.asarray(rows[0])
         if rows.shape[1:] != self.first.shape:
-            # Inputs of another shape give other outputs by that alone.
+            # Inputs of another shape give different outputs for that reason alone.
             self.comparable = False
             return
         self.rows += len(rows)
@@ -120,7 +120,7 @@ class _Reaction:
         self.saturated &= bool(near.all() and (np.abs(wide) <= 1 + SATURATED).all())
 
     def reacts(self, dtype: np.dtype[Any]) -> bool:
-        """Whether it does, as far as can be seen."""
+        """Whether it does, as far as the samples show."""
         if self.rows < 2 or not self.comparable:
             return True
         if dtype.kind != "f":
@@ -146,7 +146,7 @@ class _Sums:
     reaction: _Reaction = field(default_factory=_Reaction)
 
     def add(self, before: NDArray[Any], after: NDArray[Any]) -> None:
-        """Add values of the one model and of the other, where both are finite."""
+        """Add values of both models, where both are finite."""
         old, new = before.astype(np.float64), after.astype(np.float64)
         both = np.isfinite(old) & np.isfinite(new)
         if not both.all():
@@ -165,9 +165,9 @@ class Comparison:
     Parameters
     ----------
     measures : mapping of str to Measure
-        How outputs are compared: where their classes or features are, and what counts.
+        How outputs are compared: the axis of classes or features, and which positions count.
     varying : collection of str
-        Outputs whose shape follows from the data: where it differs they are counted, and not
+        Outputs whose shape depends on the data; where it differs, they are counted and not
         compared.
     """
 
@@ -185,7 +185,7 @@ class Comparison:
         feeds: Feeds,
         samples: int | None = None,
     ) -> None:
-        """Add the outputs of one batch of so many samples, and the inputs that they are of.
+        """Add the outputs of one batch, with its inputs and its number of samples.
 
         Raises
         ------
@@ -250,13 +250,13 @@ class Comparison:
             sums.add(old[start : start + PIECE], new[start : start + PIECE])
 
     def results(self) -> tuple[OutputComparison, ...]:
-        """Return what was measured, one entry for each output that could be compared."""
+        """Return the results, one for each output that could be compared."""
         return tuple(
             _result(name, sums, self._measures.get(name)) for name, sums in self._sums.items()
         )
 
     def notes(self) -> tuple[str, ...]:
-        """Say what could not be compared, and where nothing follows from the comparison."""
+        """Notes on outputs that could not be compared, or whose comparison means nothing."""
         notes = tuple(
             f"output {quoted(name)}: could not be compared on {count} of {self._batches} batches, "
             "its shape follows from the data and differs"
@@ -272,15 +272,15 @@ class Comparison:
 
 
 def is_numeric(value: Any) -> bool:
-    """Whether an output is an array of numbers that holds any."""
+    """Whether an output is a non-empty array of numbers."""
     return isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.size > 0
 
 
 def as_array(value: Any) -> NDArray[Any] | None:
-    """Turn an output of any kind into one array; None where there is nothing to compare.
+    """Convert an output of any kind to one array; None if there is nothing to compare.
 
-    A sequence becomes an array with an axis more where its members are alike, and otherwise
-    the list of all their entries; a map the values in the order of its keys.
+    A sequence becomes an array with an additional axis if its members have the same shape, and
+    otherwise a list of all their entries; a map becomes its values in the order of its keys.
     """
     if isinstance(value, np.ndarray):
         return value if value.dtype.kind in "fiubOUS" else None
@@ -297,13 +297,13 @@ def as_array(value: Any) -> NDArray[Any] | None:
             return np.stack(arrays)
         return np.concatenate([array.ravel() for array in arrays])
     if isinstance(value, float):
-        # Maps hold single precision, which Python widens.
+        # Maps hold single precision, which Python converts to double.
         return np.asarray(value, np.float32)
     return np.asarray(value) if isinstance(value, (int, str)) else None
 
 
 def differently_made(before: NDArray[Any], after: NDArray[Any], varying: bool) -> bool:
-    """Whether two outputs differ in type or rank, or in a shape that does not follow from data."""
+    """Whether two outputs differ in type, in rank, or in a shape that does not depend on data."""
     text = before.dtype.kind in "OUS" and after.dtype.kind in "OUS"
     if before.dtype != after.dtype and not text:
         return True
@@ -334,11 +334,11 @@ def _result(name: str, sums: _Sums, measure: Measure | None) -> OutputComparison
 
 
 def _slice_errors(slices: Slices | None, measure: Measure | None) -> dict[str, Any]:
-    """What `OutputComparison` says of features."""
+    """The entries of `OutputComparison` about features."""
     if slices is None:
         return {}
     if measure is not None and measure.has_classes:
-        # A class that samples do not show hardly varies, and its answers are compared above.
+        # A class that no sample shows hardly varies; classes are compared by their arg-max above.
         return {"axis": measure.axis}
     axis = slices.feature_axis() if measure is None else measure.axis
     if axis not in slices.by_axis:

@@ -1,4 +1,4 @@
-"""Measure what other weights for single layers cost, layers side by side over a pool."""
+"""Measure the loss with candidate weights for single layers, in parallel over a pool."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from cobla_onnx.runtime.transfer import Shared
 
 __all__ = ["SpreadProbe"]
 
-# Layers of one unit of work, the same whoever does it, and bytes of their candidates from
-# which on it has fewer.
+# Layers in one unit of work, the same for any number of workers, and bytes of candidates beyond
+# which a unit has fewer.
 LAYERS_PER_UNIT = 4
 UNIT_BYTES = 1 << 26
 
@@ -32,7 +32,7 @@ _Entry: TypeAlias = "tuple[int, list[Pair]]"
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a probe is made of, for a worker that makes its own."""
+    """The arguments of a `Probe`, for a worker that builds its own."""
 
     model: onnx.ModelProto
     layers: Sequence[Layer]
@@ -71,7 +71,7 @@ def _measure(unit: _Unit) -> list[list[float]]:
 
 
 class SpreadProbe:
-    """Losses of a model with another weight for one layer, from the workers of a pool.
+    """Losses of a model with the weight of one layer replaced, from the workers of a pool.
 
     Parameters
     ----------
@@ -94,24 +94,24 @@ class SpreadProbe:
         self._origin = pool.share(_Origin(model, layers, _bounded(batches), loss, labels))
 
     def original(self) -> tuple[float, int]:
-        """Mean loss of the model as it is, and on how many samples losses are measured."""
+        """Mean loss of the original, and the number of samples on which losses are measured."""
         (found,) = self._pool.map(_measure_original, [self._origin])
         return found
 
     def mean_losses(self, wanted: Iterable[tuple[int, Iterable[Pair]]]) -> Iterator[list[float]]:
-        """Yield the mean losses of each layer's candidates, one layer after the other.
+        """Yield the mean losses of each layer's candidates, layer by layer.
 
         Parameters
         ----------
         wanted : iterable of (int, iterable of (array, array or None))
-            Index of a layer, and weights and biases for it.
+            Index of a layer, and candidate weights and biases for it.
         """
         units = (_Unit(self._origin, entries) for entries in self._units(wanted))
         for found in self._pool.map(_measure, units, self._pool.runs_at_most):
             yield from found
 
     def _units(self, wanted: Iterable[tuple[int, Iterable[Pair]]]) -> Iterator[list[_Entry]]:
-        """Cut what is wanted into units; in each, layers follow each other as in the model."""
+        """Split the candidates into units; in each, layers are in the order of the model."""
         entries: list[_Entry] = []
         size, last = 0, 0
         for index, candidates in wanted:
@@ -131,7 +131,7 @@ class SpreadProbe:
 
 
 def _bounded(batches: Iterable[Feeds]) -> Shelf:
-    """As many batches as a probe would keep at most."""
+    """As many batches as a probe would keep."""
     kept = Shelf()
     room = KEPT_OUTPUTS
     for feeds in batches:

@@ -1,4 +1,4 @@
-"""Ask one open session what the model's loss would be with other weights."""
+"""Evaluate a model's loss with replaced weights, from one open session."""
 
 from __future__ import annotations
 
@@ -23,45 +23,45 @@ from cobla_onnx.runtime.temporary import Shelf
 __all__ = ["KEPT_OUTPUTS", "Pair", "Probe", "Weights"]
 
 Pair: TypeAlias = "tuple[NDArray[Any], NDArray[Any] | None]"
-"""A layer's weight and bias, or derivatives by them; None: no bias, or as it is."""
+"""A layer's weight and bias, or the derivatives; None for no bias, or an unchanged one."""
 
 Weights: TypeAlias = Mapping[int, Pair]
-"""Weight and bias of layers that differ from the original, by the index of the layer."""
+"""Replaced weights and biases, by the index of the layer."""
 
-# Bytes of the original's outputs that are kept to compare with.
+# Most bytes of the original's outputs that are kept for comparison.
 KEPT_OUTPUTS = 1 << 28
 
 
 class Probe:
-    """A model with its layers' weights as inputs, samples, and the original's outputs.
+    """A model with its layers' weights as inputs, with samples and the original's outputs.
 
     Parameters
     ----------
     model : ModelProto
     layers : sequence of Layer
-        Those whose weights may be replaced.
+        Layers whose weights may be replaced.
     batches : iterable of dict
         Samples; as many are kept as `limit` bytes of inputs and outputs allow.
     loss : mapping of str to Measure, or {'auto', 'kl', 'mse', 'ce'}
-        How outputs are compared; a name decides by the first batch.
+        How outputs are compared; with a name, this is decided from the first batch.
     threads : int
     labels : sequence of int64 array, optional
-        Of each batch, in place of the original's most likely classes, see `one_hot`.
+        Labels of each batch, used in place of the original's most likely classes, see `one_hot`.
 
     Attributes
     ----------
     measures : dict of str to Measure
         How each output is compared.
     samples : int
-        Samples that are measured.
+        Number of samples measured.
     labelled : bool
-        Whether what is expected are given labels, and not the original's classes.
+        Whether the targets are given labels, not the original's classes.
     layers : sequence of Layer
     exposed : Exposed
         The model as it is run.
     batches, expected : sequence of dict
-        Inputs, and what outputs are compared with, batch by batch: the original's outputs or
-        labels, and masks by the names of the inputs.
+        Inputs and targets, batch by batch. Targets are the original's outputs or labels, and
+        masks by the names of the inputs.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Probe:
                 break
 
     def _targets(self, feeds: Feeds, outputs: Feeds, labels: NDArray[np.int64] | None) -> Feeds:
-        """Return what a batch is compared with."""
+        """Return the targets of a batch."""
         kept = {name: outputs[name] for name in self.measures}
         for name, measure in self.measures.items():
             given = labels if measure.labelled else None
@@ -133,7 +133,7 @@ class Probe:
         Parameters
         ----------
         weights : mapping of int to (array, array or None)
-            Weight, of shape ``layer.shape``, and bias (None: as it is).
+            Weight, of shape ``layer.shape``, and bias (None if unchanged).
 
         Returns
         -------
@@ -142,13 +142,13 @@ class Probe:
         return self.losses_of(self.outputs(weights))
 
     def losses_of(self, outputs: Iterable[tuple[Feeds, Feeds]]) -> NDArray[np.float64]:
-        """Loss of every sample, from what `outputs` gives."""
+        """Loss of every sample, from the results of `outputs`."""
         return np.concatenate(
             [sample_losses(self.measures, expected, actual) for expected, actual in outputs]
         )
 
     def outputs(self, weights: Weights) -> Iterator[tuple[Feeds, Feeds]]:
-        """Run batch by batch; yield what is expected (`expected`) and the outputs."""
+        """Run batch by batch; yield the targets (`expected`) and the outputs."""
         fixed = self.feeds(weights)
         for feeds, expected in zip(self.batches, self.expected, strict=True):
             yield expected, self._run({**feeds, **fixed})
@@ -161,7 +161,7 @@ class Probe:
         return run_session(self._session, feeds)
 
     def rest(self) -> None:
-        """Give the session's working memory back until something is run again."""
+        """Free the session's working memory until the next run."""
         self._session = None
 
     def feeds(self, weights: Weights) -> Feeds:

@@ -1,7 +1,7 @@
-"""What a compressed model is worth to its user: accuracy, agreement, or relative error.
+"""Quality as a user sees it: accuracy, agreement with the original, or relative error.
 
-The loss that ranks are chosen by is smooth and sums over classes; this is the number that
-people ask for. It is measured on samples that no factor has seen.
+The loss that chooses ranks is smooth and sums over classes; quality is the number that users ask
+for. It is measured on samples that no factor has seen.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ class Quality:
     Attributes
     ----------
     measure : {'accuracy', 'agreement', 'relative error'}
-        ``accuracy``: share of rows, or positions, with a label whose most likely class is
-        that. ``agreement``: share of those whose most likely class is the original's. ``relative
-        error``: root of the mean over features of squared error over variance. Of several
-        outputs, and of the two readings of an output that may be either, the worst.
+        ``accuracy``: fraction of labelled rows, or positions, whose most likely class is the
+        label. ``agreement``: fraction whose most likely class is the original's. ``relative
+        error``: root of the mean over features of squared error over variance. The worst of
+        several outputs, and of both readings of an output that may hold classes or values.
     before, after : float
-        Of the original and of the compressed model.
+        Quality of the original and of the compressed model.
     drop : float
-        What is lost: the fall of accuracy or agreement, or the error itself.
+        The loss of quality: the fall of accuracy or agreement, or the error itself.
     samples : int
-        Samples that it was measured on.
+        Number of samples on which it was measured.
     positions : int
-        What is a share of them: tokens, frames or pixels where an output has a class for each,
-        those that count, else samples. 0 for relative error.
+        Number of positions that count: tokens, frames or pixels where an output has a class for
+        each, else samples. 0 for relative error.
     output : str
-        The output that it is of.
+        The output that was measured.
     undecided : bool
-        Whether nothing tells if that holds classes or values.
+        Whether it is not known if that output holds classes or values.
     """
 
     measure: str
@@ -59,7 +59,7 @@ class Quality:
 
     @property
     def counted(self) -> str:
-        """What it was measured on, in words."""
+        """Number of samples and positions, in words."""
         samples = f"{self.samples} held-back samples"
         if self.positions in (0, self.samples):
             return samples
@@ -73,7 +73,7 @@ def measure_quality(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> Qua
     ----------
     probe : Probe
     outputs : iterable of (dict, dict)
-        What `Probe.outputs` gives for the compressed model.
+        Results of `Probe.outputs` for the compressed model.
     """
     after = _readings(probe, outputs)
     labelled = [name for name, measure in probe.measures.items() if measure.labelled]
@@ -102,7 +102,7 @@ def measure_quality(probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]) -> Qua
 def _readings(
     probe: Probe, outputs: Iterable[tuple[Feeds, Feeds]]
 ) -> dict[tuple[str, str], tuple[float, int]]:
-    """Share of positions of another class than expected, and their number; or relative error."""
+    """Fraction of positions with a wrong class, and their number; or relative error."""
     wrong: dict[tuple[str, str], float] = {}
     whole: dict[tuple[str, str], float] = {}
     for expected, actual in outputs:
@@ -122,7 +122,7 @@ def _readings(
 def _measured(
     measure: Measure, before: NDArray[Any], after: NDArray[Any], mask: NDArray[Any] | None
 ) -> Iterator[tuple[str, float, float]]:
-    """Sums over the positions of a batch and their number, for each reading."""
+    """Sums over the positions of a batch, and their number, for each reading."""
     if before.shape != after.shape:
         yield "relative error", math.inf, 1.0
         return
@@ -142,7 +142,7 @@ def _measured(
 
 
 def _total(values: NDArray[Any], counts: NDArray[np.bool_] | None) -> tuple[float, float]:
-    """Sum and number of what counts."""
+    """Sum and number of the positions that count."""
     if counts is None:
         return float(values.sum()), float(values.size)
     chosen = values[counts]

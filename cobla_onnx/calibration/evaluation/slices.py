@@ -1,8 +1,8 @@
-"""Mean, variance and error of each feature of an output, added up batch by batch.
+"""Mean, variance and error of each feature of an output, accumulated batch by batch.
 
 A feature slice is everything at one index of one axis: a column of an embedding, a channel of
-an image, a row of a detector's output. Which axis holds the features is seen by how much the
-variances along it differ, once all samples were added up.
+an image, a row of a detector's output. The axis of the features is the one along which the
+variances differ most, once all samples have been added.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from numpy.typing import NDArray
 
 __all__ = ["SliceSums", "Slices"]
 
-# Elements that are added up at a time, in double precision.
+# Elements added at a time, in double precision.
 AT_ONCE = 1 << 22
-# Slices of one axis at most: more are positions.
+# Most slices of one axis; longer axes are taken for positions.
 MOST_SLICES = 1 << 20
-# Deviations below so many units of the type's precision, relative to the slice's own size, are
-# rounding: the slice does not vary. A variance counts as that of `COARSE` units at least, so
-# that a slice of nearly no variance does not outweigh the others.
+# Deviations below this many units of the type's precision, relative to the slice's own size, are
+# rounding: the slice does not vary. A variance counts as at least that of `COARSE` units, so that
+# a slice of almost no variance does not outweigh the others.
 ROUNDING, COARSE = 64.0, 1024.0
-# Along the last axis of a map deviations of variances must be larger by this factor, and by this
-# number, before it is taken for the features: channels come first by convention.
+# The last axis of a map is taken for the features only if the deviation of its variances is larger
+# by this factor, and by this number: channels come first by convention.
 FACTOR, MARGIN = 2.0, 0.5
 
 
 @dataclass
 class SliceSums:
-    """Sums over everything at each index of an axis; of all, where there is no axis.
+    """Sums over everything at each index of an axis; over all values if there is no axis.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class SliceSums:
         self.count = total
 
     def variances(self, precision: float) -> NDArray[np.float64]:
-        """Variance of each slice; 0 for those that do not vary beyond rounding."""
+        """Variance of each slice; 0 for slices that do not vary beyond rounding."""
         variance = self.moment / max(self.count, 1.0)
         size = np.square(self.mean) + variance
         least = np.square(COARSE * precision) * size
@@ -83,18 +83,18 @@ def _sums(
 
 @dataclass
 class Slices:
-    """Slices of an output along every axis that may be the features'.
+    """Slices of an output along every axis that may hold the features.
 
-    Those are axes of the same size in all samples, but for the first; of more than three axes
-    only the second and the last.
+    These are all axes but the first that have the same size in all samples; of more than three
+    axes only the second and the last.
 
     Attributes
     ----------
     dtype : numpy dtype
     sizes : tuple of (int or None)
-        Of each axis; None where it differs between batches.
+        Size of each axis; None if it differs between batches.
     whole : SliceSums
-        Everything together.
+        Sums over everything.
     by_axis : dict of int to SliceSums
     """
 
@@ -112,7 +112,7 @@ class Slices:
         actual: NDArray[Any] | None = None,
         mask: NDArray[Any] | None = None,
     ) -> None:
-        """Add samples, with those of another model to measure its error.
+        """Add samples, optionally with those of another model to measure its error.
 
         Parameters
         ----------
@@ -120,7 +120,7 @@ class Slices:
             Infinite values count as zeros.
         actual : array, same shape, optional
         mask : array, shape (samples, positions), optional
-            Where the first two axes of the output count.
+            The positions, along the first two axes of the output, that count.
         """
         values = np.atleast_1d(values)
         actual = None if actual is None else np.atleast_1d(actual)
@@ -143,7 +143,7 @@ class Slices:
                 self._add(old, error)
 
     def _fit(self, shape: Sequence[int]) -> None:
-        """Take note of a shape; axes of differing size hold no features."""
+        """Record a shape; axes of varying size hold no features."""
         if self._empty:
             self.sizes = tuple(shape)
             self._empty = False
@@ -169,27 +169,27 @@ class Slices:
         self.whole.add(_sums(values, error, None))
         for axis, sums in list(self.by_axis.items()):
             if values.shape[axis] != len(sums.mean):
-                # A mask has joined this axis with the first.
+                # A mask has merged this axis with the first.
                 del self.by_axis[axis]
                 continue
             sums.add(_sums(values, error, axis))
 
     @property
     def precision(self) -> float:
-        """Relative distance of neighbouring numbers of the output's type."""
+        """Relative distance between adjacent numbers of the output's type."""
         return float(np.finfo(self.dtype).eps) if self.dtype.kind == "f" else 0.0
 
     def feature_axis(self) -> int | None:
-        """Axis along which the variances of slices differ most; None where there is none."""
+        """Axis along which the variances of slices differ most; None if there is none."""
         spreads = {axis: self._spread(axis) for axis in self.by_axis}
         if len(spreads) == 2 and len(self.sizes) > 3:
             first, last = spreads[1], spreads[len(self.sizes) - 1]
             return len(self.sizes) - 1 if last > FACTOR * first + MARGIN else 1
-        # Of equals the last.
+        # Among equals, the last.
         return max(spreads, key=lambda axis: (spreads[axis], axis), default=None)
 
     def _spread(self, axis: int) -> float:
-        """Deviation of the logarithms of the variances along an axis."""
+        """Standard deviation of the logarithms of the variances along an axis."""
         variances = self.by_axis[axis].variances(self.precision)
         largest = float(variances.max(initial=0.0))
         if largest <= 0:
@@ -203,7 +203,7 @@ class Slices:
     def scale(self, axis: int | None) -> NDArray[np.float64]:
         """Weights of squared errors: reciprocal variances over the number of varying slices.
 
-        Where nothing varies, the reciprocal of the mean square stands for all.
+        If nothing varies, the reciprocal of the mean square is used for all.
         """
         sums = self.of(axis)
         variances = sums.variances(self.precision)
@@ -223,7 +223,7 @@ class Slices:
         ----------
         axis : int or None
         scale : sequence of float, optional
-            What `scale` has given for other samples, in place of the variances of these.
+            Result of `scale` for other samples, used in place of the variances of these.
         """
         sums = self.of(axis)
         mean = sums.error / max(sums.count, 1.0)

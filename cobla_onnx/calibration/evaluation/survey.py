@@ -1,4 +1,4 @@
-"""One pass of the original over all samples: what its outputs are, and which samples count."""
+"""Survey the original's outputs in one pass over all samples, and which samples count."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from cobla_onnx.text import quoted
 
 __all__ = ["OutputFacts", "Survey", "find_masks", "survey"]
 
-# Names of samples that a note lists.
+# Most names of samples that a note lists.
 LISTED = 8
-# Rows or columns of class probabilities sum to one up to this, in single precision and below.
+# Tolerance for sums of class probabilities to be one, in single precision and below.
 ONE, ONE_HALF = 1e-3, 1e-2
 
 _Pattern: TypeAlias = "tuple[Any, ...]"
@@ -30,13 +30,13 @@ _Pattern: TypeAlias = "tuple[Any, ...]"
 
 @dataclass
 class OutputFacts:
-    """What all samples say about one output.
+    """Facts about one output, from all samples.
 
     Attributes
     ----------
     slices : Slices
     centred : float
-        Variance of centred rows, summed over columns; of outputs with two axes.
+        Variance of centred rows, summed over columns, for outputs with two axes.
     unit : bool
         Whether all values lie in [0, 1].
     normal, log_normal : set of int
@@ -44,12 +44,12 @@ class OutputFacts:
     suppressed : bool
         Whether there are infinite values.
     mask : str or None
-        Input that tells which positions count.
+        Input that says which positions count.
     shares : dict of (int, bool) to list of array
         Doubt of each sample, by class axis and whether values are logits; see `temperature.doubts`.
     about : dict of (int, bool) to array
-        Doubt about each class in the same way, of the calibration split's halves, shape
-        (2, temperatures, classes).
+        Doubt about each class, by the same keys, for the two halves of the calibration split;
+        shape (2, temperatures, classes).
     """
 
     slices: Slices
@@ -64,7 +64,7 @@ class OutputFacts:
 
     @property
     def sizes(self) -> tuple[int | None, ...]:
-        """Size of each axis; None where it differs between batches."""
+        """Size of each axis; None if it differs between batches."""
         return self.slices.sizes
 
     @property
@@ -76,7 +76,7 @@ class OutputFacts:
         return float(sums.moment.sum() / max(sums.count, 1.0))
 
     def add(self, values: NDArray[Any], mask: NDArray[Any] | None) -> None:
-        """Add samples of one batch."""
+        """Add the samples of one batch."""
         values = np.atleast_1d(values)
         last = values.ndim - 1
         wide = values.astype(np.float64) if values.dtype == np.float16 else values
@@ -116,9 +116,9 @@ class OutputFacts:
     def add_doubts(
         self, values: NDArray[Any], axis: int, logits: bool, halves: Sequence[int | None]
     ) -> None:
-        """Add what is in doubt, if the classes are along this axis.
+        """Add the doubt, assuming that the classes are along this axis.
 
-        `halves` says to which half of the calibration split samples belong, if to any.
+        `halves` says to which half of the calibration split each sample belongs, if to any.
         """
         finite, _ = equal_infinities(values, values, -1e300 if logits else 0.0)
         of_samples, of_classes = doubts(finite, logits, axis)
@@ -134,16 +134,16 @@ class OutputFacts:
 
 @dataclass
 class Survey:
-    """What the original gives on all samples.
+    """Results of the original on all samples.
 
     Attributes
     ----------
     outputs : dict of str to OutputFacts
-        Of floating type, in the model's order.
+        Outputs of floating type, in the model's order.
     masks : tuple of str
         Inputs that are masks of a sequence.
     left_out : tuple of int
-        Samples for which the original gives NaN, or infinity elsewhere than for the others.
+        Samples for which the original gives NaN, or infinities at unusual places.
     notes : tuple of str
     """
 
@@ -177,25 +177,25 @@ def survey(
 ) -> Survey:
     """Run the original on all samples.
 
-    Samples that give NaN are left out, and those whose infinities are elsewhere than in most
-    others: infinity at a fixed place, such as that of a suppressed token, is no fault.
+    Samples that give NaN are left out, as are those whose infinities are at other places than
+    in most samples. An infinity at a fixed place, such as a suppressed token, is not a fault.
 
     Parameters
     ----------
     classes : callable
-        Guesses the class axis of an output from what is known of it, and whether it holds
-        logits; None where there are no classes.
+        Guesses from the known facts the class axis of an output, and whether it holds logits;
+        None if there are no classes.
 
     Raises
     ------
     DataError
-        If less than two samples are left.
+        If fewer than two samples are left.
     """
     masks = find_masks(dataset, batch)
     session = open_session(model, threads, optimized=True)
     found: dict[_Pattern, Survey] = {}
     members: dict[_Pattern, list[int]] = {}
-    # Samples held back must not tell which classes count.
+    # Held-back samples must not influence the weights of classes.
     halves = {index: number % 2 for number, index in enumerate(dataset.calibration)}
     left_out: list[int] = []
     for group, feeds in dataset.grouped(range(len(dataset)), batch):
@@ -236,7 +236,7 @@ def survey(
 
 
 def _pattern(outputs: Mapping[str, Any]) -> _Pattern | None:
-    """Where the outputs of a sample are infinite, free of the length of sequences; None: NaN."""
+    """Places of infinities in a sample's outputs, for any sequence length; None for NaN."""
     places = []
     for name, value in outputs.items():
         if not _is_floating(value) or np.isfinite(value).all():
@@ -267,11 +267,11 @@ def _left_out_note(dataset: Dataset, indices: Sequence[int]) -> str:
 
 
 def find_masks(dataset: Dataset, batch: int) -> tuple[str, ...]:
-    """Find inputs that tell where a padded sequence has ended.
+    """Find the attention masks: inputs that say where a padded sequence ends.
 
-    They are whole numbers or booleans, 0 and 1 only and some of both, with two axes that
-    another input begins with, and in each row the ones are together at one end. Token types
-    look alike and are known by their names.
+    They are integers or booleans, only 0 and 1 and some of both, with two axes that are also the
+    first two of another input, and in each row the ones are contiguous at one end. Token types
+    look similar and are recognised by their names.
     """
     possible = {
         spec.name
@@ -298,7 +298,7 @@ def _is_mask(name: str, feeds: Feeds) -> bool:
         return False
     if not any(n != name and other.shape[:2] == value.shape for n, other in feeds.items()):
         return False
-    # At most one step in each row, and at least a one.
+    # At most one step in each row, and at least one 1.
     steps = np.abs(np.diff(value.astype(np.int8), axis=1)).sum(axis=1)
     return bool((steps <= 1).all() and value.astype(bool).any(axis=1).all())
 

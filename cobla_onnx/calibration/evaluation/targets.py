@@ -1,8 +1,8 @@
-"""What outputs are compared with where classes are known: distributions in their shape.
+"""Target class distributions, in the shape of an output, from labels or from the output itself.
 
 A position is an entry of an output without its class axis: a sample, a token, a frame, a
-pixel. Labels have one whole number for each, or are one-hot. Those that do not count have
-`IGNORED`: their distribution is all zeros, and a probability's target is `NOTHING`.
+pixel. Labels are one integer for each position, or one-hot. Positions labelled `IGNORED` do not
+count: their distribution is all zeros, and the target of a single probability is `NOTHING`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from cobla_onnx.errors import DataError
 __all__ = ["IGNORED", "NOTHING", "binary_targets", "counted_positions", "one_hot"]
 
 IGNORED = -100
-"""Label of a position that does not count; PyTorch's and everybody's."""
+"""Label of a position that does not count, by PyTorch's convention."""
 
 NOTHING = -1
-"""In place of 0 or 1, where the target is one probability that does not count."""
+"""Target in place of 0 or 1, for a single probability that does not count."""
 
 
 def one_hot(output: NDArray[Any], labels: NDArray[np.int64] | None, axis: int = 1) -> NDArray[Any]:
@@ -33,9 +33,9 @@ def one_hot(output: NDArray[Any], labels: NDArray[np.int64] | None, axis: int = 
     output : array, shape (rows, ...)
         With classes along `axis`.
     labels : int64 array, optional
-        One for each position, so that the shape is the output's without `axis`, or one-hot in
-        the output's shape; axes of length 1 do not matter. Longer ones may be filled up with
-        `IGNORED`. Without labels, the output's own most likely classes.
+        One for each position, in the output's shape without `axis`, or one-hot in the output's
+        shape; axes of length 1 do not matter, and longer ones may be padded with `IGNORED`.
+        Without labels, the output's own most likely classes are used.
 
     Returns
     -------
@@ -86,7 +86,7 @@ def binary_targets(output: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[A
     Raises
     ------
     DataError
-        If there are others, or the labels have another shape.
+        If there are other labels than 0 and 1, or the labels have another shape.
     """
     found = _at(labels, output.shape)
     if found is None:
@@ -106,7 +106,7 @@ def binary_targets(output: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[A
 
 
 def counted_positions(measure: Measure, target: NDArray[Any]) -> NDArray[np.bool_] | None:
-    """Tell which positions have a label that counts; None where nothing is labelled.
+    """Return which positions have a label that counts; None if nothing is labelled.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def counted_positions(measure: Measure, target: NDArray[Any]) -> NDArray[np.bool
     Returns
     -------
     bool array, or None
-        Of the target's shape without the class axis.
+        In the target's shape without the class axis.
     """
     if not measure.labelled:
         return None
@@ -142,7 +142,7 @@ def _at(labels: NDArray[np.int64], positions: Sequence[int]) -> NDArray[np.int64
 def _from_one_hot(
     labels: NDArray[np.int64], shape: Sequence[int], axis: int
 ) -> NDArray[np.int64] | None:
-    """Class numbers from labels of the shape of a distribution; exactly one 1 and else 0."""
+    """Class numbers from one-hot labels, which have exactly one 1 and otherwise 0."""
     if labels.squeeze().shape != tuple(size for size in shape if size != 1):
         return None
     table = labels.reshape(tuple(shape))
@@ -156,5 +156,5 @@ def _counting(labels: NDArray[np.int64]) -> int:
 
 
 def _shape(shape: Sequence[int]) -> str:
-    """Show a shape; the first axis is as long as a batch happens to be."""
+    """Format a shape for messages, without the size of the batch axis."""
     return "[" + ", ".join(["n", *map(str, shape[1:])]) + "]"

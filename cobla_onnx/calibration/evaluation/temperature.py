@@ -1,13 +1,13 @@
-"""Class distributions at a higher temperature, on which decisions overfit less.
+"""Choose the temperature of class distributions, so that decisions overfit less.
 
-Where a network is sure of most samples, their Kullback-Leibler divergence hangs on the few
-whose classes are close to each other: ranks that please these do not please other samples.
-At a temperature T logits are divided by T before the softmax (Hinton, Vinyals and Dean 2015,
-Distilling the Knowledge in a Neural Network, section 2.1), and more samples have a say. How
-much one has is its divergence under a small equal disturbance of all logits, half of
-1 - sum p^2 to second order. The temperature is the least at which these shares are even
-enough, by Kish's effective sample size (1965, Survey Sampling); a network that leaves all
-samples in doubt is compared at temperature 1.
+Where a network is certain about most samples, the Kullback-Leibler divergence is dominated by
+the few whose classes are close to each other, and ranks fitted to these do not suit other
+samples. At a temperature T, logits are divided by T before the softmax (Hinton, Vinyals and
+Dean 2015, Distilling the Knowledge in a Neural Network, section 2.1), and more samples
+contribute. The contribution of a sample is its divergence under a small equal perturbation of
+all logits, half of 1 - sum p^2 to second order. The temperature is the lowest at which
+contributions are even enough, by Kish's effective sample size (1965, Survey Sampling). A
+network that is uncertain about all samples is compared at temperature 1.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ __all__ = ["doubts", "soften", "temperatures"]
 # Temperatures in steps of the square root of 2; the last is nearly the limit, in which the
 # divergence is the squared distance of centred logits.
 LADDER = tuple(2.0 ** (step / 2) for step in range(9))
-# Effective share of the samples that is enough.
+# Effective fraction of the samples that is enough.
 EVEN = 0.6
-# Of a sample's positions so many are looked at.
+# Most positions of a sample that are used.
 POSITIONS = 32
 
 
@@ -45,9 +45,8 @@ def temperatures(
     measures : mapping of str to Measure
         How each output is compared.
     found : mapping of str to mapping
-        For each output, the doubt of each sample, batch by batch as `doubts` has found it, by
-        class axis and whether values were taken for logits. Without an entry the temperature
-        is 1.
+        For each output, the doubt of each sample, batch by batch as `doubts` returns it, by
+        class axis and whether values are taken as logits. Without an entry the temperature is 1.
     """
     chosen = {}
     for name, measure in measures.items():
@@ -65,9 +64,9 @@ def temperatures(
 def doubts(
     values: NDArray[np.float64], logits: bool, axis: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Doubt, p (1 - p), at each temperature: of each sample, and about each class.
+    """Doubt, p (1 - p), at each temperature, by sample and by class.
 
-    Where a sample has many positions, evenly spaced ones stand for all.
+    Of many positions in a sample, evenly spaced ones are used.
 
     Returns
     -------
@@ -90,7 +89,7 @@ def doubts(
 
 
 def _evenness(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Effective number of samples over their number, shape (temperatures,)."""
+    """Effective fraction of the samples, shape (temperatures,)."""
     squares = shares.shape[1] * np.square(shares).sum(axis=1)
     even = np.square(shares.sum(axis=1)) / np.maximum(squares, np.finfo(np.float64).tiny)
     return np.asarray(even)
@@ -107,14 +106,14 @@ def soften(
     measures : mapping of str to Measure
         How each output is compared.
     temperatures : mapping of str to float
-        Of outputs that are ``logits`` or ``probabilities``, the latter by way of their
-        logarithms.
+        Temperatures of outputs that are ``logits`` or ``probabilities``; the latter are
+        converted by their logarithms.
 
     Returns
     -------
     model : ModelProto
     measures : dict of str to Measure
-        The same by the names of the copy.
+        The measures by the output names of the copy.
     """
     result = copy_without_initializers(model, ())
     graph = result.graph
@@ -135,7 +134,7 @@ def soften(
             least = max(TINY, float(np.finfo(dtype).tiny))
             bounded, logits = new("bounded"), new("logarithm")
             if version < 8:
-                # Max does not broadcast yet.
+                # Max does not broadcast in this opset.
                 clip = onnx.helper.make_node("Clip", [value.name], [bounded], min=least)
                 graph.node.append(clip)
             else:

@@ -1,8 +1,8 @@
-"""Follow an output back to the nearest tensors that can be compared number by number.
+"""Trace an output back to the nearest tensors that can be compared numerically.
 
-Such a tensor is of floating type, has a shape that follows from the inputs' shapes, and is
-moved smoothly by the weights of some layer. The graph tells most of it; what it leaves open,
-types that inference does not give and sizes that are computed, a few runs show.
+Such a tensor is of floating type, has a shape that follows from the inputs' shapes, and depends
+smoothly on the weights of some layer. Most of this follows from the graph; a few runs show the
+rest, which is types that inference does not give, and computed sizes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FLOATING = {
     "tensor(float16)": onnx.TensorProto.FLOAT16,
     "tensor(double)": onnx.TensorProto.DOUBLE,
 }
-# Stands for the type of what is no tensor.
+# Stands for the type of a value that is not a tensor.
 OTHER = -1
 # Operators whose results change in steps.
 STEPS = {
@@ -49,9 +49,9 @@ STEPS = {
     "Sign",
     "Size",
 }
-# Operators that turn numbers into integers that stand for them.
+# Operators that encode numbers as integers.
 QUANTISING = ("Quantize", "QLinear", "Integer", "QGemm", "QAttention")
-# Operators from whose result their one changing input, or its part that matters, follows.
+# Operators whose result determines their one varying input, or the part of it that matters.
 KEEPING = {
     "Cast",
     "Concat",
@@ -70,23 +70,23 @@ KEEPING = {
     "Transpose",
     "Unsqueeze",
 }
-# Of two inputs one must be constant.
+# One of the two inputs must be constant.
 KEEPING_WITH_CONSTANT = {"Add", "Div", "Mul", "Sub"}
-# How often what a run showed may change the answer.
+# Most times that the result of runs may change the answer.
 ROUNDS = 8
 
 
 class Tracing:
-    """A graph and what is known of its tensors, to be searched from an output backwards.
+    """A graph and the facts about its tensors, searched backwards from an output.
 
     Parameters
     ----------
     model : ModelProto
-        With its nodes in topological order.
+        Its nodes are in topological order.
     layers : sequence of Layer
-        Those whose weights may change; without any, the inputs stand for their outputs.
+        Layers whose weights may change; without any, the inputs take the place of their outputs.
     examples : sequence of dict
-        Samples, one at a time.
+        Single samples.
     declared : mapping of str to str
         onnxruntime's name for the type of every output.
     threads : int
@@ -94,9 +94,9 @@ class Tracing:
     Attributes
     ----------
     types : dict of str to int
-        TensorProto data types; `OTHER` for what is no tensor.
+        TensorProto data types; `OTHER` for values that are not tensors.
     depends, smooth : set of str
-        Tensors that some layer changes, and those that it does not change in steps alone.
+        Tensors that depend on some layer, and those that do so smoothly, not only in steps.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Tracing:
         self._unknown: set[str] = set()
 
     def settled(self, outputs: Sequence[str]) -> dict[str, list[str]]:
-        """For each output the tensors to measure, after what runs have shown."""
+        """For each output the tensors to measure, using the results of runs."""
         self._look({name for name in outputs if self._may_vary(name)})
         for _ in range(ROUNDS):
             self.smooth = self._find_smooth()
@@ -138,10 +138,10 @@ class Tracing:
         return sources
 
     def varies(self, name: str) -> bool:
-        """Whether the shape of a tensor follows from the data."""
+        """Whether the shape of a tensor depends on the data."""
         if name in self.varying.certain or name in self._changing:
             return True
-        # Sizes computed from data do not change with every data: samples must have shown it.
+        # Sizes computed from data need not vary: only samples can show that they do.
         return bool(self._changing) and name in self.varying.possible
 
     def measurable(self, name: str) -> bool:
@@ -153,7 +153,7 @@ class Tracing:
         return name in self.varying.possible and name not in self.varying.certain
 
     def _find_smooth(self) -> set[str]:
-        """Tensors that some weight moves, and not in steps alone."""
+        """Tensors that depend on some weight, and not only in steps."""
         smooth = set(self._roots)
         for node in self.model.graph.node:
             moved = smooth.intersection(all_inputs(node))
@@ -188,7 +188,7 @@ class Tracing:
         return found
 
     def _learn(self, names: Sequence[str]) -> None:
-        """Read types that inference does not give from one run."""
+        """Read the types that inference does not give from one run."""
         self.types |= dict.fromkeys(names, OTHER)
         for _, values in self._runs(names, self._examples[:1]):
             for name in names:
@@ -197,7 +197,7 @@ class Tracing:
                     self.types[name] = onnx.helper.np_dtype_to_tensor_dtype(dtype)
 
     def _look(self, names: Collection[str]) -> bool:
-        """See in a few runs which shapes change though the inputs' do not; tell if any does."""
+        """Find in a few runs which shapes vary while those of the inputs do not; return if any."""
         seen: dict[Any, Any] = {}
         before = len(self._changing)
         for feeds, values in self._runs(sorted(names), self._examples):
@@ -217,7 +217,7 @@ class Tracing:
                 yield feeds, run_session(session, feeds)
 
     def kept_by(self, name: str) -> set[str]:
-        """Tensors before `name` of which it says all that matters."""
+        """Tensors before `name` that are determined by it, as far as they matter."""
         found: set[str] = set()
         pending = [name]
         while pending:
@@ -254,7 +254,7 @@ class Tracing:
 def without_repetition(
     search: Tracing, outputs: Sequence[str], sources: Mapping[str, Sequence[str]]
 ) -> set[str]:
-    """Leave out tensors that stand for an output and say nothing that others do not say."""
+    """Leave out tensors of an output that carry nothing beyond the others."""
     own = {name for name in outputs if list(sources[name]) == [name]}
     chosen = {name for names in sources.values() for name in names}
     order = {name: place for place, name in enumerate(search.producer)}

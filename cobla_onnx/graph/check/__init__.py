@@ -1,1 +1,1 @@
-"""Checks of a file before any other library works on it."""
+"""Structural checks of a model, made before any other library works on it."""

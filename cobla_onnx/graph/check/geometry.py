@@ -1,4 +1,4 @@
-"""Compare a node's attributes with the shape of its weight."""
+"""Check a node's attributes against the shape of its weight."""
 
 from __future__ import annotations
 

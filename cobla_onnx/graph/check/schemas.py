@@ -1,4 +1,4 @@
-"""Compare nodes with what ONNX defines for their operator: inputs, outputs, attributes."""
+"""Check nodes against the schema of their operator: inputs, outputs, attributes."""
 
 from __future__ import annotations
 

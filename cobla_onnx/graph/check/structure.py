@@ -1,4 +1,4 @@
-"""Is a model whole? Our own checks, before any other library works on it.
+"""Check that a model is complete and consistent, before any other library works on it.
 
 onnx's checker passes a group of 0, a false kernel_shape, doubled node names, unknown
 opsets and too much data; onnxruntime passes doubled initializers and unsorted graphs.
@@ -179,7 +179,7 @@ def _unique(names: Iterable[str], what: str) -> set[str]:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise ModelError(f"{what} {quoted(name)}: stands there twice; {AGAIN}")
+            raise ModelError(f"{what} {quoted(name)}: occurs twice; {AGAIN}")
         seen.add(name)
     return seen
 
@@ -263,7 +263,7 @@ def _unknown_input(
     """Say why an input is not there: missing, made later, or made from the node's own output."""
     producer = {output: i for i, node in enumerate(nodes) for output in node.output if output}
     if name not in producer:
-        return ModelError(f"{label}: reads {quoted(name)}, which nothing makes; {AGAIN}")
+        return ModelError(f"{label}: reads {quoted(name)}, which nothing produces; {AGAIN}")
     pending, seen = [producer[name]], set()
     while pending:
         current = pending.pop()

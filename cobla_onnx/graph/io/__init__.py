@@ -1,1 +1,1 @@
-"""Files: read a model, map external data, write, tell contents apart."""
+"""Model files: read and write models, map external data, compare contents by digest."""

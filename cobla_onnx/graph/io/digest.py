@@ -1,4 +1,4 @@
-"""Tell models apart by what they hold, wherever their tensors lie."""
+"""Digest of a model's content, independent of where its tensors are stored."""
 
 from __future__ import annotations
 

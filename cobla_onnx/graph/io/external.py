@@ -1,4 +1,4 @@
-"""External data: open it safely, map it into memory, and say where it lies.
+"""External data: open it safely, map it into memory, and record where it is stored.
 
 Files are opened in one place, by resolved path, and only beside or below the model: no
 absolute path, no ``..``, no symlink, no hard link, no pipe or device, nothing beyond the

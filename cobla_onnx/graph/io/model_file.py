@@ -1,4 +1,4 @@
-"""Read a model, copy it without its weights, count what it stores, and write files atomically."""
+"""Read a model, copy it without its weights, count its stored bytes, and write files atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a model: in one file, or with its weights in a data file beside it.
+"""Write a model, either as one file or with its weights in a data file beside it.
 
 The data file is named by its content (``model-<sha256>.data``) and written whole before
 the model; renaming the model is the moment from which the new one counts. Nothing is ever
@@ -196,6 +196,6 @@ def _same(path: Path, digest: str) -> None:
         ) from error
     if found.hexdigest() != digest:
         raise WriteError(
-            f"{safe_text(str(path), 300)}: is there with other content than its name says; "
+            f"{safe_text(str(path), 300)}: exists, with other content than its name says; "
             "move it away or give another output path"
         )

@@ -1,1 +1,1 @@
-"""Searches: from a budget and what was measured to a plan and its factors."""
+"""Search strategies: from a budget and measurements to a plan and its factors."""

@@ -1,4 +1,4 @@
-"""Losses of plans on all samples, each under factors that were made without it."""
+"""Cross-fitting: the loss of a plan on all samples, each under factors made without it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["CrossFit"]
 class CrossFit:
     """The halves of the calibration split, each judged under the factors of the other.
 
-    After Chernozhukov et al. 2018, Double/debiased machine learning, definition 3.1. The held
-    back samples are judged under the factors of the whole calibration split. What layers saw
-    in each half is collected when a plan first cuts them, and kept for the plans after.
+    After Chernozhukov et al. 2018, Double/debiased machine learning, definition 3.1. The
+    held-back samples are judged under the factors of the whole calibration split. A layer's
+    statistics on each half are collected when a plan first factorises it, and kept for later plans.
 
     Parameters
     ----------
@@ -38,12 +38,12 @@ class CrossFit:
 
     @property
     def halves(self) -> tuple[Sequence[int], Sequence[int]]:
-        """Every other sample of the calibration split, and those between."""
+        """Samples of the calibration split at even places, and at odd places."""
         made = self.finisher.dataset.calibration
         return made[::2], made[1::2]
 
     def losses(self, plan: Plan) -> Float64:
-        """Loss of each sample that decisions follow: of those held back, then of both halves.
+        """Loss that decisions follow, for each sample: the held-back samples, then both halves.
 
         Before refit.
         """

@@ -1,4 +1,4 @@
-"""From a plan to the factors of its layers, before and after refit."""
+"""Compute the factors of a plan's layers, before and after refit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cobla_onnx.variants.low_rank.units import FactorUnit, factorize_layer
 __all__ = ["Approximate", "Finisher"]
 
 Approximate: TypeAlias = Callable[[Layer, Scheme, Sequence[int]], list[Approximation]]
-"""Approximations of a layer at some ranks, such as `Seen.approximate`."""
+"""Returns approximations of a layer at the given ranks, such as `Seen.approximate`."""
 
 
 @dataclass
@@ -37,17 +37,17 @@ class Finisher:
     ----------
     model : ModelProto
     analysis : Analysis
-        With what the layers have seen.
+        With the statistics of the calibration data.
     judge : Judge
         Its selection split decides which layers keep their refit.
     dataset : Dataset
-        Its calibration split is what layers are refitted to.
+        Layers are refitted to its calibration split.
     threads : int
     progress : callable
     pool : Pool
-        Over which weights are factorised where the data have no part in it.
+        Runs the factorisation of weights where it does not depend on data.
     cache : Cache, optional
-        Keeps what comes of that.
+        Keeps the factors made without data.
     """
 
     model: onnx.ModelProto
@@ -69,8 +69,8 @@ class Finisher:
     def chosen(self, plan: Plan, approximate: Approximate | None = None) -> list[ChosenLayer]:
         """Return the layers that a plan factorises, with their factors before refit.
 
-        By what they see in the calibration data, unless the plan wants factors of the weights;
-        `approximate` takes the place of those data.
+        The factors follow from the calibration data, unless the plan wants factors of the weights
+        themselves. `approximate`, if given, replaces the calibration data.
         """
         seen = self.analysis.seen
         assert seen is not None
@@ -113,7 +113,7 @@ class Finisher:
         return replaced_weights(self.chosen(plan), self.refitted(plan)[0])
 
     def refitted(self, plan: Plan) -> tuple[list[Approximation], int]:
-        """Refit a plan's layers, once for each plan; and tell how many were changed."""
+        """Refit a plan's layers, once for each plan; also return how many were changed."""
         if plan.decisions not in self._refitted:
             self._refitted[plan.decisions] = refit_layers(
                 self.model,

@@ -1,9 +1,9 @@
-"""Ranks that meet a limit on the whole model's time, as it is measured in the end.
+"""Choose ranks so that the whole model, as measured, meets a latency budget.
 
-The table of layers leaves out what layers do to each other: caches, layouts, operators that
-are fused. So the whole model is timed under the plan that the table gives. What was saved in
-fact over what the table promised corrects the table, and the allocation is repeated; once a plan
-is fast enough, a curve through all of them says where to aim.
+The table of layer times ignores interactions between layers: caches, layouts, fused operators.
+So the whole model is timed under the plan that the table gives. The ratio of actual to predicted
+saving corrects the table, and the allocation is repeated; once a plan is fast enough, the next
+target comes from a curve through all plans timed so far.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from cobla_onnx.variants.rewrite import rewrite
 
 __all__ = ["Found", "LatencySearch", "example_feeds"]
 
-# Allocations in a row, each with the table corrected by what those before came to.
+# Most allocations in a row, each with the table corrected by the measurements so far.
 ROUNDS = 6
-# A plan is good enough if it needs at least this share of what it may take.
+# A plan is close enough if it uses at least this fraction of the limit.
 CLOSE = 0.98
-# Aimed at a little below the limit: the next measurement differs by the noise.
+# Fraction of the limit that is aimed at, since the next measurement differs by the noise.
 AIM = 0.995
-# Share of the way between the nearest plans on both sides that the next one keeps from either.
+# The next plan keeps this fraction of the distance between its two neighbours from either.
 INSIDE = 0.1
-# Bounds of what was saved in fact over what the table promised.
+# Bounds on the ratio of actual to predicted saving.
 LEAST_SCALE, MOST_SCALE = 0.2, 3.0
-# Seconds and runs for timing a whole model and one under a plan in turn.
+# Seconds, and least and most runs, for timing the original and a plan in turn.
 SECONDS, LEAST, MOST = 6.0, 9, 200
-# By how much a ratio may be over the limit and still be called met within the noise.
+# Excess over the limit, as a fraction of it, that still counts as met within the noise.
 NOISE = 0.03
 
 Choose = Callable[[Sequence[Constraint]], Allocation]
@@ -51,7 +51,7 @@ Choose = Callable[[Sequence[Constraint]], Allocation]
 
 @dataclass(frozen=True)
 class Found:
-    """An allocation, what share of the original's time the table promised, and what it took."""
+    """An allocation, its predicted fraction of the original's time, and the measured one."""
 
     allocation: Allocation
     predicted: float
@@ -61,7 +61,7 @@ class Found:
 def example_feeds(
     model: onnx.ModelProto, shapes: dict[str, Shape], threads: int, seed: int
 ) -> Feeds:
-    """Draw random inputs of one run that the model accepts.
+    """Draw random inputs for one run that the model accepts.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def example_feeds(
 
 @dataclass
 class LatencySearch:
-    """Times a model, whole and under plans; what the profile holds is not measured again.
+    """Times a model, whole and under plans; times found in the profile are not measured again.
 
     Parameters
     ----------
@@ -103,21 +103,21 @@ class LatencySearch:
         return int(self._entry[WHOLE])
 
     def compare(self, compressed: onnx.ModelProto) -> Comparison:
-        """Time the original and another model in turn; the profile is not asked."""
+        """Time the original and another model in turn, without using the profile."""
         times = self.stopwatch.times(
             [self.model, compressed], self.feeds, seconds=SECONDS, least=LEAST, most=MOST
         )
         return compare(times)
 
     def unchanged(self) -> Comparison:
-        """Time the original alone: what was not changed takes the same time."""
+        """Time the original alone, for a model that was not changed."""
         times = self.stopwatch.times(
             [self.model], self.feeds, seconds=SECONDS / 2, least=LEAST, most=MOST
         )
         return compare(np.repeat(times, 2, axis=1))
 
     def under(self, analysis: Analysis, plan: Plan) -> Comparison:
-        """Time the original and the model under a plan in turn, with factors of any content."""
+        """Time the original and the model under a plan in turn, with random factors."""
         chosen = [d for d in plan.decisions if d.scheme is not None]
         key = hashlib.sha256(Plan(tuple(chosen)).to_json().encode()).hexdigest()[:16]
         if key not in self._entry["plans"]:
@@ -131,9 +131,9 @@ class LatencySearch:
         Parameters
         ----------
         analysis : Analysis
-            With the times of its layers, see `time_layers`.
+            With layer times, see `time_layers`.
         budget : Budget
-            With a latency.
+            With a latency limit.
         choose : callable
             Returns the best allocation within constraints.
 
@@ -152,7 +152,7 @@ class LatencySearch:
             except BudgetError as error:
                 if "latency" not in error.least:
                     raise
-                # The table may be wrong: its fastest plan is tried before it is refused.
+                # The table may be wrong: try its fastest plan before refusing the budget.
                 wanted = replace(latency, limit=math.ceil(error.least["latency"] * latency.total))
                 allocation = choose([*others, wanted])
             if any(allocation.choices == found.allocation.choices for found in tried):
@@ -176,7 +176,7 @@ class LatencySearch:
         -------
         comparison : Comparison
         note : str
-            Empty where the limit is met without looking at the noise.
+            Empty if the limit is met without allowing for noise.
 
         Raises
         ------
@@ -200,7 +200,7 @@ class LatencySearch:
 
 
 def _model_key(model: onnx.ModelProto, feeds: Feeds) -> str:
-    """Hash all that a model's time depends on: its graph without weights, and its inputs."""
+    """Hash everything a model's time depends on: its graph without weights, and its inputs."""
     digest = hashlib.sha256(without_weights(model).SerializeToString(deterministic=True))
     for name, value in sorted(feeds.items()):
         digest.update(f"{name} {value.dtype} {value.shape}".encode())
@@ -208,9 +208,9 @@ def _model_key(model: onnx.ModelProto, feeds: Feeds) -> str:
 
 
 def _corrected(latency: Constraint, scale: float) -> Constraint:
-    """Demand as much of the table as gives the limit if only `scale` of what it promises comes.
+    """Tighten the limit on predicted time, assuming `scale` of the predicted saving is realised.
 
-    That is to scale all times of the table, with the limit on their side of the inequality.
+    This equals scaling all savings of the table, with the limit changed instead.
     """
     allowed = AIM * latency.limit if latency.limit < latency.total else latency.limit
     limit = math.floor(latency.total - (latency.total - allowed) / scale)
@@ -218,10 +218,10 @@ def _corrected(latency: Constraint, scale: float) -> Constraint:
 
 
 def _aimed(latency: Constraint, limit: float, tried: Sequence[Found]) -> Constraint:
-    """Limit the table so that the measured time comes out at the limit, by the plans so far.
+    """Limit the predicted time so that the measured time should meet the limit.
 
-    While none is fast enough, by what the last one saved; else by the monotone curve through
-    all of them and the original, well between the nearest plans on either side.
+    While no plan is fast enough, from the saving of the last one; then from the monotone curve
+    through all plans and the original, well between the nearest plans on either side.
     """
     if not any(found.measured.ratio <= limit for found in tried):
         return _corrected(latency, _scale(tried[-1]))
@@ -236,7 +236,7 @@ def _aimed(latency: Constraint, limit: float, tried: Sequence[Found]) -> Constra
 
 
 def _scale(found: Found) -> float:
-    """Return what was saved in fact over what the table promised."""
+    """Return the ratio of actual to predicted saving."""
     promised, saved = 1.0 - found.predicted, 1.0 - found.measured.ratio
     if promised <= 0:
         return 1.0
@@ -244,7 +244,7 @@ def _scale(found: Found) -> float:
 
 
 def _best(tried: Sequence[Found], limit: float, threads: int) -> Found:
-    """Return the slowest plan that is fast enough, since it keeps most."""
+    """Return the slowest plan that is fast enough, since it loses least."""
     met = [found for found in tried if found.measured.ratio <= limit]
     if met:
         return max(met, key=lambda found: found.measured.ratio)

@@ -1,8 +1,8 @@
-"""Answers to problems near the one that was asked: other grids, other budgets.
+"""Solutions of nearby problems, as alternative plans: other rank grids, other budgets.
 
-An allocation is the best of its model of the loss, whose errors are larger than what lies
-between plans that cost nearly the same. The answers to near problems are as good by any other
-account, so that measuring them is worth the while.
+An allocation is optimal under its model of the loss, but the error of that model is larger than
+the difference between plans of nearly the same cost. Solutions of nearby problems are a priori as
+good, so they are worth measuring.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cobla_onnx.variants.low_rank.ranks import RankRule, rank_rule
 
 __all__ = ["neighbours"]
 
-# Fractions of what the answer costs under the other budget, at which that is limited, too.
+# Limits that are tried on the other budget, as fractions of the answer's cost there.
 SHARES = (0.95, 0.9)
 
 Choices = tuple["Choice | None", ...]
@@ -41,26 +41,26 @@ def neighbours(
     constraints: Sequence[Constraint],
     answer: Allocation,
 ) -> Iterator[tuple[str, Allocation]]:
-    """Solve the problems near an answer's own; what comes of them keeps its limits.
+    """Solve problems near the answer's own; their solutions keep its limits, too.
 
-    Under the fraction of its limit, and under a little less than it costs, in the budget that
-    was not limited; and, of memory alone, with the ranks on the grid that budgets of MACs have.
+    They are: the budget that was not limited, limited to the same fraction, and to a little less
+    than the answer costs there; and, for a memory budget alone, the rank grid of MAC budgets.
 
     Parameters
     ----------
     analysis : Analysis
     losses : Objective
-        Separable, as the answer's.
+        The separable objective that the answer minimises.
     constraints : sequence of Constraint
-        With time among them there are none: every answer is measured with a stopwatch then.
+        With a latency budget there are no neighbours, since each would have to be timed.
     answer : Allocation
 
     Yields
     ------
     origin : str
-        Which problem it is.
+        Names the problem.
     allocation : Allocation
-        With the answer's certificate, at the values of its own choices.
+        Its certificate is the answer's, with the values of its own choices.
     """
     for other in _other_limits(analysis, constraints, answer):
         found = _solved(analysis.curves, losses, [*constraints, other])
@@ -101,14 +101,14 @@ def _solved(
     try:
         return allocate(layers, losses, constraints, solver="milp").choices
     except BudgetError:
-        # Nothing keeps the further limit, too.
+        # No choices meet the additional limit as well.
         return None
 
 
 def _on_grid(
     analysis: Analysis, losses: SeparableError, constraints: Sequence[Constraint], rule: RankRule
 ) -> Choices | None:
-    """Solve the problem with the ranks of a rule alone."""
+    """Solve the problem with only the ranks that a rule allows."""
     layers = analysis.curves_under(rule)
     index = {layer.name: i for i, layer in enumerate(analysis.curves)}
     places = [
@@ -142,7 +142,7 @@ def _standing_in(
     answer: Allocation,
     choices: Choices,
 ) -> Allocation:
-    """Put choices in an answer's place: the bound of its problem holds for them as well."""
+    """Make an allocation of choices; the bound of the answer's problem holds for them, too."""
     value = losses.value(masks_of(analysis.curves, choices))
     bound = answer.certificate.lower_bound
     certificate = replace(

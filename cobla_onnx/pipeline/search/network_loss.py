@@ -1,15 +1,15 @@
-"""The loss of the network itself as a function of masks: what COBLA minimises.
+"""The loss of the whole network as a function of masks, which is what COBLA minimises.
 
-Each layer follows a path from rank 0 to its own weight, W(0) = 0, W(1), ..., W(full): the
-truncations that it would have after the allocation, each the best of its rank. With
-D_j = W(j) - W(j-1) the weight at masks m is sum_j m_j D_j, and
+Each layer has a path from rank 0 to its own weight, W(0) = 0, W(1), ..., W(full): the best
+truncations at each rank, as they would be used after the allocation. With D_j = W(j) - W(j-1),
+the weight at masks m is sum_j m_j D_j, and
 
     dE/dm_j = <dE/dW, D_j> + <dE/db, d_j>,
 
-which for a plain truncated SVD is Li and Shi's s_j u_j^T (dE/dW) v_j, and here also holds
-for factors that see the data, whose second factor changes with the rank, and for the bias b
-that takes up the mean of what is lost. Masks come in blocks, so the path is only needed at
-their edges.
+where b is the bias, which absorbs the mean of the error, and d_j its change. For a plain
+truncated SVD this is Li and Shi's s_j u_j^T (dE/dW) v_j; here it also holds for factors made
+from data, whose second factor changes with the rank. Masks come in blocks, so the path is only
+needed at the edges of blocks.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from cobla_onnx.variants.low_rank.svd import Float64
 
 __all__ = ["Gradients", "NetworkLoss", "Path"]
 
-# Bytes of weights on paths that are kept.
+# Bytes of truncated weights that are kept in memory.
 KEPT_PATH = 1 << 29
-# Ranks at which slopes are computed; in between they are interpolated.
+# Number of ranks at which slopes are computed; they are interpolated in between.
 GRID = 12
 # A loss that no solver accepts.
 FORBIDDEN = 1e6
 
 
 class Gradients(Protocol):
-    """The loss of the network at other weights, and its derivatives."""
+    """The loss of the network as a function of weights, and its derivatives."""
 
     def loss(self, weights: Weights) -> float:
-        """Mean loss of the samples."""
+        """Mean loss over the samples."""
         ...
 
     def gradient(self, weights: Weights) -> Sequence[Pair]:
-        """Derivative of the mean loss by every layer's weight and bias."""
+        """Derivative of the mean loss with respect to every layer's weight and bias."""
         ...
 
 
 class Path:
-    """Truncations of all layers, the last used kept.
+    """Truncations of all layers; the most recently used are kept in memory.
 
     Parameters
     ----------
     whole : sequence of (array, array or None)
-        Weight and bias of each layer as they are.
+        Weight and bias of each original layer.
     approximate : callable
-        Given the layer, the curve and ascending ranks, the approximations.
+        Returns the approximations for a layer, a curve and ascending ranks.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Path:
 
 @dataclass
 class NetworkLoss:
-    """Mean loss of the network on calibration samples, at masks.
+    """Mean loss of the network on calibration samples, as a function of masks.
 
     Parameters
     ----------
@@ -103,9 +103,9 @@ class NetworkLoss:
     path : Path
     gradients : Gradients
     separable : SeparableError
-        A model of it that is a sum over layers.
+        A model of the loss that is a sum over layers.
     fixed : frozenset of int
-        Layers whose gradient cannot be had: they stay as they are.
+        Layers without a gradient; their masks stay as they are.
     """
 
     layers: Sequence[LayerCurves]
@@ -124,7 +124,7 @@ class NetworkLoss:
         return self.gradients.loss(self.weights(masks))
 
     def gradient(self, masks: Masks) -> tuple[Float64, ...]:
-        """Derivative by each block of masks, spread evenly over it."""
+        """Derivative with respect to each block of masks, divided evenly over its masks."""
         slopes = self.gradients.gradient(self.weights(masks))
         result = []
         for index, slope in enumerate(slopes):
@@ -157,11 +157,11 @@ class NetworkLoss:
         return result
 
     def model(self, masks: Masks, damping: float) -> list[list[Float64]]:
-        """Predict the loss for every rank of every curve, the other layers' masks held.
+        """Predict the loss for every rank of every curve, with the other layers' masks held fixed.
 
-        To second order: the true slope from the present weights, and `damping` times the
-        curvature of the separable model, in which the errors of a layer's singular values
-        add up. Relative to the layer kept whole, as the knapsack wants it.
+        A second-order model: the true slope at the present weights, and `damping` times the
+        curvature of the separable model, in which the errors of a layer's singular values add
+        up. Losses are relative to the layer kept whole, as the knapsack expects.
         """
         present = self.weights(masks)
         slopes = self.gradients.gradient(present)
@@ -178,12 +178,12 @@ class NetworkLoss:
             curves = []
             for number in range(len(layer.curves)):
                 if number == masks.schemes[index]:
-                    # Kept values return to 1, the others go to 0.
+                    # Masks below the rank go to 1, those beyond it to 0.
                     curvature = np.append(0.0, np.cumsum(lost)) + np.append(
                         np.cumsum(kept[::-1])[::-1], 0.0
                     )
                 else:
-                    # As if the errors under two schemes had nothing in common.
+                    # Errors under two different schemes are treated as orthogonal.
                     curvature = self.curve(index, number) + lost.sum()
                 linear = self._slope_along(index, number, slope, now, round(float(mask.sum())))
                 curves.append(linear + damping * curvature - whole)
@@ -200,7 +200,7 @@ class NetworkLoss:
         return curves
 
     def _slope_along(self, index: int, number: int, slope: Pair, now: Pair, rank: int) -> Float64:
-        """Slope times change of weight at all ranks of one curve, from the present weight."""
+        """Inner product of slope and change of weight, at all ranks of one curve."""
         curve = self.layers[index].curves[number]
         full_rank = len(curve.singular_values)
         grid = np.geomspace(curve.ranks[0], curve.ranks[-1], GRID).round().astype(np.int64)
@@ -212,12 +212,12 @@ class NetworkLoss:
         return np.interp(np.arange(full_rank + 1), [*grid, full_rank], known)
 
     def _points(self, index: int, masks: Masks) -> list[Pair]:
-        """Weight and bias at the edges of a layer's blocks, from rank 0 to the whole."""
+        """Weight and bias at the edges of a layer's blocks, from rank 0 to the whole weight."""
         edges = masks.blocks(index)
         inner = self.path.at(index, masks.schemes[index], edges[1:-1].tolist())
         weight, bias = self.path.whole[index]
         nothing = np.zeros_like(weight)
-        # Without its weight a layer gives its bias; where that is lies on the path's start.
+        # At rank 0 the layer's output is its bias alone: the one at the start of the path.
         start = bias if bias is None or not inner else _start_bias(inner, bias)
         return [(nothing, start), *inner, (weight, bias)]
 
@@ -233,7 +233,7 @@ def _difference(high: Pair, low: Pair) -> Pair:
 
 
 def _inner(slope: Pair, step: Pair) -> float:
-    """Inner product of a derivative with a change."""
+    """Inner product of a derivative and a change of weight and bias."""
     total = float(np.vdot(slope[0], step[0]))
     if slope[1] is not None and step[1] is not None:
         total += float(np.vdot(slope[1], step[1]))

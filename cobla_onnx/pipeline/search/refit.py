@@ -1,4 +1,4 @@
-"""Refit the chosen layers one after the other, each on what the ones before it leave."""
+"""Refit the chosen layers one after the other, on the inputs that compressed layers produce."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 __all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
 
 Stacker: TypeAlias = Callable[[NDArray[Any], NDArray[Any], Chosen], Iterator[Float64]]
-"""Yields a layer's input vectors above its outputs, from one batch of both tensors."""
+"""Yields a layer's input vectors stacked on its outputs, from one batch of both tensors."""
 
 Seeded: TypeAlias = tuple[tuple[Feeds, Feeds], tuple[int, ...]]
-"""A batch in the original and in the compressed model, and the seeds of its samples."""
+"""A batch's tensors in the original and in the compressed model, and its samples' seeds."""
 
-# Pull towards the original weight; the one with the least selection loss is taken.
+# Strengths of the ridge towards the original weight; that with the least selection loss is used.
 RIDGES = (0.1, 0.01)
 
 
@@ -73,10 +73,10 @@ def refit_layers(
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Approximation], int]:
-    """Refit each layer in topological order, and keep what helps.
+    """Refit each layer in topological order, and keep a refit where it helps.
 
-    A layer's refit is kept only where the loss on the selection split gets less. Layers
-    with no approximated layer before them have nothing to refit.
+    A layer's refit is kept only if it lowers the loss on the selection split. Layers with no
+    approximated layer before them have nothing to refit.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def refit_layers(
     batches : callable
         Gives a fresh iterator over the calibration split.
     selection : Probe
-        On the selection split.
+        Evaluates the loss on the selection split.
 
     Returns
     -------
@@ -124,7 +124,7 @@ def refit_layers(
 def replaced_weights(
     chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]
 ) -> dict[int, tuple[NDArray[Any], NDArray[Any] | None]]:
-    """Weight and bias of the chosen layers under approximations, as a `Probe` wants them."""
+    """Approximated weight and bias of each chosen layer, in the form that `Probe` takes."""
     return {
         entry.index: (found.weight, found.bias)
         for entry, found in zip(chosen, approximations, strict=True)
@@ -132,7 +132,7 @@ def replaced_weights(
 
 
 class _Walk:
-    """The original and the compressed model side by side, with all samples before a layer."""
+    """Both models, original and compressed, with the tensors of all samples before a layer."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class _Walk:
         self._moved = reached_from(self._exposed.model, self._exposed.weights)
 
     def is_moved(self, layer: Layer) -> bool:
-        """Whether any approximated layer comes before."""
+        """Whether any approximated layer comes before this one."""
         return any(use.data in self._moved for use in layer.uses)
 
     def joint(
@@ -157,7 +157,7 @@ class _Walk:
     ) -> Moment:
         """Moment of (inputs after compression, original outputs), over all uses of a layer.
 
-        The samples move on to its first use.
+        All samples are advanced to its first use.
         """
         weights = self._feeds(current)
         places = self._original, self._compressed
@@ -172,7 +172,7 @@ class _Walk:
         return sums[0].moment()
 
     def _feeds(self, current: Sequence[Approximation]) -> dict[str, NDArray[Any]]:
-        """Weights and biases of all chosen layers, by the names that the exposed model reads."""
+        """Weights and biases of all chosen layers, by their input names in the exposed model."""
         feeds: dict[str, NDArray[Any]] = {}
         names = zip(self._exposed.weights, self._exposed.biases, strict=True)
         for entry, found, (weight, bias) in zip(self._chosen, current, names, strict=True):
@@ -190,7 +190,7 @@ class _Walk:
         places: tuple[Frontier, Frontier],
         weights: dict[str, NDArray[Any]],
     ) -> tuple[MomentSum, tuple[Frontier, Frontier]]:
-        """Add up over the samples at one use; return their places before it, too."""
+        """Sum over the samples at one use; also return the frontiers before it."""
         original, compressed = places
         crossing = original.crossing(use.node), compressed.crossing(use.node)
         stores = Store(), Store()
@@ -231,7 +231,7 @@ class _Walk:
 
 
 class _Refit:
-    """One layer, refitted to what its factors should give on the inputs that they get."""
+    """Refits one layer to the original's outputs on the inputs after compression."""
 
     def __init__(self, model: onnx.ModelProto, entry: ChosenLayer) -> None:
         self._model, self._entry = model, entry
@@ -241,7 +241,7 @@ class _Refit:
         """Refit the layer under each ridge."""
         entry = self._entry
         old = entry.approximation
-        # Where vectors are too wide to be multiplied out, the first factor stays.
+        # Where vectors are too wide for their second moment, the first factor stays.
         first = None
         if self._patches[0].size > WIDE:
             factors = old.factors
@@ -283,7 +283,7 @@ class _Refit:
             else:
                 last = factors.right if entry.scheme.inputs_first else factors.left.swapaxes(1, 2)
                 begin = factors.left if entry.scheme.inputs_first else factors.right.swapaxes(1, 2)
-                # The first factor was rescaled: its outputs are those seen, column by column.
+                # The first factor was rescaled: so are its measured outputs, column by column.
                 before = np.linalg.norm(first, axis=1)
                 scale = np.linalg.norm(begin, axis=1) / np.where(before > 0, before, 1.0)
                 signs = np.sign(np.einsum("gsr,gsr->gr", begin, first))
@@ -299,7 +299,7 @@ def _stacked(
     output: NDArray[Any],
     chosen: Chosen,
 ) -> Iterator[NDArray[np.float64]]:
-    """Yield input vectors, seen through the first factor if one is given, above outputs."""
+    """Yield input vectors (through the first factor, if given) stacked on output vectors."""
     outputs = patch.outputs(output)
     if chosen.index is not None:
         outputs = outputs[:, :, chosen.index]

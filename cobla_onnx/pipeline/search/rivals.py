@@ -1,10 +1,10 @@
-"""Whether another answer than the allocation's own is better beyond the noise.
+"""Replace the allocation's answer only by one that is better beyond the noise.
 
-The losses of a few dozen held-back samples differ between plans by less than their noise, and
-the best of several by such losses is chosen by luck. So the answer is the last round's, whose
-model knows most, and gives way only to what all samples together say is better, each judged
-under factors that were made without it. The held-back samples alone decide only who takes part,
-since that costs no more than a pass over them.
+On a few dozen held-back samples, plans differ by less than the noise, so that choosing the best
+of several by these losses is luck. The answer is therefore that of the last round, whose model
+has the most measurements. It is replaced only by a rival that is better on all samples together,
+each judged under factors that were made without it (cross-fitting). The held-back samples alone
+decide only which rivals take part, since that costs just one pass over them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from cobla_onnx.variants.low_rank.units import ValuesUnit, weight_values
 __all__ = ["WEIGHTS_ALONE", "Rivals"]
 
 WEIGHTS_ALONE = "weights alone"
-# Standard errors on the held-back samples that a rival has to be better by to take part, and
-# how many may.
+# Standard errors by which a rival must be better on the held-back samples to take part, and the
+# most rivals that take part.
 PROMISING, PLACES = 0.5, 2
-# Standard errors on all samples that it has to be better by to be taken, after Breiman et al.
+# Standard errors by which it must be better on all samples to be taken, after Breiman et al.
 # 1984, Classification and Regression Trees, section 3.4.3.
 BETTER = 1.0
-# Fewer samples than these in each half tell nothing.
+# Least samples in each half for a comparison to mean anything.
 LEAST = 8
 
 
 class Settled(NamedTuple):
-    """An answer, its rivals, and the losses on the held-back samples of all that were looked at.
+    """An answer, its rivals, and the losses on the held-back samples of all plans considered.
 
-    Those of the allocation's own answer come first.
+    The loss of the allocation's own answer comes first.
     """
 
     allocation: Allocation
@@ -70,13 +70,13 @@ class Rivals:
         return self.finisher.analysis
 
     def settle(self, own: Allocation, others: Iterable[tuple[str, Allocation]]) -> Settled:
-        """Return the answer, and what came of the rivals that looked promising.
+        """Return the answer, and the results of the rivals that looked promising.
 
         Parameters
         ----------
         own : Allocation
         others : iterable of (str, Allocation)
-            Where each comes from, and what it is.
+            The origin of each, and the allocation.
         """
         before = self._held_back(own)
         known = {own.choices: float(before.mean())}
@@ -121,14 +121,14 @@ class Rivals:
     def or_weights_alone(
         self, own: Allocation, constraints: Sequence[Constraint], refit: bool
     ) -> tuple[Allocation, Rival]:
-        """Return what has the lower loss on the held-back samples: `own`, or no data at all.
+        """Return the better one on the held-back samples: `own`, or the plan without data.
 
         Parameters
         ----------
         own : Allocation
         constraints : sequence of Constraint
         refit : bool
-            Whether factors that see data are refitted; those of the weights are not.
+            Whether factors made from data are refitted; those of the weights are not.
         """
         curves = self.weight_curves
         alone = allocate(curves, WeightError(curves), constraints, solver="milp")

@@ -1,11 +1,11 @@
-"""What an output error of one layer costs the network: the scale between layers.
+"""Measure how much an output error of each layer costs the network.
 
-Layers are truncated one at a time and the loss of the whole network is measured on a few
-dozen samples. A handful of ranks under one scheme give each layer's response, loss against
-squared relative output error, which is close to a power law; the error curves of all its
-schemes are read through it. Of many layers some give the shape of that law, and of the others
-one rank gives the scale. Points that an allocation chooses away from those that are known are
-measured themselves, and correct the response of their own curve.
+Layers are truncated one at a time, and the loss of the whole network is measured on a few dozen
+samples. A handful of ranks under one scheme give each layer's response, loss against squared
+relative output error, which is close to a power law; it turns the error curves of all schemes
+into loss curves. In a model of many layers, some give the shape of that law, and for the others
+one rank gives the scale. Points that an allocation chooses are measured, too, unless measured
+ones are near, and correct the response of their own curve.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ from cobla_onnx.variants.low_rank.svd import Float64
 
 __all__ = ["PROBE_SAMPLES", "Response", "Sensitivity", "enough_samples", "spread_over"]
 
-# Samples on which layers are truncated one at a time; where fewer tell as much, at least so many.
+# Most samples on which layers are truncated one at a time, and least where fewer are enough.
 PROBE_SAMPLES, LEAST_SAMPLES = 48, 4
-# Standard error of a mean loss, over that loss, that is good enough. At the least of a sum a
-# deviation d of the logarithm of each term adds about d^2 / 2 to it: 5 %.
+# Relative standard error of the mean loss that is good enough. At the minimum of a sum, a
+# deviation d in the logarithm of each term adds about d^2 / 2 to it: 5 %.
 PRECISION = 0.3
 
-# Squared relative output errors at which layers are measured: all of them, or where they are more
-# than `MANY` `SHAPED` of them, and the others at the one in the middle.
+# Squared relative output errors at which layers are measured. In a model of more than `MANY` layers
+# only `SHAPED` of them are measured at all three, and the others at the middle one.
 TARGETS = (0.03, 0.1, 0.3)
 MIDDLE = TARGETS[1]
 MANY, SHAPED = 32, 12
-# Logarithm of the ratio of two errors up to which the loss at one tells that at the other, where
-# layers are many: responses grow with powers of the error that are within about 0.3 of 1. With
-# few layers such points decide (ResNet-20 at memory 0.4: 0.31 held back in place of 0.23).
+# Distance of two errors, in logarithms, up to which the loss at one predicts that at the other, in
+# models of many layers: responses grow with powers of the error that are within about 0.3 of 1. In
+# models of few layers such points decide (ResNet-20 at memory 0.4: loss 0.31 held back, not 0.23).
 NEAR = 0.2
-# Losses and errors below these are rounding.
+# Losses and errors below these are rounding errors.
 LEAST_LOSS = 1e-8
 LEAST_ERROR = 1e-9
-# Logarithm of the largest loss told apart: two close points extrapolate beyond any float.
+# Logarithm of the largest loss: two close points may extrapolate beyond any float.
 MOST_LOG = 500.0
 
 
 def spread_over(indices: Sequence[int], count: int) -> Sequence[int]:
-    """Return `count` of the indices, or all if there are fewer: each n-th from the first on."""
+    """Return `count` of the indices, or all if there are fewer: every n-th, from the first."""
     step = max(1, len(indices) // count)
     return indices[::step][:count]
 
 
 def enough_samples(losses: Float64) -> int:
-    """Return how many samples give the mean of losses like these to within `PRECISION`.
+    """Return how many samples give the mean of such losses with relative error `PRECISION`.
 
     By the standard error of the mean: n = (deviation / (mean * precision))^2.
 
@@ -87,8 +87,8 @@ def enough_samples(losses: Float64) -> int:
 class Response:
     """Loss of the network against the squared relative output error of one layer.
 
-    Interpolated between measured points in logarithms; proportional to the error below
-    them, and beyond them at least proportional.
+    Interpolated between measured points in logarithms; below them proportional to the error,
+    above them at least proportional.
     """
 
     points: dict[float, float] = field(default_factory=dict)
@@ -98,24 +98,24 @@ class Response:
         self.points[max(error, LEAST_ERROR)] = max(loss, LEAST_LOSS)
 
     def knows(self, error: float, near: float) -> bool:
-        """Whether a point was measured whose error is within a factor of exp(near)."""
+        """Whether a point with an error within a factor of exp(near) was measured."""
         wanted = math.log(max(error, LEAST_ERROR))
         return any(abs(math.log(known) - wanted) <= near for known in self.points)
 
     def shape_as(self, shape: Mapping[float, float]) -> None:
-        """Add what follows from the one point measured, if the loss grows as `shape` says.
+        """Add the points that follow from the one measured if the loss grows as `shape` says.
 
         Parameters
         ----------
         shape : mapping of float to float
-            Factor of the loss by factor of the error.
+            Maps factors of the error to factors of the loss.
         """
         ((error, loss),) = self.points.items()
         for more, grown in shape.items():
             self.add(error * more, loss * grown)
 
     def logarithms(self) -> tuple[Float64, Float64]:
-        """Measured points in logarithms, ascending, losses never falling."""
+        """Measured points in logarithms: errors ascending, losses made non-decreasing."""
         errors = np.array(sorted(self.points))
         losses = np.array([self.points[error] for error in errors])
         return np.log(errors), np.maximum.accumulate(np.log(losses))
@@ -141,10 +141,10 @@ class Sensitivity:
     layers, curves, schemes : sequences, one entry for each layer
     seen : Seen
     probe : SpreadProbe
-        On samples of the calibration split.
+        Evaluates the loss on samples of the calibration split.
     cache : Cache, optional
-        Losses come from there, and go there, by `key`, which stands for the model and the
-        samples and options of the probe.
+        Losses are read from there and stored there, under `key`, which identifies the model
+        and the samples and options of the probe.
 
     Attributes
     ----------
@@ -173,7 +173,7 @@ class Sensitivity:
         self._own: dict[tuple[int, int], Response] = {}
 
     def copy(self) -> Sensitivity:
-        """Return what was measured so far, to be refined on its own."""
+        """Return a copy of the measurements so far, to be refined independently."""
         result = copy.copy(self)
         result.responses = [Response(dict(r.points)) for r in self.responses]
         result._own = {key: Response(dict(r.points)) for key, r in self._own.items()}
@@ -184,7 +184,7 @@ class Sensitivity:
         constraints: Sequence[Constraint],
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Measure every layer under the scheme that is cheapest under the constraints."""
+        """Measure every layer under its cheapest scheme for the constraints."""
         points = []
         count = len(self._curves)
         shaped = set(range(count))
@@ -208,9 +208,9 @@ class Sensitivity:
                 self.responses[index].shape_as(shape)
 
     def refine(self, choices: Sequence[Choice | None]) -> bool:
-        """Measure the chosen points themselves; tell whether any of them was new.
+        """Measure the chosen points themselves; return whether any of them was new.
 
-        Of many layers those that are as good as known are not measured again, see `NEAR`.
+        In models of many layers, points close to measured ones are skipped, see `NEAR`.
         """
         near = NEAR if len(self._curves) > MANY else 0.0
         new = []
@@ -229,7 +229,7 @@ class Sensitivity:
         return float(self._curves[index].curves[choice.curve].relative_errors()[choice.rank])
 
     def objective(self) -> OutputError:
-        """Return the separable loss that the measurements so far amount to."""
+        """Return the separable loss that follows from the measurements so far."""
         return OutputError(
             [
                 [self._curve(index, number) for number in range(len(layer.curves))]
@@ -247,11 +247,11 @@ class Sensitivity:
             ratios = measured - np.log(np.maximum(response(np.exp(known)), LEAST_LOSS))
             wanted = np.log(np.maximum(errors, LEAST_ERROR))
             losses = losses * np.exp(np.interp(wanted, known, ratios))
-        # Less error is never worse; errors fall with the rank.
+        # The loss must not rise as the error falls, which it does with the rank.
         return np.minimum.accumulate(losses)
 
     def _measured(self, points: Sequence[_Point]) -> Iterator[list[float]]:
-        """Yield the losses at each point over the loss of the original."""
+        """Yield the losses at each point, less the loss of the original."""
         keys = [self._key_of(point) for point in points]
         known = [None if self._cache is None else self._cache.get("loss", key) for key in keys]
         floor = self._least()
@@ -267,7 +267,7 @@ class Sensitivity:
             yield losses
 
     def _least(self) -> float:
-        """Loss of the original, measured once; with the number of samples."""
+        """Loss of the original, measured once; also sets the number of samples."""
         if self._floor is None:
             found = fetch(
                 self._cache, "loss", digest(self._key, "original"), self._measure_original
@@ -292,7 +292,7 @@ class Sensitivity:
 
 
 def _shape(responses: Sequence[Response]) -> dict[float, float]:
-    """Factors by which the loss grows between `MIDDLE` and the other targets: the medians."""
+    """Median factors by which the loss grows between `MIDDLE` and the other targets."""
     errors = np.array(TARGETS)
     grown = [np.log(r(errors)) - np.log(r(np.array([MIDDLE]))) for r in responses]
     factors = np.exp(np.median(grown, axis=0))
@@ -302,7 +302,7 @@ def _shape(responses: Sequence[Response]) -> dict[float, float]:
 
 @dataclass(frozen=True)
 class _Point:
-    """Ranks of a layer under a curve at which the loss is wanted."""
+    """Ranks on one curve of a layer at which the loss is wanted."""
 
     layer: int
     curve: int
@@ -317,7 +317,7 @@ def _rank_at(layer: LayerCurves, number: int, error: float) -> int:
 
 
 def _price(layer: LayerCurves, number: int, constraints: Sequence[Constraint]) -> float:
-    """Cost of the middle target under a curve, and how far the curve is from reaching it."""
+    """Cost of the middle target under a curve, times how far the curve misses its error."""
     curve = layer.curves[number]
     rank = _rank_at(layer, number, MIDDLE)
     missed = max(float(curve.relative_errors()[rank]) / MIDDLE, 1.0)

@@ -1,1 +1,1 @@
-"""How one weight is factorised."""
+"""Low-rank factorisation of a weight."""

@@ -1,4 +1,4 @@
-"""The ways a layer may be factorised, and what each costs and keeps at every rank."""
+"""Candidate factorisations of a layer, with the costs and error of each at every rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Spectrum: TypeAlias = "tuple[NDArray[np.float64], NDArray[np.float64] | None]"
 
 @dataclass(frozen=True)
 class Option:
-    """A scheme that makes a layer smaller, and not slower, at some ranks.
+    """A scheme under which a layer is smaller, and not slower, at some ranks.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Option:
     macs_per_rank: int | None
 
     def curve(self, spectrum: Spectrum) -> Curve:
-        """Put the option's costs and ranks beside its singular values and errors."""
+        """Combine the option's costs and ranks with its singular values and errors."""
         values, errors = spectrum
         costs = self.bytes_per_rank, self.macs_per_rank
         return Curve(self.scheme.name, values, self.ranks, *costs, errors)
@@ -56,7 +56,7 @@ class Option:
 
 @dataclass
 class Candidate:
-    """A layer that may be factorised, and in which ways.
+    """A layer that may be factorised, with its options.
 
     Attributes
     ----------
@@ -65,9 +65,9 @@ class Candidate:
         Over all uses of the whole layer, None where they are not known.
     options : list of Option
     refusal : (Reason, str)
-        Why there are none, where there are none.
+        Why there are no options, if there are none.
     curves : list of (Scheme, Curve)
-        Of the options, once `add_curves` has computed them.
+        Curves of the options, once `add_curves` has computed them.
     """
 
     layer: Layer
@@ -90,7 +90,7 @@ def options_for(
     macs_whole: int | None,
     rule: RankRule,
 ) -> tuple[list[Option], tuple[Reason, str]]:
-    """Schemes that make the layer smaller and not slower at some rank; why there is none."""
+    """Schemes that make the layer smaller and not slower at some rank; else the reason why none."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
     grid, pointwise = layer_grid(layer, rule)
     options, useful = [], False
@@ -169,6 +169,6 @@ def _spectra(
 
 
 def _note(cache: Cache | None, notes: list[str]) -> None:
-    """Take over what a unit of work has to say about its own copy of the cache."""
+    """Take over the notes of a unit of work about its own copy of the cache."""
     if cache is not None:
         cache.notes += notes

@@ -1,4 +1,4 @@
-"""The matricisations: how a weight unfolds into a matrix, and factors fold back to nodes.
+"""Matricisations: how a weight unfolds into a matrix, and how factors fold back into nodes.
 
 A weight of shape (N, C, h, w) can be unfolded in several ways; a matrix factorisation of
 each is a pair of cheaper nodes:
@@ -147,12 +147,12 @@ class ConvScheme:
         return math.prod(self.kernels()[1])
 
     def split_moment(self, second: NDArray[Any]) -> NDArray[Any]:
-        """Sort the second moment of patches by what the two factors move over.
+        """Rearrange the second moment of patches by the axes that each factor moves over.
 
         Parameters
         ----------
         second : array, shape (groups, size, size)
-            Of patches in the order (C / group, *kernel).
+            Moment of patches with entries in the order (C / group, *kernel).
 
         Returns
         -------
@@ -175,8 +175,8 @@ class ConvScheme:
     def macs_per_rank(self, use: Use, shapes: Mapping[str, Shape]) -> int | None:
         """MACs of both factors for each unit of rank, or None where shapes are unknown.
 
-        The first factor has moved over its own axes only, so it runs at output size along
-        these and at input size along the others.
+        The first factor moves over its own axes only, so its output has output size along
+        these and input size along the others.
         """
         data, output = shapes.get(use.data), shapes.get(use.output)
         if data is None or output is None or {len(data), len(output)} != {len(self.shape)}:
@@ -199,8 +199,8 @@ class ConvScheme:
 class TransposedConvScheme(ConvScheme):
     """A matricisation of a transposed convolution's weight, of shape (C, N, *kernel).
 
-    With the first two axes swapped it is a convolution's: `shape` is (N, C, *kernel), and the
-    matrices are the same. Both factors are transposed convolutions, one of them 1 x 1.
+    With the first two axes swapped it is the weight of a convolution: `shape` is (N, C, *kernel),
+    and the matrices are the same. Both factors are transposed convolutions, one of them 1 x 1.
     """
 
     def matrix(self, weight: NDArray[Any]) -> NDArray[Any]:
@@ -284,14 +284,14 @@ class ProductScheme:
 
     @property
     def _left_first(self) -> bool:
-        """Whether the left matrix factor meets the data first."""
+        """Whether the left matrix factor is applied to the data first."""
         return (self.weight_input == 1) != self.transposed
 
     offsets = 1
 
     @property
     def inputs_first(self) -> bool:
-        """Whether rows, and not columns, of the matrix stand for what the data brings."""
+        """Whether the rows of the matrix, not its columns, correspond to the inputs."""
         return self._left_first
 
     def rows_of(self, weight: NDArray[Any]) -> NDArray[Any]:
@@ -304,12 +304,12 @@ class ProductScheme:
         return self.weight(rows.swapaxes(1, 2) if self.inputs_first else rows)
 
     def split_moment(self, second: NDArray[Any]) -> NDArray[Any]:
-        """Give the second moment the shape (groups, inputs, 1, inputs, 1)."""
+        """Reshape the second moment to (groups, inputs, 1, inputs, 1)."""
         groups, size, _ = second.shape
         return second.reshape(groups, size, 1, size, 1)
 
     def fold(self, left: NDArray[Any], right: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Put the factors in the order in which they meet the data."""
+        """Return the factors in the order in which they are applied to the data."""
         batch = self.shape[:-2]
         left = left.reshape(*batch, *left.shape[1:])
         right = right.reshape(*batch, *right.shape[1:])
@@ -345,7 +345,7 @@ Scheme = ConvScheme | ProductScheme
 
 
 def largest_rank(layer: Layer, scheme: Scheme) -> int:
-    """Largest rank at which two factors take fewer bytes than the layer; may be 0."""
+    """Largest rank at which two factors take fewer bytes than the whole layer; may be 0."""
     itemsize = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type).itemsize
     fewer = (layer.stored_bytes - 1) // (scheme.params_per_rank() * itemsize)
     return min(*scheme.matrix_shape()[1:], fewer)

@@ -1,4 +1,4 @@
-"""Which ranks are candidates: those that a machine computes without waste."""
+"""Choose the candidate ranks: those that the hardware computes without waste."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from cobla_onnx.errors import UsageError
 __all__ = ["EVERY_RANK", "RankGrid", "RankMultiple", "RankRule", "rank_rule"]
 
 RankMultiple: TypeAlias = "Literal['auto'] | int"
-# Facts of onnxruntime's CPU kernels, measured with AVX-512 in single precision: ranks that are
-# no multiples of 4 leave the blocked layout; below about 128 they are padded to whole blocks;
-# two 1 x 1 convolutions are not faster than one above 0.8 of its MACs.
+# Properties of onnxruntime's CPU kernels, measured with AVX-512 in single precision: ranks that are
+# not multiples of 4 leave the blocked layout; below about 128 they are padded to whole blocks; two
+# 1 x 1 convolutions are not faster than one above 0.8 of its MACs.
 STEP, PADDED_BELOW, POINTWISE_SHARE = 4, 128, 0.8
-# Below a block, for budgets of measured time: what is lost to padding, or to leaving the blocked
-# layout, the measurement tells, and few channels may be worth it.
+# Ranks below a block, for latency budgets: the measurement shows what padding or leaving the
+# blocked layout costs, and few channels may be worth it.
 SMALL = (1, 4, 8)
-# Of other execution providers: matrix units take operands in multiples of 8.
+# For other execution providers: matrix units take operands in multiples of 8.
 OTHER_STEP = 8
 
 
 @dataclass(frozen=True)
 class RankGrid:
-    """Ranks that are multiples of `block` below `blocked_below`, and of `step` from there on.
+    """Ranks that are multiples of `block` below `blocked_below`, and of `step` above.
 
-    Those in `small` are on the grid besides.
+    Those in `small` are on the grid, too.
 
     Examples
     --------
@@ -63,18 +63,18 @@ class RankGrid:
 
 @dataclass(frozen=True)
 class RankRule:
-    """The ranks that a layer may have.
+    """Rules for the candidate ranks of a layer.
 
     Attributes
     ----------
     convolution : RankGrid
-        Of two-dimensional convolutions, which onnxruntime computes in blocks of channels.
+        For two-dimensional convolutions, which onnxruntime computes in blocks of channels.
     product : RankGrid
-        Of all other layers.
+        For all other layers.
     faster : bool
-        Whether a choice must have fewer MACs than the whole layer, and not only no more.
+        Whether a choice must have fewer MACs than the whole layer, not just no more.
     pointwise_share : float
-        Share of the MACs of a 1 x 1 convolution that its factors may have at most.
+        Most MACs that the factors of a 1 x 1 convolution may have, as a fraction of its own.
     """
 
     convolution: RankGrid = RankGrid()
@@ -85,8 +85,8 @@ class RankRule:
     def finer(self) -> Iterator[RankRule]:
         """Yield rules with ever smaller ranks added, for budgets that the grid cannot reach.
 
-        Halves of the least rank first, so that as few as possible are off the grid; in the end
-        all ranks, as slow as they may be.
+        Halves of the least rank come first, so that as few ranks as possible are off the grid;
+        the last rule allows all ranks, however slow.
         """
         small: tuple[int, ...] = ()
         rank = max(self.convolution.block, self.convolution.step, self.product.step) // 2
@@ -124,14 +124,14 @@ def rank_rule(
     Parameters
     ----------
     multiple : 'auto' or int
-        ``auto`` allows every rank where memory alone is limited. Else, on the CPU, those
-        that its convolutions compute without waste, with 1, 4 and 8 where time is measured,
-        and multiples of 8 elsewhere.
+        ``auto`` allows every rank if memory alone is limited. Otherwise, on the CPU, those
+        that its convolutions compute without waste, with 1, 4 and 8 where time is measured;
+        on other providers multiples of 8.
     mac, latency : bool
-        Whether there is such a budget. With one of MACs alone, choices that would not be
-        faster are left out by their MACs; a latency budget has measured times for that.
+        Whether there is such a budget. With a MAC budget alone, choices that would not be
+        faster are excluded by their MACs; a latency budget uses measured times instead.
     block : int
-        Channels that the CPU convolves at a time.
+        Channels in a block of the CPU's convolutions.
     cpu : bool
         Whether the model runs on the CPU.
 
@@ -143,7 +143,7 @@ def rank_rule(
     timed = mac or latency
     if multiple != "auto":
         if multiple < 1:
-            raise UsageError(f"--rank-multiple {multiple}: give auto, or a number from 1 on")
+            raise UsageError(f"--rank-multiple {multiple}: give auto, or a number of at least 1")
         convolution = product = RankGrid(multiple)
     elif not timed:
         convolution = product = RankGrid()

@@ -1,11 +1,11 @@
-"""Least-squares refit of a layer's factors on the inputs that it gets after compression.
+"""Refit a layer's factors by least squares on the inputs that it gets after compression.
 
 Layers before it are approximated too, so its inputs x' differ from the original's x. The
-factors are chosen anew to give the original's output y from x' (Zhang, Zou, He and Sun
+factors are fitted again to reproduce the original's output y from x' (Zhang, Zou, He and Sun
 2015, asymmetric reconstruction, their eq. 6 to 9): first the unconstrained weight
 M = argmin E||y - M x'||^2, drawn towards the original weight by a ridge, then its
 truncated SVD weighted by the second moment of x', which is the reduced-rank solution. The
-bias takes up the difference of the means.
+bias absorbs the difference of the means.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def refit(
         Moment of the original outputs with these inputs.
     rank : int
     ridge : float
-        Weight of the original weight, relative to the mean energy of an input.
+        Strength of the pull to the original weight, relative to the mean energy of an input.
     importance : float64 array, shape (groups * outputs,), optional
-        How much the squared error of each output counts.
+        Weight of the squared error of each output.
     """
     rows = scheme.rows_of(weight).astype(np.float64)
     targets = np.empty_like(rows)
@@ -60,7 +60,7 @@ def refit(
 def refit_second(
     scheme: Scheme, factors: Factorization, second: Float64, cross: Float64, ridge: float
 ) -> Factorization:
-    """Refit the second factor alone, where it stays in place.
+    """Refit the second factor alone, if it moves over a single position.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def refit_second(
 def _pulled(moment: Float64, cross: Float64, rows: Float64, ridge: float) -> Float64:
     """Least squares of outputs on inputs, drawn towards `rows`; shape (size, outputs)."""
     energy = float(np.trace(moment))
-    # Inputs that are always zero tell nothing, and leave the weight as it is.
+    # Inputs that are always zero carry no information, and leave the weight as it is.
     pull = ridge * energy / len(moment) if energy > 0 else 1.0
     system = moment.copy()
     system[np.diag_indices_from(system)] += pull

@@ -1,16 +1,16 @@
-"""Draw a moment of few samples towards the one that is right without any data.
+"""Shrink a second moment of few samples towards the one that is assumed without data.
 
-The moment of a few samples knows nothing of the directions that they leave out, and
-overstates those that they have by chance. S' = (1 - l) S + l (tr S / n) I keeps to the
-samples as far as they tell something, and beside them to the weight alone, of which the
-identity makes the plain SVD. Ledoit and Wolf (2004, "A well-conditioned estimator for
+The moment of a few samples contains nothing about the directions that the samples do not cover,
+and overstates those that they cover by chance. S' = (1 - l) S + l (tr S / n) I follows the
+samples as far as they are informative, and otherwise the weight alone, since with the identity
+the weighted SVD is the plain one. Ledoit and Wolf (2004, "A well-conditioned estimator for
 large-dimensional covariance matrices", eq. 14) give the l with the least expected distance
 to the true moment: the variance of S over its squared distance from the prior. With many
 samples it vanishes.
 
-The floor of l keeps directions that no sample has from being scaled up: float32 activations
-leave about 1e-7 of the largest entry in them, squared far below the floor, which is far
-below any error that a rank is chosen for.
+The floor of l prevents directions that no sample covers from being scaled up: float32
+activations leave about 1e-7 of the largest entry in them, squared far below the floor, which
+is in turn far below any error that a rank is chosen for.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from cobla_onnx.variants.low_rank.svd import Float64
 
 __all__ = ["FLOOR", "shrink", "shrink_joint", "shrink_outputs", "shrinkage", "without_zeros"]
 
-# Least share of the prior. Solves lose about 1e-16 over it; null directions hold 1e-14.
+# Least weight of the prior. Solves lose about 1e-16 over it; null directions hold 1e-14.
 FLOOR = 1e-6
 
 
 def shrinkage(second: Float64, prior: Float64, effective: Float64, mean: Float64) -> Float64:
-    """Return the share of the prior for each group.
+    """Return the weight of the prior, l, for each group.
 
     Parameters
     ----------
     second, prior : float64 array, shape (groups, size, size)
         With the same traces.
     effective : float64 array, shape (groups,)
-        Independent vectors that the samples are worth; for none the share is 1.
+        Effective number of independent vectors; where it is 0, the weight is 1.
     mean : float64 array, shape (groups, size)
-        Of the vectors, 0 for a covariance.
+        Mean of the vectors; 0 for a covariance.
 
     Returns
     -------
@@ -52,14 +52,14 @@ def shrinkage(second: Float64, prior: Float64, effective: Float64, mean: Float64
 
 
 def shrink(second: Float64, effective: Float64, mean: Float64) -> tuple[Float64, Float64]:
-    """Draw moments of inputs towards the identity.
+    """Shrink moments of inputs towards the identity.
 
     Returns
     -------
     drawn : float64 array, shape (groups, size, size)
-        Positive definite; one of zeros stays.
+        Positive definite; a moment of zeros stays as it is.
     shares : float64 array, shape (groups,)
-        Of the prior.
+        Weights of the prior.
     """
     size = second.shape[1]
     level = np.einsum("gii->g", second) / size
@@ -72,7 +72,7 @@ def shrink(second: Float64, effective: Float64, mean: Float64) -> tuple[Float64,
 def shrink_joint(
     second: Float64, cross: Float64, rows: Float64, effective: Float64, mean: Float64
 ) -> tuple[Float64, Float64]:
-    """Draw moments of inputs, and theirs with outputs, towards those of the weight alone.
+    """Shrink moments of inputs, and of inputs with outputs, towards those without data.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def shrink_joint(
 def shrink_outputs(
     outputs: Float64, rows: Float64, effective: Float64, mean: Float64
 ) -> tuple[Float64, Float64]:
-    """Draw moments of outputs towards those of inputs in all directions alike.
+    """Shrink moments of outputs towards those that isotropic inputs would give.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def shrink_outputs(
     prior = wide @ wide.swapaxes(1, 2)
     traces = np.einsum("gii->g", prior)
     energies = np.einsum("gii->g", outputs)
-    # Outputs of zeros say nothing: the weight alone is approximated.
+    # Outputs that are all zero carry no information: the weight itself is approximated.
     seen = (energies > 0) & (traces > 0)
     level = np.divide(energies, traces, out=np.ones_like(traces), where=seen)
     prior *= level[:, None, None]
@@ -120,7 +120,7 @@ def shrink_outputs(
 
 
 def without_zeros(second: Float64) -> Float64:
-    """Put the identity in the place of moments of zeros, which say nothing."""
+    """Replace moments of zeros, which carry no information, by the identity."""
     silent = np.einsum("gii->g", second) <= 0
     if not silent.any():
         return second

@@ -1,10 +1,10 @@
-"""Truncated SVD of a stack of matrices, by the eigenvectors of the smaller Gram matrix.
+"""Truncated SVD of a stack of matrices, from the eigenvectors of the smaller Gram matrix.
 
 For a matrix W with fewer rows than columns, W W^T = U S^2 U^T, and the best approximation
 of rank r is the projection U_r U_r^T W (Eckart and Young 1936). In float64 this costs a
-fraction of a full SVD, never forms the long singular vectors, and its only loss is that
-singular values below about 1e-8 of the largest come out as noise of that size: below the
-rounding of float32 weights. The projection itself is exact at any rank.
+fraction of a full SVD and never forms the long singular vectors. The only loss is that
+singular values below about 1e-8 of the largest come out as noise of that size, which is
+below the rounding of float32 weights. The projection itself is exact at any rank.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 __all__ = ["Basis", "Factorization", "factorize", "leading_vectors", "singular_values"]
 
 Float64: TypeAlias = NDArray[np.float64]
-# Elements that are converted to float64 at a time, so that a large weight is never
-# held in double precision as a whole.
+# Elements converted to float64 at a time, so that a large weight is never held in double precision
+# as a whole.
 CHUNK = 1 << 22
 
 
@@ -68,7 +68,7 @@ def _gram(matrix: NDArray[Any]) -> Float64:
 
 
 def _chunks(matrix: NDArray[Any]) -> Iterator[tuple[slice, Float64]]:
-    """Cut the longer side up; contiguous, so that no memory layout decides the last bits."""
+    """Yield chunks of the longer side, contiguous, so that bits do not depend on layout."""
     rows, columns = matrix.shape
     step = max(1, CHUNK // min(rows, columns))
     for start in range(0, max(rows, columns), step):
@@ -102,7 +102,7 @@ def leading_vectors(stack: NDArray[Any], count: int) -> Basis:
 
     All of them are computed and the first `count` kept: the factors of a rank are then the
     same whatever `count` was, and a kept basis serves every rank up to it. For all but the
-    lowest ranks this is also faster than to ask for some (docs/design.md has figures).
+    lowest ranks this is also faster than computing some (docs/experiments.md has figures).
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def leading_vectors(stack: NDArray[Any], count: int) -> Basis:
 
 
 def factorize(stack: NDArray[Any], rank: int, basis: Basis | None = None) -> Factorization:
-    """Best approximation of each matrix of a stack by one of rank `rank`.
+    """Best approximation of rank `rank` of each matrix of a stack.
 
     Parameters
     ----------
@@ -140,8 +140,8 @@ def factorize(stack: NDArray[Any], rank: int, basis: Basis | None = None) -> Fac
     values = found.singular_values[:, :rank].copy()
     for group, matrix in enumerate(stack):
         vectors = np.ascontiguousarray(found.vectors[group, :, :rank])
-        # One half of each singular value on either side keeps both factors in the
-        # range of a narrow type; where it vanishes the factor is left unscaled.
+        # The root of each singular value on either side keeps both factors in the range of a
+        # narrow type; where the value vanishes, the factor is left unscaled.
         root = np.sqrt(values[group])
         root[root <= 1e-6 * max(root[0], np.finfo(np.float64).tiny)] = 1.0
         if rows <= columns:
@@ -158,7 +158,7 @@ def factorize(stack: NDArray[Any], rank: int, basis: Basis | None = None) -> Fac
 
 
 def _fix_signs(vectors: Float64) -> Float64:
-    """Make the largest entry of each column positive, so that results can be repeated."""
+    """Make the largest entry of each column positive, so that results are reproducible."""
     largest = np.argmax(np.abs(vectors), axis=0)
     signs = np.sign(vectors[largest, np.arange(vectors.shape[1])])
     signs[signs == 0] = 1.0

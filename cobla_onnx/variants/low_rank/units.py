@@ -1,4 +1,4 @@
-"""Units of work on one layer's weight alone: its singular values, and its factor nodes."""
+"""Units of work on the weight of one layer: its singular values, and its factors."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def replace_layer(unit: FactorUnit) -> Replaced:
 def factorize_layer(unit: FactorUnit) -> Factored:
     """Factorise a weight at a rank.
 
-    In the cache are the singular vectors of all ranks at which the layer would be smaller,
-    so that any later budget finds them.
+    The cache keeps the singular vectors for all ranks at which the layer would be smaller, so
+    that they serve any later budget.
     """
     stack = unit.scheme.matrix(unit.weight.array)
     most = largest_rank(unit.layer, unit.scheme)

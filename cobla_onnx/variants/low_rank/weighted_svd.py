@@ -1,23 +1,23 @@
-"""Truncated SVD weighted by what a layer sees: the least output error, not weight error.
+"""SVD weighted by a layer's inputs: it minimises the output error, not the weight error.
 
 For a layer y = M^T x with second moment S = E[x x^T] the best M' of rank r minimises
-E||(M - M')^T x||^2. It is the truncated SVD of S^(1/2) M with the root divided out again,
-and the discarded squared singular values are the output error (Wang et al. 2024, SVD-LLM,
-arXiv 2403.07378; for convolutions BALF 2025, arXiv 2509.25136). The root need not be divided
-out: with V the leading right singular vectors of S^(1/2) M, which are the eigenvectors of
-M^T S M, M' = M V V^T. The factors M V and V^T are as well conditioned as M is, whatever
+E||(M - M')^T x||^2. It is the truncated SVD of S^(1/2) M, multiplied by S^(-1/2), and the sum of
+the discarded squared singular values is the output error (Wang et al. 2024, SVD-LLM,
+arXiv 2403.07378; for convolutions BALF 2025, arXiv 2509.25136). S^(-1/2) is not needed: with V
+the leading right singular vectors of S^(1/2) M, which are the eigenvectors of M^T S M,
+M' = M V V^T. The factors M V and V^T are as well conditioned as M is, whatever
 the rank of S.
 
-Where the second factor moves over several positions (``spatial``, ``input``) the matrix is
-not what the layer multiplies as a whole: the first factor is chosen by the moment of the
-part that it sees, averaged over positions, and the second one is the least-squares answer
-under the full moment (Zhang et al. 2015, without further data).
+Where the second factor moves over several positions (``spatial``, ``input``), the layer is not
+a single product with the matrix. The first factor then follows from the moment of its own
+input, averaged over positions, and the second is the least-squares solution under the full
+moment (Zhang et al. 2015, without further data).
 
 For a layer whose vectors are too wide for S, the second moment of its outputs,
-E[y y^T] = M^T S M, is enough where the second factor stays in place.
+E[y y^T] = M^T S M, is enough if the second factor moves over a single position.
 
-Where some outputs count more than others, errors are those of D y with a diagonal D: M D is
-factorised in place of M, and D divided out of the second factor.
+Where outputs are weighted, the error is that of D y with a diagonal D: M D is factorised in place
+of M, and the second factor is divided by D.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ class WeightedFactorizer:
     weight : array, shape ``scheme.shape``
     second : float64 array, shape (groups, size, size)
         Second moment (or covariance, where a bias absorbs the mean) of the layer's vectors.
-        `shrunk` makes it positive definite; one of zeros stands for the identity.
+        `shrunk` makes it positive definite; a moment of zeros stands for the identity.
     max_rank : int
-        No rank above it is asked for.
+        Largest rank that will be asked for.
     importance : float64 array, shape (groups * outputs,), optional
         How much the squared error of each output counts; above 0.
 
     Attributes
     ----------
     energy : float
-        E||y||^2, summed over groups; as outputs count.
+        E||y||^2, summed over groups, with the weights of the outputs.
     singular_values : float64 array, shape (full_rank,)
         Of the weighted matrix, descending, combined over groups.
     """
@@ -87,7 +87,7 @@ class WeightedFactorizer:
         split = scheme.split_moment(without_zeros(second))
         groups, rows, columns = stack.shape
         outputs = columns // scheme.offsets
-        # (groups, inputs, offsets, outputs): what meets each part of the moment.
+        # (groups, inputs, offsets, outputs): the weights in the order of the moment.
         target = stack.reshape(groups, rows, outputs, -1).swapaxes(2, 3)
         flat = target.reshape(groups, -1, outputs)
         cross = np.matmul(split.reshape(groups, flat.shape[1], -1), flat)
@@ -95,14 +95,14 @@ class WeightedFactorizer:
         self._bases = [
             _basis(stack[g], np.einsum("ajbj->ab", split[g]), max_rank) for g in range(groups)
         ]
-        # Of the first factors only the span matters where the second is fitted to them.
+        # Only the span of the first factor matters where the second is fitted to it.
         self._lefts = [
             stack[g] @ basis.right
             if scheme.offsets == 1
             else np.linalg.qr(stack[g] @ basis.right)[0]
             for g, basis in enumerate(self._bases)
         ]
-        # Where the second factor stays in place, the bases alone are needed from here on.
+        # Where the second factor moves over one position, only the bases are needed below.
         self._fitted = None if scheme.offsets == 1 else (split, cross)
         total = sum(basis.energy for basis in self._bases)
         self.singular_values: Float64 = np.sqrt(np.asarray(total))
@@ -206,7 +206,7 @@ class OutputFactorizer:
 
 
 def _held_bytes(array: NDArray[Any]) -> int:
-    """Bytes that an array keeps in memory: of a view, those of the array that it is of."""
+    """Bytes that an array keeps in memory; for a view, those of its base array."""
     base = array.base
     return base.nbytes if isinstance(base, np.ndarray) else array.nbytes
 
@@ -217,12 +217,12 @@ def _roots(importance: Float64 | None, rows: NDArray[Any]) -> Float64 | None:
 
 
 def _scaled(scheme: Scheme, weight: NDArray[Any], roots: Float64 | None) -> NDArray[Any]:
-    """Weight of a layer whose outputs are scaled; not a copy where none is."""
+    """Weight of a layer with scaled outputs; not a copy where none is scaled."""
     return weight if roots is None else scheme.weight_of(scheme.rows_of(weight) * roots[:, :, None])
 
 
 def _tails(singular_values: Float64) -> Float64:
-    """Sum of the squares beyond each rank, from 0 to all."""
+    """Sum of the squares beyond each rank, from rank 0 to full rank."""
     remaining: Float64 = np.zeros(len(singular_values) + 1)
     remaining[:-1] = np.cumsum(np.square(singular_values)[::-1])[::-1]
     return remaining
@@ -239,7 +239,7 @@ def balanced(scheme: Scheme, pairs: list[tuple[Float64, Float64]]) -> Factorizat
 
 
 def _basis(matrix: Float64, moment: Float64, max_rank: int) -> _Basis:
-    """Leading directions of a matrix under a moment, by the cheaper of the two forms."""
+    """Leading directions of a matrix under a moment, computed in the cheaper of two ways."""
     rows, columns = matrix.shape
     size = min(rows, columns)
     count = min(max_rank, size)
@@ -272,7 +272,7 @@ def _solve(products: Float64, cross: Float64) -> Float64:
 
 
 def _explained(products: Float64, cross: Float64) -> Float64:
-    """Energy that the least squares of `_solve` explains at each rank from 1 on.
+    """Energy that the least squares of `_solve` explains at each rank, starting with 1.
 
     With G = L L^T the energy is the sum of squares of L^-1 cross; the systems of lower
     ranks are leading blocks of that of the highest, and so are their factors.
@@ -292,14 +292,15 @@ def _explained(products: Float64, cross: Float64) -> Float64:
 def _cholesky(gram: Float64) -> tuple[tuple[Float64, bool], Float64]:
     """Factorise a positive definite matrix, scaled to a unit diagonal.
 
-    Returns the lower factor as scipy's `cho_solve` wants it, and the roots of the diagonal.
+    Returns the lower factor in the form that scipy's `cho_solve` takes, and the roots of the
+    diagonal.
     """
     scale = np.sqrt(np.maximum(np.diagonal(gram), np.finfo(np.float64).tiny))
     return scipy.linalg.cho_factor(gram / np.outer(scale, scale), lower=True), scale
 
 
 def _balance(left: Float64, right: Float64) -> tuple[Float64, Float64, Float64]:
-    """Share the size of each pair evenly, largest entry of the left positive."""
+    """Balance the norms of each pair; make the largest entry of the left one positive."""
     sizes = np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1)
     scale = np.sqrt(np.divide(sizes[1], sizes[0], where=sizes[0] > 0, out=np.ones_like(sizes[0])))
     scale[scale <= 1e-12] = 1.0
