@@ -120,7 +120,7 @@ def test_an_answer_gives_way_only_to_what_all_samples_prefer():
     assert rival.gain > rival.standard_error > 0
     assert rival.samples == 40
     assert len(settled.losses) == 3
-    assert "near problem (better)" in settled.allocation.certificate.notes[-1]
+    assert "but another (better)" in settled.allocation.certificate.notes[-1]
     settled = rivals.settle(better, [("worse", worse), ("own", own)])
     assert settled.allocation is better
     assert settled.rivals == ()

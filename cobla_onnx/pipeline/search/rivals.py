@@ -114,7 +114,7 @@ class Rivals:
             return own, rivals
         gain, (origin, other) = gains[best], others[best]
         return other.noting(
-            f"this is the answer to a near problem ({origin}): its loss is lower by "
+            f"not the last round's answer but another ({origin}): its loss is lower by "
             f"{gain.mean:.3g} (standard error {gain.standard_error:.2g}, {gain.samples} samples)"
         ), rivals
 
