@@ -15,7 +15,7 @@ from cobla_onnx.allocation.objective import Objective, masks_of
 from cobla_onnx.allocation.problem import Choice, LayerCurves
 from cobla_onnx.allocation.slsqp import Relaxed, nearest_choices, relax
 
-__all__ = ["Allocation", "Certificate", "allocate", "fitting"]
+__all__ = ["Allocation", "Certificate", "allocate", "fitting", "relative_gap"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def allocate(
             objective=objective.name,
             value=value,
             lower_bound=bound,
-            gap=(value - bound) / value if value > 0 else 0.0,
+            gap=relative_gap(value, bound),
             multipliers=warm.multipliers,
             reached={c.name: c.cost(layers, best) for c in constraints},
             relaxed_value=relaxed.value if relaxed and solved else None,
@@ -148,6 +148,11 @@ def allocate(
             },
         ),
     )
+
+
+def relative_gap(value: float, bound: float) -> float:
+    """Return how much of an objective's value could be saved at most; 0 where it is 0."""
+    return (value - bound) / value if value > 0 else 0.0
 
 
 def _rounded(

@@ -23,7 +23,6 @@ from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.external import is_external
 from cobla_onnx.graph.io.model_file import stored_bytes
-from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.graph.order import Order, restore_order
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.analysis import Analysis
@@ -33,13 +32,13 @@ from cobla_onnx.pipeline.calibrated import Calibrated
 from cobla_onnx.pipeline.result import Result
 from cobla_onnx.pipeline.timed import Timed
 from cobla_onnx.pipeline.verification import verify
-from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import CalibrationReport, LatencyReport
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress, tracked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
-from cobla_onnx.variants.low_rank.units import FactorUnit, replace_layer
+from cobla_onnx.variants.low_rank.units import factor_units, mapped, replace_layer
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.rewrite import Replacement, rewrite
 
@@ -168,16 +167,11 @@ class Study:
 
     def _factorise(self, plan: Plan) -> Iterator[Replacement]:
         """Factorise the weights of the chosen layers over the pool; yield them one by one."""
-        chosen: list[Decision] = [d for d in plan.decisions if d.scheme is not None]
-        units = (
-            FactorUnit(*found, self.pool.carry(read_weight(self.model, found[0])), self.cache)
-            for found in map(self.analysis.resolve, chosen)
-        )
-        made = self.pool.map(replace_layer, units)
-        for factored in tracked(made, len(chosen), partial(self.notify, "factorise")):
-            if self.cache is not None:
-                self.cache.notes += factored.notes
-            yield factored.replacement
+        chosen = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
+        units = factor_units(self.model, chosen, self.pool, self.cache)
+        made = mapped(replace_layer, units, self.pool, self.cache)
+        for replaced in tracked(made, len(chosen), partial(self.notify, "factorise")):
+            yield replaced.replacement
 
     @property
     def objective(self) -> Literal["weights", "output", "loss"]:

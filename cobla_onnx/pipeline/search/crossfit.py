@@ -47,10 +47,9 @@ class CrossFit:
 
         Before refit.
         """
-        followed = self.finisher.judge.followed
-        found = [followed.losses(self.finisher.weights(plan))]
+        found = [self.finisher.held_back(plan)]
         # Sessions hold the memory of their largest run: one is open at a time.
-        followed.rest()
+        self.finisher.judge.followed.rest()
         self._see({d.layer for d in plan.decisions if d.scheme is not None})
         if not self._probes:
             for half in self.halves:

@@ -9,19 +9,20 @@ from typing import TypeAlias
 
 import onnx
 
+from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.probe import Weights
 from cobla_onnx.calibration.statistics import Approximation
-from cobla_onnx.graph.layers import Layer, read_weight
+from cobla_onnx.graph.layers import Layer
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.refit import ChosenLayer, refit_layers, replaced_weights
-from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.variants.low_rank.matricisation import Scheme
-from cobla_onnx.variants.low_rank.units import FactorUnit, factorize_layer
+from cobla_onnx.variants.low_rank.units import factor_units, factorize_layer, mapped
 
 __all__ = ["Approximate", "Finisher"]
 
@@ -58,13 +59,13 @@ class Finisher:
     progress: Progress
     pool: Pool = field(default_factory=Pool)
     cache: Cache | None = None
-    _refitted: dict[tuple[Decision, ...], tuple[list[Approximation], int]] = field(
-        default_factory=dict
-    )
+    _refitted: dict[Plan, tuple[list[Approximation], int]] = field(default_factory=dict)
+    _held_back: dict[Plan, Float64] = field(default_factory=dict)
 
     def forget(self) -> None:
-        """Forget the plans that were refitted."""
+        """Forget the plans that were judged or refitted."""
         self._refitted.clear()
+        self._held_back.clear()
 
     def chosen(self, plan: Plan, approximate: Approximate | None = None) -> list[ChosenLayer]:
         """Return the layers that a plan factorises, with their factors before refit.
@@ -89,18 +90,12 @@ class Finisher:
         ]
 
     def _of_weights(self, resolved: Sequence[tuple[Layer, Scheme, int]]) -> list[Approximation]:
-        units = (
-            FactorUnit(*each, self.pool.carry(read_weight(self.model, each[0])), self.cache)
-            for each in resolved
-        )
+        units = factor_units(self.model, resolved, self.pool, self.cache)
         found = []
-        for (_, scheme, _), made in zip(
-            resolved, self.pool.map(factorize_layer, units), strict=True
-        ):
-            if self.cache is not None:
-                self.cache.notes += made.notes
-            dense = scheme.weight(made.factors.left @ made.factors.right)
-            found.append(Approximation(made.factors, dense, None))
+        made = mapped(factorize_layer, units, self.pool, self.cache)
+        for (_, scheme, _), each in zip(resolved, made, strict=True):
+            dense = scheme.weight(each.factors.left @ each.factors.right)
+            found.append(Approximation(each.factors, dense, None))
         return found
 
     def weights(self, plan: Plan, approximate: Approximate | None = None) -> Weights:
@@ -108,14 +103,20 @@ class Finisher:
         chosen = self.chosen(plan, approximate)
         return replaced_weights(chosen, [entry.approximation for entry in chosen])
 
+    def held_back(self, plan: Plan) -> Float64:
+        """Loss that decisions follow, of each held-back sample, before refit; computed once."""
+        if plan not in self._held_back:
+            self._held_back[plan] = self.judge.followed.losses(self.weights(plan))
+        return self._held_back[plan]
+
     def refitted_weights(self, plan: Plan) -> Weights:
         """Weights and biases of the chosen layers after refit."""
         return replaced_weights(self.chosen(plan), self.refitted(plan)[0])
 
     def refitted(self, plan: Plan) -> tuple[list[Approximation], int]:
         """Refit a plan's layers, once for each plan; also return how many were changed."""
-        if plan.decisions not in self._refitted:
-            self._refitted[plan.decisions] = refit_layers(
+        if plan not in self._refitted:
+            self._refitted[plan] = refit_layers(
                 self.model,
                 self.chosen(plan),
                 lambda: self.judge.batches(self.dataset.calibration),
@@ -123,4 +124,4 @@ class Finisher:
                 threads=self.threads,
                 progress=partial(self.progress, "refit"),
             )
-        return self._refitted[plan.decisions]
+        return self._refitted[plan]

@@ -21,6 +21,7 @@ from cobla_onnx.allocation import (
     allocate,
 )
 from cobla_onnx.allocation.objective import masks_of
+from cobla_onnx.allocation.solve import relative_gap
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.runtime.machine import convolution_block
@@ -70,7 +71,7 @@ def neighbours(
     if [constraint.name for constraint in constraints] == ["mem"]:
         cpu = current_provider() == CPU
         rule = rank_rule("auto", mac=True, latency=False, block=convolution_block(), cpu=cpu)
-        found = _on_grid(analysis, losses, constraints, rule)
+        found = _on_grid(analysis, losses, Budget(mem=constraints[0].fraction), rule)
         if found is not None:
             origin = str(rule.convolution)
             yield origin, _standing_in(analysis, losses, constraints, answer, found)
@@ -106,21 +107,18 @@ def _solved(
 
 
 def _on_grid(
-    analysis: Analysis, losses: SeparableError, constraints: Sequence[Constraint], rule: RankRule
+    analysis: Analysis, losses: SeparableError, budget: Budget, rule: RankRule
 ) -> Choices | None:
     """Solve the problem with only the ranks that a rule allows."""
     layers = analysis.curves_under(rule)
     index = {layer.name: i for i, layer in enumerate(analysis.curves)}
-    places = [
-        (i, [_number(analysis.curves[i], curve.scheme) for curve in layer.curves])
-        for layer in layers
-        for i in [index[layer.name]]
-    ]
+    places = []
+    for layer in layers:
+        i = index[layer.name]
+        places.append((i, [_number(analysis.curves[i], curve.scheme) for curve in layer.curves]))
     errors = OutputError([[losses.curve(i, k) for k in numbers] for i, numbers in places])
-    taken = {i for i, _ in places}
-    left = [layer for i, layer in enumerate(analysis.curves) if i not in taken]
-    # Layers without a rank on the grid stay whole.
-    limits = [replace(c, fixed=c.fixed + sum(map(c.whole, left))) for c in constraints]
+    # Layers without a rank on the grid stay whole, and count as fixed.
+    limits = budget.constraints(layers, analysis.mem_total, analysis.mac_total)
     found = _solved(layers, errors, limits)
     if found is None:
         return None
@@ -145,10 +143,11 @@ def _standing_in(
     """Make an allocation of choices; the bound of the answer's problem holds for them, too."""
     value = losses.value(masks_of(analysis.curves, choices))
     bound = answer.certificate.lower_bound
+    assert bound is not None
     certificate = replace(
         answer.certificate,
         value=value,
-        gap=None if bound is None or value <= 0 else (value - bound) / value,
+        gap=relative_gap(value, bound),
         reached={c.name: c.cost(analysis.curves, choices) for c in constraints},
     )
     return Allocation(choices, certificate)

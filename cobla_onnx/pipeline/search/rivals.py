@@ -18,14 +18,13 @@ from typing import NamedTuple
 from cobla_onnx.allocation import Allocation, Constraint, LayerCurves, WeightError, allocate
 from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.allocation.problem import Float64
-from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import Rival
 from cobla_onnx.runtime.progress import tracked
-from cobla_onnx.variants.low_rank.units import ValuesUnit, weight_values
+from cobla_onnx.variants.low_rank.units import mapped, values_units, weight_values
 
 __all__ = ["WEIGHTS_ALONE", "Rivals"]
 
@@ -148,7 +147,7 @@ class Rivals:
         ), rival
 
     def _held_back(self, allocation: Allocation) -> Float64:
-        return self.finisher.judge.followed.losses(self.finisher.weights(self._plan(allocation)))
+        return self.finisher.held_back(self._plan(allocation))
 
     def _plan(self, allocation: Allocation) -> Plan:
         return self._analysis.plan(allocation.choices, allocation.factors)
@@ -157,27 +156,14 @@ class Rivals:
     def weight_curves(self) -> tuple[LayerCurves, ...]:
         """The curves of the analysis, with the singular values of the weights themselves."""
         finisher, analysis = self.finisher, self._analysis
-        units = (
-            ValuesUnit(
-                schemes, finisher.pool.carry(read_weight(finisher.model, layer)), finisher.cache
-            )
-            for layer, schemes in zip(analysis.layers, analysis.schemes, strict=True)
-        )
+        layers = zip(analysis.layers, analysis.schemes, strict=True)
+        units = values_units(finisher.model, layers, finisher.pool, finisher.cache)
+        made = mapped(weight_values, units, finisher.pool, finisher.cache)
         found = []
-        made = finisher.pool.map(weight_values, units)
         for layer, its in zip(analysis.curves, made, strict=True):
-            curves = zip(layer.curves, its.values, strict=True)
-            found.append(
-                replace(
-                    layer,
-                    curves=tuple(
-                        replace(curve, singular_values=values, errors=None)
-                        for curve, values in curves
-                    ),
-                )
-            )
-            if finisher.cache is not None:
-                finisher.cache.notes += its.notes
+            pairs = zip(layer.curves, its.values, strict=True)
+            curves = (replace(c, singular_values=values, errors=None) for c, values in pairs)
+            found.append(replace(layer, curves=tuple(curves)))
         return tuple(found)
 
 

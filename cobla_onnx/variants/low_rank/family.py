@@ -21,7 +21,7 @@ from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress, tracked
 from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank, schemes_for
 from cobla_onnx.variants.low_rank.ranks import RankGrid, RankRule
-from cobla_onnx.variants.low_rank.units import ValuesUnit, weight_values
+from cobla_onnx.variants.low_rank.units import mapped, values_units, weight_values
 
 __all__ = ["Candidate", "Option", "add_curves", "layer_grid", "options_for"]
 
@@ -143,16 +143,8 @@ def _spectra(
 ) -> Iterator[list[Spectrum | None]]:
     """Yield for each candidate the spectra of its options."""
     if seen is None:
-        values_units = (
-            ValuesUnit(
-                tuple(option.scheme for option in c.options),
-                pool.carry(read_weight(model, c.layer)),
-                cache,
-            )
-            for c in candidates
-        )
-        for values in pool.map(weight_values, values_units):
-            _note(cache, values.notes)
+        wanted = ((c.layer, (option.scheme for option in c.options)) for c in candidates)
+        for values in mapped(weight_values, values_units(model, wanted, pool, cache), pool, cache):
             yield [(one, None) for one in values.values]
         return
     units = (
@@ -163,12 +155,5 @@ def _spectra(
         )
         for c in candidates
     )
-    for found in pool.map(weighted_spectra, units):
-        _note(cache, found.notes)
+    for found in mapped(weighted_spectra, units, pool, cache):
         yield list(found.spectra)
-
-
-def _note(cache: Cache | None, notes: list[str]) -> None:
-    """Take over the notes of a unit of work about its own copy of the cache."""
-    if cache is not None:
-        cache.notes += notes

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from cobla_onnx.graph.layers import Layer
+import onnx
+
+from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank
 from cobla_onnx.variants.low_rank.svd import (
@@ -24,10 +29,36 @@ __all__ = [
     "Replaced",
     "ValuesUnit",
     "WeightValues",
+    "factor_units",
     "factorize_layer",
+    "mapped",
     "replace_layer",
+    "values_units",
     "weight_values",
 ]
+
+
+class Noting(Protocol):
+    """The result of a unit of work, with its notes about its own copy of the cache."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the cache."""
+        ...
+
+
+Unit = TypeVar("Unit")
+Result = TypeVar("Result", bound=Noting)
+
+
+def mapped(
+    work: Callable[[Unit], Result], units: Iterable[Unit], pool: Pool, cache: Cache | None
+) -> Iterator[Result]:
+    """Yield ``work(unit)`` for each unit, over the pool; the cache takes over the notes."""
+    for made in pool.map(work, units):
+        if cache is not None:
+            cache.notes += made.notes
+        yield made
 
 
 @dataclass(frozen=True)
@@ -37,6 +68,17 @@ class ValuesUnit:
     schemes: tuple[Scheme, ...]
     weight: Carried
     cache: Cache | None
+
+
+def values_units(
+    model: onnx.ModelProto,
+    layers: Iterable[tuple[Layer, Iterable[Scheme]]],
+    pool: Pool,
+    cache: Cache | None,
+) -> Iterator[ValuesUnit]:
+    """Yield the units for layers, each with the schemes that are wanted."""
+    for layer, schemes in layers:
+        yield ValuesUnit(tuple(schemes), pool.carry(read_weight(model, layer)), cache)
 
 
 @dataclass(frozen=True)
@@ -71,6 +113,17 @@ class FactorUnit:
     rank: int
     weight: Carried
     cache: Cache | None
+
+
+def factor_units(
+    model: onnx.ModelProto,
+    wanted: Iterable[tuple[Layer, Scheme, int]],
+    pool: Pool,
+    cache: Cache | None,
+) -> Iterator[FactorUnit]:
+    """Yield the units for layers, each with a scheme and a rank."""
+    for layer, scheme, rank in wanted:
+        yield FactorUnit(layer, scheme, rank, pool.carry(read_weight(model, layer)), cache)
 
 
 @dataclass(frozen=True)
