@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Moment", "MomentSum"]
+__all__ = ["Joint", "JointSum", "Moment", "MomentSum"]
 
 # Samples whose moments differ by less than this, relative to their squares, are the same.
 SAME = 1e-12
@@ -47,6 +47,28 @@ class Moment:
     def covariance(self) -> NDArray[np.float64]:
         """E[(x - E x) (x - E x)^T], for layers whose bias absorbs the mean."""
         return self.second - self.mean[:, :, None] * self.mean[:, None, :]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Moments of inputs, and of wanted outputs with these inputs.
+
+    Attributes
+    ----------
+    inputs : Moment
+    cross : float64 array, shape (groups, outputs, size)
+        E[y x^T].
+    mean : float64 array, shape (groups, outputs)
+        E[y].
+    """
+
+    inputs: Moment
+    cross: NDArray[np.float64]
+    mean: NDArray[np.float64]
+
+    def covariance(self) -> NDArray[np.float64]:
+        """E[(y - E y) (x - E x)^T], for layers whose bias absorbs the means."""
+        return self.cross - self.mean[:, :, None] * self.inputs.mean[:, None, :]
 
 
 class MomentSum:
@@ -181,6 +203,52 @@ class MomentSum:
             effective = normal / np.maximum(variance, least)
         share = self._count / self._positions if self._positions else 1.0
         return Moment(second, mean, self._count, effective, share)
+
+
+class JointSum:
+    """Accumulates pairs of vectors to a `Joint`.
+
+    The moment of the outputs with themselves is never made: regression does not need it, and of
+    a layer with many outputs, such as one that ends in a vocabulary, it would be by far the
+    largest part.
+
+    Parameters
+    ----------
+    groups, size, outputs : int
+    """
+
+    def __init__(self, groups: int, size: int, outputs: int) -> None:
+        self._inputs = MomentSum(groups, size)
+        self._cross = np.zeros((groups, outputs, size))
+        self._total = np.zeros((groups, outputs))
+
+    def add(
+        self,
+        vectors: NDArray[np.float64],
+        outputs: NDArray[Any],
+        each: int = 1,
+        share: float = 1.0,
+    ) -> None:
+        """Add vectors (groups, size, positions) and their outputs (groups, outputs, positions).
+
+        `each` and `share` are those of `MomentSum.add`.
+        """
+        self._inputs.add(vectors, each, share)
+        wide = outputs.astype(np.float64)
+        self._cross += wide @ vectors.swapaxes(1, 2)
+        self._total += wide.sum(axis=2)
+
+    def merge(self, other: JointSum) -> None:
+        """Add another sum."""
+        self._inputs.merge(other._inputs)
+        self._cross += other._cross
+        self._total += other._total
+
+    def joint(self) -> Joint:
+        """Return the means over all added pairs."""
+        inputs = self._inputs.moment()
+        count = max(inputs.count, 1)
+        return Joint(inputs, self._cross / count, self._total / count)
 
 
 def _spread(

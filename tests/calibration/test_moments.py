@@ -12,7 +12,7 @@ from onnx import helper
 from cobla_onnx.calibration.moments import collect_moments
 from cobla_onnx.calibration.patches import patch_of
 from cobla_onnx.calibration.statistics import Seen
-from cobla_onnx.calibration.sums import Moment, MomentSum
+from cobla_onnx.calibration.sums import JointSum, Moment, MomentSum
 from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import open_session, run_session
@@ -294,3 +294,30 @@ def test_dead_inputs_leave_the_weight_to_be_approximated():
         lost = np.square(weight - expected).sum() / np.square(weight).sum()
         if scheme.offsets == 1:
             assert errors[2] == pytest.approx(lost, rel=1e-4)
+
+
+@given(
+    groups=st.integers(1, 2),
+    size=st.integers(1, 6),
+    outputs=st.integers(1, 6),
+    split=st.integers(0, 4),
+    seed=st.integers(0, 99),
+)
+def test_joint_moments_are_blocks_of_the_moment_of_stacked_vectors(
+    groups: int, size: int, outputs: int, split: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    samples, each = 5, 3
+    pairs = rng.normal(size=(groups, size + outputs, samples * each)) + 1.0
+    stacked = MomentSum(groups, size + outputs)
+    stacked.add(pairs, each)
+    sums = JointSum(groups, size, outputs), JointSum(groups, size, outputs)
+    for total, part in zip(sums, np.split(pairs, [split * each], axis=2), strict=True):
+        total.add(part[:, :size], part[:, size:], each)
+    sums[0].merge(sums[1])
+    found, whole = sums[0].joint(), stacked.moment()
+    np.testing.assert_allclose(found.inputs.second, whole.second[:, :size, :size])
+    np.testing.assert_allclose(found.cross, whole.second[:, size:, :size])
+    np.testing.assert_allclose(found.covariance(), whole.covariance()[:, size:, :size], atol=1e-12)
+    np.testing.assert_allclose(np.hstack([found.inputs.mean, found.mean]), whole.mean)
+    assert found.inputs.count == samples * each

@@ -18,7 +18,7 @@ from cobla_onnx.calibration.moments import parts_of
 from cobla_onnx.calibration.patches import ReadPatch, finite_outputs, patch_of
 from cobla_onnx.calibration.positions import Chosen, choose_positions, sample_seeds
 from cobla_onnx.calibration.statistics import WIDE, Approximation
-from cobla_onnx.calibration.sums import Moment, MomentSum
+from cobla_onnx.calibration.sums import Joint, JointSum
 from cobla_onnx.graph.layers import Layer, Use, read_weight
 from cobla_onnx.graph.subgraph import expose, reached_from
 from cobla_onnx.runtime.pool import open_pool
@@ -30,8 +30,11 @@ from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 
 __all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
 
-Stacker: TypeAlias = Callable[[NDArray[Any], NDArray[Any], Chosen], Iterator[Float64]]
-"""Yields a layer's input vectors stacked on its outputs, from one batch of both tensors."""
+Pairing: TypeAlias = Callable[[NDArray[Any], NDArray[Any], Chosen], "Iterator[VectorPair]"]
+"""Yields a layer's input vectors beside its outputs, from one batch of both tensors."""
+
+VectorPair: TypeAlias = tuple[Float64, NDArray[Any]]
+"""Input and output vectors at the same positions, shapes (groups, size or outputs, positions)."""
 
 Seeded: TypeAlias = tuple[tuple[Feeds, Feeds], tuple[int, ...]]
 """A batch's tensors in the original and in the compressed model, and its samples' seeds."""
@@ -153,23 +156,23 @@ class _Walk:
         return any(use.data in self._moved for use in layer.uses)
 
     def joint(
-        self, layer: Layer, current: Sequence[Approximation], stack: Sequence[Stacker]
-    ) -> Moment:
-        """Moment of (inputs after compression, original outputs), over all uses of a layer.
+        self, layer: Layer, current: Sequence[Approximation], pairing: Sequence[Pairing]
+    ) -> Joint:
+        """Moments of (inputs after compression, original outputs), over all uses of a layer.
 
         All samples are advanced to its first use.
         """
         weights = self._feeds(current)
         places = self._original, self._compressed
-        sums: list[MomentSum] = []
-        for use, stacked in zip(layer.uses, stack, strict=True):
-            found, places = self._see(layer, use, stacked, places, weights)
+        sums: list[JointSum] = []
+        for use, paired in zip(layer.uses, pairing, strict=True):
+            found, places = self._see(layer, use, paired, places, weights)
             sums.append(found)
             if use is layer.uses[0]:
                 self._original, self._compressed = places
         for found in sums[1:]:
             sums[0].merge(found)
-        return sums[0].moment()
+        return sums[0].joint()
 
     def _feeds(self, current: Sequence[Approximation]) -> dict[str, NDArray[Any]]:
         """Weights and biases of all chosen layers, by their input names in the exposed model."""
@@ -186,10 +189,10 @@ class _Walk:
         self,
         layer: Layer,
         use: Use,
-        stacked: Stacker,
+        paired: Pairing,
         places: tuple[Frontier, Frontier],
         weights: dict[str, NDArray[Any]],
-    ) -> tuple[MomentSum, tuple[Frontier, Frontier]]:
+    ) -> tuple[JointSum, tuple[Frontier, Frontier]]:
         """Sum over the samples at one use; also return the frontiers before it."""
         original, compressed = places
         crossing = original.crossing(use.node), compressed.crossing(use.node)
@@ -199,22 +202,23 @@ class _Walk:
 
         patch = patch_of(self._model, layer, use)
 
-        def add_up(part: list[Seeded]) -> tuple[MomentSum, list[list[Feeds]]]:
-            total: MomentSum | None = None
+        def add_up(part: list[Seeded]) -> tuple[JointSum, list[list[Feeds]]]:
+            total: JointSum | None = None
             moved = []
             for pair, seeds in part:
                 given, read = right.run(pair[0]), left.run(pair[1])
                 chosen = choose_positions(patch, read[use.data], seeds)
                 wanted = finite_outputs(given[use.output])
-                for vectors in stacked(read[use.data], wanted, chosen):
-                    total = total or MomentSum(*vectors.shape[:2])
-                    total.add(vectors, chosen.each, chosen.share)
+                for vectors, outputs in paired(read[use.data], wanted, chosen):
+                    groups, size = vectors.shape[:2]
+                    total = total or JointSum(groups, size, outputs.shape[1])
+                    total.add(vectors, outputs, chosen.each, chosen.share)
                 values = zip((given, read), crossing, strict=True)
                 moved.append([{name: found[name] for name in names} for found, names in values])
             assert total is not None
             return total, moved
 
-        total: MomentSum | None = None
+        total: JointSum | None = None
         pairs = zip(original.batches(), compressed.batches(), strict=True)
         with open_pool(self._threads) as pool:
             seeded = zip(pairs, self._seeds, strict=True)
@@ -246,19 +250,21 @@ class _Refit:
         if self._patches[0].size > WIDE:
             factors = old.factors
             first = factors.left if entry.scheme.inputs_first else factors.right.swapaxes(1, 2)
-        stack = [partial(_stacked, patch, first) for patch in self._patches]
-        joint = walk.joint(entry.layer, current, stack)
-        outputs = entry.scheme.rows_of(old.weight).shape[1]
-        size = joint.mean.shape[1] - outputs
-        second = joint.second if old.bias is None else joint.covariance()
+        pairing = [partial(_paired, patch, first) for patch in self._patches]
+        joint = walk.joint(entry.layer, current, pairing)
+        inputs = joint.inputs
+        own_bias = old.bias is not None
         weight = read_weight(self._model, entry.layer)
         rows = entry.scheme.rows_of(weight).astype(np.float64)
         if first is not None:
             last = old.factors.right if entry.scheme.inputs_first else old.factors.left
             rows = last.swapaxes(1, 2) if entry.scheme.inputs_first else last
-        mean = joint.mean[:, :size] * (old.bias is None)
         inner, cross = shrink_joint(
-            second[:, :size, :size], second[:, size:, :size], rows, joint.effective, mean
+            inputs.covariance() if own_bias else inputs.second,
+            joint.covariance() if own_bias else joint.cross,
+            rows,
+            inputs.effective,
+            np.zeros_like(inputs.mean) if own_bias else inputs.mean,
         )
         refitted = []
         for ridge in RIDGES:
@@ -268,18 +274,18 @@ class _Refit:
                 )
             else:
                 factors = refit_second(entry.scheme, old.factors, inner, cross, ridge)
-            refitted.append(self._approximation(factors, joint.mean, size, first))
+            refitted.append(self._approximation(factors, joint, first))
         return refitted
 
     def _approximation(
-        self, factors: Factorization, mean: Float64, size: int, first: Float64 | None
+        self, factors: Factorization, joint: Joint, first: Float64 | None
     ) -> Approximation:
-        entry = self._entry
+        entry, mean = self._entry, joint.inputs.mean
         dense = entry.scheme.weight(factors.left @ factors.right)
         bias = entry.approximation.bias
         if bias is not None:
             if first is None:
-                reached = np.einsum("gos,gs->go", entry.scheme.rows_of(dense), mean[:, :size])
+                reached = np.einsum("gos,gs->go", entry.scheme.rows_of(dense), mean)
             else:
                 last = factors.right if entry.scheme.inputs_first else factors.left.swapaxes(1, 2)
                 begin = factors.left if entry.scheme.inputs_first else factors.right.swapaxes(1, 2)
@@ -287,19 +293,19 @@ class _Refit:
                 before = np.linalg.norm(first, axis=1)
                 scale = np.linalg.norm(begin, axis=1) / np.where(before > 0, before, 1.0)
                 signs = np.sign(np.einsum("gsr,gsr->gr", begin, first))
-                reached = np.einsum("gro,gr->go", last, mean[:, :size] * scale * signs)
-            bias = (mean[:, size:] - reached).reshape(bias.shape)
+                reached = np.einsum("gro,gr->go", last, mean * scale * signs)
+            bias = (joint.mean - reached).reshape(bias.shape)
         return Approximation(factors, dense, bias)
 
 
-def _stacked(
+def _paired(
     patch: ReadPatch,
     first: Float64 | None,
     data: NDArray[Any],
     output: NDArray[Any],
     chosen: Chosen,
-) -> Iterator[NDArray[np.float64]]:
-    """Yield input vectors (through the first factor, if given) stacked on output vectors."""
+) -> Iterator[VectorPair]:
+    """Yield input vectors (through the first factor, if given) beside output vectors."""
     outputs = patch.outputs(output)
     if chosen.index is not None:
         outputs = outputs[:, :, chosen.index]
@@ -309,5 +315,5 @@ def _stacked(
         if first is not None:
             wide = first.swapaxes(1, 2) @ wide
         count = wide.shape[2]
-        yield np.concatenate([wide, outputs[:, :, done : done + count]], axis=1)
+        yield wide, outputs[:, :, done : done + count]
         done += count
