@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import onnx
@@ -32,6 +32,8 @@ __all__ = [
     "ALL_UNITS",
     "LIMIT",
     "MomentStore",
+    "Moments",
+    "Remainder",
     "Taps",
     "collect_moments",
     "parts_of",
@@ -85,6 +87,40 @@ class MomentStore:
     def close(self) -> None:
         """Free the disk space; this happens by itself when the store is no longer used."""
         self._file.close()
+
+
+class Moments(Protocol):
+    """Moments that can be asked for by patch."""
+
+    def get(self, patches: Sequence[Patch]) -> Moment:
+        """Return the moment over all given patches, which are those of one layer's uses."""
+        ...
+
+    def close(self) -> None:
+        """Free the disk space."""
+        ...
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """Moments of the samples that are in one store and not in another, by subtraction.
+
+    Attributes
+    ----------
+    whole, part : Moments
+        The samples of `part` are among those of `whole`.
+    """
+
+    whole: Moments
+    part: Moments
+
+    def get(self, patches: Sequence[Patch]) -> Moment:
+        """Return the moment over all given patches, which are those of one layer's uses."""
+        return self.whole.get(patches).without(self.part.get(patches))
+
+    def close(self) -> None:
+        """Free the disk space of the part."""
+        self.part.close()
 
 
 class Taps:

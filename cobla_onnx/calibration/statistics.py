@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +15,13 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.batching import TapLimit
-from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT, collect_moments
+from cobla_onnx.calibration.moments import (
+    ALL_UNITS,
+    LIMIT,
+    Moments,
+    Remainder,
+    collect_moments,
+)
 from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
 from cobla_onnx.calibration.sums import Moment
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
@@ -184,7 +191,7 @@ class Seen:
         self.key = digest(key, wide)
         self._patches = {layer.name: _patches(model, layer, wide) for layer in layers}
         with nullcontext(pool) if pool is not None else open_pool(threads) as working:
-            self._store = collect_moments(
+            self._store: Moments = collect_moments(
                 model,
                 [patch for patches in self._patches.values() for patch in patches],
                 batches,
@@ -202,6 +209,19 @@ class Seen:
     def in_others(self, layers: Sequence[Layer], batches: Callable[[], Iterable[Feeds]]) -> Seen:
         """Collect the same statistics of some layers on other samples, without the cache."""
         return self._others(layers, batches)
+
+    def without(self, part: Seen) -> Seen:
+        """Return the same statistics of the samples that `part` has not seen, by subtraction.
+
+        Parameters
+        ----------
+        part : Seen
+            From `in_others`, on some of the same samples; only its layers are available.
+        """
+        rest = copy.copy(self)
+        rest._store = Remainder(self._store, part._store)
+        rest._cache, rest._kept, rest._solvers = None, part._kept, OrderedDict()
+        return rest
 
     def close(self) -> None:
         """Free the disk space."""

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 __all__ = ["Joint", "JointSum", "Moment", "MomentSum"]
 
-# Samples whose moments differ by less than this, relative to their squares, are the same.
+# Samples whose moments differ by less than this, relative to their squares, are the same; and a
+# difference of moments below this fraction of them is rounding.
 SAME = 1e-12
 
 
@@ -47,6 +48,22 @@ class Moment:
     def covariance(self) -> NDArray[np.float64]:
         """E[(x - E x) (x - E x)^T], for layers whose bias absorbs the mean."""
         return self.second - self.mean[:, :, None] * self.mean[:, None, :]
+
+    def without(self, part: Moment) -> Moment:
+        """Return the moment of the vectors that are not in `part`, by subtraction.
+
+        It has the effective number of `part`: meant for halves, of which neither is special.
+        """
+        count = self.count - part.count
+        if count <= 0:
+            none = np.zeros_like(self.effective)
+            return Moment(np.zeros_like(self.second), np.zeros_like(self.mean), 0, none)
+        second = (self.count * self.second - part.count * part.second) / count
+        mean = (self.count * self.mean - part.count * part.mean) / count
+        seen = np.einsum("gii->g", second) > SAME * np.einsum("gii->g", self.second)
+        return Moment(
+            second * seen[:, None, None], mean * seen[:, None], count, part.effective, self.share
+        )
 
 
 @dataclass(frozen=True)

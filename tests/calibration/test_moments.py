@@ -321,3 +321,23 @@ def test_joint_moments_are_blocks_of_the_moment_of_stacked_vectors(
     np.testing.assert_allclose(found.covariance(), whole.covariance()[:, size:, :size], atol=1e-12)
     np.testing.assert_allclose(np.hstack([found.inputs.mean, found.mean]), whole.mean)
     assert found.inputs.count == samples * each
+
+
+@given(groups=st.integers(1, 2), size=st.integers(1, 6), seed=st.integers(0, 99))
+def test_a_part_is_subtracted_from_a_moment(groups: int, size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    part, rest = rng.normal(size=(groups, size, 12)) + 1.0, rng.normal(size=(groups, size, 8))
+    rest[-1] *= seed % 3  # Sometimes nothing but zeros.
+    sums = [MomentSum(groups, size) for _ in range(3)]
+    for total, vectors in zip(sums, (part, rest, np.concatenate([part, rest], 2)), strict=True):
+        total.add(vectors)
+    first, second, both = (total.moment() for total in sums)
+    found = both.without(first)
+    np.testing.assert_allclose(found.second, second.second, atol=1e-11)
+    np.testing.assert_allclose(found.mean, second.mean, atol=1e-12)
+    assert found.count == 8
+    assert not found.second[-1].any() or seed % 3
+    np.testing.assert_array_equal(found.effective, first.effective)
+    nothing = both.without(both)
+    assert not nothing.second.any()
+    assert not nothing.effective.any()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.statistics import Approximation, Seen
@@ -17,6 +18,9 @@ from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.low_rank.matricisation import Scheme
 
 __all__ = ["CrossFit"]
+
+# The held-back samples and two halves.
+PARTS = 3
 
 
 @dataclass
@@ -35,6 +39,7 @@ class CrossFit:
     finisher: Finisher
     _seen: list[tuple[frozenset[str], Sequence[Seen]]] = field(default_factory=list)
     _probes: list[Probe] = field(default_factory=list)
+    _losses: dict[tuple[Plan, int], Float64] = field(default_factory=dict)
 
     @property
     def halves(self) -> tuple[Sequence[int], Sequence[int]]:
@@ -42,37 +47,53 @@ class CrossFit:
         made = self.finisher.dataset.calibration
         return made[::2], made[1::2]
 
-    def losses(self, plan: Plan) -> Float64:
-        """Loss that decisions follow, for each sample: the held-back samples, then both halves.
+    def gain(self, before: Plan, after: Plan) -> PairedGain:
+        """Compare two plans, part by part, as long as the second is ahead on the samples so far."""
+        for parts in range(1, PARTS + 1):
+            found = paired_gain(self.losses(before, parts), self.losses(after, parts))
+            if found.mean <= 0:
+                break
+        return found
 
-        Before refit.
+    def losses(self, plan: Plan, parts: int = PARTS) -> Float64:
+        """Loss that decisions follow, for each sample of the first parts, before refit.
+
+        The parts are the held-back samples, then both halves.
         """
-        found = [self.finisher.held_back(plan)]
+        for number in range(parts):
+            if (plan, number) not in self._losses:
+                losses = self._on_half(plan, number - 1) if number else self._held_back(plan)
+                self._losses[plan, number] = losses
+        return np.concatenate([self._losses[plan, number] for number in range(parts)])
+
+    def _held_back(self, plan: Plan) -> Float64:
+        found = self.finisher.held_back(plan)
         # Sessions hold the memory of their largest run: one is open at a time.
         self.finisher.judge.followed.rest()
+        return found
+
+    def _on_half(self, plan: Plan, number: int) -> Float64:
         self._see({d.layer for d in plan.decisions if d.scheme is not None})
         if not self._probes:
             for half in self.halves:
                 self._probes.append(self.finisher.judge.on(half))
                 self._probes[-1].rest()
-        for number, probe in enumerate(self._probes):
-            found.append(probe.losses(self.finisher.weights(plan, self._of_half(1 - number))))
-            probe.rest()
-        return np.concatenate(found)
+        probe = self._probes[number]
+        found = probe.losses(self.finisher.weights(plan, self._of_half(1 - number)))
+        probe.rest()
+        return found
 
     def _see(self, names: set[str]) -> None:
         missing = names.difference(*(known for known, _ in self._seen))
         layers = [layer for layer in self.finisher.analysis.layers if layer.name in missing]
         if layers:
-            seen = [self._seen_in(layers, half) for half in self.halves]
-            self._seen.append((frozenset(missing), seen))
+            everything = self.finisher.analysis.seen
+            assert everything is not None
+            first = everything.in_others(layers, self._first_half)
+            self._seen.append((frozenset(missing), (first, everything.without(first))))
 
-    def _seen_in(self, layers: Sequence[Layer], half: Sequence[int]) -> Seen:
-        def batches() -> Iterable[Feeds]:
-            return self.finisher.judge.batches(half)
-
-        assert self.finisher.analysis.seen is not None
-        return self.finisher.analysis.seen.in_others(layers, batches)
+    def _first_half(self) -> Iterable[Feeds]:
+        return self.finisher.judge.batches(self.halves[0])
 
     def _of_half(self, number: int) -> Approximate:
         def approximate(layer: Layer, scheme: Scheme, ranks: Sequence[int]) -> list[Approximation]:

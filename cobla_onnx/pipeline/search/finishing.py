@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -12,7 +12,7 @@ import onnx
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.evaluator import Judge
-from cobla_onnx.calibration.evaluation.probe import Weights
+from cobla_onnx.calibration.evaluation.probe import Pair, Weights
 from cobla_onnx.calibration.statistics import Approximation
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.pipeline.analysis import Analysis
@@ -73,21 +73,22 @@ class Finisher:
         The factors follow from the calibration data, unless the plan wants factors of the weights
         themselves. `approximate`, if given, replaces the calibration data.
         """
+        return list(self._each(plan, approximate))
+
+    def _each(self, plan: Plan, approximate: Approximate | None) -> Iterator[ChosenLayer]:
         seen = self.analysis.seen
         assert seen is not None
         resolved = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
-        if plan.factors == "weights":
-            found = self._of_weights(resolved)
-        else:
-            one = approximate or seen.approximate
-            found = [one(layer, scheme, [rank])[0] for layer, scheme, rank in resolved]
+        one = approximate or seen.approximate
+        found: Iterable[Approximation] = (
+            self._of_weights(resolved)
+            if plan.factors == "weights"
+            else (one(layer, scheme, [rank])[0] for layer, scheme, rank in resolved)
+        )
         index = {layer.name: i for i, layer in enumerate(self.analysis.layers)}
-        return [
-            ChosenLayer(
-                index[layer.name], layer, scheme, rank, each, seen.importance.get(layer.name)
-            )
-            for (layer, scheme, rank), each in zip(resolved, found, strict=True)
-        ]
+        for (layer, scheme, rank), each in zip(resolved, found, strict=True):
+            importance = seen.importance.get(layer.name)
+            yield ChosenLayer(index[layer.name], layer, scheme, rank, each, importance)
 
     def _of_weights(self, resolved: Sequence[tuple[Layer, Scheme, int]]) -> list[Approximation]:
         units = factor_units(self.model, resolved, self.pool, self.cache)
@@ -99,9 +100,17 @@ class Finisher:
         return found
 
     def weights(self, plan: Plan, approximate: Approximate | None = None) -> Weights:
-        """Weights and biases of the chosen layers before refit."""
-        chosen = self.chosen(plan, approximate)
-        return replaced_weights(chosen, [entry.approximation for entry in chosen])
+        """Weights and biases of the chosen layers before refit, in the types of the layers.
+
+        Made one by one: the factors of all layers, in double precision, are several times the
+        model.
+        """
+        found: dict[int, Pair] = {}
+        for entry in self._each(plan, approximate):
+            ((index, (weight, bias)),) = replaced_weights([entry], [entry.approximation]).items()
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(entry.layer.type)
+            found[index] = weight.astype(dtype), bias
+        return found
 
     def held_back(self, plan: Plan) -> Float64:
         """Loss that decisions follow, of each held-back sample, before refit; computed once."""

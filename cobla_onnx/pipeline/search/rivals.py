@@ -4,7 +4,8 @@ On a few dozen held-back samples, plans differ by less than the noise, so that c
 of several by these losses is luck. The answer is therefore that of the last round, whose model
 has the most measurements. It is replaced only by a rival that is better on all samples together,
 each judged under factors that were made without it (cross-fitting). The held-back samples alone
-decide only which rivals take part, since that costs just one pass over them.
+decide only which rivals take part, since that costs just one pass over them. The most promising
+one is compared first, and none after one that is taken.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 from cobla_onnx.allocation import Allocation, Constraint, LayerCurves, WeightError, allocate
@@ -23,14 +24,13 @@ from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import Rival
-from cobla_onnx.runtime.progress import tracked
 from cobla_onnx.variants.low_rank.units import mapped, values_units, weight_values
 
 __all__ = ["WEIGHTS_ALONE", "Rivals"]
 
 WEIGHTS_ALONE = "weights alone"
 # Standard errors by which a rival must be better on the held-back samples to take part, and the
-# most rivals that take part.
+# most rivals that do.
 PROMISING, PLACES = 0.5, 2
 # Standard errors by which it must be better on all samples to be taken, after Breiman et al.
 # 1984, Classification and Regression Trees, section 3.4.3.
@@ -99,23 +99,24 @@ class Rivals:
     def _on_all(
         self, own: Allocation, others: Sequence[tuple[str, Allocation]]
     ) -> tuple[Allocation, tuple[Rival, ...]]:
-        plans = [self._plan(allocation) for allocation in (own, *(other for _, other in others))]
-        progress = partial(self.finisher.progress, "answers on all samples")
-        before, *after = tracked(map(self._crossfit.losses, plans), len(plans), progress)
-        gains = [paired_gain(before, losses) for losses in after]
-        best = max(range(len(others)), key=lambda k: gains[k].mean)
-        taken = gains[best].in_errors > BETTER
-        rivals = tuple(
-            _rival(origin, gain, taken and k == best)
-            for k, ((origin, _), gain) in enumerate(zip(others, gains, strict=True))
-        )
-        if not taken:
-            return own, rivals
-        gain, (origin, other) = gains[best], others[best]
-        return other.noting(
-            f"not the last round's answer but another ({origin}): its loss is lower by "
-            f"{gain.mean:.3g} (standard error {gain.standard_error:.2g}, {gain.samples} samples)"
-        ), rivals
+        """Return the first of the others that is better on all samples, or `own`."""
+        rivals: list[Rival] = []
+        answer, total = own, len(others)
+        for number, (origin, other) in enumerate(others):
+            self.finisher.progress("answers on all samples", number, total)
+            gain = self._crossfit.gain(self._plan(own), self._plan(other))
+            taken = gain.in_errors > BETTER
+            rivals.append(_rival(origin, gain, taken))
+            if taken:
+                note = (
+                    f"not the last round's answer but another ({origin}): its loss is lower by "
+                    f"{gain.mean:.3g} (standard error {gain.standard_error:.2g}, "
+                    f"{gain.samples} samples)"
+                )
+                answer = other.noting(note)
+                break
+        self.finisher.progress("answers on all samples", total, total)
+        return answer, tuple(rivals)
 
     def or_weights_alone(
         self, own: Allocation, constraints: Sequence[Constraint], refit: bool
