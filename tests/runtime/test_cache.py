@@ -158,7 +158,7 @@ def _pickle_inside(path: Path) -> None:
     ],
 )
 def test_damaged_and_foreign_entries_are_computed_anew(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr("tests.test_cache.TRAP", tmp_path / "trap")
+    monkeypatch.setattr(f"{__name__}.TRAP", tmp_path / "trap")
     cache = Cache(tmp_path / "cache")
     cache.put("values", "key", ARRAYS)
     damage(entry(tmp_path / "cache"))
