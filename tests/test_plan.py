@@ -13,7 +13,7 @@ from cobla_onnx import Budget, Plan, compress, errors
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.plan import SCHEMES
 from tests.builders import small_network
-from tests.test_command import run, run_here
+from tests.cli.test_command import run, run_here
 
 SCHEMA = json.loads(resources.files("cobla_onnx").joinpath("plan.schema.json").read_text())
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from cobla_onnx import Budget, compress
-from tests.test_command import run
+from tests.cli.test_command import run
 
 FAST = ["squeezenet1.1_fp32", "cifar_resnet20-12fca82f", "mobilenet_v1_0.25_128_quant"]
 BUDGETS = [{"mem": 0.7}, {"mac": 0.7}, {"mem": 0.7, "mac": 0.7}]

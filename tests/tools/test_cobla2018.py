@@ -14,7 +14,7 @@ from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import small_network
-from tests.calibration.test_network import samples
+from tests.calibration.evaluation.test_probe import samples
 
 
 @pytest.fixture
