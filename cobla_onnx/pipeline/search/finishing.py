@@ -13,7 +13,8 @@ from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.probe import Pair, Weights
-from cobla_onnx.calibration.statistics import Approximation
+from cobla_onnx.calibration.statistics import Approximation, Seen
+from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.refit import ChosenLayer, refit_layers, replaced_weights
@@ -21,7 +22,8 @@ from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress
-from cobla_onnx.variants.low_rank.matricisation import Scheme
+from cobla_onnx.text import quoted
+from cobla_onnx.variants.low_rank.matricisation import Scheme, schemes_for
 from cobla_onnx.variants.low_rank.units import factor_units, factorize_layer, mapped
 
 __all__ = ["Approximate", "Finisher"]
@@ -79,6 +81,9 @@ class Finisher:
         seen = self.analysis.seen
         assert seen is not None
         resolved = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
+        if plan.factors == "data":
+            for layer, scheme, _ in resolved:
+                _refuse_unknown(seen, layer, scheme)
         one = approximate or seen.approximate
         found: Iterable[Approximation] = (
             self._of_weights(resolved)
@@ -134,3 +139,14 @@ class Finisher:
                 progress=partial(self.progress, "refit"),
             )
         return self._refitted[plan]
+
+
+def _refuse_unknown(seen: Seen, layer: Layer, scheme: Scheme) -> None:
+    """Raise where a plan, made without data, has a scheme that data say nothing about."""
+    if seen.is_wide(layer) and scheme.offsets > 1:
+        known = [each.name for each in schemes_for(layer) if each.offsets == 1]
+        raise UsageError(
+            f"plan: layer {quoted(layer.name)} reads too many inputs for factors of scheme "
+            f'{scheme.name!r} to follow from data; use {" or ".join(known)}, or "factors": '
+            '"weights" for the whole plan'
+        )
