@@ -1,4 +1,4 @@
-"""Run a command and print its exit code, seconds, peak memory and last words as JSON.
+"""Run a command; print its exit code, time, processor time, peak memory and last words as JSON.
 
     python tools/field_child.py SECONDS COMMAND...
 
@@ -36,6 +36,7 @@ def main(limit: float, command: list[str]) -> dict[str, object]:
         row |= {
             "exit_code": child.returncode,
             "seconds": round(time.monotonic() - started, 1),
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
             "peak_mb": round(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6),
         }
         said.seek(0)
