@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.windows import ConvPatch
+from cobla_onnx.graph.operators.convolution import ConvPatch
 
 __all__ = ["TransposedPatch"]
 

@@ -1,0 +1,1 @@
+"""Operators that multiply their data with a weight."""
