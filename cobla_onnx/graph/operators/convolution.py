@@ -1,27 +1,125 @@
-"""Extract the im2col patches that the weight of a convolution is multiplied with.
+"""Convolution: its weight of shape (N, C / group, *kernel) multiplies im2col patches.
 
 The order of a patch's entries is that of the weight's input side, (C / group, *kernel), so that
-a weight of shape (N, C / group, *kernel) reshaped to rows times a patch gives an output position.
+the weight reshaped to rows times a patch gives an output position.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
-__all__ = ["ConvPatch", "cut"]
+from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.index import attributes
+from cobla_onnx.graph.inventory import Layer, Reason, Refusal, Use
+from cobla_onnx.graph.operators.base import AGAIN, OutputAxis, Shape, check_axes, elements
+from cobla_onnx.graph.operators.patches import DensePatch, ReadPatch, cut
 
-# Elements in a chunk of vectors, so that unfolding never multiplies the memory of a batch.
-CHUNK = 1 << 22
+__all__ = ["ConvPatch", "Convolution", "Geometry", "geometry_of"]
+
+# Steps, sizes and paddings above this cannot be meant, and overflow in other libraries.
+LARGEST = 2**31 - 1
+
+
+class Convolution:
+    """ONNX's Conv."""
+
+    kind: ClassVar[str] = "convolution"
+    op_types: ClassVar[tuple[str, ...]] = ("Conv",)
+    domain: ClassVar[str] = ""
+    weight_inputs: ClassVar[tuple[int, ...]] = (1,)
+
+    def reading(self, node: onnx.NodeProto) -> dict[str, Any]:
+        """Return the number of groups."""
+        return {"group": attributes(node).get("group", 1)}
+
+    def check(self, node: onnx.NodeProto, shape: tuple[int, ...], label: str) -> None:
+        """Check the weight's axes, and what the node says of its kernel."""
+        check_axes(node, shape, label, 3, 16)
+        _check_kernel(attributes(node), shape, label)
+
+    def refusal(self, layer: Layer, shapes: Mapping[str, Shape] | None) -> Refusal | None:
+        """Refuse depthwise convolutions: a matrix of one row has no lower rank."""
+        depthwise = layer.attributes["group"] > 1 and layer.shape[1] == 1
+        return Refusal(Reason.DEPTHWISE) if depthwise else None
+
+    def output_axis(self, layer: Layer) -> OutputAxis | None:
+        """Return the axis of the channels."""
+        return OutputAxis(1, layer.shape[0])
+
+    def adds_bias(self, node: onnx.NodeProto) -> bool:
+        """Return True."""
+        return True
+
+    def macs(self, node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
+        """Each element of the output is a sum over the weight's axes but the first."""
+        weight = shapes.get(node.input[1])
+        return elements(shapes.get(node.output[0]), weight[1:] if weight else None)
+
+    def patch(self, node: onnx.NodeProto, layer: Layer, use: Use) -> ReadPatch | Refusal:
+        """Return the im2col patches, by group."""
+        group, channels, kernel = layer.attributes["group"], layer.shape[1], layer.shape[2:]
+        return ConvPatch(use.data, group, channels, kernel, *geometry_of(node, kernel))
+
+
+class Geometry(NamedTuple):
+    """How a kernel moves: steps, distances between its entries, padding (see `ConvPatch`)."""
+
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...] | str
+
+
+def geometry_of(node: onnx.NodeProto, kernel: tuple[int, ...]) -> Geometry:
+    """Read how the kernel of a convolution moves, with the defaults filled in."""
+    values = attributes(node)
+    ones = (1,) * len(kernel)
+    automatic = values.get("auto_pad", b"NOTSET").decode()
+    pads = tuple(values.get("pads", (0,) * 2 * len(kernel)))
+    return Geometry(
+        tuple(values.get("strides", ones)),
+        tuple(values.get("dilations", ones)),
+        pads if automatic == "NOTSET" else automatic,
+    )
+
+
+def _check_kernel(values: Mapping[str, Any], shape: tuple[int, ...], label: str) -> None:
+    """Check groups, kernel, steps and padding of a convolution of either direction."""
+    group = values.get("group", 1)
+    if group < 1 or shape[0] % group:
+        raise ModelError(
+            f"{label}: group {group} does not divide the {shape[0]} channels of its weight; {AGAIN}"
+        )
+    kernel = values.get("kernel_shape")
+    if kernel is not None and list(kernel) != list(shape[2:]):
+        raise ModelError(
+            f"{label}: kernel_shape says {list(kernel)}, its weight has {list(shape[2:])}; {AGAIN}"
+        )
+    axes = len(shape) - 2
+    for name, length, least in (
+        ("strides", axes, 1),
+        ("dilations", axes, 1),
+        ("pads", 2 * axes, -LARGEST),
+        ("output_padding", axes, 0),
+        ("output_shape", axes, 0),
+    ):
+        sizes = values.get(name)
+        if sizes is None:
+            continue
+        if len(sizes) != length or not all(least <= size <= LARGEST for size in sizes):
+            raise ModelError(
+                f"{label}: {name} {list(sizes)[:16]} do not fit a kernel of {axes} axes; {AGAIN}"
+            )
 
 
 @dataclass(frozen=True)
-class ConvPatch:
+class ConvPatch(DensePatch):
     """How a convolution reads its data.
 
     Attributes
@@ -61,17 +159,7 @@ class ConvPatch:
     def vectors(
         self, data: NDArray[Any], chosen: NDArray[np.int64] | None = None, each: int = 1
     ) -> Iterator[NDArray[Any]]:
-        """Yield chunks of patches, each of shape (groups, size, positions).
-
-        Parameters
-        ----------
-        data : array
-            A batch.
-        chosen : int64 array, optional
-            Indices of the patches to extract, by default all.
-        each : int
-            The size of chunks is a multiple of this.
-        """
+        """Yield chunks of patches, each of shape (groups, size, positions); see `Patch`."""
         windows = self._windows(data)
         spatial = len(self.kernel)
         places = (*windows.shape[:1], *windows.shape[3 : 3 + spatial])
@@ -120,10 +208,3 @@ class ConvPatch:
             small, large = total // 2, total - total // 2
             result.append((small, large) if self.pads == "SAME_UPPER" else (large, small))
         return result
-
-
-def cut(count: int, size: int, each: int) -> Iterator[slice]:
-    """Split `count` vectors of some size into chunks of a multiple of `each` vectors."""
-    step = max(1, CHUNK // max(size * each, 1)) * each
-    for start in range(0, count, step):
-        yield slice(start, start + step)
