@@ -45,7 +45,7 @@ class Convolution:
         _check_kernel(attributes(node), shape, label)
 
     def refusal(self, layer: Layer, shapes: Mapping[str, Shape] | None) -> Refusal | None:
-        """Refuse depthwise convolutions: a matrix of one row has no lower rank."""
+        """Refuse depthwise convolutions, whose channels are vectors and not matrices."""
         depthwise = layer.attributes["group"] > 1 and layer.shape[1] == 1
         return Refusal(Reason.DEPTHWISE) if depthwise else None
 
@@ -54,11 +54,11 @@ class Convolution:
         return OutputAxis(1, layer.shape[0])
 
     def adds_bias(self, node: onnx.NodeProto) -> bool:
-        """Return True."""
+        """Return True: there is no factor before it."""
         return True
 
     def macs(self, node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
-        """Each element of the output is a sum over the weight's axes but the first."""
+        """Count a sum over the weight's axes but the first for each element of the output."""
         weight = shapes.get(node.input[1])
         return elements(shapes.get(node.output[0]), weight[1:] if weight else None)
 

@@ -36,7 +36,8 @@ class Product:
 
     def check(self, node: onnx.NodeProto, shape: tuple[int, ...], label: str) -> None:
         """Check the weight's axes."""
-        check_axes(node, shape, label, *((1, 16) if node.op_type == "MatMul" else (2, 2)))
+        least, most = (1, 16) if node.op_type == "MatMul" else (2, 2)
+        check_axes(node, shape, label, least, most)
 
     def refusal(self, layer: Layer, shapes: Mapping[str, Shape] | None) -> Refusal | None:
         """Refuse stacks where a product of two factors might broadcast differently."""
@@ -59,7 +60,7 @@ class Product:
         return bool(values.get("alpha", 1.0) == 1.0 and values.get("beta", 1.0) == 1.0)
 
     def macs(self, node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
-        """Each element of the output is a sum over the inner axis."""
+        """Count a sum over the inner axis for each element of the output."""
         left = shapes.get(node.input[0])
         if not left:
             return None

@@ -45,7 +45,7 @@ class TransposedConvolution(Convolution):
         return OutputAxis(1, layer.shape[1] * layer.attributes["group"])
 
     def macs(self, node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
-        """Each element of the data is multiplied with the weight's axes but the first."""
+        """Count the weight's axes but the first for each element of the data."""
         weight = shapes.get(node.input[1])
         return elements(shapes.get(node.input[0]), weight[1:] if weight else None)
 
