@@ -24,6 +24,7 @@ from cobla_onnx.calibration.evaluation.temperature import LADDER
 from cobla_onnx.graph.index import GraphIndex
 from cobla_onnx.graph.layers import Layer, attributes
 from cobla_onnx.graph.macs import Shape, infer_shapes
+from cobla_onnx.graph.operators.base import operator_of
 
 __all__ = ["Curvature", "curvatures", "importances"]
 
@@ -197,12 +198,7 @@ class _Walk:
 
 def _outputs_along(layer: Layer, place: _Place) -> int | None:
     """Number of a layer's outputs, if they lie along this axis of its output tensor."""
-    if layer.op == "Conv":
-        return layer.shape[0] if place.axis == 1 else None
-    if layer.op == "ConvTranspose":
-        return layer.shape[1] if place.axis == 1 else None
-    if layer.weight_input != 1 or place.axis != place.axes - 1:
+    outputs = operator_of(layer).output_axis(layer)
+    if outputs is None or outputs.axis % place.axes != place.axis:
         return None
-    if layer.op == "Gemm":
-        return layer.shape[0 if layer.attributes.get("transB", 0) else 1]
-    return layer.shape[-1] if all(size == 1 for size in layer.shape[:-2]) else None
+    return outputs.size

@@ -18,9 +18,9 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.batching import TapLimit
-from cobla_onnx.calibration.patches import Patch, TransposedPatch
 from cobla_onnx.calibration.positions import LEAST, NUMBERS, choose_positions, sample_seeds
 from cobla_onnx.calibration.sums import Moment, MomentSum
+from cobla_onnx.graph.operators.patches import Patch
 from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.runtime.cache import Arrays, Cache, digest
 from cobla_onnx.runtime.pool import Pool
@@ -174,14 +174,14 @@ class _Unit:
 
 def _add_up(unit: _Unit) -> list[MomentSum]:
     """Sum over a unit's batches, for each of its patches."""
-    sums = [MomentSum(patch.groups, patch.size, _parts(patch)) for patch in unit.patches]
+    sums = [MomentSum(patch.groups, patch.size, patch.parts) for patch in unit.patches]
     taps = unit.model.built(_open_taps, tuple(patch.data for patch in unit.patches))
     for feeds in unit.batches:
         values, seeds = taps.run(feeds), sample_seeds(feeds)
         for patch, total in zip(unit.patches, sums, strict=True):
             data = values[patch.data]
             chosen = choose_positions(patch, data, seeds)
-            phases, done = _phases(patch, data, chosen.index), 0
+            phases, done = patch.phases(data, chosen.index), 0
             for vectors in patch.vectors(data, chosen.index, chosen.each):
                 its = None if phases is None else phases[done : done + vectors.shape[2]]
                 total.add(vectors, chosen.each, chosen.share, its)
@@ -189,19 +189,9 @@ def _add_up(unit: _Unit) -> list[MomentSum]:
     return sums
 
 
-def _parts(patch: Patch) -> Sequence[NDArray[np.int64]] | None:
-    return patch.parts if isinstance(patch, TransposedPatch) else None
-
-
-def _phases(
-    patch: Patch, data: NDArray[Any], chosen: NDArray[np.int64] | None
-) -> NDArray[np.int64] | None:
-    return patch.phases(data, chosen) if isinstance(patch, TransposedPatch) else None
-
-
 def _sum_bytes(patch: Patch) -> int:
     """Bytes of a patch's sums."""
-    parts = _parts(patch)
+    parts = patch.parts
     squares = patch.groups * patch.size**2 if parts is None else sum(len(p) ** 2 for p in parts)
     return 8 * squares
 

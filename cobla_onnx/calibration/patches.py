@@ -1,17 +1,10 @@
-"""Extract from a layer's input the vectors that its weight is multiplied with.
+"""Take from a run the vectors by which a layer's errors count: what it reads, or its outputs.
 
-A convolution multiplies each im2col patch, a product each row (or column) of its data.
-The order of a vector's entries is that of the weight's input side: (C / group, *kernel)
-for a convolution, so that a weight of shape (N, C / group, *kernel) reshaped to rows times
-a patch gives an output position. A transposed convolution is one with its kernel turned
-round, over data with zeros inserted, so that its vectors are exact at the edges, too.
-
-Vectors are ordered by sample first: those of the first sample of a batch, then the next.
+How an operator reads its data is its own affair, see `cobla_onnx.graph.operators`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,92 +13,17 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.transposed import TransposedPatch
-from cobla_onnx.calibration.windows import ConvPatch, cut
-from cobla_onnx.graph.layers import Layer, Use, attributes
+from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.inventory import Layer, Refusal, Use
+from cobla_onnx.graph.operators.base import operator_of
+from cobla_onnx.graph.operators.patches import DensePatch, Patch, ReadPatch, cut
+from cobla_onnx.text import quoted
 
-__all__ = [
-    "ConvPatch",
-    "OutputPatch",
-    "Patch",
-    "ProductPatch",
-    "ReadPatch",
-    "TransposedPatch",
-    "finite_outputs",
-    "patch_of",
-]
+__all__ = ["OutputPatch", "Patch", "ReadPatch", "finite_outputs", "patch_of", "unreadable"]
 
 
 @dataclass(frozen=True)
-class ProductPatch:
-    """How a Gemm or MatMul reads its data.
-
-    Attributes
-    ----------
-    data : str
-        Name of the tensor.
-    columns : bool
-        Whether the vectors are its columns, not its rows (the weight is the left operand, or
-        Gemm transposes its data).
-    batch : tuple of int
-        Leading axes of the weight; each matrix of the stack has its own moment.
-    size : int
-        Entries of a vector.
-    output_columns : bool
-        Whether each output vector is a column of the output.
-    """
-
-    data: str
-    columns: bool
-    batch: tuple[int, ...]
-    size: int
-    output_columns: bool
-
-    @property
-    def groups(self) -> int:
-        """Number of separate moments."""
-        return math.prod(self.batch)
-
-    def positions(self, data: NDArray[Any]) -> int:
-        """Vectors in a batch."""
-        return int(self._inputs(data).shape[2])
-
-    def vectors(
-        self, data: NDArray[Any], chosen: NDArray[np.int64] | None = None, each: int = 1
-    ) -> Iterator[NDArray[Any]]:
-        """Yield chunks of vectors, each of shape (groups, size, positions).
-
-        The parameters are those of `ConvPatch.vectors`.
-        """
-        stack = self._inputs(data)
-        count = stack.shape[2] if chosen is None else len(chosen)
-        for part in cut(count, self.groups * self.size, each):
-            yield stack[:, :, part if chosen is None else chosen[part]]
-
-    def outputs(self, output: NDArray[Any]) -> NDArray[Any]:
-        """Outputs at the positions of the vectors, shape (groups, outputs, positions)."""
-        columns = self.output_columns and output.ndim > 1
-        return self._stack(output if output.ndim > 1 else output[None], columns)
-
-    def _inputs(self, data: NDArray[Any]) -> NDArray[Any]:
-        return self._stack(data if data.ndim > 1 else data[None], self.columns and data.ndim > 1)
-
-    def _stack(self, array: NDArray[Any], columns: bool) -> NDArray[Any]:
-        """Group the vectors of an array by the matrix of the weight that multiplies them."""
-        if not columns:
-            array = array.swapaxes(-1, -2)
-        shape = np.broadcast_shapes(array.shape[:-2], self.batch)
-        array = np.broadcast_to(array, (*shape, *array.shape[-2:]))
-        lead = len(shape) - len(self.batch)
-        # Along an axis of length 1 of the weight, all data is multiplied with the same matrix.
-        apart = [lead + axis for axis, length in enumerate(self.batch) if length != 1]
-        together = [axis for axis in range(len(shape)) if axis not in apart]
-        order = (*apart, array.ndim - 2, *together, array.ndim - 1)
-        return array.transpose(order).reshape(self.groups, array.shape[-2], -1)
-
-
-@dataclass(frozen=True)
-class OutputPatch:
+class OutputPatch(DensePatch):
     """A layer's outputs in place of its inputs, for layers whose input vectors are too wide.
 
     Attributes
@@ -133,7 +51,7 @@ class OutputPatch:
     def vectors(
         self, data: NDArray[Any], chosen: NDArray[np.int64] | None = None, each: int = 1
     ) -> Iterator[NDArray[Any]]:
-        """Yield the outputs, shape (groups, size, positions), as `ConvPatch.vectors` does."""
+        """Yield the outputs, shape (groups, size, positions), as `Patch.vectors` does."""
         outputs = finite_outputs(self.read.outputs(data))
         count = outputs.shape[2] if chosen is None else len(chosen)
         for part in cut(count, self.groups * self.size, each):
@@ -146,35 +64,24 @@ def finite_outputs(output: NDArray[Any]) -> NDArray[Any]:
     return output if finite.all() else np.where(finite, output, output.dtype.type(0))
 
 
-ReadPatch = ConvPatch | TransposedPatch | ProductPatch
-Patch = ReadPatch | OutputPatch
-
-
 def patch_of(model: onnx.ModelProto, layer: Layer, use: Use) -> ReadPatch:
-    """Return how a use of a layer reads its data."""
-    values = attributes(model.graph.node[use.node])
-    if layer.op in ("Conv", "ConvTranspose"):
-        return _convolution(values, layer, use)
-    right = layer.weight_input == 1
-    flipped = bool(values.get("transA" if right else "transB", 0))
-    transposed = bool(values.get("transB" if right else "transA", 0))
-    size = layer.shape[-2] if right != transposed else layer.shape[-1]
-    return ProductPatch(use.data, right == flipped, layer.shape[:-2], size, not right)
+    """Return how a use of a layer reads its data.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be read as vectors; `unreadable` tells beforehand.
+    """
+    found = operator_of(layer).patch(model.graph.node[use.node], layer, use)
+    if isinstance(found, Refusal):
+        raise ModelError(
+            f"node {quoted(layer.name)}: {found.reason.value} ({found.detail}); leave it out"
+        )
+    return found
 
 
-def _convolution(values: dict[str, Any], layer: Layer, use: Use) -> ConvPatch | TransposedPatch:
-    kernel = layer.shape[2:]
-    ones = (1,) * len(kernel)
-    automatic = values.get("auto_pad", b"NOTSET").decode()
-    pads = tuple(values.get("pads", (0,) * 2 * len(kernel)))
-    strides = tuple(values.get("strides", ones))
-    dilations = tuple(values.get("dilations", ones))
-    padding = pads if automatic == "NOTSET" else automatic
-    if layer.op == "Conv":
-        group, channels = layer.attributes["group"], layer.shape[1]
-        return ConvPatch(use.data, group, channels, kernel, strides, dilations, padding)
-    more = tuple(values.get("output_padding", (0,) * len(kernel)))
-    wanted = tuple(values["output_shape"]) if "output_shape" in values else None
-    return TransposedPatch(
-        use.data, layer.shape[0], kernel, strides, dilations, padding, more, wanted
-    )
+def unreadable(model: onnx.ModelProto, layer: Layer) -> Refusal | None:
+    """Why data says nothing of a layer's errors; None if it does."""
+    nodes = model.graph.node
+    found = (operator_of(layer).patch(nodes[use.node], layer, use) for use in layer.uses)
+    return next((refusal for refusal in found if isinstance(refusal, Refusal)), None)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.patches import Patch
+from cobla_onnx.graph.operators.patches import Patch
 
 __all__ = ["LEAST", "NUMBERS", "Chosen", "choose_positions", "sample_seeds"]
 

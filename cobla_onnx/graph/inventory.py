@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, NamedTuple
 
-__all__ = ["Inventory", "Layer", "Reason", "Skipped", "Use"]
+__all__ = ["Inventory", "Layer", "Reason", "Refusal", "Skipped", "Use"]
 
 
 class Reason(str, Enum):
@@ -25,6 +26,7 @@ class Reason(str, Enum):
     EMPTY = "weight has no elements"
     DEPTHWISE = "depthwise convolution"
     GROUPED = "grouped transposed convolution"
+    UNREADABLE = "its data cannot be read as vectors"
     UNMEASURED = "changes no tensor that the loss can be taken at"
     SUBGRAPH = "inside a sub-graph or function"
     EXCLUDED = "excluded by option"
@@ -33,6 +35,13 @@ class Reason(str, Enum):
     NOT_FASTER = "two factors would not be faster"
     BUDGET = "budget is better spent elsewhere"
     MET = "budgets are met as it is"
+
+
+class Refusal(NamedTuple):
+    """Why something is not done, with what is particular to the case."""
+
+    reason: Reason
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Layer:
     name : str
         Name of the first node, or one made of its operator and index.
     op : str
-        ``Conv``, ``ConvTranspose``, ``Gemm`` or ``MatMul``.
+        Type of the nodes, one of `cobla_onnx.graph.operators.base.OPERATORS`.
     source : str
         Name of the stored tensor: an initializer, or the output of a Constant node.
     weight_input : int
@@ -79,8 +88,8 @@ class Layer:
     stored_bytes : int
         Bytes of the stored tensor.
     attributes : dict
-        Attributes of the first node that fix how the weight is read (``group``,
-        ``transA``, ``transB``), with their defaults filled in.
+        Attributes of the nodes that fix how the weight is read, such as ``group`` or
+        ``transB``, with their defaults filled in.
     uses : tuple of Use
     bias : str or None
         Name of the stored bias, if nobody but this layer's single node reads it and it is
@@ -96,7 +105,7 @@ class Layer:
     type: int
     stored_bytes: int
     uses: tuple[Use, ...]
-    attributes: dict[str, int] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
     bias: str | None = None
 
     @property

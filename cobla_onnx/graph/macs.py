@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
 
 import onnx
 
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.io.model_file import constant_value, without_weights
-from cobla_onnx.graph.layers import attributes, node_label
+from cobla_onnx.graph.layers import node_label
+from cobla_onnx.graph.operators.base import Shape, elements, operator_of_node
 from cobla_onnx.text import quoted
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "node_macs",
 ]
 
-Shape: TypeAlias = "tuple[int | None, ...]"
 # Tensors that a node may make at most, in numbers.
 MOST_ELEMENTS = 2**31 - 1
 
@@ -143,7 +141,7 @@ def infer_tensors(
 def _refuse_giants(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> None:
     for index, node in enumerate(model.graph.node):
         for name in node.output:
-            size = _product(shapes.get(name))
+            size = elements(shapes.get(name))
             if size is not None and size > MOST_ELEMENTS:
                 raise ModelError(
                     f"node {quoted(node_label(node, index))}: makes a tensor of shape "
@@ -152,13 +150,10 @@ def _refuse_giants(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> None:
                 )
 
 
-COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
-
 def node_macs(
     model: onnx.ModelProto, shapes: Mapping[str, Shape]
 ) -> tuple[dict[int, int], list[str]]:
-    """MACs of every convolution and matrix product of the main graph.
+    """MACs of every node of the main graph whose operator is registered.
 
     Additions of a bias are not counted; neither are other operators, sub-graphs and
     functions.
@@ -173,37 +168,12 @@ def node_macs(
     macs: dict[int, int] = {}
     unknown: list[str] = []
     for index, node in enumerate(model.graph.node):
-        if node.op_type not in COUNTED or node.domain not in ("", "ai.onnx"):
+        operator = operator_of_node(node)
+        if operator is None:
             continue
-        count = _macs(node, shapes)
+        count = operator.macs(node, shapes)
         if count is None:
             unknown.append(node_label(node, index))
         else:
             macs[index] = count
     return macs, unknown
-
-
-def _macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
-    left, right = shapes.get(node.input[0]), shapes.get(node.input[1])
-    output = shapes.get(node.output[0])
-    if node.op_type == "Conv":
-        # Each output element is a sum over the weight's axes but the first.
-        return _product(output, right[1:] if right else None)
-    if node.op_type == "ConvTranspose":
-        return _product(left, right[1:] if right else None)
-    if left is None:
-        return None
-    transposed = node.op_type == "Gemm" and attributes(node).get("transA", 0)
-    return _product(output, (left[0] if transposed else left[-1],) if left else None)
-
-
-def _product(*shapes: Iterable[int | None] | None) -> int | None:
-    sizes: list[int] = []
-    for shape in shapes:
-        if shape is None:
-            return None
-        for size in shape:
-            if size is None:
-                return None
-            sizes.append(size)
-    return math.prod(sizes)

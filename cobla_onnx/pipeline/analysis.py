@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
+from cobla_onnx.calibration.patches import unreadable
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import BudgetError, ModelError, UsageError
 from cobla_onnx.graph.io.model_file import stored_bytes
@@ -22,7 +23,8 @@ from cobla_onnx.graph.layers import (
     find_layers,
     node_label,
 )
-from cobla_onnx.graph.macs import COUNTED, Shape, fixed_input_shapes, infer_shapes, node_macs
+from cobla_onnx.graph.macs import Shape, fixed_input_shapes, infer_shapes, node_macs
+from cobla_onnx.graph.operators.base import operator_of, operator_of_node
 from cobla_onnx.pipeline.reach import ranks_in_reach
 from cobla_onnx.plan import Decision, FactorsFrom, Plan
 from cobla_onnx.runtime.cache import Cache
@@ -215,11 +217,13 @@ def analyse(
     skipped = list(inventory.skipped)
     taken: list[Layer] = []
     for layer in inventory.layers:
-        if _vector_meets_batch(layer, shapes):
-            detail = "a stack of matrices meets a vector, or data of unknown rank"
-            skipped.append(Skipped(layer.name, layer.op, Reason.NOT_A_MATRIX, detail, layer.params))
-        else:
+        refused = operator_of(layer).refusal(layer, shapes)
+        if refused is None and see is not None:
+            refused = unreadable(model, layer)
+        if refused is None:
             taken.append(layer)
+        else:
+            skipped.append(Skipped(layer.name, layer.op, *refused, layer.params))
 
     def candidates(rule: RankRule) -> list[Candidate]:
         return [_candidate(layer, scheme, shapes, macs, rule) for layer in taken]
@@ -275,13 +279,6 @@ def _candidate(
 ) -> Candidate:
     whole = None if macs is None else sum(macs[use.node] for use in layer.uses)
     return Candidate(layer, whole, *options_for(layer, scheme, shapes, whole, rule))
-
-
-def _vector_meets_batch(layer: Layer, shapes: Mapping[str, Shape]) -> bool:
-    """Whether a product of two factors would broadcast differently from the single product."""
-    if layer.op != "MatMul" or len(layer.shape) == 2:
-        return False
-    return any(len(shapes.get(use.data) or ()) < 2 for use in layer.uses)
 
 
 def _without_unmeasured(inventory: Inventory, unmeasured: Collection[str]) -> Inventory:
@@ -352,7 +349,7 @@ def model_costs(
     missing = set(unknown)
     wanted: list[str] = []
     for index, node in enumerate(model.graph.node):
-        if node.op_type in COUNTED and node_label(node, index) in missing:
+        if operator_of_node(node) is not None and node_label(node, index) in missing:
             wanted.extend(name for name in (*node.input[:2], node.output[0]) if name)
     stored = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input}
     names = [name for name in dict.fromkeys(wanted) if name not in stored]

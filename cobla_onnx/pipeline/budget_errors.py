@@ -11,6 +11,7 @@ from cobla_onnx.allocation import Budget
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.layers import Reason, Skipped, find_layers
+from cobla_onnx.graph.operators.base import operator_names
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.report.amounts import elsewhere_text
@@ -111,7 +112,7 @@ def _nothing_to_cut(error: BudgetError, model: onnx.ModelProto, analysis: Analys
     advice = (
         "compress the model before it is quantised"
         if quantised
-        else "only Conv, ConvTranspose, Gemm and MatMul with constant weights can be"
+        else f"only {operator_names()} with constant weights can be"
     )
     return BudgetError(
         f"{error.cause}: no layer can be factorised{shown}",

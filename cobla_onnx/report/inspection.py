@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cobla_onnx.graph.operators.base import operator_names
 from cobla_onnx.report.amounts import count_text, elsewhere_text
 from cobla_onnx.report.serialise import Exported
 from cobla_onnx.text import safe_text, short_names
@@ -175,8 +176,7 @@ def _render(found: Inspection) -> RenderableType:
     if not found.layers:
         # No layers: neither a table nor its legend.
         lines = [
-            "nothing can be factorised: only Conv, ConvTranspose, Gemm and MatMul with constant "
-            "weights can be",
+            f"nothing can be factorised: only {operator_names()} with constant weights can be",
             *lines[3:],
         ]
         return Group(*map(Text, lines))

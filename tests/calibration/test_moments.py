@@ -126,7 +126,7 @@ def test_a_stack_of_matrices_has_a_moment_each():
 
 
 def test_large_batches_are_cut_into_chunks(monkeypatch):
-    monkeypatch.setattr("cobla_onnx.calibration.windows.CHUNK", 100)
+    monkeypatch.setattr("cobla_onnx.graph.operators.patches.CHUNK", 100)
     check_patches(conv_model((3, 3), pads=[1, 1, 1, 1]))
     check_patches(product_model("gemm"))
 

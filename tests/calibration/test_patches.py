@@ -13,8 +13,8 @@ from cobla_onnx.calibration.patches import patch_of
 from cobla_onnx.calibration.positions import choose_positions, sample_seeds
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.calibration.sums import MomentSum
-from cobla_onnx.calibration.transposed import TransposedPatch
 from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.graph.operators.transposed_convolution import TransposedPatch
 from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from tests.builders import model_of, random_array

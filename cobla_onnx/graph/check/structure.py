@@ -17,10 +17,10 @@ import onnx
 from google.protobuf.message import Message
 
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph.check.geometry import check_geometry
 from cobla_onnx.graph.check.schemas import Schemas
 from cobla_onnx.graph.index import all_inputs, node_label
 from cobla_onnx.graph.io.external import is_external
+from cobla_onnx.graph.operators.base import operator_of_node
 from cobla_onnx.graph.protos import is_repeated
 from cobla_onnx.graph.sizes import PACKED, tensor_bytes
 from cobla_onnx.graph.tensors import HeldTensor, all_tensors, constant_value, subgraphs
@@ -248,13 +248,11 @@ def _check_nodes(
 
 
 def _check_weight(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]], label: str) -> None:
-    if node.domain not in ("", "ai.onnx") or len(node.input) < 2:
-        return
-    shape = shapes.get(node.input[1])
-    if shape is not None:
-        check_geometry(node, shape, label)
-    if node.op_type == "Gemm" and len(shapes.get(node.input[0], (0, 0))) != 2:
-        check_geometry(node, shapes[node.input[0]], label)
+    operator = operator_of_node(node)
+    for position in operator.weight_inputs if operator is not None else ():
+        shape = shapes.get(node.input[position]) if position < len(node.input) else None
+        if operator is not None and shape is not None:
+            operator.check(node, shape, label)
 
 
 def _unknown_input(

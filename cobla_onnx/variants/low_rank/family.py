@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from cobla_onnx.allocation import Curve
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.calibration.statistics import spectra as weighted_spectra
+from cobla_onnx.graph.inventory import Refusal
 from cobla_onnx.graph.layers import Layer, Reason, read_weight
 from cobla_onnx.graph.macs import Shape
+from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress, tracked
-from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank, schemes_for
+from cobla_onnx.variants.low_rank.matricisation import SCHEMES, Scheme, largest_rank, schemes_for
 from cobla_onnx.variants.low_rank.ranks import RankGrid, RankRule
 from cobla_onnx.variants.low_rank.units import mapped, values_units, weight_values
 
@@ -91,6 +93,8 @@ def options_for(
     rule: RankRule,
 ) -> tuple[list[Option], tuple[Reason, str]]:
     """Schemes that make the layer smaller and not slower at some rank; else the reason why none."""
+    if operator_of(layer).kind not in SCHEMES:
+        return [], Refusal(Reason.OPERATOR)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
     grid, pointwise = layer_grid(layer, rule)
     options, useful = [], False

@@ -21,7 +21,7 @@ stacks of matrices with equal ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,10 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.graph.layers import Layer, Use
-from cobla_onnx.graph.macs import Shape
+from cobla_onnx.graph.operators.base import Shape, elements, operator_of
 
 __all__ = [
+    "SCHEMES",
     "ConvScheme",
     "ProductScheme",
     "Scheme",
@@ -184,15 +185,11 @@ class ConvScheme:
         between = [
             output[2 + a] if a in self.first_axes else data[2 + a] for a in range(len(self._kernel))
         ]
-        sizes = [output[0], *between, *output[2:]]
-        if any(size is None for size in sizes):
+        samples, first, second = output[0], elements(between), elements(output[2:])
+        if samples is None or first is None or second is None:
             return None
-        known = [size for size in sizes if size is not None]
         groups, rows, columns = self.matrix_shape()
-        axes = len(self._kernel)
-        first = math.prod(known[1 : 1 + axes])
-        second = math.prod(known[1 + axes :])
-        return known[0] * groups * (rows * first + columns * second)
+        return samples * groups * (rows * first + columns * second)
 
 
 @dataclass(frozen=True)
@@ -332,13 +329,12 @@ class ProductScheme:
 
     def macs_per_rank(self, use: Use, shapes: Mapping[str, Shape]) -> int | None:
         """MACs of both factors for each unit of rank, or None where shapes are unknown."""
-        output = shapes.get(use.output)
-        if output is None or not output or any(size is None for size in output):
+        count = elements(shapes.get(use.output) or None)
+        if count is None:
             return None
         _, rows, columns = self.matrix_shape()
         outputs = columns if self._left_first else rows
-        elements = math.prod(size for size in output if size is not None)
-        return elements // outputs * (rows + columns)
+        return count // outputs * (rows + columns)
 
 
 Scheme = ConvScheme | ProductScheme
@@ -351,8 +347,46 @@ def largest_rank(layer: Layer, scheme: Scheme) -> int:
     return min(*scheme.matrix_shape()[1:], fewer)
 
 
+def _convolution(layer: Layer, wanted: str) -> tuple[Scheme, ...]:
+    return _by_kernel(ConvScheme, layer.shape, layer.attributes["group"], wanted, spatial=True)
+
+
+def _transposed(layer: Layer, wanted: str) -> tuple[Scheme, ...]:
+    shape = (layer.shape[1], layer.shape[0], *layer.shape[2:])
+    return _by_kernel(TransposedConvScheme, shape, 1, wanted, spatial=False)
+
+
+def _by_kernel(
+    kind: type[ConvScheme], shape: tuple[int, ...], group: int, wanted: str, *, spatial: bool
+) -> tuple[Scheme, ...]:
+    kernel = shape[2:]
+    every = tuple(range(len(kernel)))
+    if math.prod(kernel) == 1:
+        return (kind("matrix", shape, group, every),)
+    axes = {"channel": every, "input": ()}
+    if spatial and len(kernel) == 2 and min(kernel) > 1:
+        axes |= {"spatial-hw": (0,), "spatial-wh": (1,)}
+    chosen = [name for name in axes if wanted in ("auto", name.split("-")[0])]
+    return tuple(kind(name, shape, group, axes[name]) for name in chosen)
+
+
+def _product(layer: Layer, wanted: str) -> tuple[Scheme, ...]:
+    side = layer.weight_input
+    flags = [bool(layer.attributes.get(flag, 0)) for flag in ("transA", "transB")]
+    data_left = (side == 1) != flags[1 - side]
+    return (ProductScheme("matrix", layer.shape, side, flags[side], data_left),)
+
+
+SCHEMES: dict[str, Callable[[Layer, str], tuple[Scheme, ...]]] = {
+    "convolution": _convolution,
+    "transposed convolution": _transposed,
+    "product": _product,
+}
+"""By the kind of a layer's operator, what makes its schemes; see `schemes_for`."""
+
+
 def schemes_for(layer: Layer, wanted: str = "auto") -> tuple[Scheme, ...]:
-    """Return the schemes that apply to a layer.
+    """Return the schemes that apply to a layer; none if its operator is not in `SCHEMES`.
 
     Parameters
     ----------
@@ -361,36 +395,5 @@ def schemes_for(layer: Layer, wanted: str = "auto") -> tuple[Scheme, ...]:
         Restricts convolutions to one kind. Where all kinds are the same, as for 1 x 1
         convolutions and matrix products, it makes no difference.
     """
-    if layer.op == "ConvTranspose":
-        return _transposed(layer, wanted)
-    if layer.op != "Conv":
-        right = layer.weight_input == 1
-        transposes = [bool(layer.attributes.get(flag, 0)) for flag in ("transA", "transB")]
-        data_left = right != transposes[1 - layer.weight_input]
-        transposed = transposes[layer.weight_input]
-        return (ProductScheme("matrix", layer.shape, layer.weight_input, transposed, data_left),)
-    kernel = layer.shape[2:]
-    group = layer.attributes["group"]
-    every = tuple(range(len(kernel)))
-    if math.prod(kernel) == 1:
-        return (ConvScheme("matrix", layer.shape, group, every),)
-    found = {
-        "channel": ConvScheme("channel", layer.shape, group, every),
-        "input": ConvScheme("input", layer.shape, group, ()),
-    }
-    if len(kernel) == 2 and min(kernel) > 1:
-        found["spatial-hw"] = ConvScheme("spatial-hw", layer.shape, group, (0,))
-        found["spatial-wh"] = ConvScheme("spatial-wh", layer.shape, group, (1,))
-    return tuple(s for name, s in found.items() if wanted in ("auto", name.split("-")[0]))
-
-
-def _transposed(layer: Layer, wanted: str) -> tuple[Scheme, ...]:
-    inputs, outputs, *kernel = layer.shape
-    shape, every = (outputs, inputs, *kernel), tuple(range(len(kernel)))
-    if math.prod(kernel) == 1:
-        return (TransposedConvScheme("matrix", shape, 1, every),)
-    found = {
-        "channel": TransposedConvScheme("channel", shape, 1, every),
-        "input": TransposedConvScheme("input", shape, 1, ()),
-    }
-    return tuple(s for name, s in found.items() if wanted in ("auto", name))
+    make = SCHEMES.get(operator_of(layer).kind)
+    return () if make is None else make(layer, wanted)

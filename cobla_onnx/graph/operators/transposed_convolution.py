@@ -1,4 +1,4 @@
-"""Extract the vectors that the weight of a transposed convolution is multiplied with.
+"""Transposed convolution: its weight of shape (C, N / group, *kernel) spreads each input out.
 
 It is a convolution with its kernel turned round, over data with zeros inserted, so that its
 vectors are exact at the edges, too.
@@ -8,16 +8,54 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.windows import ConvPatch
+from cobla_onnx.graph.index import attributes
+from cobla_onnx.graph.inventory import Layer, Reason, Refusal, Use
+from cobla_onnx.graph.operators.base import OutputAxis, Shape, elements
+from cobla_onnx.graph.operators.convolution import Convolution, ConvPatch, geometry_of
+from cobla_onnx.graph.operators.patches import ReadPatch
 
-__all__ = ["TransposedPatch"]
+__all__ = ["TransposedConvolution", "TransposedPatch"]
+
+
+class TransposedConvolution(Convolution):
+    """ONNX's ConvTranspose: attributes, bias and checks are those of a convolution."""
+
+    kind: ClassVar[str] = "transposed convolution"
+    op_types: ClassVar[tuple[str, ...]] = ("ConvTranspose",)
+
+    def refusal(self, layer: Layer, shapes: Mapping[str, Shape] | None) -> Refusal | None:
+        """Refuse groups, which neither the matricisations nor the patches take apart."""
+        group = layer.attributes["group"]
+        if group == 1:
+            return None
+        if layer.shape[1] == 1:
+            return Refusal(Reason.DEPTHWISE)
+        return Refusal(Reason.GROUPED, f"group {group}")
+
+    def output_axis(self, layer: Layer) -> OutputAxis | None:
+        """Return the axis of the channels."""
+        return OutputAxis(1, layer.shape[1] * layer.attributes["group"])
+
+    def macs(self, node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
+        """Count the weight's axes but the first for each element of the data."""
+        weight = shapes.get(node.input[1])
+        return elements(shapes.get(node.input[0]), weight[1:] if weight else None)
+
+    def patch(self, node: onnx.NodeProto, layer: Layer, use: Use) -> ReadPatch | Refusal:
+        """Return the patches of the convolution that it is."""
+        values, kernel = attributes(node), layer.shape[2:]
+        more = tuple(values.get("output_padding", (0,) * len(kernel)))
+        wanted = tuple(values["output_shape"]) if "output_shape" in values else None
+        moves = geometry_of(node, kernel)
+        return TransposedPatch(use.data, layer.shape[0], kernel, *moves, more, wanted)
 
 
 @dataclass(frozen=True)
@@ -63,7 +101,7 @@ class TransposedPatch:
     ) -> Iterator[NDArray[Any]]:
         """Yield chunks of vectors, each of shape (1, size, positions).
 
-        The parameters are those of `ConvPatch.vectors`.
+        The parameters are those of `Patch.vectors`.
         """
         for part in self._plain.vectors(self._spread_out(data), chosen, each):
             turned = part.reshape(self.channels, *self.kernel, -1)

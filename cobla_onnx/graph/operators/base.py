@@ -1,0 +1,194 @@
+"""What the package needs to know of an operator that holds a weight, and the registry of these.
+
+Everything that differs from operator to operator is a method of its object; all that walks,
+counts, checks or calibrates asks the registry. What only one room knows about an operator is
+kept there by its `kind`: the matricisations of its weight, for instance, in `variants`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+
+import onnx
+
+from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.inventory import Layer, Refusal, Use
+from cobla_onnx.graph.operators.patches import ReadPatch
+
+__all__ = [
+    "OPERATORS",
+    "OutputAxis",
+    "Shape",
+    "WeightOperator",
+    "check_axes",
+    "elements",
+    "operator_names",
+    "operator_of",
+    "operator_of_node",
+    "register",
+]
+
+Shape: TypeAlias = "tuple[int | None, ...]"
+
+AGAIN = "the model is damaged, export it again"
+
+
+class OutputAxis(NamedTuple):
+    """Where the outputs of a layer lie: the axis (from the end if negative), and their number."""
+
+    axis: int
+    size: int
+
+
+class WeightOperator(Protocol):
+    """An operator whose output is linear in its data and in its weight.
+
+    Inputs 0 and 1 of its nodes are the data and the weight, in either order. Input 2, if there
+    is one, is added to the product. Output 0 is the result.
+
+    Attributes
+    ----------
+    kind : str
+        The name under which other rooms register what they know of it.
+    op_types : tuple of str
+        Types of its nodes; no other operator may have them.
+    domain : str
+        Empty for ONNX's own.
+    weight_inputs : tuple of int
+        Inputs that may be the weight.
+    """
+
+    kind: ClassVar[str]
+    op_types: ClassVar[tuple[str, ...]]
+    domain: ClassVar[str]
+    weight_inputs: ClassVar[tuple[int, ...]]
+
+    def reading(self, node: onnx.NodeProto) -> dict[str, Any]:
+        """Attributes that fix how the weight is read, with their defaults filled in.
+
+        Nodes that read a stored weight with the same values are one layer. Values are hashable.
+        """
+        ...
+
+    def check(self, node: onnx.NodeProto, shape: tuple[int, ...], label: str) -> None:
+        """Check the node's attributes against the shape of its weight, as the node reads it.
+
+        Parameters
+        ----------
+        label : str
+            What the node is called, for the message.
+
+        Raises
+        ------
+        ModelError
+            If they do not fit: no runtime could run the node.
+        """
+        ...
+
+    def refusal(self, layer: Layer, shapes: Mapping[str, Shape] | None) -> Refusal | None:
+        """Why a layer of a valid model is left as it is; None if it need not be.
+
+        Weights that are not matrices, are empty or have other readers are refused whatever the
+        operator, see `layers.find_layers`.
+
+        Parameters
+        ----------
+        shapes : mapping of str to Shape, or None
+            Shapes of the model's tensors; None before they are known. Layers are asked again
+            afterwards.
+        """
+        ...
+
+    def output_axis(self, layer: Layer) -> OutputAxis | None:
+        """Axis of the output with one entry for each output of the weight; None if none has.
+
+        A bias along it can take up a change of the mean; the weights of single outputs in a
+        loss lie along it.
+        """
+        ...
+
+    def adds_bias(self, node: onnx.NodeProto) -> bool:
+        """Whether input 2, if there is one, is added as it is, along the axis of the outputs."""
+        ...
+
+    def macs(self, node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
+        """Multiply-accumulate operations of a node; None if its shapes are not known.
+
+        The node need not be a layer: both its operands may be computed.
+        """
+        ...
+
+    def patch(self, node: onnx.NodeProto, layer: Layer, use: Use) -> ReadPatch | Refusal:
+        """How a use of the layer, by this node, reads its data; or why data says nothing of it.
+
+        A refused layer stays whole in all compressions with data.
+        """
+        ...
+
+
+OPERATORS: dict[str, WeightOperator] = {}
+"""The operators by the types of their nodes, in the order of their registration."""
+
+
+def register(operator: WeightOperator) -> None:
+    """Add an operator to the registry.
+
+    Raises
+    ------
+    ValueError
+        If one of its types is registered.
+    """
+    for op_type in operator.op_types:
+        if op_type in OPERATORS:
+            raise ValueError(f"operator {op_type} is registered already")
+        OPERATORS[op_type] = operator
+
+
+def operator_of_node(node: onnx.NodeProto) -> WeightOperator | None:
+    """Look up a node's operator; None if it is not one that holds weights."""
+    found = OPERATORS.get(node.op_type)
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    return found if found is not None and found.domain == domain else None
+
+
+def operator_of(layer: Layer) -> WeightOperator:
+    """Look up a layer's operator."""
+    return OPERATORS[layer.op]
+
+
+def operator_names() -> str:
+    """List the types of all operators, for people."""
+    *others, last = OPERATORS
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def check_axes(
+    node: onnx.NodeProto, shape: tuple[int, ...], label: str, least: int, most: int
+) -> None:
+    """Check the number of axes of a node's weight.
+
+    Raises
+    ------
+    ModelError
+        If there are fewer than `least` or more than `most`.
+    """
+    if not least <= len(shape) <= most:
+        raise ModelError(
+            f"{label}: its weight has shape {list(shape)}, a {node.op_type}'s has "
+            f"{least} axes{' or more' if most > least else ''}; {AGAIN}"
+        )
+
+
+def elements(*shapes: Iterable[int | None] | None) -> int | None:
+    """Product of all sizes of all shapes; None if one is not known."""
+    sizes: list[int] = []
+    for shape in shapes:
+        if shape is None:
+            return None
+        for size in shape:
+            if size is None:
+                return None
+            sizes.append(size)
+    return math.prod(sizes)
