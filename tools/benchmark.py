@@ -50,8 +50,9 @@ class Method:
     def __call__(self, budget: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
         """Yield the name of the variant and the compressed model."""
         from cobla_onnx.graph.layers import read_weight
+        from cobla_onnx.variants.low_rank.nodes import make_replacement
         from cobla_onnx.variants.low_rank.svd import factorize
-        from cobla_onnx.variants.rewrite import make_replacement, rewrite
+        from cobla_onnx.variants.rewrite import rewrite
 
         constraints = () if budget is None else self.analysis.constraints(budget)
         plan = self.analysis.plan(self.decide(self.analysis.curves, constraints))

@@ -7,7 +7,6 @@ into the second factor alike, so that it adds the same to both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,10 +17,11 @@ from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.layers import Layer, Use, find_layers, read_weight
 from cobla_onnx.graph.macs import Shape
 from cobla_onnx.graph.tensors import tensor_array
-from cobla_onnx.variants.low_rank.matricisation import Scheme, schemes_for
-from cobla_onnx.variants.rewrite import Replacement, rewrite
+from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.nodes import stand_in
+from cobla_onnx.variants.rewrite import rewrite
 
-__all__ = ["MicroGraph", "layer_key", "micro_graph", "stand_in"]
+__all__ = ["MicroGraph", "layer_key", "micro_graph"]
 
 
 def _typed_shape(shape: Shape | None) -> list[int] | None:
@@ -116,24 +116,3 @@ def micro_graph(
     result.ir_version = max(model.ir_version, 4)
     (found,) = find_layers(result).layers
     return MicroGraph(result, found)
-
-
-def stand_in(layer: Layer, scheme: Scheme, rank: int) -> Replacement:
-    """Return factors of the right shapes and random content, which take the same time.
-
-    They keep the size of numbers about as it is, so that none of them becomes so small
-    that the CPU slows down.
-    """
-    groups, rows, columns = scheme.matrix_shape()
-    generator = np.random.default_rng(0)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
-
-    def numbers(*shape: int, scale: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        uniform = generator.random(shape, dtype=np.float32)
-        return (uniform - np.float32(0.5)) * np.float32(scale)
-
-    # Uniform numbers between -1/2 and 1/2 have the variance 1/12.
-    left = numbers(groups, rows, rank, scale=math.sqrt(12 / rows))
-    right = numbers(groups, rank, columns, scale=math.sqrt(12 / rank))
-    first, second = (np.ascontiguousarray(f.astype(dtype)) for f in scheme.fold(left, right))
-    return Replacement(layer, scheme, first, second)

@@ -53,7 +53,8 @@ from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import Shelf
-from cobla_onnx.variants.rewrite import Replacement, make_replacement
+from cobla_onnx.variants.base import Replacement
+from cobla_onnx.variants.low_rank.nodes import make_replacement
 
 __all__ = ["Calibrated"]
 

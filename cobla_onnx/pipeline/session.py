@@ -37,10 +37,11 @@ from cobla_onnx.report.model import CalibrationReport, LatencyReport
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress, tracked
+from cobla_onnx.variants.base import Replacement
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.low_rank.units import factor_units, mapped, replace_layer
 from cobla_onnx.variants.offload import Spill
-from cobla_onnx.variants.rewrite import Replacement, rewrite
+from cobla_onnx.variants.rewrite import rewrite
 
 __all__ = ["Solution", "Study"]
 

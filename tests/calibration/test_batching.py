@@ -25,7 +25,8 @@ from cobla_onnx.options import Settings, memory_bytes
 from cobla_onnx.pipeline.verification import verify
 from cobla_onnx.runtime.temporary import Shelf
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
-from cobla_onnx.variants.rewrite import make_replacement, rewrite
+from cobla_onnx.variants.low_rank.nodes import make_replacement
+from cobla_onnx.variants.rewrite import rewrite
 
 SIDE = 256
 

@@ -23,7 +23,8 @@ from cobla_onnx.pipeline.search.sensitivity import Response, Sensitivity
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
-from cobla_onnx.variants.rewrite import make_replacement, rewrite
+from cobla_onnx.variants.low_rank.nodes import make_replacement
+from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import random_array, small_network
 
 

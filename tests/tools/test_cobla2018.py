@@ -47,7 +47,8 @@ def test_budgets_hold_and_the_model_runs(method, budget):
     after = method.analysis.mac_total
     for made in replacements:
         index = [x.name for x in method.analysis.layers].index(made.layer.name)
-        rank = made.second.shape[1] if made.layer.op == "Conv" else made.first.shape[-1]
+        first, second = made.arrays.values()
+        rank = second.shape[1] if made.layer.op == "Conv" else first.shape[-1]
         unit = method.analysis.curves[index].curves[0].macs_per_rank
         after += rank * unit - macs[made.layer.name]
     if budget.mac is not None:
@@ -88,7 +89,7 @@ def test_the_result_is_not_worse_than_the_start_on_held_back_samples(method, too
     for made in method.compress(constraints):
         index = names.index(made.layer.name)
         scheme = method.analysis.schemes[index][0]
-        after[index] = scheme.weight(np.matmul(*scheme.unfold(made.first, made.second))), None
+        after[index] = scheme.weight(np.matmul(*scheme.unfold(*made.arrays.values()))), None
     assert method.selection.loss(after) <= before
 
 

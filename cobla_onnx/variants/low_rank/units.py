@@ -12,7 +12,9 @@ from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.transfer import Carried
+from cobla_onnx.variants.base import Replacement
 from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank
+from cobla_onnx.variants.low_rank.nodes import make_replacement
 from cobla_onnx.variants.low_rank.svd import (
     Basis,
     Factorization,
@@ -21,7 +23,6 @@ from cobla_onnx.variants.low_rank.svd import (
     leading_vectors,
     singular_values,
 )
-from cobla_onnx.variants.rewrite import Replacement, make_replacement
 
 __all__ = [
     "FactorUnit",
