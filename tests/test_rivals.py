@@ -22,6 +22,7 @@ from cobla_onnx.pipeline.analysis import Analysis, analyse
 from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.neighbours import neighbours
 from cobla_onnx.pipeline.search.rivals import Rivals
+from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR
 from tests.builders import model_of, random_array, small_network
 from tests.calibration.test_network_loss import calibrated_for
@@ -92,7 +93,8 @@ def test_every_half_is_judged_under_the_factors_of_the_other():
     np.testing.assert_allclose(found[:begin], held_back, rtol=1e-6)
     for half, other in (halves, halves[::-1]):
         seen = Seen(model, layers, lambda other=other: dataset.batches(other, 8))
-        losses = finisher.judge.on(half).losses(finisher.weights(plan, seen.approximate))
+        weights = finisher.weights(plan, FactorsFromData(seen).approximate)
+        losses = finisher.judge.on(half).losses(weights)
         np.testing.assert_allclose(found[begin : begin + len(half)], losses, rtol=1e-6)
         begin += len(half)
     assert begin == len(found)

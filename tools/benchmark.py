@@ -135,6 +135,9 @@ def analyse_for(bench: Bench, scheme: str, dataset: Any = None) -> Any:
     from cobla_onnx.calibration.heads import importances
     from cobla_onnx.calibration.statistics import Seen
     from cobla_onnx.pipeline.analysis import analyse
+    from cobla_onnx.runtime.context import RunContext
+    from cobla_onnx.variants.base import Asked
+    from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
 
     def see(layers: Sequence[Any]) -> Any:
         chooser = Chooser.of(bench.model)
@@ -149,9 +152,9 @@ def analyse_for(bench: Bench, scheme: str, dataset: Any = None) -> Any:
 
     return analyse(
         bench.model,
-        scheme=scheme,
+        asked=Asked(scheme, EVERY_RANK),
         macs_needed=True,
-        threads=bench.threads,
+        context=RunContext(bench.threads),
         see=None if dataset is None else see,
     )
 

@@ -33,12 +33,12 @@ from scipy.optimize import minimize
 from cobla_onnx.allocation import Choice, Constraint, LayerCurves, Masks, WeightError
 from cobla_onnx.calibration.evaluation.gradients import GradientProbe
 from cobla_onnx.calibration.evaluation.probe import Probe
-from cobla_onnx.calibration.statistics import Approximation
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.network_loss import NetworkLoss, Path
 from cobla_onnx.variants.base import Replacement
+from cobla_onnx.variants.low_rank.approximation import LowRankWeight
 from cobla_onnx.variants.low_rank.nodes import make_replacement
 from cobla_onnx.variants.low_rank.svd import Factorization, factorize
 
@@ -193,7 +193,7 @@ class Cobla2018:
     def _dense(self, index: int, factors: Factorization) -> NDArray[Any]:
         return self.analysis.schemes[index][0].weight(factors.left @ factors.right)
 
-    def _approximate(self, layer: int, curve: int, ranks: Sequence[int]) -> list[Approximation]:
+    def _approximate(self, layer: int, curve: int, ranks: Sequence[int]) -> list[LowRankWeight]:
         weight, bias = self._loss.path.whole[layer]
         whole = factorize(self.analysis.schemes[layer][curve].matrix(weight), max(ranks))
         found = []
@@ -204,7 +204,7 @@ class Cobla2018:
                 whole.right[:, :rank],
             )
             # None would say that the layer has no bias, and the search would run without it.
-            found.append(Approximation(factors, self._dense(layer, factors), bias))
+            found.append(LowRankWeight(self.analysis.schemes[layer][curve], factors, bias))
         return found
 
 

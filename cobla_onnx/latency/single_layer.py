@@ -1,8 +1,8 @@
-"""Cut one node, or its two factors, out of a model as a model of its own, to be timed.
+"""Cut one node, or what replaces it, out of a model as a model of its own, to be timed.
 
 The node keeps its attributes, the shape of its input and what is constant about it. What
 follows it is left out: an activation or a normalisation is fused into the whole node and
-into the second factor alike, so that it adds the same to both.
+into the last one of its replacement alike, so that it adds the same to both.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.layers import Layer, Use, find_layers, read_weight
 from cobla_onnx.graph.macs import Shape
 from cobla_onnx.graph.tensors import tensor_array
-from cobla_onnx.variants.low_rank.matricisation import schemes_for
-from cobla_onnx.variants.low_rank.nodes import stand_in
+from cobla_onnx.variants.registry import forms_of, stand_in
 from cobla_onnx.variants.rewrite import rewrite
 
 __all__ = ["MicroGraph", "layer_key", "micro_graph"]
@@ -79,10 +78,9 @@ class MicroGraph:
     model: onnx.ModelProto
     layer: Layer
 
-    def factored(self, scheme_name: str, rank: int) -> onnx.ModelProto:
-        """Return the model with two factors of random numbers in place of the weight."""
-        found = {scheme.name: scheme for scheme in schemes_for(self.layer)}
-        return rewrite(self.model, [stand_in(self.layer, found[scheme_name], rank)])
+    def replaced(self, scheme: str, level: int) -> onnx.ModelProto:
+        """Return the model with random numbers in place of the layer's replacement."""
+        return rewrite(self.model, [stand_in(self.layer, forms_of(self.layer)[scheme], level)])
 
 
 def micro_graph(

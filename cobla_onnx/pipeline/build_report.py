@@ -29,6 +29,7 @@ from cobla_onnx.report.model import (
 )
 from cobla_onnx.runtime.environment import machine, versions
 from cobla_onnx.runtime.providers import current_provider
+from cobla_onnx.variants.registry import require_family
 
 __all__ = ["latency_report", "make_report"]
 
@@ -159,24 +160,25 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
             layer.name, layer.op, layer.shape, "whole", None, None, full_rank, params, macs, None,
             reason.value, _spectrum(widest),
         )  # fmt: skip
-    _, scheme, rank = analysis.resolve(decision)
+    _, form, level = analysis.resolve(decision)
+    family = require_family(form.name)
     curve = analysis.curve(decision)
     error = None
     if curve is not None:
-        error = float(np.sqrt(curve.relative_errors()[rank]))
+        error = float(np.sqrt(curve.relative_errors()[level]))
     return LayerReport(
         name=layer.name,
         op=layer.op,
         shape=layer.shape,
         decision="factorised",
-        scheme=scheme.name,
-        rank=rank,
-        full_rank=min(scheme.matrix_shape()[1:]),
-        params=Cost(layer.params, rank * scheme.params_per_rank()),
+        scheme=form.name,
+        rank=level,
+        full_rank=family.most(layer, form),
+        params=Cost(layer.params, family.params(layer, form, level)),
         macs=Cost(analysis.macs[index], analysis.layer_macs(decision)),
         error=error,
         reason="",
-        spectrum=None if curve is None else _spectrum(curve, rank),
+        spectrum=None if curve is None else _spectrum(curve, level),
     )
 
 

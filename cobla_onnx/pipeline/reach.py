@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from cobla_onnx.allocation import Budget, Curve, LayerCurves
+from cobla_onnx.allocation import Budget, LayerCurves
 from cobla_onnx.allocation.budget import require_reachable
 from cobla_onnx.allocation.knapsack import knapsack
 from cobla_onnx.errors import BudgetError
-from cobla_onnx.variants.low_rank.family import Candidate
+from cobla_onnx.variants.base import Candidate
 from cobla_onnx.variants.low_rank.ranks import RankRule
+from cobla_onnx.variants.registry import require_family
 
 __all__ = ["ranks_in_reach"]
 
@@ -62,7 +63,7 @@ def ranks_in_reach(
 def _refusal(
     budget: Budget, candidates: Sequence[Candidate], mem_total: int, mac_total: int | None
 ) -> BudgetError | None:
-    layers = [_costs(candidate) for candidate in candidates if candidate.options]
+    layers = [_costs(candidate) for candidate in candidates if candidate.proposals]
     try:
         constraints = budget.constraints(layers, mem_total, mac_total)
         if all(c.cost(layers, (None,) * len(layers)) <= c.limit for c in constraints):
@@ -77,16 +78,12 @@ def _refusal(
 
 
 def _costs(candidate: Candidate) -> LayerCurves:
-    """A layer's costs at all candidate ranks, before its singular values are known."""
-    curves = tuple(
-        Curve(
-            option.scheme.name,
-            np.zeros(min(option.scheme.matrix_shape()[1:])),
-            option.ranks,
-            option.bytes_per_rank,
-            option.macs_per_rank,
-        )
-        for option in candidate.options
-    )
+    """A layer's costs at all candidate levels, before its errors are known."""
     layer = candidate.layer
-    return LayerCurves(layer.name, layer.stored_bytes, candidate.macs, curves)
+    curves = tuple(
+        require_family(p.form.name).curve(
+            layer, candidate.costs, p, np.zeros(p.most + 1), np.zeros(p.most)
+        )
+        for p in candidate.proposals
+    )
+    return LayerCurves(layer.name, layer.stored_bytes, candidate.costs.macs, curves)

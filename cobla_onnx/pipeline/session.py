@@ -35,13 +35,14 @@ from cobla_onnx.pipeline.verification import verify
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import CalibrationReport, LatencyReport
 from cobla_onnx.runtime.cache import Cache
+from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress, tracked
 from cobla_onnx.variants.base import Replacement
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
-from cobla_onnx.variants.low_rank.units import factor_units, mapped, replace_layer
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.rewrite import rewrite
+from cobla_onnx.variants.work import replacements
 
 __all__ = ["Solution", "Study"]
 
@@ -152,14 +153,14 @@ class Study:
                 raise explain(error, self.model, self.analysis, self.settings, self.rule) from error
             plan = self.analysis.plan(allocation.choices, allocation.factors)
         spill = Spill()
-        replacements = spill.replacements(
+        found = spill.replacements(
             self._factorise(plan) if self.calibrated is None else self.calibrated.factorise(plan)
         )
         return Solution(
             budget,
             plan,
             allocation,
-            replacements,
+            found,
             spill,
             None if self.calibrated is None else self.calibrated.report(),
             () if self.calibrated is None else tuple(self.calibrated.history),
@@ -169,10 +170,9 @@ class Study:
     def _factorise(self, plan: Plan) -> Iterator[Replacement]:
         """Factorise the weights of the chosen layers over the pool; yield them one by one."""
         chosen = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
-        units = factor_units(self.model, chosen, self.pool, self.cache)
-        made = mapped(replace_layer, units, self.pool, self.cache)
-        for replaced in tracked(made, len(chosen), partial(self.notify, "factorise")):
-            yield replaced.replacement
+        context = RunContext(pool=self.pool, cache=self.cache)
+        made = replacements(self.model, chosen, context)
+        yield from tracked(made, len(chosen), partial(self.notify, "factorise"))
 
     @property
     def objective(self) -> Literal["weights", "output", "loss"]:
@@ -208,19 +208,19 @@ class Study:
         VerificationError
         """
         started = time.perf_counter()
-        replacements = solution.replacements
+        made = solution.replacements
         self.notify("rewrite", 0, 1)
-        compressed = rewrite(self.model, replacements) if replacements else self.model
+        compressed = rewrite(self.model, made) if made else self.model
         _check_budget(self.analysis, solution.budget, solution.plan, compressed)
         self.notify("rewrite", 1, 1)
         verification = None
-        if replacements:
+        if made:
             steps = 1 if self.calibrated is None else self.calibrated.held_back_batches
             self.notify("verify", 0, steps)
             verification = verify(
                 self.model,
                 compressed,
-                replacements,
+                made,
                 self.analysis.input_shapes,
                 data=None if self.calibrated is None else self.calibrated.held_back(),
                 measures=None if self.calibrated is None else self.calibrated.judge.measures,
@@ -244,7 +244,7 @@ class Study:
         analysis = self.analysis
         if self.calibrated is not None and solution.plan.factors == "weights":
             # The reported errors are those of the weights, which the factors approximate.
-            analysis = replace(analysis, curves=self.calibrated.rivals.weight_curves)
+            analysis = analysis.with_curves(self.calibrated.rivals.weight_curves)
         if self.cache is not None:
             notes = dict.fromkeys((*analysis.notes, *self.cache.notes))
             analysis = replace(analysis, notes=tuple(notes))

@@ -63,7 +63,7 @@ def test_each_node_alone_gives_what_it_gives_in_the_model(make):
         (found,) = run_session(open_session(alone.model, 1), inputs).values()
         np.testing.assert_allclose(found, values[use.output], rtol=1e-5, atol=1e-5)
         for scheme in schemes_for(alone.layer):
-            (found,) = run_session(open_session(alone.factored(scheme.name, 2), 1), inputs).values()
+            (found,) = run_session(open_session(alone.replaced(scheme.name, 2), 1), inputs).values()
             assert found.shape == values[use.output].shape
             assert np.isfinite(found).all()
             expected = stand_in(alone.layer, scheme, 2)

@@ -14,6 +14,7 @@ from cobla_onnx.latency.layer_times import interpolated, sampled, slowest_layers
 from cobla_onnx.latency.profile import Conditions, Profile
 from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.variants.base import Asked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankGrid, rank_rule
 from tests.builders import small_network
 from tests.latency.fakes import FakeStopwatch
@@ -118,10 +119,14 @@ def test_under_a_mac_budget_ranks_must_save_macs():
 def analysed(model, rule=EVERY_RANK):
     return analyse(
         model,
+        asked=Asked("auto", rule),
         macs_needed=True,
-        threads=1,
-        ranks=rule,
     )
+
+
+def timed_layers(model, analysis, profile, stopwatch):
+    found = time_layers(model, analysis.variants, analysis.shapes, profile, stopwatch)
+    return analysis.with_times(10**6, *found)
 
 
 def fresh_profile():
@@ -132,7 +137,7 @@ def test_the_table_is_exact_where_time_is_linear():
     model = small_network()
     profile, stopwatch = fresh_profile(), FakeStopwatch(overhead=0)
     analysis = analysed(model)
-    timed = time_layers(model, analysis, 10**6, profile, stopwatch)
+    timed = timed_layers(model, analysis, profile, stopwatch)
     assert timed.time_total == 10**6
     for layer in timed.curves:
         assert layer.time_whole == layer.macs_whole
@@ -140,7 +145,7 @@ def test_the_table_is_exact_where_time_is_linear():
             assert np.abs(curve.times - curve.ranks * curve.macs_per_rank).max() <= 1
             assert (curve.times < layer.time_whole).all()
     calls = stopwatch.calls
-    again = time_layers(model, analysis, 10**6, profile, stopwatch)
+    again = timed_layers(model, analysis, profile, stopwatch)
     assert stopwatch.calls == calls
     assert [c.times.tolist() for la in again.curves for c in la.curves] == [
         c.times.tolist() for la in timed.curves for c in la.curves
@@ -156,7 +161,7 @@ class SlowPairs(FakeStopwatch):
 
 def test_layers_that_are_not_faster_are_left_out_with_the_reason():
     model = small_network()
-    timed = time_layers(model, analysed(model), 10**6, fresh_profile(), SlowPairs())
+    timed = timed_layers(model, analysed(model), fresh_profile(), SlowPairs())
     assert timed.layers == ()
     reasons = {item.name: item for item in timed.skipped}
     assert reasons["conv2"].reason is Reason.NOT_FASTER
@@ -167,13 +172,15 @@ def test_slowest_layers_come_first_and_do_not_change_the_table():
     model = small_network()
     profile, stopwatch = fresh_profile(), FakeStopwatch(overhead=0)
     analysis = analysed(model)
-    before = time_layers(model, analysis, 10**6, profile, stopwatch)
+    before = timed_layers(model, analysis, profile, stopwatch)
     plan = Plan((Decision("conv2", "channel", 7),))
-    found = slowest_layers(model, analysis, plan, profile, stopwatch, count=2)
+    found = slowest_layers(
+        model, analysis.layers, analysis.shapes, plan, profile, stopwatch, count=2
+    )
     assert [name for name, _, _ in found] == ["conv2", "conv1"]
     assert found[0][2] < found[0][1]
     assert found[1][2] == found[1][1]
-    after = time_layers(model, analysis, 10**6, profile, stopwatch)
+    after = timed_layers(model, analysis, profile, stopwatch)
     assert [c.times.tolist() for la in after.curves for c in la.curves] == [
         c.times.tolist() for la in before.curves for c in la.curves
     ]

@@ -12,6 +12,7 @@ from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR
 
@@ -54,9 +55,10 @@ def test_stated_errors_of_real_layers(assets, monkeypatch):
         for scheme in schemes_for(layer):
             full_rank = min(scheme.matrix_shape()[1:])
             most = max(full_rank // 2, 1)
-            _, errors = seen.spectrum(layer, scheme, read_weight(model, layer), most)
+            factors = FactorsFromData(seen)
+            _, errors = factors.spectrum(layer, scheme, read_weight(model, layer), most)
             for rank, found in zip(
-                (1, most), seen.approximate(layer, scheme, [1, most]), strict=True
+                (1, most), factors.approximate(layer, scheme, [1, most]), strict=True
             ):
                 weights = {exposed.weights[0]: found.weight.astype(np.float32)}
                 weights[exposed.biases[0]] = found.bias.astype(np.float32)

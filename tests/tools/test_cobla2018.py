@@ -12,6 +12,8 @@ from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.base import Asked
+from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
 from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import small_network
 from tests.calibration.test_network import samples
@@ -26,9 +28,8 @@ def method_of(module):
     model = small_network()
     analysis = analyse(
         model,
-        scheme="channel",
+        asked=Asked("channel", EVERY_RANK),
         macs_needed=True,
-        threads=1,
     )
     data = samples(24)["x"]
     calibration = Probe(model, analysis.layers, [{"x": data[:16]}], "auto", 1)

@@ -26,7 +26,7 @@ from cobla_onnx.latency.timing import Comparison, Stopwatch, compare
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
-from cobla_onnx.variants.low_rank.nodes import stand_in
+from cobla_onnx.variants.registry import stand_in
 from cobla_onnx.variants.rewrite import rewrite
 
 __all__ = ["Found", "LatencySearch", "example_feeds"]

@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import LayerCurves, Masks, SeparableError
+from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.probe import Pair, Weights
-from cobla_onnx.calibration.statistics import Approximation
-from cobla_onnx.variants.low_rank.svd import Float64
+from cobla_onnx.variants.base import Approximation
 
 __all__ = ["Gradients", "NetworkLoss", "Path"]
 

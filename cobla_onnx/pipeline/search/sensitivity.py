@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cobla_onnx.allocation import Choice, Constraint, LayerCurves, OutputError
+from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
 from cobla_onnx.calibration.evaluation.probe import Pair
-from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.progress import tracked
-from cobla_onnx.variants.low_rank.matricisation import Scheme
-from cobla_onnx.variants.low_rank.svd import Float64
+from cobla_onnx.variants.base import Form
+from cobla_onnx.variants.from_data import FromData
 
 __all__ = ["PROBE_SAMPLES", "Response", "Sensitivity", "enough_samples", "spread_over"]
 
@@ -139,7 +139,7 @@ class Sensitivity:
     Parameters
     ----------
     layers, curves, schemes : sequences, one entry for each layer
-    seen : Seen
+    seen : FromData
     probe : SpreadProbe
         Evaluates the loss on samples of the calibration split.
     cache : Cache, optional
@@ -158,8 +158,8 @@ class Sensitivity:
         self,
         layers: Sequence[Layer],
         curves: Sequence[LayerCurves],
-        schemes: Sequence[Sequence[Scheme]],
-        seen: Seen,
+        schemes: Sequence[Sequence[Form]],
+        seen: FromData,
         probe: SpreadProbe,
         cache: Cache | None = None,
         key: str = "",
