@@ -48,7 +48,7 @@ def test_answers_to_near_problems_keep_the_limits(fraction, kind):
         "both": Budget(mem=fraction, mac=0.9 * fraction),
     }[kind]
     constraints = analysis.constraints(budget)
-    losses = OutputError([[c.relative_errors() for c in x.curves] for x in analysis.curves])
+    losses = OutputError([[c.errors for c in x.curves] for x in analysis.curves])
     own = allocate(analysis.curves, losses, constraints, solver="milp")
     found = dict(neighbours(analysis, losses, constraints, own))
     assert found or kind == "both"

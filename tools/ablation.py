@@ -55,7 +55,7 @@ def no_scale() -> None:
 
     def by_error(self: Any, constraints: Any, solver: Any) -> Any:
         curves = self.analysis.curves
-        errors = [[curve.relative_errors() for curve in layer.curves] for layer in curves]
+        errors = [[curve.errors for curve in layer.curves] for layer in curves]
         return allocate(curves, OutputError(errors), constraints, solver=solver)
 
     Calibrated.allocate = by_error  # type: ignore[method-assign]

@@ -173,9 +173,9 @@ def fixed(rule: Callable[..., int]) -> Callable[[Any, Any], Choices]:
         ranks = []
         for layer in layers:
             curve = layer.curves[0]
-            shorter = len(curve.singular_values)
-            longer = curve.bytes_per_rank // 4 - shorter
-            ranks.append(rule(curve.singular_values, shorter, longer))
+            shorter = curve.most
+            longer = curve.per_level["mem"] // 4 - shorter
+            ranks.append(rule(curve.spectrum, shorter, longer))
         return baselines.fixed(layers, ranks)
 
     return decide

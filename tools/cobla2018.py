@@ -101,7 +101,10 @@ class Cobla2018:
         saturated = {
             i
             for i, (layer, mask) in enumerate(zip(curves, masks.values, strict=True))
-            if any(mask.sum() * c.per_rank(layer.curves[0]) >= c.whole(layer) for c in constraints)
+            if any(
+                mask.sum() * layer.curves[0].per_level[c.name] >= c.whole(layer)
+                for c in constraints
+            )
         }
         if saturated:
             masks = self._relax(constraints, _without(start, saturated), saturated)
@@ -214,7 +217,7 @@ def _without(start: Sequence[Choice | None], kept: set[int]) -> list[Choice | No
 
 def _cuts(layer: LayerCurves, choice: Choice | None, layers: int) -> NDArray[np.int64]:
     """Edges of the blocks of a layer's masks, finer for small ranks, and at its start."""
-    full_rank = len(layer.curves[0].singular_values)
+    full_rank = layer.curves[0].most
     count = max(2, FREE_MASKS // layers)
     edges = np.geomspace(1, full_rank, count).round().astype(np.int64)
     own = [] if choice is None else [choice.rank]
@@ -242,7 +245,7 @@ def _costs(
                 rooms[k] -= constraint.whole(layer)
             else:
                 block = slice(first[i], first[i + 1])
-                costs[k, block] = sizes[block] * constraint.per_rank(layer.curves[0])
+                costs[k, block] = sizes[block] * layer.curves[0].per_level[constraint.name]
     if (rooms <= 0).any():
         raise BudgetError("the layers that the method of 2018 keeps whole exceed the budget")
     return costs, rooms

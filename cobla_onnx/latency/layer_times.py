@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from cobla_onnx.allocation import Curve, LayerCurves
+from cobla_onnx.allocation import LayerCurves, VariantCurve
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.graph.layers import Layer, Reason, Skipped, Use
 from cobla_onnx.graph.macs import Shape
@@ -143,7 +143,7 @@ def time_layers(
         progress(index, len(variants))
         layer = each.layer
         timed = _timed(model, layer, each.curves, shapes, profile, stopwatch)
-        places = [] if timed is None else [i for i, c in enumerate(timed.curves) if len(c.ranks)]
+        places = [] if timed is None else [i for i, c in enumerate(timed.curves) if len(c.levels)]
         if timed is None or not places:
             detail = "shapes not known" if timed is None else "measured"
             skipped.append(Skipped(layer.name, layer.op, Reason.NOT_FASTER, detail, layer.params))
@@ -163,19 +163,19 @@ def _timed(
     stopwatch: Stopwatch,
 ) -> LayerCurves | None:
     """Put times on the curves of a layer; ranks that are not faster are left out."""
-    forms = [(curve.scheme, rank) for curve in curves.curves for rank in sampled(curve.ranks)]
+    forms = [(curve.scheme, rank) for curve in curves.curves for rank in sampled(curve.levels)]
     measured = measure_layer(model, layer, forms, shapes, profile, stopwatch)
     if measured is None:
         return None
     whole, times = measured
     by_form = dict(zip(forms, times, strict=True))
-    result: list[Curve] = []
+    result: list[VariantCurve] = []
     for curve in curves.curves:
-        known = sampled(curve.ranks)
-        along = interpolated(curve.ranks, known, [by_form[curve.scheme, rank] for rank in known])
+        known = sampled(curve.levels)
+        along = interpolated(curve.levels, known, [by_form[curve.scheme, rank] for rank in known])
         faster = along < whole
-        result.append(replace(curve, ranks=curve.ranks[faster], times=along[faster]))
-    return replace(curves, curves=tuple(result), time_whole=whole)
+        result.append(curve.with_cost("latency", along).only(faster))
+    return replace(curves, curves=tuple(result), costs={**curves.costs, "latency": whole})
 
 
 def slowest_layers(

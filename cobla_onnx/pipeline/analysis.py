@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import onnx
 
-from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
+from cobla_onnx.allocation import Budget, Choice, Constraint, LayerCurves, VariantCurve
+from cobla_onnx.allocation.resources import known_costs
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.graph.io.model_file import stored_bytes
@@ -82,6 +84,11 @@ class Analysis:
         """MACs of each layer over all its uses."""
         return tuple(each.macs for each in self.variants)
 
+    @property
+    def totals(self) -> dict[str, int | None]:
+        """Costs of the model by the name of the resource; None where not known."""
+        return {"mem": self.mem_total, "mac": self.mac_total, "latency": self.time_total}
+
     def with_curves(self, curves: Sequence[LayerCurves]) -> Analysis:
         """Return the same layers with other curves."""
         pairs = zip(self.variants, curves, strict=True)
@@ -104,7 +111,7 @@ class Analysis:
 
     def constraints(self, budget: Budget) -> tuple[Constraint, ...]:
         """Turn a budget into hard integer constraints over the layers' choices."""
-        return budget.constraints(self.curves, self.mem_total, self.mac_total, self.time_total)
+        return budget.constraints(self.curves, self.totals)
 
     def curves_under(self, rule: RankRule) -> tuple[LayerCurves, ...]:
         """Curves with only the ranks that a rule allows, without layers that keep none."""
@@ -114,9 +121,9 @@ class Analysis:
             kept = []
             for form, curve in zip(each.forms, each.curves.curves, strict=True):
                 family = require_family(form.name)
-                ranks = family.allowed(each.layer, form, curve.ranks, costs, rule)
-                if len(ranks):
-                    kept.append(replace(curve, ranks=ranks))
+                allowed = family.allowed(each.layer, form, curve.levels, costs, rule)
+                if len(allowed):
+                    kept.append(curve.only(np.isin(curve.levels, allowed)))
             if kept:
                 result.append(replace(each.curves, curves=tuple(kept)))
         return tuple(result)
@@ -170,7 +177,7 @@ class Analysis:
         hint = f"did you mean {', '.join(close)}?" if close else "see the names in the report"
         raise UsageError(f"plan: there is no layer {name!r} to factorise; {hint}")
 
-    def curve(self, decision: Decision) -> Curve | None:
+    def curve(self, decision: Decision) -> VariantCurve | None:
         """Return the curve of a decision; None for a layer kept whole."""
         curves = self.curves[self._index(decision.layer)].curves
         return next((c for c in curves if c.scheme == decision.scheme), None)
@@ -288,7 +295,7 @@ def _in_reach(
     ranks = asked.ranks
     rules = [ranks, *(ranks.finer() if reach.refine and not ranks.complete else ())]
     try:
-        found, used = ranks_in_reach(reach.budgets, rules, under, bare.mem_total, bare.mac_total)
+        found, used = ranks_in_reach(reach.budgets, rules, under, bare.totals)
     except BudgetError as error:
         able = [c for c in under(rules[-1]) if c.proposals]
         of_costs = replace(bare, variants=tuple(_variants(c, ()) for c in able), shapes={})
@@ -301,9 +308,10 @@ def _in_reach(
     )
 
 
-def _variants(found: Candidate, pairs: Sequence[tuple[Form, Curve]]) -> LayerVariants:
+def _variants(found: Candidate, pairs: Sequence[tuple[Form, VariantCurve]]) -> LayerVariants:
     layer, macs = found.layer, found.costs.macs
-    curves = LayerCurves(layer.name, layer.stored_bytes, macs, tuple(curve for _, curve in pairs))
+    whole = known_costs(mem=layer.stored_bytes, mac=macs)
+    curves = LayerCurves(layer.name, whole, tuple(curve for _, curve in pairs))
     return LayerVariants(layer, macs, curves, tuple(form for form, _ in pairs))
 
 

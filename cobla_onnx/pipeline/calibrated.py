@@ -278,7 +278,7 @@ class Calibrated:
         curves = self.analysis.curves
         whole: tuple[Choice | None, ...] = (None,) * len(curves)
         if all(c.cost(curves, whole) <= c.limit for c in constraints):
-            errors = [[curve.relative_errors() for curve in layer.curves] for layer in curves]
+            errors = [[curve.errors for curve in layer.curves] for layer in curves]
             return allocate(curves, OutputError(errors), constraints, solver=solver)
         sensitivity = self._measured(constraints)
         rounds: list[tuple[OutputError, Allocation]] = []
@@ -336,7 +336,7 @@ class Calibrated:
 
         def pilot() -> Arrays:
             layers = self.analysis.curves
-            largest = [Choice(0, int(layer.curves[0].ranks[-1])) for layer in layers]
+            largest = [Choice(0, int(layer.curves[0].levels[-1])) for layer in layers]
             return {"losses": self.judge.on(chosen).losses(self._truncated(largest))}
 
         key = digest(self._key(chosen), "pilot")

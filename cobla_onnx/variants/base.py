@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation import Curve, LayerCurves
+from cobla_onnx.allocation import LayerCurves, VariantCurve
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import Layer, Reason, Use
@@ -362,7 +362,7 @@ class VariantFamily(Protocol):
         proposal: Proposal,
         errors: Float64,
         spectrum: Float64 | None,
-    ) -> Curve:
+    ) -> VariantCurve:
         """Put costs and errors of a proposal together for the allocation."""
         ...
 

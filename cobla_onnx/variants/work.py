@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 import onnx
 
-from cobla_onnx.allocation import Curve, LayerCurves
+from cobla_onnx.allocation import LayerCurves, VariantCurve
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.context import RunContext
@@ -77,7 +77,7 @@ def measured_curves(
     candidates: Sequence[Candidate],
     data: FromData | None,
     context: RunContext,
-) -> Mapping[str, Sequence[tuple[Form, Curve]]]:
+) -> Mapping[str, Sequence[tuple[Form, VariantCurve]]]:
     """Measure the errors of all proposals, the largest layers first.
 
     Parameters
@@ -87,7 +87,7 @@ def measured_curves(
 
     Returns
     -------
-    mapping of str to sequence of (Form, Curve)
+    mapping of str to sequence of (Form, VariantCurve)
         By the layer's name; without proposals whose errors cannot be measured.
     """
     order = [c for c in candidates if c.proposals]
@@ -95,7 +95,7 @@ def measured_curves(
     tasks = [(c, family, its) for c in order for family, its in _by_family(c)]
     units = (_error_unit(model, c.layer, family, its, data, context) for c, family, its in tasks)
     found = zip(tasks, _mapped(_measure, units, context), strict=True)
-    result: dict[str, list[tuple[Form, Curve]]] = defaultdict(list)
+    result: dict[str, list[tuple[Form, VariantCurve]]] = defaultdict(list)
     for (c, family, its), measured in tracked(
         found, len(tasks), partial(context.progress, "singular values")
     ):
@@ -147,8 +147,7 @@ def weight_curves(
         ):
             assert errors is not None
             curve = curves[place][number]
-            values = curve.singular_values if spectrum is None else spectrum
-            curves[place][number] = replace(curve, errors=errors, singular_values=values)
+            curves[place][number] = replace(curve, errors=errors, spectrum=spectrum)
     return tuple(
         replace(each.curves, curves=tuple(its)) for each, its in zip(variants, curves, strict=True)
     )
@@ -164,7 +163,7 @@ def _by_curve(
             curves, forms = variants.curves.curves, variants.forms
             most = [family.most(variants.layer, forms[k]) for k in numbers]
             pairs = zip(numbers, most, strict=True)
-            yield family, numbers, [Proposal(forms[k], curves[k].ranks, m) for k, m in pairs]
+            yield family, numbers, [Proposal(forms[k], curves[k].levels, m) for k, m in pairs]
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_the_gradient_by_masks_against_differences(calibrated):
     schemes = tuple(int(generator.integers(len(layer.curves))) for layer in curves)
     values, edges = [], []
     for layer, scheme in zip(curves, schemes, strict=True):
-        full = len(layer.curves[scheme].singular_values)
+        full = layer.curves[scheme].most
         cuts = np.unique([0, max(1, full // 3), max(1, 2 * full // 3), full])
         edges.append(cuts)
         values.append(np.repeat(generator.uniform(0.3, 0.9, len(cuts) - 1), np.diff(cuts)))

@@ -50,7 +50,7 @@ def test_budgets_hold_and_the_model_runs(method, budget):
         index = [x.name for x in method.analysis.layers].index(made.layer.name)
         first, second = made.arrays.values()
         rank = second.shape[1] if made.layer.op == "Conv" else first.shape[-1]
-        unit = method.analysis.curves[index].curves[0].macs_per_rank
+        unit = method.analysis.curves[index].curves[0].per_level["mac"]
         after += rank * unit - macs[made.layer.name]
     if budget.mac is not None:
         assert after <= budget.mac * method.analysis.mac_total
@@ -70,7 +70,7 @@ def test_the_search_sees_the_network_that_the_ranks_make(method):
     """Biases included: the loss at masks of 0 and 1 is that of the truncated weights."""
     curves = method.analysis.curves
     assert any(layer.bias is not None for layer in method.analysis.layers)
-    choices = [Choice(0, int(layer.curves[0].ranks[-1])) for layer in curves]
+    choices = [Choice(0, int(layer.curves[0].levels[-1])) for layer in curves]
     made = method._factorised(choices, {})
     truncated = {index: (method._dense(index, factors), None) for index, factors in made}
     expected = method.calibration.loss(truncated)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation import Curve
+from cobla_onnx.allocation import VariantCurve
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.graph.macs import Shape
@@ -24,6 +24,7 @@ from cobla_onnx.variants.base import (
     VariantFamily,
 )
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
+from cobla_onnx.variants.low_rank.curve import LOW_RANK, rank_curve
 from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank, schemes_for
 from cobla_onnx.variants.low_rank.nodes import FactorPair, make_replacement, stand_in
@@ -37,7 +38,7 @@ __all__ = ["LowRankFamily"]
 class LowRankFamily(VariantFamily):
     """Two factors in place of a weight; forms are matricisations, levels are ranks."""
 
-    name = "low-rank"
+    name = LOW_RANK
     level = "rank"
     schemes = ("matrix", "channel", "input", "spatial-hw", "spatial-wh")
     refits = True
@@ -81,12 +82,12 @@ class LowRankFamily(VariantFamily):
         proposal: Proposal,
         errors: Float64,
         spectrum: Float64 | None,
-    ) -> Curve:
+    ) -> VariantCurve:
         """Put costs and errors of a proposal together for the allocation."""
         scheme = proposal.form
         dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
         values = np.zeros(proposal.most) if spectrum is None else spectrum
-        return Curve(
+        return rank_curve(
             scheme.name,
             values,
             proposal.levels,

@@ -5,24 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.base import Measured
+from cobla_onnx.variants.low_rank.curve import relative_errors
 from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank
 from cobla_onnx.variants.low_rank.svd import (
     Basis,
     Factorization,
-    Float64,
     factorize,
     leading_vectors,
     singular_values,
 )
 
-__all__ = ["ValuesUnit", "factorize_layer", "relative_errors"]
+__all__ = ["ValuesUnit", "factorize_layer"]
 
 
 @dataclass(frozen=True)
@@ -50,20 +49,6 @@ class ValuesUnit:
         if cache is not None:
             result.notes.extend(cache.notes)
         return result
-
-
-def relative_errors(values: Float64) -> Float64:
-    """Squared relative error of truncation at ranks 0 to full rank, descending to 0.
-
-    Parameters
-    ----------
-    values : float64 array, shape (full_rank,)
-        Singular values.
-    """
-    energy = np.square(values)
-    total = float(energy.sum())
-    tail = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
-    return tail / total if total > 0 else tail
 
 
 def factorize_layer(
