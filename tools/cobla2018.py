@@ -37,10 +37,10 @@ from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.network_loss import NetworkLoss, Path
-from cobla_onnx.variants.base import Replacement
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
 from cobla_onnx.variants.low_rank.nodes import make_replacement
 from cobla_onnx.variants.low_rank.svd import Factorization, factorize
+from cobla_onnx.variants.replacement import Replacement
 
 __all__ = ["Cobla2018"]
 

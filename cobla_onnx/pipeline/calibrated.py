@@ -52,9 +52,10 @@ from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import Shelf
-from cobla_onnx.variants.base import Approximation, Replacement
+from cobla_onnx.variants.base import Approximation
 from cobla_onnx.variants.from_data import FromData
 from cobla_onnx.variants.registry import require_family
+from cobla_onnx.variants.replacement import Replacement
 
 __all__ = ["Calibrated"]
 

@@ -17,7 +17,7 @@ from cobla_onnx.graph.randomness import random_nodes
 from cobla_onnx.graph.subgraph import Exposed, expose
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.text import quoted
-from cobla_onnx.variants.base import ROUNDING, Replacement
+from cobla_onnx.variants.replacement import ROUNDING, Replacement
 
 __all__ = ["prove_rewrite"]
 

@@ -38,9 +38,9 @@ from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress, tracked
-from cobla_onnx.variants.base import Replacement
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.offload import Spill
+from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.variants.work import replacements
 

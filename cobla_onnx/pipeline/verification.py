@@ -26,7 +26,7 @@ from cobla_onnx.pipeline.proof import prove_rewrite
 from cobla_onnx.report.model import Verification
 from cobla_onnx.runtime.session import Feeds, first_line, open_session, run_session, runnable_feeds
 from cobla_onnx.text import quoted
-from cobla_onnx.variants.base import Replacement
+from cobla_onnx.variants.replacement import Replacement
 
 __all__ = [
     "check_model",

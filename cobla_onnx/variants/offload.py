@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.runtime.temporary import array_bytes
-from cobla_onnx.variants.base import Replacement
+from cobla_onnx.variants.replacement import Replacement
 
 __all__ = ["Spill"]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from cobla_onnx.graph.layers import Layer
-from cobla_onnx.variants.base import Form, Replacement, VariantFamily
+from cobla_onnx.variants.base import Form, VariantFamily
 from cobla_onnx.variants.low_rank.family import LowRankFamily
+from cobla_onnx.variants.replacement import Replacement
 
 __all__ = ["FAMILIES", "family_of", "forms_of", "require_family", "stand_in"]
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from cobla_onnx.graph.io.external import mapped_tensor
 from cobla_onnx.graph.io.model_file import copy_without_initializers
-from cobla_onnx.variants.base import Replacement
 from cobla_onnx.variants.names import Names
+from cobla_onnx.variants.replacement import Replacement
 
 __all__ = ["rewrite"]
 

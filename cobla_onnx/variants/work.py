@@ -27,11 +27,11 @@ from cobla_onnx.variants.base import (
     Measured,
     Proposal,
     Refusal,
-    Replacement,
     VariantFamily,
 )
 from cobla_onnx.variants.from_data import FromData
 from cobla_onnx.variants.registry import FAMILIES, require_family
+from cobla_onnx.variants.replacement import Replacement
 
 __all__ = ["approximations", "candidate", "measured_curves", "replacements", "weight_curves"]
 

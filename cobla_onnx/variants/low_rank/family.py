@@ -15,14 +15,7 @@ from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.graph.macs import Shape
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.transfer import Carried
-from cobla_onnx.variants.base import (
-    Asked,
-    ErrorUnit,
-    LayerCosts,
-    Proposal,
-    Refusal,
-    VariantFamily,
-)
+from cobla_onnx.variants.base import Asked, ErrorUnit, LayerCosts, Proposal, Refusal, VariantFamily
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
 from cobla_onnx.variants.low_rank.curve import LOW_RANK, rank_curve
 from cobla_onnx.variants.low_rank.from_data import FactorsFromData

@@ -17,10 +17,10 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from cobla_onnx.graph.layers import Layer, Use, attributes
-from cobla_onnx.variants.base import Replacement, narrowed
 from cobla_onnx.variants.low_rank.matricisation import ConvScheme, Scheme, TransposedConvScheme
 from cobla_onnx.variants.low_rank.svd import Factorization
 from cobla_onnx.variants.names import Names
+from cobla_onnx.variants.replacement import Replacement, narrowed
 
 __all__ = ["FactorPair", "factor_nodes", "make_replacement", "stand_in"]
 
