@@ -146,7 +146,6 @@ def analyse_for(bench: Bench, scheme: str, dataset: Any = None) -> Any:
             bench.model,
             layers,
             lambda: dataset.batches(dataset.calibration, bench.task.batch),
-            threads=bench.threads,
             importance=importances(bench.model, layers, compared.curvatures),
         )
 

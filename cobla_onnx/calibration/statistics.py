@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -16,7 +15,7 @@ from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
 from cobla_onnx.calibration.sums import Moment
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.runtime.cache import Cache, digest
-from cobla_onnx.runtime.pool import Pool, open_pool
+from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["Seen"]
@@ -36,10 +35,8 @@ class Seen:
     layers : sequence of Layer
     batches : callable
         Returns a fresh iterator over batches of samples.
-    threads : int
-        Threads of this process, if no pool is given.
     pool : Pool, optional
-        Accumulates the moments.
+        Accumulates the moments; without it batches are read one after the other.
     cache : Cache, optional
         Keeps them under `key`, which identifies the model and the batches.
     progress : callable
@@ -52,6 +49,9 @@ class Seen:
         Most bytes of second moments in one unit of work, and in all units together.
     taps : TapLimit, optional
         For the tensors that are read from a run.
+
+    Attributes
+    ----------
     kept : int
         Bytes of decompositions of these statistics that may be kept for the next level that is
         asked for.
@@ -63,7 +63,6 @@ class Seen:
         layers: Sequence[Layer],
         batches: Callable[[], Iterable[Feeds]],
         *,
-        threads: int = 1,
         pool: Pool | None = None,
         cache: Cache | None = None,
         key: str = "",
@@ -73,42 +72,40 @@ class Seen:
         limit: int = LIMIT,
         together: int = ALL_UNITS,
         taps: TapLimit | None = None,
-        kept: int = KEPT,
     ) -> None:
-        self.model, self.cache, self.kept = model, cache, kept
+        self.model, self.cache, self.kept = model, cache, KEPT
         self.importance = importance or {}
         self._others = partial(
             Seen,
             model,
-            threads=threads,
             pool=pool,
             wide=wide,
             importance=importance,
             limit=limit,
             together=together,
             taps=taps,
-            # They are asked for a rank or two, where this is asked again and again.
-            kept=kept // 4,
         )
         self.key = digest(key, wide)
         self._patches = {layer.name: _patches(model, layer, wide) for layer in layers}
-        with nullcontext(pool) if pool is not None else open_pool(threads) as working:
-            self._store = collect_moments(
-                model,
-                [patch for patches in self._patches.values() for patch in patches],
-                batches,
-                pool=working,
-                cache=cache,
-                key=self.key,
-                progress=progress,
-                limit=limit,
-                together=together,
-                taps=taps,
-            )
+        self._store = collect_moments(
+            model,
+            [patch for patches in self._patches.values() for patch in patches],
+            batches,
+            pool=pool or Pool(),
+            cache=cache,
+            key=self.key,
+            progress=progress,
+            limit=limit,
+            together=together,
+            taps=taps,
+        )
 
     def in_others(self, layers: Sequence[Layer], batches: Callable[[], Iterable[Feeds]]) -> Seen:
         """Collect the same statistics of some layers on other samples, without the cache."""
-        return self._others(layers, batches)
+        result = self._others(layers, batches)
+        # They are asked for a level or two, where these are asked again and again.
+        result.kept = self.kept // 4
+        return result
 
     def close(self) -> None:
         """Free the disk space."""

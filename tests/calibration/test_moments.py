@@ -215,7 +215,7 @@ def test_stated_errors_are_the_measured_ones(kernel, group, extra, bias):
     model = conv_model(kernel, group=group, channels=6, outputs=7, bias=bias, **extra)
     layer = only_layer(model)
     feeds = data_for(model, batch=20)
-    seen = Seen(model, [layer], lambda: iter([feeds]), threads=1)
+    seen = Seen(model, [layer], lambda: iter([feeds]))
     weight = read_weight(model, layer)
     for scheme in schemes_for(layer):
         full_rank = min(scheme.matrix_shape()[1:])
@@ -252,8 +252,8 @@ def test_weighted_factors_beat_plain_ones_and_wide_layers_agree():
     feeds = {"x": data.astype(np.float32)}
     scheme = schemes_for(layer)[0]
     assert scheme.name == "channel"
-    seen = Seen(model, [layer], lambda: iter([feeds]), threads=1)
-    wide = Seen(model, [layer], lambda: iter([feeds]), threads=1, wide=5)
+    seen = Seen(model, [layer], lambda: iter([feeds]))
+    wide = Seen(model, [layer], lambda: iter([feeds]), wide=5)
     assert wide.is_wide(layer)
     assert not seen.is_wide(layer)
     weight = read_weight(model, layer)
@@ -285,7 +285,7 @@ def test_dead_inputs_leave_the_weight_to_be_approximated():
     model = conv_model((3, 3))
     layer = only_layer(model)
     feeds = {"x": np.zeros((2, 3, 9, 9), np.float32)}
-    seen = Seen(model, [layer], lambda: iter([feeds]), threads=1)
+    seen = Seen(model, [layer], lambda: iter([feeds]))
     weight = read_weight(model, layer)
     for scheme in schemes_for(layer):
         _, errors = FactorsFromData(seen).spectrum(layer, scheme, weight, 3)

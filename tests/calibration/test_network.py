@@ -106,7 +106,7 @@ class Setting:
         self.seen: Seen | None = None
 
         def see(layers):
-            self.seen = Seen(self.model, layers, self.batches, threads=1)
+            self.seen = Seen(self.model, layers, self.batches)
             return self.seen
 
         self.analysis = analyse(

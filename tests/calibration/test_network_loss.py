@@ -39,9 +39,7 @@ def calibrated_for(model: onnx.ModelProto, count: int = 30) -> Calibrated:
     dataset = Dataset("test", ({"x": row[None]} for row in data), specs)
     analysis = analyse(
         model,
-        see=lambda layers: Seen(
-            model, layers, lambda: dataset.batches(dataset.calibration, 8), threads=1
-        ),
+        see=lambda layers: Seen(model, layers, lambda: dataset.batches(dataset.calibration, 8)),
     )
     return Calibrated(model, analysis, dataset, 8, "auto", 1, silent)
 

@@ -44,7 +44,7 @@ def test_stated_errors_of_real_layers(assets, monkeypatch):
     images, _ = cifar(assets, 32)
     feeds = {model.graph.input[0].name: images}
     layers = [layer for i, layer in enumerate(find_layers(model).layers) if i in (0, 5, 9, 19)]
-    seen = Seen(model, layers, lambda: iter([feeds]), threads=2)
+    seen = Seen(model, layers, lambda: iter([feeds]))
     for layer in layers:
         exposed = expose(model, [layer], as_inputs=False)
         outputs = [use.output for use in layer.uses]
