@@ -119,7 +119,10 @@ def active_schemes(
             missing = whole - cost
             steep = np.where(missing > 0, loss / np.where(missing > 0, missing, 1.0), np.inf)
             tangents.append(int(ranks[np.argmin(steep)]))
-        scheme = int(np.argmin(best)) if choice is None else choice.curve
+        # Of a whole layer, masks can move on curves with nested levels alone.
+        nested = np.array([curve.nested for curve in layer.curves])
+        movable = np.where(nested | ~nested.any(), best, np.inf)
+        scheme = int(np.argmin(movable)) if choice is None else choice.curve
         schemes.append(scheme)
         # Levels that do not contain each other stay: what is dropped begins right behind.
         stays = choice is not None and not layer.curves[scheme].nested

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from cobla_onnx.allocation import Budget, Choice, LayerCurves, WeightError, allocate
+from cobla_onnx.allocation.blocks import active_schemes
 from cobla_onnx.allocation.knapsack import knapsack
 from cobla_onnx.allocation.objective import Masks, masks_of
 from cobla_onnx.allocation.resources import known_costs
@@ -381,6 +382,49 @@ def test_relaxed_masks_change_on_the_grid_alone_and_keep_the_time():
         rest = layer.costs["latency"] - path[tail]
         used += path[0] + np.diff(path)[:tail] @ mask[:tail] + rest * mask[tail:].mean()
     assert used <= constraints[0].limit * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("mem", [0.4, 0.6, 0.85])
+def test_levels_that_are_not_nested_stay_as_the_knapsack_has_them(mem):
+    """Every other layer has costs that are not proportional to its level, either."""
+    layers = big_layers()
+    for index in range(0, len(layers), 2):
+        (curve,) = layers[index].curves
+        costs = {name: np.sort(cost + 37 * (cost % 5)) for name, cost in curve.costs.items()}
+        curve = replace(curve, costs=costs, per_level={}, nested=False)
+        layers[index] = replace(layers[index], curves=(curve.only(curve.levels % 3 == 1),))
+    constraints = Budget(mem=mem).constraints(layers, totals(layers, 0))
+    objective = WeightError(layers)
+    losses = [[objective.curve(i, 0)] for i in range(len(layers))]
+    warm = knapsack(layers, losses, constraints)
+    relaxed = relax(layers, objective, losses, constraints, warm.choices, warm.multipliers)
+    assert relaxed.masks is not None, relaxed.problem
+    moved = 0
+    for index, (mask, choice) in enumerate(zip(relaxed.masks.values, warm.choices, strict=True)):
+        rank = len(mask) if choice is None else choice.rank
+        as_it_was = np.arange(len(mask)) < rank
+        if index % 2 == 0:
+            np.testing.assert_array_equal(mask, as_it_was)
+        moved += not np.array_equal(mask, as_it_was)
+    assert moved
+    found = allocate(layers, SkewedObjective(layers), constraints)
+    assert constraints[0].cost(layers, found.choices) <= constraints[0].limit
+
+
+def test_masks_of_a_whole_layer_move_where_levels_are_nested():
+    layers = big_layers()
+    for index, layer in enumerate(layers):
+        (curve,) = layer.curves
+        # The same, but of no cost: it is the best, and masks cannot move on it.
+        free = {name: np.ones_like(cost) for name, cost in curve.costs.items()}
+        other = replace(curve, scheme="other", costs=free, per_level={}, nested=False)
+        layers[index] = replace(layer, curves=(other, curve))
+    constraints = Budget(mem=0.5).constraints(layers, totals(layers, 0))
+    losses = [[curve.errors for curve in layer.curves] for layer in layers]
+    start = [None, Choice(0, 5), *[None] * (len(layers) - 2)]
+    schemes, tails = active_schemes(layers, losses, constraints, start, np.ones(1))
+    assert schemes == (1, 0, *[1] * (len(layers) - 2))
+    assert tails[1] == 5
 
 
 @given(st.integers(0, 10_000), st.floats(0.2, 0.95))
