@@ -51,7 +51,7 @@ RESOURCES = (
         "latency",
         "--latency",
         "nanoseconds",
-        "latency",
+        "time",
         "has no layer that takes time",
         "the layers were not timed; use `compress`",
         counted=False,

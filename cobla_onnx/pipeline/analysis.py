@@ -188,7 +188,8 @@ class Analysis:
         if whole is None or self.curve(decision) is None or decision.rank is None:
             return whole
         layer, form, level = self.resolve(decision)
-        return require_family(form.name).macs(layer, form, level, self.shapes)
+        costs = LayerCosts(whole, self.shapes)
+        return require_family(form.name).macs(layer, form, level, costs)
 
     def macs_after(self, plan: Plan) -> int | None:
         """MACs of the whole model after a plan; None if not known."""

@@ -171,7 +171,7 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
         name=layer.name,
         op=layer.op,
         shape=layer.shape,
-        decision="factorised",
+        decision=family.outcome,
         scheme=form.name,
         rank=level,
         full_rank=family.most(layer, form),

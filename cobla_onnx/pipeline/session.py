@@ -42,7 +42,7 @@ from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.rewrite import rewrite
-from cobla_onnx.variants.work import replacements
+from cobla_onnx.variants.work import replacements_of
 
 __all__ = ["Solution", "Study"]
 
@@ -153,14 +153,14 @@ class Study:
                 raise explain(error, self.model, self.analysis, self.settings, self.rule) from error
             plan = self.analysis.plan(allocation.choices, allocation.factors)
         spill = Spill()
-        found = spill.replacements(
+        replacements = spill.replacements(
             self._factorise(plan) if self.calibrated is None else self.calibrated.factorise(plan)
         )
         return Solution(
             budget,
             plan,
             allocation,
-            found,
+            replacements,
             spill,
             None if self.calibrated is None else self.calibrated.report(),
             () if self.calibrated is None else tuple(self.calibrated.history),
@@ -171,7 +171,7 @@ class Study:
         """Factorise the weights of the chosen layers over the pool; yield them one by one."""
         chosen = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
         context = RunContext(pool=self.pool, cache=self.cache)
-        made = replacements(self.model, chosen, context)
+        made = replacements_of(self.model, chosen, context)
         yield from tracked(made, len(chosen), partial(self.notify, "factorise"))
 
     @property
@@ -208,19 +208,19 @@ class Study:
         VerificationError
         """
         started = time.perf_counter()
-        made = solution.replacements
+        replacements = solution.replacements
         self.notify("rewrite", 0, 1)
-        compressed = rewrite(self.model, made) if made else self.model
+        compressed = rewrite(self.model, replacements) if replacements else self.model
         _check_budget(self.analysis, solution.budget, solution.plan, compressed)
         self.notify("rewrite", 1, 1)
         verification = None
-        if made:
+        if replacements:
             steps = 1 if self.calibrated is None else self.calibrated.held_back_batches
             self.notify("verify", 0, steps)
             verification = verify(
                 self.model,
                 compressed,
-                made,
+                replacements,
                 self.analysis.input_shapes,
                 data=None if self.calibrated is None else self.calibrated.held_back(),
                 measures=None if self.calibrated is None else self.calibrated.judge.measures,

@@ -95,7 +95,7 @@ class Proposal:
         Level at which nothing would be lost.
     """
 
-    form: Form
+    form: Any
     levels: NDArray[np.int64]
     most: int
 
@@ -161,7 +161,10 @@ class Approximation(Protocol):
 
     @property
     def bias(self) -> Float64 | None:
-        """The bias, corrected to keep the mean of the output; None leaves it as it is."""
+        """The bias, corrected to keep the mean of the output; None leaves it as it is.
+
+        From calibration data it is there wherever the layer has a bias of its own.
+        """
         ...
 
 
@@ -216,6 +219,8 @@ class VariantFamily(Protocol):
     name : str
     level : str
         What a level is called in plans and messages, such as ``rank``.
+    outcome : str
+        What a report says of a layer that it replaces, such as ``factorised``.
     schemes : tuple of str
         Names of all its forms; no other family has one of them.
     refits : bool
@@ -224,6 +229,7 @@ class VariantFamily(Protocol):
 
     name: str
     level: str
+    outcome: str
     schemes: tuple[str, ...]
     refits: bool
 
@@ -256,8 +262,8 @@ class VariantFamily(Protocol):
         """Count the numbers that are stored in place of the weight."""
         ...
 
-    def macs(self, layer: Layer, form: Any, level: int, shapes: Mapping[str, Shape]) -> int | None:
-        """Count the MACs over all uses; None where shapes are not known."""
+    def macs(self, layer: Layer, form: Any, level: int, costs: LayerCosts) -> int | None:
+        """Count the MACs over all uses; None where they are not known."""
         ...
 
     def unit(

@@ -7,7 +7,7 @@ from cobla_onnx.variants.base import Form, VariantFamily
 from cobla_onnx.variants.low_rank.family import LowRankFamily
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["FAMILIES", "family_of", "forms_of", "require_family", "stand_in"]
+__all__ = ["FAMILIES", "family_of", "forms_of", "require_family", "schemes", "stand_in"]
 
 # By name, in the order in which they propose.
 FAMILIES: dict[str, VariantFamily] = {family.name: family for family in (LowRankFamily(),)}
@@ -16,6 +16,11 @@ FAMILIES: dict[str, VariantFamily] = {family.name: family for family in (LowRank
 def family_of(scheme: str) -> VariantFamily | None:
     """Return the family that has a scheme of this name; None if there is none."""
     return next((f for f in FAMILIES.values() if scheme in f.schemes), None)
+
+
+def schemes() -> tuple[str, ...]:
+    """Return the names of all forms of all families."""
+    return tuple(name for family in FAMILIES.values() for name in family.schemes)
 
 
 def require_family(scheme: str) -> VariantFamily:

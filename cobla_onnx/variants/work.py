@@ -33,7 +33,7 @@ from cobla_onnx.variants.from_data import FromData
 from cobla_onnx.variants.registry import FAMILIES, require_family
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["approximations", "candidate", "measured_curves", "replacements", "weight_curves"]
+__all__ = ["approximations_of", "candidate", "measured_curves", "replacements_of", "weight_curves"]
 
 
 class _Noting(Protocol):
@@ -168,8 +168,12 @@ def _by_curve(
 
 @dataclass(frozen=True)
 class _LevelUnit:
-    """A layer, and the form and level at which its weight is wanted."""
+    """A layer, and the form and level at which its weight is wanted.
 
+    The family travels with it: a worker may not have those that are registered here.
+    """
+
+    family: VariantFamily
     layer: Layer
     form: Form
     level: int
@@ -189,7 +193,7 @@ class _Replaced:
     notes: list[str]
 
 
-def approximations(
+def approximations_of(
     model: onnx.ModelProto, wanted: Iterable[tuple[Layer, Form, int]], context: RunContext
 ) -> Iterator[Approximation]:
     """Yield approximations of weights themselves, each at a form and a level."""
@@ -197,7 +201,7 @@ def approximations(
         yield made.approximation
 
 
-def replacements(
+def replacements_of(
     model: onnx.ModelProto, wanted: Iterable[tuple[Layer, Form, int]], context: RunContext
 ) -> Iterator[Replacement]:
     """Yield what replaces layers by approximations of their weights themselves."""
@@ -210,17 +214,17 @@ def _level_units(
 ) -> Iterator[_LevelUnit]:
     for layer, form, level in wanted:
         weight = context.pool.carry(read_weight(model, layer))
-        yield _LevelUnit(layer, form, level, weight, context.cache)
+        family = require_family(form.name)
+        yield _LevelUnit(family, layer, form, level, weight, context.cache)
 
 
 def _approximate(unit: _LevelUnit) -> _Made:
     cache = None if unit.cache is None else unit.cache.fresh()
-    family = require_family(unit.form.name)
-    made = family.from_weights(unit.layer, unit.form, unit.level, unit.weight.array, cache)
+    weight = unit.weight.array
+    made = unit.family.from_weights(unit.layer, unit.form, unit.level, weight, cache)
     return _Made(made, [] if cache is None else cache.notes)
 
 
 def _replace(unit: _LevelUnit) -> _Replaced:
     made = _approximate(unit)
-    family = require_family(unit.form.name)
-    return _Replaced(family.replace(unit.layer, unit.form, made.approximation), made.notes)
+    return _Replaced(unit.family.replace(unit.layer, unit.form, made.approximation), made.notes)

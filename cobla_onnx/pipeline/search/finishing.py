@@ -20,7 +20,7 @@ from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.variants.base import Approximate, Approximation
-from cobla_onnx.variants.work import approximations
+from cobla_onnx.variants.work import approximations_of
 
 __all__ = ["Finisher"]
 
@@ -73,7 +73,7 @@ class Finisher:
         resolved = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
         if plan.factors == "weights":
             context = RunContext(pool=self.pool, cache=self.cache)
-            found = list(approximations(self.model, resolved, context))
+            found = list(approximations_of(self.model, resolved, context))
         else:
             one = approximate or seen.approximate
             found = [one(layer, scheme, [rank])[0] for layer, scheme, rank in resolved]

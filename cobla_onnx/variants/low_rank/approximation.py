@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from cobla_onnx.runtime.pool import one_thread
 from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 
@@ -30,7 +31,8 @@ class LowRankWeight:
     @cached_property
     def weight(self) -> Float64:
         """The factors multiplied out, shape ``layer.shape``."""
-        return self.scheme.weight(self.factors.left @ self.factors.right)
+        with one_thread:
+            return self.scheme.weight(self.factors.left @ self.factors.right)
 
     def with_bias(self, bias: Float64) -> LowRankWeight:
         """Return the same weight with another bias; it is not multiplied out again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from cobla_onnx.allocation import VariantCurve
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import Layer, Reason
-from cobla_onnx.graph.macs import Shape
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.base import Asked, ErrorUnit, LayerCosts, Proposal, Refusal, VariantFamily
@@ -33,6 +32,7 @@ class LowRankFamily(VariantFamily):
 
     name = LOW_RANK
     level = "rank"
+    outcome = "factorised"
     schemes = ("matrix", "channel", "input", "spatial-hw", "spatial-wh")
     refits = True
 
@@ -53,7 +53,7 @@ class LowRankFamily(VariantFamily):
         for scheme in schemes_for(layer, asked.scheme):
             most = largest_rank(layer, scheme)
             if costs.macs is not None:
-                per_rank = self.macs(layer, scheme, 1, costs.shapes)
+                per_rank = self.macs(layer, scheme, 1, costs)
                 if not per_rank:
                     continue
                 useful |= most >= 1 and costs.macs >= per_rank
@@ -85,7 +85,7 @@ class LowRankFamily(VariantFamily):
             values,
             proposal.levels,
             self.params(layer, scheme, 1) * dtype.itemsize,
-            None if costs.macs is None else self.macs(layer, scheme, 1, costs.shapes),
+            None if costs.macs is None else self.macs(layer, scheme, 1, costs),
             errors,
         )
 
@@ -93,11 +93,11 @@ class LowRankFamily(VariantFamily):
         """Count the weights of both factors."""
         return int(form.params_per_rank() * level)
 
-    def macs(self, layer: Layer, form: Any, level: int, shapes: Mapping[str, Shape]) -> int | None:
+    def macs(self, layer: Layer, form: Any, level: int, costs: LayerCosts) -> int | None:
         """Count the MACs of both factors over all uses; None where shapes are not known."""
         total = 0
         for use in layer.uses:
-            per_rank = form.macs_per_rank(use, shapes)
+            per_rank = form.macs_per_rank(use, costs.shapes)
             if per_rank is None:
                 return None
             total += per_rank * level
@@ -113,8 +113,8 @@ class LowRankFamily(VariantFamily):
     ) -> ErrorUnit:
         """Collect the input for singular values: of the outputs or, without data, the weight."""
         if maker is None:
-            return ValuesUnit(tuple(p.form for p in proposals), weight, cache)  # type: ignore[misc]
-        return maker.unit(layer, [(p.form, int(p.levels[-1])) for p in proposals], weight)  # type: ignore[misc]
+            return ValuesUnit(tuple(p.form for p in proposals), weight, cache)
+        return maker.unit(layer, [(p.form, int(p.levels[-1])) for p in proposals], weight)
 
     def maker(self, seen: Seen) -> FactorsFromData:
         """Make factors from calibration data."""
@@ -145,7 +145,7 @@ class LowRankFamily(VariantFamily):
         """Return those of the ranks that are on the grid, and worth their MACs."""
         grid, pointwise = _grid(layer, ranks)
         most = int(levels[-1])
-        per_rank = self.macs(layer, form, 1, costs.shapes)
+        per_rank = self.macs(layer, form, 1, costs)
         if costs.macs is not None and per_rank is not None:
             most = min(most, ranks.most(costs.macs, per_rank, pointwise=pointwise))
         return np.intersect1d(grid.candidates(most), levels)
