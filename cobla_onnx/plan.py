@@ -15,15 +15,17 @@ from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.text import quoted, safe_text
 
-__all__ = ["SCHEMES", "Decision", "FactorsFrom", "Plan"]
+__all__ = ["Decision", "FactorsFrom", "Plan"]
 
-SCHEMES = ("matrix", "channel", "input", "spatial-hw", "spatial-wh")
 FactorsFrom: TypeAlias = Literal["data", "weights"]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Factorise a layer under `scheme` at `rank`, or keep it whole: both None."""
+    """Factorise a layer under `scheme` at `rank`, or keep it whole: both None.
+
+    Where the scheme is of another family than low rank, `rank` is its level.
+    """
 
     layer: str
     scheme: str | None = None
@@ -66,7 +68,7 @@ class Plan:
         layers = [
             {"layer": d.layer, "keep": True}
             if d.scheme is None
-            else {"layer": d.layer, "scheme": d.scheme, "rank": d.rank}
+            else {"layer": d.layer, "scheme": d.scheme, _level(d.scheme): d.rank}
             for d in self.decisions
         ]
         head: dict[str, Any] = {"version": 1}
@@ -147,19 +149,37 @@ def _decision(number: int, entry: Any) -> Decision:
     if not isinstance(entry, dict) or not isinstance(entry.get("layer"), str):
         raise UsageError(f'{where}: needs a "layer", the name of a layer')
     where += f", {quoted(entry['layer'])}"
-    _check_names(where, entry, ("layer", "keep", "scheme", "rank"))
-    scheme, rank, keep = entry.get("scheme"), entry.get("rank"), entry.get("keep", False)
+    scheme, keep = entry.get("scheme"), entry.get("keep", False)
+    level = _level(scheme)
+    rank = entry.get(level)
+    _check_names(where, entry, ("layer", "keep", "scheme", level))
     if not isinstance(keep, bool):
         raise UsageError(f'{where}: "keep" is {_json(keep)}; write true or false')
-    if "scheme" in entry and scheme not in SCHEMES:
-        raise UsageError(f'{where}: "scheme" is {_json(scheme)}; allowed are {", ".join(SCHEMES)}')
-    if "rank" in entry and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise UsageError(f'{where}: "rank" is {_json(rank)}; write a whole number of at least 1')
+    if "scheme" in entry and scheme not in _schemes():
+        allowed = ", ".join(_schemes())
+        raise UsageError(f'{where}: "scheme" is {_json(scheme)}; allowed are {allowed}')
+    if level in entry and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise UsageError(f'{where}: "{level}" is {_json(rank)}; write a whole number of at least 1')
     if keep:
         return Decision(entry["layer"])
     if scheme is None or rank is None:
-        raise UsageError(f'{where}: needs "scheme" and "rank", or "keep": true')
+        raise UsageError(f'{where}: needs "scheme" and "{level}", or "keep": true')
     return Decision(entry["layer"], scheme, rank)
+
+
+def _schemes() -> tuple[str, ...]:
+    # Loaded when a plan is read or written: the variants bring onnxruntime and more.
+    from cobla_onnx.variants.registry import schemes
+
+    return schemes()
+
+
+def _level(scheme: Any) -> str:
+    """Return what a level of a scheme is called, ``rank`` for low rank."""
+    from cobla_onnx.variants.registry import family_of
+
+    found = family_of(scheme) if isinstance(scheme, str) else None
+    return "rank" if found is None else found.level
 
 
 def _json(value: Any) -> str:

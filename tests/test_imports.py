@@ -25,16 +25,6 @@ STOREYS = (
     ("graph",),
     ("errors", "text"),
 )
-# What still points up, or across. The list only gets shorter.
-EXCEPTIONS = {
-    # Factors that see data are made where the moments are.
-    ("calibration.statistics", "variants.low_rank.matricisation"),
-    ("calibration.statistics", "variants.low_rank.shrinkage"),
-    ("calibration.statistics", "variants.low_rank.svd"),
-    ("calibration.statistics", "variants.low_rank.weighted_svd"),
-    # The table of times is made for an analysis, and not for layers.
-    ("latency.layer_times", "pipeline.analysis"),
-}
 
 
 def modules() -> dict[str, Path]:
@@ -86,7 +76,7 @@ def wrong_ways(files: dict[str, Path]) -> set[tuple[str, str]]:
 
 
 def test_rooms_import_what_stands_below_them():
-    assert wrong_ways(modules()) == EXCEPTIONS
+    assert wrong_ways(modules()) == set()
 
 
 def test_a_wrong_import_is_noticed(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from cobla_onnx import Budget, Plan, compress, errors
 from cobla_onnx.graph.io.model_file import stored_bytes
-from cobla_onnx.plan import SCHEMES
+from cobla_onnx.variants.registry import schemes
 from tests.builders import small_network
 from tests.cli.test_command import run, run_here
 
@@ -59,7 +59,7 @@ BAD = [
 
 def test_the_schema_is_one_and_knows_the_schemes():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    assert SCHEMA["$defs"]["layer"]["properties"]["scheme"]["enum"] == list(SCHEMES)
+    assert SCHEMA["$defs"]["layer"]["properties"]["scheme"]["enum"] == list(schemes())
 
 
 @pytest.mark.parametrize("content", GOOD)

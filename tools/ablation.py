@@ -35,7 +35,7 @@ def plain_svd() -> None:
     from cobla_onnx.calibration.statistics import Seen
     from cobla_onnx.calibration.sums import Moment
 
-    inner = Seen._moment
+    inner = Seen.moment
 
     def white(self: Any, layer: Any) -> Moment:
         found = inner(self, layer)
@@ -45,7 +45,7 @@ def plain_svd() -> None:
             second += found.mean[:, :, None] * found.mean[:, None, :]
         return Moment(second, found.mean, found.count, found.effective)
 
-    Seen._moment = white  # type: ignore[method-assign]
+    Seen.moment = white  # type: ignore[method-assign]
 
 
 def no_scale() -> None:
@@ -55,7 +55,7 @@ def no_scale() -> None:
 
     def by_error(self: Any, constraints: Any, solver: Any) -> Any:
         curves = self.analysis.curves
-        errors = [[curve.relative_errors() for curve in layer.curves] for layer in curves]
+        errors = [[curve.errors for curve in layer.curves] for layer in curves]
         return allocate(curves, OutputError(errors), constraints, solver=solver)
 
     Calibrated.allocate = by_error  # type: ignore[method-assign]
@@ -77,16 +77,16 @@ def one_round() -> None:
 
 def no_bias() -> None:
     """Leave the biases as they were, until refit."""
-    from cobla_onnx.calibration.statistics import Seen
     from cobla_onnx.graph.layers import read_bias
+    from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 
-    inner = Seen.approximate
+    inner = FactorsFromData.approximate
 
-    def without(self: Any, layer: Any, scheme: Any, ranks: Any) -> Any:
-        bias = read_bias(self._model, layer)
-        return [replace(found, bias=bias) for found in inner(self, layer, scheme, ranks)]
+    def without(self: Any, layer: Any, form: Any, levels: Any) -> Any:
+        bias = read_bias(self._seen.model, layer)
+        return [replace(found, bias=bias) for found in inner(self, layer, form, levels)]
 
-    Seen.approximate = without  # type: ignore[method-assign]
+    FactorsFromData.approximate = without  # type: ignore[method-assign]
 
 
 def knapsacks_only() -> None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.integrate import quad
 from scipy.optimize import brentq, minimize_scalar
 
-from cobla_onnx.allocation import Choice, Constraint, Curve, LayerCurves
+from cobla_onnx.allocation import Choice, Constraint, LayerCurves, VariantCurve
 from cobla_onnx.allocation.budget import unreachable
 from cobla_onnx.allocation.problem import Float64
 
@@ -67,7 +67,7 @@ def uniform(layers: Sequence[LayerCurves], constraints: Sequence[Constraint]) ->
     steps = []
     for layer in layers:
         curve = _only(layer)
-        steps.append(np.append(curve.ranks[1:] / len(curve.singular_values), 1.0))
+        steps.append(np.append(curve.levels[1:] / curve.most, 1.0))
     return _climb(layers, constraints, steps)
 
 
@@ -87,7 +87,7 @@ def equal_energy(layers: Sequence[LayerCurves], constraints: Sequence[Constraint
     BudgetError
         If the smallest ranks do not fit.
     """
-    steps = [-_lost(curve)[curve.ranks] for curve in map(_only, layers)]
+    steps = [-_lost(curve)[curve.levels] for curve in map(_only, layers)]
     return _climb(layers, constraints, steps)
 
 
@@ -126,7 +126,7 @@ def greedy_energy_product(
     while any(total > c.limit for total, c in zip(totals, constraints, strict=True)):
         _, index, number = heapq.heappop(heap)
         layer, rank = layers[index], paths[index][number][1]
-        after = Choice(0, rank) if rank <= layer.curves[0].ranks[-1] else None
+        after = Choice(0, rank) if rank <= layer.curves[0].levels[-1] else None
         for k, c in enumerate(constraints):
             totals[k] += c.cost([layer], [after]) - c.cost([layer], [choices[index]])
         choices[index] = after
@@ -155,9 +155,9 @@ def alds(layers: Sequence[LayerCurves], constraints: Sequence[Constraint]) -> Ch
     """
     steps = []
     for curve in map(_only, layers):
-        values = np.append(curve.singular_values, 0.0)
+        values = np.append(_values(curve), 0.0)
         scale = values[0] if values[0] > 0 else 1.0
-        steps.append(-values[curve.ranks] / scale)
+        steps.append(-values[curve.levels] / scale)
     return _climb(layers, constraints, steps)
 
 
@@ -185,9 +185,9 @@ def balf(layers: Sequence[LayerCurves], constraints: Sequence[Constraint]) -> Ch
     losses, prices = [], []
     for layer in layers:
         curve = _only(layer)
-        losses.append(np.append(_lost(curve)[curve.ranks], 0.0))
+        losses.append(np.append(_lost(curve)[curve.levels], 0.0))
         whole = sum(c.whole(layer) / c.total for c in constraints)
-        prices.append(np.append(curve.ranks * _price(curve, constraints), whole))
+        prices.append(np.append(curve.levels * _price(curve, constraints), whole))
 
     def at(multiplier: float) -> Choices:
         pairs = zip(losses, prices, strict=True)
@@ -339,25 +339,30 @@ def fixed(layers: Sequence[LayerCurves], ranks: Sequence[int]) -> Choices:
     largest candidate the layer stays whole, since nothing would be saved.
     """
     pairs = zip(layers, ranks, strict=True)
-    return _chosen(layers, [int(np.searchsorted(_only(la).ranks, r)) for la, r in pairs])
+    return _chosen(layers, [int(np.searchsorted(_only(la).levels, r)) for la, r in pairs])
 
 
-def _only(layer: LayerCurves) -> Curve:
+def _only(layer: LayerCurves) -> VariantCurve:
     """Return the one curve of a layer."""
     assert len(layer.curves) == 1, f"{layer.name}: the rules are defined for one curve per layer"
     return layer.curves[0]
 
 
-def _lost(curve: Curve) -> Float64:
+def _values(curve: VariantCurve) -> Float64:
+    assert curve.spectrum is not None
+    return curve.spectrum
+
+
+def _lost(curve: VariantCurve) -> Float64:
     """Share of the energy that is lost at ranks 0 to full; summed from the small end."""
-    squares = np.append(curve.singular_values**2, 0.0)
+    squares = np.append(_values(curve) ** 2, 0.0)
     lost = np.cumsum(squares[::-1])[::-1]
     return np.asarray(lost / lost[0] if lost[0] > 0 else lost)
 
 
-def _price(curve: Curve, constraints: Sequence[Constraint]) -> float:
+def _price(curve: VariantCurve, constraints: Sequence[Constraint]) -> float:
     """Cost of a unit of rank: the sum over the budgets of its fraction of the total."""
-    return sum(c.per_rank(curve) / c.total for c in constraints)
+    return sum(curve.per_level[c.name] / c.total for c in constraints)
 
 
 def _padded(values: Float64, length: int) -> Float64:
@@ -368,7 +373,7 @@ def _padded(values: Float64, length: int) -> Float64:
 def _chosen(layers: Sequence[LayerCurves], indices: Sequence[int]) -> Choices:
     """Turn positions among the candidates into choices; one past the last is whole."""
     return tuple(
-        Choice(0, int(curve.ranks[index])) if index < len(curve.ranks) else None
+        Choice(0, int(curve.levels[index])) if index < len(curve.levels) else None
         for curve, index in zip(map(_only, layers), indices, strict=True)
     )
 
@@ -413,12 +418,12 @@ def _climb(
     return at(bisect.bisect_left(range(len(levels)), True, key=exceeds) - 1)
 
 
-def _drops(curve: Curve, constraints: Sequence[Constraint]) -> list[tuple[float, int]]:
+def _drops(curve: VariantCurve, constraints: Sequence[Constraint]) -> list[tuple[float, int]]:
     """Ranks of a layer downward, each with (relative energy lost) / (cost saved) to get there."""
-    full, largest = len(curve.singular_values), int(curve.ranks[-1])
-    after: NDArray[np.int64] = np.append(np.arange(full - 1, largest, -1), curve.ranks[::-1])
+    full, largest = curve.most, int(curve.levels[-1])
+    after: NDArray[np.int64] = np.append(np.arange(full - 1, largest, -1), curve.levels[::-1])
     before = np.append(full, after[:-1])
-    squares = curve.singular_values**2
+    squares = _values(curve) ** 2
     kept = np.append(0.0, np.cumsum(squares))[before]
     tail = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
     decrease = (tail[after] - tail[before]) / np.where(kept > 0, kept, 1.0)

@@ -50,8 +50,9 @@ class Method:
     def __call__(self, budget: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
         """Yield the name of the variant and the compressed model."""
         from cobla_onnx.graph.layers import read_weight
+        from cobla_onnx.variants.low_rank.nodes import make_replacement
         from cobla_onnx.variants.low_rank.svd import factorize
-        from cobla_onnx.variants.rewrite import make_replacement, rewrite
+        from cobla_onnx.variants.rewrite import rewrite
 
         constraints = () if budget is None else self.analysis.constraints(budget)
         plan = self.analysis.plan(self.decide(self.analysis.curves, constraints))
@@ -134,6 +135,9 @@ def analyse_for(bench: Bench, scheme: str, dataset: Any = None) -> Any:
     from cobla_onnx.calibration.heads import importances
     from cobla_onnx.calibration.statistics import Seen
     from cobla_onnx.pipeline.analysis import analyse
+    from cobla_onnx.runtime.context import RunContext
+    from cobla_onnx.variants.base import Asked
+    from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
 
     def see(layers: Sequence[Any]) -> Any:
         chooser = Chooser.of(bench.model)
@@ -142,15 +146,14 @@ def analyse_for(bench: Bench, scheme: str, dataset: Any = None) -> Any:
             bench.model,
             layers,
             lambda: dataset.batches(dataset.calibration, bench.task.batch),
-            threads=bench.threads,
             importance=importances(bench.model, layers, compared.curvatures),
         )
 
     return analyse(
         bench.model,
-        scheme=scheme,
+        asked=Asked(scheme, EVERY_RANK),
         macs_needed=True,
-        threads=bench.threads,
+        context=RunContext(bench.threads),
         see=None if dataset is None else see,
     )
 
@@ -169,9 +172,9 @@ def fixed(rule: Callable[..., int]) -> Callable[[Any, Any], Choices]:
         ranks = []
         for layer in layers:
             curve = layer.curves[0]
-            shorter = len(curve.singular_values)
-            longer = curve.bytes_per_rank // 4 - shorter
-            ranks.append(rule(curve.singular_values, shorter, longer))
+            shorter = curve.most
+            longer = curve.per_level["mem"] // 4 - shorter
+            ranks.append(rule(curve.spectrum, shorter, longer))
         return baselines.fixed(layers, ranks)
 
     return decide

@@ -31,7 +31,7 @@ from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.runtime.session import open_session
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
-from cobla_onnx.variants.rewrite import factor_nodes
+from cobla_onnx.variants.low_rank.nodes import factor_nodes
 
 NETWORKS = {
     "SqueezeNet 1.1": ("squeezenet1.1_fp32.onnx", (4, 8, 32)),

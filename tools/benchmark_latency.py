@@ -35,8 +35,10 @@ from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.pipeline.analysis import Analysis, analyse
 from cobla_onnx.pipeline.search.latency import Found, LatencySearch, example_feeds
 from cobla_onnx.runtime.cache import Cache
+from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.machine import convolution_block, cpu_name
 from cobla_onnx.runtime.providers import CPU
+from cobla_onnx.variants.base import Asked
 from cobla_onnx.variants.low_rank.ranks import RankMultiple, rank_rule
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -67,10 +69,9 @@ class Bench:
         )
         return analyse(
             self.model,
+            asked=Asked("auto", rule),
             macs_needed=True,
-            threads=2,
-            ranks=rule,
-            cache=self.cache,
+            context=RunContext(2, cache=self.cache),
         )
 
     def analysis(self, kind: str, grid: RankMultiple) -> Analysis:
@@ -81,8 +82,12 @@ class Bench:
             feeds = example_feeds(self.model, found.input_shapes, threads, 0)
             self.search = LatencySearch(self.model, feeds, self.profile, self.stopwatch)
         if kind == "latency":
-            found = time_layers(
-                self.model, found, self.search.original(), self.profile, self.stopwatch
+            total = self.search.original()
+            found = found.with_times(
+                total,
+                *time_layers(
+                    self.model, found.variants, found.shapes, self.profile, self.stopwatch
+                ),
             )
         self.profile.save(self.kept)
         return found

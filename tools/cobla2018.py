@@ -33,13 +33,14 @@ from scipy.optimize import minimize
 from cobla_onnx.allocation import Choice, Constraint, LayerCurves, Masks, WeightError
 from cobla_onnx.calibration.evaluation.gradients import GradientProbe
 from cobla_onnx.calibration.evaluation.probe import Probe
-from cobla_onnx.calibration.statistics import Approximation
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.network_loss import NetworkLoss, Path
+from cobla_onnx.variants.low_rank.approximation import LowRankWeight
+from cobla_onnx.variants.low_rank.nodes import make_replacement
 from cobla_onnx.variants.low_rank.svd import Factorization, factorize
-from cobla_onnx.variants.rewrite import Replacement, make_replacement
+from cobla_onnx.variants.replacement import Replacement
 
 __all__ = ["Cobla2018"]
 
@@ -100,7 +101,10 @@ class Cobla2018:
         saturated = {
             i
             for i, (layer, mask) in enumerate(zip(curves, masks.values, strict=True))
-            if any(mask.sum() * c.per_rank(layer.curves[0]) >= c.whole(layer) for c in constraints)
+            if any(
+                mask.sum() * layer.curves[0].per_level[c.name] >= c.whole(layer)
+                for c in constraints
+            )
         }
         if saturated:
             masks = self._relax(constraints, _without(start, saturated), saturated)
@@ -192,7 +196,7 @@ class Cobla2018:
     def _dense(self, index: int, factors: Factorization) -> NDArray[Any]:
         return self.analysis.schemes[index][0].weight(factors.left @ factors.right)
 
-    def _approximate(self, layer: int, curve: int, ranks: Sequence[int]) -> list[Approximation]:
+    def _approximate(self, layer: int, curve: int, ranks: Sequence[int]) -> list[LowRankWeight]:
         weight, bias = self._loss.path.whole[layer]
         whole = factorize(self.analysis.schemes[layer][curve].matrix(weight), max(ranks))
         found = []
@@ -203,7 +207,7 @@ class Cobla2018:
                 whole.right[:, :rank],
             )
             # None would say that the layer has no bias, and the search would run without it.
-            found.append(Approximation(factors, self._dense(layer, factors), bias))
+            found.append(LowRankWeight(self.analysis.schemes[layer][curve], factors, bias))
         return found
 
 
@@ -213,7 +217,7 @@ def _without(start: Sequence[Choice | None], kept: set[int]) -> list[Choice | No
 
 def _cuts(layer: LayerCurves, choice: Choice | None, layers: int) -> NDArray[np.int64]:
     """Edges of the blocks of a layer's masks, finer for small ranks, and at its start."""
-    full_rank = len(layer.curves[0].singular_values)
+    full_rank = layer.curves[0].most
     count = max(2, FREE_MASKS // layers)
     edges = np.geomspace(1, full_rank, count).round().astype(np.int64)
     own = [] if choice is None else [choice.rank]
@@ -241,7 +245,7 @@ def _costs(
                 rooms[k] -= constraint.whole(layer)
             else:
                 block = slice(first[i], first[i + 1])
-                costs[k, block] = sizes[block] * constraint.per_rank(layer.curves[0])
+                costs[k, block] = sizes[block] * layer.curves[0].per_level[constraint.name]
     if (rooms <= 0).any():
         raise BudgetError("the layers that the method of 2018 keeps whole exceed the budget")
     return costs, rooms

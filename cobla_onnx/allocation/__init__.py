@@ -8,7 +8,7 @@ from cobla_onnx.allocation.objective import (
     SeparableError,
     WeightError,
 )
-from cobla_onnx.allocation.problem import Choice, Curve, LayerCurves
+from cobla_onnx.allocation.problem import Choice, LayerCurves, VariantCurve
 from cobla_onnx.allocation.solve import Allocation, Certificate, allocate
 
 __all__ = [
@@ -17,12 +17,12 @@ __all__ = [
     "Certificate",
     "Choice",
     "Constraint",
-    "Curve",
     "LayerCurves",
     "Masks",
     "Objective",
     "OutputError",
     "SeparableError",
+    "VariantCurve",
     "WeightError",
     "allocate",
 ]

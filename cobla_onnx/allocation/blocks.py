@@ -67,13 +67,13 @@ class Space:
         self.schemes = tuple(schemes)
         self.gains = np.concatenate([-np.diff(losses[i][s]) for i, s in enumerate(schemes)])
         curves = [layer.curves[s] for layer, s in zip(layers, schemes, strict=True)]
-        self.lengths = np.array([len(c.singular_values) for c in curves])
+        self.lengths = np.array([c.most for c in curves])
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         costs = np.zeros((len(constraints), self.offsets[-1]))
         offset = np.zeros(len(constraints))
         grid = np.zeros(self.offsets[-1], dtype=bool)
         for curve, start in zip(curves, self.offsets[:-1], strict=True):
-            inside = curve.ranks[curve.ranks < len(curve.singular_values)]
+            inside = curve.levels[curve.levels < curve.most]
             grid[start + np.append(0, inside)] = True
         for k, constraint in enumerate(constraints):
             room = max(constraint.limit - constraint.fixed, 1)
@@ -112,16 +112,21 @@ def active_schemes(
         whole = shares @ [c.whole(layer) for c in constraints]
         best, tangents = [], []
         for number, curve in enumerate(layer.curves):
-            ranks = np.append(0, curve.ranks)
+            ranks = np.append(0, curve.levels)
             cost = shares @ np.stack([c.path(curve)[ranks] for c in constraints])
             loss = np.asarray(losses[index][number])[ranks]
             best.append(float((loss + cost).min()))
             missing = whole - cost
             steep = np.where(missing > 0, loss / np.where(missing > 0, missing, 1.0), np.inf)
             tangents.append(int(ranks[np.argmin(steep)]))
-        scheme = int(np.argmin(best)) if choice is None else choice.curve
+        # Of a whole layer, masks can move on curves with nested levels alone.
+        nested = np.array([curve.nested for curve in layer.curves])
+        movable = np.where(nested | ~nested.any(), best, np.inf)
+        scheme = int(np.argmin(movable)) if choice is None else choice.curve
         schemes.append(scheme)
-        tails.append(tangents[scheme])
+        # Levels that do not contain each other stay: what is dropped begins right behind.
+        stays = choice is not None and not layer.curves[scheme].nested
+        tails.append(choice.rank if choice is not None and stays else tangents[scheme])
     return tuple(schemes), tuple(tails)
 
 

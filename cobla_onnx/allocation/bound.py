@@ -60,9 +60,8 @@ def least_losses(
         savings: list[Float64] = [np.zeros(1)]
         costs: list[Float64] = [np.zeros(1)]
         for curve, loss in zip(layer.curves, losses[number], strict=True):
-            costs_of_ranks = curve.ranks.astype(np.float64) * constraint.per_rank(curve)
-            savings.append(whole - costs_of_ranks)
-            costs.append(loss[curve.ranks])
+            savings.append(whole - constraint.costs(curve).astype(np.float64))
+            costs.append(loss[curve.levels])
         steps = _hull(np.concatenate(savings), np.concatenate(costs))
         saved.append(np.diff(steps[0]))
         lost.append(np.diff(steps[1]))

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation.problem import Choice, Curve, Float64, LayerCurves
+from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves, VariantCurve
+from cobla_onnx.allocation.resources import RESOURCES, Resource
 from cobla_onnx.errors import BudgetError, UsageError
 
 __all__ = ["Budget", "Constraint", "least_fraction", "require_reachable", "unreachable"]
 
-# Said of a model whose cost is 0, so that nothing can be saved.
-COUNTED = {
-    "mem": "stores no weights",
-    "mac": "does no multiply-accumulate operations",
-    "latency": "has no layer that takes time",
-}
-
 
 @dataclass(frozen=True)
 class Constraint:
-    """One limit on the cost of the whole model, in whole bytes, MACs or nanoseconds.
+    """One limit on the cost of the whole model, in whole units of the resource.
 
     Attributes
     ----------
-    name : {'mem', 'mac', 'latency'}
+    name : str
+        Of the `Resource`.
     fraction : float
         The limit as it was given, as a fraction of the total.
     total : int
@@ -49,49 +44,36 @@ class Constraint:
 
     def whole(self, layer: LayerCurves) -> int:
         """Cost of a layer that is kept whole."""
-        costs = {"mem": layer.bytes_whole, "mac": layer.macs_whole, "latency": layer.time_whole}
-        cost = costs[self.name]
-        assert cost is not None
-        return cost
+        return layer.costs[self.name]
 
-    def per_rank(self, curve: Curve) -> int:
-        """Cost of one unit of rank on a curve, for costs that are proportional to the rank."""
-        cost = curve.bytes_per_rank if self.name == "mem" else curve.macs_per_rank
-        assert cost is not None
-        assert self.name != "latency"
-        return cost
+    def costs(self, curve: VariantCurve) -> NDArray[np.int64]:
+        """Cost at each of the candidate levels of a curve."""
+        return curve.costs[self.name]
 
-    def costs(self, curve: Curve) -> NDArray[np.int64]:
-        """Cost at each of the candidate ranks of a curve."""
-        if self.name == "latency":
-            assert curve.times is not None
-            return curve.times
-        return curve.ranks * self.per_rank(curve)
+    def path(self, curve: VariantCurve) -> Float64:
+        """Cost at levels 0 to the whole layer's: linear between candidates, and beyond them.
 
-    def path(self, curve: Curve) -> Float64:
-        """Cost at ranks 0 to full rank: linear between candidates, and beyond them.
-
-        The cost at rank 0 is that of the line through the first two candidates, at least 0.
+        The cost at level 0 is that of the line through the first two candidates, at least 0.
         """
-        ranks = np.arange(len(curve.singular_values) + 1)
-        if self.name != "latency":
-            return ranks.astype(np.float64) * self.per_rank(curve)
-        known, costs = curve.ranks, self.costs(curve).astype(np.float64)
+        levels = np.arange(curve.most + 1)
+        if self.name in curve.per_level:
+            return levels.astype(np.float64) * curve.per_level[self.name]
+        known, costs = curve.levels, self.costs(curve).astype(np.float64)
         if len(known) == 1:
-            return np.full(len(ranks), costs[0])
+            return np.full(len(levels), costs[0])
         first, last = np.diff(costs)[[0, -1]] / np.diff(known)[[0, -1]]
-        path = np.interp(ranks, known, costs)
-        path += np.maximum(ranks - known[-1], 0) * last
-        before = costs[0] - first * np.maximum(known[0] - ranks, 0)
-        path = np.where(ranks < known[0], np.maximum(before, 0.0), path)
+        path = np.interp(levels, known, costs)
+        path += np.maximum(levels - known[-1], 0) * last
+        before = costs[0] - first * np.maximum(known[0] - levels, 0)
+        path = np.where(levels < known[0], np.maximum(before, 0.0), path)
         return np.asarray(path, dtype=np.float64)
 
-    def at(self, curve: Curve, rank: int) -> int:
-        """Exact cost at one of the candidate ranks."""
-        if self.name != "latency":
-            return rank * self.per_rank(curve)
-        index = int(np.searchsorted(curve.ranks, rank))
-        assert curve.ranks[index] == rank
+    def at(self, curve: VariantCurve, level: int) -> int:
+        """Exact cost at one of the candidate levels."""
+        if self.name in curve.per_level:
+            return level * curve.per_level[self.name]
+        index = int(np.searchsorted(curve.levels, level))
+        assert curve.levels[index] == level
         return int(self.costs(curve)[index])
 
     def cost(self, layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) -> int:
@@ -144,24 +126,28 @@ class Budget:
     latency: float | None = None
 
     def __post_init__(self) -> None:
-        budgets = (("mem", self.mem), ("mac", self.mac), ("latency", self.latency))
-        if all(value is None for _, value in budgets):
+        if all(fraction is None for _, fraction in self._fractions()):
             raise UsageError("no budget: give --mem, --mac or --latency, e.g. --mem 0.5")
-        for name, value in budgets:
+        for resource, value in self._fractions():
             if value is not None and not (math.isfinite(value) and 0 < value <= 1):
                 raise UsageError(
-                    f"--{name} {value:g}: is not a fraction of the original to keep; "
+                    f"{resource.flag} {value:g}: is not a fraction of the original to keep; "
                     "give a number above 0 and at most 1"
                 )
 
+    def _fractions(self) -> tuple[tuple[Resource, float | None], ...]:
+        return tuple((resource, getattr(self, resource.name)) for resource in RESOURCES)
+
     def constraints(
-        self,
-        layers: Sequence[LayerCurves],
-        mem_total: int,
-        mac_total: int | None,
-        time_total: int | None = None,
+        self, layers: Sequence[LayerCurves], totals: Mapping[str, int | None]
     ) -> tuple[Constraint, ...]:
         """Turn the fractions into integer limits, rounded down exactly.
+
+        Parameters
+        ----------
+        layers : sequence of LayerCurves
+        totals : mapping of str to (int or None)
+            Costs of the original model by the name of the resource; None where not known.
 
         Raises
         ------
@@ -171,17 +157,16 @@ class Budget:
             If there is nothing to keep a fraction of.
         """
         result = []
-        for name, value, total, unknown in (
-            ("mem", self.mem, mem_total, ""),
-            ("mac", self.mac, mac_total, "the MACs of the model are not known; give --input-shape"),
-            ("latency", self.latency, time_total, "the layers were not timed; use `compress`"),
-        ):
+        for resource, value in self._fractions():
             if value is None:
                 continue
+            name, total = resource.name, totals.get(resource.name)
             if total is None:
-                raise UsageError(f"--{name}: {unknown}")
+                raise UsageError(f"{resource.flag}: {resource.unknown}")
             if total == 0 and value < 1:
-                cause = f"--{name} {value:g}: the model {COUNTED[name]}, none can be saved"
+                cause = (
+                    f"{resource.flag} {value:g}: the model {resource.nothing}, none can be saved"
+                )
                 raise BudgetError(cause, {name: 1.0})
             # repr gives the decimal that was meant, so that 0.3 of 1000 is 300, not 299.
             limit = math.floor(Fraction(repr(float(value))) * total)

@@ -27,7 +27,7 @@ from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves
 __all__ = ["KnapsackSolution", "LossCurves", "knapsack"]
 
 LossCurves: TypeAlias = Sequence[Sequence[Float64]]
-"""Loss of each layer under each of its curves, at ranks 0 to full rank."""
+"""Loss of each layer under each of its curves, at levels 0 to the whole layer's."""
 
 # Relative gap at which branch and bound stops: the next digit may take a thousand times as long,
 # and the loss that is minimised is a model whose error is far larger.
@@ -100,8 +100,8 @@ def _table(
         parts.append((index, -1, np.zeros(1, np.int64), np.zeros(1), whole))
         for number, curve in enumerate(layer.curves):
             costs = np.array([c.costs(curve) for c in constraints], dtype=np.int64)
-            loss = np.asarray(losses[index][number])[curve.ranks]
-            parts.append((index, number, curve.ranks, loss, costs))
+            loss = np.asarray(losses[index][number])[curve.levels]
+            parts.append((index, number, curve.levels, loss, costs))
     return _Table(
         np.concatenate([np.full(len(p[2]), p[0]) for p in parts]),
         np.concatenate([np.full(len(p[2]), p[1]) for p in parts]),

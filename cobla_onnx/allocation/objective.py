@@ -106,9 +106,7 @@ class WeightError(SeparableError):
     """
 
     def __init__(self, layers: Sequence[LayerCurves]) -> None:
-        super().__init__(
-            "weights", [[curve.relative_errors() for curve in layer.curves] for layer in layers]
-        )
+        super().__init__("weights", [[curve.errors for curve in layer.curves] for layer in layers])
 
 
 class OutputError(SeparableError):
@@ -129,7 +127,7 @@ def masks_of(layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) ->
     schemes, values, edges = [], [], []
     for layer, choice in zip(layers, choices, strict=True):
         scheme = 0 if choice is None else choice.curve
-        full_rank = len(layer.curves[scheme].singular_values)
+        full_rank = layer.curves[scheme].most
         mask = np.ones(full_rank)
         cuts = [0, full_rank]
         if choice is not None:

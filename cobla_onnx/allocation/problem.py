@@ -1,57 +1,71 @@
-"""Input of the allocation: cost and loss of every layer at every candidate rank."""
+"""Input of the allocation: cost and loss of every layer at every candidate level."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Choice", "Curve", "Float64", "LayerCurves"]
+__all__ = ["Choice", "Float64", "LayerCurves", "VariantCurve"]
 
 Float64: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One layer under one scheme: its singular values and what a unit of rank costs.
+class VariantCurve:
+    """One way to replace a layer: what it costs and loses at each level.
+
+    A level is a whole number whose meaning is the family's: the rank, for low rank. From
+    level 0, which keeps nothing, to `most`, which is the layer itself, the error falls.
 
     Attributes
     ----------
+    family : str
+        The kind of variant.
     scheme : str
-        Name of the scheme (``matrix``, ``channel``, ``input``, ``spatial-hw``, ...).
-    singular_values : float64 array, shape (full_rank,)
-        Descending. For grouped layers, entry j is the root of the sum over the groups
-        of the squared j-th singular value, since ranks are equal over groups.
-    ranks : int64 array, shape (candidates,)
-        Candidate ranks, ascending, each at least 1. At each of them the layer is smaller than
-        the whole one.
-    bytes_per_rank, macs_per_rank : int
-        Cost of one unit of rank; a choice of rank r costs r times that.
-        ``macs_per_rank`` is None when the MACs of the model are not known.
-    errors : float64 array, shape (full_rank + 1,), optional
-        Squared relative error at each rank, where it does not follow from the singular values.
-    times : int64 array, shape (candidates,), optional
-        Nanoseconds that the two factors take at each of `ranks`, non-decreasing.
+        Its name within the layer, such as ``channel``.
+    levels : int64 array, shape (candidates,)
+        Those from which to choose, ascending, each at least 1. At each of them the layer costs
+        less than the whole one.
+    costs : mapping of str to int64 array, shape (candidates,)
+        By the name of the resource, of those that are known.
+    errors : float64 array, shape (most + 1,)
+        Squared relative error at levels 0 to `most`, descending to 0.
+    per_level : mapping of str to int
+        Cost of one level, of the resources of which a cost is proportional to the level.
+    nested : bool
+        Whether each level contains the lower ones, so that masks may move between them, as
+        singular values are added one by one. Of other curves, SLSQP leaves the level as it is.
+    spectrum : float64 array, shape (most,), optional
+        Singular values, descending. For grouped layers, entry j is the root of the sum over
+        the groups of the squared j-th singular value, since ranks are equal over groups.
     """
 
+    family: str
     scheme: str
-    singular_values: Float64
-    ranks: NDArray[np.int64]
-    bytes_per_rank: int
-    macs_per_rank: int | None
-    errors: Float64 | None = None
-    times: NDArray[np.int64] | None = None
+    levels: NDArray[np.int64]
+    costs: Mapping[str, NDArray[np.int64]]
+    errors: Float64
+    per_level: Mapping[str, int] = field(default_factory=dict)
+    nested: bool = True
+    spectrum: Float64 | None = None
 
-    def relative_errors(self) -> Float64:
-        """Squared relative error at ranks 0 to full rank, descending to 0."""
-        if self.errors is not None:
-            return self.errors
-        energy = np.square(self.singular_values)
-        total = float(energy.sum())
-        tail = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
-        return tail / total if total > 0 else tail
+    @property
+    def most(self) -> int:
+        """The level of the whole layer."""
+        return len(self.errors) - 1
+
+    def only(self, keep: NDArray[Any]) -> VariantCurve:
+        """Return the curve with some of its candidates, by a mask or by places."""
+        costs = {name: cost[keep] for name, cost in self.costs.items()}
+        return replace(self, levels=self.levels[keep], costs=costs)
+
+    def with_cost(self, name: str, cost: NDArray[np.int64]) -> VariantCurve:
+        """Return the curve with the cost in one more resource, at each of its candidates."""
+        return replace(self, costs={**self.costs, name: cost})
 
 
 @dataclass(frozen=True)
@@ -62,24 +76,20 @@ class LayerCurves:
     ----------
     name : str
         Name of the layer, for messages.
-    bytes_whole, macs_whole : int
-        Cost of the layer kept whole; ``macs_whole`` is None when not known.
-    time_whole : int or None
-        Nanoseconds that the layer takes when kept whole, where that was measured.
-    curves : tuple of Curve
-        One per scheme that has at least one candidate rank; never empty.
+    costs : mapping of str to int
+        Costs of the layer kept whole, by the name of the resource, of those that are known.
+    curves : tuple of VariantCurve
+        Each has at least one candidate; never empty.
     """
 
     name: str
-    bytes_whole: int
-    macs_whole: int | None
-    curves: tuple[Curve, ...]
-    time_whole: int | None = None
+    costs: Mapping[str, int]
+    curves: tuple[VariantCurve, ...]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A point on a curve: the index of the layer's curve, and a rank.
+    """A point on a curve: the index of the layer's curve, and a level of it.
 
     The choice to keep a layer whole is written as None.
     """

@@ -144,7 +144,7 @@ def relax(
         The knapsack's prices, which decide the masks that are frozen.
     effort : Effort
     fixed : collection of int
-        Layers whose masks stay as they are.
+        Layers whose masks stay as they are, with those of which the levels are not nested.
     """
     prices = np.array(
         [multipliers[c.name] * max(c.limit - c.fixed, 1) / c.total for c in constraints]
@@ -153,7 +153,9 @@ def relax(
     schemes, tails = active_schemes(layers, losses, constraints, start, weights)
     space = Space(layers, losses, constraints, schemes, tails)
     flat = warm_masks(space, start)
-    blocks = partition(space, tails, weights, flat, effort.max_variables, fixed)
+    pairs = enumerate(zip(layers, schemes, strict=True))
+    still = {*fixed, *(i for i, (layer, k) in pairs if not layer.curves[k].nested)}
+    blocks = partition(space, tails, weights, flat, effort.max_variables, still)
     search = _Search(space, objective, effort)
     start_value = search.value(flat, blocks)
     variables = 0
@@ -327,7 +329,7 @@ def nearest_choices(
         if shrink >= 1.0 and mask[tail:].sum() >= 0.5 * len(mask[tail:]):
             choices.append(None)
             continue
-        ranks = layer.curves[scheme].ranks
+        ranks = layer.curves[scheme].levels
         wanted = shrink * float(mask[: max(tail, 1)].sum())
         choices.append(Choice(scheme, int(ranks[np.argmin(np.abs(ranks - wanted))])))
     return tuple(choices)

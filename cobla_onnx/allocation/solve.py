@@ -13,6 +13,7 @@ from cobla_onnx.allocation.budget import Constraint, require_reachable
 from cobla_onnx.allocation.knapsack import LossCurves, knapsack
 from cobla_onnx.allocation.objective import Objective, masks_of
 from cobla_onnx.allocation.problem import Choice, LayerCurves
+from cobla_onnx.allocation.resources import RESOURCES
 from cobla_onnx.allocation.slsqp import Relaxed, nearest_choices, relax
 
 __all__ = ["Allocation", "Certificate", "allocate", "fitting", "relative_gap"]
@@ -125,6 +126,7 @@ def allocate(
             if candidate < value:
                 best, value = choices, candidate
     bound = min(warm.lower_bound, value)
+    counted = {resource.name for resource in RESOURCES if resource.counted}
     solved = relaxed is not None and relaxed.masks is not None
     return Allocation(
         best,
@@ -142,9 +144,7 @@ def allocate(
             variables=relaxed.variables if relaxed else 0,
             notes=notes,
             fronts={
-                c.name: least_losses(layers, losses, c)
-                for c in constraints
-                if c.name in ("mem", "mac")
+                c.name: least_losses(layers, losses, c) for c in constraints if c.name in counted
             },
         ),
     )

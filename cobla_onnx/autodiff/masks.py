@@ -46,7 +46,7 @@ class MaskedWeight:
     uses : tuple of (NodeProto, NodeProto)
         For each node that reads the weight, the two that would replace it: the first reads
         the layer's input and `first`, the second the first's output and `second`, and is
-        named for the layer's output. See `cobla_onnx.variants.rewrite.factor_nodes`.
+        named for the layer's output. See `cobla_onnx.variants.low_rank.nodes.factor_nodes`.
     mask : str or None
         Name of the masks, of shape (ranks,), which become an input: the layer runs as
         second(m first(x)), and its weight is not an input. Without, the layer runs with its

@@ -10,15 +10,15 @@ import onnx
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from cobla_onnx.allocation import Curve, LayerCurves
+from cobla_onnx.allocation import LayerCurves, VariantCurve
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.graph.layers import Layer, Reason, Skipped, Use
 from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.single_layer import layer_key, micro_graph
 from cobla_onnx.latency.timing import Stopwatch
-from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.plan import Plan
+from cobla_onnx.variants.base import LayerVariants
 
 __all__ = ["interpolated", "measure_layer", "sampled", "slowest_layers", "time_layers"]
 
@@ -106,7 +106,7 @@ def _measure_use(
     if not missing and WHOLE in table:
         return
     alone = micro_graph(model, layer, use, shapes)
-    models = [alone.model, *(alone.factored(scheme, rank) for scheme, rank in missing)]
+    models = [alone.model, *(alone.replaced(scheme, rank) for scheme, rank in missing)]
     times = stopwatch.times(models, None, seconds=SECONDS, least=LEAST, most=MOST)
     medians = np.nanmedian(times, axis=0)
     whole = table.setdefault(WHOLE, max(round(1e9 * float(medians[0])), 1))
@@ -117,49 +117,41 @@ def _measure_use(
 
 def time_layers(
     model: onnx.ModelProto,
-    analysis: Analysis,
-    time_total: int,
+    variants: Sequence[LayerVariants],
+    shapes: Mapping[str, Shape],
     profile: Profile,
     stopwatch: Stopwatch,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Analysis:
-    """Give every candidate rank its time; leave out those that are not faster.
+) -> tuple[tuple[LayerVariants, ...], tuple[Skipped, ...]]:
+    """Give every candidate level its time; leave out those that are not faster.
 
     Parameters
     ----------
-    time_total : int
-        Nanoseconds of one run of the model.
+    shapes : mapping of str to Shape
+        Of the model's tensors, as far as known.
 
     Returns
     -------
-    Analysis
-        Without the layers that no rank makes faster.
+    variants : tuple of LayerVariants
+        Of the layers that some level makes faster.
+    skipped : tuple of Skipped
+        The others.
     """
-    kept: list[int] = []
-    curves: list[LayerCurves] = []
-    schemes = []
-    skipped = list(analysis.skipped)
-    for index, layer in enumerate(analysis.layers):
-        progress(index, len(analysis.layers))
-        timed = _timed(model, layer, analysis.curves[index], analysis.shapes, profile, stopwatch)
-        places = [] if timed is None else [i for i, c in enumerate(timed.curves) if len(c.ranks)]
+    kept: list[LayerVariants] = []
+    skipped: list[Skipped] = []
+    for index, each in enumerate(variants):
+        progress(index, len(variants))
+        layer = each.layer
+        timed = _timed(model, layer, each.curves, shapes, profile, stopwatch)
+        places = [] if timed is None else [i for i, c in enumerate(timed.curves) if len(c.levels)]
         if timed is None or not places:
             detail = "shapes not known" if timed is None else "measured"
             skipped.append(Skipped(layer.name, layer.op, Reason.NOT_FASTER, detail, layer.params))
             continue
-        kept.append(index)
-        curves.append(replace(timed, curves=tuple(timed.curves[i] for i in places)))
-        schemes.append(tuple(analysis.schemes[index][i] for i in places))
-    progress(len(analysis.layers), len(analysis.layers))
-    return replace(
-        analysis,
-        layers=tuple(analysis.layers[i] for i in kept),
-        curves=tuple(curves),
-        schemes=tuple(schemes),
-        macs=tuple(analysis.macs[i] for i in kept),
-        skipped=tuple(skipped),
-        time_total=time_total,
-    )
+        curves = replace(timed, curves=tuple(timed.curves[i] for i in places))
+        kept.append(replace(each, curves=curves, forms=tuple(each.forms[i] for i in places)))
+    progress(len(variants), len(variants))
+    return tuple(kept), tuple(skipped)
 
 
 def _timed(
@@ -171,39 +163,40 @@ def _timed(
     stopwatch: Stopwatch,
 ) -> LayerCurves | None:
     """Put times on the curves of a layer; ranks that are not faster are left out."""
-    forms = [(curve.scheme, rank) for curve in curves.curves for rank in sampled(curve.ranks)]
+    forms = [(curve.scheme, rank) for curve in curves.curves for rank in sampled(curve.levels)]
     measured = measure_layer(model, layer, forms, shapes, profile, stopwatch)
     if measured is None:
         return None
     whole, times = measured
     by_form = dict(zip(forms, times, strict=True))
-    result: list[Curve] = []
+    result: list[VariantCurve] = []
     for curve in curves.curves:
-        known = sampled(curve.ranks)
-        along = interpolated(curve.ranks, known, [by_form[curve.scheme, rank] for rank in known])
+        known = sampled(curve.levels)
+        along = interpolated(curve.levels, known, [by_form[curve.scheme, rank] for rank in known])
         faster = along < whole
-        result.append(replace(curve, ranks=curve.ranks[faster], times=along[faster]))
-    return replace(curves, curves=tuple(result), time_whole=whole)
+        result.append(curve.with_cost("latency", along).only(faster))
+    return replace(curves, curves=tuple(result), costs={**curves.costs, "latency": whole})
 
 
 def slowest_layers(
     model: onnx.ModelProto,
-    analysis: Analysis,
+    layers: Sequence[Layer],
+    shapes: Mapping[str, Shape],
     plan: Plan,
     profile: Profile,
     stopwatch: Stopwatch,
     count: int = 10,
 ) -> list[tuple[str, int, int]]:
-    """Return the slowest of the layers that may be factorised, before and after a plan.
+    """Return the slowest of the layers that may be replaced, before and after a plan.
 
     Returns
     -------
     list of (name, nanoseconds before, nanoseconds after)
         Slowest first.
     """
-    shapes, decisions = analysis.shapes, {d.layer: d for d in plan.decisions}
+    decisions = {d.layer: d for d in plan.decisions}
     timed = []
-    for layer in analysis.layers:
+    for layer in layers:
         found = measure_layer(model, layer, (), shapes, profile, stopwatch)
         if found is not None:
             timed.append((found[0], layer))

@@ -1,13 +1,12 @@
-"""Cut one node, or its two factors, out of a model as a model of its own, to be timed.
+"""Cut one node, or what replaces it, out of a model as a model of its own, to be timed.
 
 The node keeps its attributes, the shape of its input and what is constant about it. What
 follows it is left out: an activation or a normalisation is fused into the whole node and
-into the second factor alike, so that it adds the same to both.
+into the last one of its replacement alike, so that it adds the same to both.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,10 +17,10 @@ from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.layers import Layer, Use, find_layers, read_weight
 from cobla_onnx.graph.macs import Shape
 from cobla_onnx.graph.tensors import tensor_array
-from cobla_onnx.variants.low_rank.matricisation import Scheme, schemes_for
-from cobla_onnx.variants.rewrite import Replacement, rewrite
+from cobla_onnx.variants.registry import forms_of, stand_in
+from cobla_onnx.variants.rewrite import rewrite
 
-__all__ = ["MicroGraph", "layer_key", "micro_graph", "stand_in"]
+__all__ = ["MicroGraph", "layer_key", "micro_graph"]
 
 
 def _typed_shape(shape: Shape | None) -> list[int] | None:
@@ -79,10 +78,9 @@ class MicroGraph:
     model: onnx.ModelProto
     layer: Layer
 
-    def factored(self, scheme_name: str, rank: int) -> onnx.ModelProto:
-        """Return the model with two factors of random numbers in place of the weight."""
-        found = {scheme.name: scheme for scheme in schemes_for(self.layer)}
-        return rewrite(self.model, [stand_in(self.layer, found[scheme_name], rank)])
+    def replaced(self, scheme: str, level: int) -> onnx.ModelProto:
+        """Return the model with random numbers in place of the layer's replacement."""
+        return rewrite(self.model, [stand_in(self.layer, forms_of(self.layer)[scheme], level)])
 
 
 def micro_graph(
@@ -116,24 +114,3 @@ def micro_graph(
     result.ir_version = max(model.ir_version, 4)
     (found,) = find_layers(result).layers
     return MicroGraph(result, found)
-
-
-def stand_in(layer: Layer, scheme: Scheme, rank: int) -> Replacement:
-    """Return factors of the right shapes and random content, which take the same time.
-
-    They keep the size of numbers about as it is, so that none of them becomes so small
-    that the CPU slows down.
-    """
-    groups, rows, columns = scheme.matrix_shape()
-    generator = np.random.default_rng(0)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
-
-    def numbers(*shape: int, scale: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        uniform = generator.random(shape, dtype=np.float32)
-        return (uniform - np.float32(0.5)) * np.float32(scale)
-
-    # Uniform numbers between -1/2 and 1/2 have the variance 1/12.
-    left = numbers(groups, rows, rank, scale=math.sqrt(12 / rows))
-    right = numbers(groups, rank, columns, scale=math.sqrt(12 / rank))
-    first, second = (np.ascontiguousarray(f.astype(dtype)) for f in scheme.fold(left, right))
-    return Replacement(layer, scheme, first, second)

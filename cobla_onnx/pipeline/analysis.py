@@ -1,57 +1,46 @@
-"""Analyse a model for the allocation: its layers, their costs and their singular values."""
+"""Analyse a model for the allocation: its layers, and the costs and errors of their variants."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import onnx
 
-from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
+from cobla_onnx.allocation import Budget, Choice, Constraint, LayerCurves, VariantCurve
+from cobla_onnx.allocation.resources import known_costs
 from cobla_onnx.calibration.patches import unreadable
 from cobla_onnx.calibration.statistics import Seen
-from cobla_onnx.errors import BudgetError, ModelError, UsageError
+from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.graph.io.model_file import stored_bytes
-from cobla_onnx.graph.layers import (
-    Inventory,
-    Layer,
-    Reason,
-    Skipped,
-    find_layers,
-    node_label,
-)
-from cobla_onnx.graph.macs import Shape, fixed_input_shapes, infer_shapes, node_macs
-from cobla_onnx.graph.operators.base import operator_of, operator_of_node
+from cobla_onnx.graph.layers import Inventory, Layer, Reason, Skipped, find_layers
+from cobla_onnx.graph.macs import Shape, fixed_input_shapes
+from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.pipeline.reach import ranks_in_reach
+from cobla_onnx.pipeline.select import Selection, selected, without_unmeasured
 from cobla_onnx.plan import Decision, FactorsFrom, Plan
-from cobla_onnx.runtime.cache import Cache
-from cobla_onnx.runtime.pool import Pool, open_pool
-from cobla_onnx.runtime.progress import Progress
-from cobla_onnx.runtime.session import measured_shapes
-from cobla_onnx.text import matching
-from cobla_onnx.variants.low_rank.family import Candidate, add_curves, layer_grid, options_for
-from cobla_onnx.variants.low_rank.matricisation import Scheme, schemes_for
+from cobla_onnx.runtime.context import RunContext
+from cobla_onnx.runtime.shapes import model_costs
+from cobla_onnx.variants.base import Asked, Candidate, Form, LayerCosts, LayerVariants
+from cobla_onnx.variants.from_data import FromData
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
+from cobla_onnx.variants.registry import forms_of, require_family
+from cobla_onnx.variants.work import candidate, measured_curves
 
-__all__ = ["Analysis", "analyse", "model_costs"]
+__all__ = ["Analysis", "Reach", "analyse"]
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """A model's layers with the cost and the loss of every rank.
+    """A model's layers with the cost and the loss of all that may become of them.
 
     Attributes
     ----------
-    layers : tuple of Layer
-        Layers that may be factorised, with their `curves`, `schemes` and `macs`.
-    curves : tuple of LayerCurves
-    schemes : tuple of tuple of Scheme
-        Schemes, in the order of the layer's curves.
-    macs : tuple of int or None
-        MACs of each layer over all its uses.
+    variants : tuple of LayerVariants
+        The layers that may be replaced.
     skipped : tuple of Skipped
     mem_total : int
         Bytes of all constant tensors of the model.
@@ -59,47 +48,86 @@ class Analysis:
         MACs of the model; None if not known.
     input_shapes : dict of str to Shape
     notes : tuple of str
-    seen : Seen or None
-        Statistics of the layers on the calibration data.
+    seen : FromData or None
+        What makes approximations from the calibration data.
     shapes : dict of str to Shape
         Shapes of the model's tensors, as far as known.
     time_total : int or None
         Nanoseconds of one run of the model, if its layers were timed.
     """
 
-    layers: tuple[Layer, ...]
-    curves: tuple[LayerCurves, ...]
-    schemes: tuple[tuple[Scheme, ...], ...]
-    macs: tuple[int | None, ...]
+    variants: tuple[LayerVariants, ...]
     skipped: tuple[Skipped, ...]
     mem_total: int
     mac_total: int | None
     input_shapes: dict[str, Shape]
     notes: tuple[str, ...]
-    seen: Seen | None = None
+    seen: FromData | None = None
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     time_total: int | None = None
 
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that may be replaced."""
+        return tuple(each.layer for each in self.variants)
+
+    @cached_property
+    def curves(self) -> tuple[LayerCurves, ...]:
+        """Costs and errors of each layer's variants."""
+        return tuple(each.curves for each in self.variants)
+
+    @cached_property
+    def schemes(self) -> tuple[tuple[Form, ...], ...]:
+        """Forms of each layer, in the order of its curves."""
+        return tuple(each.forms for each in self.variants)
+
+    @cached_property
+    def macs(self) -> tuple[int | None, ...]:
+        """MACs of each layer over all its uses."""
+        return tuple(each.macs for each in self.variants)
+
+    @property
+    def totals(self) -> dict[str, int | None]:
+        """Costs of the model by the name of the resource; None where not known."""
+        return {"mem": self.mem_total, "mac": self.mac_total, "latency": self.time_total}
+
+    def with_curves(self, curves: Sequence[LayerCurves]) -> Analysis:
+        """Return the same layers with other curves."""
+        pairs = zip(self.variants, curves, strict=True)
+        return replace(self, variants=tuple(replace(each, curves=its) for each, its in pairs))
+
+    def with_times(
+        self, total: int, variants: Sequence[LayerVariants], slower: Sequence[Skipped]
+    ) -> Analysis:
+        """Return an analysis of timed layers.
+
+        Parameters
+        ----------
+        total : int
+            Nanoseconds of one run of the model.
+        variants, slower
+            What `time_layers` gives.
+        """
+        skipped = (*self.skipped, *slower)
+        return replace(self, variants=tuple(variants), skipped=skipped, time_total=total)
+
     def constraints(self, budget: Budget) -> tuple[Constraint, ...]:
         """Turn a budget into hard integer constraints over the layers' choices."""
-        return budget.constraints(self.curves, self.mem_total, self.mac_total, self.time_total)
+        return budget.constraints(self.curves, self.totals)
 
     def curves_under(self, rule: RankRule) -> tuple[LayerCurves, ...]:
         """Curves with only the ranks that a rule allows, without layers that keep none."""
         result = []
-        for layer, curves in zip(self.layers, self.curves, strict=True):
-            grid, pointwise = layer_grid(layer, rule)
+        for each in self.variants:
+            costs = LayerCosts(each.macs, self.shapes)
             kept = []
-            for curve in curves.curves:
-                most = int(curve.ranks[-1])
-                if curves.macs_whole is not None and curve.macs_per_rank is not None:
-                    costs = curves.macs_whole, curve.macs_per_rank
-                    most = min(most, rule.most(*costs, pointwise=pointwise))
-                ranks = np.intersect1d(grid.candidates(most), curve.ranks)
-                if len(ranks):
-                    kept.append(replace(curve, ranks=ranks))
+            for form, curve in zip(each.forms, each.curves.curves, strict=True):
+                family = require_family(form.name)
+                allowed = family.allowed(each.layer, form, curve.levels, costs, rule)
+                if len(allowed):
+                    kept.append(curve.only(np.isin(curve.levels, allowed)))
             if kept:
-                result.append(replace(curves, curves=tuple(kept)))
+                result.append(replace(each.curves, curves=tuple(kept)))
         return tuple(result)
 
     def limits(self, budget: Budget) -> dict[str, int]:
@@ -118,28 +146,30 @@ class Analysis:
             factors,
         )
 
-    def resolve(self, decision: Decision) -> tuple[Layer, Scheme, int]:
-        """Look up the layer, scheme and rank of a decision to factorise.
+    def resolve(self, decision: Decision) -> tuple[Layer, Form, int]:
+        """Look up the layer, form and level of a decision to replace a layer.
 
         Raises
         ------
         UsageError
             If the layer, the scheme or the rank does not exist.
         """
-        index = self._index(decision.layer)
-        found = {scheme.name: scheme for scheme in schemes_for(self.layers[index])}
-        scheme = found.get(decision.scheme or "")
-        if scheme is None:
+        layer = self.layers[self._index(decision.layer)]
+        found = forms_of(layer)
+        form = found.get(decision.scheme or "")
+        if form is None:
             raise UsageError(
                 f"plan: layer {decision.layer!r} has no scheme {decision.scheme!r}; "
                 f"it has {', '.join(found)}"
             )
-        full_rank = min(scheme.matrix_shape()[1:])
-        if decision.rank is None or not 1 <= decision.rank <= full_rank:
+        family = require_family(form.name)
+        most = family.most(layer, form)
+        if decision.rank is None or not 1 <= decision.rank <= most:
             raise UsageError(
-                f"plan: layer {decision.layer!r} has ranks 1 to {full_rank}, not {decision.rank}"
+                f"plan: layer {decision.layer!r} has {family.level}s 1 to {most}, "
+                f"not {decision.rank}"
             )
-        return self.layers[index], scheme, decision.rank
+        return layer, form, decision.rank
 
     def _index(self, name: str) -> int:
         for index, layer in enumerate(self.layers):
@@ -149,18 +179,19 @@ class Analysis:
         hint = f"did you mean {', '.join(close)}?" if close else "see the names in the report"
         raise UsageError(f"plan: there is no layer {name!r} to factorise; {hint}")
 
-    def curve(self, decision: Decision) -> Curve | None:
+    def curve(self, decision: Decision) -> VariantCurve | None:
         """Return the curve of a decision; None for a layer kept whole."""
         curves = self.curves[self._index(decision.layer)].curves
         return next((c for c in curves if c.scheme == decision.scheme), None)
 
     def layer_macs(self, decision: Decision) -> int | None:
         """MACs of a layer after a decision."""
-        index = self._index(decision.layer)
-        curve = self.curve(decision)
-        if curve is None or decision.rank is None:
-            return self.macs[index]
-        return None if curve.macs_per_rank is None else curve.macs_per_rank * decision.rank
+        whole = self.macs[self._index(decision.layer)]
+        if whole is None or self.curve(decision) is None or decision.rank is None:
+            return whole
+        layer, form, level = self.resolve(decision)
+        costs = LayerCosts(whole, self.shapes)
+        return require_family(form.name).macs(layer, form, level, costs)
 
     def macs_after(self, plan: Plan) -> int | None:
         """MACs of the whole model after a plan; None if not known."""
@@ -173,33 +204,45 @@ class Analysis:
         return total
 
 
+@dataclass(frozen=True)
+class Reach:
+    """Which budgets the ranks must reach.
+
+    Attributes
+    ----------
+    budgets : sequence of Budget
+    refine : bool
+        Whether smaller ranks are added for budgets that are out of reach otherwise.
+    refuse : callable
+        Explains the error if no budget can be met, given an analysis of costs alone.
+    """
+
+    budgets: Sequence[Budget] = ()
+    refine: bool = False
+    refuse: Callable[[BudgetError, Analysis], BudgetError] = lambda error, analysis: error
+
+
+ALL_LAYERS, EVERYTHING, NO_BUDGETS = Selection(), Asked("auto", EVERY_RANK), Reach()
+
+
 def analyse(
     model: onnx.ModelProto,
+    selection: Selection = ALL_LAYERS,
+    asked: Asked = EVERYTHING,
     *,
+    context: RunContext | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    min_size: int = 0,
-    scheme: str = "auto",
     macs_needed: bool = False,
-    threads: int = 1,
-    progress: Progress = lambda stage, done, total: None,
     see: Callable[[Sequence[Layer]], Seen] | None = None,
     weigh: bool = True,
-    ranks: RankRule = EVERY_RANK,
-    pool: Pool | None = None,
-    cache: Cache | None = None,
-    budgets: Sequence[Budget] = (),
-    refine: bool = False,
-    refuse: Callable[[BudgetError, Analysis], BudgetError] = lambda error, analysis: error,
+    reach: Reach = NO_BUDGETS,
     unmeasured: Collection[str] = (),
 ) -> Analysis:
-    """Find a model's layers, count their costs and compute their singular values.
+    """Find a model's layers, count their costs and measure the errors of their variants.
 
-    With `see`, which collects statistics on the calibration data, singular values and errors are
-    those of the layers' outputs and not of their weights, unless `weigh` is False. Layers are
-    mapped over `pool`, by default over `threads` of this process. `ranks` decides the candidate
-    ranks. The layers named in `unmeasured` stay whole: no loss would see their errors.
+    With `see`, which collects statistics on the calibration data, errors are those of the layers'
+    outputs and not of their weights, unless `weigh` is False. The layers named in `unmeasured`
+    stay whole: no loss would see their errors.
 
     Raises
     ------
@@ -207,86 +250,101 @@ def analyse(
         If a pattern matches nothing, or a shape that MACs need is missing.
     ModelError
         If a weight is damaged.
+    BudgetError
+        If costs alone show that no budget can be met.
     """
-    inventory = _select(find_layers(model), include, exclude, min_size)
+    context = context or RunContext()
+    inventory = selected(find_layers(model), selection)
     known = fixed_input_shapes(model, input_shapes or {})
-    shapes, macs, notes = model_costs(model, known, macs_needed, threads)
-    total = None if macs is None else sum(macs.values())
+    shapes, macs, notes = model_costs(model, known, macs_needed, context.threads)
     notes += _warnings(model, inventory)
-    inventory = _without_unmeasured(inventory, unmeasured)
-    skipped = list(inventory.skipped)
-    taken: list[Layer] = []
+    inventory = without_unmeasured(inventory, unmeasured)
+    taken, skipped = _readable(model, inventory, shapes, weighted=see is not None)
+    costs = [LayerCosts(_layer_macs(layer, macs), shapes) for layer in taken]
+    total = None if macs is None else sum(macs.values())
+    bare = Analysis((), skipped, stored_bytes(model), total, known, notes, None, shapes)
+    candidates, more = _in_reach(bare, taken, costs, asked, reach)
+    data = None if see is None else FromData(see(taken))
+    curves = measured_curves(model, candidates, data if weigh else None, context)
+    variants, refused = [], []
+    for each in candidates:
+        pairs = curves.get(each.layer.name)
+        if pairs:
+            variants.append(_variants(each, pairs))
+        else:
+            refused.append(_refused(each))
+    return replace(
+        bare,
+        variants=tuple(variants),
+        skipped=(*skipped, *refused),
+        notes=notes + more,
+        seen=data,
+    )
+
+
+def _in_reach(
+    bare: Analysis,
+    layers: Sequence[Layer],
+    costs: Sequence[LayerCosts],
+    asked: Asked,
+    reach: Reach,
+) -> tuple[Sequence[Candidate], tuple[str, ...]]:
+    """Return the candidates with which most budgets can be met, and notes."""
+
+    def under(rule: RankRule) -> list[Candidate]:
+        its = replace(asked, ranks=rule)
+        return [candidate(x, cost, its) for x, cost in zip(layers, costs, strict=True)]
+
+    ranks = asked.ranks
+    rules = [ranks, *(ranks.finer() if reach.refine and not ranks.complete else ())]
+    try:
+        found, used = ranks_in_reach(reach.budgets, rules, under, bare.totals)
+    except BudgetError as error:
+        able = [c for c in under(rules[-1]) if c.proposals]
+        of_costs = replace(bare, variants=tuple(_variants(c, ()) for c in able), shapes={})
+        raise reach.refuse(error, of_costs) from error
+    if used is ranks:
+        return found, ()
+    return found, (
+        "the budget is out of reach with the ranks that are computed without waste; smaller "
+        "ones were added, which save less time than MACs",
+    )
+
+
+def _variants(found: Candidate, pairs: Sequence[tuple[Form, VariantCurve]]) -> LayerVariants:
+    layer, macs = found.layer, found.costs.macs
+    whole = known_costs(mem=layer.stored_bytes, mac=macs)
+    curves = LayerCurves(layer.name, whole, tuple(curve for _, curve in pairs))
+    return LayerVariants(layer, macs, curves, tuple(form for form, _ in pairs))
+
+
+def _refused(found: Candidate) -> Skipped:
+    layer, why = found.layer, found.refusal
+    reason, detail = (Reason.NO_GAIN, "") if why is None else (why.reason, why.detail)
+    return Skipped(layer.name, layer.op, reason, detail, layer.params)
+
+
+def _layer_macs(layer: Layer, macs: Mapping[int, int] | None) -> int | None:
+    return None if macs is None else sum(macs[use.node] for use in layer.uses)
+
+
+def _readable(
+    model: onnx.ModelProto, inventory: Inventory, shapes: Mapping[str, Shape], *, weighted: bool
+) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
+    """Skip layers that their operator refuses, now that shapes are known.
+
+    With calibration data (`weighted`), also those of which data say nothing.
+    """
+    taken, skipped = [], list(inventory.skipped)
     for layer in inventory.layers:
         refused = operator_of(layer).refusal(layer, shapes)
-        if refused is None and see is not None:
+        if refused is None and weighted:
             refused = unreadable(model, layer)
         if refused is None:
             taken.append(layer)
         else:
             skipped.append(Skipped(layer.name, layer.op, *refused, layer.params))
-
-    def candidates(rule: RankRule) -> list[Candidate]:
-        return [_candidate(layer, scheme, shapes, macs, rule) for layer in taken]
-
-    rules = [ranks, *(ranks.finer() if refine and not ranks.complete else ())]
-    mem_total = stored_bytes(model)
-    try:
-        found, used = ranks_in_reach(budgets, rules, candidates, mem_total, total)
-    except BudgetError as error:
-        able = tuple(c.layer for c in candidates(rules[-1]) if c.options)
-        costs = Analysis(able, (), (), (), tuple(skipped), mem_total, total, known, notes)
-        raise refuse(error, costs) from error
-    if used is not ranks:
-        notes += (
-            "the budget is out of reach with the ranks that are computed without waste; smaller "
-            "ones were added, which save less time than MACs",
-        )
-    seen = None if see is None else see(taken)
-    with nullcontext(pool) if pool is not None else open_pool(threads) as working:
-        add_curves(model, found, seen if weigh else None, working, cache, progress)
-    layers, curves, schemes, layer_macs = [], [], [], []
-    for candidate in found:
-        layer = candidate.layer
-        if not candidate.curves:
-            skipped.append(Skipped(layer.name, layer.op, *candidate.refusal, layer.params))
-            continue
-        layers.append(layer)
-        schemes.append(tuple(one for one, _ in candidate.curves))
-        layer_macs.append(candidate.macs)
-        its_curves = tuple(curve for _, curve in candidate.curves)
-        curves.append(LayerCurves(layer.name, layer.stored_bytes, candidate.macs, its_curves))
-    return Analysis(
-        tuple(layers),
-        tuple(curves),
-        tuple(schemes),
-        tuple(layer_macs),
-        tuple(skipped),
-        mem_total,
-        total,
-        known,
-        notes,
-        seen,
-        shapes,
-    )
-
-
-def _candidate(
-    layer: Layer,
-    scheme: str,
-    shapes: Mapping[str, Shape],
-    macs: Mapping[int, int] | None,
-    rule: RankRule,
-) -> Candidate:
-    whole = None if macs is None else sum(macs[use.node] for use in layer.uses)
-    return Candidate(layer, whole, *options_for(layer, scheme, shapes, whole, rule))
-
-
-def _without_unmeasured(inventory: Inventory, unmeasured: Collection[str]) -> Inventory:
-    """Leave out the layers named in `unmeasured`, whose errors no loss would see."""
-    blind = [layer for layer in inventory.layers if layer.name in unmeasured]
-    skipped = [Skipped(x.name, x.op, Reason.UNMEASURED, "", x.params) for x in blind]
-    kept = tuple(layer for layer in inventory.layers if layer.name not in unmeasured)
-    return replace(inventory, layers=kept, skipped=(*inventory.skipped, *skipped))
+    return tuple(taken), tuple(skipped)
 
 
 def _warnings(model: onnx.ModelProto, inventory: Inventory) -> tuple[str, ...]:
@@ -297,68 +355,3 @@ def _warnings(model: onnx.ModelProto, inventory: Inventory) -> tuple[str, ...]:
             "layouts; they are taken as constant",
         )
     return ()
-
-
-def _select(
-    inventory: Inventory, include: Sequence[str], exclude: Sequence[str], min_size: int
-) -> Inventory:
-    names = [layer.name for layer in inventory.layers]
-    names += [item.name for item in inventory.skipped]
-    meant: dict[str, set[str]] = {}
-    for option, patterns in (("--include", include), ("--exclude", exclude)):
-        found = meant[option] = set()
-        for pattern in patterns:
-            its = matching(pattern, names)
-            found |= its
-            if not its:
-                close = difflib.get_close_matches(pattern, names, 3, 0.4)
-                hint = f"did you mean {', '.join(close)}?" if close else "see the report's names"
-                raise UsageError(f"{option} {pattern!r}: matches no layer; {hint}")
-    layers, skipped = [], list(inventory.skipped)
-    for layer in inventory.layers:
-        included = not include or layer.name in meant["--include"]
-        if layer.name in meant["--exclude"] or not included:
-            skipped.append(Skipped(layer.name, layer.op, Reason.EXCLUDED, "", layer.params))
-        elif layer.params < min_size:
-            skipped.append(Skipped(layer.name, layer.op, Reason.TOO_SMALL, "", layer.params))
-        else:
-            layers.append(layer)
-    return replace(inventory, layers=tuple(layers), skipped=tuple(skipped))
-
-
-def model_costs(
-    model: onnx.ModelProto, known: Mapping[str, Shape], needed: bool, threads: int
-) -> tuple[dict[str, Shape], dict[int, int] | None, tuple[str, ...]]:
-    """Shapes and MACs; where shape inference does not reach, from one run."""
-    shapes = infer_shapes(model, known)
-    macs, unknown = node_macs(model, shapes)
-    if not unknown:
-        return shapes, macs, ()
-    open_inputs = [n for n, shape in known.items() if None in shape]
-    if open_inputs:
-        if needed:
-            example = ", ".join(
-                f"--input-shape {n}:{','.join('?' if d is None else str(d) for d in known[n])}"
-                for n in open_inputs
-            )
-            raise UsageError(
-                f"--mac: the MACs of {len(unknown)} nodes are not known, {unknown[0]!r} among "
-                f"them, since axes of the input are open; fill in the ? of {example}"
-            )
-        return shapes, None, ("MACs are not known; give --input-shape to count them",)
-    missing = set(unknown)
-    wanted: list[str] = []
-    for index, node in enumerate(model.graph.node):
-        if operator_of_node(node) is not None and node_label(node, index) in missing:
-            wanted.extend(name for name in (*node.input[:2], node.output[0]) if name)
-    stored = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input}
-    names = [name for name in dict.fromkeys(wanted) if name not in stored]
-    try:
-        shapes.update(measured_shapes(model, names, known, threads))
-    except ModelError as error:
-        if needed:
-            raise
-        return shapes, None, (f"MACs are not known: {error}",)
-    macs, unknown = node_macs(model, shapes)
-    note = "shapes that ONNX shape inference does not give were read from a run in onnxruntime"
-    return shapes, None if unknown else macs, (note,)

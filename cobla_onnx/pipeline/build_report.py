@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cobla_onnx.allocation import Allocation, Budget, Curve
+from cobla_onnx.allocation import Allocation, Budget, VariantCurve
 from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.latency.timing import Comparison
@@ -29,6 +29,7 @@ from cobla_onnx.report.model import (
 )
 from cobla_onnx.runtime.environment import machine, versions
 from cobla_onnx.runtime.providers import current_provider
+from cobla_onnx.variants.registry import require_family
 
 __all__ = ["latency_report", "make_report"]
 
@@ -149,8 +150,9 @@ def _use(limit: float | None, before: int | None, after: int | None) -> BudgetUs
 
 def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) -> LayerReport:
     layer: Layer = analysis.layers[index]
-    widest = max(analysis.curves[index].curves, key=lambda curve: len(curve.singular_values))
-    full_rank = len(widest.singular_values)
+    curves = analysis.curves[index].curves
+    widest = max(curves, key=lambda curve: (curve.spectrum is not None, curve.most))
+    full_rank = widest.most
     if decision.scheme is None or decision.rank is None:
         reason = Reason.MET if unchanged else Reason.BUDGET
         params = Cost(layer.params, layer.params)
@@ -159,32 +161,33 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
             layer.name, layer.op, layer.shape, "whole", None, None, full_rank, params, macs, None,
             reason.value, _spectrum(widest),
         )  # fmt: skip
-    _, scheme, rank = analysis.resolve(decision)
+    _, form, level = analysis.resolve(decision)
+    family = require_family(form.name)
     curve = analysis.curve(decision)
     error = None
     if curve is not None:
-        error = float(np.sqrt(curve.relative_errors()[rank]))
+        error = float(np.sqrt(curve.errors[level]))
     return LayerReport(
         name=layer.name,
         op=layer.op,
         shape=layer.shape,
-        decision="factorised",
-        scheme=scheme.name,
-        rank=rank,
-        full_rank=min(scheme.matrix_shape()[1:]),
-        params=Cost(layer.params, rank * scheme.params_per_rank()),
+        decision=family.outcome,
+        scheme=form.name,
+        rank=level,
+        full_rank=family.most(layer, form),
+        params=Cost(layer.params, family.params(layer, form, level)),
         macs=Cost(analysis.macs[index], analysis.layer_macs(decision)),
         error=error,
         reason="",
-        spectrum=None if curve is None else _spectrum(curve, rank),
+        spectrum=None if curve is None else _spectrum(curve, level),
     )
 
 
-def _spectrum(curve: Curve, rank: int | None = None) -> Spectrum | None:
+def _spectrum(curve: VariantCurve, rank: int | None = None) -> Spectrum | None:
     """Thin out a curve's singular values; those next to the cut are always kept."""
-    values = curve.singular_values
-    largest = float(values.max(initial=0.0))
-    if not largest > 0:
+    values = curve.spectrum
+    largest = 0.0 if values is None else float(values.max(initial=0.0))
+    if values is None or not largest > 0:
         return None
     edges = [] if rank is None else [rank, min(rank + 1, len(values))]
     chosen = np.linspace(1, len(values), SPECTRUM_POINTS - len(edges)).round()

@@ -31,7 +31,6 @@ from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel
 from cobla_onnx.calibration.evaluation.output_choice import LossName
 from cobla_onnx.calibration.evaluation.probe import Weights
 from cobla_onnx.calibration.evaluation.quality import measure_quality
-from cobla_onnx.calibration.statistics import Approximation
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.pipeline.analysis import Analysis
@@ -53,7 +52,10 @@ from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import Shelf
-from cobla_onnx.variants.rewrite import Replacement, make_replacement
+from cobla_onnx.variants.base import Approximation
+from cobla_onnx.variants.from_data import FromData
+from cobla_onnx.variants.registry import require_family
+from cobla_onnx.variants.replacement import Replacement
 
 __all__ = ["Calibrated"]
 
@@ -277,7 +279,7 @@ class Calibrated:
         curves = self.analysis.curves
         whole: tuple[Choice | None, ...] = (None,) * len(curves)
         if all(c.cost(curves, whole) <= c.limit for c in constraints):
-            errors = [[curve.relative_errors() for curve in layer.curves] for layer in curves]
+            errors = [[curve.errors for curve in layer.curves] for layer in curves]
             return allocate(curves, OutputError(errors), constraints, solver=solver)
         sensitivity = self._measured(constraints)
         rounds: list[tuple[OutputError, Allocation]] = []
@@ -335,7 +337,7 @@ class Calibrated:
 
         def pilot() -> Arrays:
             layers = self.analysis.curves
-            largest = [Choice(0, int(layer.curves[0].ranks[-1])) for layer in layers]
+            largest = [Choice(0, int(layer.curves[0].levels[-1])) for layer in layers]
             return {"losses": self.judge.on(chosen).losses(self._truncated(largest))}
 
         key = digest(self._key(chosen), "pilot")
@@ -349,10 +351,9 @@ class Calibrated:
         return self._gradient_probe
 
     def _path(self) -> Path:
-        def approximate(layer: int, curve: int, ranks: Sequence[int]) -> list[Approximation]:
+        def approximate(layer: int, curve: int, ranks: Sequence[int]) -> Sequence[Approximation]:
             found = self.analysis.layers[layer], self.analysis.schemes[layer][curve]
-            approximations: list[Approximation] = self._seen.approximate(*found, ranks)
-            return approximations
+            return self._seen.approximate(*found, ranks)
 
         whole = [
             (read_weight(self.model, layer), read_bias(self.model, layer))
@@ -367,7 +368,7 @@ class Calibrated:
     def factorise(self, plan: Plan) -> list[Replacement]:
         """Factorise the chosen layers, and refit them if asked for."""
         chosen = self.finisher.chosen(plan)
-        approximations = [entry.approximation for entry in chosen]
+        approximations: Sequence[Approximation] = [entry.approximation for entry in chosen]
         before: float | None = None
         if self.refit and plan.factors == "data":
             before = self.judge.selection.loss(replaced_weights(chosen, approximations))
@@ -387,7 +388,7 @@ class Calibrated:
         output = self.measured.outputs.get(quality.output, quality.output)
         self._report["quality"] = replace(quality, output=output)
         return [
-            make_replacement(entry.layer, entry.scheme, found.factors, found.bias)
+            require_family(entry.scheme.name).replace(entry.layer, entry.scheme, found)
             for entry, found in zip(chosen, approximations, strict=True)
         ]
 
@@ -422,7 +423,7 @@ class Calibrated:
         )
 
     @property
-    def _seen(self) -> Any:
+    def _seen(self) -> FromData:
         assert self.analysis.seen is not None
         return self.analysis.seen
 

@@ -34,13 +34,13 @@ from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
 from cobla_onnx.options import BatchSize, check_batch, memory_bytes
-from cobla_onnx.pipeline.analysis import model_costs
 from cobla_onnx.pipeline.inputs import ModelSource, available_cores, open_model
 from cobla_onnx.pipeline.verification import varying_outputs
 from cobla_onnx.report.comparison import ModelComparison, ModelFacts
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.providers import execution_provider
 from cobla_onnx.runtime.session import Feeds, open_session, run_session, runnable_feeds
+from cobla_onnx.runtime.shapes import model_costs
 from cobla_onnx.text import quoted, safe_text
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.budget import least_fraction
-from cobla_onnx.allocation.problem import Curve
+from cobla_onnx.allocation.problem import VariantCurve
 from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.layers import Skipped
 from cobla_onnx.options import Settings
@@ -97,37 +97,44 @@ def _least(analysis: Analysis) -> dict[str, float]:
     return {c.name: least_fraction(c, analysis.curves) for c in constraints}
 
 
-def _schemes(curves: Sequence[Curve], size: int, macs: int | None) -> tuple[InspectedScheme, ...]:
+def _schemes(
+    curves: Sequence[VariantCurve], size: int, macs: int | None
+) -> tuple[InspectedScheme, ...]:
     found = [
         InspectedScheme(
             name=curve.scheme,
-            full_rank=len(curve.relative_errors()) - 1,
-            break_even_memory=size / curve.bytes_per_rank,
-            break_even_macs=macs / curve.macs_per_rank if macs and curve.macs_per_rank else None,
-            most=int(curve.ranks[-1]),
-            half_error=_error_at(curve, size // 2 // curve.bytes_per_rank),
+            full_rank=curve.most,
+            break_even_memory=size / curve.per_level["mem"],
+            break_even_macs=_ratio(macs, curve.per_level.get("mac")),
+            most=int(curve.levels[-1]),
+            half_error=_error_at(curve, size // 2 // curve.per_level["mem"]),
             error_ranks={
                 f"{error:g}": _rank_at(curve, error * error) for error in (0.3, 0.1, 0.03, 0.01)
             },
             singular_values=tuple(_relative(curve)),
         )
         for curve in curves
+        if curve.spectrum is not None
     ]
     return tuple(sorted(found, key=lambda scheme: scheme.half_error))
 
 
-def _error_at(curve: Curve, rank: int) -> float:
-    errors = curve.relative_errors()
+def _ratio(whole: int | None, each: int | None) -> float | None:
+    return whole / each if whole and each else None
+
+
+def _error_at(curve: VariantCurve, rank: int) -> float:
+    errors = curve.errors
     return float(np.sqrt(errors[min(rank, len(errors) - 1)]))
 
 
-def _rank_at(curve: Curve, error: float) -> int:
+def _rank_at(curve: VariantCurve, error: float) -> int:
     """Least rank whose squared relative error is at most `error`; full rank has none."""
-    return int(np.argmax(curve.relative_errors() <= error + 1e-12))
+    return int(np.argmax(curve.errors <= error + 1e-12))
 
 
-def _relative(curve: Curve) -> list[float]:
-    values = np.asarray(curve.singular_values, dtype=np.float64)
+def _relative(curve: VariantCurve) -> list[float]:
+    values = np.asarray(curve.spectrum, dtype=np.float64)
     largest = float(values.max(initial=0.0))
     return [float(f"{v:.4g}") for v in values / largest] if largest > 0 else [0.0] * len(values)
 

@@ -29,7 +29,7 @@ from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.layers import Layer, find_layers
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.options import Settings, memory_bytes
-from cobla_onnx.pipeline.analysis import analyse
+from cobla_onnx.pipeline.analysis import Reach, analyse
 from cobla_onnx.pipeline.budget_errors import explain
 from cobla_onnx.pipeline.calibrated import Calibrated
 from cobla_onnx.pipeline.inputs import (
@@ -41,13 +41,16 @@ from cobla_onnx.pipeline.inputs import (
     open_samples,
     sample_labels,
 )
+from cobla_onnx.pipeline.select import Selection
 from cobla_onnx.pipeline.session import Study
 from cobla_onnx.pipeline.timed import Timed, open_profile
 from cobla_onnx.runtime.cache import Cache, digest
+from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.machine import convolution_block
 from cobla_onnx.runtime.pool import Pool, choose_pool, one_thread
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.runtime.providers import CPU, execution_provider, give_memory_back
+from cobla_onnx.variants.base import Asked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, rank_rule
 
 __all__ = ["open_study"]
@@ -133,24 +136,20 @@ def open_study(
             )
         analysis = analyse(
             proto,
+            Selection(settings.include, settings.exclude, settings.min_size),
+            Asked(settings.scheme, rule),
+            context=RunContext(threads, pool, kept, notify),
             input_shapes=shapes,
-            include=settings.include,
-            exclude=settings.exclude,
-            min_size=settings.min_size,
-            scheme=settings.scheme,
             macs_needed=macs_needed or times_needed,
-            threads=threads,
-            progress=notify,
             see=looking,
             weigh=needed != "weights",
-            ranks=rule,
-            pool=pool,
-            cache=kept,
-            budgets=budgets,
-            refine=refine,
-            # All ranks were tried then.
-            refuse=lambda error, found: explain(
-                error, proto, found, settings, EVERY_RANK if refine else rule
+            reach=Reach(
+                budgets,
+                refine,
+                # All ranks were tried then.
+                lambda error, found: explain(
+                    error, proto, found, settings, EVERY_RANK if refine else rule
+                ),
             ),
             unmeasured=() if measured is None or needed == "weights" else measured.unmeasured,
         )

@@ -1,4 +1,4 @@
-"""Check a rewrite: each pair of factor nodes must compute what its multiplied-out weight does."""
+"""Check a rewrite: the new nodes of a layer must compute what their dense weight does."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ from cobla_onnx.graph.randomness import random_nodes
 from cobla_onnx.graph.subgraph import Exposed, expose
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.text import quoted
-from cobla_onnx.variants.rewrite import Replacement
+from cobla_onnx.variants.replacement import ROUNDING, Replacement
 
 __all__ = ["prove_rewrite"]
 
-# Tolerance for float rounding in one layer, relative to its largest output, by type.
-ROUNDING = {np.dtype(np.float16): 2e-2, np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-10}
 # Tolerance after a whole network, which amplifies rounding.
 AMPLIFICATION = 30.0
-# Most bytes of multiplied-out weights held at a time.
+# Most bytes of dense weights held at a time.
 DENSE_AT_ONCE = 1 << 29
 
 
@@ -135,16 +133,17 @@ def _check_layers(
     threads: int,
     taps: TapLimit | None,
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Compare each pair of factor nodes with its node under the same dense weight.
+    """Compare the new nodes of each layer with its node under the same dense weight.
 
     One graph holds both: the original with dense approximated weights and, on the same input
-    as each such node, the factor nodes of the compressed model. It is run once for each group
+    as each such node, the new nodes of the compressed model. It is run once for each group
     of layers that `taps` makes.
     """
-    outputs = [use.output for r in replacements for use in r.layer.uses]
+    allowed = {use.output: r.tolerance for r in replacements for use in r.layer.uses}
+    outputs = list(allowed)
     exposed = expose(original, [r.layer for r in replacements], as_inputs=False)
     reference = exposed.model
-    renamed = _add_factors(reference, compressed, replacements)
+    renamed = _add_new_nodes(reference, compressed, replacements)
     dense = _dense_weights(original, exposed, replacements)
     kept = {value.name for value in original.graph.output}
     worst = 0.0
@@ -154,19 +153,19 @@ def _check_layers(
         results = []
         for feed in feeds:
             values = run_session(session, feed)
-            worst = max([worst, *(_checked(values, name, renamed[name]) for name in part)])
+            errors = [_checked(values, name, renamed[name], allowed[name]) for name in part]
+            worst = max([worst, *errors])
             # Without the outputs of the layers, which are many.
             results.append({name: value for name, value in values.items() if name in kept})
     return worst, results
 
 
-def _checked(values: Mapping[str, Any], dense: str, factors: str) -> float:
-    """Compare the output of factor nodes with that of a dense weight."""
-    error = rounding_error(values[dense], values[factors])
-    tolerance = ROUNDING[values[dense].dtype]
+def _checked(values: Mapping[str, Any], dense: str, new: str, tolerance: float) -> float:
+    """Compare the output of a layer's new nodes with that of a dense weight."""
+    error = rounding_error(values[dense], values[new])
     if not error <= tolerance:
         raise VerificationError(
-            f"tensor {quoted(dense)}: its two factor nodes differ from the dense weight by "
+            f"tensor {quoted(dense)}: its new nodes differ from the dense weight by "
             f"{error:.2g} of its largest value, {tolerance:g} is allowed; nothing was written, "
             "please report this"
         )
@@ -176,7 +175,7 @@ def _checked(values: Mapping[str, Any], dense: str, factors: str) -> float:
 def _dense_weights(
     original: onnx.ModelProto, exposed: Exposed, replacements: Sequence[Replacement]
 ) -> dict[str, NDArray[Any]]:
-    """Multiplied-out weights, and biases, by their input names in the exposed model."""
+    """Dense weights, and biases, by their input names in the exposed model."""
     result = {name: r.dense() for name, r in zip(exposed.weights, replacements, strict=True)}
     for name, r in zip(exposed.biases, replacements, strict=True):
         if name is not None:
@@ -186,12 +185,12 @@ def _dense_weights(
     return result
 
 
-def _add_factors(
+def _add_new_nodes(
     reference: onnx.ModelProto,
     compressed: onnx.ModelProto,
     replacements: Sequence[Replacement],
 ) -> dict[str, str]:
-    """Add the factor nodes to the dense ones; return a map of output names, old to new."""
+    """Add the new nodes to the dense ones; return a map of output names, old to new."""
     graph = reference.graph
     present = {t.name for t in graph.initializer} | {v.name for v in graph.input}
     present.update(name for node in graph.node for name in node.output)
@@ -201,7 +200,7 @@ def _add_factors(
     renamed: dict[str, str] = {}
     copied: set[str] = set()
     for use in (use for r in replacements for use in r.layer.uses):
-        renamed[use.output] = f"{use.output} by factors"
+        renamed[use.output] = f"{use.output} by new nodes"
         _append_slice(graph, producer, use.output, renamed[use.output], present, copied)
     read = {name for node in graph.node[before:] for name in node.input}
     graph.initializer.extend(stored[name] for name in sorted(read - present) if name in stored)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from cobla_onnx.allocation import Budget, Curve, LayerCurves
+from cobla_onnx.allocation import Budget, LayerCurves
 from cobla_onnx.allocation.budget import require_reachable
 from cobla_onnx.allocation.knapsack import knapsack
+from cobla_onnx.allocation.resources import known_costs
 from cobla_onnx.errors import BudgetError
-from cobla_onnx.variants.low_rank.family import Candidate
+from cobla_onnx.variants.base import Candidate
 from cobla_onnx.variants.low_rank.ranks import RankRule
+from cobla_onnx.variants.registry import require_family
 
 __all__ = ["ranks_in_reach"]
 
@@ -21,8 +23,7 @@ def ranks_in_reach(
     budgets: Sequence[Budget],
     rules: Sequence[RankRule],
     candidates: Callable[[RankRule], Sequence[Candidate]],
-    mem_total: int,
-    mac_total: int | None,
+    totals: Mapping[str, int | None],
 ) -> tuple[Sequence[Candidate], RankRule]:
     """Return the candidates of the first rule under which most budgets can be met.
 
@@ -34,8 +35,8 @@ def ranks_in_reach(
         Rules after the first are for budgets that it makes infeasible.
     candidates : callable
         Returns the layers' candidates under a rule.
-    mem_total, mac_total : int
-        Bytes and MACs of the model; MACs are None if not known.
+    totals : mapping of str to (int or None)
+        Costs of the model by the name of the resource; None where not known.
 
     Raises
     ------
@@ -46,9 +47,7 @@ def ranks_in_reach(
     best: tuple[int, Sequence[Candidate], RankRule] | None = None
     for rule in rules:
         found = candidates(rule)
-        errors = [
-            error for budget in untimed if (error := _refusal(budget, found, mem_total, mac_total))
-        ]
+        errors = [error for budget in untimed if (error := _refusal(budget, found, totals))]
         if best is None or len(errors) < best[0]:
             best = len(errors), found, rule
         if not errors:
@@ -60,16 +59,16 @@ def ranks_in_reach(
 
 
 def _refusal(
-    budget: Budget, candidates: Sequence[Candidate], mem_total: int, mac_total: int | None
+    budget: Budget, candidates: Sequence[Candidate], totals: Mapping[str, int | None]
 ) -> BudgetError | None:
-    layers = [_costs(candidate) for candidate in candidates if candidate.options]
+    layers = [_costs(candidate) for candidate in candidates if candidate.proposals]
     try:
-        constraints = budget.constraints(layers, mem_total, mac_total)
+        constraints = budget.constraints(layers, totals)
         if all(c.cost(layers, (None,) * len(layers)) <= c.limit for c in constraints):
             return None
         require_reachable(layers, constraints)
         if len(constraints) > 1:
-            nothing = [[np.zeros(len(c.singular_values) + 1) for c in x.curves] for x in layers]
+            nothing = [[np.zeros(c.most + 1) for c in x.curves] for x in layers]
             knapsack(layers, nothing, constraints)
     except BudgetError as error:
         return error
@@ -77,16 +76,13 @@ def _refusal(
 
 
 def _costs(candidate: Candidate) -> LayerCurves:
-    """A layer's costs at all candidate ranks, before its singular values are known."""
-    curves = tuple(
-        Curve(
-            option.scheme.name,
-            np.zeros(min(option.scheme.matrix_shape()[1:])),
-            option.ranks,
-            option.bytes_per_rank,
-            option.macs_per_rank,
-        )
-        for option in candidate.options
-    )
+    """A layer's costs at all candidate levels, before its errors are known."""
     layer = candidate.layer
-    return LayerCurves(layer.name, layer.stored_bytes, candidate.macs, curves)
+    whole = known_costs(mem=layer.stored_bytes, mac=candidate.costs.macs)
+    curves = tuple(
+        require_family(p.form.name).curve(
+            layer, candidate.costs, p, np.zeros(p.most + 1), np.zeros(p.most)
+        )
+        for p in candidate.proposals
+    )
+    return LayerCurves(layer.name, whole, curves)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 
+from cobla_onnx.allocation.resources import RESOURCES
 from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.errors import UsageError, VerificationError, WriteError
 from cobla_onnx.graph.io.model_file import load_in_order, stored_bytes, write_atomically
@@ -26,7 +27,7 @@ from cobla_onnx.variants.offload import Spill
 
 __all__ = ["Result", "check_paths", "check_written"]
 
-BUDGETS = ("mem", "mac", "latency")
+BUDGETS = tuple(resource.name for resource in RESOURCES)
 
 
 @dataclass

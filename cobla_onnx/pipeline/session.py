@@ -35,12 +35,14 @@ from cobla_onnx.pipeline.verification import verify
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import CalibrationReport, LatencyReport
 from cobla_onnx.runtime.cache import Cache
+from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress, tracked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
-from cobla_onnx.variants.low_rank.units import factor_units, mapped, replace_layer
 from cobla_onnx.variants.offload import Spill
-from cobla_onnx.variants.rewrite import Replacement, rewrite
+from cobla_onnx.variants.replacement import Replacement
+from cobla_onnx.variants.rewrite import rewrite
+from cobla_onnx.variants.work import replacements_of
 
 __all__ = ["Solution", "Study"]
 
@@ -168,10 +170,9 @@ class Study:
     def _factorise(self, plan: Plan) -> Iterator[Replacement]:
         """Factorise the weights of the chosen layers over the pool; yield them one by one."""
         chosen = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
-        units = factor_units(self.model, chosen, self.pool, self.cache)
-        made = mapped(replace_layer, units, self.pool, self.cache)
-        for replaced in tracked(made, len(chosen), partial(self.notify, "factorise")):
-            yield replaced.replacement
+        context = RunContext(pool=self.pool, cache=self.cache)
+        made = replacements_of(self.model, chosen, context)
+        yield from tracked(made, len(chosen), partial(self.notify, "factorise"))
 
     @property
     def objective(self) -> Literal["weights", "output", "loss"]:
@@ -243,7 +244,7 @@ class Study:
         analysis = self.analysis
         if self.calibrated is not None and solution.plan.factors == "weights":
             # The reported errors are those of the weights, which the factors approximate.
-            analysis = replace(analysis, curves=self.calibrated.rivals.weight_curves)
+            analysis = analysis.with_curves(self.calibrated.rivals.weight_curves)
         if self.cache is not None:
             notes = dict.fromkeys((*analysis.notes, *self.cache.notes))
             analysis = replace(analysis, notes=tuple(notes))

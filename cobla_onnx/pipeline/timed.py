@@ -70,16 +70,17 @@ class Timed:
 
     def table(self) -> Analysis:
         """Return the analysis with times, without layers that would not be faster."""
-        result = time_layers(
+        total = self._search.original()
+        variants, slower = time_layers(
             self.model,
-            self.analysis,
-            self._search.original(),
+            self.analysis.variants,
+            self.analysis.shapes,
             self.profile,
             self.stopwatch,
             lambda done, total: self.progress("time layers", done, total),
         )
         self._save()
-        return result
+        return self.analysis.with_times(total, variants, slower)
 
     def start_over(self) -> None:
         """Forget the prediction for the last budget; measurements are kept."""
@@ -117,7 +118,10 @@ class Timed:
             measured, note = self._search.compare(compressed), ""
         else:
             measured, note = self._search.confirm(compressed, limit)
-        layers = slowest_layers(self.model, self.analysis, plan, self.profile, self.stopwatch)
+        analysis = self.analysis
+        layers = slowest_layers(
+            self.model, analysis.layers, analysis.shapes, plan, self.profile, self.stopwatch
+        )
         self._save()
         self.progress("time the result", 1, 1)
         report = latency_report(measured, self._predicted, layers, self.stopwatch.threads)

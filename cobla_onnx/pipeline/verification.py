@@ -1,6 +1,6 @@
 """Verify a compressed model: run it and the original in onnxruntime and compare.
 
-Two different questions are asked. Is the rewrite right: does each pair of factor nodes
+Two different questions are asked. Is the rewrite right: do the new nodes of each layer
 compute what the original node computes with the same approximated dense weight, up to
 float rounding? And how good is the approximation: how far are the compressed model's
 outputs from the original's? The first has one right answer, the second is a measurement.
@@ -26,7 +26,7 @@ from cobla_onnx.pipeline.proof import prove_rewrite
 from cobla_onnx.report.model import Verification
 from cobla_onnx.runtime.session import Feeds, first_line, open_session, run_session, runnable_feeds
 from cobla_onnx.text import quoted
-from cobla_onnx.variants.rewrite import Replacement
+from cobla_onnx.variants.replacement import Replacement
 
 __all__ = [
     "check_model",
@@ -100,7 +100,7 @@ def verify(
     ModelError
         If the original does not load or run.
     VerificationError
-        If the checker or onnxruntime rejects the compressed model, or the factor nodes do
+        If the checker or onnxruntime rejects the compressed model, or the new nodes do
         not compute what their dense weight would.
     """
     notes = check_model(original, compressed)

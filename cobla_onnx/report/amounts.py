@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from cobla_onnx.allocation.resources import RESOURCES
 from cobla_onnx.text import safe_text
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def percent_text(fraction: float | None) -> str:
 
 def budget_name(budget: Budget) -> str:
     """Format a budget as ``mem 0.5 mac 0.7``."""
-    limits = (("mem", budget.mem), ("mac", budget.mac), ("latency", budget.latency))
+    limits = ((resource.name, getattr(budget, resource.name)) for resource in RESOURCES)
     return " ".join(f"{name} {value:g}" for name, value in limits if value is not None)
 
 

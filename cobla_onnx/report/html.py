@@ -13,6 +13,7 @@ from functools import lru_cache
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from cobla_onnx.allocation.resources import RESOURCES
 from cobla_onnx.report.amounts import count_text, percent_text
 from cobla_onnx.report.charts import (
     Chart,
@@ -88,7 +89,7 @@ def to_html(report: Report) -> str:
         meters=[_meter(name, report.budget[name]) for name in KINDS if name in report.budget],
         rows=_rows(report),
         skipped=_left_alone(report),
-        cut=sum(layer.decision == "factorised" for layer in report.layers),
+        cut=sum(layer.replaced for layer in report.layers),
         considered=sum(layer.decision != "skipped" for layer in report.layers),
         prices=_prices(report),
         objective=None if report.solver is None else _objective(report.solver.objective),
@@ -157,7 +158,7 @@ def _rows(report: Report) -> list[Row]:
 
 
 def _row(layer: LayerReport, name: str, most_params: int, most_macs: int) -> Row:
-    cut = layer.decision == "factorised"
+    cut = layer.replaced
     spectrum = layer.spectrum
     return Row(
         name=name,
@@ -188,13 +189,13 @@ def _left_alone(report: Report) -> list[tuple[str, list[str]]]:
     """Reasons, with the names of the layers to which they apply."""
     groups: dict[str, list[str]] = defaultdict(list)
     for layer in report.layers:
-        if layer.decision != "factorised" and not report.unchanged:
+        if not layer.replaced and not report.unchanged:
             groups[safe_text(layer.reason, 200)].append(safe_text(layer.name, 80))
     return sorted(groups.items(), key=lambda entry: -len(entry[1]))
 
 
 def _noun(cost: str) -> str:
-    return {"mem": "memory", "mac": "MACs", "latency": "time"}.get(cost, cost)
+    return next((resource.label for resource in RESOURCES if resource.name == cost), cost)
 
 
 def _prices(report: Report) -> list[tuple[str, float]]:

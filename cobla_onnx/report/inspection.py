@@ -139,6 +139,12 @@ def sparkline(values: Sequence[float], width: int = 10) -> str:
     return "".join(BARS[height] for height in heights.clip(0, len(BARS) - 1))
 
 
+def _cells(best: InspectedScheme) -> tuple[str, str, str, str]:
+    """What the table says of the best scheme."""
+    ranks = f"1-{best.most} of {best.full_rank}"
+    return best.name, ranks, f"{best.half_error:.3f}", sparkline(best.singular_values)
+
+
 def _render(found: Inspection) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
@@ -152,16 +158,14 @@ def _render(found: Inspection) -> RenderableType:
     table.add_column("spectrum", no_wrap=True)
     names = short_names([layer.name for layer in found.layers], 40)
     for layer in found.layers:
-        best = layer.schemes[0]
+        # Only forms with a spectrum are told of here.
+        best = layer.schemes[0] if layer.schemes else None
         table.add_row(
             Text(names[layer.name]),
             layer.op,
             count_text(layer.params),
             count_text(layer.macs),
-            best.name,
-            f"1-{best.most} of {best.full_rank}",
-            f"{best.half_error:.3f}",
-            sparkline(best.singular_values),
+            *(_cells(best) if best else ()),
         )
     whose = "weight" if found.measured_by == "weights" else "output (on the data)"
     lines = [

@@ -96,7 +96,7 @@ def _layers(report: Report) -> str:
     layers = [layer for layer in report.layers if layer.decision != "skipped"]
     shown = short_names([layer.name for layer in layers], 80)
     for layer in layers:
-        cut = layer.decision == "factorised"
+        cut = layer.replaced
         rank = f"{layer.full_rank} → {layer.rank}" if cut else str(layer.full_rank or "")
         error = "" if not cut or layer.error is None else percent_text(layer.error)
         kind = layer.scheme if cut and layer.scheme else "whole"
@@ -108,7 +108,7 @@ def _layers(report: Report) -> str:
 def _left_alone(report: Report) -> list[str]:
     if report.unchanged:
         return []
-    reasons = Counter(layer.reason for layer in report.layers if layer.decision != "factorised")
+    reasons = Counter(layer.reason for layer in report.layers if not layer.replaced)
     entries = [f"{count} × {_plain(reason, 200)}" for reason, count in reasons.most_common()]
     return _list("## Left as they are", entries)
 

@@ -76,7 +76,11 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: ``decision`` is ``factorised``, ``whole`` (considered) or ``skipped``."""
+    """One layer.
+
+    ``decision`` is ``whole`` (considered), ``skipped``, or what was done to it; low rank says
+    ``factorised``.
+    """
 
     name: str
     op: str
@@ -90,6 +94,11 @@ class LayerReport:
     error: float | None
     reason: str
     spectrum: Spectrum | None = None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the layer is not as it was."""
+        return self.decision not in ("whole", "skipped")
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def render(report: Report) -> RenderableType:
     layers = [layer for layer in report.layers if layer.decision != "skipped"]
     names = short_names([layer.name for layer in layers], 28)
     for layer in layers:
-        cut = layer.decision == "factorised"
+        cut = layer.replaced
         table.add_row(
             Text(names[layer.name]),
             layer.op,
@@ -123,7 +123,7 @@ def _left_alone(report: Report) -> list[Any]:
     reasons = Counter(
         (layer.decision, layer.reason)
         for layer in report.layers
-        if layer.decision != "factorised" and not report.unchanged
+        if not layer.replaced and not report.unchanged
     )
     words = {"whole": "kept whole", "skipped": "left alone"}
     return [

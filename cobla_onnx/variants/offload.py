@@ -1,4 +1,4 @@
-"""Move factors to a file on disk when they are too large for memory."""
+"""Move what is stored for layers to files on disk when it is too large for memory."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.runtime.temporary import array_bytes
-from cobla_onnx.variants.rewrite import Replacement
+from cobla_onnx.variants.replacement import Replacement
 
 __all__ = ["Spill"]
 
-# Bytes of factors that are kept in memory.
+# Bytes of arrays that are kept in memory.
 SPILL_FROM = 1 << 30
 
 
 class Spill:
-    """A temporary folder with one file for each factor, deleted with this object."""
+    """A temporary folder with one file for each array, deleted with this object."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
 
     def replacements(self, given: Iterable[Replacement]) -> list[Replacement]:
-        """Collect replacements; beyond a total size their factors become mapped files.
+        """Collect replacements; beyond a total size their arrays become mapped files.
 
         They are taken one by one, so that no more than this size is ever in memory.
         """
         kept: list[Replacement] = []
         size = 0
         for replacement in given:
-            size += replacement.first.nbytes + replacement.second.nbytes
+            size += replacement.nbytes
             if self._folder is None and size > SPILL_FROM:
                 self._folder = Path(tempfile.mkdtemp(prefix="cobla-onnx-"))
                 weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -47,11 +47,11 @@ class Spill:
         return kept
 
     def _on_disk(self, replacement: Replacement, number: int) -> Replacement:
-        return replace(
-            replacement,
-            first=self._mapped(replacement.first, f"{number}-first"),
-            second=self._mapped(replacement.second, f"{number}-second"),
-        )
+        arrays = {
+            part: self._mapped(array, f"{number}-{place}")
+            for place, (part, array) in enumerate(replacement.arrays.items())
+        }
+        return replace(replacement, arrays=arrays)
 
     def _mapped(self, array: NDArray[Any], name: str) -> NDArray[Any]:
         assert self._folder is not None

@@ -6,9 +6,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cobla_onnx.allocation import Curve, LayerCurves, WeightError, allocate
+from cobla_onnx.allocation import LayerCurves, WeightError, allocate
 from cobla_onnx.allocation.bound import least_losses
 from cobla_onnx.allocation.budget import Constraint
+from cobla_onnx.variants.low_rank.curve import rank_curve
 
 
 def random_layers(seed: int, count: int) -> list[LayerCurves]:
@@ -19,9 +20,11 @@ def random_layers(seed: int, count: int) -> list[LayerCurves]:
         for scheme in range(rng.integers(1, 4)):
             values = np.sort(rng.exponential(size=rng.integers(3, 12)))[::-1]
             per_rank = int(rng.integers(1, 9))
-            curves.append(Curve(f"s{scheme}", values, np.arange(1, len(values)), per_rank, None))
-        whole = max(len(c.singular_values) * c.bytes_per_rank for c in curves)
-        layers.append(LayerCurves(f"l{number}", whole, None, tuple(curves)))
+            curves.append(
+                rank_curve(f"s{scheme}", values, np.arange(1, len(values)), per_rank, None)
+            )
+        whole = max(c.most * c.per_level["mem"] for c in curves)
+        layers.append(LayerCurves(f"l{number}", {"mem": whole}, tuple(curves)))
     return layers
 
 
@@ -29,7 +32,7 @@ def random_layers(seed: int, count: int) -> list[LayerCurves]:
 @settings(max_examples=60)
 def test_no_choice_lies_below_the_front(seed, count, share):
     layers = random_layers(seed, count)
-    total = sum(layer.bytes_whole for layer in layers) + 7
+    total = sum(layer.costs["mem"] for layer in layers) + 7
     least = Constraint("mem", 1.0, total, total, 7).least(layers)
     limit = int(least + share * (total - least))
     constraint = Constraint("mem", limit / total, total, limit, 7)

@@ -14,7 +14,7 @@ from cobla_onnx.autodiff import GradientGraph, MaskedWeight, differentiate
 from cobla_onnx.graph.layers import Layer, find_layers, read_weight
 from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.variants.low_rank.matricisation import Scheme, schemes_for
-from cobla_onnx.variants.rewrite import factor_nodes
+from cobla_onnx.variants.low_rank.nodes import factor_nodes
 from tests.builders import model_of, random_array
 
 node = helper.make_node

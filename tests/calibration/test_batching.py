@@ -24,8 +24,10 @@ from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.options import Settings, memory_bytes
 from cobla_onnx.pipeline.verification import verify
 from cobla_onnx.runtime.temporary import Shelf
+from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
-from cobla_onnx.variants.rewrite import make_replacement, rewrite
+from cobla_onnx.variants.low_rank.nodes import make_replacement
+from cobla_onnx.variants.rewrite import rewrite
 
 SIDE = 256
 
@@ -213,7 +215,7 @@ def test_tensors_that_are_read_in_parts_give_the_same():
         with closing(Seen(model, layers, lambda: batches, taps=taps)) as seen:
             replacements = []
             for layer in layers:
-                (made,) = seen.approximate(layer, schemes_for(layer)[0], [4])
+                (made,) = FactorsFromData(seen).approximate(layer, schemes_for(layer)[0], [4])
                 replacements.append(
                     make_replacement(layer, schemes_for(layer)[0], made.factors, made.bias)
                 )

@@ -16,6 +16,7 @@ from cobla_onnx.calibration.sums import JointSum, Moment, MomentSum
 from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR
 from cobla_onnx.variants.low_rank.svd import factorize
@@ -172,7 +173,7 @@ def test_uses_of_a_shared_weight_are_seen_together():
 def real_loss(model: onnx.ModelProto, seen: Seen, scheme, rank: int, feeds) -> float:
     """Squared relative error of the layer's output, by running it."""
     layer = only_layer(model)
-    (found,) = seen.approximate(layer, scheme, [rank])
+    (found,) = FactorsFromData(seen).approximate(layer, scheme, [rank])
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     tensors = {"w": found.weight} | ({} if found.bias is None else {"b": found.bias})
@@ -214,11 +215,11 @@ def test_stated_errors_are_the_measured_ones(kernel, group, extra, bias):
     model = conv_model(kernel, group=group, channels=6, outputs=7, bias=bias, **extra)
     layer = only_layer(model)
     feeds = data_for(model, batch=20)
-    seen = Seen(model, [layer], lambda: iter([feeds]), threads=1)
+    seen = Seen(model, [layer], lambda: iter([feeds]))
     weight = read_weight(model, layer)
     for scheme in schemes_for(layer):
         full_rank = min(scheme.matrix_shape()[1:])
-        spectrum = seen.spectrum(layer, scheme, weight, full_rank)
+        spectrum = FactorsFromData(seen).spectrum(layer, scheme, weight, full_rank)
         assert spectrum is not None
         # Ranks at which the error is computed and not interpolated.
         for rank in {1, full_rank - 1, full_rank} - {0}:
@@ -251,20 +252,21 @@ def test_weighted_factors_beat_plain_ones_and_wide_layers_agree():
     feeds = {"x": data.astype(np.float32)}
     scheme = schemes_for(layer)[0]
     assert scheme.name == "channel"
-    seen = Seen(model, [layer], lambda: iter([feeds]), threads=1)
-    wide = Seen(model, [layer], lambda: iter([feeds]), threads=1, wide=5)
+    seen = Seen(model, [layer], lambda: iter([feeds]))
+    wide = Seen(model, [layer], lambda: iter([feeds]), wide=5)
     assert wide.is_wide(layer)
     assert not seen.is_wide(layer)
     weight = read_weight(model, layer)
     for one, other in zip(
-        seen.spectrum(layer, scheme, weight, 7), wide.spectrum(layer, scheme, weight, 7),
+        FactorsFromData(seen).spectrum(layer, scheme, weight, 7),
+        FactorsFromData(wide).spectrum(layer, scheme, weight, 7),
         strict=True,
     ):  # fmt: skip
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * one[0])
-    (a,), (b,) = (s.approximate(layer, scheme, [3]) for s in (seen, wide))
+    (a,), (b,) = (FactorsFromData(s).approximate(layer, scheme, [3]) for s in (seen, wide))
     np.testing.assert_allclose(a.weight, b.weight, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(a.bias, b.bias, rtol=1e-3, atol=1e-4)
-    assert wide.spectrum(layer, schemes_for(layer)[2], weight, 7) is None
+    assert FactorsFromData(wide).spectrum(layer, schemes_for(layer)[2], weight, 7) is None
     u, s, v = np.linalg.svd(weight.reshape(7, -1), full_matrices=False)
     plain = (u[:, :3] * s[:3]) @ v[:3]
     patch = patch_of(model, layer, layer.uses[0])
@@ -283,11 +285,11 @@ def test_dead_inputs_leave_the_weight_to_be_approximated():
     model = conv_model((3, 3))
     layer = only_layer(model)
     feeds = {"x": np.zeros((2, 3, 9, 9), np.float32)}
-    seen = Seen(model, [layer], lambda: iter([feeds]), threads=1)
+    seen = Seen(model, [layer], lambda: iter([feeds]))
     weight = read_weight(model, layer)
     for scheme in schemes_for(layer):
-        _, errors = seen.spectrum(layer, scheme, weight, 3)
-        (found,) = seen.approximate(layer, scheme, [2])
+        _, errors = FactorsFromData(seen).spectrum(layer, scheme, weight, 3)
+        (found,) = FactorsFromData(seen).approximate(layer, scheme, [2])
         alone = factorize(scheme.matrix(weight), 2)
         expected = scheme.weight(alone.left @ alone.right)
         np.testing.assert_allclose(found.weight, expected, atol=1e-5)

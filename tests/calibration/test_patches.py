@@ -16,6 +16,7 @@ from cobla_onnx.calibration.sums import MomentSum
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.graph.operators.transposed_convolution import TransposedPatch
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from tests.builders import model_of, random_array
 
@@ -112,11 +113,11 @@ def test_a_layer_seen_by_its_outputs_with_a_suppressed_one():
     (scheme,) = schemes_for(layer)
     with closing(Seen(model, [layer], lambda: [{"x": x[:30]}, {"x": x[30:]}], wide=4)) as seen:
         assert seen.is_wide(layer)
-        spectrum = seen.spectrum(layer, scheme, weights["w"], 5)
+        spectrum = FactorsFromData(seen).spectrum(layer, scheme, weights["w"], 5)
         assert spectrum is not None
         assert np.isfinite(spectrum[0]).all()
         assert np.isfinite(spectrum[1]).all()
-        (half, most) = seen.approximate(layer, scheme, [3, 5])
+        (half, most) = FactorsFromData(seen).approximate(layer, scheme, [3, 5])
     others = np.delete(np.arange(6), 2)
     whole = x @ weights["w"]
     # By the weight alone the suppressed output takes as many directions as any other.

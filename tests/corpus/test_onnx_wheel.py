@@ -16,8 +16,9 @@ from cobla_onnx.graph.check.structure import check_structure
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.nodes import make_replacement
 from cobla_onnx.variants.low_rank.svd import factorize
-from cobla_onnx.variants.rewrite import make_replacement, rewrite
+from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import differences
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"

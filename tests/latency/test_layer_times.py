@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
+from cobla_onnx.allocation import Budget, Choice, Constraint, LayerCurves
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import Reason
 from cobla_onnx.latency.layer_times import interpolated, sampled, slowest_layers, time_layers
 from cobla_onnx.latency.profile import Conditions, Profile
 from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.variants.base import Asked
+from cobla_onnx.variants.low_rank.curve import rank_curve
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankGrid, rank_rule
 from tests.builders import small_network
 from tests.latency.fakes import FakeStopwatch
@@ -52,7 +54,8 @@ def test_linear_times_are_found_again(ranks, slope, start):
 
 def timed_curve(ranks, times, full_rank):
     values = np.linspace(1, 0.1, full_rank)
-    return Curve("channel", values, np.array(ranks), 10, 10, None, np.array(times))
+    found = rank_curve("channel", values, np.array(ranks), 10, 10)
+    return found.with_cost("latency", np.array(times))
 
 
 @given(ascending, st.data())
@@ -71,14 +74,17 @@ def test_the_path_of_costs_meets_the_candidates_and_never_falls(ranks, data):
 
 def test_cost_of_choices_is_that_of_the_table():
     curve = timed_curve([4, 8, 12], [30, 50, 60], 20)
-    layers = [LayerCurves("a", 800, 800, (curve,), 100), LayerCurves("b", 800, 800, (curve,), 90)]
-    (latency,) = Budget(latency=0.5).constraints(layers, 1600, 1600, 250)
+    layers = [
+        LayerCurves(name, {"mem": 800, "mac": 800, "latency": time}, (curve,))
+        for name, time in (("a", 100), ("b", 90))
+    ]
+    (latency,) = Budget(latency=0.5).constraints(layers, {"mem": 1600, "mac": 1600, "latency": 250})
     assert (latency.total, latency.limit, latency.fixed) == (250, 125, 60)
     assert latency.cost(layers, [None, None]) == 250
     assert latency.cost(layers, [Choice(0, 8), None]) == 60 + 50 + 90
     assert latency.least(layers) == 60 + 30 + 30
     with pytest.raises(UsageError, match="not timed"):
-        Budget(latency=0.5).constraints(layers, 1600, 1600)
+        Budget(latency=0.5).constraints(layers, {"mem": 1600, "mac": 1600})
 
 
 @given(st.integers(0, 500), st.sampled_from([1, 3, 4, 8]), st.sampled_from([1, 8, 16]))
@@ -118,10 +124,14 @@ def test_under_a_mac_budget_ranks_must_save_macs():
 def analysed(model, rule=EVERY_RANK):
     return analyse(
         model,
+        asked=Asked("auto", rule),
         macs_needed=True,
-        threads=1,
-        ranks=rule,
     )
+
+
+def timed_layers(model, analysis, profile, stopwatch):
+    found = time_layers(model, analysis.variants, analysis.shapes, profile, stopwatch)
+    return analysis.with_times(10**6, *found)
 
 
 def fresh_profile():
@@ -132,18 +142,18 @@ def test_the_table_is_exact_where_time_is_linear():
     model = small_network()
     profile, stopwatch = fresh_profile(), FakeStopwatch(overhead=0)
     analysis = analysed(model)
-    timed = time_layers(model, analysis, 10**6, profile, stopwatch)
+    timed = timed_layers(model, analysis, profile, stopwatch)
     assert timed.time_total == 10**6
     for layer in timed.curves:
-        assert layer.time_whole == layer.macs_whole
+        assert layer.costs["latency"] == layer.costs["mac"]
         for curve in layer.curves:
-            assert np.abs(curve.times - curve.ranks * curve.macs_per_rank).max() <= 1
-            assert (curve.times < layer.time_whole).all()
+            assert np.abs(curve.costs["latency"] - curve.levels * curve.per_level["mac"]).max() <= 1
+            assert (curve.costs["latency"] < layer.costs["latency"]).all()
     calls = stopwatch.calls
-    again = time_layers(model, analysis, 10**6, profile, stopwatch)
+    again = timed_layers(model, analysis, profile, stopwatch)
     assert stopwatch.calls == calls
-    assert [c.times.tolist() for la in again.curves for c in la.curves] == [
-        c.times.tolist() for la in timed.curves for c in la.curves
+    assert [c.costs["latency"].tolist() for la in again.curves for c in la.curves] == [
+        c.costs["latency"].tolist() for la in timed.curves for c in la.curves
     ]
 
 
@@ -156,7 +166,7 @@ class SlowPairs(FakeStopwatch):
 
 def test_layers_that_are_not_faster_are_left_out_with_the_reason():
     model = small_network()
-    timed = time_layers(model, analysed(model), 10**6, fresh_profile(), SlowPairs())
+    timed = timed_layers(model, analysed(model), fresh_profile(), SlowPairs())
     assert timed.layers == ()
     reasons = {item.name: item for item in timed.skipped}
     assert reasons["conv2"].reason is Reason.NOT_FASTER
@@ -167,13 +177,15 @@ def test_slowest_layers_come_first_and_do_not_change_the_table():
     model = small_network()
     profile, stopwatch = fresh_profile(), FakeStopwatch(overhead=0)
     analysis = analysed(model)
-    before = time_layers(model, analysis, 10**6, profile, stopwatch)
+    before = timed_layers(model, analysis, profile, stopwatch)
     plan = Plan((Decision("conv2", "channel", 7),))
-    found = slowest_layers(model, analysis, plan, profile, stopwatch, count=2)
+    found = slowest_layers(
+        model, analysis.layers, analysis.shapes, plan, profile, stopwatch, count=2
+    )
     assert [name for name, _, _ in found] == ["conv2", "conv1"]
     assert found[0][2] < found[0][1]
     assert found[1][2] == found[1][1]
-    after = time_layers(model, analysis, 10**6, profile, stopwatch)
-    assert [c.times.tolist() for la in after.curves for c in la.curves] == [
-        c.times.tolist() for la in before.curves for c in la.curves
+    after = timed_layers(model, analysis, profile, stopwatch)
+    assert [c.costs["latency"].tolist() for la in after.curves for c in la.curves] == [
+        c.costs["latency"].tolist() for la in before.curves for c in la.curves
     ]

@@ -10,9 +10,10 @@ from onnx import helper
 from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes
-from cobla_onnx.latency.single_layer import layer_key, micro_graph, stand_in
+from cobla_onnx.latency.single_layer import layer_key, micro_graph
 from cobla_onnx.runtime.session import open_session, random_feeds, run_session
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.nodes import stand_in
 from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import model_of, random_array, small_network
 
@@ -62,7 +63,7 @@ def test_each_node_alone_gives_what_it_gives_in_the_model(make):
         (found,) = run_session(open_session(alone.model, 1), inputs).values()
         np.testing.assert_allclose(found, values[use.output], rtol=1e-5, atol=1e-5)
         for scheme in schemes_for(alone.layer):
-            (found,) = run_session(open_session(alone.factored(scheme.name, 2), 1), inputs).values()
+            (found,) = run_session(open_session(alone.replaced(scheme.name, 2), 1), inputs).values()
             assert found.shape == values[use.output].shape
             assert np.isfinite(found).all()
             expected = stand_in(alone.layer, scheme, 2)

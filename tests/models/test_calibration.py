@@ -12,6 +12,7 @@ from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR
 
@@ -43,7 +44,7 @@ def test_stated_errors_of_real_layers(assets, monkeypatch):
     images, _ = cifar(assets, 32)
     feeds = {model.graph.input[0].name: images}
     layers = [layer for i, layer in enumerate(find_layers(model).layers) if i in (0, 5, 9, 19)]
-    seen = Seen(model, layers, lambda: iter([feeds]), threads=2)
+    seen = Seen(model, layers, lambda: iter([feeds]))
     for layer in layers:
         exposed = expose(model, [layer], as_inputs=False)
         outputs = [use.output for use in layer.uses]
@@ -54,9 +55,10 @@ def test_stated_errors_of_real_layers(assets, monkeypatch):
         for scheme in schemes_for(layer):
             full_rank = min(scheme.matrix_shape()[1:])
             most = max(full_rank // 2, 1)
-            _, errors = seen.spectrum(layer, scheme, read_weight(model, layer), most)
+            factors = FactorsFromData(seen)
+            _, errors = factors.spectrum(layer, scheme, read_weight(model, layer), most)
             for rank, found in zip(
-                (1, most), seen.approximate(layer, scheme, [1, most]), strict=True
+                (1, most), factors.approximate(layer, scheme, [1, most]), strict=True
             ):
                 weights = {exposed.weights[0]: found.weight.astype(np.float32)}
                 weights[exposed.biases[0]] = found.bias.astype(np.float32)

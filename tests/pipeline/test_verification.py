@@ -155,7 +155,7 @@ def test_a_wrong_rewrite_of_a_random_model_is_still_found(monkeypatch):
         return made
 
     monkeypatch.setattr(study, "rewrite", wrong)
-    with pytest.raises(errors.VerificationError, match="factor nodes differ"):
+    with pytest.raises(errors.VerificationError, match="new nodes differ"):
         compress(noisy("normal"), Budget(mem=0.6))
 
 

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cobla_onnx.allocation import Budget, Choice, Constraint, Curve, LayerCurves
+from cobla_onnx.allocation import Budget, Choice, Constraint, LayerCurves
+from cobla_onnx.allocation.resources import known_costs
 from cobla_onnx.errors import BudgetError
+from cobla_onnx.variants.low_rank.curve import rank_curve
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "baselines.py"
 spec = importlib.util.spec_from_file_location("baselines", TOOL)
@@ -32,7 +34,7 @@ def layer_of(values: Sequence[float], unit: int, whole: int, name: str = "layer"
     """A layer that is only counted in bytes."""
     array = np.array(values, dtype=np.float64)
     ranks = np.arange(1, min(len(array), (whole - 1) // unit) + 1)
-    return LayerCurves(name, whole, None, (Curve("matrix", array, ranks, unit, None),))
+    return LayerCurves(name, {"mem": whole}, (rank_curve("matrix", array, ranks, unit, None),))
 
 
 def random_layers(seed: int, count: int = 3, most: int = 7) -> list[LayerCurves]:
@@ -49,17 +51,17 @@ def random_layers(seed: int, count: int = 3, most: int = 7) -> list[LayerCurves]
         ranks = np.arange(1, min(full, (mem - 1) // unit, mac // speed) + 1)
         keep = generator.random(len(ranks)) < 0.8
         ranks = ranks[keep] if keep.any() else ranks
-        curve = Curve("matrix", values, ranks, unit, speed)
-        layers.append(LayerCurves(f"layer{index}", mem, mac, (curve,)))
+        curve = rank_curve("matrix", values, ranks, unit, speed)
+        layers.append(LayerCurves(f"layer{index}", known_costs(mem=mem, mac=mac), (curve,)))
     return layers
 
 
 def constraints_of(
     layers: Sequence[LayerCurves], mem: float | None, mac: float | None
 ) -> tuple[Constraint, ...]:
-    macs = sum(layer.macs_whole or 0 for layer in layers)
-    total = sum(layer.bytes_whole for layer in layers) + EXTRA
-    return Budget(mem, mac).constraints(layers, total, macs + EXTRA)
+    macs = sum(layer.costs.get("mac", 0) for layer in layers)
+    total = sum(layer.costs["mem"] for layer in layers) + EXTRA
+    return Budget(mem, mac).constraints(layers, {"mem": total, "mac": macs + EXTRA})
 
 
 def fits(layers, constraints, choices) -> bool:
@@ -67,16 +69,16 @@ def fits(layers, constraints, choices) -> bool:
 
 
 def options_of(layer: LayerCurves) -> list[Choice | None]:
-    return [*(Choice(0, int(r)) for r in layer.curves[0].ranks), None]
+    return [*(Choice(0, int(r)) for r in layer.curves[0].levels), None]
 
 
 def share_lost(layer: LayerCurves, choice: Choice | None) -> float:
-    squares = layer.curves[0].singular_values ** 2
+    squares = layer.curves[0].spectrum ** 2
     return 0.0 if choice is None else math.fsum(squares[choice.rank :]) / math.fsum(squares)
 
 
 def relative_norm(layer: LayerCurves, choice: Choice | None) -> float:
-    values = layer.curves[0].singular_values
+    values = layer.curves[0].spectrum
     whole = choice is None or choice.rank == len(values)
     return 0.0 if whole else float(values[choice.rank] / values[0])
 
@@ -99,9 +101,9 @@ def slow_tolerance(error, layers, constraints) -> tuple[Choice | None, ...]:
 def slow_uniform(layers, constraints) -> tuple[Choice | None, ...]:
     ratios = sorted(
         {
-            Fraction(rank, len(layer.curves[0].singular_values))
+            Fraction(rank, len(layer.curves[0].spectrum))
             for layer in layers
-            for rank in layer.curves[0].ranks.tolist()
+            for rank in layer.curves[0].levels.tolist()
         },
         reverse=True,
     )
@@ -109,8 +111,8 @@ def slow_uniform(layers, constraints) -> tuple[Choice | None, ...]:
         choices = []
         for layer in layers:
             curve = layer.curves[0]
-            below = curve.ranks[curve.ranks <= math.floor(ratio * len(curve.singular_values))]
-            choices.append(Choice(0, int(below[-1] if len(below) else curve.ranks[0])))
+            below = curve.levels[curve.levels <= math.floor(ratio * len(curve.spectrum))]
+            choices.append(Choice(0, int(below[-1] if len(below) else curve.levels[0])))
         if fits(layers, constraints, choices):
             return tuple(choices)
     raise AssertionError
@@ -118,7 +120,7 @@ def slow_uniform(layers, constraints) -> tuple[Choice | None, ...]:
 
 def slow_greedy(layers, constraints) -> tuple[Choice | None, ...]:
     """The paper's loop as it is written: look at all layers before each drop."""
-    ranks = [len(layer.curves[0].singular_values) for layer in layers]
+    ranks = [len(layer.curves[0].spectrum) for layer in layers]
     whole = [True] * len(layers)
 
     def counted() -> tuple[Choice | None, ...]:
@@ -128,19 +130,19 @@ def slow_greedy(layers, constraints) -> tuple[Choice | None, ...]:
         found = []
         for index, layer in enumerate(layers):
             curve = layer.curves[0]
-            lower = curve.ranks[curve.ranks < ranks[index] + whole[index]]
+            lower = curve.levels[curve.levels < ranks[index] + whole[index]]
             if not len(lower):
                 continue
-            after = ranks[index] - 1 if ranks[index] - 1 > curve.ranks[-1] else int(lower[-1])
-            squares = curve.singular_values**2
+            after = ranks[index] - 1 if ranks[index] - 1 > curve.levels[-1] else int(lower[-1])
+            squares = curve.spectrum**2
             kept = math.fsum(squares[: ranks[index]]) or 1.0
-            unit = sum(c.per_rank(curve) / c.total for c in constraints)
+            unit = sum(curve.per_level[c.name] / c.total for c in constraints)
             saved = unit * max(ranks[index] - after, 1)
             ratio = math.fsum(squares[after : ranks[index]]) / kept / saved
             found.append((ratio, index, after))
         _, index, after = min(found)
         ranks[index] = after
-        whole[index] = after > layers[index].curves[0].ranks[-1]
+        whole[index] = after > layers[index].curves[0].levels[-1]
     return counted()
 
 
@@ -243,7 +245,7 @@ def test_no_choices_of_the_same_cost_lose_less_than_those_of_balf(seed, mem):
 
 
 def limits(layers: Sequence[LayerCurves], limit: int) -> tuple[Constraint, ...]:
-    total = sum(layer.bytes_whole for layer in layers)
+    total = sum(layer.costs["mem"] for layer in layers)
     return (Constraint("mem", limit / total, total, limit, 0),)
 
 
@@ -293,7 +295,7 @@ def test_layers_without_energy_do_no_harm(name):
 
 def test_a_layer_with_two_curves_is_refused():
     layer = layer_of([2, 1], 10, 25)
-    double = LayerCurves("double", 25, None, layer.curves * 2)
+    double = LayerCurves("double", {"mem": 25}, layer.curves * 2)
     with pytest.raises(AssertionError, match="double: the rules are defined for one curve"):
         baselines.uniform([double], limits([double], 20))
 
@@ -303,8 +305,8 @@ def test_fixed_ranks():
     assert baselines.fixed(layers, [0, 3, 4, 5]) == (
         Choice(0, 1), Choice(0, 3), Choice(0, 4), None,
     )  # fmt: skip
-    gaps = Curve("matrix", np.ones(9), np.array([2, 4, 8]), 10, None)
-    layers = [LayerCurves("gaps", 85, None, (gaps,))] * 3
+    gaps = rank_curve("matrix", np.ones(9), np.array([2, 4, 8]), 10, None)
+    layers = [LayerCurves("gaps", {"mem": 85}, (gaps,))] * 3
     assert baselines.fixed(layers, [1, 5, 9]) == (Choice(0, 2), Choice(0, 8), None)
 
 

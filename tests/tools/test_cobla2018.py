@@ -12,6 +12,8 @@ from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.base import Asked
+from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
 from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import small_network
 from tests.calibration.evaluation.test_probe import samples
@@ -26,9 +28,8 @@ def method_of(module):
     model = small_network()
     analysis = analyse(
         model,
-        scheme="channel",
+        asked=Asked("channel", EVERY_RANK),
         macs_needed=True,
-        threads=1,
     )
     data = samples(24)["x"]
     calibration = Probe(model, analysis.layers, [{"x": data[:16]}], "auto", 1)
@@ -47,8 +48,9 @@ def test_budgets_hold_and_the_model_runs(method, budget):
     after = method.analysis.mac_total
     for made in replacements:
         index = [x.name for x in method.analysis.layers].index(made.layer.name)
-        rank = made.second.shape[1] if made.layer.op == "Conv" else made.first.shape[-1]
-        unit = method.analysis.curves[index].curves[0].macs_per_rank
+        first, second = made.arrays.values()
+        rank = second.shape[1] if made.layer.op == "Conv" else first.shape[-1]
+        unit = method.analysis.curves[index].curves[0].per_level["mac"]
         after += rank * unit - macs[made.layer.name]
     if budget.mac is not None:
         assert after <= budget.mac * method.analysis.mac_total
@@ -68,7 +70,7 @@ def test_the_search_sees_the_network_that_the_ranks_make(method):
     """Biases included: the loss at masks of 0 and 1 is that of the truncated weights."""
     curves = method.analysis.curves
     assert any(layer.bias is not None for layer in method.analysis.layers)
-    choices = [Choice(0, int(layer.curves[0].ranks[-1])) for layer in curves]
+    choices = [Choice(0, int(layer.curves[0].levels[-1])) for layer in curves]
     made = method._factorised(choices, {})
     truncated = {index: (method._dense(index, factors), None) for index, factors in made}
     expected = method.calibration.loss(truncated)
@@ -88,7 +90,7 @@ def test_the_result_is_not_worse_than_the_start_on_held_back_samples(method, too
     for made in method.compress(constraints):
         index = names.index(made.layer.name)
         scheme = method.analysis.schemes[index][0]
-        after[index] = scheme.weight(np.matmul(*scheme.unfold(made.first, made.second))), None
+        after[index] = scheme.weight(np.matmul(*scheme.unfold(*made.arrays.values()))), None
     assert method.selection.loss(after) <= before
 
 

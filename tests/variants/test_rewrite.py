@@ -14,8 +14,10 @@ from cobla_onnx.graph.layers import Layer, find_layers, read_weight
 from cobla_onnx.graph.macs import fixed_input_shapes
 from cobla_onnx.pipeline.verification import verify
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.nodes import make_replacement
 from cobla_onnx.variants.low_rank.svd import factorize
-from cobla_onnx.variants.rewrite import Replacement, make_replacement, rewrite
+from cobla_onnx.variants.replacement import Replacement
+from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import FLOAT, differences, model_of, random_array, small_network
 
 

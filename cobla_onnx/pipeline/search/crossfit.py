@@ -10,12 +10,12 @@ import numpy as np
 from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.probe import Probe
-from cobla_onnx.calibration.statistics import Approximation, Seen
 from cobla_onnx.graph.layers import Layer
-from cobla_onnx.pipeline.search.finishing import Approximate, Finisher
+from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds
-from cobla_onnx.variants.low_rank.matricisation import Scheme
+from cobla_onnx.variants.base import Approximate, Approximation, Form
+from cobla_onnx.variants.from_data import FromData
 
 __all__ = ["CrossFit"]
 
@@ -37,7 +37,7 @@ class CrossFit:
     """
 
     finisher: Finisher
-    _seen: list[tuple[frozenset[str], Sequence[Seen]]] = field(default_factory=list)
+    _seen: list[tuple[frozenset[str], Sequence[FromData]]] = field(default_factory=list)
     _probes: list[Probe] = field(default_factory=list)
     _losses: dict[tuple[Plan, int], Float64] = field(default_factory=dict)
 
@@ -96,8 +96,8 @@ class CrossFit:
         return self.finisher.judge.batches(self.halves[0])
 
     def _of_half(self, number: int) -> Approximate:
-        def approximate(layer: Layer, scheme: Scheme, ranks: Sequence[int]) -> list[Approximation]:
+        def approximate(layer: Layer, form: Form, levels: Sequence[int]) -> Sequence[Approximation]:
             halves = next(halves for names, halves in self._seen if layer.name in names)
-            return halves[number].approximate(layer, scheme, ranks)
+            return halves[number].approximate(layer, form, levels)
 
         return approximate

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
 
 import onnx
 
@@ -13,23 +12,17 @@ from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.probe import Pair, Weights
-from cobla_onnx.calibration.statistics import Approximation, Seen
-from cobla_onnx.errors import UsageError
-from cobla_onnx.graph.layers import Layer
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.refit import ChosenLayer, refit_layers, replaced_weights
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.cache import Cache
+from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress
-from cobla_onnx.text import quoted
-from cobla_onnx.variants.low_rank.matricisation import Scheme, schemes_for
-from cobla_onnx.variants.low_rank.units import factor_units, factorize_layer, mapped
+from cobla_onnx.variants.base import Approximate, Approximation
+from cobla_onnx.variants.work import approximations_of
 
-__all__ = ["Approximate", "Finisher"]
-
-Approximate: TypeAlias = Callable[[Layer, Scheme, Sequence[int]], list[Approximation]]
-"""Returns approximations of a layer at the given ranks, such as `Seen.approximate`."""
+__all__ = ["Finisher"]
 
 
 @dataclass
@@ -61,7 +54,7 @@ class Finisher:
     progress: Progress
     pool: Pool = field(default_factory=Pool)
     cache: Cache | None = None
-    _refitted: dict[Plan, tuple[list[Approximation], int]] = field(default_factory=dict)
+    _refitted: dict[Plan, tuple[Sequence[Approximation], int]] = field(default_factory=dict)
     _held_back: dict[Plan, Float64] = field(default_factory=dict)
 
     def forget(self) -> None:
@@ -81,12 +74,10 @@ class Finisher:
         seen = self.analysis.seen
         assert seen is not None
         resolved = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
-        if plan.factors == "data":
-            for layer, scheme, _ in resolved:
-                _refuse_unknown(seen, layer, scheme)
         one = approximate or seen.approximate
-        found: Iterable[Approximation] = (
-            self._of_weights(resolved)
+        context = RunContext(pool=self.pool, cache=self.cache)
+        found = (
+            approximations_of(self.model, resolved, context)
             if plan.factors == "weights"
             else (one(layer, scheme, [rank])[0] for layer, scheme, rank in resolved)
         )
@@ -94,15 +85,6 @@ class Finisher:
         for (layer, scheme, rank), each in zip(resolved, found, strict=True):
             importance = seen.importance.get(layer.name)
             yield ChosenLayer(index[layer.name], layer, scheme, rank, each, importance)
-
-    def _of_weights(self, resolved: Sequence[tuple[Layer, Scheme, int]]) -> list[Approximation]:
-        units = factor_units(self.model, resolved, self.pool, self.cache)
-        found = []
-        made = mapped(factorize_layer, units, self.pool, self.cache)
-        for (_, scheme, _), each in zip(resolved, made, strict=True):
-            dense = scheme.weight(each.factors.left @ each.factors.right)
-            found.append(Approximation(each.factors, dense, None))
-        return found
 
     def weights(self, plan: Plan, approximate: Approximate | None = None) -> Weights:
         """Weights and biases of the chosen layers before refit, in the types of the layers.
@@ -127,7 +109,7 @@ class Finisher:
         """Weights and biases of the chosen layers after refit."""
         return replaced_weights(self.chosen(plan), self.refitted(plan)[0])
 
-    def refitted(self, plan: Plan) -> tuple[list[Approximation], int]:
+    def refitted(self, plan: Plan) -> tuple[Sequence[Approximation], int]:
         """Refit a plan's layers, once for each plan; also return how many were changed."""
         if plan not in self._refitted:
             self._refitted[plan] = refit_layers(
@@ -139,14 +121,3 @@ class Finisher:
                 progress=partial(self.progress, "refit"),
             )
         return self._refitted[plan]
-
-
-def _refuse_unknown(seen: Seen, layer: Layer, scheme: Scheme) -> None:
-    """Raise where a plan, made without data, has a scheme that data say nothing about."""
-    if seen.is_wide(layer) and scheme.offsets > 1:
-        known = [each.name for each in schemes_for(layer) if each.offsets == 1]
-        raise UsageError(
-            f"plan: layer {quoted(layer.name)} reads too many inputs for factors of scheme "
-            f'{scheme.name!r} to follow from data; use {" or ".join(known)}, or "factors": '
-            '"weights" for the whole plan'
-        )

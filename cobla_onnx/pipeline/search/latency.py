@@ -22,11 +22,11 @@ from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.profile import WHOLE, Profile
-from cobla_onnx.latency.single_layer import stand_in
 from cobla_onnx.latency.timing import Comparison, Stopwatch, compare
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
+from cobla_onnx.variants.registry import stand_in
 from cobla_onnx.variants.rewrite import rewrite
 
 __all__ = ["Found", "LatencySearch", "example_feeds"]

@@ -118,7 +118,7 @@ def _on_grid(
         places.append((i, [_number(analysis.curves[i], curve.scheme) for curve in layer.curves]))
     errors = OutputError([[losses.curve(i, k) for k in numbers] for i, numbers in places])
     # Layers without a rank on the grid stay whole, and count as fixed.
-    limits = budget.constraints(layers, analysis.mem_total, analysis.mac_total)
+    limits = budget.constraints(layers, analysis.totals)
     found = _solved(layers, errors, limits)
     if found is None:
         return None

@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import LayerCurves, Masks, SeparableError
+from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.probe import Pair, Weights
-from cobla_onnx.calibration.statistics import Approximation
-from cobla_onnx.variants.low_rank.svd import Float64
+from cobla_onnx.variants.base import Approximation
 
 __all__ = ["Gradients", "NetworkLoss", "Path"]
 
@@ -193,7 +193,7 @@ class NetworkLoss:
     def _as_it_is(self, index: int, masks: Masks) -> list[Float64]:
         """Losses that keep a layer at its present rank, relative to the layer kept whole."""
         rank = round(float(masks.values[index].sum()))
-        lengths = [len(curve.singular_values) + 1 for curve in self.layers[index].curves]
+        lengths = [curve.most + 1 for curve in self.layers[index].curves]
         curves = [np.full(length, FORBIDDEN) for length in lengths]
         if rank < lengths[masks.schemes[index]] - 1:
             curves[masks.schemes[index]][rank] = -FORBIDDEN
@@ -202,9 +202,9 @@ class NetworkLoss:
     def _slope_along(self, index: int, number: int, slope: Pair, now: Pair, rank: int) -> Float64:
         """Inner product of slope and change of weight, at all ranks of one curve."""
         curve = self.layers[index].curves[number]
-        full_rank = len(curve.singular_values)
-        grid = np.geomspace(curve.ranks[0], curve.ranks[-1], GRID).round().astype(np.int64)
-        if curve.ranks[0] <= rank <= curve.ranks[-1]:
+        full_rank = curve.most
+        grid = np.geomspace(curve.levels[0], curve.levels[-1], GRID).round().astype(np.int64)
+        if curve.levels[0] <= rank <= curve.levels[-1]:
             grid = np.append(grid, rank)
         grid = np.unique(grid)
         points = [*self.path.at(index, number, grid.tolist()), self.path.whole[index]]

@@ -17,16 +17,18 @@ from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.moments import parts_of
 from cobla_onnx.calibration.patches import ReadPatch, finite_outputs, patch_of
 from cobla_onnx.calibration.positions import Chosen, choose_positions, sample_seeds
-from cobla_onnx.calibration.statistics import WIDE, Approximation
+from cobla_onnx.calibration.statistics import WIDE
 from cobla_onnx.calibration.sums import Joint, JointSum
 from cobla_onnx.graph.layers import Layer, Use, read_weight
 from cobla_onnx.graph.subgraph import expose, reached_from
 from cobla_onnx.runtime.pool import open_pool
 from cobla_onnx.runtime.session import Feeds
-from cobla_onnx.variants.low_rank.matricisation import Scheme
+from cobla_onnx.variants.base import Approximation
+from cobla_onnx.variants.low_rank.approximation import LowRankWeight
 from cobla_onnx.variants.low_rank.regression import refit, refit_second
 from cobla_onnx.variants.low_rank.shrinkage import shrink_joint
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
+from cobla_onnx.variants.registry import require_family
 
 __all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
 
@@ -45,25 +47,27 @@ RIDGES = (0.1, 0.01)
 
 @dataclass(frozen=True)
 class ChosenLayer:
-    """A layer that is factorised.
+    """A layer that is replaced.
 
     Attributes
     ----------
     index : int
         Of the layer in the probe.
     layer : Layer
-    scheme : Scheme
+    scheme : Form
     rank : int
+        Its level.
     approximation : Approximation
+        Of the family that the form belongs to.
     importance : float64 array, optional
         How much each of the layer's outputs counts.
     """
 
     index: int
     layer: Layer
-    scheme: Scheme
+    scheme: Any
     rank: int
-    approximation: Approximation
+    approximation: Any
     importance: Float64 | None = None
 
 
@@ -107,7 +111,8 @@ def refit_layers(
     onward = OnwardProbe(selection, threads)
     for number, position in enumerate(order):
         progress(number, len(order))
-        if not walk.is_moved(chosen[position].layer):
+        family = require_family(chosen[position].scheme.name)
+        if not family.refits or not walk.is_moved(chosen[position].layer):
             continue
         candidates = _Refit(model, chosen[position]).candidates(walk, current)
         raced = onward.race(
@@ -281,11 +286,11 @@ class _Refit:
         self, factors: Factorization, joint: Joint, first: Float64 | None
     ) -> Approximation:
         entry, mean = self._entry, joint.inputs.mean
-        dense = entry.scheme.weight(factors.left @ factors.right)
+        made = LowRankWeight(entry.scheme, factors, None)
         bias = entry.approximation.bias
         if bias is not None:
             if first is None:
-                reached = np.einsum("gos,gs->go", entry.scheme.rows_of(dense), mean)
+                reached = np.einsum("gos,gs->go", entry.scheme.rows_of(made.weight), mean)
             else:
                 last = factors.right if entry.scheme.inputs_first else factors.left.swapaxes(1, 2)
                 begin = factors.left if entry.scheme.inputs_first else factors.right.swapaxes(1, 2)
@@ -294,8 +299,8 @@ class _Refit:
                 scale = np.linalg.norm(begin, axis=1) / np.where(before > 0, before, 1.0)
                 signs = np.sign(np.einsum("gsr,gsr->gr", begin, first))
                 reached = np.einsum("gro,gr->go", last, mean * scale * signs)
-            bias = (joint.mean - reached).reshape(bias.shape)
-        return Approximation(factors, dense, bias)
+            made = made.with_bias((joint.mean - reached).reshape(bias.shape))
+        return made
 
 
 def _paired(

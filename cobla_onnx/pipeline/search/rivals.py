@@ -24,7 +24,8 @@ from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import Rival
-from cobla_onnx.variants.low_rank.units import mapped, values_units, weight_values
+from cobla_onnx.runtime.context import RunContext
+from cobla_onnx.variants.work import weight_curves
 
 __all__ = ["WEIGHTS_ALONE", "Rivals"]
 
@@ -155,17 +156,9 @@ class Rivals:
 
     @cached_property
     def weight_curves(self) -> tuple[LayerCurves, ...]:
-        """The curves of the analysis, with the singular values of the weights themselves."""
-        finisher, analysis = self.finisher, self._analysis
-        layers = zip(analysis.layers, analysis.schemes, strict=True)
-        units = values_units(finisher.model, layers, finisher.pool, finisher.cache)
-        made = mapped(weight_values, units, finisher.pool, finisher.cache)
-        found = []
-        for layer, its in zip(analysis.curves, made, strict=True):
-            pairs = zip(layer.curves, its.values, strict=True)
-            curves = (replace(c, singular_values=values, errors=None) for c, values in pairs)
-            found.append(replace(layer, curves=tuple(curves)))
-        return tuple(found)
+        """The curves of the analysis, with the errors of the weights themselves."""
+        context = RunContext(pool=self.finisher.pool, cache=self.finisher.cache)
+        return weight_curves(self.finisher.model, self._analysis.variants, context)
 
 
 def _rival(origin: str, gain: PairedGain, taken: bool) -> Rival:

@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cobla_onnx.allocation import Choice, Constraint, LayerCurves, OutputError
+from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
 from cobla_onnx.calibration.evaluation.probe import Pair
-from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.progress import tracked
-from cobla_onnx.variants.low_rank.matricisation import Scheme
-from cobla_onnx.variants.low_rank.svd import Float64
+from cobla_onnx.variants.base import Form
+from cobla_onnx.variants.from_data import FromData
 
 __all__ = ["PROBE_SAMPLES", "Response", "Sensitivity", "enough_samples", "spread_over"]
 
@@ -139,7 +139,7 @@ class Sensitivity:
     Parameters
     ----------
     layers, curves, schemes : sequences, one entry for each layer
-    seen : Seen
+    seen : FromData
     probe : SpreadProbe
         Evaluates the loss on samples of the calibration split.
     cache : Cache, optional
@@ -158,8 +158,8 @@ class Sensitivity:
         self,
         layers: Sequence[Layer],
         curves: Sequence[LayerCurves],
-        schemes: Sequence[Sequence[Scheme]],
-        seen: Seen,
+        schemes: Sequence[Sequence[Form]],
+        seen: FromData,
         probe: SpreadProbe,
         cache: Cache | None = None,
         key: str = "",
@@ -197,7 +197,7 @@ class Sensitivity:
             points.append(_Point(index, chosen, ranks))
         measured = zip(points, self._measured(points), strict=True)
         for point, losses in tracked(measured, len(points), progress):
-            errors = self._curves[point.layer].curves[point.curve].relative_errors()
+            errors = self._curves[point.layer].curves[point.curve].errors
             for rank, loss in zip(point.ranks, losses, strict=True):
                 error = float(errors[rank])
                 self.responses[point.layer].add(error, loss)
@@ -226,7 +226,7 @@ class Sensitivity:
         return bool(new)
 
     def _error(self, index: int, choice: Choice) -> float:
-        return float(self._curves[index].curves[choice.curve].relative_errors()[choice.rank])
+        return float(self._curves[index].curves[choice.curve].errors[choice.rank])
 
     def objective(self) -> OutputError:
         """Return the separable loss that follows from the measurements so far."""
@@ -238,7 +238,7 @@ class Sensitivity:
         )
 
     def _curve(self, index: int, number: int) -> Float64:
-        errors = self._curves[index].curves[number].relative_errors()
+        errors = self._curves[index].curves[number].errors
         response = self.responses[index]
         losses = response(errors)
         own = self._own.get((index, number))
@@ -312,13 +312,13 @@ class _Point:
 def _rank_at(layer: LayerCurves, number: int, error: float) -> int:
     """Least candidate rank whose error is at most `error`, or the largest."""
     curve = layer.curves[number]
-    reached = np.flatnonzero(curve.relative_errors()[curve.ranks] <= error)
-    return int(curve.ranks[reached[0]] if len(reached) else curve.ranks[-1])
+    reached = np.flatnonzero(curve.errors[curve.levels] <= error)
+    return int(curve.levels[reached[0]] if len(reached) else curve.levels[-1])
 
 
 def _price(layer: LayerCurves, number: int, constraints: Sequence[Constraint]) -> float:
     """Cost of the middle target under a curve, times how far the curve misses its error."""
     curve = layer.curves[number]
     rank = _rank_at(layer, number, MIDDLE)
-    missed = max(float(curve.relative_errors()[rank]) / MIDDLE, 1.0)
+    missed = max(float(curve.errors[rank]) / MIDDLE, 1.0)
     return missed * sum(c.at(curve, rank) / max(c.whole(layer), 1) for c in constraints)

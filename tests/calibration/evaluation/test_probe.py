@@ -22,8 +22,10 @@ from cobla_onnx.pipeline.search.refit import ChosenLayer, refit_layers
 from cobla_onnx.pipeline.search.sensitivity import Response, Sensitivity
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
-from cobla_onnx.variants.rewrite import make_replacement, rewrite
+from cobla_onnx.variants.low_rank.nodes import make_replacement
+from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import random_array, small_network
 
 
@@ -104,13 +106,12 @@ class Setting:
         self.seen: Seen | None = None
 
         def see(layers):
-            self.seen = Seen(self.model, layers, self.batches, threads=1)
+            self.seen = Seen(self.model, layers, self.batches)
             return self.seen
 
         self.analysis = analyse(
             self.model,
             macs_needed=True,
-            threads=1,
             see=see,
         )
         self.probe = Probe(self.model, self.analysis.layers, self.batches(), "auto", 1)
@@ -130,7 +131,7 @@ def test_the_probe_tells_what_a_rewritten_model_does(setting):
     index = 1
     layer = setting.analysis.layers[index]
     scheme = setting.analysis.schemes[index][0]
-    (found,) = setting.seen.approximate(layer, scheme, [4])
+    (found,) = FactorsFromData(setting.seen).approximate(layer, scheme, [4])
     loss = setting.probe.losses({index: (found.weight, found.bias)})
     replacement = make_replacement(layer, scheme, found.factors, found.bias)
     changed = rewrite(setting.model, [replacement])
@@ -196,7 +197,7 @@ def test_of_many_layers_some_are_measured_at_one_point(setting, monkeypatch):
     probe = SpreadProbe(Pool(), setting.model, setting.analysis.layers, setting.batches(), "auto")
     analysis = setting.analysis
     sensitivity = Sensitivity(
-        analysis.layers, analysis.curves, analysis.schemes, setting.seen, probe
+        analysis.layers, analysis.curves, analysis.schemes, analysis.seen, probe
     )
     asked = []
     whole = probe.mean_losses
@@ -220,7 +221,7 @@ def test_measured_points_are_on_the_curves(setting):
         setting.analysis.layers,
         setting.analysis.curves,
         setting.analysis.schemes,
-        setting.seen,
+        setting.analysis.seen,
         SpreadProbe(Pool(), setting.model, setting.analysis.layers, setting.batches(), "auto"),
     )
     constraints = setting.analysis.constraints(Budget(mem=0.6))
@@ -239,7 +240,7 @@ def test_measured_points_are_on_the_curves(setting):
             setting.analysis.layers[index],
             setting.analysis.schemes[index][choice.curve],
         )
-        (found,) = setting.seen.approximate(layer, scheme, [choice.rank])
+        (found,) = FactorsFromData(setting.seen).approximate(layer, scheme, [choice.rank])
         measured = setting.probe.loss({index: (found.weight, found.bias)})
         curve = objective.curve(index, choice.curve)
         assert curve[choice.rank] <= measured * 1.01 + 1e-8
@@ -251,7 +252,7 @@ def test_refit_is_kept_only_where_it_helps(setting):
     chosen = []
     for index, layer in enumerate(setting.analysis.layers[1:], 1):
         scheme = setting.analysis.schemes[index][0]
-        (found,) = setting.seen.approximate(layer, scheme, [4])
+        (found,) = FactorsFromData(setting.seen).approximate(layer, scheme, [4])
         chosen.append(ChosenLayer(index, layer, scheme, 4, found))
 
     def loss(approximations) -> float:
@@ -271,9 +272,9 @@ def test_refit_of_a_last_layer_is_the_least_squares_answer(setting):
     """With a bias and full rank the refit undoes what a linear map can undo."""
     first, last = setting.analysis.layers[1], setting.analysis.layers[-1]
     scheme = setting.analysis.schemes[1][0]
-    (poor,) = setting.seen.approximate(first, scheme, [6])
+    (poor,) = FactorsFromData(setting.seen).approximate(first, scheme, [6])
     matrix = schemes_for(last)[0]
-    (whole,) = setting.seen.approximate(last, matrix, [10])
+    (whole,) = FactorsFromData(setting.seen).approximate(last, matrix, [10])
     chosen = [
         ChosenLayer(1, first, scheme, 6, poor),
         ChosenLayer(len(setting.analysis.layers) - 1, last, matrix, 10, whole),

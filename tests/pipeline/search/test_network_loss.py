@@ -39,10 +39,7 @@ def calibrated_for(model: onnx.ModelProto, count: int = 30) -> Calibrated:
     dataset = Dataset("test", ({"x": row[None]} for row in data), specs)
     analysis = analyse(
         model,
-        threads=1,
-        see=lambda layers: Seen(
-            model, layers, lambda: dataset.batches(dataset.calibration, 8), threads=1
-        ),
+        see=lambda layers: Seen(model, layers, lambda: dataset.batches(dataset.calibration, 8)),
     )
     return Calibrated(model, analysis, dataset, 8, "auto", 1, silent)
 
@@ -97,7 +94,7 @@ def test_the_gradient_by_masks_against_differences(calibrated):
     schemes = tuple(int(generator.integers(len(layer.curves))) for layer in curves)
     values, edges = [], []
     for layer, scheme in zip(curves, schemes, strict=True):
-        full = len(layer.curves[scheme].singular_values)
+        full = layer.curves[scheme].most
         cuts = np.unique([0, max(1, full // 3), max(1, 2 * full // 3), full])
         edges.append(cuts)
         values.append(np.repeat(generator.uniform(0.3, 0.9, len(cuts) - 1), np.diff(cuts)))

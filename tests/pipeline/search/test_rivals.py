@@ -22,6 +22,7 @@ from cobla_onnx.pipeline.analysis import Analysis, analyse
 from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.neighbours import neighbours
 from cobla_onnx.pipeline.search.rivals import Rivals
+from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR
 from tests.builders import model_of, random_array, small_network
 from tests.cli.test_command import ROOT, run_here
@@ -47,7 +48,7 @@ def test_answers_to_near_problems_keep_the_limits(fraction, kind):
         "both": Budget(mem=fraction, mac=0.9 * fraction),
     }[kind]
     constraints = analysis.constraints(budget)
-    losses = OutputError([[c.relative_errors() for c in x.curves] for x in analysis.curves])
+    losses = OutputError([[c.errors for c in x.curves] for x in analysis.curves])
     own = allocate(analysis.curves, losses, constraints, solver="milp")
     found = dict(neighbours(analysis, losses, constraints, own))
     assert found or kind == "both"
@@ -94,7 +95,8 @@ def test_every_half_is_judged_under_the_factors_of_the_other():
     # independent vectors of the first.
     for half, other, tolerance in ((*halves, 0.05), (*halves[::-1], 1e-6)):
         seen = Seen(model, layers, lambda other=other: dataset.batches(other, 8))
-        losses = finisher.judge.on(half).losses(finisher.weights(plan, seen.approximate))
+        weights = finisher.weights(plan, FactorsFromData(seen).approximate)
+        losses = finisher.judge.on(half).losses(weights)
         np.testing.assert_allclose(found[begin : begin + len(half)], losses, rtol=tolerance)
         begin += len(half)
     assert begin == len(found)

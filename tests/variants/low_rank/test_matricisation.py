@@ -14,8 +14,9 @@ from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.runtime.session import open_session
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.nodes import make_replacement
 from cobla_onnx.variants.low_rank.svd import factorize
-from cobla_onnx.variants.rewrite import make_replacement, rewrite
+from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import model_of, random_array
 
 
@@ -38,7 +39,7 @@ def assert_exact(model: onnx.ModelProto, feeds: dict[str, np.ndarray], tolerance
         np.testing.assert_allclose(
             replacement.dense(), weight, atol=tolerance * float(np.abs(weight).max())
         )
-        size = replacement.first.size + replacement.second.size
+        size = sum(array.size for array in replacement.arrays.values())
         assert size == full_rank * scheme.params_per_rank()
         # The costs that the scheme states are those of the nodes that it makes.
         after = infer_shapes(result, {name: value.shape for name, value in feeds.items()})

@@ -1,0 +1,206 @@
+"""Low-rank approximations from second moments: the errors of all ranks, and the factors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cobla_onnx.calibration.statistics import Seen
+from cobla_onnx.errors import UsageError
+from cobla_onnx.graph.layers import Layer, read_bias, read_weight
+from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.runtime.pool import one_thread
+from cobla_onnx.runtime.transfer import Carried
+from cobla_onnx.text import quoted
+from cobla_onnx.variants.base import Measured
+from cobla_onnx.variants.low_rank.approximation import LowRankWeight
+from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank, schemes_for
+from cobla_onnx.variants.low_rank.shrinkage import FLOOR, shrink, shrink_outputs
+from cobla_onnx.variants.low_rank.svd import Float64
+from cobla_onnx.variants.low_rank.weighted_svd import OutputFactorizer, WeightedFactorizer
+
+__all__ = ["FactorsFromData", "SpectraUnit"]
+
+Solver: TypeAlias = WeightedFactorizer | OutputFactorizer
+Spectrum: TypeAlias = tuple[Float64, Float64]
+
+# Ranks at which an error that does not follow from a spectrum is computed; else interpolated.
+GRID = 14
+
+
+@dataclass(frozen=True)
+class SpectraUnit:
+    """A layer, the schemes and largest ranks asked for, and its moment.
+
+    A unit of work, with the cache for its result.
+    """
+
+    ranks: tuple[tuple[Scheme, int], ...]
+    weight: Carried
+    wide: bool
+    second: Float64
+    importance: Float64 | None
+    cache: Cache | None
+    key: str
+
+    def measure(self) -> Measured:
+        """Compute weighted singular values and errors of a layer under each of its schemes."""
+        result = Measured([], [], [])
+        cache = None if self.cache is None else self.cache.fresh()
+        weight = self.weight.array
+        key = "" if cache is None else digest(self.key, weight)
+        for scheme, max_rank in self.ranks:
+            if self.wide and scheme.offsets > 1:
+                result.errors.append(None)
+                result.spectra.append(None)
+                continue
+            compute = partial(_spectrum, self, scheme, weight, max_rank)
+            arrays = fetch(cache, "weighted", digest(key, scheme, max_rank, GRID), compute)
+            result.errors.append(arrays["errors"])
+            result.spectra.append(arrays["values"])
+        if cache is not None:
+            result.notes.extend(cache.notes)
+        return result
+
+
+def _spectrum(unit: SpectraUnit, scheme: Scheme, weight: NDArray[Any], max_rank: int) -> Arrays:
+    kind = OutputFactorizer if unit.wide else WeightedFactorizer
+    solver = kind(scheme, weight, unit.second, max_rank, unit.importance)
+    full_rank = min(scheme.matrix_shape()[1:])
+    ranks = np.arange(full_rank + 1)
+    if solver.energy <= 0:
+        return {"values": solver.singular_values, "errors": np.zeros(full_rank + 1)}
+    if scheme.offsets == 1:
+        errors = solver.errors(ranks) / solver.energy
+    else:
+        grid = np.unique(np.geomspace(1, max_rank, GRID).round().astype(np.int64))
+        known = np.log(np.maximum(solver.errors(grid) / solver.energy, 1e-9))
+        errors = np.exp(
+            np.interp(ranks, [0, *grid, full_rank], [0.0, *known, min(known[-1], -20.0)])
+        )
+    errors[-1] = 0.0
+    errors = np.minimum.accumulate(np.minimum(errors, 1.0))
+    return {"values": solver.singular_values, "errors": errors}
+
+
+class FactorsFromData:
+    """Makes factors from the second moments of layers' inputs or outputs.
+
+    Parameters
+    ----------
+    seen : Seen
+    """
+
+    def __init__(self, seen: Seen) -> None:
+        self._seen = seen
+        # Decompositions with their size in bytes, the most recently used at the end.
+        self._solvers: OrderedDict[tuple[str, str], tuple[Solver, int]] = OrderedDict()
+
+    def spectrum(
+        self, layer: Layer, scheme: Scheme, weight: NDArray[Any], max_rank: int
+    ) -> Spectrum | None:
+        """Weighted singular values, and squared relative output errors at all ranks.
+
+        Returns
+        -------
+        tuple of float64 arrays, shapes (full_rank,) and (full_rank + 1,), or None
+            None if the layer is wide and the scheme needs more than its outputs.
+        """
+        unit = self.unit(layer, [(scheme, max_rank)], Carried(weight, False))
+        with one_thread:
+            found = unit.measure()
+        values, errors = found.spectra[0], found.errors[0]
+        return None if values is None or errors is None else (values, errors)
+
+    def unit(
+        self, layer: Layer, ranks: Sequence[tuple[Scheme, int]], weight: Carried
+    ) -> SpectraUnit:
+        """Collect the input of a measurement, for schemes with the largest ranks asked for."""
+        moment = self._read(layer, weight.array)
+        importance = self._seen.importance.get(layer.name)
+        centred = self._seen.is_centred(layer)
+        key = digest(self._seen.key, self._seen.patches(layer), centred, FLOOR, importance)
+        wide = self._seen.is_wide(layer)
+        return SpectraUnit(tuple(ranks), weight, wide, moment, importance, self._seen.cache, key)
+
+    def approximate(self, layer: Layer, form: Scheme, levels: Sequence[int]) -> list[LowRankWeight]:
+        """Return the best approximations of a layer at the given ranks."""
+        weight = read_weight(self._seen.model, layer)
+        bias = read_bias(self._seen.model, layer)
+        result = []
+        with one_thread:
+            solver = self._factorizer(layer, form, weight, max(levels))
+            for rank in levels:
+                made = LowRankWeight(form, solver.factorize(rank), None)
+                if bias is not None:
+                    made = made.with_bias(bias + self._shift(layer, weight, bias, made))
+                result.append(made)
+        return result
+
+    def _factorizer(self, layer: Layer, scheme: Scheme, weight: NDArray[Any], rank: int) -> Solver:
+        key = (layer.name, scheme.name)
+        found = self._solvers.pop(key, None)
+        self._refuse_unknown(layer, scheme)
+        if found is None or found[0].max_rank < rank:
+            # Always the same number of directions, whatever is asked for first, so that results do
+            # not depend on it.
+            usual = largest_rank(layer, scheme)
+            most = usual if rank <= usual else min(scheme.matrix_shape()[1:])
+            second = self._read(layer, weight)
+            kind = OutputFactorizer if self._seen.is_wide(layer) else WeightedFactorizer
+            solver = kind(scheme, weight, second, most, self._seen.importance.get(layer.name))
+            found = solver, solver.nbytes
+        self._solvers[key] = found
+        held = sum(size for _, size in self._solvers.values())
+        while held > self._seen.kept and len(self._solvers) > 1:
+            _, (_, size) = self._solvers.popitem(last=False)
+            held -= size
+        return found[0]
+
+    def _refuse_unknown(self, layer: Layer, scheme: Scheme) -> None:
+        """Raise where a plan, made without data, has a scheme that data say nothing about."""
+        if self._seen.is_wide(layer) and scheme.offsets > 1:
+            known = [each.name for each in schemes_for(layer) if each.offsets == 1]
+            raise UsageError(
+                f"plan: layer {quoted(layer.name)} reads too many inputs for factors of scheme "
+                f'{scheme.name!r} to follow from data; use {" or ".join(known)}, or "factors": '
+                '"weights" for the whole plan'
+            )
+
+    def _read(self, layer: Layer, weight: NDArray[Any]) -> Float64:
+        """Moment of a layer's inputs or outputs, shrunk towards the one without data."""
+        moment = self._seen.moment(layer)
+        second, mean = moment.second, moment.mean
+        if self._seen.is_centred(layer):
+            second, mean = moment.covariance(), np.zeros_like(mean)
+        if self._seen.is_wide(layer):
+            rows = schemes_for(layer)[0].rows_of(weight)
+            return shrink_outputs(second, rows, moment.effective, mean)[0]
+        return shrink(second, moment.effective, mean)[0]
+
+    def _shift(
+        self,
+        layer: Layer,
+        weight: NDArray[Any],
+        bias: NDArray[Any],
+        made: LowRankWeight,
+    ) -> Float64:
+        """Mean of the change of the output by the approximation."""
+        mean = self._seen.moment(layer).mean
+        scheme, factors = made.scheme, made.factors
+        if self._seen.is_wide(layer):
+            # Orthogonal projection of the outputs on the range of the second factor.
+            second = factors.right if scheme.inputs_first else factors.left.swapaxes(1, 2)
+            without = mean - bias.reshape(mean.shape)
+            pairs = zip(second, without, strict=True)
+            kept = [rows.T @ np.linalg.lstsq(rows.T, m, rcond=None)[0] for rows, m in pairs]
+            lost = without - np.stack(kept)
+        else:
+            lost = np.einsum("gos,gs->go", scheme.rows_of(weight - made.weight), mean)
+        return np.asarray(lost).reshape(bias.shape)

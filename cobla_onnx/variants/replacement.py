@@ -1,0 +1,126 @@
+"""What is stored in place of a layer's weight, and the nodes that read it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.layers import Layer, Use
+from cobla_onnx.text import quoted
+from cobla_onnx.variants.names import Names
+
+__all__ = ["ROUNDING", "Replacement", "narrowed"]
+
+# Tolerance for float rounding in one layer, relative to its largest output, by type.
+ROUNDING = {np.dtype(np.float16): 2e-2, np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-10}
+
+
+@dataclass(frozen=True)
+class Replacement(ABC):
+    """What is stored in place of a layer's weight, and the nodes that read it.
+
+    Attributes
+    ----------
+    layer : Layer
+    arrays : mapping of str to array
+        What is stored, by the name of the part, in the types in which it is stored.
+    bias : array or None
+        Replaces ``layer.bias``; None leaves it as it is.
+    """
+
+    layer: Layer
+    arrays: Mapping[str, NDArray[Any]]
+    bias: NDArray[Any] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is stored in place of the weight."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    @property
+    def tolerance(self) -> float:
+        """Most by which the nodes may differ from the dense weight, of the largest output."""
+        return ROUNDING[onnx.helper.tensor_dtype_to_np_dtype(self.layer.type)]
+
+    @abstractmethod
+    def dense(self) -> NDArray[Any]:
+        """Return the weight that the arrays stand for, shape ``layer.shape``."""
+
+    @abstractmethod
+    def nodes(
+        self,
+        node: onnx.NodeProto,
+        use: Use,
+        operands: Mapping[str, str],
+        rest: Sequence[str],
+        names: Names,
+    ) -> list[onnx.NodeProto]:
+        """Build the nodes of one use of the layer; the last one writes ``use.output``.
+
+        Parameters
+        ----------
+        node : NodeProto
+            The node that they replace.
+        use : Use
+        operands : mapping of str to str
+            For each part, the tensor that holds it; see `shared`.
+        rest : sequence of str
+            The node's inputs after data and weight, such as its bias.
+        names : Names
+        """
+
+    def shared(
+        self, stored: Mapping[str, str], names: Names
+    ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+        """Build the nodes that all uses share, and name the tensors that the uses read.
+
+        These are casts to the type in which the layer computes, where it is stored in another.
+
+        Parameters
+        ----------
+        stored : mapping of str to str
+            For each part, the name of its initializer.
+        names : Names
+        """
+        if self.layer.type == self.layer.stored_type:
+            return [], dict(stored)
+        operands = {part: names.tensor(f"{name}_cast") for part, name in stored.items()}
+        casts = [
+            onnx.helper.make_node(
+                "Cast", [name], [operands[part]], names.node(f"{name}_cast"), to=self.layer.type
+            )
+            for part, name in stored.items()
+        ]
+        return casts, operands
+
+
+def narrowed(
+    layer: Layer, array: NDArray[Any], dtype: np.dtype[Any], what: str
+) -> NDArray[np.generic]:
+    """Convert an array to the type in which it is stored.
+
+    Parameters
+    ----------
+    what : str
+        What the array is, for the error.
+
+    Raises
+    ------
+    ModelError
+        If a value overflows the type.
+    """
+    # bfloat16 has the range of single precision, and numpy does not have it.
+    limits = np.finfo(dtype if dtype.kind == "f" else np.float32)
+    if float(np.abs(array).max(initial=0.0)) > float(limits.max):
+        raise ModelError(
+            f"node {quoted(layer.name)}: {what} overflows {dtype}; "
+            f"leave it out by --exclude {quoted(layer.name)}"
+        )
+    return np.ascontiguousarray(array.astype(dtype))
