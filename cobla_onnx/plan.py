@@ -14,11 +14,14 @@ from typing import Any, Literal, TypeAlias, get_args
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.text import quoted, safe_text
+from cobla_onnx.wording import either
 
 __all__ = ["SCHEMES", "Decision", "FactorsFrom", "Plan"]
 
 SCHEMES = ("matrix", "channel", "input", "spatial-hw", "spatial-wh")
 FactorsFrom: TypeAlias = Literal["data", "weights"]
+# How messages name what writes a plan.
+PLAN_OUT = either(python="Plan.save()", command="--plan-out")
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,9 @@ class Plan:
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"plan: is not JSON ({error}); write one with --plan-out") from error
+            raise UsageError(f"plan: is not JSON ({error}); write one with {PLAN_OUT}") from error
         if not isinstance(content, dict) or content.get("version") != 1:
-            raise UsageError('plan: has no "version": 1; write one with --plan-out')
+            raise UsageError(f'plan: has no "version": 1; write one with {PLAN_OUT}')
         _check_names("plan", content, ("$schema", "version", "factors", "layers"))
         factors = content.get("factors", "data")
         if factors not in get_args(FactorsFrom):
@@ -97,7 +100,7 @@ class Plan:
             raise UsageError(f'plan: "factors" is {_json(factors)}; allowed are {allowed}')
         layers = content.get("layers")
         if not isinstance(layers, list):
-            raise UsageError('plan: has no list "layers"; write one with --plan-out')
+            raise UsageError(f'plan: has no list "layers"; write one with {PLAN_OUT}')
         decisions = tuple(_decision(number, entry) for number, entry in enumerate(layers))
         plan = cls(decisions, factors)
         counted = Counter(decision.layer for decision in plan.decisions)
@@ -131,7 +134,7 @@ class Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{shown}: cannot be read ({error}); check the path") from error
         except UsageError as error:
-            raise UsageError(f"{shown}: {error}") from error
+            raise UsageError(f"{shown}: {error.message}") from error
 
 
 def _check_names(where: str, entry: dict[str, Any], known: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ STOREYS = (
     ("runtime",),
     ("graph",),
     ("errors", "text"),
+    ("wording",),
 )
 # What still points up, or across. The list only gets shorter.
 EXCEPTIONS = {

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.allocation.problem import Choice, Curve, Float64, LayerCurves
 from cobla_onnx.errors import BudgetError, UsageError
+from cobla_onnx.wording import option_name
 
 __all__ = ["Budget", "Constraint", "least_fraction", "require_reachable", "unreachable"]
 
@@ -146,11 +147,14 @@ class Budget:
     def __post_init__(self) -> None:
         budgets = (("mem", self.mem), ("mac", self.mac), ("latency", self.latency))
         if all(value is None for _, value in budgets):
-            raise UsageError("no budget: give --mem, --mac or --latency, e.g. --mem 0.5")
+            raise UsageError(
+                f"no budget: give {option_name('mem')}, {option_name('mac')} or "
+                f"{option_name('latency')}, e.g. {option_name('mem', 0.5)}"
+            )
         for name, value in budgets:
             if value is not None and not (math.isfinite(value) and 0 < value <= 1):
                 raise UsageError(
-                    f"--{name} {value:g}: is not a fraction of the original to keep; "
+                    f"{option_name(name, value)}: is not a fraction of the original to keep; "
                     "give a number above 0 and at most 1"
                 )
 
@@ -170,18 +174,19 @@ class Budget:
         BudgetError
             If there is nothing to keep a fraction of.
         """
+        unknown_macs = f"the MACs of the model are not known; give {option_name('input_shapes')}"
         result = []
         for name, value, total, unknown in (
             ("mem", self.mem, mem_total, ""),
-            ("mac", self.mac, mac_total, "the MACs of the model are not known; give --input-shape"),
+            ("mac", self.mac, mac_total, unknown_macs),
             ("latency", self.latency, time_total, "the layers were not timed; use `compress`"),
         ):
             if value is None:
                 continue
             if total is None:
-                raise UsageError(f"--{name}: {unknown}")
+                raise UsageError(f"{option_name(name)}: {unknown}")
             if total == 0 and value < 1:
-                cause = f"--{name} {value:g}: the model {COUNTED[name]}, none can be saved"
+                cause = f"{option_name(name, value)}: the model {COUNTED[name]}, none can be saved"
                 raise BudgetError(cause, {name: 1.0})
             # repr gives the decimal that was meant, so that 0.3 of 1000 is 300, not 299.
             limit = math.floor(Fraction(repr(float(value))) * total)
@@ -222,10 +227,10 @@ def unreachable(constraints: Sequence[Constraint], least: dict[str, int]) -> Bud
             continue
         fractions[constraint.name] = _rounded_up(least[constraint.name], constraint.total)
         parts.append(
-            f"--{constraint.name} {constraint.fraction:g} is below the least reachable "
+            f"{option_name(constraint.name, constraint.fraction)} is below the least reachable "
             f"{fractions[constraint.name]:g}"
         )
-    others = [f"--{c.name} {c.fraction:g}" for c in constraints if c.name not in least]
+    others = [option_name(c.name, c.fraction) for c in constraints if c.name not in least]
     within = f" together with {' and '.join(others)}" if others and len(constraints) > 1 else ""
     return BudgetError(
         f"{' and '.join(parts)}{within}",

@@ -33,6 +33,7 @@ from cobla_onnx.text import matching
 from cobla_onnx.variants.low_rank.family import Candidate, add_curves, layer_grid, options_for
 from cobla_onnx.variants.low_rank.matricisation import Scheme, schemes_for
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
+from cobla_onnx.wording import either, option_name
 
 __all__ = ["Analysis", "analyse", "model_costs"]
 
@@ -308,7 +309,7 @@ def _select(
     names = [layer.name for layer in inventory.layers]
     names += [item.name for item in inventory.skipped]
     meant: dict[str, set[str]] = {}
-    for option, patterns in (("--include", include), ("--exclude", exclude)):
+    for option, patterns in (("include", include), ("exclude", exclude)):
         found = meant[option] = set()
         for pattern in patterns:
             its = matching(pattern, names)
@@ -316,11 +317,12 @@ def _select(
             if not its:
                 close = difflib.get_close_matches(pattern, names, 3, 0.4)
                 hint = f"did you mean {', '.join(close)}?" if close else "see the report's names"
-                raise UsageError(f"{option} {pattern!r}: matches no layer; {hint}")
+                shown = either(python=f"{option}=[{pattern!r}]", command=f"--{option} {pattern!r}")
+                raise UsageError(f"{shown}: matches no layer; {hint}")
     layers, skipped = [], list(inventory.skipped)
     for layer in inventory.layers:
-        included = not include or layer.name in meant["--include"]
-        if layer.name in meant["--exclude"] or not included:
+        included = not include or layer.name in meant["include"]
+        if layer.name in meant["exclude"] or not included:
             skipped.append(Skipped(layer.name, layer.op, Reason.EXCLUDED, "", layer.params))
         elif layer.params < min_size:
             skipped.append(Skipped(layer.name, layer.op, Reason.TOO_SMALL, "", layer.params))
@@ -340,13 +342,11 @@ def model_costs(
     open_inputs = [n for n, shape in known.items() if None in shape]
     if open_inputs:
         if needed:
-            example = ", ".join(
-                f"--input-shape {n}:{','.join('?' if d is None else str(d) for d in known[n])}"
-                for n in open_inputs
-            )
+            example = {n: ["?" if d is None else d for d in known[n]] for n in open_inputs}
             raise UsageError(
-                f"--mac: the MACs of {len(unknown)} nodes are not known, {unknown[0]!r} among "
-                f"them, since axes of the input are open; fill in the ? of {example}"
+                f"{option_name('mac')}: the MACs of {len(unknown)} nodes are not known, "
+                f"{unknown[0]!r} among them, since axes of the input are open; fill in the ? of "
+                f"{option_name('input_shapes', example)}"
             )
         return shapes, None, ("MACs are not known; give --input-shape to count them",)
     missing = set(unknown)
@@ -361,7 +361,7 @@ def model_costs(
     except ModelError as error:
         if needed:
             raise
-        return shapes, None, (f"MACs are not known: {error}",)
+        return shapes, None, (f"MACs are not known: {error.in_flags()}",)
     macs, unknown = node_macs(model, shapes)
     note = "shapes that ONNX shape inference does not give were read from a run in onnxruntime"
     return shapes, None if unknown else macs, (note,)

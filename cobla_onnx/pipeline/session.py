@@ -41,6 +41,7 @@ from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.low_rank.units import factor_units, mapped, replace_layer
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.rewrite import Replacement, rewrite
+from cobla_onnx.wording import option_name
 
 __all__ = ["Solution", "Study"]
 
@@ -292,6 +293,6 @@ def _check_budget(
         cost = reached[name]
         if cost is None or cost > limit:
             raise BudgetError(
-                f"--{name}: the plan costs {cost}, the budget allows {limit}; "
+                f"{option_name(name)}: the plan costs {cost}, the budget allows {limit}; "
                 "lower its ranks or raise the budget"
             )

@@ -34,6 +34,7 @@ from threadpoolctl import threadpool_info
 from cobla_onnx import __version__
 from cobla_onnx.errors import UsageError
 from cobla_onnx.text import safe_text
+from cobla_onnx.wording import option_name
 
 __all__ = ["Arrays", "Cache", "digest", "fetch"]
 
@@ -137,7 +138,7 @@ class Cache:
             self._remove_abandoned()
         except OSError as error:
             raise UsageError(
-                f"--cache {safe_text(str(folder))}: cannot be used as a folder "
+                f"{option_name('cache', safe_text(str(folder)))}: cannot be used as a folder "
                 f"({error.strerror}); give another one"
             ) from error
 

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 import onnxruntime
 
 from cobla_onnx.errors import UsageError
+from cobla_onnx.wording import option_name
 
 __all__ = [
     "CPU",
@@ -41,8 +42,8 @@ def find_provider(name: str | None) -> str:
         if name.lower() in (known.lower(), known.lower().removesuffix("executionprovider")):
             return str(known)
     raise UsageError(
-        f"--provider {name}: onnxruntime {onnxruntime.__version__} does not have it here; "
-        f"it has {', '.join(available)}"
+        f"{option_name('provider', name)}: onnxruntime {onnxruntime.__version__} does not have it "
+        f"here; it has {', '.join(available)}"
     )
 
 

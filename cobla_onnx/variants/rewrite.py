@@ -22,6 +22,7 @@ from cobla_onnx.graph.layers import Layer, Use, attributes
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.low_rank.matricisation import ConvScheme, Scheme, TransposedConvScheme
 from cobla_onnx.variants.low_rank.svd import Factorization
+from cobla_onnx.wording import either
 
 __all__ = ["Replacement", "factor_nodes", "make_replacement", "rewrite"]
 
@@ -85,10 +86,9 @@ def _narrow(layer: Layer, array: NDArray[Any], dtype: np.dtype[Any], what: str) 
     # bfloat16 has the range of single precision, and numpy does not have it.
     limits = np.finfo(dtype if dtype.kind == "f" else np.float32)
     if float(np.abs(array).max(initial=0.0)) > float(limits.max):
-        raise ModelError(
-            f"node {quoted(layer.name)}: {what} overflows {dtype}; "
-            f"leave it out by --exclude {quoted(layer.name)}"
-        )
+        name = quoted(layer.name)
+        option = either(python=f"exclude=[{name}]", command=f"--exclude {name}")
+        raise ModelError(f"node {name}: {what} overflows {dtype}; leave it out by {option}")
     return np.ascontiguousarray(array.astype(dtype))
 
 

@@ -127,9 +127,9 @@ def test_accuracy_with_labels_and_relative_error_without_classes():
 
 def test_bad_requests():
     for bad in (1.0, -0.1, float("nan")):
-        with pytest.raises(errors.UsageError, match="--max-drop"):
+        with pytest.raises(errors.UsageError, match=r"max_drop=.* is not a fraction"):
             compress(small_network(), max_drop=bad, data=DATA)
-    with pytest.raises(errors.UsageError, match="give --data"):
+    with pytest.raises(errors.UsageError, match="give data="):
         compress(small_network(), max_drop=0.1, threads=1)
     assert share("--max-drop", "1%") == 0.01
     assert share("--max-drop", "0.02") == 0.02

@@ -254,7 +254,7 @@ def test_files_of_killed_writers_go_after_a_day(tmp_path):
 
 def test_a_folder_that_cannot_be_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"--cache .*cannot be used as a folder"):
+    with pytest.raises(UsageError, match=r"cache=.*cannot be used as a folder"):
         Cache(tmp_path / "file")
 
 

@@ -105,7 +105,7 @@ def test_errors_of_units_come_back_as_they_are(processes):
 
 def test_a_lost_worker_is_a_clear_error():
     with (
-        pytest.raises(UsageError, match=r"--workers 2: a worker has ended .* fewer workers"),
+        pytest.raises(UsageError, match=r"workers=2: a worker has ended .* fewer workers"),
         choose_pool(1, workers=2) as pool,
     ):
         list(pool.map(die, range(6)))
@@ -138,9 +138,9 @@ def test_shared_values_reach_all_workers(processes):
 
 
 def test_one_pool_at_a_time():
-    with pytest.raises(UsageError, match="--workers and --dask: exclude each other"):
+    with pytest.raises(UsageError, match="workers= and dask: exclude each other"):
         choose_pool(1, workers=2, dask="tcp://127.0.0.1:1")
-    with pytest.raises(UsageError, match="--workers 0"), choose_pool(1, workers=0):
+    with pytest.raises(UsageError, match="workers=0"), choose_pool(1, workers=0):
         pass
 
 
@@ -188,7 +188,7 @@ def test_a_lost_dask_worker_is_a_clear_error():
         distributed.LocalCluster(
             1, threads_per_worker=1, dashboard_address=None, silence_logs=50
         ) as cluster,
-        pytest.raises(UsageError, match=r"--dask .*: a worker has ended"),
+        pytest.raises(UsageError, match=r"dask=.*: a worker has ended"),
         choose_pool(1, dask=cluster.scheduler_address) as pool,
     ):
         list(pool.map(die, range(3, 6)))
