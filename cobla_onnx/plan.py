@@ -106,7 +106,7 @@ class Plan:
         counted = Counter(decision.layer for decision in plan.decisions)
         twice = sorted(name for name, count in counted.items() if count > 1)
         if twice:
-            raise UsageError(f"plan: layer {quoted(twice[0])} stands there twice; leave one")
+            raise UsageError(f"plan: layer {quoted(twice[0])} is listed twice; leave one")
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -126,7 +126,7 @@ class Plan:
         Raises
         ------
         UsageError
-            If it cannot be read or is no plan; the message names the file.
+            If it cannot be read or is not a plan; the message names the file.
         """
         shown = safe_text(os.fspath(path), 300)
         try:

@@ -84,7 +84,7 @@ class Profile:
         Raises
         ------
         UsageError
-            If the file is no profile, or was measured under other conditions.
+            If the file is not a profile, or was measured under other conditions.
         """
         file = Path(path)
         shown = option_name("profile", safe_text(str(file), 300))

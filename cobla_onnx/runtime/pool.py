@@ -89,7 +89,7 @@ one_thread = _OneThread()
 def _run_on(
     provider: str, gives_back: bool, function: Callable[[Unit], Value], unit: Unit
 ) -> Value:
-    """Open and run the sessions of a unit as those of the caller."""
+    """Open and run a unit's sessions with the caller's settings."""
     with execution_provider(provider):
         give_memory_back(gives_back)
         return function(unit)

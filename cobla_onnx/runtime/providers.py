@@ -68,7 +68,7 @@ def current_provider() -> str:
 
 
 def give_memory_back(wanted: bool) -> None:
-    """Say whether sessions keep what a run needed, which is faster, or give it back after it.
+    """Choose whether sessions free a run's memory after it, or keep it, which is faster.
 
     What was freed goes back to the system then, too, whenever a session is opened. Results do
     not depend on it. It holds until the end of the context of `execution_provider`.
@@ -77,5 +77,5 @@ def give_memory_back(wanted: bool) -> None:
 
 
 def memory_is_given_back() -> bool:
-    """Whether sessions give back what a run needed."""
+    """Whether sessions free a run's memory after it."""
     return _gives_back.get()

@@ -147,7 +147,7 @@ def _handed_over(
     extra: Mapping[str, NDArray[Any]],
     by_file: bool,
 ) -> Iterator[None]:
-    """Let a session that is opened meanwhile find its weights beside the model.
+    """Hand weights to the session that is opened inside of the block, beside the model.
 
     In memory, of which onnxruntime makes a copy; where they are many in a file, which it
     maps, one after the other.
@@ -239,7 +239,7 @@ def first_line(error: Exception) -> str:
 
 
 def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str, Any]:
-    """Run a session for all its outputs by name, but for bfloat16, which numpy has not.
+    """Run a session for all its outputs but those of bfloat16, a type that numpy lacks.
 
     Raises
     ------
