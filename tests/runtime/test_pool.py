@@ -146,7 +146,7 @@ def test_one_pool_at_a_time():
 
 def written(model, **options) -> bytes:
     data = Path(model).with_name("digits_calibration.npz")
-    result = compress(model, Budget(mem=0.4), data=data, samples=40, solver="milp", **options)
+    result = compress(model, Budget(mem=0.4), data=data, samples=24, solver="milp", **options)
     return result.model.SerializeToString(deterministic=True)
 
 
