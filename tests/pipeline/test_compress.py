@@ -42,6 +42,7 @@ def divergence(model: onnx.ModelProto, demo_model) -> float:
     return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
+@pytest.mark.slow
 def test_the_command_with_data(demo_model, tmp_path):
     out, report = tmp_path / "out.onnx", tmp_path / "r.json"
     done = run(
@@ -63,6 +64,7 @@ def test_the_command_with_data(demo_model, tmp_path):
     assert stored_bytes(onnx.load(out)) <= 0.3 * stored_bytes(onnx.load(demo_model))
 
 
+@pytest.mark.slow
 def test_data_makes_a_small_model_good(demo_model):
     budget = Budget(mem=0.15)
     blind = divergence(compress(demo_model, budget).model, demo_model)
@@ -94,6 +96,7 @@ def test_ranks_by_weights_with_factors_by_data(demo_model):
     assert divergence(mixed.model, demo_model) < divergence(blind.model, demo_model)
 
 
+@pytest.mark.slow
 def test_the_network_loss_from_the_command_line(demo_model, tmp_path):
     """With labels, a history and a report; the written budget holds."""
     with np.load(DATA) as content:

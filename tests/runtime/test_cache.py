@@ -343,6 +343,7 @@ def test_another_budget_finds_all_that_does_not_depend_on_it(demo_model, copied)
     assert new <= {"loss", "vectors"}
 
 
+@pytest.mark.slow
 def test_without_data_too_and_by_the_command(demo_model, tmp_path):
     compress(demo_model, Budget(mem=0.5)).save(tmp_path / "0.onnx")
     written = [(tmp_path / "0.onnx").read_bytes()]
