@@ -11,9 +11,14 @@ CoblaError
 
 Every message says what happened, why, and what to do next, with the name of the
 file, node or option. The exit code of the command line is a class attribute.
+
+Options are named by `wording.option_name`: ``str()`` of an error has Python's arguments, and
+`CoblaError.in_flags` the flags of the command line.
 """
 
 from __future__ import annotations
+
+from cobla_onnx.wording import in_flags, in_python
 
 __all__ = [
     "BudgetError",
@@ -31,6 +36,18 @@ class CoblaError(Exception):
     """Base of all errors that a user of cobla-onnx can do something about."""
 
     exit_code = 1
+
+    @property
+    def message(self) -> str:
+        """The message with options in both spellings, to be part of another message."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return in_python(self.message)
+
+    def in_flags(self) -> str:
+        """Return the message as the command line and documents have it."""
+        return in_flags(self.message)
 
 
 class UsageError(CoblaError):
@@ -64,8 +81,8 @@ class BudgetError(CoblaError):
     ----------
     least : dict of str to float
         For each budget that is out of reach, the least fraction that can be reached.
-    cause, advice : str
-        The two parts of the message.
+    parts : tuple of str
+        Cause and advice, with options in both spellings, to be parts of another message.
     """
 
     exit_code = 4
@@ -75,7 +92,7 @@ class BudgetError(CoblaError):
     ) -> None:
         super().__init__(f"{message}; {advice}" if advice else message)
         self.least = dict(least or {})
-        self.cause, self.advice = message, advice
+        self.parts = message, advice
 
 
 class VerificationError(CoblaError):

@@ -14,10 +14,13 @@ from typing import Any, Literal, TypeAlias, get_args
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.text import quoted, safe_text
+from cobla_onnx.wording import either
 
 __all__ = ["Decision", "FactorsFrom", "Plan"]
 
 FactorsFrom: TypeAlias = Literal["data", "weights"]
+# How messages name what writes a plan.
+PLAN_OUT = either(python="Plan.save()", command="--plan-out")
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,9 @@ class Plan:
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"plan: is not JSON ({error}); write one with --plan-out") from error
+            raise UsageError(f"plan: is not JSON ({error}); write one with {PLAN_OUT}") from error
         if not isinstance(content, dict) or content.get("version") != 1:
-            raise UsageError('plan: has no "version": 1; write one with --plan-out')
+            raise UsageError(f'plan: has no "version": 1; write one with {PLAN_OUT}')
         _check_names("plan", content, ("$schema", "version", "factors", "layers"))
         factors = content.get("factors", "data")
         if factors not in get_args(FactorsFrom):
@@ -99,13 +102,13 @@ class Plan:
             raise UsageError(f'plan: "factors" is {_json(factors)}; allowed are {allowed}')
         layers = content.get("layers")
         if not isinstance(layers, list):
-            raise UsageError('plan: has no list "layers"; write one with --plan-out')
+            raise UsageError(f'plan: has no list "layers"; write one with {PLAN_OUT}')
         decisions = tuple(_decision(number, entry) for number, entry in enumerate(layers))
         plan = cls(decisions, factors)
         counted = Counter(decision.layer for decision in plan.decisions)
         twice = sorted(name for name, count in counted.items() if count > 1)
         if twice:
-            raise UsageError(f"plan: layer {quoted(twice[0])} stands there twice; leave one")
+            raise UsageError(f"plan: layer {quoted(twice[0])} is listed twice; leave one")
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -125,7 +128,7 @@ class Plan:
         Raises
         ------
         UsageError
-            If it cannot be read or is no plan; the message names the file.
+            If it cannot be read or is not a plan; the message names the file.
         """
         shown = safe_text(os.fspath(path), 300)
         try:
@@ -133,7 +136,7 @@ class Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{shown}: cannot be read ({error}); check the path") from error
         except UsageError as error:
-            raise UsageError(f"{shown}: {error}") from error
+            raise UsageError(f"{shown}: {error.message}") from error
 
 
 def _check_names(where: str, entry: dict[str, Any], known: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ STOREYS = (
     ("runtime",),
     ("graph",),
     ("errors", "text"),
+    ("wording",),
 )
 
 

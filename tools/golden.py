@@ -143,7 +143,7 @@ def _refused(folder: Path, seed: int) -> Any:
     try:
         return compress(DIGITS, Budget(mem=0.001, mac=0.5), seed=seed, threads=1)
     except BudgetError as error:
-        return {"error": str(error), "least": error.least}
+        return {"error": error.in_flags(), "least": error.least}
 
 
 def runs() -> dict[str, Callable[[Path, int], Any]]:

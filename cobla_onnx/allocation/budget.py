@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves, VariantCurve
 from cobla_onnx.allocation.resources import RESOURCES, Resource
 from cobla_onnx.errors import BudgetError, UsageError
+from cobla_onnx.wording import option_name
 
 __all__ = ["Budget", "Constraint", "least_fraction", "require_reachable", "unreachable"]
 
@@ -127,12 +128,15 @@ class Budget:
 
     def __post_init__(self) -> None:
         if all(fraction is None for _, fraction in self._fractions()):
-            raise UsageError("no budget: give --mem, --mac or --latency, e.g. --mem 0.5")
+            raise UsageError(
+                f"no budget: give {option_name('mem')}, {option_name('mac')} or "
+                f"{option_name('latency')}, e.g. {option_name('mem', 0.5)}"
+            )
         for resource, value in self._fractions():
             if value is not None and not (math.isfinite(value) and 0 < value <= 1):
                 raise UsageError(
-                    f"{resource.flag} {value:g}: is not a fraction of the original to keep; "
-                    "give a number above 0 and at most 1"
+                    f"{option_name(resource.name, value)}: is not a fraction of the original to "
+                    "keep; give a number above 0 and at most 1"
                 )
 
     def _fractions(self) -> tuple[tuple[Resource, float | None], ...]:
@@ -162,10 +166,10 @@ class Budget:
                 continue
             name, total = resource.name, totals.get(resource.name)
             if total is None:
-                raise UsageError(f"{resource.flag}: {resource.unknown}")
+                raise UsageError(f"{option_name(name)}: {resource.unknown}")
             if total == 0 and value < 1:
                 cause = (
-                    f"{resource.flag} {value:g}: the model {resource.nothing}, none can be saved"
+                    f"{option_name(name, value)}: the model {resource.nothing}, none can be saved"
                 )
                 raise BudgetError(cause, {name: 1.0})
             # repr gives the decimal that was meant, so that 0.3 of 1000 is 300, not 299.
@@ -207,10 +211,10 @@ def unreachable(constraints: Sequence[Constraint], least: dict[str, int]) -> Bud
             continue
         fractions[constraint.name] = _rounded_up(least[constraint.name], constraint.total)
         parts.append(
-            f"--{constraint.name} {constraint.fraction:g} is below the least reachable "
+            f"{option_name(constraint.name, constraint.fraction)} is below the least reachable "
             f"{fractions[constraint.name]:g}"
         )
-    others = [f"--{c.name} {c.fraction:g}" for c in constraints if c.name not in least]
+    others = [option_name(c.name, c.fraction) for c in constraints if c.name not in least]
     within = f" together with {' and '.join(others)}" if others and len(constraints) > 1 else ""
     return BudgetError(
         f"{' and '.join(parts)}{within}",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cobla_onnx.wording import option_name
+
 __all__ = ["RESOURCES", "Resource", "known_costs"]
 
 
@@ -14,9 +16,8 @@ class Resource:
     Attributes
     ----------
     name : str
-        In `Budget`, in the costs of layers and curves, and in reports.
-    flag : str
-        Option of the command line that limits it.
+        In `Budget`, in the costs of layers and curves, in reports, and of the option that limits
+        it.
     unit : str
     label : str
         For people.
@@ -29,7 +30,6 @@ class Resource:
     """
 
     name: str
-    flag: str
     unit: str
     label: str
     nothing: str
@@ -38,18 +38,16 @@ class Resource:
 
 
 RESOURCES = (
-    Resource("mem", "--mem", "bytes", "memory", "stores no weights"),
+    Resource("mem", "bytes", "memory", "stores no weights"),
     Resource(
         "mac",
-        "--mac",
         "MACs",
         "MACs",
         "does no multiply-accumulate operations",
-        "the MACs of the model are not known; give --input-shape",
+        f"the MACs of the model are not known; give {option_name('input_shapes')}",
     ),
     Resource(
         "latency",
-        "--latency",
         "nanoseconds",
         "time",
         "has no layer that takes time",

@@ -24,7 +24,7 @@ FLOATING = (
 
 @dataclass(frozen=True)
 class Backward:
-    """Gradients by tensors.
+    """Gradients with respect to tensors.
 
     Attributes
     ----------

@@ -68,7 +68,7 @@ class Emitter:
         self.nodes.append(onnx.helper.make_node("Identity", [tensor], [name], name))
 
     def constant(self, array: NDArray[Any]) -> str:
-        """Store an array, once for all that are equal, and return its name."""
+        """Store an array, equal ones once, and return its name."""
         array = np.ascontiguousarray(array).reshape(np.shape(array))
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._stored:
@@ -146,19 +146,19 @@ class Emitter:
         return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=axis)
 
     def sum(self, a: str, axes: Sequence[int], *, keep: bool = False) -> str:
-        """Sum over axes; over none of them, nothing."""
+        """Sum over axes; without axes return the tensor itself."""
         if not axes:
             return a
         return self.op("ReduceSum", a, self.integers(axes), keepdims=int(keep))
 
     def mean(self, a: str, axes: Sequence[int], *, keep: bool = False) -> str:
-        """Mean over axes; over none of them, nothing."""
+        """Mean over axes; without axes return the tensor itself."""
         if not axes:
             return a
         return self.op("ReduceMean", a, self.integers(axes), keepdims=int(keep))
 
     def sum_to(self, a: str, shape: Sequence[int], target: Sequence[int]) -> str:
-        """Sum a tensor of `shape` over what broadcasting from `target` repeated.
+        """Sum a tensor of `shape` over the axes along which `target` was broadcast.
 
         The adjoint of broadcasting: every copy's gradient counts.
         """

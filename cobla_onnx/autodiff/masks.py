@@ -66,7 +66,7 @@ class MaskedWeight:
         return f"{use[0].output[0]}/masked"
 
     def differentiated(self, use: tuple[onnx.NodeProto, onnx.NodeProto]) -> str:
-        """Name of the tensor by which the backward pass has to give the gradient."""
+        """Name of the tensor with respect to which the backward pass gives the gradient."""
         return use[1].output[0] if self.mask is None else self.masked(use)
 
     def mask_shape(self, use: tuple[onnx.NodeProto, onnx.NodeProto]) -> Sizes:

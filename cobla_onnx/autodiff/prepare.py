@@ -234,7 +234,7 @@ def _convert(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _expand(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Write model-local functions, and operators without a rule, out where they are used."""
+    """Inline model-local functions, and operators that are defined by others and have no rule."""
     if model.functions:
         model = onnx.inliner.inline_local_functions(model, convert_version=True)
     version = next(entry.version for entry in model.opset_import if not entry.domain)

@@ -72,7 +72,7 @@ def main() -> None:
     except CoblaError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        _fail(str(error), error.exit_code)
+        _fail(error.in_flags(), error.exit_code)
     except Exception as error:
         if "--debug" in sys.argv:
             raise

@@ -29,7 +29,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     Raises
     ------
     UsageError
-        If the file cannot be read, or holds what no option is or takes.
+        If the file cannot be read, or has an unknown option, or a value that does not fit.
     """
     if path is None or context.resilient_parsing:
         return path
@@ -97,7 +97,7 @@ def _options(command: Any) -> dict[str, Any]:
 def _unknown(shown: str, where: str, key: str, known: Iterable[str]) -> UsageError:
     close = difflib.get_close_matches(key, list(known), 1)
     hint = f"did you mean {close[0]!r}?" if close else "see --help for the options"
-    return UsageError(f"--config {shown}: {quoted(where)} is no option; {hint}")
+    return UsageError(f"--config {shown}: {quoted(where)} is not an option; {hint}")
 
 
 def _value(shown: str, key: str, value: Any, option: Any) -> Any:

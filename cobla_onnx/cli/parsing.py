@@ -10,7 +10,7 @@ from cobla_onnx.errors import UsageError
 if TYPE_CHECKING:
     from cobla_onnx.calibration.data.readers import ImageOptions
 
-__all__ = ["image_options", "input_shapes", "numbers", "share", "spread", "whole_or_auto"]
+__all__ = ["fraction", "image_options", "input_shapes", "numbers", "spread", "whole_or_auto"]
 
 # Budgets of a sweep in one direction.
 MOST_POINTS = 1000
@@ -34,11 +34,11 @@ def input_shapes(option: str, entries: list[str]) -> dict[str, tuple[int, ...]]:
 
 
 def whole_or_auto(option: str, text: str) -> Literal["auto"] | int:
-    """Parse ``auto`` or a whole number from 1 on."""
+    """Parse ``auto`` or a whole number of at least 1."""
     if text == "auto":
         return "auto"
     if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{option} {text}: give auto, or a whole number from 1 on")
+        raise UsageError(f"{option} {text}: give auto, or a whole number of at least 1")
     return int(text)
 
 
@@ -60,7 +60,7 @@ def image_options(**parts: Any) -> ImageOptions:
     return ImageOptions(**{name: value for name, value in parts.items() if value is not None})
 
 
-def share(option: str, text: str | None) -> float | None:
+def fraction(option: str, text: str | None) -> float | None:
     """Parse ``1%`` or ``0.01``."""
     if text is None:
         return None
@@ -70,7 +70,7 @@ def share(option: str, text: str | None) -> float | None:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UsageError(f"{option} {text}: is not a share; write e.g. 1% or 0.01")
+        raise UsageError(f"{option} {text}: is not a fraction; write e.g. 1% or 0.01")
     return value
 
 

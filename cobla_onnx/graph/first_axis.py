@@ -135,7 +135,7 @@ class _Traced:
         return shape.index(symbol) if symbol in shape else None
 
     def _at(self, node: onnx.NodeProto, symbol: str) -> Iterator[FirstAxis]:
-        """Yield what a node says, if the symbol gets there."""
+        """Yield the evidence of a node that the symbol reaches."""
         place = self._place(node.input[0], symbol) if node.input else None
         if node.op_type in _BATCH_FIRST and place is not None:
             yield "batch" if place == 0 else "other"

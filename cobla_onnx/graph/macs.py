@@ -11,6 +11,7 @@ from cobla_onnx.graph.io.model_file import constant_value, without_weights
 from cobla_onnx.graph.layers import node_label
 from cobla_onnx.graph.operators.base import Shape, elements, operator_of_node
 from cobla_onnx.text import quoted
+from cobla_onnx.wording import either, option_name
 
 __all__ = [
     "MOST_ELEMENTS",
@@ -23,6 +24,8 @@ __all__ = [
 
 # Tensors that a node may make at most, in numbers.
 MOST_ELEMENTS = 2**31 - 1
+# How messages show a shape whose first axis is not empty, though another is.
+EMPTY_PAST = either(python="{'past': (1, 2, 0, 16)}", command="past:1,2,0,16")
 
 
 def fixed_input_shapes(
@@ -45,7 +48,8 @@ def fixed_input_shapes(
     for name in given:
         if name not in inputs:
             known = ", ".join(inputs) or "none"
-            raise UsageError(f"--input-shape {name}: the model has no such input; it has {known}")
+            option = either(python=f"input_shapes[{name!r}]", command=f"--input-shape {name}")
+            raise UsageError(f"{option}: the model has no such input; it has {known}")
     shapes: dict[str, Shape] = {}
     for name, value in inputs.items():
         if not value.type.HasField("tensor_type"):
@@ -67,8 +71,8 @@ def fixed_input_shapes(
 def _agreed(name: str, given: tuple[int, ...], declared: list[int | None] | None) -> Shape:
     if given[:1] == (0,) or any(size < 0 for size in given):
         raise UsageError(
-            f"--input-shape {name}:{','.join(map(str, given))}: its first axis has to be at least "
-            "1, others 0; write e.g. past:1,2,0,16 for an empty past"
+            f"{option_name('input_shapes', {name: given})}: its first axis has to be at least "
+            f"1, others 0; write e.g. {EMPTY_PAST} for an empty past"
         )
     if declared is not None:
         fits = len(given) == len(declared) and all(
@@ -76,8 +80,9 @@ def _agreed(name: str, given: tuple[int, ...], declared: list[int | None] | None
         )
         if not fits:
             want = ",".join("?" if d is None else str(d) for d in declared)
-            got = ",".join(map(str, given))
-            raise UsageError(f"--input-shape {name}:{got}: the model declares {name}:{want}")
+            raise UsageError(
+                f"{option_name('input_shapes', {name: given})}: the model declares {name}:{want}"
+            )
     return given
 
 
@@ -146,7 +151,8 @@ def _refuse_giants(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> None:
                 raise ModelError(
                     f"node {quoted(node_label(node, index))}: makes a tensor of shape "
                     f"{list(shapes[name])}, more than {MOST_ELEMENTS} numbers; "
-                    "give smaller inputs by --input-shape, or export the model again"
+                    f"give smaller inputs by {option_name('input_shapes')}, or export the model "
+                    "again"
                 )
 
 

@@ -15,6 +15,7 @@ from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.runtime.machine import cpu_name
 from cobla_onnx.text import safe_text
+from cobla_onnx.wording import option_name
 
 __all__ = ["Conditions", "Profile"]
 
@@ -83,10 +84,10 @@ class Profile:
         Raises
         ------
         UsageError
-            If the file is no profile, or was measured under other conditions.
+            If the file is not a profile, or was measured under other conditions.
         """
         file = Path(path)
-        shown = f"--profile {safe_text(str(file), 300)}"
+        shown = option_name("profile", safe_text(str(file), 300))
         if not file.exists():
             return cls(conditions)
         try:

@@ -27,7 +27,7 @@ RESAMPLES = 500
 
 
 def involuntary_switches() -> int:
-    """How often the system has taken the processor from this process; 0 if it does not tell."""
+    """Number of involuntary context switches of this process; 0 where the system has no count."""
     if resource is None:
         return 0
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)

@@ -18,6 +18,7 @@ from cobla_onnx.calibration.evaluation.output_choice import LossName, Outputs
 from cobla_onnx.errors import UsageError
 from cobla_onnx.options.declaring import Command, flag, option
 from cobla_onnx.runtime.progress import Progress
+from cobla_onnx.wording import option_name
 
 if TYPE_CHECKING:
     from cobla_onnx.calibration.data.labels import Labels
@@ -57,10 +58,12 @@ def check_batch(batch: object) -> None:
     Raises
     ------
     UsageError
-        If it is neither ``auto`` nor a whole number from 1 on.
+        If it is neither ``auto`` nor a whole number of at least 1.
     """
     if batch != "auto" and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
-        raise UsageError(f"--batch {batch}: give auto, or a whole number from 1 on")
+        raise UsageError(
+            f"{option_name('batch', batch)}: give auto, or a whole number of at least 1"
+        )
 
 
 def memory_bytes(limit: int | str | None) -> int | None:
@@ -82,7 +85,8 @@ def memory_bytes(limit: int | str | None) -> int | None:
     size = int(float(found[1]) * UNITS.get(found[2], 0)) if found else 0
     if not size:
         raise UsageError(
-            f"--memory-limit {limit}: is no number of bytes; write e.g. 2GB, 1500MB or 2000000000"
+            f"{option_name('memory_limit', limit)}: is not a number of bytes; write e.g. 2GB, "
+            "1500MB or 2000000000"
         )
     return size
 
@@ -342,13 +346,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.labels is not None and self.data is None:
-            raise UsageError("--labels: are those of the data; give --data too")
+            raise UsageError(
+                f"{option_name('labels')}: are those of the data; give {option_name('data')} too"
+            )
         if self.outputs and self.data is None:
-            raise UsageError("--output: says how data is compared; give --data too")
+            raise UsageError(
+                f"{option_name('outputs')}: says how data is compared; give {option_name('data')} "
+                "too"
+            )
         check_batch(self.batch)
         memory_bytes(self.memory_limit)
         if self.profile is not None and not self.measure_latency:
-            raise UsageError("--profile: is of times; give --latency or --measure-latency too")
+            raise UsageError(
+                f"{option_name('profile')}: is of times; give {option_name('latency')} or "
+                f"{option_name('measure_latency', True)} too"
+            )
 
     @property
     def needed(self) -> Literal["weights", "output", "loss"]:
@@ -361,7 +373,8 @@ class Settings:
         """
         if self.objective in ("output", "loss") and self.data is None:
             raise UsageError(
-                f"--objective {self.objective}: needs data; give --data, or --objective weights"
+                f"{option_name('objective', self.objective)}: needs data; give "
+                f"{option_name('data')}, or {option_name('objective', 'weights')}"
             )
         if self.objective == "auto":
             return "weights" if self.data is None else "output"

@@ -17,9 +17,11 @@ from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.report.amounts import elsewhere_text
 from cobla_onnx.text import safe_text
 from cobla_onnx.variants.low_rank.ranks import RankRule
+from cobla_onnx.wording import either, option_name
 
 __all__ = ["elsewhere_note", "explain"]
 
+INSPECT = either(python="`cobla_onnx.inspect`", command="`cobla-onnx inspect`")
 # Fractions of the least cost below this are not mentioned.
 NOTABLE = 0.1
 # Nor is a budget that amounts to nearly the same fraction of the layers.
@@ -73,11 +75,12 @@ def explain(
         return _nothing_to_cut(error, model, analysis)
     if least is None:
         return error
+    cause, _ = error.parts
     held = " and ".join(
         f"the {group.count} layers {group.text} hold {group.bytes / total:.4g}" for group in groups
     )
     advice = ", ".join(group.advice for group in groups)
-    return BudgetError(f"{error.cause}, of which {held}", error.least, f"{advice}, or raise it")
+    return BudgetError(f"{cause}, of which {held}", error.least, f"{advice}, or raise it")
 
 
 def elsewhere_note(
@@ -115,9 +118,9 @@ def _nothing_to_cut(error: BudgetError, model: onnx.ModelProto, analysis: Analys
         else f"only {operator_names()} with constant weights can be"
     )
     return BudgetError(
-        f"{error.cause}: no layer can be factorised{shown}",
+        f"{error.parts[0]}: no layer can be factorised{shown}",
         error.least,
-        f"{advice}; `cobla-onnx inspect` lists the nodes",
+        f"{advice}; {INSPECT} lists the nodes",
     )
 
 
@@ -133,10 +136,9 @@ def _with_more_ranks(error: BudgetError, rule: RankRule) -> BudgetError:
     """Advise to allow more ranks, if not all are allowed."""
     if rule.complete:
         return error
-    advice = "allow more ranks by --rank-multiple 1"
-    return BudgetError(
-        error.cause, error.least, f"{error.advice}, or {advice}" if error.advice else advice
-    )
+    cause, usual = error.parts
+    advice = f"allow more ranks by {option_name('rank_multiple', 1)}"
+    return BudgetError(cause, error.least, f"{usual}, or {advice}" if usual else advice)
 
 
 def _groups(
@@ -144,12 +146,18 @@ def _groups(
 ) -> list[_Group]:
     sizes = {layer.name: layer.stored_bytes for layer in find_layers(model).layers}
     options = " and ".join(
-        name for name, given in (("--exclude", exclude), ("--include", include)) if given
+        option_name(name) for name, given in (("exclude", exclude), ("include", include)) if given
     )
     texts = {
         Reason.EXCLUDED: (f"left out by {options}", "leave fewer layers out"),
-        Reason.TOO_SMALL: ("below --min-size", "lower --min-size"),
-        Reason.UNMEASURED: ("whose loss cannot be measured", "give --objective weights"),
+        Reason.TOO_SMALL: (
+            f"below {option_name('min_size')}",
+            f"lower {option_name('min_size')}",
+        ),
+        Reason.UNMEASURED: (
+            "whose loss cannot be measured",
+            f"give {option_name('objective', 'weights')}",
+        ),
     }
     found = []
     for reason, (text, advice) in texts.items():

@@ -208,7 +208,9 @@ class Calibrated:
         except ModelError as error:
             if objective == "loss":
                 raise
-            return warm.noting(f"objective output: the model has no gradient graph, {error}")
+            return warm.noting(
+                f"objective output: the model has no gradient graph, {error.in_flags()}"
+            )
         if blocked:
             index, reason = min(blocked.items())
             name = self.analysis.layers[index].name

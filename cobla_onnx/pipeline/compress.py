@@ -14,6 +14,7 @@ from cobla_onnx.pipeline.open_session import open_study
 from cobla_onnx.pipeline.result import Result
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.provenance import call_text
+from cobla_onnx.wording import either, option_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -150,12 +151,22 @@ def compress(
     if max_drop is not None:
         check_max_drop(max_drop)
         if plan is not None:
-            raise UsageError("--max-drop: chooses ranks, which --plan-in has; give one of the two")
+            raise UsageError(
+                f"{option_name('max_drop')}: chooses ranks, which {option_name('plan')} has; give "
+                "one of the two"
+            )
     elif budget is None and plan is None:
-        raise UsageError("no budget: give --mem, --mac or --latency, e.g. --mem 0.5")
+        budgets = either(
+            python="budget=, plan= or max_drop=, e.g. budget=Budget(mem=0.5)",
+            command="--mem, --mac or --latency, e.g. --mem 0.5",
+        )
+        raise UsageError(f"no budget: give {budgets}")
     macs_needed = budget is not None and budget.mac is not None
     if max_drop is not None and timed:
-        raise UsageError("--max-drop: is not combined with --latency; give --mem or --mac")
+        raise UsageError(
+            f"{option_name('max_drop')}: is not combined with {option_name('latency')}; give "
+            f"{option_name('mem')} or {option_name('mac')}"
+        )
     asked = () if budget is None or plan is not None else (budget,)
     with open_study(
         model,

@@ -26,6 +26,7 @@ from cobla_onnx.graph.order import Order, is_sorted, sort_nodes
 from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.options import Settings
 from cobla_onnx.text import safe_text
+from cobla_onnx.wording import option_name
 
 __all__ = [
     "ModelSource",
@@ -92,13 +93,13 @@ def naming(source: Path | None) -> Iterator[None]:
     try:
         yield
     except PartError as error:
-        raise PartError(f"{error} ({shown})") from error
+        raise PartError(f"{error.message} ({shown})") from error
     except ModelError as error:
-        raise ModelError(f"{shown}: {error}") from error
+        raise ModelError(f"{shown}: {error.message}") from error
     except MemoryError as error:
         raise ModelError(
             f"{shown}: needs more memory than there is; use a machine with more, or give "
-            "smaller --input-shape"
+            f"smaller {option_name('input_shapes')}"
         ) from error
     except OSError as error:
         if error.errno not in NO_ROOM:
@@ -168,7 +169,7 @@ def sample_labels(
     empty = np.flatnonzero((aligned == IGNORED).reshape(len(aligned), -1).all(axis=1))
     if len(aligned) - len(empty) < 2:
         raise DataError(
-            f"--labels: are {IGNORED}, which does not count, for all but "
+            f"{option_name('labels')}: are {IGNORED}, which does not count, for all but "
             f"{len(aligned) - len(empty)} samples; give labels for at least 2"
         )
     if len(empty):

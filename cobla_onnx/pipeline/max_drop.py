@@ -12,6 +12,7 @@ from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.pipeline.budget_errors import explain
 from cobla_onnx.pipeline.session import Solution, Study
 from cobla_onnx.text import quoted
+from cobla_onnx.wording import either, option_name
 
 __all__ = ["check_max_drop", "smallest"]
 
@@ -64,7 +65,8 @@ def check_max_drop(max_drop: float) -> None:
     """
     if not 0 <= max_drop < 1:
         raise UsageError(
-            f"--max-drop {max_drop:g}: is not a share from 0 up to 1; write e.g. 1% or 0.01"
+            f"{option_name('max_drop', max_drop)}: is not a fraction from 0 up to 1; write e.g. "
+            f"{either(python='0.01', command='1% or 0.01')}"
         )
 
 
@@ -94,12 +96,14 @@ def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Sol
     """
     check_max_drop(max_drop)
     if study.calibrated is None:
-        raise UsageError("--max-drop: is measured on samples; give --data too")
+        raise UsageError(
+            f"{option_name('max_drop')}: is measured on samples; give {option_name('data')} too"
+        )
     hard = limits or Budget(mem=1.0)
     high = 1.0 if hard.mem is None else hard.mem
     low = study.least_memory()
     if low >= 1.0:
-        cause = f"--max-drop {max_drop:g}: the model cannot be made smaller"
+        cause = f"{option_name('max_drop', max_drop)}: the model cannot be made smaller"
         error = BudgetError(cause, {"mem": 1.0}, "let more layers be factorised")
         raise explain(error, study.model, study.analysis, study.settings, study.rule)
     if low > high:
@@ -170,16 +174,17 @@ def _refusal(max_drop: float, search: _Search, limits: Budget | None) -> BudgetE
     limited = "" if limits is None else " within the limits"
     if not trials:
         return BudgetError(
-            f"--max-drop {max_drop:g}: no budget below the original can be met{limited}; raise "
-            "the limits, or let more layers be factorised"
+            f"{option_name('max_drop', max_drop)}: no budget below the original can be "
+            f"met{limited}; raise the limits, or let more layers be factorised"
         )
     best = min(trials, key=lambda trial: trial.quality.drop)
     quality = best.quality
     settled = _settled(quality)
     return BudgetError(
-        f"--max-drop {max_drop:g}: no smaller model keeps it{limited}; of {len(trials)} budgets "
-        f"tried the best, memory {best.mem:.3f}, loses {quality.drop:.4g} of {quality.measure} on "
-        f"{quality.counted}; raise --max-drop, or give more data{settled}"
+        f"{option_name('max_drop', max_drop)}: no smaller model keeps it{limited}; of "
+        f"{len(trials)} budgets tried the best, memory {best.mem:.3f}, loses {quality.drop:.4g} of "
+        f"{quality.measure} on {quality.counted}; raise {option_name('max_drop')}, or give more "
+        f"data{settled}"
     )
 
 
@@ -187,7 +192,9 @@ def _settled(quality: Quality) -> str:
     """Advice on how to declare an output whose kind is not known."""
     if not quality.undecided:
         return ""
-    return (
-        f"; {quoted(quality.output)} is held to be both classes and values, --output "
-        f"{quality.output}=classes or =values settles it"
+    name = quality.output
+    option = either(
+        python=f"outputs={{{name!r}: 'classes'}} or 'values'",
+        command=f"--output {name}=classes or =values",
     )
+    return f"; {quoted(name)} is held to be both classes and values, {option} settles it"

@@ -24,6 +24,7 @@ from cobla_onnx.report.provenance import command_text
 from cobla_onnx.runtime.providers import execution_provider
 from cobla_onnx.runtime.session import open_session
 from cobla_onnx.variants.offload import Spill
+from cobla_onnx.wording import option_name
 
 __all__ = ["Result", "check_paths", "check_written"]
 
@@ -158,7 +159,9 @@ def check_paths(
         If a folder to write to does not exist or is not writable.
     """
     if target.exists() and source.exists() and target.samefile(source) and not in_place:
-        raise UsageError(f"{target}: is the input itself; give another path, or --in-place")
+        raise UsageError(
+            f"{target}: is the input itself; give another path, or {option_name('in_place', True)}"
+        )
     _check_writable(target)
     check_written((source, target), written)
 

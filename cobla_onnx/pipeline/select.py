@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import Inventory, Reason, Skipped
 from cobla_onnx.text import matching
+from cobla_onnx.wording import either
 
 __all__ = ["Selection", "selected", "without_unmeasured"]
 
@@ -42,8 +43,8 @@ def selected(inventory: Inventory, selection: Selection) -> Inventory:
     names += [item.name for item in inventory.skipped]
     meant: dict[str, set[str]] = {}
     for option, patterns in (
-        ("--include", selection.include),
-        ("--exclude", selection.exclude),
+        ("include", selection.include),
+        ("exclude", selection.exclude),
     ):
         found = meant[option] = set()
         for pattern in patterns:
@@ -52,11 +53,12 @@ def selected(inventory: Inventory, selection: Selection) -> Inventory:
             if not its:
                 close = difflib.get_close_matches(pattern, names, 3, 0.4)
                 hint = f"did you mean {', '.join(close)}?" if close else "see the report's names"
-                raise UsageError(f"{option} {pattern!r}: matches no layer; {hint}")
+                shown = either(python=f"{option}=[{pattern!r}]", command=f"--{option} {pattern!r}")
+                raise UsageError(f"{shown}: matches no layer; {hint}")
     layers, skipped = [], list(inventory.skipped)
     for layer in inventory.layers:
-        included = not selection.include or layer.name in meant["--include"]
-        if layer.name in meant["--exclude"] or not included:
+        included = not selection.include or layer.name in meant["include"]
+        if layer.name in meant["exclude"] or not included:
             skipped.append(Skipped(layer.name, layer.op, Reason.EXCLUDED, "", layer.params))
         elif layer.params < selection.min_size:
             skipped.append(Skipped(layer.name, layer.op, Reason.TOO_SMALL, "", layer.params))

@@ -43,6 +43,7 @@ from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.variants.work import replacements_of
+from cobla_onnx.wording import option_name
 
 __all__ = ["Solution", "Study"]
 
@@ -293,6 +294,6 @@ def _check_budget(
         cost = reached[name]
         if cost is None or cost > limit:
             raise BudgetError(
-                f"--{name}: the plan costs {cost}, the budget allows {limit}; "
+                f"{option_name(name)}: the plan costs {cost}, the budget allows {limit}; "
                 "lower its ranks or raise the budget"
             )

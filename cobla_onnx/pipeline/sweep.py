@@ -19,6 +19,7 @@ from cobla_onnx.pipeline.open_session import open_study
 from cobla_onnx.pipeline.session import Study
 from cobla_onnx.report.amounts import budget_name
 from cobla_onnx.report.sweep import Sweep, SweepPoint
+from cobla_onnx.wording import either, option_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -77,7 +78,11 @@ def sweep(
     """
     wanted = list(budgets)
     if not wanted:
-        raise UsageError("no budgets: give --mem or --mac, e.g. --mem 0.3:0.9:7")
+        some = either(
+            python="some, e.g. [Budget(mem=0.3), Budget(mem=0.6)]",
+            command="--mem or --mac, e.g. --mem 0.3:0.9:7",
+        )
+        raise UsageError(f"no budgets: give {some}")
     timed = any(budget.latency is not None for budget in wanted)
     measured = options.get("measure_latency", False) or timed
     settings = Settings.of("sweep", options, measure_latency=measured)
@@ -90,33 +95,38 @@ def sweep(
             )
             study = stack.enter_context(opened)
         except BudgetError as error:
-            raise _none_within_reach(str(error)) from error
+            raise _none_within_reach(error) from error
         points: list[SweepPoint] = []
+        refusal: BudgetError | None = None
         for number, budget in enumerate(wanted):
             study.notify(f"sweep: {budget_name(budget)}", number, len(wanted))
             try:
                 points.append(_point(study, budget, folder, external_data))
+            except BudgetError as error:
+                refusal = error
+                points.append(SweepPoint(budget, refused=error.in_flags()))
             except KeyboardInterrupt:
                 raise _interrupted(points, folder) from None
         study.notify("sweep", len(wanted), len(wanted))
         chosen = study.objective
-    if all(point.refused for point in points):
-        raise _none_within_reach(points[-1].refused)
+    if refusal is not None and all(point.refused for point in points):
+        raise _none_within_reach(refusal)
     source = None if study.source is None else str(study.source)
     return Sweep(source, chosen, _with_front(points))
 
 
-def _none_within_reach(last: str | None) -> BudgetError:
-    return BudgetError(f"no budget of the sweep is within reach: {last}")
+def _none_within_reach(last: BudgetError) -> BudgetError:
+    return BudgetError(f"no budget of the sweep is within reach: {last.message}")
 
 
 def _folder(path: Path) -> Path:
+    shown = option_name("out_dir", path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WriteError(f"--out-dir {path}: cannot be made ({error}); give another") from error
+        raise WriteError(f"{shown}: cannot be made ({error}); give another") from error
     if not os.access(path, os.W_OK):
-        raise WriteError(f"--out-dir {path}: cannot be written to; give another")
+        raise WriteError(f"{shown}: cannot be written to; give another")
     return path
 
 
@@ -131,10 +141,7 @@ def _interrupted(points: Sequence[SweepPoint], folder: Path | None) -> KeyboardI
 def _point(
     study: Study, budget: Budget, folder: Path | None, external_data: ExternalData
 ) -> SweepPoint:
-    try:
-        result = study.compress(budget)
-    except BudgetError as error:
-        return SweepPoint(budget, refused=str(error))
+    result = study.compress(budget)
     report = result.report
     file = None
     if folder is not None:

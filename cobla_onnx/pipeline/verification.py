@@ -117,7 +117,9 @@ def verify(
         session = open_session(compressed, threads)
         results = [run_session(session, feed) for feed in proof]
     except ModelError as error:
-        raise VerificationError(f"the rewritten model fails: {error}; nothing written") from error
+        raise VerificationError(
+            f"the rewritten model fails: {error.message}; nothing written"
+        ) from error
     del session
     varying = varying_outputs(original, proof[0])
     rewrite_error, network_error, more = prove_rewrite(

@@ -9,6 +9,7 @@ from pathlib import Path
 from cobla_onnx.errors import UsageError
 from cobla_onnx.report.model import Report
 from cobla_onnx.text import safe_text
+from cobla_onnx.wording import either
 
 __all__ = ["report_writer"]
 
@@ -29,8 +30,9 @@ def report_writer(path: str | os.PathLike[str]) -> Callable[[Report], str]:
     """
     writer = WRITERS.get(Path(path).suffix.lower())
     if writer is None:
+        shown = safe_text(os.fspath(path), 200)
         raise UsageError(
-            f"--report {safe_text(os.fspath(path), 200)}: its ending does not say in which form; "
-            f"give a name that ends in {', '.join(WRITERS)}"
+            f"{either(python=shown, command=f'--report {shown}')}: its ending does not say in "
+            f"which form; give a name that ends in {', '.join(WRITERS)}"
         )
     return writer

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.errors import UsageError
+from cobla_onnx.wording import either
 
 if TYPE_CHECKING:
     from cobla_onnx.report.sweep import Sweep, SweepPoint
@@ -28,14 +29,13 @@ def check_plot(path: Path) -> None:
     UsageError
         If the extension is neither ``.svg`` nor ``.png``, or matplotlib is not installed.
     """
+    shown = either(python=str(path), command=f"--plot {path}")
     if path.suffix not in FORMATS:
-        raise UsageError(f"--plot {path}: give a name that ends in .svg or .png")
+        raise UsageError(f"{shown}: give a name that ends in .svg or .png")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UsageError(
-            f'--plot {path}: needs matplotlib; pip install "cobla-onnx[plot]"'
-        ) from error
+        raise UsageError(f'{shown}: needs matplotlib; pip install "cobla-onnx[plot]"') from error
 
 
 def draw(found: Sweep, path: Path) -> bytes:

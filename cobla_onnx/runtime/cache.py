@@ -34,6 +34,7 @@ from threadpoolctl import threadpool_info
 from cobla_onnx import __version__
 from cobla_onnx.errors import UsageError
 from cobla_onnx.text import safe_text
+from cobla_onnx.wording import option_name
 
 __all__ = ["Arrays", "Cache", "digest", "fetch"]
 
@@ -137,7 +138,7 @@ class Cache:
             self._remove_abandoned()
         except OSError as error:
             raise UsageError(
-                f"--cache {safe_text(str(folder))}: cannot be used as a folder "
+                f"{option_name('cache', safe_text(str(folder)))}: cannot be used as a folder "
                 f"({error.strerror}); give another one"
             ) from error
 
@@ -169,7 +170,7 @@ class Cache:
         return arrays
 
     def put(self, kind: str, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep arrays under a key, unless the disk does not let us; that becomes a note."""
+        """Store arrays under a key; where the disk refuses, a note says so."""
         stored: dict[str, Any] = dict(arrays)
         stored[CHECKSUM] = np.array(_checksum(kind, key, stored))
         path = self._path(kind, key)
@@ -201,7 +202,7 @@ class Cache:
 
 
 def fetch(cache: Cache | None, kind: str, key: str, compute: Callable[[], Arrays]) -> Arrays:
-    """Return the arrays of a key; compute them, and keep them, where they are not there."""
+    """Return the arrays of a key, computed and stored first if the cache lacks them."""
     found = None if cache is None else cache.get(kind, key)
     if found is None:
         found = compute()

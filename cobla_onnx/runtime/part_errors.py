@@ -7,6 +7,7 @@ import onnxruntime
 
 from cobla_onnx.errors import PartError
 from cobla_onnx.text import quoted
+from cobla_onnx.wording import either, option_name
 
 __all__ = ["part_error"]
 
@@ -35,5 +36,6 @@ def part_error(model: onnx.ModelProto, part: str, text: str) -> PartError:
     return PartError(
         f"onnxruntime {onnxruntime.__version__} does not load the part of the graph that "
         f"cobla-onnx cut out for {part}{where}: {text}; the file is not at fault, it loads as a "
-        "whole: leave out --data, and report this with what --debug shows"
+        f"whole: leave out {option_name('data')}, and report this with "
+        f"{either(python='the traceback', command='what --debug shows')}"
     )

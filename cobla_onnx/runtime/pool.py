@@ -37,6 +37,7 @@ from cobla_onnx.runtime.providers import (
 )
 from cobla_onnx.runtime.temporary import temporary_folder
 from cobla_onnx.runtime.transfer import Carried, Shared
+from cobla_onnx.wording import option_name
 
 __all__ = [
     "Pool",
@@ -88,7 +89,7 @@ one_thread = _OneThread()
 def _run_on(
     provider: str, gives_back: bool, function: Callable[[Unit], Value], unit: Unit
 ) -> Value:
-    """Open and run the sessions of a unit as those of the caller."""
+    """Open and run a unit's sessions with the caller's settings."""
     with execution_provider(provider):
         give_memory_back(gives_back)
         return function(unit)
@@ -125,7 +126,7 @@ class Pool:
         *,
         inside: bool = True,
         folder: Path | None = None,
-        option: str = "--threads",
+        option: str = option_name("threads"),
     ) -> None:
         self._executor, self.width = executor, width
         self.inside, self._folder, self._option = inside, folder, option
@@ -238,8 +239,8 @@ def open_pool(threads: int, workers: int | None = None) -> Iterator[Pool]:
 @contextmanager
 def _process_pool(workers: int) -> Iterator[Pool]:
     if workers < 1:
-        raise UsageError(f"--workers {workers}: must be at least 1")
-    option = f"--workers {workers}"
+        raise UsageError(f"{option_name('workers', workers)}: must be at least 1")
+    option = option_name("workers", workers)
     with temporary_folder("work") as folder, open_processes(workers) as executor:
         yield Pool(executor, workers, inside=False, folder=folder, option=option)
 
@@ -269,7 +270,8 @@ def dask_pool(address: str) -> Iterator[Pool]:
         from distributed import Client
     except ImportError as error:
         raise UsageError(
-            f"--dask {address}: needs dask; install it with: pip install 'cobla-onnx[distributed]'"
+            f"{option_name('dask', address)}: needs dask; install it with: pip install "
+            "'cobla-onnx[distributed]'"
         ) from error
     try:
         # Untyped, where dask is installed.
@@ -277,14 +279,21 @@ def dask_pool(address: str) -> Iterator[Pool]:
         client = connect(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--dask {address}: no scheduler answers there; start one with `dask scheduler`, and "
-            "give the address that it prints"
+            f"{option_name('dask', address)}: no scheduler answers there; start one with `dask "
+            "scheduler`, and give the address that it prints"
         ) from error
     with client:
         width = sum(client.nthreads().values())
         if not width:
-            raise UsageError(f"--dask {address}: the cluster has no workers; start some")
-        yield Pool(client.get_executor(pure=False), width, inside=False, option=f"--dask {address}")
+            raise UsageError(
+                f"{option_name('dask', address)}: the cluster has no workers; start some"
+            )
+        yield Pool(
+            client.get_executor(pure=False),
+            width,
+            inside=False,
+            option=option_name("dask", address),
+        )
 
 
 def choose_pool(
@@ -301,8 +310,8 @@ def choose_pool(
         If they ask for more than one.
     """
     given = [
-        name
-        for name, value in (("--workers", workers), ("executor", executor), ("--dask", dask))
+        option_name(name)
+        for name, value in (("workers", workers), ("executor", executor), ("dask", dask))
         if value is not None
     ]
     if len(given) > 1:

@@ -72,7 +72,7 @@ def _begin_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the main one is gone, be it killed: nobody else would."""
+    """End this process when the main one is gone, even if it was killed: nobody else would."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -80,7 +80,7 @@ def _end_with_parent() -> None:
 
 
 def _stop_reading(executor: ProcessPoolExecutor) -> None:
-    """Let a pool without workers end, which has more to hand over than a pipe holds.
+    """Let a pool without workers end though it still has more work than a pipe holds.
 
     Its thread would wait forever for a reader (https://github.com/python/cpython/issues/94777);
     Python does this itself from 3.11.5 on.

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 import onnxruntime
 
 from cobla_onnx.errors import UsageError
+from cobla_onnx.wording import option_name
 
 __all__ = [
     "CPU",
@@ -41,8 +42,8 @@ def find_provider(name: str | None) -> str:
         if name.lower() in (known.lower(), known.lower().removesuffix("executionprovider")):
             return str(known)
     raise UsageError(
-        f"--provider {name}: onnxruntime {onnxruntime.__version__} does not have it here; "
-        f"it has {', '.join(available)}"
+        f"{option_name('provider', name)}: onnxruntime {onnxruntime.__version__} does not have it "
+        f"here; it has {', '.join(available)}"
     )
 
 
@@ -67,7 +68,7 @@ def current_provider() -> str:
 
 
 def give_memory_back(wanted: bool) -> None:
-    """Say whether sessions keep what a run needed, which is faster, or give it back after it.
+    """Choose whether sessions free a run's memory after it, or keep it, which is faster.
 
     What was freed goes back to the system then, too, whenever a session is opened. Results do
     not depend on it. It holds until the end of the context of `execution_provider`.
@@ -76,5 +77,5 @@ def give_memory_back(wanted: bool) -> None:
 
 
 def memory_is_given_back() -> bool:
-    """Whether sessions give back what a run needed."""
+    """Whether sessions free a run's memory after it."""
     return _gives_back.get()

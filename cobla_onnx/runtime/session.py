@@ -26,6 +26,7 @@ from cobla_onnx.runtime.part_errors import part_error
 from cobla_onnx.runtime.providers import CPU, current_provider, memory_is_given_back
 from cobla_onnx.runtime.temporary import array_bytes, temporary_folder
 from cobla_onnx.text import quoted, safe_text
+from cobla_onnx.wording import option_name
 
 __all__ = [
     "Feeds",
@@ -113,8 +114,8 @@ def open_session(
     if provider not in session.get_providers():
         # onnxruntime goes on with the CPU, and only its log says so.
         raise UsageError(
-            f"--provider {provider}: onnxruntime could not start it; check its driver and "
-            "libraries, or leave the option out"
+            f"{option_name('provider', provider)}: onnxruntime could not start it; check its "
+            "driver and libraries, or leave the option out"
         )
     return session
 
@@ -146,7 +147,7 @@ def _handed_over(
     extra: Mapping[str, NDArray[Any]],
     by_file: bool,
 ) -> Iterator[None]:
-    """Let a session that is opened meanwhile find its weights beside the model.
+    """Hand weights to the session that is opened inside of the block, beside the model.
 
     In memory, of which onnxruntime makes a copy; where they are many in a file, which it
     maps, one after the other.
@@ -238,7 +239,7 @@ def first_line(error: Exception) -> str:
 
 
 def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str, Any]:
-    """Run a session for all its outputs by name, but for bfloat16, which numpy has not.
+    """Run a session for all its outputs but those of bfloat16, a type that numpy lacks.
 
     Raises
     ------
@@ -257,11 +258,11 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
     except Exception as error:
         shapes = {safe_text(name): list(value.shape) for name, value in feeds.items()}
         together = any(value.ndim and len(value) > 1 for value in feeds.values())
-        advice = ", or run one sample at a time by --batch 1" if together else ""
+        advice = f", or run one sample at a time by {option_name('batch', 1)}" if together else ""
         raise ModelError(
             f"onnxruntime cannot run the model on inputs of shapes {shapes}: "
-            f"{first_line(error)}; give inputs that it accepts, or --input-shape where they are "
-            f"random{advice}"
+            f"{first_line(error)}; give inputs that it accepts, or "
+            f"{option_name('input_shapes')} where they are random{advice}"
         ) from error
     finally:
         timer.cancel()
@@ -304,7 +305,7 @@ def random_feeds(
         if math.prod(sizes) > MOST_ELEMENTS:
             raise ModelError(
                 f"input {quoted(value.name)}: has shape {sizes}, more than {MOST_ELEMENTS} "
-                f"numbers; give a smaller one by --input-shape"
+                f"numbers; give a smaller one by {option_name('input_shapes')}"
             )
         kind = value.type.removeprefix("tensor(").removesuffix(")")
         if kind in ("float", "float16", "double"):

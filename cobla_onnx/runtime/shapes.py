@@ -11,6 +11,7 @@ from cobla_onnx.graph.layers import node_label
 from cobla_onnx.graph.macs import Shape, infer_shapes, node_macs
 from cobla_onnx.graph.operators.base import operator_of_node
 from cobla_onnx.runtime.session import measured_shapes
+from cobla_onnx.wording import option_name
 
 __all__ = ["model_costs"]
 
@@ -26,13 +27,11 @@ def model_costs(
     open_inputs = [n for n, shape in known.items() if None in shape]
     if open_inputs:
         if needed:
-            example = ", ".join(
-                f"--input-shape {n}:{','.join('?' if d is None else str(d) for d in known[n])}"
-                for n in open_inputs
-            )
+            example = {n: ["?" if d is None else d for d in known[n]] for n in open_inputs}
             raise UsageError(
-                f"--mac: the MACs of {len(unknown)} nodes are not known, {unknown[0]!r} among "
-                f"them, since axes of the input are open; fill in the ? of {example}"
+                f"{option_name('mac')}: the MACs of {len(unknown)} nodes are not known, "
+                f"{unknown[0]!r} among them, since axes of the input are open; fill in the ? of "
+                f"{option_name('input_shapes', example)}"
             )
         return shapes, None, ("MACs are not known; give --input-shape to count them",)
     missing = set(unknown)
@@ -47,7 +46,7 @@ def model_costs(
     except ModelError as error:
         if needed:
             raise
-        return shapes, None, (f"MACs are not known: {error}",)
+        return shapes, None, (f"MACs are not known: {error.in_flags()}",)
     macs, unknown = node_macs(model, shapes)
     note = "shapes that ONNX shape inference does not give were read from a run in onnxruntime"
     return shapes, None if unknown else macs, (note,)

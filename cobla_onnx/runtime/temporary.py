@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 
 class ArrayFile:
-    """Arrays in a temporary file that goes when this object does, or is closed."""
+    """Arrays in a temporary file, removed with this object or when it is closed."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
@@ -59,11 +59,11 @@ class ArrayFile:
             return np.fromfile(self._file, place.dtype, count).reshape(place.shape)
 
     def clear(self) -> None:
-        """Throw everything away."""
+        """Drop all batches."""
         self._file.truncate(0)
 
     def close(self) -> None:
-        """Give the disk space back; happens by itself when nobody holds the file."""
+        """Free the disk space; this happens by itself when the file is no longer used."""
         self._finalizer()
 
 
@@ -117,7 +117,7 @@ class Shelf(Sequence["dict[str, NDArray[Any]]"]):
 
 @contextlib.contextmanager
 def temporary_folder(purpose: str) -> Iterator[Path]:
-    """Make a folder that goes when the block is left.
+    """Make a folder that is removed when the block is left.
 
     Ctrl-C waits while it is made or removed: `tempfile.TemporaryDirectory`, interrupted while
     it removes its files, leaves them.

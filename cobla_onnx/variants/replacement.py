@@ -15,6 +15,7 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.names import Names
+from cobla_onnx.wording import either
 
 __all__ = ["ROUNDING", "Replacement", "narrowed"]
 
@@ -119,8 +120,7 @@ def narrowed(
     # bfloat16 has the range of single precision, and numpy does not have it.
     limits = np.finfo(dtype if dtype.kind == "f" else np.float32)
     if float(np.abs(array).max(initial=0.0)) > float(limits.max):
-        raise ModelError(
-            f"node {quoted(layer.name)}: {what} overflows {dtype}; "
-            f"leave it out by --exclude {quoted(layer.name)}"
-        )
+        name = quoted(layer.name)
+        option = either(python=f"exclude=[{name}]", command=f"--exclude {name}")
+        raise ModelError(f"node {name}: {what} overflows {dtype}; leave it out by {option}")
     return np.ascontiguousarray(array.astype(dtype))

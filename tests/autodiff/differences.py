@@ -158,6 +158,10 @@ def distinct(*shape: int, seed: int = 0, spacing: float = 0.01) -> np.ndarray:
     return ((order - count // 2 + 0.5) * spacing).reshape(shape).astype(np.float64)
 
 
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     """Standard normal numbers."""
     return np.random.default_rng(seed).standard_normal(shape)

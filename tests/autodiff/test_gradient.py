@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from cobla_onnx.autodiff import differentiate, gradient_graph
+from cobla_onnx.autodiff.gradient import differentiate, gradient_graph
 from cobla_onnx.autodiff.vjp.registry import FLAT, RULES, flat, vjp
 from cobla_onnx.calibration.evaluation.loss import sample_losses
 from cobla_onnx.errors import ModelError, UsageError

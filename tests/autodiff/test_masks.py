@@ -10,7 +10,8 @@ import onnx
 import pytest
 from onnx import helper
 
-from cobla_onnx.autodiff import GradientGraph, MaskedWeight, differentiate
+from cobla_onnx.autodiff.gradient import GradientGraph, differentiate
+from cobla_onnx.autodiff.masks import MaskedWeight
 from cobla_onnx.graph.layers import Layer, find_layers, read_weight
 from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.variants.low_rank.matricisation import Scheme, schemes_for

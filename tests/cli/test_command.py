@@ -294,7 +294,7 @@ def test_macs_that_cannot_be_known_name_the_shape_to_give():
     for axis in (2, 3):
         model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = "size"
     del model.graph.value_info[:]
-    with pytest.raises(errors.UsageError, match="--input-shape x:1,3,\\?,\\?"):
+    with pytest.raises(errors.UsageError, match=r"input_shapes=\{'x': \(1, 3, \?, \?\)\}"):
         compress(model, Budget(mac=0.5), rank_multiple=1)
     given_shape = compress(
         model, Budget(mac=0.5), rank_multiple=1, input_shapes={"x": (1, 3, 20, 20)}

@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 import cobla_onnx
+from cobla_onnx import __main__
 from cobla_onnx.cli import app
+from cobla_onnx.cli.commands import compare, compress, sweep
+from cobla_onnx.cli.commands import inspect as inspection
+from cobla_onnx.cli.config import NOT_IN_FILE
+from tests.cli.test_command import run_here
 
 HERE = Path(__file__).parent
 COMMANDS = ("compress", "inspect", "sweep", "compare")
@@ -35,6 +40,22 @@ def test_help_is_as_written_down(command, monkeypatch, capsys):
     assert words(shown) == words(stored)
     if importlib.metadata.version("typer").startswith(WRITTEN_WITH):
         assert shown == stored
+
+
+def test_each_command_has_a_module_of_its_own():
+    modules = (compress, inspection, sweep, compare)
+    assert [command.callback.__module__ for command in app.registered_commands] == [
+        module.__name__ for module in modules
+    ]
+    assert __main__.main.__module__ == "cobla_onnx.cli.app"
+
+
+@pytest.mark.parametrize("key", sorted(NOT_IN_FILE))
+def test_what_makes_no_sense_in_a_file_is_no_option_there(tmp_path, key):
+    (tmp_path / "c.toml").write_text(f"{key} = true\n")
+    done = run_here("compress", "--config", tmp_path / "c.toml", "in.onnx", "out.onnx")
+    assert done.returncode == 2
+    assert f"'{key}' is not an option" in done.stderr
 
 
 def test_signatures_are_as_written_down():

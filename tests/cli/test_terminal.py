@@ -56,15 +56,15 @@ def test_options_come_from_a_file_and_the_command_line_wins(demo_model, tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mme = 0.5", "'mme' is no option; did you mean 'mem'?"),
-        ("[compress]\nmme = 0.5", "'[compress] mme' is no option; did you mean 'mem'?"),
+        ("mme = 0.5", "'mme' is not an option; did you mean 'mem'?"),
+        ("[compress]\nmme = 0.5", "'[compress] mme' is not an option; did you mean 'mem'?"),
         ("[comprss]\nmem = 0.5", "did you mean 'compress'?"),
         ("quiet = 1", "quiet is on or off; write true or false"),
         ("mem = true", "mem takes a text or a number"),
         ("exclude = [true]", "exclude takes texts or numbers, one or a list"),
         ("mem = [0.5]", "mem takes a text or a number"),
         ("mem = ", "is not TOML"),
-        ("config = 'a.toml'", "'config' is no option"),
+        ("config = 'a.toml'", "'config' is not an option"),
         (None, "cannot be read"),
     ],
 )

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from cobla_onnx.wording import option_name
 from tests.builders import FLOAT, random_array, small_network
 
 AGAIN = "the file is damaged, export or download it again"
@@ -278,7 +279,7 @@ def giant(op: str, inputs: list[str], **values: object) -> Callable[[onnx.ModelP
 
 MUCH = (
     f"node 'giant': makes a tensor of shape [{2**20}, {2**20}], more than 2147483647 numbers; "
-    "give smaller inputs by --input-shape, or export the model again"
+    f"give smaller inputs by {option_name('input_shapes')}, or export the model again"
 )
 hostile("ConstantOfShape of 2^40", MUCH)(giant("ConstantOfShape", ["sizes"]))
 hostile("Expand to 2^40", MUCH)(giant("Expand", ["one", "sizes"]))

@@ -16,6 +16,7 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph import layers
 from cobla_onnx.graph.io import model_file
 from cobla_onnx.graph.io.model_file import load_model
+from cobla_onnx.wording import in_flags
 from tests.builders import model_of, random_array, small_network
 from tests.cli.test_command import COMMAND
 from tests.contract.hostile import CASES, DATA_CASES, with_external_data
@@ -50,7 +51,7 @@ def test_damaged_models_get_their_message(case, tmp_path):
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ModelError) as caught:
         compress(path, Budget(mem=0.5), threads=1)
-    assert str(caught.value) == f"{path}: {case.message}"
+    assert caught.value.message == f"{path}: {case.message}"
     assert listing(tmp_path) == [str(path)]
 
 
@@ -176,7 +177,7 @@ def test_the_command_says_it_in_one_line(name, tmp_path):
     path.write_bytes(model.SerializeToString())
     done = run_limited(path, tmp_path / "out.onnx", "--mem", 0.5, "--threads", 1)
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr == f"error: {path}: {case.message}\n"
+    assert done.stderr == f"error: {path}: {in_flags(case.message)}\n"
     assert listing(tmp_path) == [str(path)]
 
 

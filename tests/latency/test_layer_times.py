@@ -109,7 +109,7 @@ def test_rules_follow_the_budgets():
     assert rule("auto", latency=True, cpu=False).convolution.candidates(20).tolist() == [8, 16]
     assert rule(6, mac=True).convolution.candidates(13).tolist() == [6, 12]
     assert rule(1, mac=True).complete
-    with pytest.raises(UsageError, match="--rank-multiple 0"):
+    with pytest.raises(UsageError, match="rank_multiple=0"):
         rule(0)
 
 

@@ -40,7 +40,7 @@ def test_other_conditions_are_named_with_the_way_out(tmp_path, change, words):
     with pytest.raises(UsageError) as caught:
         Profile.open(path, replace(HERE, **change))
     message = str(caught.value)
-    assert message.startswith(f"--profile {path}: ")
+    assert message.startswith(f"profile='{path}': ")
     assert all(word in message for word in words)
     assert "to measure anew" in message
 

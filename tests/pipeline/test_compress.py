@@ -42,42 +42,38 @@ def divergence(model: onnx.ModelProto, demo_model) -> float:
     return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
+@pytest.mark.slow
 def test_the_command_with_data(demo_model, tmp_path):
     out, report = tmp_path / "out.onnx", tmp_path / "r.json"
     done = run(
-        demo_model, out, "--mem", 0.3, "--data", DATA, "--samples", 100, "--report", report
+        demo_model, out, "--mem", 0.3, "--data", DATA, "--samples", 50, "--report", report
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "calibrated on 80 samples" in done.stdout
-    assert "verified in onnxruntime on 20 samples of held-back data" in done.stdout
+    assert "calibrated on 40 samples" in done.stdout
+    assert "verified in onnxruntime on 10 samples of held-back data" in done.stdout
     assert "no data was given" not in done.stdout
     content = json.loads(report.read_text())
     assert content["solver"]["objective"] == "output"
     calibration = content["calibration"]
-    assert calibration["calibration_samples"] == 80
-    assert calibration["selection_samples"] == content["verification"]["samples"] == 20
+    assert calibration["calibration_samples"] == 40
+    assert calibration["selection_samples"] == content["verification"]["samples"] == 10
     assert calibration["outputs"] == {"logits": "logits"}
     assert calibration["loss"] <= calibration["loss_before_refit"] <= calibration["candidates"][0]
     assert content["budget"]["mem"]["reached"] <= 0.3
     assert stored_bytes(onnx.load(out)) <= 0.3 * stored_bytes(onnx.load(demo_model))
 
 
+@pytest.mark.slow
 def test_data_makes_a_small_model_good(demo_model):
     budget = Budget(mem=0.15)
     blind = divergence(compress(demo_model, budget).model, demo_model)
-    options = {"data": DATA, "samples": 120}
+    options = {"data": DATA, "samples": 60}
     seen = divergence(compress(demo_model, budget, **options, refit=False).model, demo_model)
     refitted = divergence(compress(demo_model, budget, **options).model, demo_model)
     # Measured: 0.32, 0.12 and 0.008.
     assert seen < 0.5 * blind
     assert refitted < seen
-
-
-def test_the_same_bytes_again(demo_model):
-    twice = [compress(demo_model, Budget(mem=0.3), data=DATA, samples=30) for _ in range(2)]
-    first, second = (result.model.SerializeToString(deterministic=True) for result in twice)
-    assert first == second
 
 
 def test_both_budgets_and_a_plan_with_data(demo_model):
@@ -100,6 +96,7 @@ def test_ranks_by_weights_with_factors_by_data(demo_model):
     assert divergence(mixed.model, demo_model) < divergence(blind.model, demo_model)
 
 
+@pytest.mark.slow
 def test_the_network_loss_from_the_command_line(demo_model, tmp_path):
     """With labels, a history and a report; the written budget holds."""
     with np.load(DATA) as content:
@@ -148,7 +145,7 @@ def test_nothing_to_do_copies_the_model(demo_model, tmp_path):
 
 
 def test_the_answer_is_the_last_round_or_a_rival_that_was_taken(demo_model):
-    found = compress(demo_model, Budget(mem=0.25), data=DATA, samples=100, refit=False, loss="kl")
+    found = compress(demo_model, Budget(mem=0.25), data=DATA, samples=60, refit=False, loss="kl")
     calibration = found.report.calibration
     assert calibration.loss == pytest.approx(calibration.candidates[0]) or any(
         rival.taken for rival in calibration.rivals
@@ -161,7 +158,7 @@ def test_selection_samples_never_make_factors(demo_model, monkeypatch):
     """Poison what is held back: factors and plan candidates stay as they are."""
     with np.load(DATA) as content:
         images = content["image"][:30]
-    plan = compress(demo_model, Budget(mem=0.3), data={"image": images}).plan
+    plan = compress(demo_model, Budget(mem=0.3)).plan
 
     def factors(array: np.ndarray) -> list[bytes]:
         result = compress(

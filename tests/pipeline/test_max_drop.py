@@ -8,7 +8,7 @@ import pytest
 
 from cobla_onnx import Budget, compress, errors
 from cobla_onnx.calibration.evaluation.quality import Quality
-from cobla_onnx.cli.parsing import share
+from cobla_onnx.cli.parsing import fraction
 from cobla_onnx.pipeline.max_drop import smallest
 from tests.builders import random_array, small_network
 from tests.cli.test_command import run, run_here
@@ -127,15 +127,15 @@ def test_accuracy_with_labels_and_relative_error_without_classes():
 
 def test_bad_requests():
     for bad in (1.0, -0.1, float("nan")):
-        with pytest.raises(errors.UsageError, match="--max-drop"):
+        with pytest.raises(errors.UsageError, match=r"max_drop=.* is not a fraction"):
             compress(small_network(), max_drop=bad, data=DATA)
-    with pytest.raises(errors.UsageError, match="give --data"):
+    with pytest.raises(errors.UsageError, match="give data="):
         compress(small_network(), max_drop=0.1, threads=1)
-    assert share("--max-drop", "1%") == 0.01
-    assert share("--max-drop", "0.02") == 0.02
+    assert fraction("--max-drop", "1%") == 0.01
+    assert fraction("--max-drop", "0.02") == 0.02
     for bad in ("1%%", "much", "1%x", "nan", ""):
-        with pytest.raises(errors.UsageError, match="is not a share"):
-            share("--max-drop", bad)
+        with pytest.raises(errors.UsageError, match="is not a fraction"):
+            fraction("--max-drop", bad)
 
 
 def test_the_command(tmp_path):

@@ -66,7 +66,7 @@ def test_what_is_out_of_reach_is_refused_before_the_model_runs_on_data(monkeypat
     if len(budgets) == 1:
         with pytest.raises(errors.BudgetError, match="below the least reachable") as caught:
             compress(small_network(), budgets[0], data=DATA, threads=1)
-        assert "--rank-multiple 1" not in str(caught.value)
+        assert "rank_multiple=1" not in str(caught.value)
         monkeypatch.undo()
         within = Budget(**caught.value.least)
         assert compress(small_network(), within, data=DATA, threads=1).report.budget
@@ -77,7 +77,7 @@ def test_a_budget_that_some_rank_reaches_is_not_refused_because_of_the_grid(monk
     monkeypatch.setattr("cobla_onnx.pipeline.open_session.convolution_block", lambda: 16)
     with pytest.raises(errors.BudgetError) as caught:
         compress(small_network(), Budget(mac=0.4), rank_multiple=16, threads=1)
-    assert "--rank-multiple 1" in str(caught.value)
+    assert "rank_multiple=1" in str(caught.value)
     result = compress(small_network(), Budget(mac=0.4), threads=1)
     assert result.report.budget["mac"].reached <= 0.4
     assert any("smaller ones were added" in note for note in result.report.notes)

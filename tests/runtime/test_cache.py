@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cobla_onnx import Budget, compress
+from cobla_onnx import Budget, Result, compress
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.io.model_file import load_model
@@ -254,7 +255,7 @@ def test_files_of_killed_writers_go_after_a_day(tmp_path):
 
 def test_a_folder_that_cannot_be_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"--cache .*cannot be used as a folder"):
+    with pytest.raises(UsageError, match=r"cache=.*cannot be used as a folder"):
         Cache(tmp_path / "file")
 
 
@@ -299,40 +300,56 @@ def test_content_does_not_depend_on_where_tensors_lie(demo_model, tmp_path):
     assert len(contents) == 1
 
 
+def compressed(model: Path, budget: float, cache: Path | None = None) -> Result:
+    data = model.with_name("digits_calibration.npz")
+    return compress(
+        model, Budget(mem=budget), data=data, samples=40, refit=False, solver="milp", cache=cache
+    )
+
+
+@pytest.fixture(scope="module")
+def filled(demo_model, tmp_path_factory) -> Path:
+    """A cache that one compression has filled; its model is that without a cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    found = [compressed(demo_model, 0.4, cache) for cache in (None, folder)]
+    without, first = (r.model.SerializeToString(deterministic=True) for r in found)
+    assert first == without
+    (folder / "model").write_bytes(first)
+    return folder
+
+
+@pytest.fixture
+def copied(filled, tmp_path) -> Path:
+    return Path(shutil.copytree(filled, tmp_path / "cache"))
+
+
 @pytest.mark.parametrize("damage", [None, _truncate])
-def test_the_same_model_with_and_without(demo_model, tmp_path, damage):
-    data = Path(demo_model).with_name("digits_calibration.npz")
-    options = {"data": data, "samples": 40, "refit": False, "solver": "milp"}
-    without = compress(demo_model, Budget(mem=0.4), **options)
-    first = compress(demo_model, Budget(mem=0.4), cache=tmp_path, **options)
+def test_the_same_model_with_and_without(demo_model, copied, damage):
     if damage is not None:
-        for path in tmp_path.glob("*.npz"):
+        for path in copied.glob("*.npz"):
             damage(path)
-    second = compress(demo_model, Budget(mem=0.4), cache=tmp_path, **options)
-    written = [r.model.SerializeToString(deterministic=True) for r in (without, first, second)]
-    assert written[0] == written[1] == written[2]
+    second = compressed(demo_model, 0.4, copied)
+    assert second.model.SerializeToString(deterministic=True) == (copied / "model").read_bytes()
     noted = [note for note in second.report.notes if "damaged" in note]
-    assert len(noted) == (0 if damage is None else len(list(tmp_path.glob("*.npz"))))
+    assert len(noted) == (0 if damage is None else len(list(copied.glob("*.npz"))))
 
 
-def test_another_budget_finds_all_that_does_not_depend_on_it(demo_model, tmp_path):
-    data = Path(demo_model).with_name("digits_calibration.npz")
-    options = {"data": data, "samples": 40, "refit": False, "solver": "milp", "cache": tmp_path}
-    compress(demo_model, Budget(mem=0.4), **options)
-    before = {path.name for path in tmp_path.iterdir()}
-    compress(demo_model, Budget(mem=0.6), **options)
-    new = {path.name.partition("-")[0] for path in tmp_path.iterdir() if path.name not in before}
+def test_another_budget_finds_all_that_does_not_depend_on_it(demo_model, copied):
+    before = {path.name for path in copied.iterdir()}
+    compressed(demo_model, 0.6, copied)
+    new = {path.name.partition("-")[0] for path in copied.iterdir() if path.name not in before}
     # Losses of ranks that this budget alone has chosen are new.
     # So are singular vectors of the weights, to compare with the answer without data.
     assert new <= {"loss", "vectors"}
 
 
+@pytest.mark.slow
 def test_without_data_too_and_by_the_command(demo_model, tmp_path):
-    written = []
-    for number in range(3):
-        out = tmp_path / f"{number}.onnx"
-        more = ["--cache", tmp_path / "cache"] if number else []
-        done = subprocess.run([COMMAND, demo_model, out, "--mem", "0.5", "-q", *more])
+    compress(demo_model, Budget(mem=0.5)).save(tmp_path / "0.onnx")
+    written = [(tmp_path / "0.onnx").read_bytes()]
+    for number in (1, 2):
+        out, cache = tmp_path / f"{number}.onnx", tmp_path / "cache"
+        done = subprocess.run([COMMAND, demo_model, out, "--mem", "0.5", "-q", "--cache", cache])
         assert done.returncode == 0
         written.append(out.read_bytes())
     assert written[0] == written[1] == written[2]

@@ -11,8 +11,8 @@ __all__: list[str] = []
 
 flat("piecewise constant", "Floor", "Ceil", "Round", "Sign")
 flat("its result does not depend on values", "Shape", "Size", "ConstantOfShape", "EyeLike")
-flat("its result is no number", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
-flat("its result is no number", "And", "Or", "Xor", "Not", "IsNaN", "IsInf")
+flat("its result is boolean", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+flat("its result is boolean", "And", "Or", "Xor", "Not", "IsNaN", "IsInf")
 flat("its result is an index", "ArgMax", "ArgMin", "NonZero", "Range", "OneHot")
 
 

@@ -69,7 +69,7 @@ class Window:
 
 
 def same_pads(total: int, mode: str) -> int:
-    """Share of a total padding that goes before the input."""
+    """Part of a total padding that goes before the input."""
     return total // 2 if mode == "SAME_UPPER" else total - total // 2
 
 
@@ -195,7 +195,7 @@ def _shifts(g: Emitter, x: str, window: Window, outputs: Sequence[int]) -> list[
 
 @vjp("Conv")
 def conv(g: Emitter, step: Step) -> Gradients:
-    """Gradients by input, weight and bias."""
+    """Gradients with respect to input, weight and bias."""
     x, w = step.node.input[:2]
     x_shape, w_shape, y_shape = step.shape(0), step.shape(1), step.y_shape
     window = window_of(step, w_shape[2:], x_shape[2:], y_shape[2:])

@@ -17,7 +17,7 @@ __all__: list[str] = []
 
 @vjp("BatchNormalization")
 def batch_normalization(g: Emitter, step: Step) -> Gradients:
-    """Y = s (x - m) / sqrt(v + eps) + b with given m and v, by all five."""
+    """Y = s (x - m) / sqrt(v + eps) + b with given m and v; with respect to all five."""
     if step.get("training_mode", 0):
         raise NoRuleError("it is in training mode")
     x, scale, _, mean, variance = step.node.input

@@ -18,7 +18,7 @@ def max_pool(g: Emitter, step: Step) -> Gradients:
     """The gradient dy goes to the largest element of its window.
 
     Windows side by side: where x equals the maximum spread over its window again; if
-    several do, they share. Else to the first one, by its index.
+    several do, in equal parts. Else to the first one, by its index.
     """
     shape, out = step.shape(), step.y_shape
     window = window_of(step, tuple(step.attributes["kernel_shape"]), shape[2:], out[2:])

@@ -50,7 +50,7 @@ class Step:
     ----------
     node : NodeProto
     dys : tuple of (str or None)
-        Gradient by each output, of its shape; None is zero.
+        Gradient with respect to each output, of its shape; None is zero.
     wanted : tuple of bool
         Which inputs need a gradient.
     shapes : mapping of str to tuple of int
@@ -85,7 +85,7 @@ class Step:
 
     @property
     def dy(self) -> str:
-        """Gradient by the only output that has one."""
+        """Gradient with respect to the only output that has one."""
         if any(dy is not None for dy in self.dys[1:]):
             raise NoRuleError("a second output is used")
         assert self.dys[0] is not None

@@ -21,7 +21,7 @@ def adjoint_of_take(
     Parameters
     ----------
     dy : str
-        Gradient by y, of `shape`.
+        Gradient with respect to y, of `shape`.
     indices : array of int, shape (shape[axis],)
         In 0, ..., size - 1.
     size : int
@@ -58,7 +58,7 @@ def adjoint_of_matrix(
     Parameters
     ----------
     dy : str
-        Gradient by y, of `shape`.
+        Gradient with respect to y, of `shape`.
     matrix : array, shape (size of x, shape[axis])
     """
     if bool(np.all((matrix == 0) | (matrix == 1)) and np.all(matrix.sum(axis=0) == 1)):

@@ -12,7 +12,7 @@ __all__: list[str] = []
 
 
 def _only(step: Step, dx: str | None) -> Gradients:
-    """Gradient by the first input; the others say how, and have none."""
+    """Gradient with respect to the first input; the others say how, and have none."""
     return (dx, *[None] * (len(step.node.input) - 1))
 
 
@@ -96,7 +96,7 @@ def pad(g: Emitter, step: Step) -> Gradients:
     A constant frame gives nothing back, a negative pad (a cut) gives zeros.
     """
     if step.wants(2):
-        raise NoRuleError("a gradient by the value of the padding is asked for")
+        raise NoRuleError("a gradient with respect to the value of the padding is needed")
     shape, rank = step.shape(), len(step.shape())
     pads = step.integers(1)
     assert pads is not None

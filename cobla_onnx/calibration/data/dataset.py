@@ -22,6 +22,7 @@ from cobla_onnx.runtime.cache import digest
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import ArrayFile, Place
 from cobla_onnx.text import quoted
+from cobla_onnx.wording import option_name
 
 __all__ = ["Dataset", "InputSpec", "Record", "input_specs", "rows_of_a_sample"]
 
@@ -63,7 +64,7 @@ def _spec(
     if not value.type.HasField("tensor_type"):
         raise ModelError(
             f"input {value.name!r}: is not a tensor, which calibration data could feed; leave "
-            "out --data"
+            f"out {option_name('data')}"
         )
     text = kind.elem_type == onnx.TensorProto.STRING
     dtype = np.dtype("U" if text else onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.calibration.data.dataset import InputSpec
 from cobla_onnx.errors import DataError, UsageError
+from cobla_onnx.wording import either, option_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,6 +24,13 @@ __all__ = ["IMAGE_TYPES", "ImageOptions", "find_images", "read_image", "target_s
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 # Files that operating systems leave in folders, apart from hidden ones.
 LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
+
+# How messages name the options of channels.
+CHANNEL_OPTIONS = either(python="ImageOptions' mean, std, scale", command="--mean, --std, --scale")
+EXAMPLE = either(
+    python="scale=0.00392157, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)",
+    command="--scale 0.00392157 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,8 @@ class ImageOptions:
     def __post_init__(self) -> None:
         if not np.isfinite([*self.mean, *self.std, self.scale]).all() or 0 in self.std:
             raise UsageError(
-                "--mean, --std, --scale: have to be finite numbers, and --std not 0; "
-                "write e.g. --scale 0.00392157 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"
+                f"{CHANNEL_OPTIONS}: have to be finite numbers, and {option_name('std')} not 0; "
+                f"write e.g. {EXAMPLE}"
             )
 
 
@@ -125,17 +133,20 @@ def target_size(spec: InputSpec, options: ImageOptions) -> tuple[int, int, int]:
     channels, height, width = (sizes[axis] for axis in axes)
     if height is None or width is None:
         raise DataError(
-            f"input {spec.name!r}: its height and width are not fixed; give them by --input-shape"
+            f"input {spec.name!r}: its height and width are not fixed; give them by "
+            f"{option_name('input_shapes')}"
         )
     channels = 3 if channels is None else channels
     if channels not in (1, 3):
         raise DataError(
             f"input {spec.name!r}: has {channels} channels along axis {axes[0]}, images 1 or 3; "
-            "try the other --layout"
+            f"try the other {option_name('layout')}"
         )
-    for name, values in (("--mean", options.mean), ("--std", options.std)):
+    for name, values in (("mean", options.mean), ("std", options.std)):
         if len(values) not in (1, channels):
-            raise UsageError(f"{name}: has {len(values)} numbers, the model {channels} channels")
+            raise UsageError(
+                f"{option_name(name)}: has {len(values)} numbers, the model {channels} channels"
+            )
     return channels, height, width
 
 
@@ -150,7 +161,7 @@ def _check_type(spec: InputSpec, options: ImageOptions) -> None:
         )
     if set(options.mean) != {0.0} or set(options.std) != {1.0} or options.scale != 1.0:
         raise UsageError(
-            f"--mean, --std, --scale: input {spec.name!r} is uint8 and gets pixels as they are; "
+            f"{CHANNEL_OPTIONS}: input {spec.name!r} is uint8 and gets pixels as they are; "
             "leave these options out"
         )
 
@@ -178,7 +189,7 @@ def read_image(
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise UsageError(
-            "--data: reading images needs Pillow; pip install 'cobla-onnx[images]'"
+            f"{option_name('data')}: reading images needs Pillow; pip install 'cobla-onnx[images]'"
         ) from error
     try:
         with warnings.catch_warnings():

@@ -15,6 +15,7 @@ from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.targets import IGNORED
 from cobla_onnx.errors import DataError, UsageError
 from cobla_onnx.text import quoted
+from cobla_onnx.wording import option_name
 
 __all__ = ["Labels", "align_labels", "labels_of_batches", "read_labels"]
 
@@ -46,11 +47,13 @@ def read_labels(path: Path) -> Labels:
         If it does not hold labels.
     """
     if not path.is_file():
-        raise UsageError(f"--labels {path}: is not a file; check the path")
+        raise UsageError(f"{option_name('labels', path)}: is not a file; check the path")
     if path.suffix == ".csv":
         return _read_csv(path)
     if path.suffix not in (".npy", ".npz"):
-        raise UsageError(f"--labels {path}: is neither .csv, .npy nor .npz; give one of these")
+        raise UsageError(
+            f"{option_name('labels', path)}: is neither .csv, .npy nor .npz; give one of these"
+        )
     try:
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
@@ -145,7 +148,8 @@ def align_labels(labels: Labels, dataset: Dataset) -> NDArray[np.int64]:
     known = dataset.source_samples
     if len(array) // rows != known or len(array) < known * rows:
         raise DataError(
-            f"--labels: are {len(array)}, the data has {known * rows} samples; give one for each"
+            f"{option_name('labels')}: are {len(array)}, the data has {known * rows} samples; give "
+            "one for each"
         )
     grouped = array[: known * rows].reshape(known, rows, *array.shape[1:])
     aligned: NDArray[np.int64] = grouped[list(dataset.positions)]
@@ -171,21 +175,21 @@ def _whole_numbers(labels: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
         array = np.asarray(labels)
     except ValueError as error:
         raise DataError(
-            "--labels: differ in length from sample to sample; fill them up to one length with "
-            f"{IGNORED}, which does not count"
+            f"{option_name('labels')}: differ in length from sample to sample; fill them up to one "
+            f"length with {IGNORED}, which does not count"
         ) from error
     if array.dtype.kind not in "biuf" or array.ndim == 0:
         raise DataError(
-            f"--labels: have shape {list(array.shape)} and type {array.dtype}; give one whole "
-            "number from 0 for each sample, or each position of its output"
+            f"{option_name('labels')}: have shape {list(array.shape)} and type {array.dtype}; give "
+            "one whole number from 0 for each sample, or each position of its output"
         )
     wrong = np.argwhere((~(array >= 0) & (array != IGNORED)) | (array != np.floor(array)))
     if len(wrong):
         place = tuple(int(index) for index in wrong[0])
         further = f" at {list(place[1:])}" if array.ndim > 1 else ""
         raise DataError(
-            f"--labels: sample {place[0]} (from 0) has {array[place]:g}{further}; give whole "
-            f"numbers from 0, or {IGNORED} for a position that does not count"
+            f"{option_name('labels')}: sample {place[0]} (from 0) has {array[place]:g}{further}; "
+            f"give whole numbers from 0, or {IGNORED} for a position that does not count"
         )
     return array.astype(np.int64)
 
@@ -197,8 +201,8 @@ def _by_name(labels: Mapping[str, int], dataset: Dataset) -> NDArray[np.int64]:
     """
     if not dataset.names:
         raise DataError(
-            "--labels: go by file name, but the data is not a folder of images; give them "
-            "in the order of the samples, or by their numbers from 0"
+            f"{option_name('labels')}: go by file name, but the data is not a folder of images; "
+            "give them in the order of the samples, or by their numbers from 0"
         )
     by_end: dict[str, list[_Key]] = {}
     for key in labels:
@@ -215,8 +219,8 @@ def _by_name(labels: Mapping[str, int], dataset: Dataset) -> NDArray[np.int64]:
             other = owners.setdefault(key, name)
             if other != name:
                 raise DataError(
-                    f"--labels: {quoted(key)} is {quoted(other)} as well as {quoted(name)}; give "
-                    "paths relative to the data folder"
+                    f"{option_name('labels')}: {quoted(key)} is {quoted(other)} as well as "
+                    f"{quoted(name)}; give paths relative to the data folder"
                 )
     return np.array([[_label(name, labels, meant[name])] for name in dataset.names], np.int64)
 
@@ -243,11 +247,12 @@ def _parts(path: str) -> tuple[str, ...]:
 
 def _label(name: str, labels: Mapping[str, int], keys: Sequence[str]) -> int:
     if not keys:
-        raise DataError(f"--labels: there is none for {quoted(name)}; add it")
+        raise DataError(f"{option_name('labels')}: there is none for {quoted(name)}; add it")
     found = {int(_whole_numbers([labels[key]])[0]) for key in keys}
     if len(found) > 1:
         raise DataError(
-            f"--labels: {quoted(name)} may be {quoted(keys[0])} or {quoted(keys[1])}, which have "
-            "different classes; give paths relative to the data folder"
+            f"{option_name('labels')}: {quoted(name)} may be {quoted(keys[0])} or "
+            f"{quoted(keys[1])}, which have different classes; give paths relative to the data "
+            "folder"
         )
     return found.pop()

@@ -19,6 +19,7 @@ from cobla_onnx.calibration.data.images import (
     target_size,
 )
 from cobla_onnx.errors import DataError, UsageError
+from cobla_onnx.wording import option_name
 
 __all__ = ["ImageOptions", "open_data"]
 
@@ -77,14 +78,14 @@ def _open_path(
             return Dataset(str(path), _test_data(sets or [path], specs), specs, samples)
         return _open_images(path, specs, samples, images)
     if not path.exists():
-        raise UsageError(f"--data {path}: does not exist; check the path")
+        raise UsageError(f"{option_name('data', path)}: does not exist; check the path")
     if path.suffix == ".npz":
         return open_npz(path, specs, samples)
     if path.suffix == ".npy":
         return open_npy(path, specs, samples)
     raise UsageError(
-        f"--data {path}: is neither .npz nor .npy, nor a folder of images or test_data_set_*; "
-        "give one of these"
+        f"{option_name('data', path)}: is neither .npz nor .npy, nor a folder of images or "
+        "test_data_set_*; give one of these"
     )
 
 

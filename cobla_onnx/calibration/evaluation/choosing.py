@@ -19,6 +19,7 @@ from cobla_onnx.calibration.heads import Curvature, curvatures
 from cobla_onnx.errors import DataError, UsageError
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.text import quoted
+from cobla_onnx.wording import in_flags, option_name
 
 __all__ = ["Chooser", "Compared", "look_at", "measures_of", "measures_on", "notes_on"]
 
@@ -103,10 +104,11 @@ class Chooser:
         if choice.how == "classes":
             axis = axis if axis is not None else self._normal_axis(name, facts)
             return self._of_classes(
-                facts, axis if axis is not None else _usual(rank), "--output", loss
+                facts, axis if axis is not None else _usual(rank), option_name("outputs"), loss
             )
         if choice.how == "values" or loss == "mse":
-            why = "--output" if choice.how == "values" else "--loss mse"
+            values = choice.how == "values"
+            why = option_name("outputs") if values else option_name("loss", "mse")
             return _of_values(facts, axis, why)
         normal = self._normal_axis(name, facts)
         if normal is not None and axis in (None, normal):
@@ -121,13 +123,13 @@ class Chooser:
             if NAMED.search(self.shown.get(name, name)) and not facts.unit and not sigmoid:
                 return self._of_classes(facts, usual, BY_NAME, loss)
             if loss != "auto":
-                return self._of_classes(facts, usual, f"--loss {loss}", loss)
+                return self._of_classes(facts, usual, option_name("loss", loss), loss)
             if _two_axes(facts) and not facts.unit and usual == 1 and 1 in facts.slices.by_axis:
                 return _either(facts)
         elif loss != "auto":
             raise UsageError(
-                f"--loss {loss}: output {name!r} of shape {_shape(facts)} has no classes along "
-                f"axis {usual}; use --loss mse"
+                f"{option_name('loss', loss)}: output {name!r} of shape {_shape(facts)} has no "
+                f"classes along axis {usual}; use {option_name('loss', 'mse')}"
             )
         return _of_values(facts, axis, "no sign of classes")
 
@@ -138,8 +140,8 @@ class Chooser:
         axis = choice.axis + rank if choice.axis < 0 else choice.axis
         if not 1 <= axis < rank:
             raise UsageError(
-                f"--output {choice.name}: has shape {_shape(facts)}, no classes or features can "
-                f"be along axis {choice.axis}; give one from 1 to {rank - 1}"
+                f"{option_name('outputs', choice.name)}: has shape {_shape(facts)}, no classes or "
+                f"features can be along axis {choice.axis}; give one from 1 to {rank - 1}"
             )
         return axis
 
@@ -165,7 +167,7 @@ class Chooser:
         if loss == "ce":
             kind = "ce-probabilities" if plain == "probabilities" else "ce-logits"
         mask = facts.mask if axis > 1 else None
-        return Measure(kind, axis, mask=mask, suppressed=facts.suppressed, decided_by=why)
+        return Measure(kind, axis, mask=mask, suppressed=facts.suppressed, decided_by=in_flags(why))
 
     def _with_labels(self, found: Mapping[str, Measure], counted: Mapping[str, OutputFacts]) -> str:
         """Return the output to which the labels belong."""
@@ -176,8 +178,8 @@ class Chooser:
                 return candidates[0]
         listed = ", ".join(quoted(self.shown.get(name, name)) for name in counted)
         raise UsageError(
-            f"--labels: the model has {len(counted)} outputs, {listed}, and labels belong "
-            "to one of them; say which by --output NAME=classes"
+            f"{option_name('labels')}: the model has {len(counted)} outputs, {listed}, and labels "
+            f"belong to one of them; say which by {option_name('outputs', {'NAME': 'classes'})}"
         )
 
     def _to_labels(self, name: str, facts: OutputFacts) -> Measure:
@@ -192,9 +194,9 @@ class Chooser:
             return Measure(kind, None, mask=facts.mask, labelled=True, decided_by=why)
         if not _may_be_classes(facts, axis):
             raise UsageError(
-                f"--labels: output {quoted(name)} of shape {_shape(facts)} has no classes along "
-                f"axis {axis}; leave out the labels, or name the output by --output "
-                "NAME=classes:AXIS"
+                f"{option_name('labels')}: output {quoted(name)} of shape {_shape(facts)} has no "
+                f"classes along axis {axis}; leave out the labels, or name the output by "
+                f"{option_name('outputs', 'NAME=classes:AXIS')}"
             )
         measure = self._of_classes(facts, axis, "labels that are given", "ce")
         return replace(measure, labelled=True)
@@ -320,13 +322,15 @@ def _of_values(facts: OutputFacts, axis: int | None, why: str) -> Measure:
     axis = axis if axis is not None else facts.slices.feature_axis()
     if axis is not None and axis not in facts.slices.by_axis:
         raise UsageError(
-            f"--output: axis {axis} of an output of shape {_shape(facts)} cannot hold features, "
-            "since its size differs, or it has one entry; name another"
+            f"{option_name('outputs')}: axis {axis} of an output of shape {_shape(facts)} cannot "
+            "hold features, since its size differs, or it has one entry; name another"
         )
     # Rounded, so that sums in another order give the same loss, bit by bit.
     scale = tuple(float(f"{value:.3g}") for value in facts.slices.scale(axis))
     mask = facts.mask
-    return Measure("mse", axis, scale, mask=mask, suppressed=facts.suppressed, decided_by=why)
+    return Measure(
+        "mse", axis, scale, mask=mask, suppressed=facts.suppressed, decided_by=in_flags(why)
+    )
 
 
 def _either(facts: OutputFacts) -> Measure:

@@ -19,6 +19,7 @@ from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.graph.layers import Layer, all_inputs, node_label
 from cobla_onnx.runtime.session import Feeds, open_session
 from cobla_onnx.text import quoted
+from cobla_onnx.wording import option_name
 
 __all__ = ["MeasuredModel", "measured_model"]
 
@@ -153,7 +154,7 @@ def _refusal(search: Tracing, outputs: Sequence[str], ignored: Collection[str]) 
         reasons.append(f"{_list(sorted(ignored))} left out by option")
     return (
         f"no output can be compared with the original's: {'; '.join(reasons) or 'there is none'}; "
-        "let another output count by --output, or leave out --data"
+        f"let another output count by {option_name('outputs')}, or leave out {option_name('data')}"
     )
 
 

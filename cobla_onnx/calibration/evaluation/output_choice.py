@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 from cobla_onnx.errors import UsageError
 from cobla_onnx.text import quoted
+from cobla_onnx.wording import option_name
 
 __all__ = ["HOW", "LossName", "OutputChoice", "Outputs", "resolve_outputs"]
 
@@ -71,7 +72,9 @@ def resolve_outputs(outputs: Outputs, names: Iterable[str]) -> dict[str, OutputC
     for entry in entries:
         choice = _resolve(entry, known)
         if choice.name in found:
-            raise UsageError(f"--output {entry}: output {quoted(choice.name)} is named twice")
+            raise UsageError(
+                f"{option_name('outputs', entry)}: output {quoted(choice.name)} is named twice"
+            )
         found[choice.name] = choice
     if any(choice.how is None for choice in found.values()):
         for name in known:
@@ -90,8 +93,8 @@ def _resolve(entry: str, known: Sequence[str]) -> OutputChoice:
         return _checked(entry, plain[1], None, plain[2], known)
     if match and match[1] in known:
         raise UsageError(
-            f"--output {entry}: an output is not {quoted(match[2])}; write classes, values or "
-            "ignore behind the ="
+            f"{option_name('outputs', entry)}: an output is not {quoted(match[2])}; write classes, "
+            "values or ignore behind the ="
         )
     return _checked(entry, entry, None, None, known)
 
@@ -102,7 +105,7 @@ def _checked(
     if name not in known:
         close = difflib.get_close_matches(name, known, 3, 0.4) or list(known[:5])
         raise UsageError(
-            f"--output {entry}: the model has no output {quoted(name)}; did you mean "
-            f"{', '.join(map(quoted, close))}?"
+            f"{option_name('outputs', entry)}: the model has no output {quoted(name)}; did you "
+            f"mean {', '.join(map(quoted, close))}?"
         )
     return OutputChoice(name, how, None if axis is None else int(axis))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.errors import DataError
+from cobla_onnx.wording import option_name
 
 __all__ = ["IGNORED", "NOTHING", "binary_targets", "counted_positions", "one_hot"]
 
@@ -58,15 +59,15 @@ def one_hot(output: NDArray[Any], labels: NDArray[np.int64] | None, axis: int = 
         found = _from_one_hot(labels, output.shape, axis)
     if found is None:
         raise DataError(
-            f"--labels: have shape {_shape(labels.shape)} for an output of shape "
+            f"{option_name('labels')}: have shape {_shape(labels.shape)} for an output of shape "
             f"{_shape(output.shape)} with classes along axis {axis}; give class numbers of shape "
             f"{_shape(positions)}, {IGNORED} where a position does not count, or one-hot ones of "
             "the output's shape"
         )
     if found.max(initial=0) >= classes:
         raise DataError(
-            f"--labels: hold class {found.max()}, the model has {classes}, counted from "
-            f"0; check which classes the model was trained on, and give {IGNORED} for what is "
+            f"{option_name('labels')}: hold class {found.max()}, the model has {classes}, counted "
+            f"from 0; check which classes the model was trained on, and give {IGNORED} for what is "
             "none of them"
         )
     found = np.expand_dims(found, axis)
@@ -93,14 +94,14 @@ def binary_targets(output: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[A
         found = _from_one_hot(labels, (*output.shape, 2), output.ndim)
     if found is None:
         raise DataError(
-            f"--labels: have shape {_shape(labels.shape)} for an output of shape "
+            f"{option_name('labels')}: have shape {_shape(labels.shape)} for an output of shape "
             f"{_shape(output.shape)}; give one for each of its values, 0 or 1, or {IGNORED} where "
             "it does not count"
         )
     if found.max(initial=0) > 1:
         raise DataError(
-            f"--labels: hold class {found.max()}, but the output has one value for each position, "
-            "which tells 0 from 1; give labels of 0 and 1"
+            f"{option_name('labels')}: hold class {found.max()}, but the output has one value for "
+            "each position, which tells 0 from 1; give labels of 0 and 1"
         )
     return np.where(found == IGNORED, NOTHING, found).astype(output.dtype)
 

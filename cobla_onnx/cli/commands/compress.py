@@ -34,7 +34,7 @@ class Limits:
         Optional[str],  # noqa: UP045
         typer.Option(
             metavar="P%",
-            help="With --data: the smallest model that loses at most this share of agreement, "
+            help="With --data: the smallest model that loses at most this fraction of agreement, "
             "of accuracy with --labels, or relative error.",
         ),
     ] = None
@@ -107,7 +107,7 @@ def compress(
             input,
             Budget(**fractions) if limited else None,
             **options,
-            max_drop=parsing.share("--max-drop", limits.max_drop),
+            max_drop=parsing.fraction("--max-drop", limits.max_drop),
             plan=plan,
             progress=progress,
         )

@@ -79,7 +79,7 @@ def check_structure(model: onnx.ModelProto) -> None:
 
 
 def _check_text(model: onnx.ModelProto) -> None:
-    """Refuse text that is not UTF-8: protobuf hands it out as bytes, and takes it nowhere."""
+    """Refuse text that is not UTF-8: protobuf reads it as bytes, and accepts it nowhere."""
     pending: list[Message] = [model]
     while pending:
         message = pending.pop()
@@ -146,7 +146,7 @@ def _check_tensor(held: HeldTensor) -> None:
 
 
 def _check_functions(functions: Sequence[onnx.FunctionProto]) -> None:
-    """Refuse doubled functions, and functions that call themselves, however indirectly."""
+    """Refuse functions defined twice, and those that call themselves, however indirectly."""
     keys = [(f.domain, f.name, f.overload) for f in functions]
     twice = _first_double(keys)
     if twice is not None:
@@ -286,7 +286,7 @@ def _unknown_input(
 def _in_a_cycle(
     nodes: Sequence[onnx.NodeProto], producer: Mapping[str, int], first: int, start: int
 ) -> int | None:
-    """Go back from a node, over those from `first` on, until one comes again."""
+    """Walk back from a node, through `first` and later ones, until one is met again."""
     current: int | None = start
     seen: set[int] = set()
     while current is not None and current not in seen:

@@ -96,7 +96,7 @@ def load_in_order(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, Order]
         check_structure(model)
         _bind_external(model, file.parent)
     except ModelError as error:
-        raise ModelError(f"{shown}: {error}") from error
+        raise ModelError(f"{shown}: {error.message}") from error
     return model, order
 
 

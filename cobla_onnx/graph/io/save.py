@@ -30,6 +30,7 @@ from cobla_onnx.graph.protos import copy_fields
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.text import quoted, safe_text
+from cobla_onnx.wording import option_name
 
 __all__ = ["ExternalData", "save_model"]
 
@@ -82,8 +83,8 @@ def _beside(model: onnx.ModelProto, external_data: ExternalData) -> list[onnx.Te
     too_large = total > PROTOBUF_LIMIT - RESERVE
     if external_data == "never" and too_large:
         raise UsageError(
-            f"--external-data never: the result holds {total} bytes, an ONNX file at most 2 GB; "
-            "leave the option out"
+            f"{option_name('external_data', 'never')}: the result holds {total} bytes, an ONNX "
+            "file at most 2 GB; leave the option out"
         )
     if external_data == "never":
         return []

@@ -28,6 +28,7 @@ from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
 from cobla_onnx.variants.registry import stand_in
 from cobla_onnx.variants.rewrite import rewrite
+from cobla_onnx.wording import option_name
 
 __all__ = ["Found", "LatencySearch", "example_feeds"]
 
@@ -191,9 +192,9 @@ class LatencySearch:
         if measured.ratio <= limit * (1 + NOISE):
             return measured, _within_noise(limit, measured)
         raise BudgetError(
-            f"--latency {limit:g}: the result takes {measured.ratio:.3f} of the original's time "
-            f"({measured.low:.3f} to {measured.high:.3f}); the machine may be busy, or its "
-            "profile out of date",
+            f"{option_name('latency', limit)}: the result takes {measured.ratio:.3f} of the "
+            f"original's time ({measured.low:.3f} to {measured.high:.3f}); the machine may be "
+            "busy, or its profile out of date",
             {"latency": _rounded_up(measured.ratio)},
             "try again with a new one",
         )
@@ -255,8 +256,9 @@ def _best(tried: Sequence[Found], limit: float, threads: int) -> Found:
             fastest, allocation=fastest.allocation.noting(_within_noise(limit, measured))
         )
     raise BudgetError(
-        f"--latency {limit:g}: the fastest of {len(tried)} plans takes {measured.ratio:.3f} of the "
-        f"original's time ({measured.low:.3f} to {measured.high:.3f}, {threads} threads)",
+        f"{option_name('latency', limit)}: the fastest of {len(tried)} plans takes "
+        f"{measured.ratio:.3f} of the original's time ({measured.low:.3f} to {measured.high:.3f}, "
+        f"{threads} threads)",
         {"latency": _rounded_up(measured.ratio)},
         "raise it, or let more layers be factorised",
     )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import UsageError
+from cobla_onnx.wording import option_name
 
 __all__ = ["EVERY_RANK", "RankGrid", "RankMultiple", "RankRule", "rank_rule"]
 
@@ -143,7 +144,9 @@ def rank_rule(
     timed = mac or latency
     if multiple != "auto":
         if multiple < 1:
-            raise UsageError(f"--rank-multiple {multiple}: give auto, or a number of at least 1")
+            raise UsageError(
+                f"{option_name('rank_multiple', multiple)}: give auto, or a number of at least 1"
+            )
         convolution = product = RankGrid(multiple)
     elif not timed:
         convolution = product = RankGrid()

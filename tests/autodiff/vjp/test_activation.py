@@ -142,6 +142,8 @@ def test_fan_out_is_summed():
 def test_casts_and_dropout():
     nodes = [node("Cast", ["x"], ["a"], to=11), node("Dropout", ["a"], ["y"])]
     check(nodes, {"x": normal(2, 3)})
+    nodes = [node("CastLike", ["x", "like"], ["a"]), node("Relu", ["a"], ["y"])]
+    check(nodes, {"x": normal(2, 3), "like": np.zeros(1)}, wanted=["x"])
 
 
 def test_flat_paths_are_cut():

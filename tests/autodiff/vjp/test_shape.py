@@ -1,4 +1,4 @@
-"""Rules of operators that move numbers, and of reductions."""
+"""Rules of operators that move numbers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from tests.autodiff.differences import check, distinct, normal
+from tests.autodiff.differences import check, ints, normal
 
 node = helper.make_node
-
-
-def ints(*values: int) -> np.ndarray:
-    return np.array(values, dtype=np.int64)
 
 
 @pytest.mark.parametrize(
@@ -117,59 +113,3 @@ def test_depth_and_space(mode):
     back = node("DepthToSpace", ["x"], ["y"], blocksize=2, mode=mode)
     check(back, {"x": normal(2, 8, 2, 3)})
     check(node("SpaceToDepth", ["x"], ["y"], blocksize=2), {"x": normal(2, 3, 4, 2)})
-
-
-REDUCTIONS = ["Sum", "Mean", "Max", "Min", "SumSquare", "L1", "L2", "LogSumExp"]
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("axes", [(1,), (-1, 0), None])
-@pytest.mark.parametrize("keepdims", [0, 1])
-def test_reductions(reduction, axes, keepdims):
-    operator = f"Reduce{reduction}"
-    opset = 20 if reduction in ("Max", "Min") else 18
-    constants = {} if axes is None else {"axes": ints(*axes)}
-    reduce = node(operator, ["x", *constants], ["y"], keepdims=keepdims)
-    check(reduce, {"x": distinct(2, 3, 4, spacing=0.1)}, constants=constants, opset=opset)
-
-
-def test_a_reduction_over_no_axes():
-    reduce = node("ReduceSum", ["x"], ["y"], noop_with_empty_axes=1)
-    check(reduce, {"x": normal(2, 3)})
-    log = node("ReduceLogSum", ["x"], ["y"])
-    check(log, {"x": np.abs(normal(2, 3)) + 1})
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"mode": "nearest"},
-        {
-            "mode": "nearest",
-            "coordinate_transformation_mode": "asymmetric",
-            "nearest_mode": "floor",
-        },
-        {"mode": "linear"},
-        {"mode": "linear", "coordinate_transformation_mode": "align_corners"},
-        {"mode": "cubic"},
-        {"mode": "linear", "coordinate_transformation_mode": "pytorch_half_pixel"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("factor", [(2.0, 2.0), (1.0, 3.0), (0.5, 1.5)])
-def test_resize(settings, factor):
-    resize = node("Resize", ["x", "", "s"], ["y"], **settings)
-    constants = {"s": np.array([1, 1, *factor], dtype=np.float32)}
-    check(resize, {"x": normal(1, 2, 4, 6)}, constants=constants, tolerance=1e-5)
-
-
-def test_resize_to_a_size():
-    resize = node("Resize", ["x", "", "", "n"], ["y"], axes=[2, 3], mode="linear")
-    check(resize, {"x": normal(1, 2, 4, 6)}, constants={"n": ints(7, 3)}, tolerance=1e-5)
-
-
-def test_upsample_is_converted():
-    upsample = node("Upsample", ["x", "s"], ["y"], mode="nearest")
-    scales = {"s": np.array([1, 1, 2, 3], dtype=np.float32)}
-    nodes = [upsample]
-    check(nodes, {"x": normal(1, 2, 2, 3)}, constants=scales, opset=9)

@@ -223,7 +223,7 @@ def test_compress_with_labels():
         model, Budget(mem=0.6), data={"x": data}, labels=labels, objective="loss", threads=1
     )
     assert loss.report.solver.objective == "loss"
-    with pytest.raises(UsageError, match="--data"):
+    with pytest.raises(UsageError, match="give data="):
         compress(model, Budget(mem=0.6), labels=labels)
 
 

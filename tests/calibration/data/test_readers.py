@@ -374,15 +374,15 @@ def test_images_that_cannot_be_used(tmp_path):
     with pytest.raises(DataError, match=r"broken\.jpg: cannot be read"):
         open_data(tmp_path, [IMAGE])
     for spec, message in (
-        (InputSpec("image", F32, (None, 3, None, None)), "--input-shape"),
-        (InputSpec("image", F32, (None, 8, 8, 3)), "--layout"),
+        (InputSpec("image", F32, (None, 3, None, None)), "input_shapes="),
+        (InputSpec("image", F32, (None, 8, 8, 3)), "layout="),
         (X, "4 axes"),
     ):
         with pytest.raises(DataError, match=message):
             open_data(tmp_path, [spec])
-    with pytest.raises(UsageError, match="--mean: has 2 numbers"):
+    with pytest.raises(UsageError, match="mean: has 2 numbers"):
         open_data(tmp_path, [IMAGE], images=ImageOptions(mean=(1, 2)))
-    with pytest.raises(UsageError, match="--std"):
+    with pytest.raises(UsageError, match="std= not 0"):
         ImageOptions(std=(0.0,))
 
 

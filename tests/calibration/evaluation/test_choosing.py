@@ -45,7 +45,7 @@ def test_kinds_of_outputs():
     assert decided(softmax(rows), loss="mse").kind == "mse"
     assert decided(softmax(rows), loss="ce").kind == "ce-probabilities"
     assert decided(rows, loss="kl").kind == "logits"
-    with pytest.raises(UsageError, match="--loss mse"):
+    with pytest.raises(UsageError, match="loss='mse'"):
         decided(random_array(7), loss="kl")
     with pytest.raises(DataError, match="floating"):
         decided(np.arange(3))

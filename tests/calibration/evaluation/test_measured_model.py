@@ -193,7 +193,7 @@ def test_ordinary_outputs_need_no_copy():
 def test_ignored_outputs_are_left_out_and_one_must_be_left():
     model = typed(body(), weights(), [INFO("l", FLOAT, ["n", 8]), INFO("b", FLOAT, ["n", 16])])
     assert measure(model, ignored={"b"}).outputs == {"l": "l"}
-    with pytest.raises(errors.DataError, match=r"'b', 'l' left out.*--data"):
+    with pytest.raises(errors.DataError, match=r"'b', 'l' left out.*data="):
         measure(model, ignored={"b", "l"})
 
 

@@ -125,7 +125,7 @@ def test_a_data_file_that_is_not_ours_is_not_touched(tmp_path):
 def test_one_file_cannot_hold_more_than_two_gigabytes(monkeypatch, tmp_path):
     monkeypatch.setattr(saving, "PROTOBUF_LIMIT", saving.RESERVE + 4000)
     result = compress(small_network(), Budget(mem=0.6), threads=1)
-    with pytest.raises(errors.UsageError, match="--external-data never: the result holds"):
+    with pytest.raises(errors.UsageError, match="external_data='never': the result holds"):
         result.save(tmp_path / "out.onnx", external_data="never")
     result.save(tmp_path / "out.onnx")
     assert len(names(tmp_path)) == 2

@@ -1,0 +1,61 @@
+"""Documents and tables of results: every renderer shows what the result holds."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from cobla_onnx import Budget, compare, sweep
+from cobla_onnx.errors import UsageError
+from cobla_onnx.report.comparison import ModelComparison, ModelFacts
+from cobla_onnx.report.comparison_table import comparison_table
+from cobla_onnx.report.html import to_frame, to_html
+from cobla_onnx.report.markdown import to_markdown
+from cobla_onnx.report.sweep_plot import check_plot
+from cobla_onnx.report.sweep_table import sweep_table
+from cobla_onnx.report.terminal import output_text, render
+from tests.builders import small_network
+from tests.report.reports import small_report
+
+
+def shown(renderable: object) -> str:
+    out = io.StringIO()
+    Console(file=out, width=100).print(renderable)
+    return out.getvalue()
+
+
+def test_a_report_is_rendered_by_its_renderers():
+    report = small_report()
+    assert report.to_html() == to_html(report)
+    assert report.to_markdown() == to_markdown(report)
+    assert shown(report) == shown(render(report))
+    assert to_frame(report).startswith("<iframe")
+    for layer in report.layers:
+        assert layer.name in to_html(report)
+        assert layer.name in to_markdown(report)
+        assert layer.name in shown(render(report))
+    outputs = report.verification.outputs
+    assert outputs
+    assert all(output_text(output) in shown(render(report)) for output in outputs)
+
+
+def test_a_comparison_shows_both_models():
+    found = compare(small_network(), small_network(), threads=1)
+    assert isinstance(found, ModelComparison)
+    assert isinstance(found.first, ModelFacts)
+    text = shown(comparison_table(found))
+    assert text == shown(found)
+    assert "a model in memory" in text
+    assert all(output.name in text for output in found.outputs)
+
+
+def test_a_sweep_has_a_row_for_each_budget(tmp_path):
+    budgets = [Budget(mem=0.6), Budget(mem=0.8)]
+    found = sweep(small_network(), budgets, threads=1, solver="milp")
+    text = shown(sweep_table(found))
+    assert text == shown(found)
+    assert all(f"{point.mem:.4f}" in text for point in found.points)
+    with pytest.raises(UsageError, match=r"ends in \.svg or \.png"):
+        check_plot(tmp_path / "plot.txt")
