@@ -24,7 +24,7 @@ from cobla_onnx.pipeline.search.neighbours import neighbours
 from cobla_onnx.pipeline.search.rivals import Rivals
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR
 from tests.builders import model_of, random_array, small_network
-from tests.calibration.test_network_loss import calibrated_for
+from tests.calibration.test_network_loss import evidence_for
 from tests.test_calibrated import TEST, logits_of
 from tests.test_command import ROOT, run_here
 
@@ -76,13 +76,13 @@ def test_the_ranks_of_another_grid_are_on_it(demo_model):
 def test_every_half_is_judged_under_the_factors_of_the_other():
     """Against factors that are made by hand from each half."""
     model = small_network()
-    calibrated = calibrated_for(model, 30)
-    finisher, dataset = calibrated.finisher, calibrated.dataset
-    layers = calibrated.analysis.layers
-    constraints = calibrated.analysis.constraints(Budget(mem=0.5))
-    curves = calibrated.analysis.curves
+    evidence = evidence_for(model, 30)
+    finisher, dataset = evidence.finisher(), evidence.dataset
+    layers = evidence.analysis.layers
+    constraints = evidence.analysis.constraints(Budget(mem=0.5))
+    curves = evidence.analysis.curves
     chosen = allocate(curves, WeightError(curves), constraints, solver="milp").choices
-    plan = calibrated.analysis.plan(chosen)
+    plan = evidence.analysis.plan(chosen)
     found = CrossFit(finisher).losses(plan)
     made = dataset.calibration
     assert len(found) == len(made) + len(dataset.selection)
@@ -100,8 +100,8 @@ def test_every_half_is_judged_under_the_factors_of_the_other():
 
 def test_an_answer_gives_way_only_to_what_all_samples_prefer():
     """One that truncates less is preferred; one that truncates more is not even looked at."""
-    calibrated = calibrated_for(small_network(), 40)
-    analysis = calibrated.analysis
+    evidence = evidence_for(small_network(), 40)
+    analysis = evidence.analysis
     own, better, worse = (
         allocate(
             analysis.curves,
@@ -111,7 +111,8 @@ def test_an_answer_gives_way_only_to_what_all_samples_prefer():
         )
         for fraction in (0.4, 0.8, 0.2)
     )
-    rivals = Rivals(calibrated.finisher)
+    finisher = evidence.finisher()
+    rivals = Rivals(finisher, CrossFit(finisher))
     settled = rivals.settle(own, [("worse", worse), ("better", better), ("same", own)])
     assert settled.allocation.choices == better.choices
     (rival,) = settled.rivals

@@ -18,9 +18,7 @@ from cobla_onnx.graph.layers import Layer
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.refit import ChosenLayer, refit_layers, replaced_weights
 from cobla_onnx.plan import Plan
-from cobla_onnx.runtime.cache import Cache
-from cobla_onnx.runtime.pool import Pool
-from cobla_onnx.runtime.progress import Progress
+from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.units import factor_units, factorize_layer, mapped
 
@@ -32,7 +30,10 @@ Approximate: TypeAlias = Callable[[Layer, Scheme, Sequence[int]], list[Approxima
 
 @dataclass
 class Finisher:
-    """Makes the factors of a plan.
+    """Makes the factors of plans for one budget, and keeps those that were judged or refitted.
+
+    A plan's losses and factors do not depend on the plans before it. They are kept no longer
+    than one budget needs, since they are as large as the weights.
 
     Parameters
     ----------
@@ -43,29 +44,17 @@ class Finisher:
         Its selection split decides which layers keep their refit.
     dataset : Dataset
         Layers are refitted to its calibration split.
-    threads : int
-    progress : callable
-    pool : Pool
-        Runs the factorisation of weights where it does not depend on data.
-    cache : Cache, optional
-        Keeps the factors made without data.
+    context : RunContext
+        Its pool factorises weights where that does not depend on data, and its cache keeps them.
     """
 
     model: onnx.ModelProto
     analysis: Analysis
     judge: Judge
     dataset: Dataset
-    threads: int
-    progress: Progress
-    pool: Pool = field(default_factory=Pool)
-    cache: Cache | None = None
+    context: RunContext = field(default_factory=RunContext)
     _refitted: dict[Plan, tuple[list[Approximation], int]] = field(default_factory=dict)
     _held_back: dict[Plan, Float64] = field(default_factory=dict)
-
-    def forget(self) -> None:
-        """Forget the plans that were judged or refitted."""
-        self._refitted.clear()
-        self._held_back.clear()
 
     def chosen(self, plan: Plan, approximate: Approximate | None = None) -> list[ChosenLayer]:
         """Return the layers that a plan factorises, with their factors before refit.
@@ -90,9 +79,9 @@ class Finisher:
         ]
 
     def _of_weights(self, resolved: Sequence[tuple[Layer, Scheme, int]]) -> list[Approximation]:
-        units = factor_units(self.model, resolved, self.pool, self.cache)
+        units = factor_units(self.model, resolved, self.context.pool, self.context.cache)
         found = []
-        made = mapped(factorize_layer, units, self.pool, self.cache)
+        made = mapped(factorize_layer, units, self.context.pool, self.context.cache)
         for (_, scheme, _), each in zip(resolved, made, strict=True):
             dense = scheme.weight(each.factors.left @ each.factors.right)
             found.append(Approximation(each.factors, dense, None))
@@ -121,7 +110,7 @@ class Finisher:
                 self.chosen(plan),
                 lambda: self.judge.batches(self.dataset.calibration),
                 self.judge.followed,
-                threads=self.threads,
-                progress=partial(self.progress, "refit"),
+                threads=self.context.threads,
+                progress=partial(self.context.progress, "refit"),
             )
         return self._refitted[plan]

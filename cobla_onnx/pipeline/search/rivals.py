@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import NamedTuple
 
 from cobla_onnx.allocation import Allocation, Constraint, LayerCurves, WeightError, allocate
@@ -24,7 +24,6 @@ from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import Rival
 from cobla_onnx.runtime.progress import tracked
-from cobla_onnx.variants.low_rank.units import mapped, values_units, weight_values
 
 __all__ = ["WEIGHTS_ALONE", "Rivals"]
 
@@ -50,19 +49,19 @@ class Settled(NamedTuple):
     losses: tuple[float, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rivals:
     """Compares answers to a budget.
 
     Parameters
     ----------
     finisher : Finisher
+    crossfit : CrossFit
+        Judges a plan of the finisher on all samples.
     """
 
     finisher: Finisher
-
-    def __post_init__(self) -> None:
-        self._crossfit = CrossFit(self.finisher)
+    crossfit: CrossFit
 
     @property
     def _analysis(self) -> Analysis:
@@ -81,7 +80,7 @@ class Rivals:
         known = {own.choices: float(before.mean())}
         promising = []
         for number, (origin, other) in enumerate(others):
-            self.finisher.progress("other answers", number, number + 1)
+            self.finisher.context.progress("other answers", number, number + 1)
             if other.choices in known:
                 continue
             losses = self._held_back(other)
@@ -89,10 +88,10 @@ class Rivals:
             gain = paired_gain(before, losses).in_errors
             if gain > PROMISING:
                 promising.append((gain, origin, other))
-        self.finisher.progress("other answers", len(known), len(known))
+        self.finisher.context.progress("other answers", len(known), len(known))
         promising.sort(key=lambda entry: -entry[0])
         answer, rivals = own, tuple[Rival, ...]()
-        if promising and min(map(len, self._crossfit.halves)) >= LEAST:
+        if promising and min(map(len, self.crossfit.halves)) >= LEAST:
             answer, rivals = self._on_all(own, [entry[1:] for entry in promising[:PLACES]])
         return Settled(answer, rivals, tuple(known.values()))
 
@@ -100,8 +99,8 @@ class Rivals:
         self, own: Allocation, others: Sequence[tuple[str, Allocation]]
     ) -> tuple[Allocation, tuple[Rival, ...]]:
         plans = [self._plan(allocation) for allocation in (own, *(other for _, other in others))]
-        progress = partial(self.finisher.progress, "answers on all samples")
-        before, *after = tracked(map(self._crossfit.losses, plans), len(plans), progress)
+        progress = partial(self.finisher.context.progress, "answers on all samples")
+        before, *after = tracked(map(self.crossfit.losses, plans), len(plans), progress)
         gains = [paired_gain(before, losses) for losses in after]
         best = max(range(len(others)), key=lambda k: gains[k].mean)
         taken = gains[best].in_errors > BETTER
@@ -118,7 +117,11 @@ class Rivals:
         ), rivals
 
     def or_weights_alone(
-        self, own: Allocation, constraints: Sequence[Constraint], refit: bool
+        self,
+        own: Allocation,
+        constraints: Sequence[Constraint],
+        curves: Sequence[LayerCurves],
+        refit: bool,
     ) -> tuple[Allocation, Rival]:
         """Return the better one on the held-back samples: `own`, or the plan without data.
 
@@ -126,10 +129,11 @@ class Rivals:
         ----------
         own : Allocation
         constraints : sequence of Constraint
+        curves : sequence of LayerCurves
+            Of the weights themselves.
         refit : bool
             Whether factors made from data are refitted; those of the weights are not.
         """
-        curves = self.weight_curves
         alone = allocate(curves, WeightError(curves), constraints, solver="milp")
         alone = replace(alone, factors="weights")
         without, before = self._held_back(alone), self._held_back(own)
@@ -151,20 +155,6 @@ class Rivals:
 
     def _plan(self, allocation: Allocation) -> Plan:
         return self._analysis.plan(allocation.choices, allocation.factors)
-
-    @cached_property
-    def weight_curves(self) -> tuple[LayerCurves, ...]:
-        """The curves of the analysis, with the singular values of the weights themselves."""
-        finisher, analysis = self.finisher, self._analysis
-        layers = zip(analysis.layers, analysis.schemes, strict=True)
-        units = values_units(finisher.model, layers, finisher.pool, finisher.cache)
-        made = mapped(weight_values, units, finisher.pool, finisher.cache)
-        found = []
-        for layer, its in zip(analysis.curves, made, strict=True):
-            pairs = zip(layer.curves, its.values, strict=True)
-            curves = (replace(c, singular_values=values, errors=None) for c, values in pairs)
-            found.append(replace(layer, curves=tuple(curves)))
-        return tuple(found)
 
 
 def _rival(origin: str, gain: PairedGain, taken: bool) -> Rival:
