@@ -111,12 +111,9 @@ def compare(
             model_costs(each, fixed_input_shapes(each, known), False, context.threads)
             for each in pair.models
         ]
-    facts = [
-        _facts(model, source, macs, spread)
-        for model, source, (_, macs, _), spread in zip(
-            pair.models, pair.sources, costs, (latency.before, latency.after), strict=True
-        )
-    ]
+    found = zip(pair.models, pair.sources, costs, (latency.before, latency.after), strict=True)
+    facts = [_facts(model, source, macs, spread) for model, source, (_, macs, _), spread in found]
+    told = [note for _, _, notes in costs for note in notes]
     return ModelComparison(
         first=facts[0],
         second=facts[1],
@@ -128,9 +125,7 @@ def compare(
         threads=context.threads,
         provider=running_on,
         onnxruntime=onnxruntime.__version__,
-        notes=tuple(
-            dict.fromkeys([*(n for _, _, told in costs for n in told), *inputs.notes, *more])
-        ),
+        notes=tuple(dict.fromkeys([*told, *inputs.notes, *more])),
     )
 
 
