@@ -50,15 +50,17 @@ def plain_svd() -> None:
 
 def no_scale() -> None:
     """Allocate by relative output error, not by the measured loss."""
+    import cobla_onnx.pipeline.search.data as data
     from cobla_onnx.allocation import OutputError, allocate
-    from cobla_onnx.pipeline.calibrated import Calibrated
+    from cobla_onnx.pipeline.search.problem import SearchResult
 
-    def by_error(self: Any, constraints: Any, solver: Any) -> Any:
-        curves = self.analysis.curves
+    def by_error(problem: Any, evidence: Any, rivals: Any, constraints: Any) -> Any:
+        curves = problem.analysis.curves
         errors = [[curve.errors for curve in layer.curves] for layer in curves]
-        return allocate(curves, OutputError(errors), constraints, solver=solver)
+        found = allocate(curves, OutputError(errors), constraints, solver=problem.solver)
+        return SearchResult(found), OutputError(errors)
 
-    Calibrated.allocate = by_error  # type: ignore[method-assign]
+    data.search_by_output = by_error
 
 
 def one_scheme() -> None:
@@ -70,9 +72,9 @@ def one_scheme() -> None:
 
 def one_round() -> None:
     """Do not measure what an allocation chose."""
-    import cobla_onnx.pipeline.calibrated
+    import cobla_onnx.pipeline.search.output
 
-    cobla_onnx.pipeline.calibrated.ROUNDS = 1
+    cobla_onnx.pipeline.search.output.ROUNDS = 1
 
 
 def no_bias() -> None:
@@ -112,15 +114,15 @@ def slsqp_only() -> None:
 
 def divergence_itself() -> None:
     """Let all decisions follow the divergence as it is, at temperature 1."""
-    from cobla_onnx.pipeline.calibrated import Calibrated
+    from cobla_onnx.calibration.evaluation.evaluator import Judge
 
-    begin = Calibrated.__post_init__
+    begin = Judge.__post_init__
 
     def by_divergence(self: Any) -> None:
         self.loss = "kl"
         begin(self)
 
-    Calibrated.__post_init__ = by_divergence  # type: ignore[method-assign]
+    Judge.__post_init__ = by_divergence  # type: ignore[method-assign]
 
 
 def judged_before_refit() -> None:

@@ -75,25 +75,31 @@ class Ours:
     """cobla-onnx with data, before and after refit, from one analysis."""
 
     def __init__(self, bench: Bench, analysis: Any, dataset: Any, name: str) -> None:
-        from cobla_onnx.pipeline.calibrated import Calibrated
+        from cobla_onnx.calibration.evaluation.evaluator import Judge
+        from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel
+        from cobla_onnx.pipeline.search.evidence import Evidence
+        from cobla_onnx.runtime.context import RunContext
 
         self.bench, self.analysis, self.name = bench, analysis, name
-        self.calibrated = Calibrated(
-            bench.model, analysis, dataset, bench.task.batch, "auto", bench.threads, silent
+        judge = Judge(
+            bench.model, analysis.layers, dataset, bench.task.batch, "auto", bench.threads
         )
+        measured, context = MeasuredModel(bench.model, {}), RunContext(bench.threads)
+        self.evidence = Evidence(bench.model, analysis, judge, measured, context)
 
     def __call__(self, budget: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
         """Yield both variants."""
+        from cobla_onnx.pipeline.search.data import make_factors, measure_factors, search_by_data
+        from cobla_onnx.pipeline.search.problem import Problem
         from cobla_onnx.variants.rewrite import rewrite
 
         constraints = self.analysis.constraints(budget)
-        self.calibrated.refit = True
-        allocation = self.calibrated.choose(constraints, "slsqp", OBJECTIVES[self.name])
-        plan = self.analysis.plan(allocation.choices, allocation.factors)
+        finisher = self.evidence.finisher()
+        problem = Problem(self.analysis, "slsqp", OBJECTIVES[self.name])
+        plan = search_by_data(problem, self.evidence, finisher, constraints).plan(self.analysis)
         for variant, refit in zip(VARIANTS[self.name], (False, True), strict=True):
-            self.calibrated.refit = refit
-            replacements = self.calibrated.factorise(plan)
-            yield variant, rewrite(self.bench.model, replacements)
+            made = measure_factors(self.evidence, make_factors(finisher, plan, refit))
+            yield variant, rewrite(self.bench.model, made.replacements)
 
 
 class Original:
@@ -123,10 +129,6 @@ class Original:
 
         replacements = self.method.compress(self.analysis.constraints(budget))
         yield "", rewrite(self.bench.model, replacements)
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Show no progress."""
 
 
 def analyse_for(bench: Bench, scheme: str, dataset: Any = None) -> Any:

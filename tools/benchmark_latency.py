@@ -26,7 +26,7 @@ import onnxruntime
 import typer
 
 from cobla_onnx import Budget
-from cobla_onnx.allocation import Allocation, Constraint, WeightError, allocate
+from cobla_onnx.allocation import Constraint
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.latency.layer_times import time_layers
@@ -34,6 +34,8 @@ from cobla_onnx.latency.profile import Conditions, Profile
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.pipeline.analysis import Analysis, analyse
 from cobla_onnx.pipeline.search.latency import Found, LatencySearch, example_feeds
+from cobla_onnx.pipeline.search.problem import Problem, SearchResult
+from cobla_onnx.pipeline.search.weights import search_by_weights
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.machine import convolution_block, cpu_name
@@ -95,8 +97,8 @@ class Bench:
     def row(self, analysis: Analysis, kind: str, value: float) -> dict[str, Any]:
         """Choose ranks for one budget, and time the model under them."""
 
-        def choose(constraints: Sequence[Constraint]) -> Allocation:
-            return allocate(analysis.curves, WeightError(analysis.curves), constraints)
+        def choose(constraints: Sequence[Constraint]) -> SearchResult:
+            return search_by_weights(Problem(analysis), constraints)
 
         assert self.search is not None
         budget = Budget(**{kind: value})
@@ -106,7 +108,7 @@ class Bench:
                 plan = analysis.plan(found.allocation.choices)
                 predicted, measured = found.predicted, found.measured
             else:
-                plan = analysis.plan(choose(analysis.constraints(budget)).choices)
+                plan = choose(analysis.constraints(budget)).plan(analysis)
                 predicted, measured = None, self.search.under(analysis, plan)
         except BudgetError as error:
             return {"unreachable": str(error)}

@@ -53,11 +53,19 @@ class Profile:
     models : dict of str to dict
         By a hash of the graph: ``whole`` is the model's time, ``plans`` holds a
         `Comparison` for each plan that was tried, by a hash of the plan.
+    path : Path, optional
+        The file that `keep` writes.
     """
 
     conditions: Conditions
     layers: dict[str, dict[str, int]] = field(default_factory=dict)
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    path: Path | None = field(default=None, compare=False)
+
+    def keep(self) -> None:
+        """Write the profile to its file, if it has one."""
+        if self.path is not None:
+            self.save(self.path)
 
     def model(self, key: str) -> dict[str, Any]:
         """Return the entry of a model, made if it is new."""
@@ -89,14 +97,14 @@ class Profile:
         file = Path(path)
         shown = option_name("profile", safe_text(str(file), 300))
         if not file.exists():
-            return cls(conditions)
+            return cls(conditions, path=file)
         try:
             if file.stat().st_size > LARGEST_FILE:
                 raise ValueError("it is too large")
             content = json.loads(file.read_text(encoding="utf-8"))
             _check(content)
             found = Conditions(**content["conditions"])
-            profile = cls(found, content["layers"], content["models"])
+            profile = cls(found, content["layers"], content["models"], file)
         except OSError as error:
             raise UsageError(f"{shown}: cannot be read ({error.strerror}); check it") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

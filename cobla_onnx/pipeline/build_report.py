@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cobla_onnx.allocation import Allocation, Budget, VariantCurve
-from cobla_onnx.allocation.sqp import Step
+from cobla_onnx.allocation import Allocation, VariantCurve
 from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.search.data import MeasuredFactors
+from cobla_onnx.pipeline.search.evidence import Evidence
+from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.report.model import (
     BudgetUse,
@@ -31,32 +33,101 @@ from cobla_onnx.runtime.environment import machine, versions
 from cobla_onnx.runtime.providers import current_provider
 from cobla_onnx.variants.registry import require_family
 
-__all__ = ["latency_report", "make_report"]
+if TYPE_CHECKING:
+    from cobla_onnx.pipeline.session import Session, Solution
+
+__all__ = ["Outcome", "calibration_report", "latency_report", "make_report"]
 
 # Most singular values of a layer that are kept for drawing.
 SPECTRUM_POINTS = 64
 
 
-def make_report(
-    analysis: Analysis,
-    budget: Budget | None,
-    plan: Plan,
-    allocation: Allocation | None,
-    verification: Verification | None,
-    calibration: CalibrationReport | None,
-    *,
-    source: Path | None,
-    mem_after: int,
-    seconds: float,
-    seed: int,
-    threads: int,
-    latency: LatencyReport | None = None,
-    more_notes: tuple[str, ...] = (),
-    command: str | None = None,
-    history: Sequence[Step] = (),
-) -> Report:
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a solution.
+
+    Attributes
+    ----------
+    mem_after : int
+        Bytes of the compressed model's weights.
+    verification : Verification or None
+        None where nothing was changed.
+    latency : LatencyReport or None
+    notes : tuple of str
+    seconds : float
+        Of the whole run.
+    """
+
+    mem_after: int
+    verification: Verification | None
+    latency: LatencyReport | None
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def make_report(session: Session, solution: Solution, outcome: Outcome) -> Report:
     """Return the report of a run; see `Report` for its fields."""
-    unchanged = all(decision.scheme is None for decision in plan.decisions)
+    analysis, plan = _reported_analysis(session, solution), solution.plan
+    limits = {} if solution.budget is None else asdict(solution.budget)
+    mac_after = analysis.macs_after(plan)
+    return Report(
+        input=None if session.source is None else str(session.source),
+        output=None,
+        budget={
+            "mem": _use(limits.get("mem"), analysis.mem_total, outcome.mem_after),
+            "mac": _use(limits.get("mac"), analysis.mac_total, mac_after),
+            "latency": _time_use(limits.get("latency"), outcome.latency),
+        },
+        layers=_layers(analysis, plan),
+        solver=None if solution.allocation is None else _solver(solution.allocation),
+        verification=outcome.verification,
+        calibration=solution.calibration,
+        seconds=outcome.seconds,
+        seed=session.settings.seed,
+        threads=session.context.threads,
+        unchanged=_unchanged(plan),
+        versions=versions(),
+        notes=_notes(analysis, solution, outcome),
+        latency=outcome.latency,
+        provider=current_provider(),
+        machine=machine(),
+        command=session.settings.call,
+        history=solution.history,
+    )
+
+
+def _reported_analysis(session: Session, solution: Solution) -> Analysis:
+    """Return the analysis with the errors and the notes that the report shows."""
+    analysis, cache = session.analysis, session.context.cache
+    if session.evidence is not None and solution.plan.factors == "weights":
+        # The reported errors are those of the weights, which the factors approximate.
+        analysis = analysis.with_curves(session.evidence.weight_curves)
+    if cache is not None:
+        notes = dict.fromkeys((*analysis.notes, *cache.notes))
+        analysis = replace(analysis, notes=tuple(notes))
+    return analysis
+
+
+def _unchanged(plan: Plan) -> bool:
+    return all(decision.scheme is None for decision in plan.decisions)
+
+
+def _notes(analysis: Analysis, solution: Solution, outcome: Outcome) -> tuple[str, ...]:
+    notes = analysis.notes + outcome.notes
+    if solution.allocation is not None:
+        notes += solution.allocation.certificate.notes
+    if outcome.verification is not None:
+        notes += outcome.verification.notes
+    if solution.calibration is None:
+        notes += (
+            "no data was given: factors and ranks follow the weights alone; expect less accuracy",
+        )
+    return notes
+
+
+def _layers(analysis: Analysis, plan: Plan) -> tuple[LayerReport, ...]:
+    """Layers that may be factorised, then those that are skipped."""
+    unchanged = _unchanged(plan)
     decisions = {decision.layer: decision for decision in plan.decisions}
     layers = [
         _layer(analysis, index, decisions.get(layer.name, Decision(layer.name)), unchanged)
@@ -78,39 +149,29 @@ def make_report(
         )
         for item in analysis.skipped
     )
-    notes = analysis.notes + more_notes
-    if allocation is not None:
-        notes += allocation.certificate.notes
-    if verification is not None:
-        notes += verification.notes
-    if calibration is None:
-        notes += (
-            "no data was given: factors and ranks follow the weights alone; expect less accuracy",
-        )
-    limits = {} if budget is None else asdict(budget)
-    return Report(
-        input=None if source is None else str(source),
-        output=None,
-        budget={
-            "mem": _use(limits.get("mem"), analysis.mem_total, mem_after),
-            "mac": _use(limits.get("mac"), analysis.mac_total, analysis.macs_after(plan)),
-            "latency": _time_use(limits.get("latency"), latency),
-        },
-        layers=tuple(layers),
-        solver=None if allocation is None else _solver(allocation),
-        verification=verification,
-        calibration=calibration,
-        seconds=seconds,
-        seed=seed,
-        threads=threads,
-        unchanged=unchanged,
-        versions=versions(),
-        notes=notes,
-        latency=latency,
-        provider=current_provider(),
-        machine=machine(),
-        command=command,
-        history=tuple(history),
+    return tuple(layers)
+
+
+def calibration_report(
+    evidence: Evidence, found: SearchResult | None, measured: MeasuredFactors
+) -> CalibrationReport:
+    """Return the report of the data, of a search if there was one, and of the factors."""
+    dataset, judge, shown = evidence.dataset, evidence.judge, evidence.measured.shown
+    # Records that are kept whole are batches.
+    whole, selection = dataset.rows is None, judge.selection
+    return CalibrationReport(
+        source=dataset.source,
+        calibration_samples=dataset.count(dataset.calibration),
+        selection_samples=len(selection.batches) if whole else selection.samples,
+        outputs={shown(name): m.kind for name, m in judge.measures.items()},
+        temperatures={shown(name): t for name, t in judge.temperatures.items()},
+        loss=measured.loss,
+        loss_before_refit=measured.loss_before_refit,
+        quality=measured.quality,
+        refitted=measured.refitted,
+        probe_samples=0 if found is None else found.probe_samples,
+        candidates=() if found is None else found.candidates,
+        rivals=() if found is None else found.rivals,
     )
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.batching import choose_batching
-from cobla_onnx.calibration.data.dataset import InputSpec, input_specs
+from cobla_onnx.calibration.data.dataset import Dataset, InputSpec, input_specs
 from cobla_onnx.calibration.data.readers import ImageOptions, open_data
 from cobla_onnx.calibration.evaluation.choosing import Chooser, look_at, measures_on, notes_on
-from cobla_onnx.calibration.evaluation.output_choice import Outputs, resolve_outputs
+from cobla_onnx.calibration.evaluation.output_choice import OutputChoice, Outputs, resolve_outputs
 from cobla_onnx.calibration.evaluation.outputs import (
     Comparison,
     OutputComparison,
@@ -37,14 +37,12 @@ from cobla_onnx.options import BatchSize, check_batch, memory_bytes
 from cobla_onnx.pipeline.inputs import ModelSource, available_cores, open_model
 from cobla_onnx.pipeline.verification import varying_outputs
 from cobla_onnx.report.comparison import ModelComparison, ModelFacts
-from cobla_onnx.runtime.progress import Progress
+from cobla_onnx.runtime.context import RunContext
+from cobla_onnx.runtime.progress import Progress, silent
 from cobla_onnx.runtime.providers import execution_provider
 from cobla_onnx.runtime.session import Feeds, open_session, run_session, runnable_feeds
 from cobla_onnx.runtime.shapes import model_costs
 from cobla_onnx.text import quoted, safe_text
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["compare"]
 
@@ -100,32 +98,22 @@ def compare(
     True
     """
     check_batch(batch)
-    threads = threads or available_cores()
-    notify = progress or (lambda stage, done, total: None)
+    pair = _Pair.opened(first, second)
     shapes = input_shapes or {}
-    models = open_model(first), open_model(second)
-    sources = _path(first), _path(second)
-    names = _shown(sources[0], "the first model"), _shown(sources[1], "the second model")
-    _check_ends(models, names, shapes)
-    how = data, samples, batch, memory_limit, images, outputs, seed, threads, notify
-    with (
-        execution_provider(provider) as running_on,
-        _inputs(models, shapes, *how) as inputs,
-    ):
-        compared, count, more = _compare_outputs(models, names, inputs, threads, notify)
-        notify("latency", 0, 1)
-        stopwatch = timing.Stopwatch(threads)
-        times = stopwatch.times(models, inputs.example, seconds=SECONDS, least=LEAST, most=MOST)
-        notify("latency", 1, 1)
-        latency = timing.compare(times)
+    _check_ends(pair.models, pair.names, shapes)
+    context = RunContext(threads or available_cores(), progress=progress or silent)
+    asked = _Asked(shapes, data, samples, batch, memory_limit, images, outputs, seed)
+    with execution_provider(provider) as running_on, _inputs(pair, asked, context) as inputs:
+        compared, count, more = _compare_outputs(pair, inputs, context)
+        latency = _timed(pair, inputs, context)
         known = {**inputs.shapes, **shapes}
-        costs = [model_costs(m, fixed_input_shapes(m, known), False, threads) for m in models]
-    facts = [
-        _facts(model, source, macs, spread)
-        for model, source, (_, macs, _), spread in zip(
-            models, sources, costs, (latency.before, latency.after), strict=True
-        )
-    ]
+        costs = [
+            model_costs(each, fixed_input_shapes(each, known), False, context.threads)
+            for each in pair.models
+        ]
+    found = zip(pair.models, pair.sources, costs, (latency.before, latency.after), strict=True)
+    facts = [_facts(model, source, macs, spread) for model, source, (_, macs, _), spread in found]
+    told = [note for _, _, notes in costs for note in notes]
     return ModelComparison(
         first=facts[0],
         second=facts[1],
@@ -134,13 +122,41 @@ def compare(
         samples=count,
         latency=latency,
         timed_shapes={key: tuple(value.shape) for key, value in inputs.example.items()},
-        threads=threads,
+        threads=context.threads,
         provider=running_on,
         onnxruntime=onnxruntime.__version__,
-        notes=tuple(
-            dict.fromkeys([*(n for _, _, told in costs for n in told), *inputs.notes, *more])
-        ),
+        notes=tuple(dict.fromkeys([*told, *inputs.notes, *more])),
     )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two models, their files if they have any, and their names for messages."""
+
+    models: tuple[onnx.ModelProto, onnx.ModelProto]
+    sources: tuple[Path | None, Path | None]
+    names: tuple[str, str]
+
+    @classmethod
+    def opened(cls, first: ModelSource, second: ModelSource) -> _Pair:
+        models = open_model(first), open_model(second)
+        sources = _path(first), _path(second)
+        names = _shown(sources[0], "the first model"), _shown(sources[1], "the second model")
+        return cls(models, sources, names)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Which inputs the models are compared on, as the caller asked."""
+
+    shapes: Mapping[str, Sequence[int]]
+    data: Any
+    samples: int | None
+    batch: BatchSize
+    memory_limit: int | str | None
+    images: ImageOptions | None
+    outputs: Outputs
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -160,67 +176,82 @@ class _Inputs:
 
 
 @contextmanager
-def _inputs(
-    models: Sequence[onnx.ModelProto],
-    shapes: Mapping[str, Sequence[int]],
-    data: Any,
-    samples: int | None,
-    batch: BatchSize,
-    memory_limit: int | str | None,
-    images: ImageOptions | None,
-    outputs: Outputs,
-    seed: int,
-    threads: int,
-    notify: Progress,
-) -> Iterator[_Inputs]:
-    model = models[0]
-    choices = resolve_outputs(outputs, [value.name for value in model.graph.output])
-    if data is None:
-        session = open_session(model, threads, optimized=True)
-        known = fixed_input_shapes(model, shapes)
-        feeds, found, _ = runnable_feeds(session, known, seed, known_words(model))
-        measures = measures_on(model, zip(feeds, found, strict=True), choices)
-        yield _Inputs("random", feeds, len(feeds), feeds[0], {}, measures, notes_on(measures))
+def _inputs(pair: _Pair, asked: _Asked, context: RunContext) -> Iterator[_Inputs]:
+    """Open the samples, or draw random inputs, and decide how outputs are compared."""
+    model = pair.models[0]
+    choices = resolve_outputs(asked.outputs, [value.name for value in model.graph.output])
+    if asked.data is None:
+        yield _random(model, choices, asked, context)
         return
-    with open_data(data, input_specs(model, shapes), samples=samples, images=images) as dataset:
-        notify("size of a run", 0, 1)
-        limit = memory_bytes(memory_limit)
-        sizes = [
-            choose_batching(each, each, (), dataset, batch, limit, threads=threads)
-            for each in models
-        ]
-        chosen = min(sizes, key=lambda batching: batching.size)
-        notify("size of a run", 1, 1)
-        chooser = Chooser.of(model, choices=choices)
-        told = partial(notify, "survey")
-        compared = look_at(model, dataset, chosen.size, threads, chooser, told)
-        kept = sorted((*dataset.calibration, *dataset.selection))
-        (example,) = dataset.batches(kept[:1], 1)
-        batches, total = dataset.batches(kept, chosen.size), -(-len(kept) // chosen.size)
-        shape = {name: array.shape for name, array in example.items()}
-        notes = chosen.notes + compared.notes
-        yield _Inputs(dataset.source, batches, total, example, shape, compared.measures, notes)
+    specs = input_specs(model, asked.shapes)
+    with open_data(asked.data, specs, samples=asked.samples, images=asked.images) as dataset:
+        yield _samples(pair, choices, asked, dataset, context)
+
+
+def _random(
+    model: onnx.ModelProto,
+    choices: Mapping[str, OutputChoice],
+    asked: _Asked,
+    context: RunContext,
+) -> _Inputs:
+    session = open_session(model, context.threads, optimized=True)
+    known = fixed_input_shapes(model, asked.shapes)
+    feeds, found, _ = runnable_feeds(session, known, asked.seed, known_words(model))
+    measures = measures_on(model, zip(feeds, found, strict=True), choices)
+    return _Inputs("random", feeds, len(feeds), feeds[0], {}, measures, notes_on(measures))
+
+
+def _samples(
+    pair: _Pair,
+    choices: Mapping[str, OutputChoice],
+    asked: _Asked,
+    dataset: Dataset,
+    context: RunContext,
+) -> _Inputs:
+    model, threads = pair.models[0], context.threads
+    context.progress("size of a run", 0, 1)
+    limit = memory_bytes(asked.memory_limit)
+    sizes = [
+        choose_batching(each, each, (), dataset, asked.batch, limit, threads=threads)
+        for each in pair.models
+    ]
+    chosen = min(sizes, key=lambda batching: batching.size)
+    context.progress("size of a run", 1, 1)
+    chooser = Chooser.of(model, choices=choices)
+    told = partial(context.progress, "survey")
+    compared = look_at(model, dataset, chosen.size, threads, chooser, told)
+    kept = sorted((*dataset.calibration, *dataset.selection))
+    (example,) = dataset.batches(kept[:1], 1)
+    batches, total = dataset.batches(kept, chosen.size), -(-len(kept) // chosen.size)
+    shape = {name: array.shape for name, array in example.items()}
+    notes = chosen.notes + compared.notes
+    return _Inputs(dataset.source, batches, total, example, shape, compared.measures, notes)
 
 
 def _compare_outputs(
-    models: Sequence[onnx.ModelProto],
-    names: Sequence[str],
-    inputs: _Inputs,
-    threads: int,
-    notify: Progress,
+    pair: _Pair, inputs: _Inputs, context: RunContext
 ) -> tuple[tuple[OutputComparison, ...], int, tuple[str, ...]]:
-    sessions = [open_session(model, threads, optimized=True) for model in models]
-    varying = frozenset().union(*(varying_outputs(model, inputs.example) for model in models))
+    sessions = [open_session(model, context.threads, optimized=True) for model in pair.models]
+    varying = frozenset().union(*(varying_outputs(model, inputs.example) for model in pair.models))
     comparison, count = Comparison(inputs.measures, varying), 0
     for number, feeds in enumerate(inputs.batches):
-        notify("outputs", number, inputs.count)
+        context.progress("outputs", number, inputs.count)
         before, after = (run_session(session, feeds) for session in sessions)
-        _check_outputs(before, after, names, varying)
+        _check_outputs(before, after, pair.names, varying)
         samples = max((len(value) for value in feeds.values() if value.ndim), default=1)
         comparison.add(before, after, feeds, samples)
         count += samples
-    notify("outputs", inputs.count, inputs.count)
+    context.progress("outputs", inputs.count, inputs.count)
     return comparison.results(), count, comparison.notes()
+
+
+def _timed(pair: _Pair, inputs: _Inputs, context: RunContext) -> timing.Comparison:
+    """Time both models in turn."""
+    context.progress("latency", 0, 1)
+    stopwatch = timing.Stopwatch(context.threads)
+    times = stopwatch.times(pair.models, inputs.example, seconds=SECONDS, least=LEAST, most=MOST)
+    context.progress("latency", 1, 1)
+    return timing.compare(times)
 
 
 def _check_ends(

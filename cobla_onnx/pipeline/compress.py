@@ -10,7 +10,7 @@ from cobla_onnx.options import Settings
 from cobla_onnx.options.signatures import SearchOptions, takes_options
 from cobla_onnx.pipeline.inputs import ModelSource
 from cobla_onnx.pipeline.max_drop import check_max_drop, smallest
-from cobla_onnx.pipeline.open_session import open_study
+from cobla_onnx.pipeline.open_session import open_session
 from cobla_onnx.pipeline.result import Result
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.provenance import call_text
@@ -168,13 +168,13 @@ def compress(
             f"{option_name('mem')} or {option_name('mac')}"
         )
     asked = () if budget is None or plan is not None else (budget,)
-    with open_study(
+    with open_session(
         model,
         settings,
         macs_needed=macs_needed,
         times_needed=timed and plan is None,
         budgets=asked,
-    ) as study:
+    ) as session:
         if max_drop is not None:
-            return study.finish(smallest(study, max_drop, budget))
-        return study.compress(budget, plan)
+            return session.finish(smallest(session, max_drop, budget))
+        return session.compress(budget, plan)

@@ -16,8 +16,8 @@ from cobla_onnx.options import Settings
 from cobla_onnx.options.signatures import InspectOptions, takes_options
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.inputs import ModelSource
-from cobla_onnx.pipeline.open_session import open_study
-from cobla_onnx.pipeline.session import Study
+from cobla_onnx.pipeline.open_session import open_session
+from cobla_onnx.pipeline.session import Session
 from cobla_onnx.report.inspection import InspectedLayer, InspectedScheme, Inspection, LeftAlone
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ def inspect(
     >>> found.least["mem"] < 0.05
     True
     """  # noqa: E501
-    with open_study(model, Settings.of("inspect", options)) as study:
-        return _inspection(study)
+    with open_session(model, Settings.of("inspect", options)) as session:
+        return _inspection(session)
 
 
-def _inspection(study: Study) -> Inspection:
-    analysis = study.analysis
+def _inspection(session: Session) -> Inspection:
+    analysis = session.analysis
     layers = [
         InspectedLayer(
             layer.name,
@@ -76,12 +76,12 @@ def _inspection(study: Study) -> Inspection:
         for layer, curves, macs in zip(analysis.layers, analysis.curves, analysis.macs, strict=True)
     ]
     return Inspection(
-        None if study.source is None else str(study.source),
+        None if session.source is None else str(session.source),
         tuple(layers),
         tuple(map(_left_alone, analysis.skipped)),
         analysis.mem_total,
         analysis.mac_total,
-        bytes_elsewhere(study.model, [layer.source for layer in analysis.layers]),
+        bytes_elsewhere(session.model, [layer.source for layer in analysis.layers]),
         _least(analysis),
         dict(analysis.input_shapes),
         "weights" if analysis.seen is None else "outputs",

@@ -10,7 +10,7 @@ from cobla_onnx.allocation import Budget
 from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.pipeline.budget_errors import explain
-from cobla_onnx.pipeline.session import Solution, Study
+from cobla_onnx.pipeline.session import Session, Solution
 from cobla_onnx.text import quoted
 from cobla_onnx.wording import either, option_name
 
@@ -32,7 +32,7 @@ class _Trial:
 class _Search:
     """Budgets tried so far; of the solutions only the best is kept."""
 
-    study: Study
+    session: Session
     limits: Budget
     max_drop: float
     expected: int
@@ -41,9 +41,9 @@ class _Search:
 
     def good(self, mem: float) -> bool:
         """Try a budget; it fails if it cannot be met together with the other limits."""
-        self.study.notify(f"search: memory {mem:.3f}", len(self.trials), self.expected)
+        self.session.notify(f"search: memory {mem:.3f}", len(self.trials), self.expected)
         try:
-            solution = self.study.solve(replace(self.limits, mem=mem))
+            solution = self.session.solve(replace(self.limits, mem=mem))
         except BudgetError:
             return False
         assert solution.calibration is not None
@@ -70,7 +70,7 @@ def check_max_drop(max_drop: float) -> None:
         )
 
 
-def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Solution:
+def smallest(session: Session, max_drop: float, limits: Budget | None = None) -> Solution:
     """Find the smallest memory whose quality on the selection split drops by at most `max_drop`.
 
     A few budgets over the whole range are tried first, then the gap below the smallest one
@@ -79,7 +79,7 @@ def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Sol
 
     Parameters
     ----------
-    study : Study
+    session : Session
         Must have data.
     max_drop : float
         Drop of accuracy or agreement, as a fraction of samples, or relative error of outputs.
@@ -95,24 +95,24 @@ def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Sol
         If there is no data.
     """
     check_max_drop(max_drop)
-    if study.calibrated is None:
+    if session.evidence is None:
         raise UsageError(
             f"{option_name('max_drop')}: is measured on samples; give {option_name('data')} too"
         )
     hard = limits or Budget(mem=1.0)
     high = 1.0 if hard.mem is None else hard.mem
-    low = study.least_memory()
+    low = session.least_memory()
     if low >= 1.0:
         cause = f"{option_name('max_drop', max_drop)}: the model cannot be made smaller"
         error = BudgetError(cause, {"mem": 1.0}, "let more layers be factorised")
-        raise explain(error, study.model, study.analysis, study.settings, study.rule)
+        raise explain(error, session.model, session.analysis, session.settings, session.rule)
     if low > high:
         # The usual error names the least that the model's layers allow.
-        study.solve(replace(hard, mem=high))
+        session.solve(replace(hard, mem=high))
     # The upper end is the original itself, unless other limits apply.
     free = hard == Budget(mem=1.0)
     grid = [low + (high - low) * k / COARSE for k in range(1, COARSE + (not free))]
-    search = _Search(study, hard, max_drop, len(grid) + FINE)
+    search = _Search(session, hard, max_drop, len(grid) + FINE)
     passed = [mem for mem in grid if search.good(mem)]
     if not passed and not free:
         raise _refusal(max_drop, search, limits)
@@ -121,7 +121,7 @@ def smallest(study: Study, max_drop: float, limits: Budget | None = None) -> Sol
     for _ in range(FINE):
         middle = (below + above) / 2
         below, above = (below, middle) if search.good(middle) else (middle, above)
-    study.notify("search", search.expected, search.expected)
+    session.notify("search", search.expected, search.expected)
     if search.best is None:
         raise _refusal(max_drop, search, limits)
     return _noting(*search.best, max_drop, search.trials, limits)

@@ -19,6 +19,7 @@ from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.data.evidence import lack_of_evidence
 from cobla_onnx.calibration.data.labels import labels_of_batches
 from cobla_onnx.calibration.evaluation.choosing import Chooser, Compared, look_at
+from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel, measured_model
 from cobla_onnx.calibration.evaluation.output_choice import resolve_outputs
 from cobla_onnx.calibration.evaluation.probe import Probe
@@ -27,11 +28,11 @@ from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.layers import Layer, find_layers
+from cobla_onnx.latency.profile import Profile
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.options import Settings, memory_bytes
-from cobla_onnx.pipeline.analysis import Reach, analyse
+from cobla_onnx.pipeline.analysis import Analysis, Reach, analyse
 from cobla_onnx.pipeline.budget_errors import explain
-from cobla_onnx.pipeline.calibrated import Calibrated
 from cobla_onnx.pipeline.inputs import (
     ModelSource,
     available_cores,
@@ -41,40 +42,31 @@ from cobla_onnx.pipeline.inputs import (
     open_samples,
     sample_labels,
 )
+from cobla_onnx.pipeline.model_times import ModelTimes, open_profile
+from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.select import Selection
-from cobla_onnx.pipeline.session import Study
-from cobla_onnx.pipeline.timed import Timed, open_profile
+from cobla_onnx.pipeline.session import Session
 from cobla_onnx.runtime.cache import Cache, digest
 from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.machine import convolution_block
-from cobla_onnx.runtime.pool import Pool, choose_pool, one_thread
-from cobla_onnx.runtime.progress import Progress
+from cobla_onnx.runtime.pool import choose_pool, one_thread
+from cobla_onnx.runtime.progress import Progress, silent
 from cobla_onnx.runtime.providers import CPU, execution_provider, give_memory_back
 from cobla_onnx.variants.base import Asked
-from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, rank_rule
+from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule, rank_rule
 
-__all__ = ["open_study"]
+__all__ = ["open_session"]
 
 # Number of samples that show the shapes and types of the outputs.
 EXAMPLES = 6
 
 
-@contextmanager
-def open_study(
-    model: ModelSource,
-    settings: Settings,
-    *,
-    macs_needed: bool = False,
-    times_needed: bool = False,
-    budgets: Sequence[Budget] = (),
-) -> Iterator[Study]:
-    """Load a model and analyse it; the study is valid within the context.
+@dataclass(frozen=True)
+class Needs:
+    """What the budgets of a session need to know.
 
-    Parameters
+    Attributes
     ----------
-    model : ModelProto or path
-        It is not changed.
-    settings : Settings
     macs_needed : bool
         Whether there is a MAC budget: it is an error if MACs are not known, and ranks follow
         the grid for all budgets.
@@ -84,6 +76,31 @@ def open_study(
     budgets : sequence of Budget
         The budgets that will be asked for, if known. If none can be met, the error is raised
         before anything is run on data; if some need ranks off the grid, they are added.
+    """
+
+    macs_needed: bool = False
+    times_needed: bool = False
+    budgets: Sequence[Budget] = ()
+
+
+@contextmanager
+def open_session(
+    model: ModelSource,
+    settings: Settings,
+    *,
+    macs_needed: bool = False,
+    times_needed: bool = False,
+    budgets: Sequence[Budget] = (),
+) -> Iterator[Session]:
+    """Load a model and analyse it; the session is valid within the context.
+
+    Parameters
+    ----------
+    model : ModelProto or path
+        It is not changed.
+    settings : Settings
+    macs_needed, times_needed, budgets
+        See `Needs`.
 
     Raises
     ------
@@ -92,12 +109,12 @@ def open_study(
     """
     started = time.perf_counter()
     source = None if isinstance(model, onnx.ModelProto) else Path(model)
-    notify = settings.progress or (lambda stage, done, total: None)
+    notify: Progress = settings.progress or silent
+    needs = Needs(macs_needed, times_needed, budgets)
     notify("open model and data", 0, 1)
     proto, order = open_in_order(model)
     threads = settings.threads or available_cores()
-    needed = settings.needed
-    kept = None if settings.cache is None else Cache(settings.cache)
+    cache = None if settings.cache is None else Cache(settings.cache)
     with (
         naming(source),
         one_thread,
@@ -106,115 +123,100 @@ def open_study(
         open_samples(proto, settings) as dataset,
     ):
         notify("open model and data", 1, 1)
+        context = RunContext(threads, pool, cache, notify)
+        # A profile that does not fit is refused before the work.
         profile = open_profile(settings.profile, threads) if settings.measure_latency else None
-        rule = rank_rule(
-            settings.rank_multiple,
-            mac=macs_needed,
-            latency=times_needed,
-            block=convolution_block(),
-            cpu=provider == CPU,
-        )
-        shapes, notes = known_shapes(settings, dataset)
-        refine = settings.rank_multiple == "auto"
-        measured, looking, classes = None, None, None
-        if dataset is not None:
-            classes = sample_labels(settings.labels, dataset)
-            choices = resolve_outputs(settings.outputs, [o.name for o in proto.graph.output])
-            ignored = frozenset(name for name, choice in choices.items() if choice.how == "ignore")
-            notify("where the loss is taken", 0, 1)
-            measured = _measured(proto, dataset, threads, ignored)
-            notify("where the loss is taken", 1, 1)
-            chooser = Chooser.of(
-                measured.model,
-                settings.loss,
-                choices=choices,
-                labelled=classes is not None,
-                shown=measured.outputs,
-            )
-            looking = _Looking(
-                proto, measured, dataset, settings, threads, chooser, pool, kept, notify, classes
-            )
-        analysis = analyse(
-            proto,
-            Selection(settings.include, settings.exclude, settings.min_size),
-            Asked(settings.scheme, rule),
-            context=RunContext(threads, pool, kept, notify),
-            input_shapes=shapes,
-            macs_needed=macs_needed or times_needed,
-            see=looking,
-            weigh=needed != "weights",
-            reach=Reach(
-                budgets,
-                refine,
-                # All ranks were tried then.
-                lambda error, found: explain(
-                    error, proto, found, settings, EVERY_RANK if refine else rule
-                ),
-            ),
-            unmeasured=() if measured is None or needed == "weights" else measured.unmeasured,
-        )
-        if dataset is not None and looking is not None:
-            told = (
-                *notes,
-                *dataset.notes,
-                *looking.batching.notes,
-                *lack_of_evidence(dataset),
-                *looking.compared.notes,
-            )
-            analysis = replace(analysis, notes=(*analysis.notes, *told))
-        timed = None
-        if profile is not None:
-            timed = Timed(
-                proto,
-                analysis,
-                profile,
-                settings.profile,
-                settings.seed,
-                notify,
-                Stopwatch(threads),
-            )
-            if times_needed:
-                analysis = timed.table()
-        calibrated = None
-        if dataset is not None and looking is not None:
-            notify("outputs of the original", 0, 1)
-            calibrated = Calibrated(
-                proto,
-                analysis,
-                dataset,
-                looking.batching.size,
-                settings.loss,
-                threads,
-                notify,
-                classes,
-                settings.refit,
-                pool,
-                kept,
-                measured,
-                looking.compared,
-                looking.batching.taps,
-            )
-            notify("outputs of the original", 1, 1)
-        seconds = time.perf_counter() - started
+        rule = _rule(settings, needs, provider)
+        known = known_shapes(settings, dataset)
+        looking = None if dataset is None else _looking(proto, dataset, settings, context)
+        analysis = _analysed(proto, known, settings, needs, rule, looking, context)
         try:
-            yield Study(
-                proto,
-                source,
-                analysis,
-                calibrated,
-                settings,
-                threads,
-                pool,
-                kept,
-                seconds,
-                notify,
-                rule,
-                timed,
-                order,
+            times = None if profile is None else _times(proto, analysis, profile, settings, context)
+            table = times.table() if times is not None and times_needed else analysis
+            evidence = None if looking is None else looking.evidence(table)
+            seconds = time.perf_counter() - started
+            yield Session(
+                proto, table, settings, context, evidence, times, source, order, rule, seconds
             )
         finally:
             if analysis.seen is not None:
                 analysis.seen.close()
+
+
+def _rule(settings: Settings, needs: Needs, provider: str) -> RankRule:
+    return rank_rule(
+        settings.rank_multiple,
+        mac=needs.macs_needed,
+        latency=needs.times_needed,
+        block=convolution_block(),
+        cpu=provider == CPU,
+    )
+
+
+def _times(
+    model: onnx.ModelProto,
+    analysis: Analysis,
+    profile: Profile,
+    settings: Settings,
+    context: RunContext,
+) -> ModelTimes:
+    stopwatch = Stopwatch(context.threads)
+    return ModelTimes.of(model, analysis, profile, stopwatch, settings.seed, context)
+
+
+def _looking(
+    model: onnx.ModelProto, dataset: Dataset, settings: Settings, context: RunContext
+) -> _Looking:
+    """Decide which outputs count and where the loss is taken."""
+    labels = sample_labels(settings.labels, dataset)
+    choices = resolve_outputs(settings.outputs, [o.name for o in model.graph.output])
+    ignored = frozenset(name for name, choice in choices.items() if choice.how == "ignore")
+    context.progress("where the loss is taken", 0, 1)
+    measured = _measured(model, dataset, context.threads, ignored)
+    context.progress("where the loss is taken", 1, 1)
+    chooser = Chooser.of(
+        measured.model,
+        settings.loss,
+        choices=choices,
+        labelled=labels is not None,
+        shown=measured.outputs,
+    )
+    return _Looking(model, measured, dataset, settings, chooser, context, labels)
+
+
+def _analysed(
+    model: onnx.ModelProto,
+    known: tuple[dict[str, Sequence[int]], tuple[str, ...]],
+    settings: Settings,
+    needs: Needs,
+    rule: RankRule,
+    looking: _Looking | None,
+    context: RunContext,
+) -> Analysis:
+    """Analyse the model; with data, by what the layers see of it."""
+    shapes, notes = known
+    refine, weigh = settings.rank_multiple == "auto", settings.needed != "weights"
+    # All ranks were tried before a refusal then.
+    tried = EVERY_RANK if refine else rule
+    analysis = analyse(
+        model,
+        Selection(settings.include, settings.exclude, settings.min_size),
+        Asked(settings.scheme, rule),
+        context=context,
+        input_shapes=shapes,
+        macs_needed=needs.macs_needed or needs.times_needed,
+        see=looking,
+        weigh=weigh,
+        reach=Reach(
+            needs.budgets,
+            refine,
+            lambda error, found: explain(error, model, found, settings, tried),
+        ),
+        unmeasured=looking.measured.unmeasured if looking is not None and weigh else (),
+    )
+    if looking is None:
+        return analysis
+    return replace(analysis, notes=(*analysis.notes, *notes, *looking.notes))
 
 
 def _measured(
@@ -245,17 +247,14 @@ class _Looking:
     measured: MeasuredModel
     dataset: Dataset
     settings: Settings
-    threads: int
     chooser: Chooser
-    pool: Pool
-    cache: Cache | None
-    progress: Progress
+    context: RunContext
     labels: NDArray[np.int64] | None
     batching: Batching = field(init=False)
     compared: Compared = field(init=False)
 
     def __call__(self, layers: Sequence[Layer]) -> Seen:
-        self.progress("size of a run", 0, 1)
+        self.context.progress("size of a run", 0, 1)
         self.batching = choose_batching(
             self.model,
             self.measured.model,
@@ -263,41 +262,70 @@ class _Looking:
             self.dataset,
             self.settings.batch,
             memory_bytes(self.settings.memory_limit),
-            threads=self.threads,
+            threads=self.context.threads,
             gradient=self.settings.needed == "loss",
         )
-        self.progress("size of a run", 1, 1)
-        self.pool.runs = self.batching.at_once
+        self.context.progress("size of a run", 1, 1)
+        self.context.pool.runs = self.batching.at_once
         give_memory_back(self.batching.gives_back)
         batch = self.batching.size
         self.compared = look_at(
             self.measured.model,
             self.dataset,
             batch,
-            self.threads,
+            self.context.threads,
             self.chooser,
-            partial(self.progress, "survey"),
+            partial(self.context.progress, "survey"),
         )
         if self.labels is not None:
             self._refuse_unfit(self.labels, batch)
         # Samples may have been left out: both belong to the remaining ones.
         samples = self.dataset.calibration
         key = ""
-        if self.cache is not None:
+        if self.context.cache is not None:
             key = digest(model_content(self.model), self.dataset.content(samples), batch)
         return Seen(
             self.model,
             layers,
             lambda: self.dataset.batches(samples, batch),
-            pool=self.pool,
-            cache=self.cache,
+            pool=self.context.pool,
+            cache=self.context.cache,
             key=key,
-            progress=partial(self.progress, "second moments"),
+            progress=partial(self.context.progress, "second moments"),
             importance=importances(self.measured.model, layers, self.compared.curvatures),
             limit=min(LIMIT, self.batching.sums // 2),
             together=min(ALL_UNITS, self.batching.sums),
             taps=self.batching.taps,
         )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on the samples and on how outputs are compared, after the call."""
+        return (
+            *self.dataset.notes,
+            *self.batching.notes,
+            *lack_of_evidence(self.dataset),
+            *self.compared.notes,
+        )
+
+    def evidence(self, analysis: Analysis) -> Evidence:
+        """Take the losses of the original on the samples, after the call."""
+        self.context.progress("outputs of the original", 0, 1)
+        judge = Judge(
+            self.measured.model,
+            analysis.layers,
+            self.dataset,
+            self.batching.size,
+            self.settings.loss,
+            self.context.threads,
+            self.labels,
+            self.compared,
+        )
+        found = Evidence(
+            self.model, analysis, judge, self.measured, self.context, self.batching.taps
+        )
+        self.context.progress("outputs of the original", 1, 1)
+        return found
 
     def _refuse_unfit(self, labels: NDArray[np.int64], batch: int) -> None:
         """Raise on labels that do not fit the output, before any long computation."""
@@ -307,6 +335,6 @@ class _Looking:
             (),
             self.dataset.batches(group, batch),
             self.compared.measures,
-            self.threads,
+            self.context.threads,
             labels=labels_of_batches(labels, [group]),
         )

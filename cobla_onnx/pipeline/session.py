@@ -1,51 +1,55 @@
 """A session: one analysis of a model, open for any number of budgets.
 
 Analysing a model (second moments, singular values, sensitivities) takes most of the time and
-does not depend on the budget. It is done once, by `open_session.open_study`. Each call of
-`Study.solve` then finds ranks and factors for a budget, and `Study.finish` rewrites, verifies
-and reports.
+does not depend on the budget. It is done once, by `open_session`. Each call of `Session.solve`
+then finds ranks and factors for a budget, and `Session.finish` rewrites, verifies and reports.
+A session keeps nothing of a budget: what belongs to one is in the `Solution`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import onnx
 
-from cobla_onnx.allocation import Allocation, Budget, Constraint, WeightError, allocate
+from cobla_onnx.allocation import Allocation, Budget, Constraint
 from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.errors import BudgetError
-from cobla_onnx.graph.io.external import is_external
-from cobla_onnx.graph.io.model_file import stored_bytes
-from cobla_onnx.graph.order import Order, restore_order
+from cobla_onnx.graph.order import Order
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.analysis import Analysis
-from cobla_onnx.pipeline.budget_errors import elsewhere_note, explain
-from cobla_onnx.pipeline.build_report import make_report
-from cobla_onnx.pipeline.calibrated import Calibrated
+from cobla_onnx.pipeline.budget_errors import explain
+from cobla_onnx.pipeline.build_report import calibration_report
+from cobla_onnx.pipeline.finish import finish
+from cobla_onnx.pipeline.model_times import ModelTimes, search_by_latency
 from cobla_onnx.pipeline.result import Result
-from cobla_onnx.pipeline.timed import Timed
-from cobla_onnx.pipeline.verification import verify
+from cobla_onnx.pipeline.search.data import (
+    Factors,
+    MeasuredFactors,
+    make_factors,
+    measure_factors,
+    search_by_data,
+)
+from cobla_onnx.pipeline.search.evidence import Evidence
+from cobla_onnx.pipeline.search.latency import Choose
+from cobla_onnx.pipeline.search.problem import Problem, SearchResult
+from cobla_onnx.pipeline.search.weights import search_by_weights
 from cobla_onnx.plan import Plan
-from cobla_onnx.report.model import CalibrationReport, LatencyReport
-from cobla_onnx.runtime.cache import Cache
+from cobla_onnx.report.model import CalibrationReport
 from cobla_onnx.runtime.context import RunContext
-from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.progress import Progress, tracked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.replacement import Replacement
-from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.variants.work import replacements_of
-from cobla_onnx.wording import option_name
 
-__all__ = ["Solution", "Study"]
+__all__ = ["Session", "Solution"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Solution:
     history : tuple of Step
     seconds : float
         Time that the search took.
+    predicted : float, optional
+        Predicted fraction of the original's running time, with a latency budget.
     """
 
     budget: Budget | None
@@ -76,50 +82,58 @@ class Solution:
     calibration: CalibrationReport | None
     history: tuple[Step, ...]
     seconds: float
+    predicted: float | None = None
 
 
-@dataclass
-class Study:
-    """An analysed model, made by `open_session.open_study`.
+@dataclass(frozen=True)
+class Session:
+    """An analysed model, made by `open_session`.
 
     Attributes
     ----------
     model : ModelProto
+    analysis : Analysis
+    settings : Settings
+    context : RunContext
+    evidence : Evidence or None
+        None without data.
+    times : ModelTimes or None
+        Times of the model, if asked for.
     source : Path or None
         The model's file.
-    analysis : Analysis
-    calibrated : Calibrated or None
-        None without data.
-    settings : Settings
-    threads : int
-    pool : Pool
-        Runs the factorisation of layers.
-    cache : Cache or None
-    seconds : float
-        Time that the analysis took.
-    notify : callable
-        Called with progress.
-    rule : RankRule
-        Decides the candidate ranks.
-    timed : Timed or None
-        Times of the model, if asked for.
     order : Order
         Original places of the nodes, if they are not sorted in the file.
+    rule : RankRule
+        Decides the candidate ranks.
+    seconds : float
+        Time that the analysis took.
     """
 
     model: onnx.ModelProto
-    source: Path | None
     analysis: Analysis
-    calibrated: Calibrated | None
     settings: Settings
-    threads: int
-    pool: Pool
-    cache: Cache | None = None
-    seconds: float = 0.0
-    notify: Progress = field(default=lambda stage, done, total: None, repr=False)
-    rule: RankRule = EVERY_RANK
-    timed: Timed | None = None
+    context: RunContext
+    evidence: Evidence | None = None
+    times: ModelTimes | None = None
+    source: Path | None = None
     order: Order = field(default_factory=dict, repr=False)
+    rule: RankRule = EVERY_RANK
+    seconds: float = 0.0
+
+    @property
+    def notify(self) -> Progress:
+        """Called with progress."""
+        return self.context.progress
+
+    @property
+    def objective(self) -> Literal["weights", "output", "loss"]:
+        """The objective that is minimised, with ``auto`` resolved."""
+        return self.settings.needed
+
+    def least_memory(self) -> float:
+        """Least feasible fraction of memory, rounded up so that it is itself feasible."""
+        (constraint,) = self.analysis.constraints(Budget(mem=1.0))
+        return least_fraction(constraint, self.analysis.curves)
 
     def compress(self, budget: Budget | None, plan: Plan | None = None) -> Result:
         """Find ranks and factors for a budget, verify the result and report.
@@ -129,6 +143,17 @@ class Study:
         BudgetError, VerificationError, UsageError
         """
         return self.finish(self.solve(budget, plan))
+
+    def finish(self, solution: Solution) -> Result:
+        """Rewrite the model, count its costs again, verify it and report.
+
+        Raises
+        ------
+        BudgetError
+            If a given plan is over the budget.
+        VerificationError
+        """
+        return finish(self, solution)
 
     def solve(self, budget: Budget | None, plan: Plan | None = None) -> Solution:
         """Find ranks, unless a plan gives them, and factors.
@@ -141,159 +166,73 @@ class Study:
             If the plan does not fit the model.
         """
         started = time.perf_counter()
-        if self.calibrated is not None:
-            self.calibrated.start_over()
-        if self.timed is not None:
-            self.timed.start_over()
-        allocation = None
-        if plan is None:
-            assert budget is not None
-            try:
-                allocation = self._allocate(budget)
-            except BudgetError as error:
-                raise explain(error, self.model, self.analysis, self.settings, self.rule) from error
-            plan = self.analysis.plan(allocation.choices, allocation.factors)
-        spill = Spill()
-        replacements = spill.replacements(
-            self._factorise(plan) if self.calibrated is None else self.calibrated.factorise(plan)
-        )
+        found, plan, measured = self._decide(budget, plan)
+        spill, calibration = Spill(), None
+        if self.evidence is None or measured is None:
+            replacements = spill.replacements(self._factorise(plan))
+        else:
+            replacements = spill.replacements(measured.replacements)
+            calibration = calibration_report(self.evidence, found, measured)
         return Solution(
             budget,
             plan,
-            allocation,
+            None if found is None else found.allocation,
             replacements,
             spill,
-            None if self.calibrated is None else self.calibrated.report(),
-            () if self.calibrated is None else tuple(self.calibrated.history),
+            calibration,
+            () if found is None else found.history,
             time.perf_counter() - started,
+            None if found is None else found.predicted,
         )
+
+    def _decide(
+        self, budget: Budget | None, plan: Plan | None
+    ) -> tuple[SearchResult | None, Plan, MeasuredFactors | None]:
+        """Find ranks, unless a plan gives them, and factors if they are made from data."""
+        if self.evidence is not None:
+            found, plan, factors = self._decide_by_data(self.evidence, budget, plan)
+            return found, plan, measure_factors(self.evidence, factors)
+        if plan is not None:
+            return None, plan, None
+        found = self._search(budget, self._choose_by_weights)
+        return found, found.plan(self.analysis), None
+
+    def _decide_by_data(
+        self, evidence: Evidence, budget: Budget | None, plan: Plan | None
+    ) -> tuple[SearchResult | None, Plan, Factors]:
+        # The finisher ends with this call: what it keeps is as large as the weights.
+        finisher = evidence.finisher()
+        found = None
+        if plan is None:
+            by_data = partial(search_by_data, self._problem, evidence, finisher)
+            weights_alone = self.objective == "weights"
+            found = self._search(budget, self._choose_by_weights if weights_alone else by_data)
+            plan = found.plan(self.analysis)
+        return found, plan, make_factors(finisher, plan, self.settings.refit)
+
+    def _search(self, budget: Budget | None, choose: Choose) -> SearchResult:
+        """Choose ranks for a budget, by measured times where it limits them."""
+        assert budget is not None
+        try:
+            if budget.latency is None or self.times is None:
+                return choose(self.analysis.constraints(budget))
+            return search_by_latency(self.times.search, self.analysis, budget, choose)
+        except BudgetError as error:
+            raise explain(error, self.model, self.analysis, self.settings, self.rule) from error
+
+    @property
+    def _problem(self) -> Problem:
+        settings = self.settings
+        return Problem(
+            self.analysis, settings.solver, settings.needed, settings.refit, settings.time_limit
+        )
+
+    def _choose_by_weights(self, constraints: Sequence[Constraint]) -> SearchResult:
+        self.notify("allocate", 0, 1)
+        return search_by_weights(self._problem, constraints)
 
     def _factorise(self, plan: Plan) -> Iterator[Replacement]:
         """Factorise the weights of the chosen layers over the pool; yield them one by one."""
         chosen = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
-        context = RunContext(pool=self.pool, cache=self.cache)
-        made = replacements_of(self.model, chosen, context)
+        made = replacements_of(self.model, chosen, self.context)
         yield from tracked(made, len(chosen), partial(self.notify, "factorise"))
-
-    @property
-    def objective(self) -> Literal["weights", "output", "loss"]:
-        """The objective that is minimised, with ``auto`` resolved."""
-        return self.settings.needed
-
-    def least_memory(self) -> float:
-        """Least feasible fraction of memory, rounded up so that it is itself feasible."""
-        (constraint,) = self.analysis.constraints(Budget(mem=1.0))
-        return least_fraction(constraint, self.analysis.curves)
-
-    def _allocate(self, budget: Budget) -> Allocation:
-        if budget.latency is not None and self.timed is not None:
-            return self.timed.choose(self.analysis, budget, self._choose)
-        return self._choose(self.analysis.constraints(budget))
-
-    def _choose(self, constraints: Sequence[Constraint]) -> Allocation:
-        settings = self.settings
-        needed = self.objective
-        if needed == "weights" or self.calibrated is None:
-            self.notify("allocate", 0, 1)
-            curves = self.analysis.curves
-            return allocate(curves, WeightError(curves), constraints, solver=settings.solver)
-        return self.calibrated.choose(constraints, settings.solver, needed, settings.time_limit)
-
-    def finish(self, solution: Solution) -> Result:
-        """Rewrite the model, count its costs again, verify it and report.
-
-        Raises
-        ------
-        BudgetError
-            If a given plan is over the budget.
-        VerificationError
-        """
-        started = time.perf_counter()
-        replacements = solution.replacements
-        self.notify("rewrite", 0, 1)
-        compressed = rewrite(self.model, replacements) if replacements else self.model
-        _check_budget(self.analysis, solution.budget, solution.plan, compressed)
-        self.notify("rewrite", 1, 1)
-        verification = None
-        if replacements:
-            steps = 1 if self.calibrated is None else self.calibrated.held_back_batches
-            self.notify("verify", 0, steps)
-            verification = verify(
-                self.model,
-                compressed,
-                replacements,
-                self.analysis.input_shapes,
-                data=None if self.calibrated is None else self.calibrated.held_back(),
-                measures=None if self.calibrated is None else self.calibrated.judge.measures,
-                taps=None if self.calibrated is None else self.calibrated.taps,
-                seed=self.settings.seed,
-                threads=self.threads,
-                progress=lambda done: self.notify("verify", min(done, steps - 1), steps),
-            )
-            if self.calibrated is not None:
-                dataset = self.calibrated.dataset
-                samples = dataset.count(dataset.selection)
-                verification = replace(verification, samples=samples)
-            self.notify("verify", steps, steps)
-        latency: LatencyReport | None = None
-        more_notes = () if self.calibrated is None else self.calibrated.notes
-        if self.timed is not None:
-            limit = None if solution.budget is None else solution.budget.latency
-            latency, of_time = self.timed.report(compressed, solution.plan, limit)
-            more_notes += of_time
-        more_notes += elsewhere_note(self.model, self.analysis, solution.budget)
-        analysis = self.analysis
-        if self.calibrated is not None and solution.plan.factors == "weights":
-            # The reported errors are those of the weights, which the factors approximate.
-            analysis = analysis.with_curves(self.calibrated.rivals.weight_curves)
-        if self.cache is not None:
-            notes = dict.fromkeys((*analysis.notes, *self.cache.notes))
-            analysis = replace(analysis, notes=tuple(notes))
-        report = make_report(
-            analysis,
-            solution.budget,
-            solution.plan,
-            solution.allocation,
-            verification,
-            solution.calibration,
-            source=self.source,
-            mem_after=stored_bytes(compressed),
-            seconds=self.seconds + solution.seconds + time.perf_counter() - started,
-            seed=self.settings.seed,
-            threads=self.threads,
-            latency=latency,
-            more_notes=more_notes,
-            command=self.settings.call,
-            history=solution.history,
-        )
-        # All checks are done: put the nodes back in the order of the file.
-        if self.order and compressed is self.model:
-            compressed = onnx.ModelProto()
-            compressed.CopyFrom(self.model)
-        restore_order(compressed.graph, self.order)
-        external = any(map(is_external, self.model.graph.initializer))
-        return Result(
-            compressed,
-            solution.plan,
-            report,
-            self.source,
-            solution.spill,
-            external,
-            solution.history,
-        )
-
-
-def _check_budget(
-    analysis: Analysis, budget: Budget | None, plan: Plan, compressed: onnx.ModelProto
-) -> None:
-    """Count the costs of the result again: budgets are hard. Times are measured elsewhere."""
-    if budget is None or (budget.mem is None and budget.mac is None):
-        return
-    reached = {"mem": stored_bytes(compressed), "mac": analysis.macs_after(plan)}
-    for name, limit in analysis.limits(replace(budget, latency=None)).items():
-        cost = reached[name]
-        if cost is None or cost > limit:
-            raise BudgetError(
-                f"{option_name(name)}: the plan costs {cost}, the budget allows {limit}; "
-                "lower its ranks or raise the budget"
-            )

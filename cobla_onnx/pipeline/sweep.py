@@ -15,8 +15,8 @@ from cobla_onnx.graph.io.save import ExternalData
 from cobla_onnx.options import Settings
 from cobla_onnx.options.signatures import SearchOptions, takes_options
 from cobla_onnx.pipeline.inputs import ModelSource
-from cobla_onnx.pipeline.open_session import open_study
-from cobla_onnx.pipeline.session import Study
+from cobla_onnx.pipeline.open_session import open_session
+from cobla_onnx.pipeline.session import Session
 from cobla_onnx.report.amounts import budget_name
 from cobla_onnx.report.sweep import Sweep, SweepPoint
 from cobla_onnx.wording import either, option_name
@@ -90,28 +90,28 @@ def sweep(
     macs_needed = any(budget.mac is not None for budget in wanted)
     with ExitStack() as stack:
         try:
-            opened = open_study(
+            opened = open_session(
                 model, settings, macs_needed=macs_needed, times_needed=timed, budgets=wanted
             )
-            study = stack.enter_context(opened)
+            session = stack.enter_context(opened)
         except BudgetError as error:
             raise _none_within_reach(error) from error
         points: list[SweepPoint] = []
         refusal: BudgetError | None = None
         for number, budget in enumerate(wanted):
-            study.notify(f"sweep: {budget_name(budget)}", number, len(wanted))
+            session.notify(f"sweep: {budget_name(budget)}", number, len(wanted))
             try:
-                points.append(_point(study, budget, folder, external_data))
+                points.append(_point(session, budget, folder, external_data))
             except BudgetError as error:
                 refusal = error
                 points.append(SweepPoint(budget, refused=error.in_flags()))
             except KeyboardInterrupt:
                 raise _interrupted(points, folder) from None
-        study.notify("sweep", len(wanted), len(wanted))
-        chosen = study.objective
+        session.notify("sweep", len(wanted), len(wanted))
+        chosen = session.objective
     if refusal is not None and all(point.refused for point in points):
         raise _none_within_reach(refusal)
-    source = None if study.source is None else str(study.source)
+    source = None if session.source is None else str(session.source)
     return Sweep(source, chosen, _with_front(points))
 
 
@@ -139,13 +139,13 @@ def _interrupted(points: Sequence[SweepPoint], folder: Path | None) -> KeyboardI
 
 
 def _point(
-    study: Study, budget: Budget, folder: Path | None, external_data: ExternalData
+    session: Session, budget: Budget, folder: Path | None, external_data: ExternalData
 ) -> SweepPoint:
-    result = study.compress(budget)
+    result = session.compress(budget)
     report = result.report
     file = None
     if folder is not None:
-        stem = "model" if study.source is None else study.source.stem
+        stem = "model" if session.source is None else session.source.stem
         file = folder / f"{stem}-{budget_name(budget).replace(' ', '-')}.onnx"
         result.save(file, external_data=external_data)
         report = result.report

@@ -6,13 +6,9 @@ from dataclasses import dataclass, field
 
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.pool import Pool
-from cobla_onnx.runtime.progress import Progress
+from cobla_onnx.runtime.progress import Progress, silent
 
 __all__ = ["RunContext"]
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -33,4 +29,4 @@ class RunContext:
     threads: int = 1
     pool: Pool = field(default_factory=Pool)
     cache: Cache | None = None
-    progress: Progress = _silent
+    progress: Progress = silent

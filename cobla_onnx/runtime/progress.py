@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias, TypeVar
 
-__all__ = ["Progress", "tracked"]
+__all__ = ["Progress", "silent", "tracked"]
 
 Result = TypeVar("Result")
 
@@ -14,6 +14,10 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 Behind a colon the name may tell how it stands, such as the loss reached.
 """
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 def tracked(

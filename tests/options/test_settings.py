@@ -44,7 +44,7 @@ def one_more(monkeypatch):
     pipeline = importlib.import_module("cobla_onnx.pipeline.inspect")
     monkeypatch.setattr(cobla_onnx.options.settings, "Settings", More)
     monkeypatch.setattr(pipeline, "Settings", More)
-    monkeypatch.setattr(pipeline, "open_study", opened)
+    monkeypatch.setattr(pipeline, "open_session", opened)
     made = typer.Typer(rich_markup_mode=None)
     for command in COMMANDS:
         module = importlib.import_module(f"cobla_onnx.cli.commands.{command}")

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobla_onnx import Budget, Plan, compress, errors
+from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.graph.io.model_file import stored_bytes
-from cobla_onnx.pipeline.calibrated import Calibrated
 from cobla_onnx.pipeline.search.sensitivity import enough_samples
 from tests.builders import random_array, small_network
 from tests.cli.test_command import ROOT, run, run_here
@@ -168,12 +168,12 @@ def test_selection_samples_never_make_factors(demo_model, monkeypatch):
 
     seen: dict[str, tuple[int, ...]] = {}
 
-    def remember(self: Calibrated) -> None:
+    def remember(self: Judge) -> None:
         seen["selection"] = self.dataset.selection
         original(self)
 
-    original = Calibrated.__post_init__
-    monkeypatch.setattr(Calibrated, "__post_init__", remember)
+    original = Judge.__post_init__
+    monkeypatch.setattr(Judge, "__post_init__", remember)
     before = factors(images)
     changed = images.copy()
     changed[list(seen["selection"])] = 0.0

@@ -17,9 +17,9 @@ DATA = {"x": random_array(40, 3, 12, 12, seed=3)}
 
 
 class Curve:
-    """A study whose quality is any function of the memory budget."""
+    """A session whose quality is any function of the memory budget."""
 
-    calibrated = object()
+    evidence = object()
 
     def __init__(self, drop, least=0.1):
         self.drop, self.least, self.tried = drop, least, []

@@ -176,10 +176,10 @@ def test_the_command(tmp_path):
 def test_an_interrupt_tells_what_was_written_before(tmp_path, monkeypatch):
     inner = sweeping._point
 
-    def stop(study, budget, folder, external_data):
+    def stop(session, budget, folder, external_data):
         if budget.mem == 0.7:
             raise KeyboardInterrupt
-        return inner(study, budget, folder, external_data)
+        return inner(session, budget, folder, external_data)
 
     monkeypatch.setattr(sweeping, "_point", stop)
     budgets = [Budget(mem=m) for m in (0.8, 0.7)]

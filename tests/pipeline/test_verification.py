@@ -141,9 +141,9 @@ def test_a_random_model_is_called_that(kind):
 
 def test_a_wrong_rewrite_of_a_random_model_is_still_found(monkeypatch):
     """Its outputs prove nothing, but each layer is proved alone."""
-    from cobla_onnx.pipeline import session as study
+    from cobla_onnx.pipeline import finish as steps
 
-    right = study.rewrite
+    right = steps.rewrite
 
     def wrong(model, replacements):
         made = right(model, replacements)
@@ -154,7 +154,7 @@ def test_a_wrong_rewrite_of_a_random_model_is_still_found(monkeypatch):
                 tensor.CopyFrom(onnx.numpy_helper.from_array(array, name))
         return made
 
-    monkeypatch.setattr(study, "rewrite", wrong)
+    monkeypatch.setattr(steps, "rewrite", wrong)
     with pytest.raises(errors.VerificationError, match="new nodes differ"):
         compress(noisy("normal"), Budget(mem=0.6))
 

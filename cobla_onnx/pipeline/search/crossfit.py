@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -40,6 +40,10 @@ class CrossFit:
     _seen: list[tuple[frozenset[str], Sequence[FromData]]] = field(default_factory=list)
     _probes: list[Probe] = field(default_factory=list)
     _losses: dict[tuple[Plan, int], Float64] = field(default_factory=dict)
+
+    def by(self, finisher: Finisher) -> CrossFit:
+        """Return it for another budget: statistics of the halves depend on the layers alone."""
+        return replace(self, finisher=finisher)
 
     @property
     def halves(self) -> tuple[Sequence[int], Sequence[int]]:

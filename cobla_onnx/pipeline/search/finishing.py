@@ -15,10 +15,7 @@ from cobla_onnx.calibration.evaluation.probe import Pair, Weights
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.refit import ChosenLayer, refit_layers, replaced_weights
 from cobla_onnx.plan import Plan
-from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.context import RunContext
-from cobla_onnx.runtime.pool import Pool
-from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.variants.base import Approximate, Approximation
 from cobla_onnx.variants.work import approximations_of
 
@@ -27,7 +24,10 @@ __all__ = ["Finisher"]
 
 @dataclass
 class Finisher:
-    """Makes the factors of a plan.
+    """Makes the factors of plans for one budget, and keeps those that were judged or refitted.
+
+    A plan's losses and factors do not depend on the plans before it. They are kept no longer
+    than one budget needs, since they are as large as the weights.
 
     Parameters
     ----------
@@ -38,29 +38,17 @@ class Finisher:
         Its selection split decides which layers keep their refit.
     dataset : Dataset
         Layers are refitted to its calibration split.
-    threads : int
-    progress : callable
-    pool : Pool
-        Runs the factorisation of weights where it does not depend on data.
-    cache : Cache, optional
-        Keeps the factors made without data.
+    context : RunContext
+        Its pool factorises weights where that does not depend on data, and its cache keeps them.
     """
 
     model: onnx.ModelProto
     analysis: Analysis
     judge: Judge
     dataset: Dataset
-    threads: int
-    progress: Progress
-    pool: Pool = field(default_factory=Pool)
-    cache: Cache | None = None
+    context: RunContext = field(default_factory=RunContext)
     _refitted: dict[Plan, tuple[Sequence[Approximation], int]] = field(default_factory=dict)
     _held_back: dict[Plan, Float64] = field(default_factory=dict)
-
-    def forget(self) -> None:
-        """Forget the plans that were judged or refitted."""
-        self._refitted.clear()
-        self._held_back.clear()
 
     def chosen(self, plan: Plan, approximate: Approximate | None = None) -> list[ChosenLayer]:
         """Return the layers that a plan factorises, with their factors before refit.
@@ -75,9 +63,8 @@ class Finisher:
         assert seen is not None
         resolved = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
         one = approximate or seen.approximate
-        context = RunContext(pool=self.pool, cache=self.cache)
         found = (
-            approximations_of(self.model, resolved, context)
+            approximations_of(self.model, resolved, self.context)
             if plan.factors == "weights"
             else (one(layer, scheme, [rank])[0] for layer, scheme, rank in resolved)
         )
@@ -117,7 +104,7 @@ class Finisher:
                 self.chosen(plan),
                 lambda: self.judge.batches(self.dataset.calibration),
                 self.judge.followed,
-                threads=self.threads,
-                progress=partial(self.progress, "refit"),
+                threads=self.context.threads,
+                progress=partial(self.context.progress, "refit"),
             )
         return self._refitted[plan]

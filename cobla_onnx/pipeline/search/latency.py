@@ -12,18 +12,22 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx
 from scipy.interpolate import PchipInterpolator
 
 from cobla_onnx.allocation import Allocation, Budget, Constraint
+from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.timing import Comparison, Stopwatch, compare
 from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
 from cobla_onnx.variants.registry import stand_in
@@ -47,16 +51,21 @@ SECONDS, LEAST, MOST = 6.0, 9, 200
 # Excess over the limit, as a fraction of it, that still counts as met within the noise.
 NOISE = 0.03
 
-Choose = Callable[[Sequence[Constraint]], Allocation]
+Choose = Callable[[Sequence[Constraint]], SearchResult]
 
 
 @dataclass(frozen=True)
 class Found:
-    """An allocation, its predicted fraction of the original's time, and the measured one."""
+    """A result, its predicted fraction of the original's time, and the measured one."""
 
-    allocation: Allocation
+    result: SearchResult
     predicted: float
     measured: Comparison
+
+    @property
+    def allocation(self) -> Allocation:
+        """The ranks."""
+        return self.result.allocation
 
 
 def example_feeds(
@@ -73,7 +82,7 @@ def example_feeds(
     return runnable_feeds(session, shapes, seed)[0][0]
 
 
-@dataclass
+@dataclass(frozen=True)
 class LatencySearch:
     """Times a model, whole and under plans; times found in the profile are not measured again.
 
@@ -91,8 +100,9 @@ class LatencySearch:
     profile: Profile
     stopwatch: Stopwatch
 
-    def __post_init__(self) -> None:
-        self._entry = self.profile.model(_model_key(self.model, self.feeds))
+    @cached_property
+    def _entry(self) -> dict[str, Any]:
+        return self.profile.model(_model_key(self.model, self.feeds))
 
     def original(self) -> int:
         """Return the time of the original in nanoseconds."""
@@ -138,6 +148,11 @@ class LatencySearch:
         choose : callable
             Returns the best allocation within constraints.
 
+        Returns
+        -------
+        Found
+            Its history is that of all rounds; all else is of the round that gave the answer.
+
         Raises
         ------
         BudgetError
@@ -147,28 +162,33 @@ class LatencySearch:
         assert limit is not None
         *others, latency = analysis.constraints(budget)
         wanted, tried = _corrected(latency, 1.0), list[Found]()
+        history = list[Step]()
         for _ in range(ROUNDS):
             try:
-                allocation = choose([*others, wanted])
+                result = choose([*others, wanted])
             except BudgetError as error:
                 if "latency" not in error.least:
                     raise
                 # The table may be wrong: try its fastest plan before refusing the budget.
                 wanted = replace(latency, limit=math.ceil(error.least["latency"] * latency.total))
-                allocation = choose([*others, wanted])
-            if any(allocation.choices == found.allocation.choices for found in tried):
+                result = choose([*others, wanted])
+            history += result.history
+            choices = result.allocation.choices
+            if any(choices == found.allocation.choices for found in tried):
                 break
-            found = self._try(analysis, latency, allocation)
-            tried.append(found)
-            if CLOSE * limit <= found.measured.ratio <= limit or not any(allocation.choices):
+            tried.append(self._try(analysis, latency, result))
+            ratio = tried[-1].measured.ratio
+            if CLOSE * limit <= ratio <= limit or not any(choices):
                 break
             wanted = _aimed(latency, limit, tried)
-        return _best(tried, limit, self.stopwatch.threads)
+        best = _best(tried, limit, self.stopwatch.threads)
+        answer = replace(best.result, history=tuple(history), predicted=best.predicted)
+        return replace(best, result=answer)
 
-    def _try(self, analysis: Analysis, latency: Constraint, allocation: Allocation) -> Found:
-        predicted = latency.cost(analysis.curves, allocation.choices) / latency.total
-        measured = self.under(analysis, analysis.plan(allocation.choices))
-        return Found(allocation, predicted, measured)
+    def _try(self, analysis: Analysis, latency: Constraint, result: SearchResult) -> Found:
+        choices = result.allocation.choices
+        predicted = latency.cost(analysis.curves, choices) / latency.total
+        return Found(result, predicted, self.under(analysis, analysis.plan(choices)))
 
     def confirm(self, compressed: onnx.ModelProto, limit: float) -> tuple[Comparison, str]:
         """Time the result itself, twice if the first time is over the limit.
@@ -252,9 +272,8 @@ def _best(tried: Sequence[Found], limit: float, threads: int) -> Found:
     fastest = min(tried, key=lambda found: found.measured.ratio)
     measured = fastest.measured
     if measured.low <= limit and measured.ratio <= limit * (1 + NOISE):
-        return replace(
-            fastest, allocation=fastest.allocation.noting(_within_noise(limit, measured))
-        )
+        noted = fastest.allocation.noting(_within_noise(limit, measured))
+        return replace(fastest, result=replace(fastest.result, allocation=noted))
     raise BudgetError(
         f"{option_name('latency', limit)}: the fastest of {len(tried)} plans takes "
         f"{measured.ratio:.3f} of the original's time ({measured.low:.3f} to {measured.high:.3f}, "

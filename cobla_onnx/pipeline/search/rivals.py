@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
 from cobla_onnx.allocation import Allocation, Constraint, LayerCurves, WeightError, allocate
@@ -24,8 +23,6 @@ from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import Rival
-from cobla_onnx.runtime.context import RunContext
-from cobla_onnx.variants.work import weight_curves
 
 __all__ = ["WEIGHTS_ALONE", "Rivals"]
 
@@ -51,19 +48,19 @@ class Settled(NamedTuple):
     losses: tuple[float, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rivals:
     """Compares answers to a budget.
 
     Parameters
     ----------
     finisher : Finisher
+    crossfit : CrossFit
+        Judges a plan of the finisher on all samples.
     """
 
     finisher: Finisher
-
-    def __post_init__(self) -> None:
-        self._crossfit = CrossFit(self.finisher)
+    crossfit: CrossFit
 
     @property
     def _analysis(self) -> Analysis:
@@ -82,7 +79,7 @@ class Rivals:
         known = {own.choices: float(before.mean())}
         promising = []
         for number, (origin, other) in enumerate(others):
-            self.finisher.progress("other answers", number, number + 1)
+            self.finisher.context.progress("other answers", number, number + 1)
             if other.choices in known:
                 continue
             losses = self._held_back(other)
@@ -90,10 +87,10 @@ class Rivals:
             gain = paired_gain(before, losses).in_errors
             if gain > PROMISING:
                 promising.append((gain, origin, other))
-        self.finisher.progress("other answers", len(known), len(known))
+        self.finisher.context.progress("other answers", len(known), len(known))
         promising.sort(key=lambda entry: -entry[0])
         answer, rivals = own, tuple[Rival, ...]()
-        if promising and min(map(len, self._crossfit.halves)) >= LEAST:
+        if promising and min(map(len, self.crossfit.halves)) >= LEAST:
             answer, rivals = self._on_all(own, [entry[1:] for entry in promising[:PLACES]])
         return Settled(answer, rivals, tuple(known.values()))
 
@@ -104,8 +101,8 @@ class Rivals:
         rivals: list[Rival] = []
         answer, total = own, len(others)
         for number, (origin, other) in enumerate(others):
-            self.finisher.progress("answers on all samples", number, total)
-            gain = self._crossfit.gain(self._plan(own), self._plan(other))
+            self.finisher.context.progress("answers on all samples", number, total)
+            gain = self.crossfit.gain(self._plan(own), self._plan(other))
             taken = gain.in_errors > BETTER
             rivals.append(_rival(origin, gain, taken))
             if taken:
@@ -116,11 +113,15 @@ class Rivals:
                 )
                 answer = other.noting(note)
                 break
-        self.finisher.progress("answers on all samples", total, total)
+        self.finisher.context.progress("answers on all samples", total, total)
         return answer, tuple(rivals)
 
     def or_weights_alone(
-        self, own: Allocation, constraints: Sequence[Constraint], refit: bool
+        self,
+        own: Allocation,
+        constraints: Sequence[Constraint],
+        curves: Sequence[LayerCurves],
+        refit: bool,
     ) -> tuple[Allocation, Rival]:
         """Return the better one on the held-back samples: `own`, or the plan without data.
 
@@ -128,10 +129,11 @@ class Rivals:
         ----------
         own : Allocation
         constraints : sequence of Constraint
+        curves : sequence of LayerCurves
+            Of the weights themselves.
         refit : bool
             Whether factors made from data are refitted; those of the weights are not.
         """
-        curves = self.weight_curves
         alone = allocate(curves, WeightError(curves), constraints, solver="milp")
         alone = replace(alone, factors="weights")
         without, before = self._held_back(alone), self._held_back(own)
@@ -153,12 +155,6 @@ class Rivals:
 
     def _plan(self, allocation: Allocation) -> Plan:
         return self._analysis.plan(allocation.choices, allocation.factors)
-
-    @cached_property
-    def weight_curves(self) -> tuple[LayerCurves, ...]:
-        """The curves of the analysis, with the errors of the weights themselves."""
-        context = RunContext(pool=self.finisher.pool, cache=self.finisher.cache)
-        return weight_curves(self.finisher.model, self._analysis.variants, context)
 
 
 def _rival(origin: str, gain: PairedGain, taken: bool) -> Rival:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 import pytest
 
-from cobla_onnx.allocation import Budget, Choice, Masks
+from cobla_onnx.allocation import Allocation, Budget, Choice, Constraint, Masks, OutputError
 from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.allocation.sqp import Candidate, Scores, allocate_by_loss
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.data.dataset import Dataset, input_specs
+from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.gradients import GradientProbe
+from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel
 from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.evaluation.temperature import doubts, soften, temperatures
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.pipeline.analysis import analyse
-from cobla_onnx.pipeline.calibrated import Calibrated
+from cobla_onnx.pipeline.search.data import search_by_data
+from cobla_onnx.pipeline.search.evidence import Evidence
+from cobla_onnx.pipeline.search.loss import improve, scores
 from cobla_onnx.pipeline.search.network_loss import NetworkLoss
+from cobla_onnx.pipeline.search.output import search_by_output
+from cobla_onnx.pipeline.search.problem import Problem, SearchResult
+from cobla_onnx.pipeline.search.rivals import Rivals
 from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import random_array, small_network
 from tests.calibration.evaluation.test_probe import samples
@@ -29,11 +37,7 @@ from tests.calibration.evaluation.test_probe import samples
 EFFORT = Effort(max_variables=20, rounds=1, iterations=6, tolerance=1e-3, converge=False)
 
 
-def silent(stage: str, done: int, total: int) -> None:
-    pass
-
-
-def calibrated_for(model: onnx.ModelProto, count: int = 30) -> Calibrated:
+def evidence_for(model: onnx.ModelProto, count: int = 30) -> Evidence:
     data = samples(count)["x"]
     specs = input_specs(model)
     dataset = Dataset("test", ({"x": row[None]} for row in data), specs)
@@ -41,56 +45,83 @@ def calibrated_for(model: onnx.ModelProto, count: int = 30) -> Calibrated:
         model,
         see=lambda layers: Seen(model, layers, lambda: dataset.batches(dataset.calibration, 8)),
     )
-    return Calibrated(model, analysis, dataset, 8, "auto", 1, silent)
+    judge = Judge(model, analysis.layers, dataset, 8, "auto", 1)
+    return Evidence(model, analysis, judge, MeasuredModel(model, {}))
 
 
 @pytest.fixture(scope="module")
-def calibrated() -> Calibrated:
-    return calibrated_for(small_network())
+def evidence() -> Evidence:
+    return evidence_for(small_network())
 
 
-def objective_of(calibrated: Calibrated) -> tuple[NetworkLoss, tuple[Choice | None, ...]]:
-    constraints = calibrated.analysis.constraints(Budget(mem=0.6))
-    warm = calibrated.allocate(constraints, "milp")
-    sensitivity = calibrated.sensitivity
-    assert sensitivity is not None
-    objective = NetworkLoss(
-        calibrated.analysis.curves,
-        calibrated._path(),
-        calibrated.gradients(),
-        sensitivity.objective(),
-    )
-    return objective, warm.choices
+def warm_start(
+    evidence: Evidence, constraints: Sequence[Constraint]
+) -> tuple[SearchResult, OutputError]:
+    """The answer for the objective output."""
+    finisher = evidence.finisher()
+    rivals = Rivals(finisher, evidence.crossfit(finisher))
+    return search_by_output(Problem(evidence.analysis, "milp"), evidence, rivals, constraints)
 
 
-def test_binary_masks_are_the_truncated_network(calibrated):
-    objective, choices = objective_of(calibrated)
+def improved(
+    evidence: Evidence,
+    constraints: Sequence[Constraint],
+    warm: SearchResult,
+    separable: OutputError,
+) -> SearchResult:
+    problem = Problem(evidence.analysis, "milp", "loss")
+    finisher = evidence.finisher()
+    return improve(problem, evidence, finisher, constraints, warm, separable, EFFORT)
+
+
+def searched(
+    evidence: Evidence, constraints: Sequence[Constraint], *how: str, seconds: float | None = None
+) -> SearchResult:
+    """The answer by a solver and an objective."""
+    problem = Problem(evidence.analysis, *how, seconds=seconds)
+    return search_by_data(problem, evidence, evidence.finisher(), constraints)
+
+
+def mean_loss(evidence: Evidence, allocation: Allocation) -> float:
+    return scores(evidence.finisher(), allocation.choices).searched.mean()
+
+
+def objective_of(evidence: Evidence) -> tuple[NetworkLoss, tuple[Choice | None, ...]]:
+    constraints = evidence.analysis.constraints(Budget(mem=0.6))
+    warm, separable = warm_start(evidence, constraints)
+    curves = evidence.analysis.curves
+    objective = NetworkLoss(curves, evidence.path(), evidence.gradients, separable)
+    return objective, warm.allocation.choices
+
+
+def test_binary_masks_are_the_truncated_network(evidence):
+    objective, choices = objective_of(evidence)
     assert any(choices)
-    weights = objective.weights(masks_of(calibrated.analysis.curves, choices))
+    weights = objective.weights(masks_of(evidence.analysis.curves, choices))
     for index, choice in enumerate(choices):
         if choice is None:
             assert index not in weights
             continue
-        layer = calibrated.analysis.layers[index]
-        scheme = calibrated.analysis.schemes[index][choice.curve]
-        (expected,) = calibrated._seen.approximate(layer, scheme, [choice.rank])
+        layer = evidence.analysis.layers[index]
+        scheme = evidence.analysis.schemes[index][choice.curve]
+        (expected,) = evidence.seen.approximate(layer, scheme, [choice.rank])
         np.testing.assert_allclose(weights[index][0], expected.weight, atol=1e-5)
         if expected.bias is not None:
             np.testing.assert_allclose(weights[index][1], expected.bias, atol=1e-5)
 
 
-def test_all_masks_at_one_are_the_original(calibrated):
-    objective, _ = objective_of(calibrated)
-    whole = masks_of(calibrated.analysis.curves, [None] * len(calibrated.analysis.layers))
+def test_all_masks_at_one_are_the_original(evidence):
+    objective, _ = objective_of(evidence)
+    whole = masks_of(evidence.analysis.curves, [None] * len(evidence.analysis.layers))
     assert objective.weights(whole) == {}
     assert objective.value(whole) == pytest.approx(0.0, abs=1e-9)
 
 
-def test_the_gradient_by_masks_against_differences(calibrated):
+def test_the_gradient_by_masks_against_differences(evidence):
     """Blocks of fractional masks, of every layer and scheme; steps that float32 can see."""
-    objective, _ = objective_of(calibrated)
+    objective, _ = objective_of(evidence)
     generator = np.random.default_rng(1)
-    curves = calibrated.analysis.curves
+    curves = evidence.analysis.curves
     schemes = tuple(int(generator.integers(len(layer.curves))) for layer in curves)
     values, edges = [], []
     for layer, scheme in zip(curves, schemes, strict=True):
@@ -113,10 +144,10 @@ def test_the_gradient_by_masks_against_differences(calibrated):
             assert gradient[index][begin:end].sum() == pytest.approx(slope, abs=0.05 * scale)
 
 
-def test_the_model_is_exact_where_nothing_changes(calibrated):
+def test_the_model_is_exact_where_nothing_changes(evidence):
     """Predicted losses of the present ranks add up to what keeping all whole would change."""
-    objective, choices = objective_of(calibrated)
-    curves = calibrated.analysis.curves
+    objective, choices = objective_of(evidence)
+    curves = evidence.analysis.curves
     model = objective.model(masks_of(curves, choices), 1.0)
     for index, choice in enumerate(choices):
         if choice is None:
@@ -131,14 +162,14 @@ def test_the_model_is_exact_where_nothing_changes(calibrated):
         assert model[index][choice.curve][choice.rank] == pytest.approx(-linear - own, rel=1e-4)
 
 
-def test_the_search_is_never_worse_than_its_start_on_the_selection(calibrated):
+def test_the_search_is_never_worse_than_its_start_on_the_selection(evidence):
     for mem in (0.7, 0.5):
-        constraints = calibrated.analysis.constraints(Budget(mem=mem))
-        warm = calibrated.allocate(constraints, "milp")
-        found = calibrated.improve(warm, constraints, EFFORT)
+        constraints = evidence.analysis.constraints(Budget(mem=mem))
+        warm, separable = warm_start(evidence, constraints)
+        found = improved(evidence, constraints, warm, separable).allocation
         for constraint in constraints:
-            assert constraint.cost(calibrated.analysis.curves, found.choices) <= constraint.limit
-        before, after = (calibrated.scores(a.choices).searched.mean() for a in (warm, found))
+            assert constraint.cost(evidence.analysis.curves, found.choices) <= constraint.limit
+        before, after = (mean_loss(evidence, a) for a in (warm.allocation, found))
         assert after <= before
         assert found.certificate.objective == "loss"
         assert found.certificate.lower_bound is None
@@ -148,15 +179,15 @@ def test_the_search_is_never_worse_than_its_start_on_the_selection(calibrated):
 def test_the_search_is_the_same_twice():
     found = []
     for _ in range(2):
-        calibrated = calibrated_for(small_network(), 20)
-        constraints = calibrated.analysis.constraints(Budget(mem=0.6))
-        found.append(calibrated.choose(constraints, "slsqp", "loss"))
+        evidence = evidence_for(small_network(), 20)
+        constraints = evidence.analysis.constraints(Budget(mem=0.6))
+        found.append(searched(evidence, constraints, "slsqp", "loss").allocation)
     assert found[0] == found[1]
 
 
-def test_an_interrupt_keeps_the_best_so_far(calibrated, monkeypatch):
-    constraints = calibrated.analysis.constraints(Budget(mem=0.6))
-    warm = calibrated.allocate(constraints, "milp")
+def test_an_interrupt_keeps_the_best_so_far(evidence, monkeypatch):
+    constraints = evidence.analysis.constraints(Budget(mem=0.6))
+    warm, separable = warm_start(evidence, constraints)
     calls = []
 
     def interrupted(self, weights):
@@ -167,16 +198,16 @@ def test_an_interrupt_keeps_the_best_so_far(calibrated, monkeypatch):
 
     original = GradientProbe.gradient
     monkeypatch.setattr(GradientProbe, "gradient", interrupted)
-    found = calibrated.improve(warm, constraints, EFFORT)
+    found = improved(evidence, constraints, warm, separable).allocation
     assert "interrupted" in found.certificate.notes[-1]
-    before, after = (calibrated.scores(a.choices).searched.mean() for a in (warm, found))
+    before, after = (mean_loss(evidence, a) for a in (warm.allocation, found))
     assert after <= before
 
 
-def test_a_time_limit_of_nothing_gives_the_start(calibrated):
-    constraints = calibrated.analysis.constraints(Budget(mem=0.6))
-    warm = calibrated.allocate(constraints, "milp")
-    found = calibrated.choose(constraints, "milp", "loss", seconds=0.0)
+def test_a_time_limit_of_nothing_gives_the_start(evidence):
+    constraints = evidence.analysis.constraints(Budget(mem=0.6))
+    warm = warm_start(evidence, constraints)[0].allocation
+    found = searched(evidence, constraints, "milp", "loss", seconds=0.0).allocation
     assert found.choices == warm.choices
     assert "time limit" in found.certificate.notes[-1]
 
@@ -196,18 +227,18 @@ def test_a_candidate_has_to_beat_the_noise():
     assert not candidate([0.5, 1.4, 2.6, 3.5], [2.0, 2.1, 1.9, 2.05]).beats(start)
 
 
-def test_layers_without_a_gradient_stay_as_they_are(calibrated):
-    constraints = calibrated.analysis.constraints(Budget(mem=0.6))
-    warm = calibrated.allocate(constraints, "milp")
-    objective, _ = objective_of(calibrated)
+def test_layers_without_a_gradient_stay_as_they_are(evidence):
+    constraints = evidence.analysis.constraints(Budget(mem=0.6))
+    warm = warm_start(evidence, constraints)[0].allocation
+    objective, _ = objective_of(evidence)
     index = next(i for i, choice in enumerate(warm.choices) if choice is not None)
     objective.fixed = frozenset({index})
     _, candidates = allocate_by_loss(
-        calibrated.analysis.curves,
+        evidence.analysis.curves,
         objective,
         constraints,
         warm,
-        calibrated.scores,
+        lambda choices: scores(evidence.finisher(), choices),
         EFFORT,
     )
     knapsacks = [c for c in candidates if "nearest" not in c.origin]
@@ -229,20 +260,20 @@ def blocked_network() -> onnx.ModelProto:
 
 
 def test_auto_falls_back_to_output_and_says_why():
-    calibrated = calibrated_for(blocked_network(), 20)
-    constraints = calibrated.analysis.constraints(Budget(mem=0.6))
-    auto = calibrated.choose(constraints, "milp", "auto")
+    evidence = evidence_for(blocked_network(), 20)
+    constraints = evidence.analysis.constraints(Budget(mem=0.6))
+    auto = searched(evidence, constraints, "milp", "auto").allocation
     assert auto.certificate.objective == "output"
     assert "TopK" in auto.certificate.notes[-1]
-    loss = calibrated.choose(constraints, "milp", "loss")
+    loss = searched(evidence, constraints, "milp", "loss").allocation
     assert "TopK" in "".join(loss.certificate.notes)
 
 
 def test_batches_that_the_gradient_does_not_see_are_a_note():
-    calibrated = calibrated_for(small_network(), 20)
-    calibrated.gradients().left_out = 3
-    constraints = calibrated.analysis.constraints(Budget(mem=0.6))
-    notes = calibrated.choose(constraints, "milp", "loss").certificate.notes
+    evidence = evidence_for(small_network(), 20)
+    evidence.gradients.left_out = 3
+    constraints = evidence.analysis.constraints(Budget(mem=0.6))
+    notes = searched(evidence, constraints, "milp", "loss").allocation.certificate.notes
     assert any("does not see 3 batches" in note for note in notes)
 
 

@@ -26,7 +26,7 @@ from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR
 from tests.builders import model_of, random_array, small_network
 from tests.cli.test_command import ROOT, run_here
-from tests.pipeline.search.test_network_loss import calibrated_for
+from tests.pipeline.search.test_network_loss import evidence_for
 from tests.pipeline.test_compress import TEST, logits_of
 
 DATA = ROOT / "models" / "digits_calibration.npz"
@@ -77,13 +77,13 @@ def test_the_ranks_of_another_grid_are_on_it(demo_model):
 def test_every_half_is_judged_under_the_factors_of_the_other():
     """Against factors that are made by hand from each half."""
     model = small_network()
-    calibrated = calibrated_for(model, 30)
-    finisher, dataset = calibrated.finisher, calibrated.dataset
-    layers = calibrated.analysis.layers
-    constraints = calibrated.analysis.constraints(Budget(mem=0.5))
-    curves = calibrated.analysis.curves
+    evidence = evidence_for(model, 30)
+    finisher, dataset = evidence.finisher(), evidence.dataset
+    layers = evidence.analysis.layers
+    constraints = evidence.analysis.constraints(Budget(mem=0.5))
+    curves = evidence.analysis.curves
     chosen = allocate(curves, WeightError(curves), constraints, solver="milp").choices
-    plan = calibrated.analysis.plan(chosen)
+    plan = evidence.analysis.plan(chosen)
     found = CrossFit(finisher).losses(plan)
     made = dataset.calibration
     assert len(found) == len(made) + len(dataset.selection)
@@ -104,8 +104,8 @@ def test_every_half_is_judged_under_the_factors_of_the_other():
 
 def test_an_answer_gives_way_only_to_what_all_samples_prefer():
     """One that truncates less is preferred; one that truncates more is not even looked at."""
-    calibrated = calibrated_for(small_network(), 40)
-    analysis = calibrated.analysis
+    evidence = evidence_for(small_network(), 40)
+    analysis = evidence.analysis
     own, better, worse = (
         allocate(
             analysis.curves,
@@ -115,7 +115,8 @@ def test_an_answer_gives_way_only_to_what_all_samples_prefer():
         )
         for fraction in (0.4, 0.8, 0.2)
     )
-    rivals = Rivals(calibrated.finisher)
+    finisher = evidence.finisher()
+    rivals = Rivals(finisher, CrossFit(finisher))
     settled = rivals.settle(own, [("worse", worse), ("better", better), ("same", own)])
     assert settled.allocation.choices == better.choices
     (rival,) = settled.rivals
@@ -131,8 +132,8 @@ def test_an_answer_gives_way_only_to_what_all_samples_prefer():
 
 
 def test_a_comparison_ends_where_the_other_plan_falls_behind():
-    calibrated = calibrated_for(small_network(), 40)
-    analysis = calibrated.analysis
+    evidence = evidence_for(small_network(), 40)
+    analysis = evidence.analysis
     better, worse = (
         analysis.plan(
             allocate(
@@ -144,10 +145,10 @@ def test_a_comparison_ends_where_the_other_plan_falls_behind():
         )
         for fraction in (0.8, 0.2)
     )
-    crossfit = CrossFit(calibrated.finisher)
+    crossfit = CrossFit(evidence.finisher())
     behind, ahead = crossfit.gain(better, worse), crossfit.gain(worse, better)
     assert behind.mean < 0 < ahead.mean
-    assert behind.samples == len(calibrated.dataset.selection)
+    assert behind.samples == len(evidence.dataset.selection)
     assert ahead.samples == 40
 
 

@@ -1,0 +1,135 @@
+"""From a solution to a result: rewrite the model, verify it, time it and report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import onnx
+
+from cobla_onnx.errors import BudgetError
+from cobla_onnx.graph.io.external import is_external
+from cobla_onnx.graph.io.model_file import stored_bytes
+from cobla_onnx.graph.order import restore_order
+from cobla_onnx.pipeline.budget_errors import elsewhere_note
+from cobla_onnx.pipeline.build_report import Outcome, make_report
+from cobla_onnx.pipeline.result import Result
+from cobla_onnx.pipeline.search.evidence import Evidence
+from cobla_onnx.pipeline.verification import verify
+from cobla_onnx.report.model import LatencyReport, Verification
+from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.variants.rewrite import rewrite
+from cobla_onnx.wording import option_name
+
+if TYPE_CHECKING:
+    from cobla_onnx.pipeline.session import Session, Solution
+
+__all__ = ["finish"]
+
+
+def finish(session: Session, solution: Solution) -> Result:
+    """Rewrite the model, count its costs again, verify it and report; see `Session.finish`."""
+    started = time.perf_counter()
+    compressed = _rewritten(session, solution)
+    verification = _verified(session, solution, compressed)
+    latency, of_time = _timed(session, solution, compressed)
+    measured = () if session.evidence is None else session.evidence.measured.notes
+    elsewhere = elsewhere_note(session.model, session.analysis, solution.budget)
+    seconds = session.seconds + solution.seconds + time.perf_counter() - started
+    outcome = Outcome(
+        stored_bytes(compressed), verification, latency, (*measured, *of_time, *elsewhere), seconds
+    )
+    report = make_report(session, solution, outcome)
+    return Result(
+        # All checks are done: put the nodes back in the order of the file.
+        _in_order(session, compressed),
+        solution.plan,
+        report,
+        session.source,
+        solution.spill,
+        any(map(is_external, session.model.graph.initializer)),
+        solution.history,
+    )
+
+
+def _rewritten(session: Session, solution: Solution) -> onnx.ModelProto:
+    session.notify("rewrite", 0, 1)
+    replacements = solution.replacements
+    compressed = rewrite(session.model, replacements) if replacements else session.model
+    _check_budget(session, solution, compressed)
+    session.notify("rewrite", 1, 1)
+    return compressed
+
+
+def _check_budget(session: Session, solution: Solution, compressed: onnx.ModelProto) -> None:
+    """Count the costs of the result again: budgets are hard. Times are measured elsewhere."""
+    budget, analysis = solution.budget, session.analysis
+    if budget is None or (budget.mem is None and budget.mac is None):
+        return
+    reached = {"mem": stored_bytes(compressed), "mac": analysis.macs_after(solution.plan)}
+    for name, limit in analysis.limits(replace(budget, latency=None)).items():
+        cost = reached[name]
+        if cost is None or cost > limit:
+            raise BudgetError(
+                f"{option_name(name)}: the plan costs {cost}, the budget allows {limit}; "
+                "lower its ranks or raise the budget"
+            )
+
+
+def _verified(
+    session: Session, solution: Solution, compressed: onnx.ModelProto
+) -> Verification | None:
+    """Verify the result on the samples held back, or on random inputs."""
+    if not solution.replacements:
+        return None
+    evidence = session.evidence
+    steps = 1 if evidence is None else _held_back_batches(evidence)
+
+    def held_back() -> Iterable[Feeds]:
+        assert evidence is not None
+        return evidence.judge.batches(evidence.dataset.selection)
+
+    session.notify("verify", 0, steps)
+    verification = verify(
+        session.model,
+        compressed,
+        solution.replacements,
+        session.analysis.input_shapes,
+        data=None if evidence is None else ("held-back", held_back),
+        measures=None if evidence is None else evidence.judge.measures,
+        taps=None if evidence is None else evidence.taps,
+        seed=session.settings.seed,
+        threads=session.context.threads,
+        progress=lambda done: session.notify("verify", min(done, steps - 1), steps),
+    )
+    if evidence is not None:
+        samples = evidence.dataset.count(evidence.dataset.selection)
+        verification = replace(verification, samples=samples)
+    session.notify("verify", steps, steps)
+    return verification
+
+
+def _held_back_batches(evidence: Evidence) -> int:
+    """About how many batches there are of the samples held back; more where shapes differ."""
+    return max(1, -(-len(evidence.dataset.selection) // evidence.judge.batch))
+
+
+def _timed(
+    session: Session, solution: Solution, compressed: onnx.ModelProto
+) -> tuple[LatencyReport | None, tuple[str, ...]]:
+    """Time the result, if times were asked for; also return notes."""
+    if session.times is None:
+        return None, ()
+    limit = None if solution.budget is None else solution.budget.latency
+    return session.times.report(compressed, solution.plan, limit, solution.predicted)
+
+
+def _in_order(session: Session, compressed: onnx.ModelProto) -> onnx.ModelProto:
+    """Put the nodes in the order of the file; the session's own model stays sorted."""
+    if session.order and compressed is session.model:
+        compressed = onnx.ModelProto()
+        compressed.CopyFrom(session.model)
+    restore_order(compressed.graph, session.order)
+    return compressed

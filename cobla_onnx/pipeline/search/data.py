@@ -1,0 +1,128 @@
+"""Choose ranks and make factors by the model's loss on calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cobla_onnx.allocation import Constraint
+from cobla_onnx.calibration.evaluation.quality import Quality, measure_quality
+from cobla_onnx.pipeline.search.evidence import Evidence
+from cobla_onnx.pipeline.search.finishing import Finisher
+from cobla_onnx.pipeline.search.loss import search_by_loss
+from cobla_onnx.pipeline.search.output import search_by_output
+from cobla_onnx.pipeline.search.problem import Problem, SearchResult
+from cobla_onnx.pipeline.search.refit import ChosenLayer, replaced_weights
+from cobla_onnx.pipeline.search.rivals import Rivals
+from cobla_onnx.plan import Plan
+from cobla_onnx.runtime.temporary import Shelf
+from cobla_onnx.variants.base import Approximation
+from cobla_onnx.variants.registry import require_family
+from cobla_onnx.variants.replacement import Replacement
+
+__all__ = ["Factors", "MeasuredFactors", "make_factors", "measure_factors", "search_by_data"]
+
+
+def search_by_data(
+    problem: Problem, evidence: Evidence, finisher: Finisher, constraints: Sequence[Constraint]
+) -> SearchResult:
+    """Choose ranks; the objective of the problem says by which loss.
+
+    Parameters
+    ----------
+    finisher : Finisher
+        Of `evidence`, made for this budget; it keeps what the factors of the answer need.
+
+    Raises
+    ------
+    BudgetError
+        If the constraints cannot be met.
+    ModelError
+        If the objective ``loss`` is asked for and no layer has a gradient.
+    """
+    rivals = Rivals(finisher, evidence.crossfit(finisher))
+    found, losses = search_by_output(problem, evidence, rivals, constraints)
+    if not any(found.allocation.choices):
+        return found
+    if problem.objective != "output":
+        found = search_by_loss(problem, evidence, finisher, constraints, found, losses)
+    answer, rival = rivals.or_weights_alone(
+        found.allocation, constraints, evidence.weight_curves, problem.refit
+    )
+    return replace(found, allocation=answer, rivals=(*found.rivals, rival))
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factors of the layers that a plan replaces.
+
+    Attributes
+    ----------
+    chosen : sequence of ChosenLayer
+        With the factors before refit.
+    approximations : sequence of Approximation
+        After it, in the order of `chosen`.
+    refitted : int
+        How many of them were changed.
+    loss_before : float or None
+        On the selection split before refit; None if there was none.
+    """
+
+    chosen: Sequence[ChosenLayer]
+    approximations: Sequence[Approximation]
+    refitted: int = 0
+    loss_before: float | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredFactors:
+    """Replacements of a plan's layers, and what they cost on the selection split.
+
+    Attributes
+    ----------
+    replacements : list of Replacement
+    loss, loss_before_refit : float
+    quality : Quality
+    refitted : int
+        Layers whose refit was kept.
+    """
+
+    replacements: list[Replacement]
+    loss: float
+    loss_before_refit: float
+    quality: Quality
+    refitted: int
+
+
+def make_factors(finisher: Finisher, plan: Plan, refit: bool) -> Factors:
+    """Make the factors of a plan, and refit them if asked for."""
+    chosen = finisher.chosen(plan)
+    before = [entry.approximation for entry in chosen]
+    if not refit or plan.factors != "data":
+        return Factors(chosen, before)
+    loss = finisher.judge.selection.loss(replaced_weights(chosen, before))
+    return Factors(chosen, *finisher.refitted(plan), loss)
+
+
+def measure_factors(evidence: Evidence, factors: Factors) -> MeasuredFactors:
+    """Measure factors on the selection split."""
+    selection = evidence.judge.selection
+    weights = replaced_weights(factors.chosen, factors.approximations)
+    found = Shelf(
+        {name: actual[name] for name in expected if name in actual}
+        for expected, actual in selection.outputs(weights)
+    )
+    loss = float(selection.losses_of(zip(selection.expected, found, strict=True)).mean())
+    quality = measure_quality(selection, zip(selection.expected, found, strict=True))
+    # Users know the outputs, not the tensors that are measured in their place.
+    output = evidence.measured.outputs.get(quality.output, quality.output)
+    return MeasuredFactors(
+        [
+            require_family(entry.scheme.name).replace(entry.layer, entry.scheme, made)
+            for entry, made in zip(factors.chosen, factors.approximations, strict=True)
+        ],
+        loss,
+        loss if factors.loss_before is None else factors.loss_before,
+        replace(quality, output=output),
+        factors.refitted,
+    )

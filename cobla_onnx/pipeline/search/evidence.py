@@ -1,0 +1,177 @@
+"""Evidence from data: what is measured on the samples once, whatever the budget.
+
+The calibration split gives the second moments, from which the factors follow, and the
+sensitivity of each layer. The selection split, which no factor sees, decides between candidate
+plans and between a layer's factors before and after refit. All these decisions follow one loss;
+for class distributions that is their divergence at a temperature (see `soften`), unless the
+divergence itself is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+
+import onnx
+
+from cobla_onnx.allocation import Choice, Constraint, LayerCurves
+from cobla_onnx.calibration.batching import TapLimit
+from cobla_onnx.calibration.data.dataset import Dataset
+from cobla_onnx.calibration.evaluation.evaluator import Judge
+from cobla_onnx.calibration.evaluation.gradients import GradientProbe
+from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel
+from cobla_onnx.graph.layers import read_bias, read_weight
+from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.search.crossfit import CrossFit
+from cobla_onnx.pipeline.search.finishing import Finisher
+from cobla_onnx.pipeline.search.network_loss import Path
+from cobla_onnx.pipeline.search.sensitivity import (
+    PROBE_SAMPLES,
+    Sensitivity,
+    enough_samples,
+    spread_over,
+)
+from cobla_onnx.runtime.cache import Arrays, digest, fetch
+from cobla_onnx.runtime.context import RunContext
+from cobla_onnx.variants.base import Approximation
+from cobla_onnx.variants.from_data import FromData
+from cobla_onnx.variants.work import weight_curves
+
+__all__ = ["Evidence"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A model's analysis beside its calibration data.
+
+    What it measures, it measures when first asked for and keeps. All that is kept is a function
+    of the fields alone, or of these and the arguments: the order of questions changes no answer.
+
+    Attributes
+    ----------
+    model : ModelProto
+    analysis : Analysis
+        With what the layers have seen.
+    judge : Judge
+        Probes of the loss.
+    measured : MeasuredModel
+        Where the loss is taken.
+    context : RunContext
+    taps : TapLimit, optional
+        For the tensors that are read from a run.
+    """
+
+    model: onnx.ModelProto
+    analysis: Analysis
+    judge: Judge
+    measured: MeasuredModel
+    context: RunContext = field(default_factory=RunContext)
+    taps: TapLimit | None = None
+    _sensitivities: dict[frozenset[str], Sensitivity] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    @property
+    def dataset(self) -> Dataset:
+        """The samples, and how they are split."""
+        return self.judge.dataset
+
+    @property
+    def seen(self) -> FromData:
+        """Statistics of the layers on the calibration split."""
+        assert self.analysis.seen is not None
+        return self.analysis.seen
+
+    def finisher(self) -> Finisher:
+        """Return a maker of factors for one budget: it keeps the plans that it has judged."""
+        threads = min(self.context.threads, self.context.pool.runs_at_most)
+        context = replace(self.context, threads=threads)
+        return Finisher(self.model, self.analysis, self.judge, self.dataset, context)
+
+    def crossfit(self, finisher: Finisher) -> CrossFit:
+        """Return the cross-fitting of a finisher's plans; the halves' statistics are kept."""
+        return self._crossfit.by(finisher)
+
+    @cached_property
+    def _crossfit(self) -> CrossFit:
+        return CrossFit(self.finisher())
+
+    def sensitivity(self, constraints: Sequence[Constraint]) -> Sensitivity:
+        """Measure the layers, once for each set of limited resources.
+
+        Returns
+        -------
+        Sensitivity
+            A copy: what one search refines, no other one sees.
+        """
+        kinds = frozenset(constraint.name for constraint in constraints)
+        if kinds not in self._sensitivities:
+            first = Sensitivity(
+                self.analysis.layers,
+                self.analysis.curves,
+                self.analysis.schemes,
+                self.seen,
+                self.judge.spread_on(self.probe_samples, self.context.pool),
+                self.context.cache,
+                self._key(self.probe_samples),
+            )
+            first.measure(constraints, partial(self.context.progress, "sensitivity"))
+            self._sensitivities[kinds] = first
+        return self._sensitivities[kinds].copy()
+
+    def _key(self, samples: Sequence[int]) -> str:
+        """Hash what losses on samples depend on, apart from the weights; empty without a cache."""
+        return "" if self.context.cache is None else digest(self.seen.key, self.judge.key(samples))
+
+    @cached_property
+    def probe_samples(self) -> Sequence[int]:
+        """Samples on which layers are truncated one at a time.
+
+        Losses of class distributions differ much from sample to sample. Those of images hardly
+        do, and cost the most: a pilot run with all layers truncated a little shows how many
+        samples are enough.
+        """
+        chosen = spread_over(self.dataset.calibration, PROBE_SAMPLES)
+        if any(measure.kind != "mse" for measure in self.judge.measures.values()):
+            return chosen
+
+        def pilot() -> Arrays:
+            layers = self.analysis.curves
+            largest = [Choice(0, int(layer.curves[0].levels[-1])) for layer in layers]
+            weights = self.finisher().weights(self.analysis.plan(largest))
+            return {"losses": self.judge.on(chosen).losses(weights)}
+
+        key = digest(self._key(chosen), "pilot")
+        found = fetch(self.context.cache, "loss", key, pilot)
+        return spread_over(chosen, enough_samples(found["losses"]))
+
+    @cached_property
+    def gradients(self) -> GradientProbe:
+        """The gradient graph, opened on the whole calibration split.
+
+        Raises
+        ------
+        ModelError
+            If the model has none.
+        """
+        probe = self.judge.on(self.dataset.calibration)
+        return GradientProbe(probe, self.context.threads)
+
+    def path(self) -> Path:
+        """Return the truncations of all layers."""
+
+        def approximate(layer: int, curve: int, ranks: Sequence[int]) -> Sequence[Approximation]:
+            found = self.analysis.layers[layer], self.analysis.schemes[layer][curve]
+            return self.seen.approximate(*found, ranks)
+
+        whole = [
+            (read_weight(self.model, layer), read_bias(self.model, layer))
+            for layer in self.analysis.layers
+        ]
+        return Path(whole, approximate)
+
+    @cached_property
+    def weight_curves(self) -> tuple[LayerCurves, ...]:
+        """The curves of the analysis, with the errors of the weights themselves."""
+        return weight_curves(self.model, self.analysis.variants, self.context)

@@ -1,0 +1,62 @@
+"""Choose ranks by the measured losses of truncating each layer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cobla_onnx.allocation import Allocation, Choice, Constraint, OutputError, allocate
+from cobla_onnx.pipeline.search.evidence import Evidence
+from cobla_onnx.pipeline.search.neighbours import neighbours
+from cobla_onnx.pipeline.search.problem import Problem, SearchResult
+from cobla_onnx.pipeline.search.rivals import Rivals
+
+__all__ = ["search_by_output"]
+
+# Most allocations in a row, each after measuring the points that the last one chose.
+ROUNDS = 4
+
+
+def search_by_output(
+    problem: Problem, evidence: Evidence, rivals: Rivals, constraints: Sequence[Constraint]
+) -> tuple[SearchResult, OutputError]:
+    """Choose ranks by measured loss: the last round's, unless a rival is significantly better.
+
+    See `Rivals.settle`.
+
+    Returns
+    -------
+    SearchResult
+    OutputError
+        The separable model of the loss that the last round minimised.
+
+    Raises
+    ------
+    BudgetError
+        If the constraints cannot be met.
+    """
+    analysis, progress = problem.analysis, evidence.context.progress
+    curves = analysis.curves
+    whole: tuple[Choice | None, ...] = (None,) * len(curves)
+    if all(c.cost(curves, whole) <= c.limit for c in constraints):
+        errors = OutputError([[c.errors for c in layer.curves] for layer in curves])
+        return SearchResult(allocate(curves, errors, constraints, solver=problem.solver)), errors
+    sensitivity = evidence.sensitivity(constraints)
+    rounds: list[tuple[OutputError, Allocation]] = []
+    for number in range(ROUNDS):
+        progress("allocate", number, ROUNDS)
+        losses = sensitivity.objective()
+        rounds.append((losses, allocate(curves, losses, constraints, solver=problem.solver)))
+        if number == ROUNDS - 1 or not sensitivity.refine(rounds[-1][1].choices):
+            break
+    progress("allocate", ROUNDS, ROUNDS)
+    *earlier, (losses, last) = rounds
+    others = [(f"round {number + 1}", each) for number, (_, each) in enumerate(earlier)]
+    near = neighbours(analysis, losses, constraints, last)
+    settled = rivals.settle(last, [*others, *near])
+    result = SearchResult(
+        settled.allocation,
+        probe_samples=sensitivity.samples,
+        candidates=settled.losses,
+        rivals=settled.rivals,
+    )
+    return result, losses

@@ -1,0 +1,71 @@
+"""Types of a search: the problem of a model, and the result for one budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cobla_onnx.allocation import Allocation
+from cobla_onnx.allocation.sqp import Step
+from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.plan import Plan
+from cobla_onnx.report.model import Rival
+
+__all__ = ["Problem", "SearchResult"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The layers of a model, and how ranks are chosen for them, whatever the budget.
+
+    Attributes
+    ----------
+    analysis : Analysis
+    solver : {'slsqp', 'milp'}
+    objective : {'auto', 'weights', 'output', 'loss'}
+        ``weights`` needs no data. ``output`` minimises the measured losses of single layers,
+        ``loss`` continues from there by the loss of the whole network; ``auto`` does so if the
+        gradient with respect to every layer is available.
+    refit : bool
+        Whether factors made from data are refitted.
+    seconds : float, optional
+        Time that a search by the loss of the whole network may take.
+    """
+
+    analysis: Analysis
+    solver: Literal["slsqp", "milp"] = "slsqp"
+    objective: Literal["auto", "weights", "output", "loss"] = "output"
+    refit: bool = True
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Ranks for one budget, and what the search has to tell about them.
+
+    Attributes
+    ----------
+    allocation : Allocation
+        Its certificate holds the notes.
+    history : tuple of Step
+        Every evaluation of the search by the loss of the whole network.
+    probe_samples : int
+        Samples on which layers were truncated one at a time.
+    candidates : tuple of float
+        Losses on the selection split of the allocations that were compared.
+    rivals : tuple of Rival
+        Other answers that were compared with the allocation's own.
+    predicted : float, optional
+        Predicted fraction of the original's running time, with a latency budget.
+    """
+
+    allocation: Allocation
+    history: tuple[Step, ...] = ()
+    probe_samples: int = 0
+    candidates: tuple[float, ...] = ()
+    rivals: tuple[Rival, ...] = ()
+    predicted: float | None = None
+
+    def plan(self, analysis: Analysis) -> Plan:
+        """Return the choices as decisions about the layers of the analysis."""
+        return analysis.plan(self.allocation.choices, self.allocation.factors)
