@@ -91,7 +91,7 @@ from pathlib import Path
 from cobla_onnx import Budget
 method, switch_off = ablation.PARTS[sys.argv[2]]
 switch_off()
-(task,) = [replace(t, calibration=60) for t in benchmark.TASKS if t.name == "digits"]
+(task,) = [replace(t, calibration=40) for t in benchmark.TASKS if t.name == "digits"]
 bench = benchmark.Bench(task, Path(), Path(), 1)
 made = benchmark.prepare(bench, method)(Budget(mem=0.15))
 print([bench.figures(model)["loss"] for _, model in made][-1])

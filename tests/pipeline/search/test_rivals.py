@@ -207,7 +207,7 @@ def test_a_plan_remembers_that_its_factors_are_of_the_weights(demo_model, tmp_pa
 def test_no_result_is_dominated_by_another_beyond_the_noise(demo_model, tmp_path):
     """Over a grid of budgets, in memory, MACs and loss on images that no decision saw."""
     budgets = [Budget(**{kind: f}) for f in (0.25, 0.5) for kind in ("mem", "mac")]
-    found = sweep(demo_model, budgets, data=DATA, out_dir=tmp_path)
+    found = sweep(demo_model, budgets, data=DATA, samples=150, out_dir=tmp_path)
     images = np.load(TEST)["image"]
     expected = log_softmax(logits_of(demo_model, images).astype(np.float64), axis=1)
     points = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cobla_onnx.calibration.windows import ConvPatch, cut
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
 
+from cobla_onnx.graph.operators.convolution import ConvPatch
+from cobla_onnx.graph.operators.patches import cut
 from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import model_of, random_array
 
