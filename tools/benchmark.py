@@ -62,7 +62,7 @@ class Method:
                 continue
             layer, scheme, rank = self.analysis.resolve(decision)
             if self.weighted:
-                (found,) = self.analysis.seen.approximate(layer, scheme, [rank])
+                (found,) = self.analysis.from_data.approximate(layer, scheme, [rank])
                 replacements.append(make_replacement(layer, scheme, found.factors, found.bias))
             else:
                 weight = read_weight(self.bench.model, layer)

@@ -178,7 +178,7 @@ class Cobla2018:
         if best is None:
             raise BudgetError("the method of 2018 finds no ranks within the budget")
         return [
-            make_replacement(self.analysis.layers[i], self.analysis.schemes[i][0], factors)
+            make_replacement(self.analysis.layers[i], self.analysis.forms[i][0], factors)
             for i, factors in best[1]
         ]
 
@@ -189,16 +189,16 @@ class Cobla2018:
         for index, choice in enumerate(choices):
             if choice is not None:
                 weight = relaxed.get(index, self._loss.path.whole[index])[0]
-                matrix = self.analysis.schemes[index][0].matrix(weight)
-                made.append((index, factorize(matrix, min(choice.rank, *matrix.shape[1:]))))
+                matrix = self.analysis.forms[index][0].matrix(weight)
+                made.append((index, factorize(matrix, min(choice.level, *matrix.shape[1:]))))
         return made
 
     def _dense(self, index: int, factors: Factorization) -> NDArray[Any]:
-        return self.analysis.schemes[index][0].weight(factors.left @ factors.right)
+        return self.analysis.forms[index][0].weight(factors.left @ factors.right)
 
     def _approximate(self, layer: int, curve: int, ranks: Sequence[int]) -> list[LowRankWeight]:
         weight, bias = self._loss.path.whole[layer]
-        whole = factorize(self.analysis.schemes[layer][curve].matrix(weight), max(ranks))
+        whole = factorize(self.analysis.forms[layer][curve].matrix(weight), max(ranks))
         found = []
         for rank in ranks:
             factors = Factorization(
@@ -207,7 +207,7 @@ class Cobla2018:
                 whole.right[:, :rank],
             )
             # None would say that the layer has no bias, and the search would run without it.
-            found.append(LowRankWeight(self.analysis.schemes[layer][curve], factors, bias))
+            found.append(LowRankWeight(self.analysis.forms[layer][curve], factors, bias))
         return found
 
 
@@ -220,12 +220,12 @@ def _cuts(layer: LayerCurves, choice: Choice | None, layers: int) -> NDArray[np.
     full_rank = layer.curves[0].most
     count = max(2, FREE_MASKS // layers)
     edges = np.geomspace(1, full_rank, count).round().astype(np.int64)
-    own = [] if choice is None else [choice.rank]
+    own = [] if choice is None else [choice.level]
     return np.unique(np.concatenate([[0], edges, own]).astype(np.int64))
 
 
 def _levels(cuts: NDArray[np.int64], choice: Choice | None) -> NDArray[np.float64]:
-    return np.ones(len(cuts) - 1) if choice is None else (cuts[1:] <= choice.rank).astype(float)
+    return np.ones(len(cuts) - 1) if choice is None else (cuts[1:] <= choice.level).astype(float)
 
 
 def _costs(

@@ -126,7 +126,7 @@ def active_schemes(
         schemes.append(scheme)
         # Levels that do not contain each other stay: what is dropped begins right behind.
         stays = choice is not None and not layer.curves[scheme].nested
-        tails.append(choice.rank if choice is not None and stays else tangents[scheme])
+        tails.append(choice.level if choice is not None and stays else tangents[scheme])
     return tuple(schemes), tuple(tails)
 
 
@@ -135,7 +135,7 @@ def warm_masks(space: Space, choices: Sequence[Choice | None]) -> Float64:
     flat = np.ones(space.offsets[-1])
     for i, choice in enumerate(choices):
         if choice is not None:
-            flat[space.offsets[i] + choice.rank : space.offsets[i + 1]] = 0.0
+            flat[space.offsets[i] + choice.level : space.offsets[i + 1]] = 0.0
     return flat
 
 

@@ -84,7 +84,7 @@ class Constraint:
             if choice is None:
                 total += self.whole(layer)
             else:
-                total += self.at(layer.curves[choice.curve], choice.rank)
+                total += self.at(layer.curves[choice.curve], choice.level)
         return total
 
     def least(self, layers: Sequence[LayerCurves]) -> int:

@@ -295,7 +295,7 @@ def _loss(
 ) -> float:
     return float(
         sum(
-            losses[index][choice.curve][choice.rank]
+            losses[index][choice.curve][choice.level]
             for index, choice in enumerate(choices)
             if choice is not None
         )

@@ -131,8 +131,8 @@ def masks_of(layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) ->
         mask = np.ones(full_rank)
         cuts = [0, full_rank]
         if choice is not None:
-            mask[choice.rank :] = 0.0
-            cuts = [0, choice.rank, full_rank]
+            mask[choice.level :] = 0.0
+            cuts = [0, choice.level, full_rank]
         schemes.append(scheme)
         values.append(mask)
         edges.append(np.unique(np.array(cuts, dtype=np.int64)))

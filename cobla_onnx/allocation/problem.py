@@ -95,4 +95,4 @@ class Choice:
     """
 
     curve: int
-    rank: int
+    level: int

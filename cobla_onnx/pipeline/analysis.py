@@ -48,7 +48,7 @@ class Analysis:
         MACs of the model; None if not known.
     input_shapes : dict of str to Shape
     notes : tuple of str
-    seen : FromData or None
+    from_data : FromData or None
         What makes approximations from the calibration data.
     shapes : dict of str to Shape
         Shapes of the model's tensors, as far as known.
@@ -62,7 +62,7 @@ class Analysis:
     mac_total: int | None
     input_shapes: dict[str, Shape]
     notes: tuple[str, ...]
-    seen: FromData | None = None
+    from_data: FromData | None = None
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     time_total: int | None = None
 
@@ -77,7 +77,7 @@ class Analysis:
         return tuple(each.curves for each in self.variants)
 
     @cached_property
-    def schemes(self) -> tuple[tuple[Form, ...], ...]:
+    def forms(self) -> tuple[tuple[Form, ...], ...]:
         """Forms of each layer, in the order of its curves."""
         return tuple(each.forms for each in self.variants)
 
@@ -140,7 +140,7 @@ class Analysis:
             tuple(
                 Decision(layer.name)
                 if choice is None
-                else Decision(layer.name, curves.curves[choice.curve].scheme, choice.rank)
+                else Decision(layer.name, curves.curves[choice.curve].scheme, choice.level)
                 for layer, curves, choice in zip(self.layers, self.curves, choices, strict=True)
             ),
             factors,
@@ -278,7 +278,7 @@ def analyse(
         variants=tuple(variants),
         skipped=(*skipped, *refused),
         notes=notes + more,
-        seen=data,
+        from_data=data,
     )
 
 

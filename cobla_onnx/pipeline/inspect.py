@@ -84,7 +84,7 @@ def _inspection(session: Session) -> Inspection:
         bytes_elsewhere(session.model, [layer.source for layer in analysis.layers]),
         _least(analysis),
         dict(analysis.input_shapes),
-        "weights" if analysis.seen is None else "outputs",
+        "weights" if analysis.from_data is None else "outputs",
         analysis.notes,
     )
 

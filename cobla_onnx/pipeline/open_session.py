@@ -139,8 +139,8 @@ def open_session(
                 proto, table, settings, context, evidence, times, source, order, rule, seconds
             )
         finally:
-            if analysis.seen is not None:
-                analysis.seen.close()
+            if analysis.from_data is not None:
+                analysis.from_data.close()
 
 
 def _rule(settings: Settings, needs: Needs, provider: str) -> RankRule:

@@ -174,7 +174,7 @@ def test_curves_are_the_objective_at_binary_masks():
         for choice in options_of(layer)[1:]:
             choices = [None] * len(layers)
             choices[index] = choice
-            expected = objective.curve(index, choice.curve)[choice.rank]
+            expected = objective.curve(index, choice.curve)[choice.level]
             assert objective.value(masks_of(layers, choices)) == pytest.approx(expected)
 
 
@@ -356,7 +356,7 @@ def test_a_budget_of_time_on_a_grid(solver, limit):
     assert constraints[-1].fixed == -500
     result = allocate(layers, SkewedObjective(layers), constraints, solver=solver)
     assert not result.certificate.notes
-    ranks = [choice.rank for choice in result.choices if choice is not None]
+    ranks = [choice.level for choice in result.choices if choice is not None]
     assert ranks
     assert all(rank % 8 == 0 for rank in ranks)
     assert all(c.cost(layers, result.choices) <= c.limit for c in constraints)
@@ -401,7 +401,7 @@ def test_levels_that_are_not_nested_stay_as_the_knapsack_has_them(mem):
     assert relaxed.masks is not None, relaxed.problem
     moved = 0
     for index, (mask, choice) in enumerate(zip(relaxed.masks.values, warm.choices, strict=True)):
-        rank = len(mask) if choice is None else choice.rank
+        rank = len(mask) if choice is None else choice.level
         as_it_was = np.arange(len(mask)) < rank
         if index % 2 == 0:
             np.testing.assert_array_equal(mask, as_it_was)

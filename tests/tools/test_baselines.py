@@ -74,13 +74,13 @@ def options_of(layer: LayerCurves) -> list[Choice | None]:
 
 def share_lost(layer: LayerCurves, choice: Choice | None) -> float:
     squares = layer.curves[0].spectrum ** 2
-    return 0.0 if choice is None else math.fsum(squares[choice.rank :]) / math.fsum(squares)
+    return 0.0 if choice is None else math.fsum(squares[choice.level :]) / math.fsum(squares)
 
 
 def relative_norm(layer: LayerCurves, choice: Choice | None) -> float:
     values = layer.curves[0].spectrum
-    whole = choice is None or choice.rank == len(values)
-    return 0.0 if whole else float(values[choice.rank] / values[0])
+    whole = choice is None or choice.level == len(values)
+    return 0.0 if whole else float(values[choice.level] / values[0])
 
 
 def within(layers, error, most: float) -> tuple[Choice | None, ...]:

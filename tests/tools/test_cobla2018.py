@@ -89,7 +89,7 @@ def test_the_result_is_not_worse_than_the_start_on_held_back_samples(method, too
     after = {}
     for made in method.compress(constraints):
         index = names.index(made.layer.name)
-        scheme = method.analysis.schemes[index][0]
+        scheme = method.analysis.forms[index][0]
         after[index] = scheme.weight(np.matmul(*scheme.unfold(*made.arrays.values()))), None
     assert method.selection.loss(after) <= before
 

@@ -37,7 +37,7 @@ class CrossFit:
     """
 
     finisher: Finisher
-    _seen: list[tuple[frozenset[str], Sequence[FromData]]] = field(default_factory=list)
+    _made: list[tuple[frozenset[str], Sequence[FromData]]] = field(default_factory=list)
     _probes: list[Probe] = field(default_factory=list)
     _losses: dict[tuple[Plan, int], Float64] = field(default_factory=dict)
 
@@ -77,7 +77,7 @@ class CrossFit:
         return found
 
     def _on_half(self, plan: Plan, number: int) -> Float64:
-        self._see({d.layer for d in plan.decisions if d.scheme is not None})
+        self._collect({d.layer for d in plan.decisions if d.scheme is not None})
         if not self._probes:
             for half in self.halves:
                 self._probes.append(self.finisher.judge.on(half))
@@ -87,21 +87,21 @@ class CrossFit:
         probe.rest()
         return found
 
-    def _see(self, names: set[str]) -> None:
-        missing = names.difference(*(known for known, _ in self._seen))
+    def _collect(self, names: set[str]) -> None:
+        missing = names.difference(*(known for known, _ in self._made))
         layers = [layer for layer in self.finisher.analysis.layers if layer.name in missing]
         if layers:
-            everything = self.finisher.analysis.seen
-            assert everything is not None
-            first = everything.in_others(layers, self._first_half)
-            self._seen.append((frozenset(missing), (first, everything.without(first))))
+            whole = self.finisher.analysis.from_data
+            assert whole is not None
+            first = whole.in_others(layers, self._first_half)
+            self._made.append((frozenset(missing), (first, whole.without(first))))
 
     def _first_half(self) -> Iterable[Feeds]:
         return self.finisher.judge.batches(self.halves[0])
 
     def _of_half(self, number: int) -> Approximate:
         def approximate(layer: Layer, form: Form, levels: Sequence[int]) -> Sequence[Approximation]:
-            halves = next(halves for names, halves in self._seen if layer.name in names)
+            halves = next(halves for names, halves in self._made if layer.name in names)
             return halves[number].approximate(layer, form, levels)
 
         return approximate

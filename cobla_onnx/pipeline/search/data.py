@@ -118,7 +118,7 @@ def measure_factors(evidence: Evidence, factors: Factors) -> MeasuredFactors:
     output = evidence.measured.outputs.get(quality.output, quality.output)
     return MeasuredFactors(
         [
-            require_family(entry.scheme.name).replace(entry.layer, entry.scheme, made)
+            require_family(entry.form.name).replace(entry.layer, entry.form, made)
             for entry, made in zip(factors.chosen, factors.approximations, strict=True)
         ],
         loss,

@@ -52,7 +52,7 @@ class Evidence:
     ----------
     model : ModelProto
     analysis : Analysis
-        With what the layers have seen.
+        With approximations from the calibration data.
     judge : Judge
         Probes of the loss.
     measured : MeasuredModel
@@ -78,10 +78,10 @@ class Evidence:
         return self.judge.dataset
 
     @property
-    def seen(self) -> FromData:
-        """Statistics of the layers on the calibration split."""
-        assert self.analysis.seen is not None
-        return self.analysis.seen
+    def from_data(self) -> FromData:
+        """Makes approximations from the calibration split."""
+        assert self.analysis.from_data is not None
+        return self.analysis.from_data
 
     def finisher(self) -> Finisher:
         """Return a maker of factors for one budget: it keeps the plans that it has judged."""
@@ -108,10 +108,8 @@ class Evidence:
         kinds = frozenset(constraint.name for constraint in constraints)
         if kinds not in self._sensitivities:
             first = Sensitivity(
-                self.analysis.layers,
-                self.analysis.curves,
-                self.analysis.schemes,
-                self.seen,
+                self.analysis.variants,
+                self.from_data,
                 self.judge.spread_on(self.probe_samples, self.context.pool),
                 self.context.cache,
                 self._key(self.probe_samples),
@@ -122,7 +120,9 @@ class Evidence:
 
     def _key(self, samples: Sequence[int]) -> str:
         """Hash what losses on samples depend on, apart from the weights; empty without a cache."""
-        return "" if self.context.cache is None else digest(self.seen.key, self.judge.key(samples))
+        if self.context.cache is None:
+            return ""
+        return digest(self.from_data.key, self.judge.key(samples))
 
     @cached_property
     def probe_samples(self) -> Sequence[int]:
@@ -162,8 +162,8 @@ class Evidence:
         """Return the truncations of all layers."""
 
         def approximate(layer: int, curve: int, ranks: Sequence[int]) -> Sequence[Approximation]:
-            found = self.analysis.layers[layer], self.analysis.schemes[layer][curve]
-            return self.seen.approximate(*found, ranks)
+            found = self.analysis.layers[layer], self.analysis.forms[layer][curve]
+            return self.from_data.approximate(*found, ranks)
 
         whole = [
             (read_weight(self.model, layer), read_bias(self.model, layer))

@@ -51,7 +51,7 @@ class Finisher:
     _held_back: dict[Plan, Float64] = field(default_factory=dict)
 
     def chosen(self, plan: Plan, approximate: Approximate | None = None) -> list[ChosenLayer]:
-        """Return the layers that a plan factorises, with their factors before refit.
+        """Return the layers that a plan replaces, with their factors before refit.
 
         The factors follow from the calibration data, unless the plan wants factors of the weights
         themselves. `approximate`, if given, replaces the calibration data.
@@ -59,19 +59,19 @@ class Finisher:
         return list(self._each(plan, approximate))
 
     def _each(self, plan: Plan, approximate: Approximate | None) -> Iterator[ChosenLayer]:
-        seen = self.analysis.seen
-        assert seen is not None
+        from_data = self.analysis.from_data
+        assert from_data is not None
         resolved = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
-        one = approximate or seen.approximate
+        one = approximate or from_data.approximate
         found = (
             approximations_of(self.model, resolved, self.context)
             if plan.factors == "weights"
-            else (one(layer, scheme, [rank])[0] for layer, scheme, rank in resolved)
+            else (one(layer, form, [level])[0] for layer, form, level in resolved)
         )
         index = {layer.name: i for i, layer in enumerate(self.analysis.layers)}
-        for (layer, scheme, rank), each in zip(resolved, found, strict=True):
-            importance = seen.importance.get(layer.name)
-            yield ChosenLayer(index[layer.name], layer, scheme, rank, each, importance)
+        for (layer, form, level), each in zip(resolved, found, strict=True):
+            importance = from_data.importance.get(layer.name)
+            yield ChosenLayer(index[layer.name], layer, form, level, each, importance)
 
     def weights(self, plan: Plan, approximate: Approximate | None = None) -> Weights:
         """Weights and biases of the chosen layers before refit, in the types of the layers.

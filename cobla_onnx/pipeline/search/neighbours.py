@@ -125,7 +125,7 @@ def _on_grid(
     choices: list[Choice | None] = [None] * len(analysis.curves)
     for (i, numbers), choice in zip(places, found, strict=True):
         if choice is not None:
-            choices[i] = Choice(numbers[choice.curve], choice.rank)
+            choices[i] = Choice(numbers[choice.curve], choice.level)
     return tuple(choices)
 
 

@@ -54,9 +54,8 @@ class ChosenLayer:
     index : int
         Of the layer in the probe.
     layer : Layer
-    scheme : Form
-    rank : int
-        Its level.
+    form : Form
+    level : int
     approximation : Approximation
         Of the family that the form belongs to.
     importance : float64 array, optional
@@ -65,8 +64,8 @@ class ChosenLayer:
 
     index: int
     layer: Layer
-    scheme: Any
-    rank: int
+    form: Any
+    level: int
     approximation: Any
     importance: Float64 | None = None
 
@@ -111,7 +110,7 @@ def refit_layers(
     onward = OnwardProbe(selection, threads)
     for number, position in enumerate(order):
         progress(number, len(order))
-        family = require_family(chosen[position].scheme.name)
+        family = require_family(chosen[position].form.name)
         if not family.refits or not walk.is_moved(chosen[position].layer):
             continue
         candidates = _Refit(model, chosen[position]).candidates(walk, current)
@@ -254,16 +253,16 @@ class _Refit:
         first = None
         if self._patches[0].size > WIDE:
             factors = old.factors
-            first = factors.left if entry.scheme.inputs_first else factors.right.swapaxes(1, 2)
+            first = factors.left if entry.form.inputs_first else factors.right.swapaxes(1, 2)
         pairing = [partial(_paired, patch, first) for patch in self._patches]
         joint = walk.joint(entry.layer, current, pairing)
         inputs = joint.inputs
         own_bias = old.bias is not None
         weight = read_weight(self._model, entry.layer)
-        rows = entry.scheme.rows_of(weight).astype(np.float64)
+        rows = entry.form.rows_of(weight).astype(np.float64)
         if first is not None:
-            last = old.factors.right if entry.scheme.inputs_first else old.factors.left
-            rows = last.swapaxes(1, 2) if entry.scheme.inputs_first else last
+            last = old.factors.right if entry.form.inputs_first else old.factors.left
+            rows = last.swapaxes(1, 2) if entry.form.inputs_first else last
         inner, cross = shrink_joint(
             inputs.covariance() if own_bias else inputs.second,
             joint.covariance() if own_bias else joint.cross,
@@ -275,10 +274,10 @@ class _Refit:
         for ridge in RIDGES:
             if first is None:
                 factors = refit(
-                    entry.scheme, weight, inner, cross, entry.rank, ridge, entry.importance
+                    entry.form, weight, inner, cross, entry.level, ridge, entry.importance
                 )
             else:
-                factors = refit_second(entry.scheme, old.factors, inner, cross, ridge)
+                factors = refit_second(entry.form, old.factors, inner, cross, ridge)
             refitted.append(self._approximation(factors, joint, first))
         return refitted
 
@@ -286,14 +285,14 @@ class _Refit:
         self, factors: Factorization, joint: Joint, first: Float64 | None
     ) -> Approximation:
         entry, mean = self._entry, joint.inputs.mean
-        made = LowRankWeight(entry.scheme, factors, None)
+        made = LowRankWeight(entry.form, factors, None)
         bias = entry.approximation.bias
         if bias is not None:
             if first is None:
-                reached = np.einsum("gos,gs->go", entry.scheme.rows_of(made.weight), mean)
+                reached = np.einsum("gos,gs->go", entry.form.rows_of(made.weight), mean)
             else:
-                last = factors.right if entry.scheme.inputs_first else factors.left.swapaxes(1, 2)
-                begin = factors.left if entry.scheme.inputs_first else factors.right.swapaxes(1, 2)
+                last = factors.right if entry.form.inputs_first else factors.left.swapaxes(1, 2)
+                begin = factors.left if entry.form.inputs_first else factors.right.swapaxes(1, 2)
                 # The first factor was rescaled: so are its measured outputs, column by column.
                 before = np.linalg.norm(first, axis=1)
                 scale = np.linalg.norm(begin, axis=1) / np.where(before > 0, before, 1.0)

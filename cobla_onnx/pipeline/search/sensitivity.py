@@ -1,10 +1,10 @@
 """Measure how much an output error of each layer costs the network.
 
 Layers are truncated one at a time, and the loss of the whole network is measured on a few dozen
-samples. A handful of ranks under one scheme give each layer's response, loss against squared
+samples. A handful of levels under one scheme give each layer's response, loss against squared
 relative output error, which is close to a power law; it turns the error curves of all schemes
 into loss curves. In a model of many layers, some give the shape of that law, and for the others
-one rank gives the scale. Points that an allocation chooses are measured, too, unless measured
+one level gives the scale. Points that an allocation chooses are measured, too, unless measured
 ones are near, and correct the response of their own curve.
 """
 
@@ -24,7 +24,7 @@ from cobla_onnx.calibration.evaluation.probe import Pair
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.progress import tracked
-from cobla_onnx.variants.base import Form
+from cobla_onnx.variants.base import Form, LayerVariants
 from cobla_onnx.variants.from_data import FromData
 
 __all__ = ["PROBE_SAMPLES", "Response", "Sensitivity", "enough_samples", "spread_over"]
@@ -138,8 +138,8 @@ class Sensitivity:
 
     Parameters
     ----------
-    layers, curves, schemes : sequences, one entry for each layer
-    seen : FromData
+    variants : sequence of LayerVariants
+    from_data : FromData
     probe : SpreadProbe
         Evaluates the loss on samples of the calibration split.
     cache : Cache, optional
@@ -156,20 +156,18 @@ class Sensitivity:
 
     def __init__(
         self,
-        layers: Sequence[Layer],
-        curves: Sequence[LayerCurves],
-        schemes: Sequence[Sequence[Form]],
-        seen: FromData,
+        variants: Sequence[LayerVariants],
+        from_data: FromData,
         probe: SpreadProbe,
         cache: Cache | None = None,
         key: str = "",
     ) -> None:
-        self._layers, self._curves, self._schemes = layers, curves, schemes
-        self._seen, self._probe = seen, probe
+        self._variants, self._from_data, self._probe = variants, from_data, probe
+        self._curves = [each.curves for each in variants]
         self._cache, self._key = cache, key
         self._floor: float | None = None
         self.samples = 0
-        self.responses = [Response() for _ in layers]
+        self.responses = [Response() for _ in variants]
         self._own: dict[tuple[int, int], Response] = {}
 
     def copy(self) -> Sensitivity:
@@ -193,13 +191,13 @@ class Sensitivity:
         for index, layer in enumerate(self._curves):
             chosen = min(range(len(layer.curves)), key=lambda k: _price(layer, k, constraints))
             targets = TARGETS if index in shaped else (MIDDLE,)
-            ranks = tuple(sorted({_rank_at(layer, chosen, target) for target in targets}))
-            points.append(_Point(index, chosen, ranks))
+            levels = tuple(sorted({_level_at(layer, chosen, target) for target in targets}))
+            points.append(_Point(index, chosen, levels))
         measured = zip(points, self._measured(points), strict=True)
         for point, losses in tracked(measured, len(points), progress):
             errors = self._curves[point.layer].curves[point.curve].errors
-            for rank, loss in zip(point.ranks, losses, strict=True):
-                error = float(errors[rank])
+            for level, loss in zip(point.levels, losses, strict=True):
+                error = float(errors[level])
                 self.responses[point.layer].add(error, loss)
                 self._own.setdefault((point.layer, point.curve), Response()).add(error, loss)
         if len(shaped) < count:
@@ -220,13 +218,13 @@ class Sensitivity:
             own = self._own.setdefault((index, choice.curve), Response())
             if not own.knows(self._error(index, choice), near):
                 new.append((index, choice))
-        points = [_Point(index, choice.curve, (choice.rank,)) for index, choice in new]
+        points = [_Point(index, choice.curve, (choice.level,)) for index, choice in new]
         for (index, choice), losses in zip(new, self._measured(points), strict=True):
             self._own[index, choice.curve].add(self._error(index, choice), losses[0])
         return bool(new)
 
     def _error(self, index: int, choice: Choice) -> float:
-        return float(self._curves[index].curves[choice.curve].errors[choice.rank])
+        return float(self._curves[index].curves[choice.curve].errors[choice.level])
 
     def objective(self) -> OutputError:
         """Return the separable loss that follows from the measurements so far."""
@@ -247,7 +245,7 @@ class Sensitivity:
             ratios = measured - np.log(np.maximum(response(np.exp(known)), LEAST_LOSS))
             wanted = np.log(np.maximum(errors, LEAST_ERROR))
             losses = losses * np.exp(np.interp(wanted, known, ratios))
-        # The loss must not rise as the error falls, which it does with the rank.
+        # The loss must not rise as the error falls, which it does with the level.
         return np.minimum.accumulate(losses)
 
     def _measured(self, points: Sequence[_Point]) -> Iterator[list[float]]:
@@ -280,15 +278,19 @@ class Sensitivity:
         return {"losses": np.array([loss]), "samples": np.array(samples)}
 
     def _candidates(self, point: _Point) -> tuple[int, list[Pair]]:
-        scheme = self._schemes[point.layer][point.curve]
-        found = self._seen.approximate(self._layers[point.layer], scheme, point.ranks)
+        layer, form = self._at(point)
+        found = self._from_data.approximate(layer, form, point.levels)
         return point.layer, [(a.weight, a.bias) for a in found]
 
     def _key_of(self, point: _Point) -> str:
         if self._cache is None:
             return ""
-        layer, scheme = self._layers[point.layer], self._schemes[point.layer][point.curve]
-        return digest(self._key, layer.name, scheme, point.ranks)
+        layer, form = self._at(point)
+        return digest(self._key, layer.name, form, point.levels)
+
+    def _at(self, point: _Point) -> tuple[Layer, Form]:
+        variants = self._variants[point.layer]
+        return variants.layer, variants.forms[point.curve]
 
 
 def _shape(responses: Sequence[Response]) -> dict[float, float]:
@@ -302,15 +304,15 @@ def _shape(responses: Sequence[Response]) -> dict[float, float]:
 
 @dataclass(frozen=True)
 class _Point:
-    """Ranks on one curve of a layer at which the loss is wanted."""
+    """Levels on one curve of a layer at which the loss is wanted."""
 
     layer: int
     curve: int
-    ranks: tuple[int, ...]
+    levels: tuple[int, ...]
 
 
-def _rank_at(layer: LayerCurves, number: int, error: float) -> int:
-    """Least candidate rank whose error is at most `error`, or the largest."""
+def _level_at(layer: LayerCurves, number: int, error: float) -> int:
+    """Least candidate level whose error is at most `error`, or the largest."""
     curve = layer.curves[number]
     reached = np.flatnonzero(curve.errors[curve.levels] <= error)
     return int(curve.levels[reached[0]] if len(reached) else curve.levels[-1])
@@ -319,6 +321,6 @@ def _rank_at(layer: LayerCurves, number: int, error: float) -> int:
 def _price(layer: LayerCurves, number: int, constraints: Sequence[Constraint]) -> float:
     """Cost of the middle target under a curve, times how far the curve misses its error."""
     curve = layer.curves[number]
-    rank = _rank_at(layer, number, MIDDLE)
-    missed = max(float(curve.errors[rank]) / MIDDLE, 1.0)
-    return missed * sum(c.at(curve, rank) / max(c.whole(layer), 1) for c in constraints)
+    level = _level_at(layer, number, MIDDLE)
+    missed = max(float(curve.errors[level]) / MIDDLE, 1.0)
+    return missed * sum(c.at(curve, level) / max(c.whole(layer), 1) for c in constraints)

@@ -130,7 +130,7 @@ def setting() -> Setting:
 def test_the_probe_tells_what_a_rewritten_model_does(setting):
     index = 1
     layer = setting.analysis.layers[index]
-    scheme = setting.analysis.schemes[index][0]
+    scheme = setting.analysis.forms[index][0]
     (found,) = FactorsFromData(setting.seen).approximate(layer, scheme, [4])
     loss = setting.probe.losses({index: (found.weight, found.bias)})
     replacement = make_replacement(layer, scheme, found.factors, found.bias)
@@ -196,9 +196,7 @@ def test_of_many_layers_some_are_measured_at_one_point(setting, monkeypatch):
     monkeypatch.setattr(sensitivity_module, "SHAPED", 2)
     probe = SpreadProbe(Pool(), setting.model, setting.analysis.layers, setting.batches(), "auto")
     analysis = setting.analysis
-    sensitivity = Sensitivity(
-        analysis.layers, analysis.curves, analysis.schemes, analysis.seen, probe
-    )
+    sensitivity = Sensitivity(analysis.variants, analysis.from_data, probe)
     asked = []
     whole = probe.mean_losses
 
@@ -218,10 +216,8 @@ def test_of_many_layers_some_are_measured_at_one_point(setting, monkeypatch):
 
 def test_measured_points_are_on_the_curves(setting):
     sensitivity = Sensitivity(
-        setting.analysis.layers,
-        setting.analysis.curves,
-        setting.analysis.schemes,
-        setting.analysis.seen,
+        setting.analysis.variants,
+        setting.analysis.from_data,
         SpreadProbe(Pool(), setting.model, setting.analysis.layers, setting.batches(), "auto"),
     )
     constraints = setting.analysis.constraints(Budget(mem=0.6))
@@ -238,12 +234,12 @@ def test_measured_points_are_on_the_curves(setting):
             continue
         layer, scheme = (
             setting.analysis.layers[index],
-            setting.analysis.schemes[index][choice.curve],
+            setting.analysis.forms[index][choice.curve],
         )
-        (found,) = FactorsFromData(setting.seen).approximate(layer, scheme, [choice.rank])
+        (found,) = FactorsFromData(setting.seen).approximate(layer, scheme, [choice.level])
         measured = setting.probe.loss({index: (found.weight, found.bias)})
         curve = objective.curve(index, choice.curve)
-        assert curve[choice.rank] <= measured * 1.01 + 1e-8
+        assert curve[choice.level] <= measured * 1.01 + 1e-8
         assert (np.diff(curve) <= 1e-12).all()
         assert curve[-1] == 0
 
@@ -251,7 +247,7 @@ def test_measured_points_are_on_the_curves(setting):
 def test_refit_is_kept_only_where_it_helps(setting):
     chosen = []
     for index, layer in enumerate(setting.analysis.layers[1:], 1):
-        scheme = setting.analysis.schemes[index][0]
+        scheme = setting.analysis.forms[index][0]
         (found,) = FactorsFromData(setting.seen).approximate(layer, scheme, [4])
         chosen.append(ChosenLayer(index, layer, scheme, 4, found))
 
@@ -271,7 +267,7 @@ def test_refit_is_kept_only_where_it_helps(setting):
 def test_refit_of_a_last_layer_is_the_least_squares_answer(setting):
     """With a bias and full rank the refit undoes what a linear map can undo."""
     first, last = setting.analysis.layers[1], setting.analysis.layers[-1]
-    scheme = setting.analysis.schemes[1][0]
+    scheme = setting.analysis.forms[1][0]
     (poor,) = FactorsFromData(setting.seen).approximate(first, scheme, [6])
     matrix = schemes_for(last)[0]
     (whole,) = FactorsFromData(setting.seen).approximate(last, matrix, [10])

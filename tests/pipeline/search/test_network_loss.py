@@ -103,8 +103,8 @@ def test_binary_masks_are_the_truncated_network(evidence):
             assert index not in weights
             continue
         layer = evidence.analysis.layers[index]
-        scheme = evidence.analysis.schemes[index][choice.curve]
-        (expected,) = evidence.seen.approximate(layer, scheme, [choice.rank])
+        scheme = evidence.analysis.forms[index][choice.curve]
+        (expected,) = evidence.from_data.approximate(layer, scheme, [choice.level])
         np.testing.assert_allclose(weights[index][0], expected.weight, atol=1e-5)
         if expected.bias is not None:
             np.testing.assert_allclose(weights[index][1], expected.bias, atol=1e-5)
@@ -152,14 +152,14 @@ def test_the_model_is_exact_where_nothing_changes(evidence):
     for index, choice in enumerate(choices):
         if choice is None:
             continue
-        own = objective.curve(index, choice.curve)[choice.rank]
+        own = objective.curve(index, choice.curve)[choice.level]
         slope = objective.gradients.gradient(objective.weights(masks_of(curves, choices)))[index]
         weight, bias = objective.path.whole[index]
-        (now,) = objective.path.at(index, choice.curve, [choice.rank])
+        (now,) = objective.path.at(index, choice.curve, [choice.level])
         linear = float(np.vdot(slope[0], weight - now[0]))
         if bias is not None and now[1] is not None:
             linear += float(np.vdot(slope[1], bias - now[1]))
-        assert model[index][choice.curve][choice.rank] == pytest.approx(-linear - own, rel=1e-4)
+        assert model[index][choice.curve][choice.level] == pytest.approx(-linear - own, rel=1e-4)
 
 
 def test_the_search_is_never_worse_than_its_start_on_the_selection(evidence):

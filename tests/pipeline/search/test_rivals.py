@@ -70,7 +70,7 @@ def test_the_ranks_of_another_grid_are_on_it(demo_model):
     own = allocate(analysis.curves, losses, constraints, solver="milp")
     found = dict(neighbours(analysis, losses, constraints, own))
     (other,) = [each for origin, each in found.items() if "multiples" in origin]
-    assert all(c is None or c.rank % 4 == 0 for c in other.choices)
+    assert all(c is None or c.level % 4 == 0 for c in other.choices)
     assert any(c is not None for c in other.choices)
 
 
