@@ -46,7 +46,7 @@ def least_losses(
     ----------
     layers : sequence of LayerCurves
     losses : sequence over layers and their curves of float64 array
-        Loss at ranks 0 to full rank.
+        Loss at levels 0 to the whole layer.
     constraint : Constraint
         Its cost, ``mem`` or ``mac``, is meant; its limit does not matter.
     points : int

@@ -57,7 +57,7 @@ class _Table:
 
     layer: NDArray[np.int64]
     curve: NDArray[np.int64]
-    rank: NDArray[np.int64]
+    level: NDArray[np.int64]
     loss: Float64
     spent: NDArray[np.int64]
     limits: NDArray[np.int64]
@@ -76,7 +76,7 @@ class _Table:
         return _Table(
             self.layer[keep],
             self.curve[keep],
-            self.rank[keep],
+            self.level[keep],
             self.loss[keep],
             self.spent[:, keep],
             self.limits,
@@ -85,7 +85,7 @@ class _Table:
     def choices(self, columns: NDArray[Any]) -> tuple[Choice | None, ...]:
         """Convert columns, one for each layer in order, to choices."""
         return tuple(
-            None if self.curve[c] < 0 else Choice(int(self.curve[c]), int(self.rank[c]))
+            None if self.curve[c] < 0 else Choice(int(self.curve[c]), int(self.level[c]))
             for c in columns
         )
 
@@ -148,7 +148,7 @@ def knapsack(
     *,
     relative_gap: float = RELATIVE_GAP,
 ) -> KnapsackSolution:
-    """Choose for each layer a curve and a rank, or to keep it whole, with the least loss.
+    """Choose for each layer a curve and a level, or to keep it whole, with the least loss.
 
     Raises
     ------

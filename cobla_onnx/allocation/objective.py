@@ -22,11 +22,11 @@ class Masks:
     ----------
     schemes : tuple of int
         For each layer, the curve whose singular values are masked.
-    values : tuple of float64 array, each of shape (full_rank,)
+    values : tuple of float64 array, each of shape (most,)
         In [0, 1]; all ones is the layer kept whole.
     edges : tuple of int64 array, each of shape (blocks + 1,), optional
-        Where blocks of equal masks begin, starting with 0 and ending with the full rank. If
-        empty, each mask is a block of its own.
+        Where blocks of equal masks begin, starting with 0 and ending with the level of the
+        whole layer. If empty, each mask is a block of its own.
     """
 
     schemes: tuple[int, ...]
@@ -34,7 +34,7 @@ class Masks:
     edges: tuple[NDArray[np.int64], ...] = ()
 
     def blocks(self, layer: int) -> NDArray[np.int64]:
-        """Return the edges of a layer's blocks, from 0 to the full rank."""
+        """Return the edges of a layer's blocks, from 0 to the level of the whole layer."""
         if self.edges:
             return self.edges[layer]
         return np.arange(len(self.values[layer]) + 1)
@@ -57,7 +57,7 @@ class Objective(Protocol):
         ...
 
     def curve(self, layer: int, curve: int) -> Float64:
-        """Loss of truncating this layer alone, at ranks 0 to full rank; 0 at the end."""
+        """Loss of replacing this layer alone, at levels 0 to the whole layer; 0 at the end."""
         ...
 
 
@@ -86,7 +86,7 @@ class SeparableError:
         )
 
     def curve(self, layer: int, curve: int) -> Float64:
-        """Loss at each rank, from 0 to full rank."""
+        """Loss at each level, from 0 to the whole layer."""
         return self._curves[layer][curve]
 
     def scaled(self, factor: float) -> SeparableError:
@@ -110,12 +110,12 @@ class WeightError(SeparableError):
 
 
 class OutputError(SeparableError):
-    """Measured loss of the network with one layer truncated, summed over layers.
+    """Measured loss of the network with one layer replaced, summed over layers.
 
     Parameters
     ----------
     curves : sequence over layers and their curves of float64 array
-        Loss at ranks 0 to full rank, descending to 0.
+        Loss at levels 0 to the whole layer, descending to 0.
     """
 
     def __init__(self, curves: Sequence[Sequence[Float64]]) -> None:
@@ -127,12 +127,12 @@ def masks_of(layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) ->
     schemes, values, edges = [], [], []
     for layer, choice in zip(layers, choices, strict=True):
         scheme = 0 if choice is None else choice.curve
-        full_rank = layer.curves[scheme].most
-        mask = np.ones(full_rank)
-        cuts = [0, full_rank]
+        most = layer.curves[scheme].most
+        mask = np.ones(most)
+        cuts = [0, most]
         if choice is not None:
             mask[choice.level :] = 0.0
-            cuts = [0, choice.level, full_rank]
+            cuts = [0, choice.level, most]
         schemes.append(scheme)
         values.append(mask)
         edges.append(np.unique(np.array(cuts, dtype=np.int64)))

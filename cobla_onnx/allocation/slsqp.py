@@ -320,7 +320,7 @@ def _kkt(space: Space, gradient: Float64, blocks: Blocks, flat: Float64) -> tupl
 def nearest_choices(
     layers: Sequence[LayerCurves], relaxed: Relaxed, shrink: float
 ) -> tuple[Choice | None, ...]:
-    """Candidate ranks nearest to `shrink` times the sums of the relaxed masks, or whole."""
+    """Candidate levels nearest to `shrink` times the sums of the relaxed masks, or whole."""
     assert relaxed.masks is not None
     choices: list[Choice | None] = []
     for layer, scheme, mask, tail in zip(
@@ -329,7 +329,7 @@ def nearest_choices(
         if shrink >= 1.0 and mask[tail:].sum() >= 0.5 * len(mask[tail:]):
             choices.append(None)
             continue
-        ranks = layer.curves[scheme].levels
+        levels = layer.curves[scheme].levels
         wanted = shrink * float(mask[: max(tail, 1)].sum())
-        choices.append(Choice(scheme, int(ranks[np.argmin(np.abs(ranks - wanted))])))
+        choices.append(Choice(scheme, int(levels[np.argmin(np.abs(levels - wanted))])))
     return tuple(choices)

@@ -1,4 +1,4 @@
-"""Allocate ranks: knapsack, relaxed masks by SLSQP, rounding, and an optimality certificate."""
+"""Allocate levels: knapsack, relaxed masks by SLSQP, rounding, and an optimality certificate."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def allocate(
     *,
     solver: Literal["slsqp", "milp"] = "slsqp",
 ) -> Allocation:
-    """Choose for each layer to keep it whole, or a scheme and a rank.
+    """Choose for each layer to keep it whole, or a curve and a level.
 
     Parameters
     ----------

@@ -55,7 +55,7 @@ class ModelledLoss(Objective, Protocol):
     fixed: frozenset[int]
 
     def model(self, masks: Masks, damping: float) -> LossCurves:
-        """Predict the loss for every rank of every curve, with the other layers' masks held fixed.
+        """Predict the loss at every level of every curve, with the other layers' masks held fixed.
 
         Relative to the layer kept whole; `damping` multiplies the curvature.
         """
