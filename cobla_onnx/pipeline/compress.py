@@ -78,7 +78,7 @@ def compress(
         for each. -100 does not count. The loss is then the cross-entropy.
     loss : {'auto', 'kl', 'mse', 'ce'}
         How outputs are compared with the original's; ``auto`` goes by evidence, see
-        `calibration.choosing.Chooser`. The others insist on classes, or on values.
+        `Chooser`. The others insist on classes, or on values.
     outputs : sequence of str, or mapping of str to str
         Which outputs count and how: ``NAME[=classes|values|ignore][:AXIS]``, or by name what
         follows the ``=``. Where one is named without ``=``, those that are not named do not
