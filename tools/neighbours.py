@@ -55,14 +55,16 @@ def other_images(bench: Bench, assets: Path) -> Any:
 def plans(ours: benchmark.Ours, constraints: Any, count: int, spread: float) -> Any:
     """Yield the choices of the chosen plan, then those of its neighbours."""
     from cobla_onnx.allocation import OutputError, allocate
+    from cobla_onnx.pipeline.search.output import search_by_output
+    from cobla_onnx.pipeline.search.problem import Problem
+    from cobla_onnx.pipeline.search.rivals import Rivals
 
-    layers = ours.analysis.curves
-    chosen = ours.calibrated.allocate(constraints, "slsqp")
-    seen = {chosen.choices}
-    yield chosen.choices
-    sensitivity = ours.calibrated.sensitivity
-    assert sensitivity is not None, "nothing had to be cut"
-    objective = sensitivity.objective()
+    layers, finisher = ours.analysis.curves, ours.evidence.finisher()
+    rivals = Rivals(finisher, ours.evidence.crossfit(finisher))
+    problem = Problem(ours.analysis)
+    chosen, objective = search_by_output(problem, ours.evidence, rivals, constraints)
+    seen = {chosen.allocation.choices}
+    yield chosen.allocation.choices
     generator = np.random.default_rng(1)
     while len(seen) <= count:
         factors = np.exp(generator.normal(0, spread, len(layers)))
@@ -87,6 +89,9 @@ def main(
 ) -> None:
     """Print each plan's losses, how much they vary, and how they go with the others' loss."""
     from cobla_onnx import Budget
+    from cobla_onnx.allocation.sqp import Scores
+    from cobla_onnx.pipeline.search.data import make_factors, measure_factors
+    from cobla_onnx.pipeline.search.loss import scores
     from cobla_onnx.runtime.pool import one_thread
     from cobla_onnx.variants.rewrite import rewrite
 
@@ -99,11 +104,13 @@ def main(
     with one_thread:
         ours = benchmark.prepare(bench, "ours")
         constraints = ours.analysis.constraints(Budget(mem=budget))
-        calibrated = ours.calibrated
+        finisher = ours.evidence.finisher()
         for number, choices in enumerate(plans(ours, constraints, count, spread)):
-            before, after = calibrated.scores(choices), calibrated.refitted_scores(choices)
             plan = ours.analysis.plan(choices)
-            model = rewrite(bench.model, calibrated.factorise(plan))
+            before = scores(finisher, choices)
+            after = Scores(*ours.evidence.judge.scores(finisher.refitted_weights(plan)))
+            made = measure_factors(ours.evidence, make_factors(finisher, plan, refit=True))
+            model = rewrite(bench.model, made.replacements)
             figures = others.figures(model)
             losses = [float(s.mean()) for s in (before.searched, after.searched, after.final)]
             losses += [seen.figures(model)["loss"], figures["loss"]]

@@ -26,7 +26,7 @@ def test_a_partition_covers_each_mask_once_and_keeps_its_start(seed, mem, variab
     layers = layers_of(seed, 3, 9)
     if not layers:
         return
-    constraints = Budget(mem=mem).constraints(layers, *totals(layers))
+    constraints = Budget(mem=mem).constraints(layers, totals(layers))
     objective = WeightError(layers)
     try:
         start = allocate(layers, objective, constraints, solver="milp").choices
