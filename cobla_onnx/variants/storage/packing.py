@@ -1,0 +1,55 @@
+"""Pack codes of few bits into bytes.
+
+Codes are split into planes of 4, 2 and 1 bits, since fields of these widths fill a byte. A plane
+is cut into as many equal parts as fields fit into a byte, and field i of all bytes together holds
+part i. So parts are concatenated, and never interleaved, when they are read back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["PLANES", "pack", "packed_bytes", "unpack"]
+
+# Widths of the planes by the bits of a code, the one of the highest bits first.
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes take."""
+    return sum(-(-count * width // 8) for width in PLANES[bits])
+
+
+def pack(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
+    """Pack codes below ``2 ** bits``; one array of bytes for each plane.
+
+    Examples
+    --------
+    >>> [plane.tolist() for plane in pack(np.array([1, 2, 3, 12], np.uint8), 4)]
+    [[49, 194]]
+    """
+    flat, above = codes.reshape(-1), bits
+    planes = []
+    for width in PLANES[bits]:
+        above -= width
+        fields = (flat >> above) & ((1 << width) - 1)
+        parts = 8 // width
+        length = -(-len(flat) // parts)
+        padded = np.zeros(parts * length, np.uint8)
+        padded[: len(flat)] = fields
+        shifts = (width * np.arange(parts, dtype=np.uint8))[:, None]
+        planes.append(np.bitwise_or.reduce(padded.reshape(parts, length) << shifts, axis=0))
+    return planes
+
+
+def unpack(planes: list[NDArray[np.uint8]], bits: int, count: int) -> NDArray[np.uint8]:
+    """Return the codes that were packed: the inverse of `pack`."""
+    codes: NDArray[Any] = np.zeros(count, np.uint8)
+    for plane, width in zip(planes, PLANES[bits], strict=True):
+        shifts = (width * np.arange(8 // width, dtype=np.uint8))[:, None]
+        fields = (plane[None] >> shifts) & np.uint8((1 << width) - 1)
+        codes = (codes << width) | fields.reshape(-1)[:count]
+    return codes
