@@ -150,6 +150,7 @@ FORMS: dict[Any, _Form] = {
     Mapping[str, Sequence[int]]: _Form(str, repeated=True, read=parsing.input_shapes),
     Sequence[str]: _Form(str, repeated=True, read=_texts),
     tuple[float, ...]: _Form(str, read=parsing.numbers),
+    tuple[int, ...]: _Form(str, read=parsing.word_or_wholes),
     **{plain: _Form(plain) for plain in (str, bool, int, float)},
 }
 # What is written in parts, and how it is put together from their values.

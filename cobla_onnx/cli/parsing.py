@@ -10,7 +10,15 @@ from cobla_onnx.errors import UsageError
 if TYPE_CHECKING:
     from cobla_onnx.calibration.data.readers import ImageOptions
 
-__all__ = ["fraction", "image_options", "input_shapes", "numbers", "spread", "whole_or_auto"]
+__all__ = [
+    "fraction",
+    "image_options",
+    "input_shapes",
+    "numbers",
+    "spread",
+    "whole_or_auto",
+    "word_or_wholes",
+]
 
 # Budgets of a sweep in one direction.
 MOST_POINTS = 1000
@@ -40,6 +48,19 @@ def whole_or_auto(option: str, text: str) -> Literal["auto"] | int:
     if not text.isascii() or not text.isdecimal() or int(text) < 1:
         raise UsageError(f"{option} {text}: give auto, or a whole number of at least 1")
     return int(text)
+
+
+def word_or_wholes(option: str, text: str) -> str | tuple[int, ...]:
+    """Parse a word, or whole numbers separated by commas; which word is for others to check."""
+    if text.isalpha():
+        return text
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {text}: is neither a word nor whole numbers separated by commas; write "
+            f"e.g. {option} 8,4"
+        ) from error
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from cobla_onnx.calibration.data.labels import Labels
     from cobla_onnx.calibration.data.readers import ImageOptions
     from cobla_onnx.variants.low_rank.ranks import RankMultiple
+    from cobla_onnx.variants.storage.precision import Precision
 else:
     # The command line evaluates the annotations; importing these modules takes a second.
     Labels = ImageOptions = Any
     RankMultiple = Literal["auto"] | int
+    Precision = Literal["keep", "auto"] | tuple[int, ...]
 
 __all__ = [
     "BatchSize",
@@ -251,6 +253,15 @@ class Settings:
         "With --objective loss: of its search.",
         "SECONDS",
         minimum=0,
+    )
+    precision: Precision = option(
+        SEARCH,
+        "search",
+        "keep",
+        "--precision",
+        "Store whole weights in fewer bits where that costs less than ranks: auto, or bits such "
+        "as 16,8,4.",
+        "keep|auto|LIST",
     )
     rank_multiple: RankMultiple = option(
         SEARCH,

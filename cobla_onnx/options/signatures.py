@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cobla_onnx.calibration.evaluation.output_choice import LossName, Outputs
     from cobla_onnx.runtime.progress import Progress
     from cobla_onnx.variants.low_rank.ranks import RankMultiple
+    from cobla_onnx.variants.storage.precision import Precision
 
 __all__ = ["InspectOptions", "SearchOptions", "takes_options"]
 
@@ -55,6 +56,7 @@ class SearchOptions(InspectOptions, total=False):
     outputs: Outputs
     refit: bool
     time_limit: float | None
+    precision: Precision
     rank_multiple: RankMultiple
     provider: str | None
     profile: str | os.PathLike[str] | None

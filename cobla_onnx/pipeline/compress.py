@@ -88,6 +88,10 @@ def compress(
     time_limit : float, optional
         Seconds that the search by the network's loss may take. The result then depends on
         the machine's speed.
+    precision : {'keep', 'auto'} or tuple of int
+        In how many bits whole weights may be stored, beside what ranks save: none, any of
+        `storage.precision.FORMATS`, or those given. The programme chooses for each layer; a layer
+        has ranks or bits.
     rank_multiple : 'auto' or int
         Ranks are multiples of it. ``auto``: every rank under a budget of memory alone, else
         those that the CPU computes without waste; see `rank_rule`.

@@ -54,6 +54,7 @@ from cobla_onnx.runtime.progress import Progress, silent
 from cobla_onnx.runtime.providers import CPU, execution_provider, give_memory_back
 from cobla_onnx.variants.base import Asked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule, rank_rule
+from cobla_onnx.variants.storage.precision import precision_bits
 
 __all__ = ["open_session"]
 
@@ -201,7 +202,7 @@ def _analysed(
     analysis = analyse(
         model,
         Selection(settings.include, settings.exclude, settings.min_size),
-        Asked(settings.scheme, rule),
+        Asked(settings.scheme, rule, precision_bits(settings.precision)),
         context=context,
         input_shapes=shapes,
         macs_needed=needs.macs_needed or needs.times_needed,

@@ -18,6 +18,7 @@ from cobla_onnx.graph.subgraph import Exposed, expose
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.replacement import ROUNDING, Replacement
+from cobla_onnx.variants.rewrite import add_functions
 
 __all__ = ["prove_rewrite"]
 
@@ -204,6 +205,7 @@ def _add_new_nodes(
         _append_slice(graph, producer, use.output, renamed[use.output], present, copied)
     read = {name for node in graph.node[before:] for name in node.input}
     graph.initializer.extend(stored[name] for name in sorted(read - present) if name in stored)
+    add_functions(reference, compressed.functions)
     return renamed
 
 

@@ -60,10 +60,13 @@ class Asked:
         Which matricisations of convolutions to consider.
     ranks : RankRule
         Which ranks to consider.
+    bits : tuple of int
+        In how many bits weights may be stored; none for as they are.
     """
 
     scheme: str
     ranks: RankRule
+    bits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

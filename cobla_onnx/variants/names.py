@@ -1,4 +1,4 @@
-"""Names for the tensors and nodes that a rewrite adds to a model."""
+"""Names for the tensors, nodes and functions that a rewrite adds to a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from cobla_onnx.graph.io.model_file import subgraphs, unique_name
 
 __all__ = ["Names"]
 
+# IR version from which models have functions.
+FUNCTIONS_FROM = 8
+
 
 class Names:
     """The names that are in use in a model; new ones are made unique, and taken.
@@ -15,9 +18,21 @@ class Names:
     Parameters
     ----------
     model : ModelProto
+
+    Attributes
+    ----------
+    opset : int
+        The model's version of ONNX's own operators.
+    takes_functions : bool
+        Whether models of its IR version may have functions.
+    functions : list of FunctionProto
+        Those that were added.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
+        self.opset = next((o.version for o in model.opset_import if not o.domain), 1)
+        self.takes_functions = model.ir_version >= FUNCTIONS_FROM
+        self.functions: list[onnx.FunctionProto] = []
         self._tensors: set[str] = set()
         self._nodes: set[str] = set()
         stack = [model.graph]
@@ -37,3 +52,8 @@ class Names:
     def node(self, wanted: str) -> str:
         """Return a name for a node: the one that is wanted, with a number if it is taken."""
         return unique_name(wanted, self._nodes)
+
+    def add_function(self, function: onnx.FunctionProto) -> None:
+        """Add a function, once."""
+        if function.name not in {known.name for known in self.functions}:
+            self.functions.append(function)

@@ -14,7 +14,7 @@ from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["rewrite"]
+__all__ = ["add_functions", "rewrite"]
 
 
 def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx.ModelProto:
@@ -38,6 +38,7 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
             graph.input.extend(
                 onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in weights
             )
+    add_functions(result, names.functions)
     dead = _dead_nodes(model, replacements)
     kept = []
     for index, node in enumerate(model.graph.node):
@@ -50,6 +51,18 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
     _drop(graph.value_info, lambda item: item.name in gone)
     _drop(graph.quantization_annotation, lambda item: item.tensor_name in gone)
     return result
+
+
+def add_functions(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
+    """Add the functions that a model does not have, and the import of their domains."""
+    present = {(function.domain, function.name) for function in model.functions}
+    known = {entry.domain for entry in model.opset_import}
+    for function in functions:
+        if (function.domain, function.name) not in present:
+            model.functions.append(function)
+        if function.domain not in known:
+            known.add(function.domain)
+            model.opset_import.append(onnx.helper.make_opsetid(function.domain, 1))
 
 
 def _replaced(replacement: Replacement) -> list[str]:

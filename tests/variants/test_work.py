@@ -29,7 +29,6 @@ from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankGrid, RankRule
 from cobla_onnx.variants.low_rank.svd import factorize
 from cobla_onnx.variants.low_rank.units import ValuesUnit
-from cobla_onnx.variants.registry import forms_of
 from cobla_onnx.variants.work import approximations_of, replacements_of, weight_curves
 from tests.builders import random_array, small_network
 
@@ -38,7 +37,7 @@ SHAPES = {"x": (1, 3, 12, 12)}
 
 def wanted(model, rank=2):
     layers = find_layers(model).layers
-    return [(layer, form, rank) for layer in layers for form in forms_of(layer).values()]
+    return [(layer, form, rank) for layer in layers for form in LowRankFamily().forms(layer)]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -69,7 +68,7 @@ def test_a_unit_travels_and_measures_the_same():
     model = small_network()
     layer = find_layers(model).layers[1]
     weight = read_weight(model, layer)
-    unit = ValuesUnit(tuple(forms_of(layer).values()), Carried(weight, False), None)
+    unit = ValuesUnit(tuple(LowRankFamily().forms(layer)), Carried(weight, False), None)
     for found in (unit.measure(), pickle.loads(pickle.dumps(unit)).measure()):
         for form, errors, values in zip(unit.schemes, found.errors, found.spectra, strict=True):
             expected = np.linalg.svd(form.matrix(weight)[0].astype(float), compute_uv=False)
@@ -143,5 +142,5 @@ def test_layers_are_selected_by_name_and_size():
     assert not selected(inventory, Selection(min_size=10**9)).layers
     blind = without_unmeasured(inventory, {"fc"})
     assert [item.reason for item in blind.skipped if item.name == "fc"] == [Reason.UNMEASURED]
-    with pytest.raises(UsageError, match=r"'cnv1': matches no layer; did you mean conv1"):
+    with pytest.raises(UsageError, match=r"\['cnv1'\]: matches no layer; did you mean conv1"):
         selected(inventory, Selection(exclude=("cnv1",)))

@@ -25,7 +25,7 @@ from cobla_onnx.variants.low_rank.shrinkage import FLOOR, shrink, shrink_outputs
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.low_rank.weighted_svd import OutputFactorizer, WeightedFactorizer
 
-__all__ = ["FactorsFromData", "SpectraUnit"]
+__all__ = ["FactorsFromData", "SpectraUnit", "layer_moment"]
 
 Solver: TypeAlias = WeightedFactorizer | OutputFactorizer
 Spectrum: TypeAlias = tuple[Float64, Float64]
@@ -122,7 +122,7 @@ class FactorsFromData:
         self, layer: Layer, ranks: Sequence[tuple[Scheme, int]], weight: Carried
     ) -> SpectraUnit:
         """Collect the input of a measurement, for schemes with the largest ranks asked for."""
-        moment = self._read(layer, weight.array)
+        moment = layer_moment(self._seen, layer, weight.array)
         importance = self._seen.importance.get(layer.name)
         centred = self._seen.is_centred(layer)
         key = digest(self._seen.key, self._seen.patches(layer), centred, FLOOR, importance)
@@ -152,7 +152,7 @@ class FactorsFromData:
             # not depend on it.
             usual = largest_rank(layer, scheme)
             most = usual if rank <= usual else min(scheme.matrix_shape()[1:])
-            second = self._read(layer, weight)
+            second = layer_moment(self._seen, layer, weight)
             kind = OutputFactorizer if self._seen.is_wide(layer) else WeightedFactorizer
             solver = kind(scheme, weight, second, most, self._seen.importance.get(layer.name))
             found = solver, solver.nbytes
@@ -172,17 +172,6 @@ class FactorsFromData:
                 f'{scheme.name!r} to follow from data; use {" or ".join(known)}, or "factors": '
                 '"weights" for the whole plan'
             )
-
-    def _read(self, layer: Layer, weight: NDArray[Any]) -> Float64:
-        """Moment of a layer's inputs or outputs, shrunk towards the one without data."""
-        moment = self._seen.moment(layer)
-        second, mean = moment.second, moment.mean
-        if self._seen.is_centred(layer):
-            second, mean = moment.covariance(), np.zeros_like(mean)
-        if self._seen.is_wide(layer):
-            rows = schemes_for(layer)[0].rows_of(weight)
-            return shrink_outputs(second, rows, moment.effective, mean)[0]
-        return shrink(second, moment.effective, mean)[0]
 
     def _shift(
         self,
@@ -204,3 +193,15 @@ class FactorsFromData:
         else:
             lost = np.einsum("gos,gs->go", scheme.rows_of(weight - made.weight), mean)
         return np.asarray(lost).reshape(bias.shape)
+
+
+def layer_moment(seen: Seen, layer: Layer, weight: NDArray[Any]) -> Float64:
+    """Moment of a layer's inputs or outputs, shrunk towards the one without data."""
+    moment = seen.moment(layer)
+    second, mean = moment.second, moment.mean
+    if seen.is_centred(layer):
+        second, mean = moment.covariance(), np.zeros_like(mean)
+    if seen.is_wide(layer):
+        rows = schemes_for(layer)[0].rows_of(weight)
+        return shrink_outputs(second, rows, moment.effective, mean)[0]
+    return shrink(second, moment.effective, mean)[0]

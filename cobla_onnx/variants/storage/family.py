@@ -1,0 +1,175 @@
+"""Storage precision as a family of variants: a weight in fewer bits, the node as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from cobla_onnx.allocation import VariantCurve
+from cobla_onnx.allocation.resources import known_costs
+from cobla_onnx.calibration.statistics import Seen
+from cobla_onnx.graph.inventory import Reason, Refusal
+from cobla_onnx.graph.layers import Layer
+from cobla_onnx.graph.operators.base import operator_of
+from cobla_onnx.runtime.cache import Cache
+from cobla_onnx.runtime.transfer import Carried
+from cobla_onnx.variants.base import Asked, LayerCosts, Measured, Proposal, VariantFamily
+from cobla_onnx.variants.low_rank.matricisation import SCHEMES, schemes_for
+from cobla_onnx.variants.low_rank.svd import Float64
+from cobla_onnx.variants.storage.from_data import CodesFromData, RoundedWeight, rounded
+from cobla_onnx.variants.storage.rounding import distortion, unavoidable
+from cobla_onnx.variants.storage.stored import (
+    StoredWeight,
+    coded_weight,
+    half_weight,
+    stored_bytes,
+)
+
+__all__ = ["STORED", "StorageFamily", "StoredForm"]
+
+STORED = "stored"
+# The level of a weight as it is stored today: bits of single precision.
+MOST = 32
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """The one form of the family."""
+
+    name: str = STORED
+
+
+@dataclass(frozen=True)
+class RoundingUnit:
+    """A weight, the numbers of bits that are asked for, and the moment of its inputs, if known."""
+
+    rows: Carried
+    layer: Layer
+    bits: tuple[int, ...]
+    second: Float64 | None
+    importance: Float64 | None
+
+    def measure(self) -> Measured:
+        """Predict the error of every format, relative to the energy of the outputs."""
+        rows = schemes_for(self.layer)[0].rows_of(self.rows.array).astype(np.float64)
+        weights = np.ones(rows.shape[:2])
+        if self.importance is not None:
+            weights = self.importance.reshape(rows.shape[:2])
+        if self.second is None:
+            energy = np.square(rows).sum(axis=2)
+            left = np.full(len(rows), float(rows.shape[2]))
+        else:
+            energy = np.einsum("gos,gos->go", rows @ self.second, rows)
+            left = unavoidable(self.second)
+        total = float((energy * weights).sum())
+        known = {0: 1.0, MOST: 0.0}
+        for bits in self.bits:
+            lost = distortion(rows, bits) * left[:, None] * weights
+            known[bits] = float(lost.sum()) / total if total > 0 else 0.0
+        return Measured([_between(known)], [None], [])
+
+
+class StorageFamily(VariantFamily):
+    """Weights in fewer bits; a level is a number of bits."""
+
+    name = "storage"
+    level = "bits"
+    outcome = "stored in fewer bits"
+    schemes = (STORED,)
+    refits = False
+
+    def forms(self, layer: Layer) -> Sequence[StoredForm]:
+        """Return the form, for weights that are single precision where they are used."""
+        return (StoredForm(),) if _takes(layer) else ()
+
+    def most(self, layer: Layer, form: StoredForm) -> int:
+        """Return the bits of single precision."""
+        return MOST
+
+    def propose(
+        self, layer: Layer, costs: LayerCosts, asked: Asked
+    ) -> Sequence[Proposal] | Refusal:
+        """Propose the numbers of bits that were asked for and take fewer bytes."""
+        if not _takes(layer):
+            return Refusal(Reason.TYPE, TensorProto.DataType.Name(layer.type))
+        smaller = [b for b in sorted(asked.bits) if stored_bytes(layer, b) < layer.stored_bytes]
+        if not smaller:
+            return Refusal(Reason.NO_GAIN)
+        return [Proposal(StoredForm(), np.array(smaller, np.int64), MOST)]
+
+    def curve(
+        self,
+        layer: Layer,
+        costs: LayerCosts,
+        proposal: Proposal,
+        errors: Float64,
+        spectrum: Float64 | None,
+    ) -> VariantCurve:
+        """Put bytes and errors together; MACs stay as they are."""
+        found = {"mem": np.array([stored_bytes(layer, int(b)) for b in proposal.levels])}
+        for name, cost in known_costs(mac=costs.macs).items():
+            found[name] = np.full(len(proposal.levels), cost)
+        return VariantCurve(self.name, STORED, proposal.levels, found, errors, nested=False)
+
+    def params(self, layer: Layer, form: Any, level: int) -> int:
+        """Count the weights, which stay as many."""
+        return layer.params
+
+    def macs(self, layer: Layer, form: Any, level: int, costs: LayerCosts) -> int | None:
+        """Return the MACs of the layer, which stay as they are."""
+        return costs.macs
+
+    def unit(
+        self,
+        layer: Layer,
+        proposals: Sequence[Proposal],
+        weight: Carried,
+        cache: Cache | None,
+        maker: CodesFromData | None,
+    ) -> RoundingUnit:
+        """Collect the input of the prediction."""
+        bits = tuple(int(b) for proposal in proposals for b in proposal.levels)
+        if maker is None:
+            return RoundingUnit(weight, layer, bits, None, None)
+        second = maker.moment(layer, weight.array)
+        return RoundingUnit(weight, layer, bits, second, maker.importance(layer))
+
+    def maker(self, seen: Seen) -> CodesFromData:
+        """Round under the moments of calibration data."""
+        return CodesFromData(seen)
+
+    def from_weights(
+        self, layer: Layer, form: Any, level: int, weight: NDArray[Any], cache: Cache | None
+    ) -> RoundedWeight:
+        """Round every weight by itself."""
+        return rounded(layer, weight, level, None)
+
+    def replace(self, layer: Layer, form: Any, approximation: RoundedWeight) -> StoredWeight:
+        """Store the codes, or half precision."""
+        if approximation.coded is None:
+            return half_weight(layer, approximation.weight, approximation.bias)
+        return coded_weight(layer, approximation.coded, approximation.bias)
+
+    def stand_in(self, layer: Layer, form: Any, level: int) -> StoredWeight:
+        """Return codes of random content."""
+        shape = layer.shape
+        weight = np.random.default_rng(0).standard_normal(shape, np.float32) / np.sqrt(shape[0])
+        return self.replace(layer, form, rounded(layer, weight, level, None))
+
+
+def _takes(layer: Layer) -> bool:
+    return layer.type == TensorProto.FLOAT and operator_of(layer).kind in SCHEMES
+
+
+def _between(known: dict[int, float]) -> Float64:
+    """Errors at all numbers of bits from 0 on, in logarithms between those that are known."""
+    places = sorted(known)
+    values = np.array([max(known[place], 1e-12) for place in places])
+    errors = np.exp(np.interp(np.arange(MOST + 1), places, np.log(values)))
+    errors[MOST] = 0.0
+    return np.asarray(np.minimum.accumulate(np.minimum(errors, 1.0)))

@@ -1,0 +1,115 @@
+"""Rounded weights from second moments."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cobla_onnx.calibration.statistics import Seen
+from cobla_onnx.errors import UsageError
+from cobla_onnx.graph.layers import Layer, read_bias, read_weight
+from cobla_onnx.runtime.pool import one_thread
+from cobla_onnx.text import quoted
+from cobla_onnx.variants.low_rank.from_data import layer_moment
+from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.svd import Float64
+from cobla_onnx.variants.storage.coding import Coded
+from cobla_onnx.variants.storage.precision import FORMATS
+from cobla_onnx.variants.storage.rounding import round_weight
+
+__all__ = ["CodesFromData", "RoundedWeight", "rounded"]
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight in fewer bits.
+
+    Attributes
+    ----------
+    coded : Coded or None
+        None for half precision.
+    weight : float32 array, shape ``layer.shape``
+        As it is decoded.
+    bias : float64 array or None
+        Corrected to keep the mean of the output; None if the layer has no bias of its own.
+    """
+
+    coded: Coded | None
+    weight: NDArray[np.float32]
+    bias: Float64 | None
+
+
+def rounded(layer: Layer, weight: NDArray[Any], bits: int, second: Float64 | None) -> RoundedWeight:
+    """Round a weight: under a second moment, or every number by itself.
+
+    Raises
+    ------
+    UsageError
+        If there is no format of so many bits.
+    """
+    if bits not in FORMATS:
+        raise UsageError(
+            f"plan: layer {quoted(layer.name)} cannot be stored in {bits} bits; there are "
+            f"{', '.join(map(str, FORMATS))}"
+        )
+    if bits == 16:
+        return RoundedWeight(None, weight.astype(np.float16).astype(np.float32), None)
+    scheme = schemes_for(layer)[0]
+    coded = round_weight(scheme.rows_of(weight), second, bits)
+    return RoundedWeight(coded, scheme.weight_of(coded.dense()), None)
+
+
+class CodesFromData:
+    """Rounds weights under the moments of calibration data.
+
+    Layers whose inputs are too many for a moment are rounded number by number.
+
+    Parameters
+    ----------
+    seen : Seen
+    """
+
+    def __init__(self, seen: Seen) -> None:
+        self._seen = seen
+        # Rounded weights, the most recently used at the end.
+        self._made: OrderedDict[tuple[str, int], RoundedWeight] = OrderedDict()
+
+    def moment(self, layer: Layer, weight: NDArray[Any]) -> Float64 | None:
+        """Moment of a layer's inputs; None if there is none."""
+        return None if self._seen.is_wide(layer) else layer_moment(self._seen, layer, weight)
+
+    def importance(self, layer: Layer) -> Float64 | None:
+        """How much the error of each output counts; None if all do alike."""
+        return self._seen.importance.get(layer.name)
+
+    def approximate(self, layer: Layer, form: Any, levels: Sequence[int]) -> list[RoundedWeight]:
+        """Return a layer's weight in the given numbers of bits."""
+        with one_thread:
+            return [self._in(layer, bits) for bits in levels]
+
+    def _in(self, layer: Layer, bits: int) -> RoundedWeight:
+        key = layer.name, bits
+        found = self._made.pop(key, None)
+        if found is None:
+            weight = read_weight(self._seen.model, layer)
+            made = rounded(layer, weight, bits, self.moment(layer, weight))
+            found = RoundedWeight(made.coded, made.weight, self._bias(layer, weight, made))
+        self._made[key] = found
+        held = sum(made.weight.nbytes for made in self._made.values())
+        while held > self._seen.kept and len(self._made) > 1:
+            held -= self._made.popitem(last=False)[1].weight.nbytes
+        return found
+
+    def _bias(self, layer: Layer, weight: NDArray[Any], made: RoundedWeight) -> Float64 | None:
+        """Bias that keeps the mean of the output."""
+        bias = read_bias(self._seen.model, layer)
+        if bias is None or self._seen.is_wide(layer):
+            return bias
+        scheme, mean = schemes_for(layer)[0], self._seen.moment(layer).mean
+        lost = np.einsum("gos,gs->go", scheme.rows_of(weight - made.weight), mean)
+        return np.asarray(bias + lost.reshape(bias.shape))

@@ -1,0 +1,41 @@
+"""Which numbers of bits a weight may be stored in."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from cobla_onnx.errors import UsageError
+from cobla_onnx.wording import option_name
+
+__all__ = ["FORMATS", "Precision", "precision_bits"]
+
+FORMATS = (2, 3, 4, 5, 6, 8, 16)
+"""Numbers of bits; 16 is half precision, fewer are codes."""
+
+Precision: TypeAlias = Literal["keep", "auto"] | tuple[int, ...]
+
+
+def precision_bits(precision: Precision) -> tuple[int, ...]:
+    """Return the numbers of bits that an option asks for, ascending.
+
+    Raises
+    ------
+    UsageError
+        If it is not ``keep``, ``auto`` or a list of numbers in `FORMATS`.
+
+    Examples
+    --------
+    >>> precision_bits("keep"), precision_bits((8, 4)), precision_bits("auto")
+    ((), (4, 8), (2, 3, 4, 5, 6, 8, 16))
+    """
+    if precision == "keep":
+        return ()
+    if precision == "auto":
+        return FORMATS
+    if isinstance(precision, str) or not precision or not set(precision) <= set(FORMATS):
+        allowed = ", ".join(map(str, FORMATS))
+        raise UsageError(
+            f"{option_name('precision', precision)}: give keep, auto, or some of {allowed}, "
+            f"e.g. {option_name('precision', (8, 4))}"
+        )
+    return tuple(sorted(set(precision)))

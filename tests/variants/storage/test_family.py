@@ -1,0 +1,146 @@
+"""Weights in fewer bits, from the option to the file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper
+
+from cobla_onnx import Budget, Plan, compress, sweep
+from cobla_onnx.errors import UsageError
+from cobla_onnx.graph.io.model_file import stored_bytes as model_bytes
+from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.plan import Decision
+from cobla_onnx.runtime.session import open_session, random_feeds, run_session
+from cobla_onnx.variants.rewrite import rewrite
+from cobla_onnx.variants.storage.decoding import DOMAIN
+from cobla_onnx.variants.storage.family import StorageFamily, StoredForm
+from cobla_onnx.variants.storage.from_data import rounded
+from cobla_onnx.variants.storage.precision import FORMATS, precision_bits
+from cobla_onnx.variants.storage.stored import stored_bytes
+from tests.builders import model_of, random_array, small_network
+
+BITS = st.sampled_from(FORMATS)
+# Operator, attributes, weight and input: every way in which a weight lies in its tensor.
+LAYERS: list[tuple[str, dict[str, Any], tuple[int, ...], list[int]]] = [
+    ("Conv", {"pads": [1, 1, 1, 1]}, (7, 5, 3, 3), [2, 5, 6, 6]),
+    ("Conv", {"group": 2}, (6, 3, 2, 2), [1, 6, 5, 5]),
+    ("Conv", {}, (6, 4, 3), [1, 4, 9]),
+    ("ConvTranspose", {"strides": [2, 2]}, (5, 6, 2, 2), [1, 5, 4, 4]),
+    ("MatMul", {}, (9, 7), [3, 9]),
+    ("MatMul", {}, (2, 9, 7), [2, 3, 9]),
+    ("Gemm", {"transB": 1}, (7, 9), [3, 9]),
+]
+
+
+def one_layer(case: int, opset: int = 13) -> onnx.ModelProto:
+    op, attributes, shape, inputs = LAYERS[case]
+    node = helper.make_node(op, ["x", "w"], ["y"], "layer", **attributes)
+    model = model_of([node], {"w": random_array(*shape, seed=case)}, {"x": inputs}, ["y"])
+    model.opset_import[0].version = opset
+    return model
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=st.integers(0, len(LAYERS) - 1), bits=BITS, function=st.booleans())
+def test_the_model_computes_with_the_rounded_weight(case: int, bits: int, function: bool) -> None:
+    model = one_layer(case)
+    model.ir_version = 8 if function else 7
+    (layer,) = find_layers(model).layers
+    family, weight = StorageFamily(), read_weight(model, layer)
+    made = rounded(layer, weight, bits, None)
+    replacement = family.replace(layer, StoredForm(), made)
+    np.testing.assert_array_equal(replacement.dense(), made.weight)
+    result = rewrite(model, [replacement])
+    onnx.checker.check_model(result)
+    assert (len(result.functions) > 0) == (function and bits < 16)
+    dense = model_of(list(model.graph.node), {"w": made.weight}, {"x": LAYERS[case][3]}, ["y"])
+    session = open_session(result, 1)
+    feeds = random_feeds(session, {"x": LAYERS[case][3]}, seed=0)
+    found, expected = (run_session(open_session(m, 1), feeds)["y"] for m in (result, dense))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(case=st.integers(0, len(LAYERS) - 1), bits=BITS, function=st.booleans())
+def test_no_more_bytes_are_stored_than_counted(case: int, bits: int, function: bool) -> None:
+    model = one_layer(case)
+    model.ir_version = 8 if function else 7
+    (layer,) = find_layers(model).layers
+    made = rounded(layer, read_weight(model, layer), bits, None)
+    result = rewrite(model, [StorageFamily().replace(layer, StoredForm(), made)])
+    assert model_bytes(result) <= stored_bytes(layer, bits) <= model_bytes(result) + 64
+
+
+@pytest.mark.parametrize("opset", [9, 13])
+def test_an_old_model_has_the_nodes_in_its_graph(opset: int) -> None:
+    model = one_layer(0, opset)
+    model.ir_version = 6
+    result = compress(model, plan=Plan((Decision("layer", "stored", 5),)), threads=1)
+    kinds = {node.op_type for node in result.model.graph.node}
+    assert {"Gather", "Floor", "Conv"} <= kinds
+    assert len(result.model.functions) == 0
+    assert result.report.verification is not None
+    assert result.report.verification.rewrite_max_error < 1e-5
+
+
+def test_a_model_that_is_compressed_again_keeps_its_function() -> None:
+    plan = Plan((Decision("one", "stored", 4),))
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "one"),
+        helper.make_node("MatMul", ["a", "v"], ["y"], "two"),
+    ]
+    arrays = {"w": random_array(24, 24), "v": random_array(24, 24, seed=1)}
+    first = compress(model_of(nodes, arrays, {"x": [3, 24]}, ["y"]), plan=plan, threads=1).model
+    again = compress(first, plan=Plan((Decision("two", "stored", 4),)), threads=1).model
+    assert [f.name for f in again.functions] == ["Decode4"]
+    assert [entry.domain for entry in again.opset_import].count(DOMAIN) == 1
+
+
+@pytest.mark.parametrize("objective", ["weights", "output"])
+def test_ranks_and_bits_share_one_budget(objective: str) -> None:
+    options: dict[str, Any] = {"threads": 1, "precision": "auto", "objective": objective}
+    if objective == "output":
+        options["data"] = {"x": random_array(40, 3, 12, 12, seed=3)}
+    model = small_network()
+    found = compress(model, Budget(mem=0.3), **options)
+    alone = compress(model, Budget(mem=0.3), **{**options, "precision": "keep"})
+    assert model_bytes(found.model) <= 0.3 * model_bytes(model)
+    assert "stored" in {d.scheme for d in found.plan.decisions}
+    assert "stored" not in {d.scheme for d in alone.plan.decisions}
+    assert found.report.solver is not None
+    assert alone.report.solver is not None
+    # The same programme with more to choose from.
+    assert found.report.solver.value <= alone.report.solver.value * 1.001
+    text = found.plan.to_json()
+    assert '"bits"' in text
+    again = compress(model, plan=Plan.from_json(text), **options)
+    assert again.model.SerializeToString() == found.model.SerializeToString()
+
+
+def test_only_the_bits_that_are_asked_for() -> None:
+    budgets = [Budget(mem=m) for m in (0.5, 0.3)]
+    points = sweep(small_network(), budgets, precision=(8,), threads=1).points
+    for point in points:
+        assert {d.rank for d in point.plan.decisions if d.scheme == "stored"} <= {8}
+
+
+def test_macs_are_not_saved_by_bits() -> None:
+    result = compress(small_network(), Budget(mac=0.7), precision="auto", threads=1)
+    assert "stored" not in {d.scheme for d in result.plan.decisions}
+
+
+@pytest.mark.parametrize("wrong", ["some", (), (7,), (8, 1)])
+def test_what_is_not_a_precision(wrong: Any) -> None:
+    with pytest.raises(UsageError, match="give keep, auto, or some of 2, 3, 4, 5, 6, 8, 16"):
+        precision_bits(wrong)
+
+
+def test_a_plan_with_bits_that_there_are_not() -> None:
+    with pytest.raises(UsageError, match="cannot be stored in 7 bits; there are 2, 3"):
+        compress(one_layer(0), plan=Plan((Decision("layer", "stored", 7),)), threads=1)
