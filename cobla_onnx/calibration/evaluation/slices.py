@@ -86,7 +86,8 @@ class Slices:
     """Slices of an output along every axis that may hold the features.
 
     These are all axes but the first that have the same size in all samples; of more than three
-    axes only the second and the last.
+    axes only the second and the last. Of a map with a single channel there are none: its columns
+    are places, of which those at a margin may hardly vary.
 
     Attributes
     ----------
@@ -160,6 +161,8 @@ class Slices:
 
     def _candidates(self) -> Iterator[int]:
         last = len(self.sizes) - 1
+        if last > 2 and self.sizes[1] == 1:
+            return
         for axis in dict.fromkeys((1, last)):
             size = self.sizes[axis] if 1 <= axis <= last else None
             if size is not None and 2 <= size <= MOST_SLICES:
