@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.variants.low_rank.svd import Float64
 
-__all__ = ["INTEGERS", "Coded", "fit_levels", "nearest"]
+__all__ = ["INTEGERS", "SAMPLED", "Coded", "fit_levels", "nearest"]
 
 # Levels of 8-bit codes.
 INTEGERS: NDArray[np.float32] = np.arange(-128, 128, dtype=np.float32)

@@ -11,6 +11,7 @@ leave each row the least error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -18,15 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.variants.low_rank.svd import Float64
-from cobla_onnx.variants.storage.coding import INTEGERS, Coded, fit_levels, nearest
+from cobla_onnx.variants.storage.coding import INTEGERS, SAMPLED, Coded, fit_levels, nearest
 
-__all__ = ["distortion", "output_error", "round_weight", "unavoidable"]
+__all__ = ["distortion", "mean_squares", "output_error", "round_weight", "unavoidable"]
 
 # Fraction of the mean energy of an input that is added to each. GPTQ adds 0.01; moments of the
 # calibration data are shrunk already, by as much as they are uncertain.
 DAMPING = 0.001
 # Columns whose errors are passed on at a time, as a matrix product.
 BLOCK = 128
+# Weights that are rounded at a time, in double precision.
+AT_ONCE = 1 << 22
 # Sweeps of coordinate descent.
 SWEEPS = 3
 # Scales that are tried, as multiples of the row's root mean square, or, with integers as levels,
@@ -49,21 +52,66 @@ def round_weight(rows: NDArray[Any], second: Float64 | None, bits: int) -> Coded
     -------
     Coded
     """
-    wide = rows.astype(np.float64)
-    if bits == 8:
-        levels, sizes = INTEGERS, np.abs(wide).max(axis=2, initial=0.0) / 127
-    else:
-        sizes = np.sqrt(np.square(wide).mean(axis=2))
-        levels = fit_levels(_unscaled(wide, sizes), 1 << bits)
-    scales = [(factor * sizes).astype(np.float32) for factor in (INTEGER if bits == 8 else FITTED)]
-    alone = (Coded(_nearest_codes(levels, wide, each), levels, each) for each in scales)
-    best = reduce(partial(_better_rows, wide, second), alone)
-    if second is None:
+    sizes = _sizes(rows, bits)
+    levels = INTEGERS if bits == 8 else fit_levels(_normalised(rows, sizes), 1 << bits)
+    together = None if second is None else _Compensated(levels, second)
+    groups, outputs, size = rows.shape
+    step = max(1, AT_ONCE // max(groups * size, 1))
+    parts = []
+    for begin in range(0, outputs, step):
+        some = slice(begin, begin + step)
+        scales = [
+            (factor * sizes[:, some]).astype(np.float32)
+            for factor in (INTEGER if bits == 8 else FITTED)
+        ]
+        wide = rows[:, some].astype(np.float64)
+        parts.append(_rounded(wide, levels, scales, second, together))
+    return Coded(
+        np.concatenate([part.codes for part in parts], axis=1),
+        levels,
+        np.concatenate([part.scales for part in parts], axis=1),
+    )
+
+
+def _rounded(
+    rows: Float64,
+    levels: NDArray[np.float32],
+    scales: Sequence[NDArray[np.float32]],
+    second: Float64 | None,
+    together: _Compensated | None,
+) -> Coded:
+    """Round rows with the best of several scales for each."""
+    alone = (Coded(_nearest_codes(levels, rows, each), levels, each) for each in scales)
+    best = reduce(partial(_better_rows, rows, second), alone)
+    if together is None:
         return best
-    together = _Compensated(levels, second)
-    compensated = (Coded(together.codes(wide, each), levels, each) for each in scales)
+    compensated = (Coded(together.codes(rows, each), levels, each) for each in scales)
     # What is rounded one by one takes part, so that the result is never worse than that.
-    return together.descended(reduce(partial(_better_rows, wide, second), compensated, best), wide)
+    return together.descended(reduce(partial(_better_rows, rows, second), compensated, best), rows)
+
+
+def _sizes(rows: NDArray[Any], bits: int) -> Float64:
+    """Size of each row: its root mean square or, with integers as levels, the unit of its largest.
+
+    Of shape (groups, outputs).
+    """
+    if bits == 8:
+        largest = np.maximum(rows.max(axis=2, initial=0.0), -rows.min(axis=2, initial=0.0))
+        return np.asarray(largest.astype(np.float64) / 127)
+    return np.sqrt(mean_squares(rows))
+
+
+def _normalised(rows: NDArray[Any], sizes: Float64) -> Float64:
+    """Some weights, evenly spaced, over the size of their row."""
+    places = np.arange(0, rows.size, -(-rows.size // SAMPLED))
+    values = rows.reshape(-1)[places].astype(np.float64)
+    return _unscaled(values, sizes.reshape(-1)[places // rows.shape[2]])
+
+
+def mean_squares(rows: NDArray[Any]) -> Float64:
+    """Mean square of each row, shape (groups, outputs)."""
+    total = np.einsum("gos,gos->go", rows, rows, dtype=np.float64)
+    return np.asarray(total / max(rows.shape[2], 1))
 
 
 def output_error(coded: Coded, rows: NDArray[Any], second: Float64 | None) -> Float64:
@@ -73,10 +121,16 @@ def output_error(coded: Coded, rows: NDArray[Any], second: Float64 | None) -> Fl
     return np.asarray(np.einsum("gos,gos->go", moved, change))
 
 
-def distortion(rows: NDArray[Any], bits: int) -> Float64:
-    """Mean squared error of rounding every weight by itself, by rows, shape (groups, outputs)."""
-    coded = round_weight(rows, None, bits)
-    return np.asarray(output_error(coded, rows, None) / max(rows.shape[2], 1))
+def distortion(rows: NDArray[Any], bits: int) -> float:
+    """Mean squared error of rounding every weight by itself, relative to the mean square.
+
+    Of a large weight, of evenly spaced rows.
+    """
+    groups, outputs, size = rows.shape
+    some = rows[:, :: max(1, -(-outputs * groups * size // SAMPLED))]
+    lost = float(output_error(round_weight(some, None, bits), some, None).sum())
+    energy = float(mean_squares(some).sum()) * size
+    return lost / energy if energy > 0 else 0.0
 
 
 def unavoidable(second: Float64) -> Float64:
@@ -84,8 +138,8 @@ def unavoidable(second: Float64) -> Float64:
 
     Rounding a column of a row by mistake e leaves e^2 times the energy of its input given the
     inputs whose columns are rounded later, 1 / U_jj^2 of GPTQ. The sum of these over all columns,
-    times the row's `distortion`, is the error that `round_weight` leaves, to about a tenth from 3
-    bits on: what rounding costs is known before anything is rounded.
+    times the row's mean square and the layer's `distortion`, is the error that `round_weight`
+    leaves, to about a tenth from 3 bits on: what rounding costs is known before it is done.
 
     Parameters
     ----------

@@ -17,9 +17,10 @@ from cobla_onnx.graph.io.model_file import stored_bytes as model_bytes
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.plan import Decision
 from cobla_onnx.runtime.session import open_session, random_feeds, run_session
+from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.variants.storage.decoding import DOMAIN
-from cobla_onnx.variants.storage.family import StorageFamily, StoredForm
+from cobla_onnx.variants.storage.family import RoundingUnit, StorageFamily, StoredForm
 from cobla_onnx.variants.storage.from_data import rounded
 from cobla_onnx.variants.storage.precision import FORMATS, precision_bits
 from cobla_onnx.variants.storage.stored import stored_bytes
@@ -144,3 +145,18 @@ def test_what_is_not_a_precision(wrong: Any) -> None:
 def test_a_plan_with_bits_that_there_are_not() -> None:
     with pytest.raises(UsageError, match="cannot be stored in 7 bits; there are 2, 3"):
         compress(one_layer(0), plan=Plan((Decision("layer", "stored", 7),)), threads=1)
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+def test_the_predicted_error_is_about_the_real_one(bits: int) -> None:
+    model = one_layer(4)
+    (layer,) = find_layers(model).layers
+    weight = np.random.default_rng(0).normal(size=layer.shape).astype(np.float32)
+    unit = RoundingUnit(Carried(weight, False), layer, (bits,), None, None)
+    (errors,) = unit.measure().errors
+    assert errors is not None
+    assert np.all(np.diff(errors) <= 0)
+    assert errors[0] == 1
+    assert errors[-1] == 0
+    lost = np.square(rounded(layer, weight, bits, None).weight - weight).sum()
+    assert errors[bits] == pytest.approx(lost / np.square(weight).sum(), rel=0.5)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cobla_onnx.variants.storage.rounding import (
     distortion,
+    mean_squares,
     output_error,
     round_weight,
     unavoidable,
@@ -106,7 +107,7 @@ def test_groups_are_rounded_by_themselves(bits: int, seed: int) -> None:
 def test_the_error_is_known_before_rounding(bits: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows, second = rng.normal(size=(2, 30, 64)), correlated(rng, 2, 64)
-    expected = (distortion(rows, bits) * unavoidable(second)[:, None]).sum()
+    expected = distortion(rows, bits) * (mean_squares(rows) * unavoidable(second)[:, None]).sum()
     found = output_error(round_weight(rows, second, bits), rows, second).sum()
     assert found == pytest.approx(expected, rel=0.25)
     # Most of it is made up for: inputs are correlated.
