@@ -259,8 +259,7 @@ class Settings:
         "search",
         "keep",
         "--precision",
-        "Store whole weights in fewer bits where that costs less than ranks: auto, or bits such "
-        "as 16,8,4.",
+        "Whole weights in fewer bits, where that loses less than ranks: auto, or e.g. 8,4.",
         "keep|auto|LIST",
     )
     rank_multiple: RankMultiple = option(

@@ -1,13 +1,19 @@
-"""Weights that are quantised already are called that, however they are made into numbers."""
+"""Who makes and who reads each tensor; what is quantised is called that, however it is made."""
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.errors import BudgetError
+from cobla_onnx.graph.index import GraphIndex, all_inputs, node_label
 from cobla_onnx.graph.layers import Reason, find_layers
 from tests.builders import model_of, random_array
 
@@ -80,3 +86,74 @@ def test_half_precision_that_is_cast_is_a_layer() -> None:
     result = compress(model, Budget(mem=0.5))
     stored = {t.data_type for t in result.model.graph.initializer}
     assert stored == {TensorProto.FLOAT16}
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> onnx.ModelProto:
+    """Nodes that read any tensors before them, also twice, and some from within an If."""
+    known, nodes = ["x", "c"], []
+    for number in range(draw(st.integers(1, 8))):
+        read = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
+        made = [f"t{number}_{i}" for i in range(draw(st.integers(1, 2)))]
+        name = draw(st.sampled_from(["", f"node {number}"]))
+        if draw(st.booleans()):
+            nodes.append(helper.make_node("Toy", read, made, name))
+        else:
+            inner = helper.make_node("Toy", read, [f"inner{number}"])
+            result = [helper.make_tensor_value_info(f"inner{number}", TensorProto.FLOAT, None)]
+            branch = helper.make_graph([inner], "branch", [], result)
+            both = {"then_branch": branch, "else_branch": branch}
+            nodes.append(helper.make_node("If", ["c"], made, name, **both))
+        known += made
+    given_ = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in ("x", "c")]
+    made_last = [helper.make_tensor_value_info(known[-1], TensorProto.FLOAT, None)]
+    return helper.make_model(helper.make_graph(nodes, "any", given_, made_last))
+
+
+@given(graphs())
+def test_producers_and_readers_agree_with_the_nodes(model: onnx.ModelProto) -> None:
+    index = GraphIndex(model)
+    nodes = model.graph.node
+    assert index.producer == {name: i for i, n in enumerate(nodes) for name in n.output}
+    reads = {(name, i) for i, n in enumerate(nodes) for name in n.input}
+    inner = {
+        (name, i)
+        for i, n in enumerate(nodes)
+        for attribute in n.attribute
+        for name in itertools.chain(*(each.input for each in attribute.g.node))
+    }
+    found = [(name, i) for name, readers in index.readers.items() for i in readers]
+    # A node that reads a tensor twice reads it once, also where it does so in a sub-graph.
+    assert len(found) == len(set(found))
+    assert {pair for pair in found if not pair[0].startswith("inner")} == reads | inner
+    for readers in index.readers.values():
+        assert readers == sorted(readers)
+    for i, each in enumerate(nodes):
+        assert all(i in index.readers[name] for name in all_inputs(each))
+    assert set(index.kept) == {model.graph.output[0].name}
+
+
+@given(graphs())
+def test_labels_are_names_or_places(model: onnx.ModelProto) -> None:
+    labels = [node_label(each, i) for i, each in enumerate(model.graph.node)]
+    assert len(set(labels)) == len(labels)
+    for i, (each, label) in enumerate(zip(model.graph.node, labels, strict=True)):
+        assert label == (each.name or f"{each.op_type}_{i}")
+
+
+def test_a_constant_is_followed_through_what_only_moves_it() -> None:
+    nodes = [
+        helper.make_node("Constant", [], ["k"], value=onnx.numpy_helper.from_array(INTEGERS)),
+        helper.make_node("Transpose", ["k"], ["turned"], "turn"),
+        helper.make_node("Identity", ["turned"], ["same"], "same"),
+        cast("same", "w"),
+        helper.make_node("MatMul", ["x", "w"], ["y"], "fc"),
+    ]
+    index = GraphIndex(model_of(nodes, {}, {"x": ["N", 16]}, ["y"]))
+    origin = index.origin("w")
+    assert not isinstance(origin, str)
+    assert (origin.source, origin.chain, origin.type) == ("k", (1, 2, 3), TensorProto.FLOAT)
+    assert origin.steps == (("Transpose", (1, 0)),)
+    assert origin.shape == (16, 16)
+    assert index.origin("x") == ""
+    assert index.origin("y") == "MatMul"

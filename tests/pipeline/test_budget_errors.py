@@ -10,7 +10,12 @@ from onnx import TensorProto, helper
 from cobla_onnx import Budget, compress, errors
 from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.io.model_file import stored_bytes
-from tests.builders import model_of, random_array
+from cobla_onnx.options import Settings
+from cobla_onnx.pipeline.analysis import analyse
+from cobla_onnx.pipeline.budget_errors import explain
+from cobla_onnx.pipeline.select import Selection
+from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankGrid, RankRule
+from tests.builders import model_of, random_array, small_network
 from tests.cli.test_command import run, run_here
 
 node = helper.make_node
@@ -122,3 +127,65 @@ def test_a_budget_that_is_too_tight_does_not_deny_the_layers():
     with pytest.raises(errors.BudgetError, match="below the least reachable") as caught:
         compress(model, Budget(mem=0.001))
     assert "no layer" not in str(caught.value)
+
+
+ERROR = errors.BudgetError("mem 0.1 is below the least reachable 0.4", {"mem": 0.4}, "raise it")
+COARSE = RankRule(RankGrid(8), RankGrid(8))
+
+
+def explained(
+    model: onnx.ModelProto,
+    selection: Selection,
+    rule: RankRule = EVERY_RANK,
+    error: errors.BudgetError = ERROR,
+) -> errors.BudgetError:
+    settings = Settings(
+        include=selection.include, exclude=selection.exclude, min_size=selection.min_size
+    )
+    return explain(error, model, analyse(model, selection), settings, rule)
+
+
+def test_the_layers_that_were_left_out_are_named_with_their_share():
+    model = small_network()
+    share = 4 * 24 * 16 * 9 / stored_bytes(model)
+    found = explained(model, Selection(exclude=["conv2"]))
+    cause, advice = found.parts
+    assert cause.startswith(f"{ERROR.parts[0]}, of which the 1 layers left out by ")
+    assert cause.endswith(f"hold {share:.4g}")
+    assert "exclude" in cause
+    assert advice == "leave fewer layers out, or raise it"
+    assert found.least == ERROR.least
+
+
+def test_the_largest_group_comes_first_and_small_ones_are_not_mentioned():
+    model = small_network()
+    # The others hold 16 x 27 and 10 x 24 numbers.
+    found = explained(model, Selection(exclude=["conv2"], min_size=500))
+    cause, advice = found.parts
+    assert cause.index("the 1 layers left out") < cause.index("the 2 layers below")
+    assert advice.startswith("leave fewer layers out, lower ")
+    # The last layer's 960 bytes are more than a tenth of 0.4 of the model, and less than of 0.9.
+    last = Selection(exclude=["fc"])
+    assert "the 1 layers left out" in explained(model, last).parts[0]
+    more = errors.BudgetError("too little", {"mem": 0.9}, "raise it")
+    assert explained(model, last, error=more) is more
+
+
+def test_nothing_is_added_where_nothing_was_left_out():
+    assert explained(small_network(), Selection()) is ERROR
+    of_macs = errors.BudgetError("mac 0.1 is too little", {"mac": 0.4}, "raise it")
+    assert explained(small_network(), Selection(exclude=["conv2"]), error=of_macs) is of_macs
+
+
+def test_ranks_that_the_rule_leaves_out_are_advised():
+    cause, advice = explained(small_network(), Selection(), COARSE).parts
+    assert cause == ERROR.parts[0]
+    assert advice.startswith("raise it, or allow more ranks by ")
+    bare = errors.BudgetError("too little", {"mem": 0.4})
+    assert explained(small_network(), Selection(), COARSE, bare).parts[1].startswith("allow more")
+
+
+def test_without_layers_the_reasons_are_counted():
+    found = explained(no_weights(), Selection())
+    assert f"{ERROR.parts[0]}: no layer can be factorised" in found.parts[0]
+    assert "inspect" in found.parts[1]
