@@ -162,6 +162,14 @@ def test_an_output_that_is_not_batched_adds_its_mean_to_each_sample() -> None:
     losses = sample_losses(measures, expected, actual)
     assert losses.shape == (2,)
     np.testing.assert_allclose(found["loss"], losses, rtol=1e-9)
+    for name, value in actual.items():
+        step = 1e-6 * generator.normal(size=value.shape)
+        ends = [
+            sample_losses(measures, expected, actual | {name: value + sign * step}).sum()
+            for sign in (1, -1)
+        ]
+        slope = (found[name] * step).sum()
+        assert slope == pytest.approx((ends[0] - ends[1]) / 2, rel=1e-5, abs=1e-12)
 
 
 def test_classes_along_an_axis_that_is_not_there() -> None:

@@ -142,6 +142,7 @@ def in_a_terminal(*arguments: object, **environment: str) -> str:
     return b"".join(parts).decode()
 
 
+@pytest.mark.slow
 def test_colours_in_a_terminal_unless_no_color(demo_model, tmp_path):
     arguments = (demo_model, tmp_path / "o.onnx", "--mem", 0.5)
     shown = in_a_terminal(*arguments)

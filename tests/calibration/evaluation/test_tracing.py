@@ -57,6 +57,12 @@ def test_an_output_behind_argmax_is_traced_to_the_tensor_before():
     assert search.kept_by("p") == {"l"}
 
 
+def test_a_floating_result_that_changes_in_steps_is_not_a_source():
+    search, sources = traced([NODE("Round", ["l"], ["y"], "round")], {"y": TensorProto.FLOAT})
+    assert search.types["y"] == TensorProto.FLOAT
+    assert sources == {"y": ["l"]}
+
+
 def test_a_shape_that_depends_on_the_data_is_not_measured():
     """Compress keeps as many classes as are above nothing."""
     nodes = [
@@ -85,6 +91,18 @@ def test_what_another_source_carries_already_is_left_out():
     assert without_repetition(search, list(outputs), sources) == {"p"}
     # Without the first output, nothing else carries it.
     assert without_repetition(search, ["best"], {"best": ["l"]}) == {"l"}
+
+
+def test_what_is_computed_from_another_source_is_left_out():
+    nodes = [
+        NODE("Abs", ["l"], ["size"], "abs"),
+        NODE("ArgMax", ["size"], ["largest"], "largest", axis=1),
+        NODE("ArgMax", ["l"], ["best"], "best", axis=1),
+    ]
+    outputs = {"largest": TensorProto.INT64, "best": TensorProto.INT64}
+    search, sources = traced(nodes, outputs)
+    assert sources == {"largest": ["size"], "best": ["l"]}
+    assert without_repetition(search, list(outputs), sources) == {"l"}
 
 
 def test_without_layers_the_inputs_take_their_place():
