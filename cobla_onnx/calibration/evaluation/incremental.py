@@ -6,6 +6,7 @@ all candidates, and continues from there for the next layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation.paired import paired_gain
 from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store, can_be_fed
 from cobla_onnx.calibration.evaluation.loss import sample_losses
 from cobla_onnx.calibration.evaluation.probe import Pair, Probe, Weights
@@ -149,8 +149,9 @@ def has_lost(losses: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
     """
     if len(losses) < LEAST or not np.isfinite([losses, others]).all():
         return False
-    gain = paired_gain(losses, others)
-    return gain.mean > DOUBT * gain.standard_error
+    worse = losses - others
+    error = float(worse.std(ddof=1)) / math.sqrt(len(worse))
+    return float(worse.mean()) > DOUBT * error
 
 
 class _Rest:
