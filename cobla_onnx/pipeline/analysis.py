@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, LayerCurves, VariantCurve
-from cobla_onnx.allocation.resources import known_costs
 from cobla_onnx.calibration.patches import unreadable
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import BudgetError, UsageError
@@ -162,14 +161,7 @@ class Analysis:
                 f"plan: layer {decision.layer!r} has no scheme {decision.scheme!r}; "
                 f"it has {', '.join(found)}"
             )
-        family = require_family(form.name)
-        most = family.most(layer, form)
-        if decision.rank is None or not 1 <= decision.rank <= most:
-            raise UsageError(
-                f"plan: layer {decision.layer!r} has {family.level}s 1 to {most}, "
-                f"not {decision.rank}"
-            )
-        return layer, form, decision.rank
+        return layer, form, require_family(form.name).check_level(layer, form, decision.rank)
 
     def _index(self, name: str) -> int:
         for index, layer in enumerate(self.layers):
@@ -312,10 +304,8 @@ def _in_reach(
 
 
 def _variants(found: Candidate, pairs: Sequence[tuple[Form, VariantCurve]]) -> LayerVariants:
-    layer, macs = found.layer, found.costs.macs
-    whole = known_costs(mem=layer.stored_bytes, mac=macs)
-    curves = LayerCurves(layer.name, whole, tuple(curve for _, curve in pairs))
-    return LayerVariants(layer, macs, curves, tuple(form for form, _ in pairs))
+    curves = found.curves([curve for _, curve in pairs])
+    return LayerVariants(found.layer, found.costs.macs, curves, tuple(form for form, _ in pairs))
 
 
 def _refused(found: Candidate) -> Skipped:

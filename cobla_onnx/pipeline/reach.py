@@ -10,7 +10,6 @@ import numpy as np
 from cobla_onnx.allocation import Budget, LayerCurves
 from cobla_onnx.allocation.budget import require_reachable
 from cobla_onnx.allocation.knapsack import knapsack
-from cobla_onnx.allocation.resources import known_costs
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.variants.base import Candidate
 from cobla_onnx.variants.low_rank.ranks import RankRule
@@ -77,12 +76,11 @@ def _refusal(
 
 def _costs(candidate: Candidate) -> LayerCurves:
     """A layer's costs at all candidate levels, before its errors are known."""
-    layer = candidate.layer
-    whole = known_costs(mem=layer.stored_bytes, mac=candidate.costs.macs)
-    curves = tuple(
-        require_family(p.form.name).curve(
-            layer, candidate.costs, p, np.zeros(p.most + 1), np.zeros(p.most)
-        )
-        for p in candidate.proposals
+    return candidate.curves(
+        [
+            require_family(p.form.name).curve(
+                candidate.layer, candidate.costs, p, np.zeros(p.most + 1), np.zeros(p.most)
+            )
+            for p in candidate.proposals
+        ]
     )
-    return LayerCurves(layer.name, whole, curves)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from cobla_onnx.allocation import LayerCurves, VariantCurve
 from cobla_onnx.allocation.problem import Float64
+from cobla_onnx.allocation.resources import known_costs
+from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.inventory import Refusal
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.macs import Shape
@@ -121,6 +123,11 @@ class Candidate:
     costs: LayerCosts
     proposals: tuple[Proposal, ...]
     refusal: Refusal | None = None
+
+    def curves(self, curves: Sequence[VariantCurve]) -> LayerCurves:
+        """Return curves of the proposals beside the costs of the whole layer."""
+        whole = known_costs(mem=self.layer.stored_bytes, mac=self.costs.macs)
+        return LayerCurves(self.layer.name, whole, tuple(curves))
 
 
 @dataclass(frozen=True)
@@ -233,8 +240,23 @@ class VariantFamily(Protocol):
         ...
 
     def most(self, layer: Layer, form: Any) -> int:
-        """Return the level at which nothing is lost: plans may give 1 to this one."""
+        """Return the level at which nothing is lost."""
         ...
+
+    def check_level(self, layer: Layer, form: Any, level: int | None) -> int:
+        """Return a level that a plan gives, if there is such a one.
+
+        Raises
+        ------
+        UsageError
+            If there is not.
+        """
+        most = self.most(layer, form)
+        if level is None or not 1 <= level <= most:
+            raise UsageError(
+                f"plan: layer {layer.name!r} has {self.level}s 1 to {most}, not {level}"
+            )
+        return level
 
     def propose(
         self, layer: Layer, costs: LayerCosts, asked: Asked

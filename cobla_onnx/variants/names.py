@@ -26,7 +26,7 @@ class Names:
     takes_functions : bool
         Whether models of its IR version may have functions.
     functions : list of FunctionProto
-        Those that were added.
+        Those that the new nodes call; one may be there more than once.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -52,8 +52,3 @@ class Names:
     def node(self, wanted: str) -> str:
         """Return a name for a node: the one that is wanted, with a number if it is taken."""
         return unique_name(wanted, self._nodes)
-
-    def add_function(self, function: onnx.FunctionProto) -> None:
-        """Add a function, once."""
-        if function.name not in {known.name for known in self.functions}:
-            self.functions.append(function)

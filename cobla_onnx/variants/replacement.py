@@ -17,7 +17,7 @@ from cobla_onnx.text import quoted
 from cobla_onnx.variants.names import Names
 from cobla_onnx.wording import either
 
-__all__ = ["ROUNDING", "Replacement", "narrowed"]
+__all__ = ["ROUNDING", "Replacement", "narrowed", "narrowed_bias"]
 
 # Tolerance for float rounding in one layer, relative to its largest output, by type.
 ROUNDING = {np.dtype(np.float16): 2e-2, np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-10}
@@ -124,3 +124,16 @@ def narrowed(
         option = either(python=f"exclude=[{name}]", command=f"--exclude {name}")
         raise ModelError(f"node {name}: {what} overflows {dtype}; leave it out by {option}")
     return np.ascontiguousarray(array.astype(dtype))
+
+
+def narrowed_bias(layer: Layer, bias: NDArray[Any] | None) -> NDArray[np.generic] | None:
+    """Convert a layer's new bias, if there is one, to the type in which the layer computes.
+
+    Raises
+    ------
+    ModelError
+        If a value overflows the type.
+    """
+    if bias is None:
+        return None
+    return narrowed(layer, bias, onnx.helper.tensor_dtype_to_np_dtype(layer.type), "its bias")

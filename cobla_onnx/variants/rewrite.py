@@ -54,11 +54,12 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
 
 
 def add_functions(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
-    """Add the functions that a model does not have, and the import of their domains."""
+    """Add the functions that a model does not have, each once, and import their domains."""
     present = {(function.domain, function.name) for function in model.functions}
     known = {entry.domain for entry in model.opset_import}
     for function in functions:
         if (function.domain, function.name) not in present:
+            present.add((function.domain, function.name))
             model.functions.append(function)
         if function.domain not in known:
             known.add(function.domain)

@@ -21,6 +21,7 @@ from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR
 from cobla_onnx.variants.low_rank.svd import factorize
 from tests.builders import model_of, random_array
+from tests.spectra import spectrum
 
 
 def conv_model(
@@ -219,17 +220,17 @@ def test_stated_errors_are_the_measured_ones(kernel, group, extra, bias):
     weight = read_weight(model, layer)
     for scheme in schemes_for(layer):
         full_rank = min(scheme.matrix_shape()[1:])
-        spectrum = FactorsFromData(seen).spectrum(layer, scheme, weight, full_rank)
-        assert spectrum is not None
+        found = spectrum(FactorsFromData(seen), layer, scheme, weight, full_rank)
+        assert found is not None
         # Ranks at which the error is computed and not interpolated.
         for rank in {1, full_rank - 1, full_rank} - {0}:
-            stated = spectrum[1][rank]
+            stated = found[1][rank]
             measured = real_loss(model, seen, scheme, rank, feeds)
             if rank == full_rank:
                 assert measured < 1e-9
             elif rank == 1 or scheme.offsets == 1:
                 assert measured == pytest.approx(stated, rel=1e-3, abs=1e-7), scheme.name
-        values = spectrum[0]
+        values = found[0]
         assert (np.diff(values) <= 1e-9 * values[0]).all()
         if scheme.offsets > 1:
             # The discarded energy bounds the error, with one term for each offset.
@@ -258,15 +259,15 @@ def test_weighted_factors_beat_plain_ones_and_wide_layers_agree():
     assert not seen.is_wide(layer)
     weight = read_weight(model, layer)
     for one, other in zip(
-        FactorsFromData(seen).spectrum(layer, scheme, weight, 7),
-        FactorsFromData(wide).spectrum(layer, scheme, weight, 7),
+        spectrum(FactorsFromData(seen), layer, scheme, weight, 7),
+        spectrum(FactorsFromData(wide), layer, scheme, weight, 7),
         strict=True,
     ):  # fmt: skip
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * one[0])
     (a,), (b,) = (FactorsFromData(s).approximate(layer, scheme, [3]) for s in (seen, wide))
     np.testing.assert_allclose(a.weight, b.weight, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(a.bias, b.bias, rtol=1e-3, atol=1e-4)
-    assert FactorsFromData(wide).spectrum(layer, schemes_for(layer)[2], weight, 7) is None
+    assert spectrum(FactorsFromData(wide), layer, schemes_for(layer)[2], weight, 7) is None
     u, s, v = np.linalg.svd(weight.reshape(7, -1), full_matrices=False)
     plain = (u[:, :3] * s[:3]) @ v[:3]
     patch = patch_of(model, layer, layer.uses[0])
@@ -288,7 +289,7 @@ def test_dead_inputs_leave_the_weight_to_be_approximated():
     seen = Seen(model, [layer], lambda: iter([feeds]))
     weight = read_weight(model, layer)
     for scheme in schemes_for(layer):
-        _, errors = FactorsFromData(seen).spectrum(layer, scheme, weight, 3)
+        _, errors = spectrum(FactorsFromData(seen), layer, scheme, weight, 3)
         (found,) = FactorsFromData(seen).approximate(layer, scheme, [2])
         alone = factorize(scheme.matrix(weight), 2)
         expected = scheme.weight(alone.left @ alone.right)

@@ -19,6 +19,7 @@ from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from tests.builders import model_of, random_array
+from tests.spectra import spectrum
 
 
 def check(node, weight, data):
@@ -113,10 +114,10 @@ def test_a_layer_seen_by_its_outputs_with_a_suppressed_one():
     (scheme,) = schemes_for(layer)
     with closing(Seen(model, [layer], lambda: [{"x": x[:30]}, {"x": x[30:]}], wide=4)) as seen:
         assert seen.is_wide(layer)
-        spectrum = FactorsFromData(seen).spectrum(layer, scheme, weights["w"], 5)
-        assert spectrum is not None
-        assert np.isfinite(spectrum[0]).all()
-        assert np.isfinite(spectrum[1]).all()
+        found = spectrum(FactorsFromData(seen), layer, scheme, weights["w"], 5)
+        assert found is not None
+        assert np.isfinite(found[0]).all()
+        assert np.isfinite(found[1]).all()
         (half, most) = FactorsFromData(seen).approximate(layer, scheme, [3, 5])
     others = np.delete(np.arange(6), 2)
     whole = x @ weights["w"]

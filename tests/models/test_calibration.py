@@ -15,6 +15,7 @@ from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR
+from tests.spectra import spectrum
 
 
 def cifar(assets, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +57,7 @@ def test_stated_errors_of_real_layers(assets, monkeypatch):
             full_rank = min(scheme.matrix_shape()[1:])
             most = max(full_rank // 2, 1)
             factors = FactorsFromData(seen)
-            _, errors = factors.spectrum(layer, scheme, read_weight(model, layer), most)
+            _, errors = spectrum(factors, layer, scheme, read_weight(model, layer), most)
             for rank, found in zip(
                 (1, most), factors.approximate(layer, scheme, [1, most]), strict=True
             ):

@@ -48,7 +48,7 @@ class CrossFit:
     @property
     def halves(self) -> tuple[Sequence[int], Sequence[int]]:
         """Samples of the calibration split at even places, and at odd places."""
-        made = self.finisher.dataset.calibration
+        made = self.finisher.judge.dataset.calibration
         return made[::2], made[1::2]
 
     def gain(self, before: Plan, after: Plan) -> PairedGain:

@@ -87,7 +87,7 @@ class Evidence:
         """Return a maker of factors for one budget: it keeps the plans that it has judged."""
         threads = min(self.context.threads, self.context.pool.runs_at_most)
         context = replace(self.context, threads=threads)
-        return Finisher(self.model, self.analysis, self.judge, self.dataset, context)
+        return Finisher(self.model, self.analysis, self.judge, context)
 
     def crossfit(self, finisher: Finisher) -> CrossFit:
         """Return the cross-fitting of a finisher's plans; the halves' statistics are kept."""

@@ -9,7 +9,6 @@ from functools import partial
 import onnx
 
 from cobla_onnx.allocation.problem import Float64
-from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.probe import Pair, Weights
 from cobla_onnx.pipeline.analysis import Analysis
@@ -35,9 +34,8 @@ class Finisher:
     analysis : Analysis
         With the statistics of the calibration data.
     judge : Judge
-        Its selection split decides which layers keep their refit.
-    dataset : Dataset
-        Layers are refitted to its calibration split.
+        Layers are refitted to the calibration split of its dataset; the selection split decides
+        which of them keep their refit.
     context : RunContext
         Its pool factorises weights where that does not depend on data, and its cache keeps them.
     """
@@ -45,7 +43,6 @@ class Finisher:
     model: onnx.ModelProto
     analysis: Analysis
     judge: Judge
-    dataset: Dataset
     context: RunContext = field(default_factory=RunContext)
     _refitted: dict[Plan, tuple[Sequence[Approximation], int]] = field(default_factory=dict)
     _held_back: dict[Plan, Float64] = field(default_factory=dict)
@@ -102,7 +99,7 @@ class Finisher:
             self._refitted[plan] = refit_layers(
                 self.model,
                 self.chosen(plan),
-                lambda: self.judge.batches(self.dataset.calibration),
+                lambda: self.judge.batches(self.judge.dataset.calibration),
                 self.judge.followed,
                 threads=self.context.threads,
                 progress=partial(self.context.progress, "refit"),

@@ -28,6 +28,7 @@ from cobla_onnx.variants.low_rank.approximation import LowRankWeight
 from cobla_onnx.variants.low_rank.regression import refit, refit_second
 from cobla_onnx.variants.low_rank.shrinkage import shrink_joint
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
+from cobla_onnx.variants.low_rank.weighted_svd import inputs_first
 from cobla_onnx.variants.registry import require_family
 
 __all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
@@ -250,19 +251,15 @@ class _Refit:
         entry = self._entry
         old = entry.approximation
         # Where vectors are too wide for their second moment, the first factor stays.
-        first = None
+        weight = read_weight(self._model, entry.layer)
+        first, rows = None, entry.form.rows_of(weight).astype(np.float64)
         if self._patches[0].size > WIDE:
-            factors = old.factors
-            first = factors.left if entry.form.inputs_first else factors.right.swapaxes(1, 2)
+            first, last = inputs_first(entry.form, old.factors)
+            rows = last.swapaxes(1, 2)
         pairing = [partial(_paired, patch, first) for patch in self._patches]
         joint = walk.joint(entry.layer, current, pairing)
         inputs = joint.inputs
         own_bias = old.bias is not None
-        weight = read_weight(self._model, entry.layer)
-        rows = entry.form.rows_of(weight).astype(np.float64)
-        if first is not None:
-            last = old.factors.right if entry.form.inputs_first else old.factors.left
-            rows = last.swapaxes(1, 2) if entry.form.inputs_first else last
         inner, cross = shrink_joint(
             inputs.covariance() if own_bias else inputs.second,
             joint.covariance() if own_bias else joint.cross,
@@ -291,8 +288,7 @@ class _Refit:
             if first is None:
                 reached = np.einsum("gos,gs->go", entry.form.rows_of(made.weight), mean)
             else:
-                last = factors.right if entry.form.inputs_first else factors.left.swapaxes(1, 2)
-                begin = factors.left if entry.form.inputs_first else factors.right.swapaxes(1, 2)
+                begin, last = inputs_first(entry.form, factors)
                 # The first factor was rescaled: so are its measured outputs, column by column.
                 before = np.linalg.norm(first, axis=1)
                 scale = np.linalg.norm(begin, axis=1) / np.where(before > 0, before, 1.0)

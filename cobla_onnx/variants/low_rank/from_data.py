@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +22,16 @@ from cobla_onnx.variants.low_rank.approximation import LowRankWeight
 from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank, schemes_for
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR, shrink, shrink_outputs
 from cobla_onnx.variants.low_rank.svd import Float64
-from cobla_onnx.variants.low_rank.weighted_svd import OutputFactorizer, WeightedFactorizer
+from cobla_onnx.variants.low_rank.weighted_svd import (
+    OutputFactorizer,
+    WeightedFactorizer,
+    inputs_first,
+)
+from cobla_onnx.variants.recent import Recent
 
-__all__ = ["FactorsFromData", "SpectraUnit", "layer_moment"]
+__all__ = ["FactorsFromData", "SpectraUnit", "layer_moment", "mean_change"]
 
 Solver: TypeAlias = WeightedFactorizer | OutputFactorizer
-Spectrum: TypeAlias = tuple[Float64, Float64]
 
 # Ranks at which an error that does not follow from a spectrum is computed; else interpolated.
 GRID = 14
@@ -99,24 +102,9 @@ class FactorsFromData:
 
     def __init__(self, seen: Seen) -> None:
         self._seen = seen
-        # Decompositions with their size in bytes, the most recently used at the end.
-        self._solvers: OrderedDict[tuple[str, str], tuple[Solver, int]] = OrderedDict()
-
-    def spectrum(
-        self, layer: Layer, scheme: Scheme, weight: NDArray[Any], max_rank: int
-    ) -> Spectrum | None:
-        """Weighted singular values, and squared relative output errors at all ranks.
-
-        Returns
-        -------
-        tuple of float64 arrays, shapes (full_rank,) and (full_rank + 1,), or None
-            None if the layer is wide and the scheme needs more than its outputs.
-        """
-        unit = self.unit(layer, [(scheme, max_rank)], Carried(weight, False))
-        with one_thread:
-            found = unit.measure()
-        values, errors = found.spectra[0], found.errors[0]
-        return None if values is None or errors is None else (values, errors)
+        self._solvers: Recent[tuple[str, str], Solver] = Recent(
+            seen.kept, lambda solver: solver.nbytes
+        )
 
     def unit(
         self, layer: Layer, ranks: Sequence[tuple[Scheme, int]], weight: Carried
@@ -145,23 +133,18 @@ class FactorsFromData:
 
     def _factorizer(self, layer: Layer, scheme: Scheme, weight: NDArray[Any], rank: int) -> Solver:
         key = (layer.name, scheme.name)
-        found = self._solvers.pop(key, None)
         self._refuse_unknown(layer, scheme)
-        if found is None or found[0].max_rank < rank:
-            # Always the same number of directions, whatever is asked for first, so that results do
-            # not depend on it.
-            usual = largest_rank(layer, scheme)
-            most = usual if rank <= usual else min(scheme.matrix_shape()[1:])
-            second = layer_moment(self._seen, layer, weight)
-            kind = OutputFactorizer if self._seen.is_wide(layer) else WeightedFactorizer
-            solver = kind(scheme, weight, second, most, self._seen.importance.get(layer.name))
-            found = solver, solver.nbytes
-        self._solvers[key] = found
-        held = sum(size for _, size in self._solvers.values())
-        while held > self._seen.kept and len(self._solvers) > 1:
-            _, (_, size) = self._solvers.popitem(last=False)
-            held -= size
-        return found[0]
+        found = self._solvers.get(key)
+        if found is not None and found.max_rank >= rank:
+            return found
+        # Always the same number of directions, whatever is asked for first, so that results do
+        # not depend on it.
+        usual = largest_rank(layer, scheme)
+        most = usual if rank <= usual else min(scheme.matrix_shape()[1:])
+        second = layer_moment(self._seen, layer, weight)
+        kind = OutputFactorizer if self._seen.is_wide(layer) else WeightedFactorizer
+        importance = self._seen.importance.get(layer.name)
+        return self._solvers.put(key, kind(scheme, weight, second, most, importance))
 
     def _refuse_unknown(self, layer: Layer, scheme: Scheme) -> None:
         """Raise where a plan, made without data, has a scheme that data say nothing about."""
@@ -181,18 +164,24 @@ class FactorsFromData:
         made: LowRankWeight,
     ) -> Float64:
         """Mean of the change of the output by the approximation."""
+        if not self._seen.is_wide(layer):
+            return mean_change(self._seen, layer, weight - made.weight).reshape(bias.shape)
+        # Orthogonal projection of the outputs on the range of the second factor.
         mean = self._seen.moment(layer).mean
-        scheme, factors = made.scheme, made.factors
-        if self._seen.is_wide(layer):
-            # Orthogonal projection of the outputs on the range of the second factor.
-            second = factors.right if scheme.inputs_first else factors.left.swapaxes(1, 2)
-            without = mean - bias.reshape(mean.shape)
-            pairs = zip(second, without, strict=True)
-            kept = [rows.T @ np.linalg.lstsq(rows.T, m, rcond=None)[0] for rows, m in pairs]
-            lost = without - np.stack(kept)
-        else:
-            lost = np.einsum("gos,gs->go", scheme.rows_of(weight - made.weight), mean)
-        return np.asarray(lost).reshape(bias.shape)
+        _, second = inputs_first(made.scheme, made.factors)
+        without = mean - bias.reshape(mean.shape)
+        pairs = zip(second, without, strict=True)
+        kept = [rows.T @ np.linalg.lstsq(rows.T, m, rcond=None)[0] for rows, m in pairs]
+        return np.asarray(without - np.stack(kept)).reshape(bias.shape)
+
+
+def mean_change(seen: Seen, layer: Layer, change: NDArray[Any]) -> Float64:
+    """Mean of what a change of the weight does to the outputs, shape (groups, outputs).
+
+    For layers that are seen by their inputs.
+    """
+    rows = schemes_for(layer)[0].rows_of(change)
+    return np.asarray(np.einsum("gos,gs->go", rows, seen.moment(layer).mean))
 
 
 def layer_moment(seen: Seen, layer: Layer, weight: NDArray[Any]) -> Float64:

@@ -20,7 +20,7 @@ from cobla_onnx.graph.layers import Layer, Use, attributes
 from cobla_onnx.variants.low_rank.matricisation import ConvScheme, Scheme, TransposedConvScheme
 from cobla_onnx.variants.low_rank.svd import Factorization
 from cobla_onnx.variants.names import Names
-from cobla_onnx.variants.replacement import Replacement, narrowed
+from cobla_onnx.variants.replacement import Replacement, narrowed, narrowed_bias
 
 __all__ = ["FactorPair", "factor_nodes", "make_replacement", "stand_in"]
 
@@ -81,10 +81,7 @@ def make_replacement(
         FIRST: narrowed(layer, first, stored, what),
         SECOND: narrowed(layer, second, stored, what),
     }
-    if bias is not None:
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.type)
-        bias = narrowed(layer, bias, dtype, "its bias")
-    return FactorPair(layer, pair, bias, scheme)
+    return FactorPair(layer, pair, narrowed_bias(layer, bias), scheme)
 
 
 def stand_in(layer: Layer, scheme: Scheme, rank: int) -> FactorPair:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
-from cobla_onnx.variants.low_rank.weighted_svd import WeightedFactorizer, balanced
+from cobla_onnx.variants.low_rank.weighted_svd import WeightedFactorizer, balanced, inputs_first
 
 __all__ = ["refit", "refit_second"]
 
@@ -69,9 +69,7 @@ def refit_second(
     cross : float64 array, shape (groups, outputs, rank)
         Moment of the original outputs with them.
     """
-    first, last = factors.left, factors.right
-    if not scheme.inputs_first:
-        first, last = last.swapaxes(1, 2), first.swapaxes(1, 2)
+    first, last = inputs_first(scheme, factors)
     pairs = []
     for group, moment in enumerate(second):
         pairs.append((first[group], _pulled(moment, cross[group], last[group].T, ridge)))

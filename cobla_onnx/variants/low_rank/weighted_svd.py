@@ -33,7 +33,7 @@ from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.shrinkage import without_zeros
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 
-__all__ = ["OutputFactorizer", "WeightedFactorizer", "balanced"]
+__all__ = ["OutputFactorizer", "WeightedFactorizer", "balanced", "inputs_first"]
 
 
 @dataclass(frozen=True)
@@ -236,6 +236,19 @@ def balanced(scheme: Scheme, pairs: list[tuple[Float64, Float64]]) -> Factorizat
     if not scheme.inputs_first:
         left, right = right.swapaxes(1, 2), left.swapaxes(1, 2)
     return Factorization(left, np.stack([entry[2] for entry in scaled]), right)
+
+
+def inputs_first(scheme: Scheme, factors: Factorization) -> tuple[Float64, Float64]:
+    """Return the factors in the order of the nodes: the inverse of what `balanced` does at last.
+
+    Returns
+    -------
+    first : float64 array, shape (groups, inputs, rank)
+    second : float64 array, shape (groups, rank, outputs)
+    """
+    if scheme.inputs_first:
+        return factors.left, factors.right
+    return factors.right.swapaxes(1, 2), factors.left.swapaxes(1, 2)
 
 
 def _basis(matrix: Float64, moment: Float64, max_rank: int) -> _Basis:

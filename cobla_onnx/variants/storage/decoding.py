@@ -11,6 +11,7 @@ node (`decoder`); before that they stand in the graph (`decoder_nodes`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,7 @@ def decoder_nodes(
     return body.nodes
 
 
+@functools.cache
 def constant_bytes(bits: int) -> int:
     """Most bytes of the constants in a decoder's body, whatever the opset."""
     nodes = decoder(bits, SLICE_BY_INPUTS).node

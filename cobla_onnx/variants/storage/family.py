@@ -13,18 +13,20 @@ from onnx import TensorProto
 from cobla_onnx.allocation import VariantCurve
 from cobla_onnx.allocation.resources import known_costs
 from cobla_onnx.calibration.statistics import Seen
+from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.inventory import Reason, Refusal
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.transfer import Carried
+from cobla_onnx.text import quoted
 from cobla_onnx.variants.base import Asked, LayerCosts, Measured, Proposal, VariantFamily
 from cobla_onnx.variants.low_rank.matricisation import SCHEMES, schemes_for
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.storage.from_data import CodesFromData, RoundedWeight, rounded
+from cobla_onnx.variants.storage.precision import FORMATS, HALF
 from cobla_onnx.variants.storage.rounding import distortion, mean_squares, unavoidable
 from cobla_onnx.variants.storage.stored import (
-    HALF,
     StoredWeight,
     coded_weight,
     half_weight,
@@ -52,7 +54,7 @@ class StoredForm:
 class RoundingUnit:
     """A weight, the numbers of bits that are asked for, and the moment of its inputs, if known."""
 
-    rows: Carried
+    weight: Carried
     layer: Layer
     bits: tuple[int, ...]
     second: Float64 | None
@@ -60,7 +62,7 @@ class RoundingUnit:
 
     def measure(self) -> Measured:
         """Predict the error of every format, relative to the energy of the outputs."""
-        rows = schemes_for(self.layer)[0].rows_of(self.rows.array)
+        rows = schemes_for(self.layer)[0].rows_of(self.weight.array)
         weights = np.ones(rows.shape[:2])
         if self.importance is not None:
             weights = self.importance.reshape(rows.shape[:2])
@@ -95,6 +97,21 @@ class StorageFamily(VariantFamily):
     def most(self, layer: Layer, form: StoredForm) -> int:
         """Return the bits of single precision."""
         return MOST
+
+    def check_level(self, layer: Layer, form: Any, level: int | None) -> int:
+        """Return the bits that a plan gives, if there is such a format.
+
+        Raises
+        ------
+        UsageError
+            If there is not.
+        """
+        if level not in FORMATS:
+            raise UsageError(
+                f"plan: layer {quoted(layer.name)} cannot be stored in {level} bits; there are "
+                f"{', '.join(map(str, FORMATS))}"
+            )
+        return level
 
     def propose(
         self, layer: Layer, costs: LayerCosts, asked: Asked

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.statistics import Seen
-from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.runtime.pool import one_thread
-from cobla_onnx.text import quoted
-from cobla_onnx.variants.low_rank.from_data import layer_moment
+from cobla_onnx.variants.low_rank.from_data import layer_moment, mean_change
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.svd import Float64
+from cobla_onnx.variants.recent import Recent
 from cobla_onnx.variants.storage.coding import Coded
-from cobla_onnx.variants.storage.precision import FORMATS
+from cobla_onnx.variants.storage.precision import HALF
 from cobla_onnx.variants.storage.rounding import round_weight
 
 __all__ = ["CodesFromData", "RoundedWeight", "rounded"]
@@ -45,19 +43,8 @@ class RoundedWeight:
 
 
 def rounded(layer: Layer, weight: NDArray[Any], bits: int, second: Float64 | None) -> RoundedWeight:
-    """Round a weight: under a second moment, or every number by itself.
-
-    Raises
-    ------
-    UsageError
-        If there is no format of so many bits.
-    """
-    if bits not in FORMATS:
-        raise UsageError(
-            f"plan: layer {quoted(layer.name)} cannot be stored in {bits} bits; there are "
-            f"{', '.join(map(str, FORMATS))}"
-        )
-    if bits == 16:
+    """Round a weight: under a second moment, or every number by itself."""
+    if bits == HALF:
         return RoundedWeight(None, weight.astype(np.float16).astype(np.float32), None)
     scheme = schemes_for(layer)[0]
     coded = round_weight(scheme.rows_of(weight), second, bits)
@@ -76,8 +63,9 @@ class CodesFromData:
 
     def __init__(self, seen: Seen) -> None:
         self._seen = seen
-        # Rounded weights, the most recently used at the end.
-        self._made: OrderedDict[tuple[str, int], RoundedWeight] = OrderedDict()
+        self._made: Recent[tuple[str, int], RoundedWeight] = Recent(
+            seen.kept, lambda made: made.weight.nbytes
+        )
 
     def moment(self, layer: Layer, weight: NDArray[Any]) -> Float64 | None:
         """Moment of a layer's inputs; None if there is none."""
@@ -94,22 +82,17 @@ class CodesFromData:
 
     def _in(self, layer: Layer, bits: int) -> RoundedWeight:
         key = layer.name, bits
-        found = self._made.pop(key, None)
-        if found is None:
-            weight = read_weight(self._seen.model, layer)
-            made = rounded(layer, weight, bits, self.moment(layer, weight))
-            found = RoundedWeight(made.coded, made.weight, self._bias(layer, weight, made))
-        self._made[key] = found
-        held = sum(made.weight.nbytes for made in self._made.values())
-        while held > self._seen.kept and len(self._made) > 1:
-            held -= self._made.popitem(last=False)[1].weight.nbytes
-        return found
+        found = self._made.get(key)
+        if found is not None:
+            return found
+        weight = read_weight(self._seen.model, layer)
+        made = rounded(layer, weight, bits, self.moment(layer, weight))
+        return self._made.put(key, replace(made, bias=self._bias(layer, weight, made)))
 
     def _bias(self, layer: Layer, weight: NDArray[Any], made: RoundedWeight) -> Float64 | None:
         """Bias that keeps the mean of the output."""
         bias = read_bias(self._seen.model, layer)
         if bias is None or self._seen.is_wide(layer):
             return bias
-        scheme, mean = schemes_for(layer)[0], self._seen.moment(layer).mean
-        lost = np.einsum("gos,gs->go", scheme.rows_of(weight - made.weight), mean)
-        return np.asarray(bias + lost.reshape(bias.shape))
+        change = mean_change(self._seen, layer, weight - made.weight)
+        return np.asarray(bias + change.reshape(bias.shape))

@@ -7,12 +7,10 @@ part i. So parts are concatenated, and never interleaved, when they are read bac
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PLANES", "pack", "packed_bytes", "unpack"]
+__all__ = ["PLANES", "pack", "packed_bytes"]
 
 # Widths of the planes by the bits of a code, the one of the highest bits first.
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
@@ -43,13 +41,3 @@ def pack(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
         shifts = (width * np.arange(parts, dtype=np.uint8))[:, None]
         planes.append(np.bitwise_or.reduce(padded.reshape(parts, length) << shifts, axis=0))
     return planes
-
-
-def unpack(planes: list[NDArray[np.uint8]], bits: int, count: int) -> NDArray[np.uint8]:
-    """Return the codes that were packed: the inverse of `pack`."""
-    codes: NDArray[Any] = np.zeros(count, np.uint8)
-    for plane, width in zip(planes, PLANES[bits], strict=True):
-        shifts = (width * np.arange(8 // width, dtype=np.uint8))[:, None]
-        fields = (plane[None] >> shifts) & np.uint8((1 << width) - 1)
-        codes = (codes << width) | fields.reshape(-1)[:count]
-    return codes

@@ -7,10 +7,13 @@ from typing import Literal, TypeAlias
 from cobla_onnx.errors import UsageError
 from cobla_onnx.wording import option_name
 
-__all__ = ["FORMATS", "Precision", "precision_bits"]
+__all__ = ["FORMATS", "HALF", "Precision", "precision_bits"]
 
-FORMATS = (2, 3, 4, 5, 6, 8, 16)
-"""Numbers of bits; 16 is half precision, fewer are codes."""
+# Bits of half precision, which is a type of its own and not codes.
+HALF = 16
+
+FORMATS = (2, 3, 4, 5, 6, 8, HALF)
+"""Numbers of bits."""
 
 Precision: TypeAlias = Literal["keep", "auto"] | tuple[int, ...]
 

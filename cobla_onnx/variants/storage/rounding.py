@@ -54,7 +54,7 @@ def round_weight(rows: NDArray[Any], second: Float64 | None, bits: int) -> Coded
     """
     sizes = _sizes(rows, bits)
     levels = INTEGERS if bits == 8 else fit_levels(_normalised(rows, sizes), 1 << bits)
-    together = None if second is None else _Compensated(levels, second)
+    together = None if second is None else _Compensated(second)
     groups, outputs, size = rows.shape
     step = max(1, AT_ONCE // max(groups * size, 1))
     parts = []
@@ -85,7 +85,7 @@ def _rounded(
     best = reduce(partial(_better_rows, rows, second), alone)
     if together is None:
         return best
-    compensated = (Coded(together.codes(rows, each), levels, each) for each in scales)
+    compensated = (Coded(together.codes(levels, rows, each), levels, each) for each in scales)
     # What is rounded one by one takes part, so that the result is never worse than that.
     return together.descended(reduce(partial(_better_rows, rows, second), compensated, best), rows)
 
@@ -145,7 +145,7 @@ def unavoidable(second: Float64) -> Float64:
     ----------
     second : float64 array, shape (groups, size, size)
     """
-    upper = _Compensated(INTEGERS, second).upper
+    upper = _Compensated(second).upper
     return np.asarray(np.square(1.0 / np.einsum("gii->gi", upper)).sum(axis=1))
 
 
@@ -168,8 +168,7 @@ def _nearest_codes(
 class _Compensated:
     """Rounds the weights of a row together, under a second moment."""
 
-    def __init__(self, levels: NDArray[np.float32], second: Float64) -> None:
-        self._levels = levels.astype(np.float64)
+    def __init__(self, second: Float64) -> None:
         size = second.shape[1]
         energy = np.einsum("gii->g", second) / size
         # Inputs that are all zero carry no information; then every weight counts alike.
@@ -180,7 +179,11 @@ class _Compensated:
         # With its transpose it makes the inverse of the damped moment.
         self.upper = np.linalg.cholesky(np.linalg.inv(self._damped)).swapaxes(1, 2)
 
-    def codes(self, rows: Float64, scales: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def codes(
+        self, levels: NDArray[np.float32], rows: Float64, scales: NDArray[np.float32]
+    ) -> NDArray[np.uint8]:
+        """Round column by column, the error of each taken from those that are left."""
+        known = levels.astype(np.float64)
         rest = _reordered(rows, self._order, 2)
         codes = np.zeros(rows.shape, np.uint8)
         size, wide = rows.shape[2], scales.astype(np.float64)
@@ -190,55 +193,57 @@ class _Compensated:
             errors = np.empty_like(block)
             for k in range(end - begin):
                 column = block[:, :, k]
-                found = nearest(self._levels, _unscaled(column, wide))
+                found = nearest(known, _unscaled(column, wide))
                 codes[:, :, begin + k] = found
-                errors[:, :, k] = (column - self._levels[found] * wide) / upper[:, None, k, k]
+                errors[:, :, k] = (column - known[found] * wide) / upper[:, None, k, k]
                 block[:, :, k + 1 :] -= errors[:, :, k, None] * upper[:, None, k, k + 1 :]
             rest[:, :, end:] -= errors @ self.upper[:, begin:end, end:]
-        return np.take_along_axis(codes, np.argsort(self._order, axis=1)[:, None, :], axis=2)
+        return self._back(codes)
 
     def descended(self, coded: Coded, rows: Float64) -> Coded:
         """Move every weight to its best level given all others, until none moves."""
-        scales = coded.scales.astype(np.float64)
+        levels, scales = coded.levels.astype(np.float64), coded.scales.astype(np.float64)
         codes = _reordered(coded.codes, self._order, 2)
-        current = self._levels[codes] * scales[:, :, None]
+        current = levels[codes] * scales[:, :, None]
         slopes = (current - _reordered(rows, self._order, 2)) @ self._damped
         for _ in range(SWEEPS):
             moved = False
             for begin in range(0, rows.shape[2], BLOCK):
                 end = min(begin + BLOCK, rows.shape[2])
-                steps = self._descend(begin, end, slopes, current, codes, scales)
+                steps = self._descend(slice(begin, end), slopes, current, codes, (levels, scales))
                 if steps.any():
                     slopes += steps @ self._damped[:, begin:end]
                     moved = True
             if not moved:
                 break
-        back = np.argsort(self._order, axis=1)
-        codes = np.take_along_axis(codes, back[:, None, :], axis=2)
-        return Coded(codes, coded.levels, coded.scales)
+        return Coded(self._back(codes), coded.levels, coded.scales)
+
+    def _back(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Put columns in the order of the weight again."""
+        return _reordered(codes, np.argsort(self._order, axis=1), 2)
 
     def _descend(
         self,
-        begin: int,
-        end: int,
+        part: slice,
         slopes: Float64,
         current: Float64,
         codes: NDArray[np.uint8],
-        scales: Float64,
+        values: tuple[Float64, Float64],
     ) -> Float64:
         """Move the weights of a block of columns, one column after the other; return by how much.
 
-        `current` and `codes` are changed in place, `slopes` is left to the caller.
+        `values` are levels and scales. `current` and `codes` are changed in place, `slopes` is
+        left to the caller.
         """
-        steps = np.zeros((*slopes.shape[:2], end - begin))
-        block, damped = slopes[:, :, begin:end].copy(), self._damped[:, begin:end, begin:end]
-        for k in range(end - begin):
-            present = current[:, :, begin + k]
-            best = present - block[:, :, k] / damped[:, None, k, k]
-            found = nearest(self._levels, _unscaled(best, scales))
-            steps[:, :, k] = self._levels[found] * scales - present
-            codes[:, :, begin + k] = found
-            current[:, :, begin + k] += steps[:, :, k]
+        levels, scales = values
+        block, damped = slopes[:, :, part].copy(), self._damped[:, part, part]
+        steps, weights, its_codes = np.zeros_like(block), current[:, :, part], codes[:, :, part]
+        for k in range(block.shape[2]):
+            best = weights[:, :, k] - block[:, :, k] / damped[:, None, k, k]
+            found = nearest(levels, _unscaled(best, scales))
+            steps[:, :, k] = levels[found] * scales - weights[:, :, k]
+            its_codes[:, :, k] = found
+            weights[:, :, k] += steps[:, :, k]
             block += steps[:, :, k, None] * damped[:, None, k]
         return steps
 

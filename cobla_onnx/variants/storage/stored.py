@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.names import Names
-from cobla_onnx.variants.replacement import Replacement, narrowed
+from cobla_onnx.variants.replacement import Replacement, narrowed, narrowed_bias
 from cobla_onnx.variants.storage.coding import Coded
 from cobla_onnx.variants.storage.decoding import (
     DOMAIN,
@@ -24,11 +24,9 @@ from cobla_onnx.variants.storage.decoding import (
     decoder_nodes,
 )
 from cobla_onnx.variants.storage.packing import pack, packed_bytes
+from cobla_onnx.variants.storage.precision import HALF
 
-__all__ = ["HALF", "StoredWeight", "coded_weight", "half_weight", "stored_bytes"]
-
-# Bits of half precision, which is a type of its own and not codes.
-HALF = 16
+__all__ = ["StoredWeight", "coded_weight", "half_weight", "stored_bytes"]
 
 
 def stored_bytes(layer: Layer, bits: int) -> int:
@@ -81,7 +79,7 @@ class StoredWeight(Replacement):
         wanted = decoder_inputs(self.bits)
         if names.takes_functions:
             function = decoder(self.bits, names.opset)
-            names.add_function(function)
+            names.functions.append(function)
             inputs = [stored[part] for part in wanted]
             node = helper.make_node(function.name, inputs, [weight], name, domain=DOMAIN)
             return [node], {"weight": weight}
@@ -122,7 +120,7 @@ def half_weight(layer: Layer, weight: NDArray[Any], bias: NDArray[Any] | None) -
         If a number of it overflows.
     """
     half = narrowed(layer, weight, np.dtype(np.float16), "its weight")
-    return StoredWeight(layer, {"half": half}, _stored_bias(layer, bias), HALF, None)
+    return StoredWeight(layer, {"half": half}, narrowed_bias(layer, bias), HALF, None)
 
 
 def coded_weight(layer: Layer, coded: Coded, bias: NDArray[Any] | None) -> StoredWeight:
@@ -144,14 +142,7 @@ def coded_weight(layer: Layer, coded: Coded, bias: NDArray[Any] | None) -> Store
             "shape": np.array(layer.shape, np.int64),
             "count": np.array([codes.size], np.int64),
         }
-    return StoredWeight(layer, arrays, _stored_bias(layer, bias), bits, coded)
-
-
-def _stored_bias(layer: Layer, bias: NDArray[Any] | None) -> NDArray[Any] | None:
-    if bias is None:
-        return None
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.type)
-    return narrowed(layer, bias, dtype, "its bias")
+    return StoredWeight(layer, arrays, narrowed_bias(layer, bias), bits, coded)
 
 
 def _broadcastable(array: NDArray[Any]) -> NDArray[Any]:

@@ -1,0 +1,46 @@
+"""Keep what was made last, within a number of bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+__all__ = ["Recent"]
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Key, Value]):
+    """Results by key, the least recently used dropped first; the last one is always kept.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes.
+    size : callable
+        Bytes of a result.
+    """
+
+    def __init__(self, limit: int, size: Callable[[Value], int]) -> None:
+        self._limit, self._size = limit, size
+        # With sizes, which may take a walk over arrays; the most recently used at the end.
+        self._held: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
+
+    def get(self, key: Key) -> Value | None:
+        """Return a result if it is still held."""
+        found = self._held.get(key)
+        if found is None:
+            return None
+        self._held.move_to_end(key)
+        return found[0]
+
+    def put(self, key: Key, value: Value) -> Value:
+        """Hold a result, in place of an earlier one of the same key; return it."""
+        self._held.pop(key, None)
+        self._held[key] = value, self._size(value)
+        held = sum(size for _, size in self._held.values())
+        while held > self._limit and len(self._held) > 1:
+            held -= self._held.popitem(last=False)[1][1]
+        return value

@@ -1,0 +1,25 @@
+"""What was made last is kept, within a number of bytes."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cobla_onnx.variants.recent import Recent
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), min_size=1))
+def test_the_last_are_held_within_the_limit(asked: list[tuple[int, int]]) -> None:
+    """Against a list in the order of use."""
+    recent: Recent[int, bytes] = Recent(12, len)
+    used: list[tuple[int, bytes]] = []
+    for key, size in asked:
+        expected = next((value for known, value in used if known == key), None)
+        assert recent.get(key) == expected
+        value = bytes(size) if expected is None else expected
+        used = [(known, held) for known, held in used if known != key]
+        if expected is None:
+            assert recent.put(key, value) is value
+        used.append((key, value))
+        while expected is None and sum(len(held) for _, held in used) > 12 and len(used) > 1:
+            used.pop(0)
