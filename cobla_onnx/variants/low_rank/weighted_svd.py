@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
 from cobla_onnx.variants.low_rank.matricisation import Scheme
+from cobla_onnx.variants.low_rank.second_factor import by_output, explained_energy, solve, through
 from cobla_onnx.variants.low_rank.shrinkage import without_zeros
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 
@@ -85,15 +85,11 @@ class WeightedFactorizer:
         if not scheme.inputs_first:
             stack = stack.swapaxes(1, 2)
         split = scheme.split_moment(without_zeros(second))
-        groups, rows, columns = stack.shape
-        outputs = columns // scheme.offsets
-        # (groups, inputs, offsets, outputs): the weights in the order of the moment.
-        target = stack.reshape(groups, rows, outputs, -1).swapaxes(2, 3)
-        flat = target.reshape(groups, -1, outputs)
-        cross = np.matmul(split.reshape(groups, flat.shape[1], -1), flat)
+        flat = by_output(scheme, stack)
+        cross = np.matmul(split.reshape(*flat.shape[:2], -1), flat)
         self.energy = float(np.sum(flat * cross))
         self._bases = [
-            _basis(stack[g], np.einsum("ajbj->ab", split[g]), max_rank) for g in range(groups)
+            _basis(stack[g], np.einsum("ajbj->ab", split[g]), max_rank) for g in range(len(stack))
         ]
         # Only the span of the first factor matters where the second is fitted to it.
         self._lefts = [
@@ -119,7 +115,7 @@ class WeightedFactorizer:
             return _tails(self.singular_values)[ranks]
         result = np.full(len(ranks), self.energy)
         for group in range(len(self._bases)):
-            explained = _explained(*self._reduced(group, int(ranks.max(initial=0))))
+            explained = explained_energy(*self._reduced(group, int(ranks.max(initial=0))))
             result -= np.concatenate([[0.0], explained])[ranks]
         return np.asarray(np.maximum(result, 0.0))
 
@@ -129,7 +125,7 @@ class WeightedFactorizer:
         for group, basis in enumerate(self._bases):
             left, right = self._lefts[group][:, :rank], basis.right[:, :rank].T
             if self.scheme.offsets > 1:
-                right = _solve(*self._reduced(group, rank)).swapaxes(1, 2).reshape(rank, -1)
+                right = solve(*self._reduced(group, rank)).swapaxes(1, 2).reshape(rank, -1)
             if self._roots is not None:
                 right = right / np.repeat(self._roots[group], self.scheme.offsets)
             pairs.append((left, right))
@@ -138,13 +134,8 @@ class WeightedFactorizer:
     def _reduced(self, group: int, rank: int) -> tuple[Float64, Float64]:
         """Second moment of the first factor's outputs, and their product with y."""
         assert self._fitted is not None
-        left = self._lefts[group][:, :rank]
         moment, its_cross = (array[group] for array in self._fitted)
-        rows, offsets = moment.shape[:2]
-        half = (left.T @ moment.reshape(rows, -1)).reshape(rank, offsets, rows, offsets)
-        products = np.einsum("rjbk,bs->rjsk", half, left, optimize=True)
-        cross = left.T @ its_cross.reshape(rows, -1)
-        return products, cross.reshape(rank, offsets, -1)
+        return through(moment, its_cross, self._lefts[group][:, :rank])
 
 
 class OutputFactorizer:
@@ -272,44 +263,6 @@ def _descending(gram: Float64) -> tuple[Float64, Float64]:
     # numpy's, unlike scipy's, lets other Python threads run meanwhile.
     values, vectors = np.linalg.eigh((gram + gram.T) / 2)
     return values[::-1], vectors[:, ::-1]
-
-
-def _solve(products: Float64, cross: Float64) -> Float64:
-    """Least squares of outputs (rank, offsets, outputs) on reduced inputs."""
-    rank, offsets, outputs = cross.shape
-    size = rank * offsets
-    right = cross.reshape(size, outputs)
-    factor, scale = _cholesky(products.reshape(size, size))
-    solution = scipy.linalg.cho_solve(factor, right / scale[:, None]) / scale[:, None]
-    return np.asarray(solution).reshape(rank, offsets, outputs)
-
-
-def _explained(products: Float64, cross: Float64) -> Float64:
-    """Energy that the least squares of `_solve` explains at each rank, starting with 1.
-
-    With G = L L^T the energy is the sum of squares of L^-1 cross; the systems of lower
-    ranks are leading blocks of that of the highest, and so are their factors.
-    """
-    rank, offsets, outputs = cross.shape
-    size = rank * offsets
-    if not size:
-        return np.zeros(0)
-    (lower, _), scale = _cholesky(products.reshape(size, size))
-    reached = scipy.linalg.solve_triangular(
-        lower, cross.reshape(size, outputs) / scale[:, None], lower=True, overwrite_b=True
-    )
-    each = np.einsum("so,so->s", reached, reached).reshape(rank, offsets).sum(axis=1)
-    return np.asarray(np.cumsum(each))
-
-
-def _cholesky(gram: Float64) -> tuple[tuple[Float64, bool], Float64]:
-    """Factorise a positive definite matrix, scaled to a unit diagonal.
-
-    Returns the lower factor in the form that scipy's `cho_solve` takes, and the roots of the
-    diagonal.
-    """
-    scale = np.sqrt(np.maximum(np.diagonal(gram), np.finfo(np.float64).tiny))
-    return scipy.linalg.cho_factor(gram / np.outer(scale, scale), lower=True), scale
 
 
 def _balance(left: Float64, right: Float64) -> tuple[Float64, Float64, Float64]:
