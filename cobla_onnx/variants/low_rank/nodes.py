@@ -22,7 +22,15 @@ from cobla_onnx.variants.low_rank.svd import Factorization
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement, narrowed, narrowed_bias
 
-__all__ = ["FactorPair", "factor_nodes", "make_replacement", "stand_in"]
+__all__ = [
+    "FIRST",
+    "SECOND",
+    "FactorPair",
+    "factor_nodes",
+    "make_replacement",
+    "pair_nodes",
+    "stand_in",
+]
 
 FIRST, SECOND = "first_factor", "second_factor"
 
@@ -61,7 +69,7 @@ class FactorPair(Replacement):
         names: Names,
     ) -> list[onnx.NodeProto]:
         """Build the two factor nodes of one use; the second has the bias."""
-        return _pair(self.scheme, node, use, (operands[FIRST], operands[SECOND]), rest, names)
+        return pair_nodes(self.scheme, node, use, (operands[FIRST], operands[SECOND]), rest, names)
 
 
 def make_replacement(
@@ -117,7 +125,7 @@ def factor_nodes(
     pairs = []
     for use in layer.uses:
         node = model.graph.node[use.node]
-        before, after = _pair(scheme, node, use, (first, second), node.input[2:], names)
+        before, after = pair_nodes(scheme, node, use, (first, second), node.input[2:], names)
         pairs.append((before, after))
     return tuple(pairs)
 
@@ -130,7 +138,7 @@ class _Variables(dict[str, Any]):
         return self[name]
 
 
-def _pair(
+def pair_nodes(
     scheme: Scheme,
     node: onnx.NodeProto,
     use: Use,

@@ -1,0 +1,158 @@
+"""One tensor that is stored in few bits: its arrays, and the nodes that decode it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from cobla_onnx.graph.layers import Layer
+from cobla_onnx.variants.names import Names
+from cobla_onnx.variants.replacement import narrowed
+from cobla_onnx.variants.storage.decoding import (
+    DOMAIN,
+    constant_bytes,
+    decoder,
+    decoder_inputs,
+    decoder_nodes,
+)
+from cobla_onnx.variants.storage.packing import pack, packed_bytes
+from cobla_onnx.variants.storage.precision import HALF
+
+__all__ = ["StoredTensor", "coded_tensor", "half_tensor", "tensor_bytes"]
+
+
+def tensor_bytes(count: int, scales: int, axes: int, bits: int) -> int:
+    """Bytes of a tensor in so many bits, with all that decodes it; never too few.
+
+    A function of the model is counted for each tensor that reads it.
+
+    Parameters
+    ----------
+    count : int
+        Number of its elements.
+    scales : int
+        Number of its scales.
+    axes : int
+    bits : int
+    """
+    if bits == HALF:
+        return 2 * count
+    if bits == 8:
+        return count + 4 * scales
+    # Levels, shape and count.
+    read_once = (4 << bits) + 8 * (axes + 1) + constant_bytes(bits)
+    return packed_bytes(count, bits) + 4 * scales + read_once
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in few bits.
+
+    Attributes
+    ----------
+    bits : int
+    arrays : mapping of str to array
+        Those of `decoder_inputs`, or ``half``.
+    values : float32 array
+        The tensor as it is decoded.
+    """
+
+    bits: int
+    arrays: Mapping[str, NDArray[Any]]
+    values: NDArray[np.float32]
+
+    def decode(
+        self, stored: Mapping[str, str], label: str, names: Names
+    ) -> tuple[list[onnx.NodeProto], str]:
+        """Build the nodes that decode the tensor, and name it.
+
+        Parameters
+        ----------
+        stored : mapping of str to str
+            For each of the arrays, the name of its initializer.
+        label : str
+            Begins the names of what is added.
+        names : Names
+        """
+        result, name = names.tensor(f"{label}/decoded"), names.node(f"{label}/decode")
+        if self.bits == HALF:
+            cast = helper.make_node("Cast", [stored["half"]], [result], name, to=TensorProto.FLOAT)
+            return [cast], result
+        wanted = decoder_inputs(self.bits)
+        if names.takes_functions:
+            function = decoder(self.bits, names.opset)
+            names.functions.append(function)
+            inputs = [stored[part] for part in wanted]
+            return [helper.make_node(function.name, inputs, [result], name, domain=DOMAIN)], result
+
+        def unique(part: str) -> str:
+            return names.tensor(f"{label}/{part}")
+
+        count = self.values.size
+        nodes = decoder_nodes(
+            self.bits, names.opset, {part: stored[part] for part in wanted}, result, unique, count
+        )
+        for node in nodes:
+            node.name = names.node(f"{label}/decode")
+        return nodes, result
+
+
+def half_tensor(layer: Layer, array: NDArray[Any], what: str) -> StoredTensor:
+    """Store a tensor of a layer in half precision.
+
+    Parameters
+    ----------
+    what : str
+        What it is, for the error.
+
+    Raises
+    ------
+    ModelError
+        If a number of it overflows.
+    """
+    half = narrowed(layer, array, np.dtype(np.float16), what)
+    return StoredTensor(HALF, {"half": half}, half.astype(np.float32))
+
+
+def coded_tensor(
+    codes: NDArray[np.uint8], levels: NDArray[np.float32], scales: NDArray[np.float32]
+) -> StoredTensor:
+    """Store the codes of a tensor.
+
+    Parameters
+    ----------
+    codes : uint8 array
+        In the shape of the tensor.
+    levels : float32 array, shape (2 ** bits,)
+    scales : float32 array, shape of `codes`
+        It is stored once along axes on which it does not depend.
+    """
+    bits, scale = (len(levels) - 1).bit_length(), _broadcastable(scales)
+    values = np.asarray(levels[codes] * scale)
+    if bits == 8:
+        shifted = (codes.astype(np.int16) - 128).astype(np.int8)
+        arrays = {"codes": np.ascontiguousarray(shifted), "scale": scale}
+        return StoredTensor(bits, arrays, values)
+    arrays = {
+        **{f"plane_{k}": plane for k, plane in enumerate(pack(codes, bits))},
+        "levels": levels,
+        "scale": scale,
+        "shape": np.array(codes.shape, np.int64),
+        "count": np.array([codes.size], np.int64),
+    }
+    return StoredTensor(bits, arrays, values)
+
+
+def _broadcastable(array: NDArray[Any]) -> NDArray[Any]:
+    """Cut the axes along which an array does not change to a length of 1."""
+    for axis in range(array.ndim):
+        first = array.take([0], axis)
+        if np.array_equal(np.broadcast_to(first, array.shape), array):
+            array = first
+    return np.ascontiguousarray(array)
