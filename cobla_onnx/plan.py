@@ -27,7 +27,8 @@ PLAN_OUT = either(python="Plan.save()", command="--plan-out")
 class Decision:
     """Factorise a layer under `scheme` at `rank`, or keep it whole: both None.
 
-    Where the scheme is of another family than low rank, `rank` is its level.
+    A scheme such as ``channel@4`` stores both factors in 4 bits. With the scheme ``stored``, which
+    stores the weight itself, `rank` is the number of bits.
     """
 
     layer: str
@@ -71,7 +72,7 @@ class Plan:
         layers = [
             {"layer": d.layer, "keep": True}
             if d.scheme is None
-            else {"layer": d.layer, "scheme": d.scheme, _level(d.scheme): d.rank}
+            else {"layer": d.layer, **_written(d.scheme, d.rank)}
             for d in self.decisions
         ]
         head: dict[str, Any] = {"version": 1}
@@ -155,7 +156,7 @@ def _decision(number: int, entry: Any) -> Decision:
     scheme, keep = entry.get("scheme"), entry.get("keep", False)
     level = _level(scheme)
     rank = entry.get(level)
-    _check_names(where, entry, ("layer", "keep", "scheme", level))
+    _check_names(where, entry, ("layer", "keep", "scheme", level, "bits"))
     if not isinstance(keep, bool):
         raise UsageError(f'{where}: "keep" is {_json(keep)}; write true or false')
     if "scheme" in entry and scheme not in _schemes():
@@ -167,14 +168,38 @@ def _decision(number: int, entry: Any) -> Decision:
         return Decision(entry["layer"])
     if scheme is None or rank is None:
         raise UsageError(f'{where}: needs "scheme" and "{level}", or "keep": true')
+    if level != "bits" and "bits" in entry:
+        scheme = _in_bits(where, scheme, entry["bits"])
     return Decision(entry["layer"], scheme, rank)
 
 
-def _schemes() -> tuple[str, ...]:
+def _written(scheme: str, level: int | None) -> dict[str, Any]:
+    """Fields of a decision; the bits of two factors stand beside their rank."""
+    from cobla_onnx.variants.coded_factors.form import split_name
+
+    plain, bits = split_name(scheme)
+    fields = {"scheme": plain, _level(scheme): level}
+    return fields if bits is None else {**fields, "bits": bits}
+
+
+def _in_bits(where: str, scheme: str, bits: Any) -> str:
+    """Return the scheme of two factors in so many bits."""
+    from cobla_onnx.variants.coded_factors.form import coded_name
+    from cobla_onnx.variants.storage.precision import FORMATS
+
+    if isinstance(bits, bool) or bits not in FORMATS:
+        allowed = ", ".join(map(str, FORMATS))
+        raise UsageError(f'{where}: "bits" is {_json(bits)}; allowed are {allowed}')
+    return coded_name(scheme, bits)
+
+
+def _schemes() -> list[str]:
+    """Return the schemes that a plan may name; bits stand in a field of their own."""
     # Loaded when a plan is read or written: the variants bring onnxruntime and more.
+    from cobla_onnx.variants.coded_factors.form import split_name
     from cobla_onnx.variants.registry import schemes
 
-    return schemes()
+    return [scheme for scheme in schemes() if split_name(scheme)[1] is None]
 
 
 def _level(scheme: Any) -> str:

@@ -25,6 +25,8 @@ GOOD = [
     {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 3}]},
     {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 3, "keep": False}]},
     {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 3, "keep": True}]},
+    {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 3, "bits": 4}]},
+    {"version": 1, "layers": [{"layer": "a", "scheme": "stored", "bits": 4}]},
 ]
 BAD = [
     ({"version": 2, "layers": []}, 'no "version": 1'),
@@ -51,6 +53,14 @@ BAD = [
         '"rank" is "8"; write a whole number',
     ),
     (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 8, "bits": 7}]},
+        '"bits" is 7; allowed are 2, 3, 4, 5, 6, 8, 16',
+    ),
+    (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "channel@4", "rank": 8}]},
+        '"scheme" is "channel@4"; allowed are matrix, channel, ',
+    ),
+    (
         {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rnak": 8}]},
         "'a': there is no field 'rnak'; did you mean 'rank'?",
     ),
@@ -59,7 +69,9 @@ BAD = [
 
 def test_the_schema_is_one_and_knows_the_schemes():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    assert SCHEMA["$defs"]["layer"]["properties"]["scheme"]["enum"] == list(schemes())
+    assert SCHEMA["$defs"]["layer"]["properties"]["scheme"]["enum"] == [
+        name for name in schemes() if "@" not in name
+    ]
 
 
 @pytest.mark.parametrize("content", GOOD)

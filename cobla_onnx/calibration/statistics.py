@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -26,6 +27,8 @@ from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["Seen"]
+
+Made = TypeVar("Made")
 
 # For vectors longer than this, the second moment of the outputs is used instead.
 WIDE = 5000
@@ -81,6 +84,7 @@ class Seen:
         taps: TapLimit | None = None,
     ) -> None:
         self.model, self.cache, self.kept = model, cache, KEPT
+        self._made: dict[Callable[[Seen], Any], Any] = {}
         self.importance = importance or {}
         self._others = partial(
             Seen,
@@ -107,6 +111,13 @@ class Seen:
             taps=taps,
         )
 
+    def once(self, make: Callable[[Seen], Made]) -> Made:
+        """Return what `make` makes of these statistics, always the same one."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        found: Made = self._made[make]
+        return found
+
     def in_others(self, layers: Sequence[Layer], batches: Callable[[], Iterable[Feeds]]) -> Seen:
         """Collect the same statistics of some layers on other samples, without the cache."""
         result = self._others(layers, batches)
@@ -123,6 +134,7 @@ class Seen:
             From `in_others`, on some of the same samples; only its layers are available.
         """
         rest = copy.copy(self)
+        rest._made = {}
         rest._store = Remainder(self._store, part._store)
         rest.cache, rest.kept = None, part.kept
         return rest

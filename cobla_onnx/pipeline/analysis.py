@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, LayerCurves, VariantCurve
+from cobla_onnx.allocation.pruning import undominated
 from cobla_onnx.calibration.patches import unreadable
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import BudgetError, UsageError
@@ -261,6 +262,8 @@ def analyse(
     variants, refused = [], []
     for each in candidates:
         pairs = curves.get(each.layer.name)
+        if pairs and asked.bits:
+            pairs = _worthwhile(pairs)
         if pairs:
             variants.append(_variants(each, pairs))
         else:
@@ -306,6 +309,13 @@ def _in_reach(
 def _variants(found: Candidate, pairs: Sequence[tuple[Form, VariantCurve]]) -> LayerVariants:
     curves = found.curves([curve for _, curve in pairs])
     return LayerVariants(found.layer, found.costs.macs, curves, tuple(form for form, _ in pairs))
+
+
+def _worthwhile(pairs: Sequence[tuple[Form, VariantCurve]]) -> Sequence[tuple[Form, VariantCurve]]:
+    """Leave out candidates that others beat: with bits, there are many forms of each scheme."""
+    masks = undominated([curve for _, curve in pairs])
+    marked = zip(pairs, masks, strict=True)
+    return [(form, curve.only(mask)) for (form, curve), mask in marked if mask.any()]
 
 
 def _refused(found: Candidate) -> Skipped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.variants.base import Form, VariantFamily
+from cobla_onnx.variants.coded_factors.family import CodedFactorsFamily
 from cobla_onnx.variants.low_rank.family import LowRankFamily
 from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.storage.family import StorageFamily
@@ -12,7 +13,7 @@ __all__ = ["FAMILIES", "family_of", "forms_of", "require_family", "schemes", "st
 
 # By name, in the order in which they propose.
 FAMILIES: dict[str, VariantFamily] = {
-    family.name: family for family in (LowRankFamily(), StorageFamily())
+    family.name: family for family in (LowRankFamily(), StorageFamily(), CodedFactorsFamily())
 }
 
 

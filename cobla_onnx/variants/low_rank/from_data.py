@@ -29,7 +29,14 @@ from cobla_onnx.variants.low_rank.weighted_svd import (
 )
 from cobla_onnx.variants.recent import Recent
 
-__all__ = ["FactorsFromData", "SpectraUnit", "layer_moment", "mean_change"]
+__all__ = [
+    "FactorsFromData",
+    "SpectraUnit",
+    "layer_moment",
+    "mean_change",
+    "solver_of",
+    "truncation_errors",
+]
 
 Solver: TypeAlias = WeightedFactorizer | OutputFactorizer
 
@@ -63,7 +70,7 @@ class SpectraUnit:
                 result.errors.append(None)
                 result.spectra.append(None)
                 continue
-            compute = partial(_spectrum, self, scheme, weight, max_rank)
+            compute = partial(_spectrum, self, scheme, max_rank)
             arrays = fetch(cache, "weighted", digest(key, scheme, max_rank, GRID), compute)
             result.errors.append(arrays["errors"])
             result.spectra.append(arrays["values"])
@@ -72,13 +79,19 @@ class SpectraUnit:
         return result
 
 
-def _spectrum(unit: SpectraUnit, scheme: Scheme, weight: NDArray[Any], max_rank: int) -> Arrays:
+def solver_of(unit: SpectraUnit, scheme: Scheme, max_rank: int) -> Solver:
+    """Return what factorises the unit's layer under a scheme."""
     kind = OutputFactorizer if unit.wide else WeightedFactorizer
-    solver = kind(scheme, weight, unit.second, max_rank, unit.importance)
+    return kind(scheme, unit.weight.array, unit.second, max_rank, unit.importance)
+
+
+def truncation_errors(solver: Solver) -> Float64:
+    """Squared relative error of unrounded factors at ranks 0 to full rank, descending to 0."""
+    scheme, max_rank = solver.scheme, solver.max_rank
     full_rank = min(scheme.matrix_shape()[1:])
     ranks = np.arange(full_rank + 1)
     if solver.energy <= 0:
-        return {"values": solver.singular_values, "errors": np.zeros(full_rank + 1)}
+        return np.zeros(full_rank + 1)
     if scheme.offsets == 1:
         errors = solver.errors(ranks) / solver.energy
     else:
@@ -88,8 +101,12 @@ def _spectrum(unit: SpectraUnit, scheme: Scheme, weight: NDArray[Any], max_rank:
             np.interp(ranks, [0, *grid, full_rank], [0.0, *known, min(known[-1], -20.0)])
         )
     errors[-1] = 0.0
-    errors = np.minimum.accumulate(np.minimum(errors, 1.0))
-    return {"values": solver.singular_values, "errors": errors}
+    return np.minimum.accumulate(np.minimum(errors, 1.0))
+
+
+def _spectrum(unit: SpectraUnit, scheme: Scheme, max_rank: int) -> Arrays:
+    solver = solver_of(unit, scheme, max_rank)
+    return {"values": solver.singular_values, "errors": truncation_errors(solver)}
 
 
 class FactorsFromData:
@@ -123,15 +140,22 @@ class FactorsFromData:
         bias = read_bias(self._seen.model, layer)
         result = []
         with one_thread:
-            solver = self._factorizer(layer, form, weight, max(levels))
+            solver = self.solver(layer, form, weight, max(levels))
             for rank in levels:
                 made = LowRankWeight(form, solver.factorize(rank), None)
                 if bias is not None:
-                    made = made.with_bias(bias + self._shift(layer, weight, bias, made))
+                    made = made.with_bias(bias + self.shift(layer, weight, bias, made))
                 result.append(made)
         return result
 
-    def _factorizer(self, layer: Layer, scheme: Scheme, weight: NDArray[Any], rank: int) -> Solver:
+    def solver(self, layer: Layer, scheme: Scheme, weight: NDArray[Any], rank: int) -> Solver:
+        """Return what factorises a layer under a scheme at ranks up to `rank`.
+
+        Raises
+        ------
+        UsageError
+            If the data say nothing about the scheme.
+        """
         key = (layer.name, scheme.name)
         self._refuse_unknown(layer, scheme)
         found = self._solvers.get(key)
@@ -156,7 +180,7 @@ class FactorsFromData:
                 '"weights" for the whole plan'
             )
 
-    def _shift(
+    def shift(
         self,
         layer: Layer,
         weight: NDArray[Any],

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.svd import Float64
 
-__all__ = ["by_output", "cholesky", "explained_energy", "solve", "through"]
+__all__ = ["by_output", "cholesky", "conditional_energies", "explained_energy", "solve", "through"]
 
 
 def by_output(scheme: Scheme, stack: NDArray[Any]) -> NDArray[Any]:
@@ -83,6 +83,22 @@ def explained_energy(products: Float64, cross: Float64) -> Float64:
     )
     each = np.einsum("so,so->s", reached, reached).reshape(rank, offsets).sum(axis=1)
     return np.asarray(np.cumsum(each))
+
+
+def conditional_energies(products: Float64) -> Float64:
+    """Energy of each component that the ones before it do not tell, summed over offsets.
+
+    Parameters
+    ----------
+    products : float64 array, shape (rank, offsets, rank, offsets)
+
+    Returns
+    -------
+    float64 array, shape (rank,)
+    """
+    rank, offsets = products.shape[:2]
+    (lower, _), scale = cholesky(products.reshape(rank * offsets, -1))
+    return np.asarray(np.square(np.diagonal(lower) * scale).reshape(rank, offsets).sum(axis=1))
 
 
 def cholesky(gram: Float64) -> tuple[tuple[Float64, bool], Float64]:

@@ -29,11 +29,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.variants.low_rank.matricisation import Scheme
-from cobla_onnx.variants.low_rank.second_factor import by_output, explained_energy, solve, through
+from cobla_onnx.variants.low_rank.second_factor import (
+    by_output,
+    conditional_energies,
+    explained_energy,
+    solve,
+    through,
+)
 from cobla_onnx.variants.low_rank.shrinkage import without_zeros
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 
-__all__ = ["OutputFactorizer", "WeightedFactorizer", "balanced", "inputs_first"]
+__all__ = ["Components", "OutputFactorizer", "WeightedFactorizer", "balanced", "inputs_first"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,26 @@ class _Basis:
 
     right: Float64
     energy: Float64
+
+
+@dataclass(frozen=True)
+class Components:
+    """What each rank adds to a pair of factors, inputs first; arrays of shape (groups, ranks).
+
+    Attributes
+    ----------
+    squares : float64 array
+        Mean square of the entries of the first factor.
+    strengths : float64 array
+        Squared norm of the second factor, with the weights of the outputs.
+    energies : float64 array
+        Energy of the first factor's outputs, summed over positions, without what those of lower
+        ranks tell of it.
+    """
+
+    squares: Float64
+    strengths: Float64
+    energies: Float64
 
 
 class WeightedFactorizer:
@@ -66,6 +92,8 @@ class WeightedFactorizer:
     ----------
     energy : float
         E||y||^2, summed over groups, with the weights of the outputs.
+    own : float64 array, shape (groups, rows, rows)
+        Moment of the first factor's inputs, summed over the positions of the second one.
     singular_values : float64 array, shape (full_rank,)
         Of the weighted matrix, descending, combined over groups.
     """
@@ -88,9 +116,8 @@ class WeightedFactorizer:
         flat = by_output(scheme, stack)
         cross = np.matmul(split.reshape(*flat.shape[:2], -1), flat)
         self.energy = float(np.sum(flat * cross))
-        self._bases = [
-            _basis(stack[g], np.einsum("ajbj->ab", split[g]), max_rank) for g in range(len(stack))
-        ]
+        self.own: Float64 = np.einsum("gajbj->gab", split)
+        self._bases = [_basis(*each, max_rank) for each in zip(stack, self.own, strict=True)]
         # Only the span of the first factor matters where the second is fitted to it.
         self._lefts = [
             stack[g] @ basis.right
@@ -106,7 +133,12 @@ class WeightedFactorizer:
     @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
-        arrays = *self._lefts, *(basis.right for basis in self._bases), *(self._fitted or ())
+        arrays = (
+            self.own,
+            *self._lefts,
+            *(basis.right for basis in self._bases),
+            *(self._fitted or ()),
+        )
         return sum(map(_held_bytes, arrays))
 
     def errors(self, ranks: NDArray[np.int64]) -> Float64:
@@ -130,6 +162,19 @@ class WeightedFactorizer:
                 right = right / np.repeat(self._roots[group], self.scheme.offsets)
             pairs.append((left, right))
         return balanced(self.scheme, pairs)
+
+    def components(self) -> Components:
+        """Return what each rank adds, for ranks 1 to `max_rank`."""
+        found = []
+        for group, (left, basis) in enumerate(zip(self._lefts, self._bases, strict=True)):
+            energies, strengths = basis.energy[: left.shape[1]], np.ones(left.shape[1])
+            if self.scheme.offsets > 1:
+                products, cross = self._reduced(group, left.shape[1])
+                energies = conditional_energies(products)
+                right = solve(products, cross)
+                strengths = np.einsum("rjo,rjo->r", right, right)
+            found.append((np.square(left).mean(axis=0), strengths, energies))
+        return Components(*(np.stack(each) for each in zip(*found, strict=True)))
 
     def _reduced(self, group: int, rank: int) -> tuple[Float64, Float64]:
         """Second moment of the first factor's outputs, and their product with y."""

@@ -24,7 +24,7 @@ from cobla_onnx.variants.base import Asked, LayerCosts, Measured, Proposal, Vari
 from cobla_onnx.variants.low_rank.matricisation import SCHEMES, schemes_for
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.storage.from_data import CodesFromData, RoundedWeight, rounded
-from cobla_onnx.variants.storage.precision import FORMATS, HALF
+from cobla_onnx.variants.storage.precision import FORMATS, HALF, HALF_ERROR
 from cobla_onnx.variants.storage.rounding import distortion, mean_squares, unavoidable
 from cobla_onnx.variants.storage.stored import (
     StoredWeight,
@@ -33,14 +33,11 @@ from cobla_onnx.variants.storage.stored import (
     stored_bytes,
 )
 
-__all__ = ["STORED", "StorageFamily", "StoredForm"]
+__all__ = ["STORED", "StorageFamily", "StoredForm", "takes_bits"]
 
 STORED = "stored"
 # The level of a weight as it is stored today: bits of single precision.
 MOST = 32
-# Squared relative error of half precision, with numbers evenly between powers of 2: a twelfth of
-# its squared unit there over a mean square of 7 / 3.
-HALF_ERROR = 2.0**-20 / 28
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class StorageFamily(VariantFamily):
 
     def forms(self, layer: Layer) -> Sequence[StoredForm]:
         """Return the form, for weights that are single precision where they are used."""
-        return (StoredForm(),) if _takes(layer) else ()
+        return (StoredForm(),) if takes_bits(layer) else ()
 
     def most(self, layer: Layer, form: StoredForm) -> int:
         """Return the bits of single precision."""
@@ -117,7 +114,7 @@ class StorageFamily(VariantFamily):
         self, layer: Layer, costs: LayerCosts, asked: Asked
     ) -> Sequence[Proposal] | Refusal:
         """Propose the numbers of bits that were asked for and take fewer bytes."""
-        if not _takes(layer):
+        if not takes_bits(layer):
             return Refusal(Reason.TYPE, TensorProto.DataType.Name(layer.type))
         smaller = [b for b in sorted(asked.bits) if stored_bytes(layer, b) < layer.stored_bytes]
         if not smaller:
@@ -184,7 +181,8 @@ class StorageFamily(VariantFamily):
         return self.replace(layer, form, rounded(layer, weight, level, None))
 
 
-def _takes(layer: Layer) -> bool:
+def takes_bits(layer: Layer) -> bool:
+    """Whether a layer's weight can be stored in fewer bits: it is single precision where used."""
     return layer.type == TensorProto.FLOAT and operator_of(layer).kind in SCHEMES
 
 

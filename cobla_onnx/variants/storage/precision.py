@@ -7,10 +7,13 @@ from typing import Literal, TypeAlias
 from cobla_onnx.errors import UsageError
 from cobla_onnx.wording import option_name
 
-__all__ = ["FORMATS", "HALF", "Precision", "precision_bits"]
+__all__ = ["FORMATS", "HALF", "HALF_ERROR", "Precision", "precision_bits"]
 
 # Bits of half precision, which is a type of its own and not codes.
 HALF = 16
+# Squared relative error of half precision, with numbers evenly between powers of 2: a twelfth of
+# its squared unit there over a mean square of 7 / 3.
+HALF_ERROR = 2.0**-20 / 28
 
 FORMATS = (2, 3, 4, 5, 6, 8, HALF)
 """Numbers of bits."""

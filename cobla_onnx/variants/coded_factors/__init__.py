@@ -1,0 +1,1 @@
+"""Two factors in place of a weight, both stored in fewer bits."""

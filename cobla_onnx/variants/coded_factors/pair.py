@@ -1,0 +1,271 @@
+"""Round two factors, the second one to what the rounded first one gives.
+
+The first factor is rounded under the moment of the layer's inputs. Then the second one is fitted
+again to its outputs by least squares, and rounded under their moment. In between the components
+are rescaled: entries of one row of the second factor share one scale, so that its rounding loses
+the least, for component k of norm b_k and energy m_k, where both are in proportion (by
+Cauchy-Schwarz: the loss is proportional to sum b_k^2 / c_k^2 times sum m_k c_k^2, and least for
+c_k^2 = b_k / sqrt m_k).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from cobla_onnx.variants.coded_factors.form import CodedScheme
+from cobla_onnx.variants.low_rank.approximation import LowRankWeight
+from cobla_onnx.variants.low_rank.matricisation import Scheme
+from cobla_onnx.variants.low_rank.second_factor import by_output, solve, through
+from cobla_onnx.variants.low_rank.shrinkage import without_zeros
+from cobla_onnx.variants.low_rank.svd import Factorization, Float64
+from cobla_onnx.variants.low_rank.weighted_svd import inputs_first
+from cobla_onnx.variants.storage.coding import Coded
+from cobla_onnx.variants.storage.precision import HALF
+from cobla_onnx.variants.storage.rounding import round_weight
+
+__all__ = ["Alone", "FromInputs", "FromOutputs", "RoundedPair", "Target", "round_pair"]
+
+
+@dataclass(frozen=True)
+class RoundedPair:
+    """A layer's weight as the product of two factors in few bits.
+
+    Attributes
+    ----------
+    form : CodedScheme
+    first, second : Coded or None
+        Rows of the first factor are components, those of the second are outputs with entries in
+        the order (rank, offsets). None for half precision.
+    decoded : LowRankWeight
+        The factors as they are decoded, and the bias.
+    """
+
+    form: CodedScheme
+    first: Coded | None
+    second: Coded | None
+    decoded: LowRankWeight
+
+    @property
+    def weight(self) -> Float64:
+        """The factors multiplied out, shape ``layer.shape``."""
+        return self.decoded.weight
+
+    @property
+    def bias(self) -> Float64 | None:
+        """Corrected to keep the mean of the output; None if the layer has no bias of its own."""
+        return self.decoded.bias
+
+    def with_bias(self, bias: Float64) -> RoundedPair:
+        """Return the same weight with another bias."""
+        return replace(self, decoded=self.decoded.with_bias(bias))
+
+
+class Target(Protocol):
+    """What the factors are to reproduce.
+
+    Attributes
+    ----------
+    own : float64 array, shape (groups, rows, rows), or None
+        Second moment of what the first factor reads; None where every error counts alike.
+    """
+
+    @property
+    def own(self) -> Float64 | None: ...  # noqa: D102
+
+    def seen(self, group: int, left: Float64, right: Float64) -> tuple[Float64, Float64]:
+        """Second moment of a first factor's outputs, and their product with the layer's outputs.
+
+        Parameters
+        ----------
+        left : float64 array, shape (rows, rank)
+        right : float64 array, shape (rank, columns)
+            The second factor before it is fitted again.
+
+        Returns
+        -------
+        products : float64 array, shape (rank, offsets, rank, offsets)
+        cross : float64 array, shape (rank, offsets, outputs)
+        """
+        ...
+
+
+class FromInputs:
+    """The layer's outputs, by the second moment of its inputs.
+
+    Parameters
+    ----------
+    scheme : Scheme
+    weight : array, shape ``scheme.shape``
+    second : float64 array, shape (groups, size, size)
+    """
+
+    def __init__(self, scheme: Scheme, weight: NDArray[Any], second: Float64) -> None:
+        self._split = scheme.split_moment(without_zeros(second))
+        flat = by_output(scheme, _inputs_first(scheme, weight))
+        self._cross = np.matmul(self._split.reshape(*flat.shape[:2], -1), flat)
+
+    @property
+    def own(self) -> Float64:
+        """Moment of the first factor's inputs, summed over positions."""
+        return np.asarray(np.einsum("gajbj->gab", self._split))
+
+    def seen(self, group: int, left: Float64, right: Float64) -> tuple[Float64, Float64]:
+        """Follow the inputs through the first factor."""
+        return through(self._split[group], self._cross[group], left)
+
+
+class FromOutputs:
+    """The layer's outputs, by their own second moment, where inputs are too wide for one.
+
+    The first factor's outputs are what the second one reproduces the layer's outputs from best; the
+    rounding of the first one is not made up for.
+
+    Parameters
+    ----------
+    outputs : float64 array, shape (groups, outputs, outputs)
+    importance : float64 array, shape (groups, outputs), optional
+    """
+
+    def __init__(self, outputs: Float64, importance: Float64 | None) -> None:
+        self._outputs, self._importance = outputs, importance
+
+    @property
+    def own(self) -> None:
+        """Not known."""
+        return None
+
+    def seen(self, group: int, left: Float64, right: Float64) -> tuple[Float64, Float64]:
+        """Follow the outputs back through the second factor."""
+        weighted = right if self._importance is None else right * self._importance[group]
+        back = np.linalg.lstsq(weighted @ right.T, weighted, rcond=None)[0]
+        products = back @ self._outputs[group] @ back.T
+        return products[:, None, :, None], (products @ right)[:, None]
+
+
+class Alone:
+    """The weight itself, without data: all inputs alike and independent.
+
+    Parameters
+    ----------
+    scheme : Scheme
+    weight : array, shape ``scheme.shape``
+    """
+
+    def __init__(self, scheme: Scheme, weight: NDArray[Any]) -> None:
+        self._stack, self._offsets = _inputs_first(scheme, weight), scheme.offsets
+
+    @property
+    def own(self) -> None:
+        """Every error counts alike."""
+        return None
+
+    def seen(self, group: int, left: Float64, right: Float64) -> tuple[Float64, Float64]:
+        """Take the products of the first factor's columns with each other and with the matrix."""
+        products = np.einsum("rs,jk->rjsk", left.T @ left, np.eye(self._offsets))
+        cross = (left.T @ self._stack[group]).reshape(left.shape[1], -1, self._offsets)
+        return products, cross.swapaxes(1, 2)
+
+
+def round_pair(form: CodedScheme, factors: Factorization, target: Target) -> RoundedPair:
+    """Round both factors to the form's bits.
+
+    Parameters
+    ----------
+    form : CodedScheme
+    factors : Factorization
+        In the order of the scheme's matrix.
+    target : Target
+    """
+    scheme, bits = form.scheme, form.bits
+    if bits == HALF:
+        halves = [each.astype(np.float16).astype(np.float64) for each in _pair(factors)]
+        rounded = Factorization(halves[0], factors.singular_values, halves[1])
+        return RoundedPair(form, None, None, LowRankWeight(scheme, rounded, None))
+    left, right = inputs_first(scheme, factors)
+    first = round_weight(left.swapaxes(1, 2), target.own, bits)
+    rescaled, moments, rows = [], [], []
+    for group, decoded in enumerate(first.dense().astype(np.float64).swapaxes(1, 2)):
+        scales, moment, its_rows = _fitted(*target.seen(group, decoded, right[group]))
+        rescaled.append(scales)
+        moments.append(moment)
+        rows.append(its_rows)
+    first = replace(first, scales=(first.scales * np.stack(rescaled)).astype(np.float32))
+    second = round_weight(np.stack(rows), np.stack(moments), bits)
+    decoded = LowRankWeight(scheme, _decoded(scheme, first, second), None)
+    return RoundedPair(form, first, second, decoded)
+
+
+def _fitted(products: Float64, cross: Float64) -> tuple[Float64, Float64, Float64]:
+    """Second factor by least squares, with its components in proportion.
+
+    Returns
+    -------
+    scales : float64 array, shape (rank,)
+        By which the first factor's columns are to be multiplied.
+    moment : float64 array, shape (rank * offsets, rank * offsets)
+    rows : float64 array, shape (outputs, rank * offsets)
+    """
+    rank, offsets, outputs = cross.shape
+    right = _least_squares(products, cross)
+    energies = np.einsum("rjrj->r", products)
+    norms = np.sqrt(np.einsum("rjo,rjo->r", right, right))
+    known = (energies > 0) & (norms > 0)
+    scales = np.ones(rank)
+    scales[known] = np.sqrt(norms[known] / np.sqrt(energies[known]))
+    moment = products * scales[:, None, None, None] * scales[:, None]
+    rows = (right / scales[:, None, None]).transpose(2, 0, 1)
+    return scales, moment.reshape(rank * offsets, -1), rows.reshape(outputs, -1)
+
+
+def _least_squares(products: Float64, cross: Float64) -> Float64:
+    """Solve for the second factor, also where few bits left two columns of the first the same."""
+    try:
+        return solve(products, cross)
+    except scipy.linalg.LinAlgError:
+        rank, offsets, outputs = cross.shape
+        flat = products.reshape(rank * offsets, -1)
+        found = np.linalg.lstsq(flat, cross.reshape(-1, outputs), rcond=None)[0]
+        return np.asarray(found).reshape(cross.shape)
+
+
+def _pair(factors: Factorization) -> tuple[Float64, Float64]:
+    return factors.left, factors.right
+
+
+def _decoded(scheme: Scheme, first: Coded, second: Coded) -> Factorization:
+    """Factors as they are decoded, in the order of the scheme's matrix."""
+    left, right = arranged(scheme, first.dense(), second.dense())
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=2)
+    return Factorization(left.astype(np.float64), norms, right.astype(np.float64))
+
+
+def arranged(
+    scheme: Scheme, first: NDArray[Any], second: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Turn the rows of both factors, or of their codes, into the scheme's matrix factors.
+
+    Parameters
+    ----------
+    first : array, shape (groups, rank, rows)
+    second : array, shape (groups, outputs, rank * offsets)
+
+    Returns
+    -------
+    left : array, shape (groups, rows, rank)
+    right : array, shape (groups, rank, columns)
+    """
+    groups, outputs = second.shape[:2]
+    rank = first.shape[1]
+    left = first.swapaxes(1, 2)
+    right = second.reshape(groups, outputs, rank, -1).swapaxes(1, 2).reshape(groups, rank, -1)
+    return (left, right) if scheme.inputs_first else (right.swapaxes(1, 2), left.swapaxes(1, 2))
+
+
+def _inputs_first(scheme: Scheme, weight: NDArray[Any]) -> Float64:
+    stack = scheme.matrix(weight).astype(np.float64)
+    return stack if scheme.inputs_first else stack.swapaxes(1, 2)

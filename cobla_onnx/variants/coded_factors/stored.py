@@ -1,0 +1,113 @@
+"""Two factor nodes whose weights are decoded from few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from cobla_onnx.graph.layers import Layer, Use
+from cobla_onnx.variants.coded_factors.form import CodedScheme
+from cobla_onnx.variants.coded_factors.pair import RoundedPair, arranged
+from cobla_onnx.variants.low_rank.matricisation import Scheme
+from cobla_onnx.variants.low_rank.nodes import FIRST, SECOND, pair_nodes
+from cobla_onnx.variants.names import Names
+from cobla_onnx.variants.replacement import Replacement, narrowed_bias
+from cobla_onnx.variants.storage.coding import Coded
+from cobla_onnx.variants.storage.tensor import (
+    StoredTensor,
+    coded_tensor,
+    half_tensor,
+    tensor_bytes,
+)
+
+__all__ = ["StoredPair", "pair_bytes", "stored_pair"]
+
+
+def pair_bytes(layer: Layer, form: CodedScheme, rank: int) -> int:
+    """Bytes of both factors with all that decodes them; never too few."""
+    scheme, axes = form.scheme, len(layer.shape)
+    groups, rows, columns = scheme.matrix_shape()
+    if not scheme.inputs_first:
+        rows, columns = columns, rows
+    first = tensor_bytes(groups * rank * rows, groups * rank, axes, form.bits)
+    outputs = groups * columns // scheme.offsets
+    return first + tensor_bytes(groups * rank * columns, outputs, axes, form.bits)
+
+
+@dataclass(frozen=True)
+class StoredPair(Replacement):
+    """Two factors in few bits.
+
+    Attributes
+    ----------
+    layer, arrays, bias
+        As those of `Replacement`; the arrays are those of both tensors, by
+        ``first_factor/...`` and ``second_factor/...``.
+    scheme : Scheme
+    tensors : mapping of str to StoredTensor
+        In the shapes that `Scheme.fold` gives.
+    """
+
+    scheme: Scheme
+    tensors: Mapping[str, StoredTensor]
+
+    def dense(self) -> NDArray[Any]:
+        """Multiply the decoded factors to the weight that they stand for."""
+        left, right = self.scheme.unfold(self.tensors[FIRST].values, self.tensors[SECOND].values)
+        return self.scheme.weight(left @ right)
+
+    def shared(
+        self, stored: Mapping[str, str], names: Names
+    ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+        """Build the nodes that decode both factors, once for all uses."""
+        nodes: list[onnx.NodeProto] = []
+        operands = {}
+        for factor, tensor in self.tensors.items():
+            its = {part: stored[f"{factor}/{part}"] for part in tensor.arrays}
+            decoding, operands[factor] = tensor.decode(its, f"{self.layer.name}/{factor}", names)
+            nodes += decoding
+        return nodes, operands
+
+    def nodes(
+        self,
+        node: onnx.NodeProto,
+        use: Use,
+        operands: Mapping[str, str],
+        rest: Sequence[str],
+        names: Names,
+    ) -> list[onnx.NodeProto]:
+        """Build the two factor nodes of one use; the second has the bias."""
+        return pair_nodes(self.scheme, node, use, (operands[FIRST], operands[SECOND]), rest, names)
+
+
+def stored_pair(layer: Layer, pair: RoundedPair) -> StoredPair:
+    """Store both factors in the shapes in which their nodes read them.
+
+    Raises
+    ------
+    ModelError
+        If a number of them overflows half precision.
+    """
+    scheme = pair.form.scheme
+    if pair.first is None or pair.second is None:
+        folded = scheme.fold(pair.decoded.factors.left, pair.decoded.factors.right)
+        made = [half_tensor(layer, each, "a factor of its weight") for each in folded]
+    else:
+        levels = pair.first.levels, pair.second.levels
+        codes = scheme.fold(*arranged(scheme, pair.first.codes, pair.second.codes))
+        scales = scheme.fold(*arranged(scheme, _scales(pair.first), _scales(pair.second)))
+        made = [coded_tensor(*each) for each in zip(codes, levels, scales, strict=True)]
+    tensors = dict(zip((FIRST, SECOND), made, strict=True))
+    arrays = {
+        f"{f}/{part}": a for f, tensor in tensors.items() for part, a in tensor.arrays.items()
+    }
+    return StoredPair(layer, arrays, narrowed_bias(layer, pair.bias), scheme, tensors)
+
+
+def _scales(coded: Coded) -> NDArray[np.float32]:
+    return np.broadcast_to(coded.scales[:, :, None], coded.codes.shape)
