@@ -32,8 +32,9 @@ __all__ = ["Gradients", "NetworkLoss", "Path"]
 
 # Bytes of truncated weights that are kept in memory.
 KEPT_PATH = 1 << 29
-# Number of ranks at which slopes are computed; they are interpolated in between.
-GRID = 12
+# Number of levels at which slopes are computed, for a curve and for all of a layer, and least for
+# a curve; they are interpolated in between.
+GRID, ALL_GRIDS, LEAST_GRID = 12, 48, 3
 # A loss that no solver accepts.
 FORBIDDEN = 1e6
 
@@ -201,10 +202,16 @@ class NetworkLoss:
 
     def _slope_along(self, index: int, number: int, slope: Pair, now: Pair, rank: int) -> Float64:
         """Inner product of slope and change of weight, at all ranks of one curve."""
-        curve = self.layers[index].curves[number]
+        curves = self.layers[index].curves
+        curve = curves[number]
         full_rank = curve.most
-        grid = np.geomspace(curve.levels[0], curve.levels[-1], GRID).round().astype(np.int64)
-        if curve.levels[0] <= rank <= curve.levels[-1]:
+        count = min(GRID, max(LEAST_GRID, ALL_GRIDS // len(curves)))
+        grid = np.geomspace(curve.levels[0], curve.levels[-1], count).round().astype(np.int64)
+        if not curve.nested:
+            # There may be nothing between two levels.
+            places = np.linspace(0, len(curve.levels) - 1, min(count, len(curve.levels)))
+            grid = curve.levels[places.round().astype(np.int64)]
+        if curve.levels[0] <= rank <= curve.levels[-1] and (curve.nested or rank in curve.levels):
             grid = np.append(grid, rank)
         grid = np.unique(grid)
         points = [*self.path.at(index, number, grid.tolist()), self.path.whole[index]]

@@ -9,7 +9,15 @@ import numpy as np
 import onnx
 import pytest
 
-from cobla_onnx.allocation import Allocation, Budget, Choice, Constraint, Masks, OutputError
+from cobla_onnx.allocation import (
+    Allocation,
+    Budget,
+    Choice,
+    Constraint,
+    Masks,
+    OutputError,
+    WeightError,
+)
 from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.allocation.sqp import Candidate, Scores, allocate_by_loss
@@ -18,7 +26,7 @@ from cobla_onnx.calibration.data.dataset import Dataset, input_specs
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.gradients import GradientProbe
 from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel
-from cobla_onnx.calibration.evaluation.probe import Probe
+from cobla_onnx.calibration.evaluation.probe import Pair, Probe
 from cobla_onnx.calibration.evaluation.temperature import doubts, soften, temperatures
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_weight
@@ -26,11 +34,13 @@ from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.pipeline.search.data import search_by_data
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.loss import improve, scores
-from cobla_onnx.pipeline.search.network_loss import NetworkLoss
+from cobla_onnx.pipeline.search.network_loss import NetworkLoss, Path
 from cobla_onnx.pipeline.search.output import search_by_output
 from cobla_onnx.pipeline.search.problem import Problem, SearchResult
 from cobla_onnx.pipeline.search.rivals import Rivals
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.base import Asked
+from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
 from tests.builders import random_array, small_network
 from tests.calibration.evaluation.test_probe import samples
 
@@ -351,3 +361,32 @@ def test_the_gradient_probe_against_differences(loss):
             either.append(probe.loss({**weights, index: (moved, None)}))
         expected = (either[0] - either[1]) / (2 * length)
         assert float(np.vdot(slope, direction)) == pytest.approx(expected, rel=0.05)
+
+
+def test_slopes_are_taken_at_levels_that_there_are() -> None:
+    """Of bits, nothing lies between two formats; of ranks in bits, few are rounded."""
+    model = small_network()
+    data = samples(20)["x"]
+    dataset = Dataset("test", ({"x": row[None]} for row in data), input_specs(model))
+    asked = Asked("auto", EVERY_RANK, (3, 5, 8))
+    batches = lambda: dataset.batches(dataset.calibration, 8)  # noqa: E731
+    analysis = analyse(model, asked=asked, see=lambda layers: Seen(model, layers, batches))
+    judge = Judge(model, analysis.layers, dataset, 8, "auto", 1)
+    evidence = Evidence(model, analysis, judge, MeasuredModel(model, {}))
+    known: set[tuple[int, int, int]] = set()
+    path = evidence.path()
+
+    def noting(layer: int, curve: int, levels: Sequence[int]) -> list[Pair]:
+        known.update((layer, curve, level) for level in levels)
+        return Path.at(path, layer, curve, levels)
+
+    path.at = noting  # type: ignore[method-assign]
+    separable = WeightError(analysis.curves)
+    objective = NetworkLoss(analysis.curves, path, evidence.gradients, separable)
+    objective.model(masks_of(analysis.curves, [None] * len(analysis.layers)), 1.0)
+    for index, layer in enumerate(analysis.curves):
+        for number, curve in enumerate(layer.curves):
+            asked_for = [level for i, k, level in known if (i, k) == (index, number)]
+            assert asked_for
+            if not curve.nested:
+                assert set(asked_for) <= set(curve.levels.tolist())
