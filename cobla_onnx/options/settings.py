@@ -259,7 +259,7 @@ class Settings:
         "search",
         "keep",
         "--precision",
-        "Whole weights in fewer bits, where that loses less than ranks: auto, or e.g. 8,4.",
+        "Weights and factors in fewer bits, where that loses less: auto, or e.g. 8,4.",
         "keep|auto|LIST",
     )
     rank_multiple: RankMultiple = option(
