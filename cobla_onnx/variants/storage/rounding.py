@@ -27,7 +27,7 @@ __all__ = ["distortion", "mean_squares", "output_error", "round_weight", "unavoi
 # calibration data are shrunk already, by as much as they are uncertain.
 DAMPING = 0.001
 # Columns whose errors are passed on at a time, as a matrix product.
-BLOCK = 128
+BLOCK = 32
 # Weights that are rounded at a time, in double precision.
 AT_ONCE = 1 << 22
 # Sweeps of coordinate descent.
@@ -35,6 +35,8 @@ SWEEPS = 3
 # Scales that are tried, as multiples of the row's root mean square, or, with integers as levels,
 # of the scale that just holds its largest weight.
 FITTED, INTEGER = (0.8, 0.9, 1.0, 1.1, 1.2), (0.85, 0.9, 0.95, 1.0)
+# Scales that are tried with compensation, as multiples of the best one without.
+NEAR = (0.9, 1.0, 1.1)
 
 
 def round_weight(rows: NDArray[Any], second: Float64 | None, bits: int) -> Coded:
@@ -85,7 +87,8 @@ def _rounded(
     best = reduce(partial(_better_rows, rows, second), alone)
     if together is None:
         return best
-    compensated = (Coded(together.codes(levels, rows, each), levels, each) for each in scales)
+    near = ((factor * best.scales).astype(np.float32) for factor in NEAR)
+    compensated = (Coded(together.codes(levels, rows, each), levels, each) for each in near)
     # What is rounded one by one takes part, so that the result is never worse than that.
     return together.descended(reduce(partial(_better_rows, rows, second), compensated, best), rows)
 
@@ -166,7 +169,11 @@ def _nearest_codes(
 
 
 class _Compensated:
-    """Rounds the weights of a row together, under a second moment."""
+    """Rounds the weights of a row together, under a second moment.
+
+    Columns are the leading axis here, in the order in which they are rounded, so that each of
+    them lies together in memory; and rows are divided by their scales.
+    """
 
     def __init__(self, second: Float64) -> None:
         size = second.shape[1]
@@ -184,43 +191,49 @@ class _Compensated:
     ) -> NDArray[np.uint8]:
         """Round column by column, the error of each taken from those that are left."""
         known = levels.astype(np.float64)
-        rest = _reordered(rows, self._order, 2)
-        codes = np.zeros(rows.shape, np.uint8)
-        size, wide = rows.shape[2], scales.astype(np.float64)
-        for begin in range(0, size, BLOCK):
-            end = min(begin + BLOCK, size)
-            block, upper = rest[:, :, begin:end], self.upper[:, begin:end, begin:end]
-            errors = np.empty_like(block)
+        between = (known[1:] + known[:-1]) / 2
+        rest = self._columns(_unscaled(rows, scales))
+        codes = np.zeros(rest.shape, np.uint8)
+        for begin in range(0, len(rest), BLOCK):
+            end = min(begin + BLOCK, len(rest))
+            block, errors = rest[begin:end], np.empty((end - begin, *rest.shape[1:]))
+            upper = self.upper[:, begin:end, begin:end].transpose(1, 2, 0)[..., None]
             for k in range(end - begin):
-                column = block[:, :, k]
-                found = nearest(known, _unscaled(column, wide))
-                codes[:, :, begin + k] = found
-                errors[:, :, k] = (column - known[found] * wide) / upper[:, None, k, k]
-                block[:, :, k + 1 :] -= errors[:, :, k, None] * upper[:, None, k, k + 1 :]
-            rest[:, :, end:] -= errors @ self.upper[:, begin:end, end:]
+                found = np.searchsorted(between, block[k])
+                codes[begin + k] = found
+                errors[k] = (block[k] - known[found]) / upper[k, k]
+                block[k + 1 :] -= errors[k] * upper[k, k + 1 :]
+            if end < len(rest):
+                _subtract(rest[end:], self.upper[:, begin:end, end:], errors)
         return self._back(codes)
 
     def descended(self, coded: Coded, rows: Float64) -> Coded:
         """Move every weight to its best level given all others, until none moves."""
-        levels, scales = coded.levels.astype(np.float64), coded.scales.astype(np.float64)
-        codes = _reordered(coded.codes, self._order, 2)
-        current = levels[codes] * scales[:, :, None]
-        slopes = (current - _reordered(rows, self._order, 2)) @ self._damped
+        levels = coded.levels.astype(np.float64)
+        codes = self._columns(coded.codes)
+        current = levels[codes]
+        slopes = np.zeros_like(current)
+        _subtract(slopes, self._damped, self._columns(_unscaled(rows, coded.scales)) - current)
         for _ in range(SWEEPS):
             moved = False
-            for begin in range(0, rows.shape[2], BLOCK):
-                end = min(begin + BLOCK, rows.shape[2])
-                steps = self._descend(slice(begin, end), slopes, current, codes, (levels, scales))
+            for begin in range(0, len(codes), BLOCK):
+                end = min(begin + BLOCK, len(codes))
+                steps = self._descend(slice(begin, end), slopes, current, codes, levels)
                 if steps.any():
-                    slopes += steps @ self._damped[:, begin:end]
+                    _subtract(slopes, self._damped[:, begin:end], -steps)
                     moved = True
             if not moved:
                 break
         return Coded(self._back(codes), coded.levels, coded.scales)
 
+    def _columns(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Put the columns first, in the order of rounding; shape (size, groups, outputs)."""
+        return np.ascontiguousarray(_reordered(rows, self._order, 2).transpose(2, 0, 1))
+
     def _back(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Put columns in the order of the weight again."""
-        return _reordered(codes, np.argsort(self._order, axis=1), 2)
+        inverse = np.argsort(self._order, axis=1)
+        return np.ascontiguousarray(_reordered(codes.transpose(1, 2, 0), inverse, 2))
 
     def _descend(
         self,
@@ -228,24 +241,29 @@ class _Compensated:
         slopes: Float64,
         current: Float64,
         codes: NDArray[np.uint8],
-        values: tuple[Float64, Float64],
+        levels: Float64,
     ) -> Float64:
         """Move the weights of a block of columns, one column after the other; return by how much.
 
-        `values` are levels and scales. `current` and `codes` are changed in place, `slopes` is
-        left to the caller.
+        `current` and `codes` are changed in place, `slopes` is left to the caller.
         """
-        levels, scales = values
-        block, damped = slopes[:, :, part].copy(), self._damped[:, part, part]
-        steps, weights, its_codes = np.zeros_like(block), current[:, :, part], codes[:, :, part]
-        for k in range(block.shape[2]):
-            best = weights[:, :, k] - block[:, :, k] / damped[:, None, k, k]
-            found = nearest(levels, _unscaled(best, scales))
-            steps[:, :, k] = levels[found] * scales - weights[:, :, k]
-            its_codes[:, :, k] = found
-            weights[:, :, k] += steps[:, :, k]
-            block += steps[:, :, k, None] * damped[:, None, k]
+        between = (levels[1:] + levels[:-1]) / 2
+        block, damped = slopes[part].copy(), self._damped[:, part, part]
+        damped = damped.transpose(1, 2, 0)[..., None]
+        steps, weights, its_codes = np.empty_like(block), current[part], codes[part]
+        for k in range(len(block)):
+            found = np.searchsorted(between, weights[k] - block[k] / damped[k, k])
+            its_codes[k] = found
+            steps[k] = levels[found] - weights[k]
+            weights[k] += steps[k]
+            block[k + 1 :] += steps[k] * damped[k, k + 1 :]
         return steps
+
+
+def _subtract(rest: Float64, matrix: Float64, errors: Float64) -> None:
+    """Take ``errors`` (columns, groups, outputs), through a matrix for each group, from `rest`."""
+    for group, its in enumerate(matrix):
+        rest[:, group] -= its.T @ errors[:, group]
 
 
 def _unscaled(values: NDArray[Any], scales: NDArray[Any]) -> Float64:
