@@ -87,6 +87,30 @@ class Joint:
         """E[(y - E y) (x - E x)^T], for layers whose bias absorbs the means."""
         return self.cross - self.mean[:, :, None] * self.inputs.mean[:, None, :]
 
+    def squared_error(
+        self,
+        rows: NDArray[Any],
+        bias: NDArray[Any] | None = None,
+        importance: NDArray[np.float64] | None = None,
+    ) -> float:
+        """Return E||y - rows x - bias||^2 but for E||y||^2, which no map of the inputs changes.
+
+        Parameters
+        ----------
+        rows : array, shape (groups, outputs, size)
+        bias : array of groups * outputs entries, optional
+        importance : float64 array, shape (groups * outputs,), optional
+            Weight of the squared error of each output.
+        """
+        each = np.einsum("gos,gos->go", rows @ self.inputs.second - 2 * self.cross, rows)
+        if bias is not None:
+            shift = bias.reshape(self.mean.shape)
+            reached = np.einsum("gos,gs->go", rows, self.inputs.mean)
+            each = each + shift * (shift + 2 * (reached - self.mean))
+        if importance is not None:
+            each = each * importance.reshape(each.shape)
+        return float(each.sum())
+
 
 class MomentSum:
     """Accumulates vectors to a `Moment`.

@@ -326,6 +326,37 @@ def test_joint_moments_are_blocks_of_the_moment_of_stacked_vectors(
     assert found.inputs.count == samples * each
 
 
+@given(
+    groups=st.integers(1, 2),
+    size=st.integers(1, 5),
+    outputs=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    biased=st.booleans(),
+    weighted=st.booleans(),
+)
+def test_errors_of_maps_follow_from_joint_moments(
+    groups: int, size: int, outputs: int, seed: int, biased: bool, weighted: bool
+) -> None:
+    """All errors lack the same part, that of a map to nothing."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(groups, size, 12)) + 1.0
+    wanted = rng.normal(size=(groups, outputs, 12)) - 2.0
+    sums = JointSum(groups, size, outputs)
+    sums.add(inputs, wanted)
+    rows = rng.normal(size=(groups, outputs, size))
+    bias = rng.normal(size=groups * outputs) if biased else None
+    importance = rng.uniform(0.1, 2.0, groups * outputs) if weighted else None
+    missed = wanted - rows @ inputs
+    if bias is not None:
+        missed -= bias.reshape(groups, outputs, 1)
+    counted = np.ones((groups, outputs, 1))
+    if importance is not None:
+        counted = importance.reshape(groups, outputs, 1)
+    expected = (counted * (np.square(missed) - np.square(wanted))).sum() / 12
+    found = sums.joint().squared_error(rows, bias, importance)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
 @given(groups=st.integers(1, 2), size=st.integers(1, 6), seed=st.integers(0, 99))
 def test_a_part_is_subtracted_from_a_moment(groups: int, size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
