@@ -328,6 +328,37 @@ def test_joint_moments_are_blocks_of_the_moment_of_stacked_vectors(
 
 @given(
     groups=st.integers(1, 2),
+    size=st.integers(1, 6),
+    outputs=st.integers(1, 6),
+    scale=st.sampled_from([1e-3, 1.0, 1e4]),
+    seed=st.integers(0, 99),
+)
+def test_products_in_single_precision_err_by_its_rounding(
+    groups: int, size: int, outputs: int, scale: float, seed: int
+) -> None:
+    """Relative to the vectors' lengths, however different those of the entries are."""
+    rng = np.random.default_rng(seed)
+    inputs = (rng.normal(size=(groups, size, 40)) + 1.0).astype(np.float32)
+    inputs[:, 0] *= scale
+    wanted = rng.normal(size=(groups, outputs, 40)).astype(np.float32)
+    sums = [JointSum(groups, size, outputs, exact) for exact in (True, False)]
+    for total in sums:
+        total.add(inputs[:, :, :15], wanted[:, :, :15], 5)
+        total.add(inputs[:, :, 15:], wanted[:, :, 15:], 5)
+    exact, rounded = (total.joint() for total in sums)
+    lengths, its = (np.sqrt(np.square(v, dtype=float).mean(axis=2)) for v in (inputs, wanted))
+    for found, known, size_of in (
+        (rounded.inputs.second, exact.inputs.second, lengths[:, :, None] * lengths[:, None, :]),
+        (rounded.cross, exact.cross, its[:, :, None] * lengths[:, None, :]),
+    ):
+        assert (np.abs(found - known) <= 1e-6 * size_of).all()
+    np.testing.assert_array_equal(rounded.inputs.mean, exact.inputs.mean)
+    np.testing.assert_array_equal(rounded.mean, exact.mean)
+    np.testing.assert_allclose(rounded.inputs.effective, exact.inputs.effective, rtol=1e-3)
+
+
+@given(
+    groups=st.integers(1, 2),
     size=st.integers(1, 5),
     outputs=st.integers(1, 4),
     seed=st.integers(0, 99),

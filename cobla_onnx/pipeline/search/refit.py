@@ -7,27 +7,24 @@ Whether the network gains is asked a few times on the way, after about as many l
 
 from __future__ import annotations
 
+import copy
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store
-from cobla_onnx.calibration.evaluation.probe import Probe
-from cobla_onnx.calibration.moments import parts_of
-from cobla_onnx.calibration.patches import ReadPatch, finite_outputs, patch_of
-from cobla_onnx.calibration.positions import Chosen, choose_positions, sample_seeds
+from cobla_onnx.calibration.evaluation.probe import Pair, Probe, Weights
+from cobla_onnx.calibration.patches import ReadPatch, patch_of
+from cobla_onnx.calibration.positions import Chosen
 from cobla_onnx.calibration.statistics import WIDE
-from cobla_onnx.calibration.sums import Joint, JointSum
-from cobla_onnx.graph.layers import Layer, Use, read_weight
-from cobla_onnx.graph.subgraph import expose, reached_from
-from cobla_onnx.runtime.pool import open_pool
+from cobla_onnx.calibration.sums import Joint
+from cobla_onnx.graph.layers import Layer, read_weight
+from cobla_onnx.pipeline.search.walk import VectorPair, Walk
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.base import Approximation
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
@@ -39,27 +36,10 @@ from cobla_onnx.variants.registry import require_family
 
 __all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
 
-Pairing: TypeAlias = Callable[[NDArray[Any], NDArray[Any], Chosen], "Iterator[VectorPair]"]
-"""Yields a layer's input vectors beside its outputs, from one batch of both tensors."""
-
-VectorPair: TypeAlias = tuple[Float64, NDArray[Any]]
-"""Input and output vectors at the same positions, shapes (groups, size or outputs, positions)."""
-
-Item = TypeVar("Item")
-
-_Sums: TypeAlias = tuple[JointSum, JointSum]
-"""Over the calibration split, and over the samples held back."""
-
-Seeded: TypeAlias = tuple[tuple[Feeds, Feeds], tuple[int, ...]]
-"""A batch's tensors in the original and in the compressed model, and its samples' seeds."""
-
 # Strengths of the ridge towards the original weight; that with the least held-back error is used.
 RIDGES = (0.1, 0.01)
 # Times that the loss of the whole network is measured on the way.
 CHECKS = 8
-# Vectors for each of a layer's inputs that a regression gets, over all samples, and the least
-# number of a sample's: the excess error of least squares is about 1 / `VECTORS`.
-VECTORS, LEAST_VECTORS = 32, 64
 
 
 @dataclass(frozen=True)
@@ -121,25 +101,29 @@ def refit_layers(
     """
     order = sorted(range(len(chosen)), key=lambda i: chosen[i].layer.uses[0].node)
     current = [entry.approximation for entry in chosen]
-    best = selection.loss(replaced_weights(chosen, current))
+    weights = replaced_weights(chosen, current)
+    best = selection.loss(weights)
     selection.rest()
-    walk = _Walk(model, chosen, batches, selection.batches, threads)
+    layers = {entry.index: entry.layer for entry in chosen}
+    walk = Walk(model, layers, batches, selection.batches, threads)
     able = [i for i in order if _refits(chosen[i]) and walk.is_moved(chosen[i].layer)]
     done = 0
     for section in _sections(able):
-        start, before = walk.place, list(current)
+        start, before, before_weights = walk.place, list(current), dict(weights)
         for position in section:
             progress(done, len(able))
-            current[position] = _Refit(model, chosen[position]).best(walk, current)
+            entry = chosen[position]
+            current[position] = made = _Refit(model, entry).best(walk, weights)
+            weights |= replaced_weights([entry], [made])
             done += 1
         if all(current[position] is before[position] for position in section):
             continue
-        loss = selection.loss(replaced_weights(chosen, current))
+        loss = selection.loss(weights)
         selection.rest()
         if loss < best:
             best = loss
         else:
-            current, walk.place = before, start
+            current, weights, walk.place = before, before_weights, start
     progress(len(able), len(able))
     kept = sum(made is not entry.approximation for made, entry in zip(current, chosen, strict=True))
     return current, kept
@@ -159,142 +143,18 @@ def _sections(items: Sequence[int]) -> Iterator[Sequence[int]]:
 
 def replaced_weights(
     chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]
-) -> dict[int, tuple[NDArray[Any], NDArray[Any] | None]]:
-    """Approximated weight and bias of each chosen layer, in the form that `Probe` takes."""
-    return {
-        entry.index: (found.weight, found.bias)
-        for entry, found in zip(chosen, approximations, strict=True)
-    }
+) -> dict[int, Pair]:
+    """Approximated weight and bias of each chosen layer, in the form that `Probe` takes.
 
-
-class _Walk:
-    """Both models, original and compressed, with the tensors of all samples before a layer.
-
-    Attributes
-    ----------
-    place : tuple of Frontier
-        How far the samples are in the original and in the compressed model.
+    In the types of the layers: in double precision all of them are several times the model.
     """
-
-    def __init__(
-        self,
-        model: onnx.ModelProto,
-        chosen: Sequence[ChosenLayer],
-        batches: Callable[[], Iterable[Feeds]],
-        held_back: Iterable[Feeds],
-        threads: int,
-    ) -> None:
-        self._model, self._chosen, self._threads = model, chosen, threads
-        self._seeds = [sample_seeds(feeds) for feeds in batches()]
-        self._made = len(self._seeds)
-        self._samples = sum(map(len, self._seeds))
-        self._seeds += [sample_seeds(feeds) for feeds in held_back]
-        self._exposed = expose(model, [entry.layer for entry in chosen], as_inputs=False)
-
-        def every() -> Iterable[Feeds]:
-            return itertools.chain(batches(), held_back)
-
-        self.place = Frontier(model, every), Frontier(self._exposed.model, every)
-        self._moved = reached_from(self._exposed.model, self._exposed.weights)
-
-    def is_moved(self, layer: Layer) -> bool:
-        """Whether any approximated layer comes before this one."""
-        return any(use.data in self._moved for use in layer.uses)
-
-    def joint(
-        self, layer: Layer, current: Sequence[Approximation], pairing: Sequence[Pairing]
-    ) -> tuple[Joint, Joint]:
-        """Moments of (inputs after compression, original outputs), over all uses of a layer.
-
-        All samples are advanced to its first use. The second moments are of the samples held back.
-        """
-        weights = self._feeds(current)
-        places = self.place
-        sums: list[_Sums] = []
-        for use, paired in zip(layer.uses, pairing, strict=True):
-            found, places = self._see(layer, use, paired, places, weights)
-            sums.append(found)
-            if use is layer.uses[0]:
-                self.place = places
-        made, held_back = sums[0]
-        for more_made, more_held_back in sums[1:]:
-            made.merge(more_made)
-            held_back.merge(more_held_back)
-        return made.joint(), held_back.joint()
-
-    def _feeds(self, current: Sequence[Approximation]) -> dict[str, NDArray[Any]]:
-        """Weights and biases of all chosen layers, by their input names in the exposed model."""
-        feeds: dict[str, NDArray[Any]] = {}
-        names = zip(self._exposed.weights, self._exposed.biases, strict=True)
-        for entry, found, (weight, bias) in zip(self._chosen, current, names, strict=True):
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(entry.layer.type)
-            feeds[weight] = found.weight.astype(dtype)
-            if bias is not None and found.bias is not None:
-                feeds[bias] = found.bias.astype(dtype)
-        return feeds
-
-    def _see(
-        self,
-        layer: Layer,
-        use: Use,
-        paired: Pairing,
-        places: tuple[Frontier, Frontier],
-        weights: dict[str, NDArray[Any]],
-    ) -> tuple[_Sums, tuple[Frontier, Frontier]]:
-        """Sum over the samples at one use; also return the frontiers before it."""
-        original, compressed = places
-        crossing = original.crossing(use.node), compressed.crossing(use.node)
-        stores = Store(), Store()
-        right = original.taps([*crossing[0], use.output])
-        left = compressed.taps([*crossing[1], use.data], weights)
-        patch = patch_of(self._model, layer, use)
-        most = max(LEAST_VECTORS, math.ceil(VECTORS * patch.size / self._samples))
-
-        def add_up(part: list[Seeded]) -> tuple[JointSum, list[list[Feeds]]]:
-            total: JointSum | None = None
-            moved = []
-            for pair, seeds in part:
-                given, read = right.run(pair[0]), left.run(pair[1])
-                chosen = choose_positions(patch, read[use.data], seeds, most)
-                wanted = finite_outputs(given[use.output])
-                for vectors, outputs in paired(read[use.data], wanted, chosen):
-                    groups, size = vectors.shape[:2]
-                    total = total or JointSum(groups, size, outputs.shape[1])
-                    total.add(vectors, outputs, chosen.each, chosen.share)
-                values = zip((given, read), crossing, strict=True)
-                moved.append([{name: found[name] for name in names} for found, names in values])
-            assert total is not None
-            return total, moved
-
-        totals: list[JointSum | None] = [None, None]
-        pairs = zip(original.batches(), compressed.batches(), strict=True)
-        seeded = zip(pairs, self._seeds, strict=True)
-        # Splits of the units, in their order.
-        numbers = (len(list(parts_of(split))) for split in self._split(self._seeds))
-        of_split = [number for number, count in enumerate(numbers) for _ in range(count)]
-        with open_pool(self._threads) as pool:
-            units = (part for split in self._split(seeded) for part in parts_of(split))
-            found_units = pool.map(add_up, units, self._threads)
-            for split, (found, moved) in zip(of_split, found_units, strict=True):
-                total = totals[split]
-                if total is None:
-                    totals[split] = found
-                else:
-                    total.merge(found)
-                for batch in moved:
-                    for store, values in zip(stores, batch, strict=True):
-                        store.put(values)
-        made, held_back = totals
-        assert made is not None
-        assert held_back is not None
-        moved_to = original.moved_to(stores[0]), compressed.moved_to(stores[1])
-        return (made, held_back), moved_to
-
-    def _split(self, batches: Iterable[Item]) -> Iterator[Iterable[Item]]:
-        """Part what belongs to the calibration split's batches from what follows."""
-        rest = iter(batches)
-        yield itertools.islice(rest, self._made)
-        yield rest
+    found: dict[int, Pair] = {}
+    for entry, approximation in zip(chosen, approximations, strict=True):
+        # The approximation itself would keep what it multiplies out.
+        made = copy.copy(approximation)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(entry.layer.type)
+        found[entry.index] = np.asarray(made.weight, dtype), made.bias
+    return found
 
 
 class _Refit:
@@ -304,7 +164,7 @@ class _Refit:
         self._model, self._entry = model, entry
         self._patches = [patch_of(model, entry.layer, use) for use in entry.layer.uses]
 
-    def best(self, walk: _Walk, current: Sequence[Approximation]) -> Approximation:
+    def best(self, walk: Walk, weights: Weights) -> Approximation:
         """Refit the layer under each ridge; return the best, or what there was if none is better.
 
         By the error of the layer's outputs on the samples held back.
@@ -318,7 +178,10 @@ class _Refit:
             first, last = inputs_first(entry.form, old.factors)
             rows = last.swapaxes(1, 2)
         pairing = [partial(_paired, patch, first) for patch in self._patches]
-        joint, held_back = walk.joint(entry.layer, current, pairing)
+        # The ridge is far above the rounding of single precision. Where the second factor moves
+        # over several positions, its normal equations have none.
+        exact = entry.form.offsets > 1 or entry.layer.type == onnx.TensorProto.DOUBLE
+        joint, held_back = walk.joint(entry.layer, weights, pairing, exact)
         inputs = joint.inputs
         own_bias = old.bias is not None
         inner, cross = shrink_joint(
@@ -329,7 +192,7 @@ class _Refit:
             np.zeros_like(inputs.mean) if own_bias else inputs.mean,
         )
         best: Approximation = old
-        least = self._error(held_back, old, first)
+        least = self._error(held_back, copy.copy(old), first)
         for ridge in RIDGES:
             if first is None:
                 factors = refit(
@@ -340,7 +203,8 @@ class _Refit:
             made = self._approximation(factors, joint, first)
             error = self._error(held_back, made, first)
             if error < least:
-                best, least = made, error
+                # Another one, which does not keep what is multiplied out.
+                best, least = replace(made), error
         return best
 
     def _approximation(
@@ -382,9 +246,7 @@ def _paired(
         outputs = outputs[:, :, chosen.index]
     done = 0
     for vectors in patch.vectors(data, chosen.index, chosen.each):
-        wide = vectors.astype(np.float64)
-        if first is not None:
-            wide = first.swapaxes(1, 2) @ wide
-        count = wide.shape[2]
-        yield wide, outputs[:, :, done : done + count]
+        read = vectors if first is None else first.swapaxes(1, 2) @ vectors.astype(np.float64)
+        count = read.shape[2]
+        yield read, outputs[:, :, done : done + count]
         done += count

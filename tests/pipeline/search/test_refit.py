@@ -12,6 +12,7 @@ from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.pipeline.search import refit
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.refit import ChosenLayer, refit_layers, replaced_weights
+from cobla_onnx.pipeline.search.walk import Walk
 from tests.builders import small_network
 from tests.pipeline.search.test_network_loss import evidence_for
 
@@ -69,15 +70,15 @@ def test_a_section_that_does_not_help_the_network_goes_back(
         asked.append(weights)
         return np.inf if len(asked) == 2 else loss(self, weights)
 
-    joint = refit._Walk.joint
+    joint = Walk.joint
 
-    def noticed(self, layer, current, pairing):
-        found = joint(self, layer, current, pairing)
+    def noticed(self, layer, *arguments):
+        found = joint(self, layer, *arguments)
         seen.append((layer.name, found[0].inputs.second))
         return found
 
     monkeypatch.setattr(Probe, "loss", refuse_the_first)
-    monkeypatch.setattr(refit._Walk, "joint", noticed)
+    monkeypatch.setattr(Walk, "joint", noticed)
     found, _ = _refitted(finisher, chosen)
     first, last = seen[0][0], seen[-1]
     changed = [e.layer.name for e, a in zip(chosen, found, strict=True) if a is not e.approximation]
