@@ -16,7 +16,7 @@ from cobla_onnx.calibration.evaluation.deviation import rounding_error
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.io.model_file import copy_without_initializers, stored_bytes
 from cobla_onnx.graph.layers import Layer, all_inputs
-from cobla_onnx.runtime.session import Feeds, open_session, run_session
+from cobla_onnx.runtime.session import BY_FILE, Feeds, open_session, run_session
 from cobla_onnx.runtime.temporary import temporary_folder
 from cobla_onnx.text import quoted
 
@@ -37,8 +37,11 @@ MEMORY = 2_000_000_000
 # Bytes of Python and its libraries, and of everything that does not grow with the samples, such as
 # chunks of vectors in double precision.
 PROCESS = 600_000_000
-# Number of copies of the weights: the model's, and those of sessions.
+# Number of copies of the weights: the model's, and those of factors and of parts of it.
 COPIES = 2
+# Copies for each unit of work, where they are not mapped from a file: a session holds the weights
+# once, and while it is opened twice. As many units as that run at a time on any machine.
+SESSION_COPIES, UNITS = 2, 2
 # Bytes for each byte of a compared output, in double precision, where a sample of it is larger
 # than the chunk that is compared at a time.
 COMPARED, CHUNK = 12, 1 << 24
@@ -149,8 +152,8 @@ def choose_batching(
 
     One run, with the tensors that are read from it, gets a third of the room; tensors of a single
     sample that exceed it are read in several runs. The room is the limit less the process itself
-    and copies of the weights. It never depends on the machine's free memory, so that batches are
-    the same everywhere.
+    and copies of the weights, those of two sessions at a time among them. It never depends on the
+    machine's free memory, so that batches are the same everywhere.
 
     Parameters
     ----------
@@ -170,7 +173,10 @@ def choose_batching(
     weights = stored_bytes(model)
     outputs = [sizes.tensors.get(value.name, 0) for value in measured.graph.output]
     fixed = PROCESS + COPIES * weights + COMPARED * max([0, *(n - CHUNK for n in outputs)])
-    room = max((weights + MEMORY if limit is None else limit) - fixed, 0)
+    # Sessions map weights that they get in a file.
+    session = 0 if weights >= BY_FILE else SESSION_COPIES * weights
+    beside = (weights + MEMORY if limit is None else limit) - fixed
+    room = max(beside - UNITS * session, 0)
     share = room // 3
     inputs, made = _tensors(layers, sizes)
     # Tensors that are read exist twice: in onnxruntime and in numpy.
@@ -185,12 +191,13 @@ def choose_batching(
         if mixed:
             size = 1
             notes.append(f"samples run one at a time: {mixed}")
-    if each > room:
+    if each > beside - session:
+        needed = fixed + session + each
         notes.append(
-            f"--memory-limit is below what a run takes, about {(fixed + each) / 1e9:.1f} GB, "
+            f"--memory-limit is below what a run takes, about {needed / 1e9:.1f} GB, "
             f"{each / 1e6:.3g} MB of it for one sample"
         )
-    at_once = max(1, 2 * room // (3 * size * each))
+    at_once = max(1, 2 * beside // (3 * size * each + 2 * session))
     return Batching(
         size,
         at_once,

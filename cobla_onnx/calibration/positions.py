@@ -66,7 +66,9 @@ def _content(arrays: Sequence[NDArray[Any]]) -> int:
     return seed
 
 
-def choose_positions(patch: Patch, data: NDArray[Any], seeds: Sequence[int]) -> Chosen:
+def choose_positions(
+    patch: Patch, data: NDArray[Any], seeds: Sequence[int], most: int | None = None
+) -> Chosen:
     """Choose vectors of a batch; all of them if there are few.
 
     Parameters
@@ -76,6 +78,8 @@ def choose_positions(patch: Patch, data: NDArray[Any], seeds: Sequence[int]) -> 
         The tensor from which the patch takes vectors.
     seeds : sequence of int
         One for each sample.
+    most : int, optional
+        Most vectors of a sample, where still fewer are enough.
     """
     total = patch.positions(data)
     if total % len(seeds):
@@ -83,6 +87,7 @@ def choose_positions(patch: Patch, data: NDArray[Any], seeds: Sequence[int]) -> 
         seeds = seeds[:1]
     whole = total // len(seeds)
     each = max(LEAST, NUMBERS // (patch.groups * patch.size))
+    each = each if most is None else min(each, most)
     if whole <= each:
         return Chosen(None, max(whole, 1), 1.0)
     # Ends of the stretches; an offset below each length is drawn.

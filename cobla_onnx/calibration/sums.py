@@ -87,6 +87,30 @@ class Joint:
         """E[(y - E y) (x - E x)^T], for layers whose bias absorbs the means."""
         return self.cross - self.mean[:, :, None] * self.inputs.mean[:, None, :]
 
+    def squared_error(
+        self,
+        rows: NDArray[Any],
+        bias: NDArray[Any] | None = None,
+        importance: NDArray[np.float64] | None = None,
+    ) -> float:
+        """Return E||y - rows x - bias||^2 but for E||y||^2, which no map of the inputs changes.
+
+        Parameters
+        ----------
+        rows : array, shape (groups, outputs, size)
+        bias : array of groups * outputs entries, optional
+        importance : float64 array, shape (groups * outputs,), optional
+            Weight of the squared error of each output.
+        """
+        each = np.einsum("gos,gos->go", rows @ self.inputs.second - 2 * self.cross, rows)
+        if bias is not None:
+            shift = bias.reshape(self.mean.shape)
+            reached = np.einsum("gos,gs->go", rows, self.inputs.mean)
+            each = each + shift * (shift + 2 * (reached - self.mean))
+        if importance is not None:
+            each = each * importance.reshape(each.shape)
+        return float(each.sum())
+
 
 class MomentSum:
     """Accumulates vectors to a `Moment`.
@@ -96,12 +120,19 @@ class MomentSum:
     groups, size : int
     parts : sequence of int64 array, optional
         Disjoint sets of the entries that are not 0 in vectors of each phase; for one group.
+    exact : bool
+        Whether products are taken in double precision; otherwise in single precision, chunk by
+        chunk, and added in double precision.
     """
 
     def __init__(
-        self, groups: int, size: int, parts: Sequence[NDArray[np.int64]] | None = None
+        self,
+        groups: int,
+        size: int,
+        parts: Sequence[NDArray[np.int64]] | None = None,
+        exact: bool = True,
     ) -> None:
-        self._parts = parts
+        self._parts, self._exact = parts, exact
         # Products between different parts are 0.
         self._blocks = (
             [np.zeros((size, size)) for _ in range(groups)]
@@ -163,7 +194,8 @@ class MomentSum:
         """Add vectors as columns to sums; those of each sample begin at one of `starts`."""
         # Contiguous double precision: numpy then uses the symmetric product.
         wide = np.ascontiguousarray(block, np.float64)
-        second += wide @ wide.T
+        factor = wide if self._exact else np.ascontiguousarray(block, np.float32)
+        second += factor @ factor.T
         total += wide.sum(axis=1)
         squares = np.einsum("sp,sp->p", wide, wide)
         self._fourth[group] += squares @ squares
@@ -232,16 +264,19 @@ class JointSum:
     Parameters
     ----------
     groups, size, outputs : int
+    exact : bool
+        As for `MomentSum`.
     """
 
-    def __init__(self, groups: int, size: int, outputs: int) -> None:
-        self._inputs = MomentSum(groups, size)
+    def __init__(self, groups: int, size: int, outputs: int, exact: bool = True) -> None:
+        self._inputs = MomentSum(groups, size, exact=exact)
+        self._type: type[np.floating[Any]] = np.float64 if exact else np.float32
         self._cross = np.zeros((groups, outputs, size))
         self._total = np.zeros((groups, outputs))
 
     def add(
         self,
-        vectors: NDArray[np.float64],
+        vectors: NDArray[Any],
         outputs: NDArray[Any],
         each: int = 1,
         share: float = 1.0,
@@ -251,9 +286,9 @@ class JointSum:
         `each` and `share` are those of `MomentSum.add`.
         """
         self._inputs.add(vectors, each, share)
-        wide = outputs.astype(np.float64)
-        self._cross += wide @ vectors.swapaxes(1, 2)
-        self._total += wide.sum(axis=2)
+        left, right = (array.astype(self._type, copy=False) for array in (outputs, vectors))
+        self._cross += left @ right.swapaxes(1, 2)
+        self._total += outputs.sum(axis=2, dtype=np.float64)
 
     def merge(self, other: JointSum) -> None:
         """Add another sum."""

@@ -29,6 +29,7 @@ from cobla_onnx.text import quoted, safe_text
 from cobla_onnx.wording import option_name
 
 __all__ = [
+    "BY_FILE",
     "Feeds",
     "first_line",
     "measured_shapes",

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from cobla_onnx import Budget, compare, compress
+from cobla_onnx.calibration import batching
 from cobla_onnx.calibration.batching import TapLimit, choose_batching, mixes_samples, run_sizes
 from cobla_onnx.calibration.data.dataset import Dataset, input_specs
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import UsageError
+from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.options import Settings, memory_bytes
 from cobla_onnx.pipeline.verification import verify
@@ -161,6 +163,29 @@ def test_the_batch_falls_with_the_limit():
         assert sizes[-1] == 16
         (note,) = _chosen(model, dataset, 100 * 10**6).notes
         assert "--memory-limit" in note
+
+
+@pytest.mark.parametrize("limit", ["30MB", "60MB", "200MB", "1GB"])
+def test_sessions_at_a_time_hold_their_copies_of_the_weights_within_the_limit(monkeypatch, limit):
+    monkeypatch.setattr(batching, "PROCESS", 1_000_000)
+    model = _pictures(16)
+    model.graph.node[-1].output[0] = "p"
+    model.graph.node.append(helper.make_node("Flatten", ["p"], ["f"], "flat"))
+    model.graph.node.append(helper.make_node("MatMul", ["f", "large"], ["y"], "head"))
+    model.graph.initializer.append(numpy_helper.from_array(_data(32, 40_000), "large"))
+    weights = stored_bytes(model)
+    assert weights > 5_000_000
+    dataset = _dataset(model, _data(40, 3, 16, 16))
+    found = _chosen(model, dataset, memory_bytes(limit))
+    sizes = run_sizes(model, {"x": _data(1, 3, 16, 16)}, 1)
+    held = batching.COPIES * weights + batching.PROCESS
+    each = batching.SESSION_COPIES * weights + found.size * sizes.peak
+    assert found.at_once == 1 or held + found.at_once * each <= memory_bytes(limit)
+    # Two units run wherever there is room for their sessions.
+    assert found.at_once >= 2 or memory_bytes(limit) < held + 2 * batching.SESSION_COPIES * weights
+    monkeypatch.setattr(batching, "BY_FILE", 1)
+    # Mapped weights are not counted.
+    assert _chosen(model, dataset, memory_bytes(limit)).size >= found.size
 
 
 def test_outputs_that_do_not_follow_from_the_samples_do_not_count():

@@ -326,6 +326,68 @@ def test_joint_moments_are_blocks_of_the_moment_of_stacked_vectors(
     assert found.inputs.count == samples * each
 
 
+@given(
+    groups=st.integers(1, 2),
+    size=st.integers(1, 6),
+    outputs=st.integers(1, 6),
+    scale=st.sampled_from([1e-3, 1.0, 1e4]),
+    seed=st.integers(0, 99),
+)
+def test_products_in_single_precision_err_by_its_rounding(
+    groups: int, size: int, outputs: int, scale: float, seed: int
+) -> None:
+    """Relative to the vectors' lengths, however different those of the entries are."""
+    rng = np.random.default_rng(seed)
+    inputs = (rng.normal(size=(groups, size, 40)) + 1.0).astype(np.float32)
+    inputs[:, 0] *= scale
+    wanted = rng.normal(size=(groups, outputs, 40)).astype(np.float32)
+    sums = [JointSum(groups, size, outputs, exact) for exact in (True, False)]
+    for total in sums:
+        total.add(inputs[:, :, :15], wanted[:, :, :15], 5)
+        total.add(inputs[:, :, 15:], wanted[:, :, 15:], 5)
+    exact, rounded = (total.joint() for total in sums)
+    lengths, its = (np.sqrt(np.square(v, dtype=float).mean(axis=2)) for v in (inputs, wanted))
+    for found, known, size_of in (
+        (rounded.inputs.second, exact.inputs.second, lengths[:, :, None] * lengths[:, None, :]),
+        (rounded.cross, exact.cross, its[:, :, None] * lengths[:, None, :]),
+    ):
+        assert (np.abs(found - known) <= 1e-6 * size_of).all()
+    np.testing.assert_array_equal(rounded.inputs.mean, exact.inputs.mean)
+    np.testing.assert_array_equal(rounded.mean, exact.mean)
+    np.testing.assert_allclose(rounded.inputs.effective, exact.inputs.effective, rtol=1e-3)
+
+
+@given(
+    groups=st.integers(1, 2),
+    size=st.integers(1, 5),
+    outputs=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    biased=st.booleans(),
+    weighted=st.booleans(),
+)
+def test_errors_of_maps_follow_from_joint_moments(
+    groups: int, size: int, outputs: int, seed: int, biased: bool, weighted: bool
+) -> None:
+    """All errors lack the same part, that of a map to nothing."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(groups, size, 12)) + 1.0
+    wanted = rng.normal(size=(groups, outputs, 12)) - 2.0
+    sums = JointSum(groups, size, outputs)
+    sums.add(inputs, wanted)
+    rows = rng.normal(size=(groups, outputs, size))
+    bias = rng.normal(size=groups * outputs) if biased else None
+    importance = rng.uniform(0.1, 2.0, groups * outputs) if weighted else None
+    missed = wanted - rows @ inputs
+    if bias is not None:
+        missed -= bias.reshape(groups, outputs, 1)
+    counted = np.ones((groups, outputs, 1))
+    if importance is not None:
+        counted = importance.reshape(groups, outputs, 1)
+    expected = (counted * (np.square(missed) - np.square(wanted))).sum() / 12
+    found = sums.joint().squared_error(rows, bias, importance)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
 @given(groups=st.integers(1, 2), size=st.integers(1, 6), seed=st.integers(0, 99))
 def test_a_part_is_subtracted_from_a_moment(groups: int, size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

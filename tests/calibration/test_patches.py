@@ -99,6 +99,23 @@ def test_few_of_many_positions_give_the_moment_and_do_not_depend_on_the_batch(mo
     assert np.linalg.norm(whole - some) < 0.2 * np.linalg.norm(whole)
 
 
+@given(most=st.integers(1, 150), side=st.integers(1, 12), count=st.integers(1, 3))
+def test_no_more_positions_are_chosen_than_are_asked_for(most, side, count):
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "c")
+    shape = (count, 2, side, side)
+    model = model_of([node], {"w": random_array(4, 2, 1, 1)}, {"x": list(shape)}, ["y"])
+    (layer,) = find_layers(model).layers
+    patch, data = patch_of(model, layer, layer.uses[0]), random_array(*shape)
+    chosen = choose_positions(patch, data, sample_seeds({"x": data}), most)
+    assert chosen.each == min(most, side**2)
+    if most < side**2:
+        assert chosen.share == most / side**2
+        assert (np.bincount(chosen.index // side**2, minlength=count) == most).all()
+        assert (np.diff(chosen.index) > 0).all()
+    else:
+        assert chosen.index is None
+
+
 def test_a_layer_seen_by_its_outputs_with_a_suppressed_one():
     """A bias of minus infinity makes an output say nothing; the others are seen as without it."""
     nodes = [

@@ -6,7 +6,6 @@ all candidates, and continues from there for the next layer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -20,13 +19,11 @@ from cobla_onnx.calibration.evaluation.probe import Pair, Probe, Weights
 from cobla_onnx.errors import ModelError
 from cobla_onnx.runtime.session import Feeds
 
-__all__ = ["OnwardProbe", "has_lost"]
+__all__ = ["OnwardProbe"]
 
 # Most bytes of weights with which a session holds all weights but the layer's own: it runs faster
 # then, since onnxruntime packs a copy in the order of its kernels.
 PACKED = 1 << 28
-# Standard errors of a mean difference beyond which a candidate has lost, and least samples.
-DOUBT, LEAST = 3.0, 8
 
 
 class OnwardProbe:
@@ -48,27 +45,6 @@ class OnwardProbe:
     ) -> list[NDArray[np.float64]]:
         """Loss of every sample for each candidate of a layer; advances the samples to it.
 
-        The parameters are those of `race`.
-
-        Returns
-        -------
-        list of float64 array, shape (samples,)
-        """
-        found = self.race(index, candidates, weights, None)
-        return [losses for losses in found if losses is not None]
-
-    def race(
-        self,
-        index: int,
-        candidates: Sequence[Pair],
-        weights: Weights,
-        best: NDArray[np.float64] | None,
-    ) -> list[NDArray[np.float64] | None]:
-        """Loss of every sample for each candidate; None for candidates given up early.
-
-        A candidate is given up once another, or `best`, is significantly better on the samples
-        so far, see `has_lost` (after Maron and Moore 1994, Hoeffding races).
-
         Parameters
         ----------
         index : int
@@ -77,12 +53,10 @@ class OnwardProbe:
             Weights and biases for the layer.
         weights : mapping of int to (array, array or None)
             Replaced weights of other layers; fixed for those already passed.
-        best : float64 array, shape (samples,), optional
-            Losses that a candidate must beat; without them none is given up.
 
         Returns
         -------
-        list of float64 array, shape (samples,), or None
+        list of float64 array, shape (samples,)
         """
         line = self._probe.layers[index].uses[0].node
         assert line >= self._line
@@ -93,24 +67,18 @@ class OnwardProbe:
         store = Store()
         rest: _Rest | None = None
         losses: list[list[NDArray[np.float64]]] = [[] for _ in candidates]
-        running = list(range(len(candidates)))
         pairs = zip(self._frontier.batches(), self._probe.expected, strict=True)
         for batch, expected in pairs:
             values = ahead.run(batch)
             store.put(values)
             rest = rest or self._rest(values, batch, index, feeds)
             given = values if rest.from_line else batch
-            for number in running:
-                outputs = rest.run(given, self._probe.feeds_of(index, candidates[number]))
-                losses[number].append(sample_losses(self._probe.measures, expected, outputs))
-            if best is not None:
-                running = _still_running(running, losses, best)
+            for candidate, found in zip(candidates, losses, strict=True):
+                outputs = rest.run(given, self._probe.feeds_of(index, candidate))
+                found.append(sample_losses(self._probe.measures, expected, outputs))
         if rest is not None and rest.from_line:
             self._frontier = self._frontier.moved_to(store)
-        return [
-            np.concatenate(found) if number in running else None
-            for number, found in enumerate(losses)
-        ]
+        return [np.concatenate(found) for found in losses]
 
     def _rest(self, values: Feeds, batch: Feeds, index: int, feeds: Feeds) -> _Rest:
         """Open the part after the cut; from the present cut, if the graph cannot be cut there."""
@@ -122,36 +90,6 @@ class OnwardProbe:
                 # onnxruntime does not load this part by itself.
                 pass
         return begin(self._frontier.at(batch), from_line=False)
-
-
-def _still_running(
-    running: Sequence[int],
-    losses: Sequence[Sequence[NDArray[np.float64]]],
-    best: NDArray[np.float64],
-) -> list[int]:
-    """Candidates that have lost neither to `best` nor to the leading one."""
-    so_far = {number: np.concatenate(losses[number]) for number in running}
-    leading = min(so_far.values(), key=lambda found: float(found.mean()), default=best)
-    return [
-        number
-        for number, found in so_far.items()
-        if not has_lost(found, best[: len(found)])
-        and (found is leading or not has_lost(found, leading))
-    ]
-
-
-def has_lost(losses: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
-    """Whether losses exceed others on the same samples by more than `DOUBT` standard errors.
-
-    Parameters
-    ----------
-    losses, others : float64 array, shape (samples,)
-    """
-    if len(losses) < LEAST or not np.isfinite([losses, others]).all():
-        return False
-    worse = losses - others
-    error = float(worse.std(ddof=1)) / math.sqrt(len(worse))
-    return float(worse.mean()) > DOUBT * error
 
 
 class _Rest:

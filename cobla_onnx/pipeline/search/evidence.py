@@ -27,8 +27,10 @@ from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.network_loss import Path
 from cobla_onnx.pipeline.search.sensitivity import (
+    MANY,
     PROBE_SAMPLES,
     Sensitivity,
+    affordable_samples,
     enough_samples,
     spread_over,
 )
@@ -130,9 +132,12 @@ class Evidence:
 
         Losses of class distributions differ much from sample to sample. Those of images hardly
         do, and cost the most: a pilot run with all layers truncated a little shows how many
-        samples are enough.
+        samples are enough. In a model of many layers the cost decides.
         """
-        chosen = spread_over(self.dataset.calibration, PROBE_SAMPLES)
+        layers, samples = len(self.analysis.curves), self.dataset.calibration
+        if layers > MANY:
+            return spread_over(samples, affordable_samples(layers, len(samples)))
+        chosen = spread_over(samples, PROBE_SAMPLES)
         if any(measure.kind != "mse" for measure in self.judge.measures.values()):
             return chosen
 

@@ -1,27 +1,30 @@
-"""Refit the chosen layers one after the other, on the inputs that compressed layers produce."""
+"""Refit the chosen layers one after the other, on the inputs that compressed layers produce.
+
+Which of a layer's candidates is best, the factors before refit among them, is decided where the
+layer is: by the error of its own outputs on the held-back samples, which needs their moments alone.
+Whether the network gains is asked a few times on the way, after about as many layers each time.
+"""
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store
-from cobla_onnx.calibration.evaluation.incremental import OnwardProbe
-from cobla_onnx.calibration.evaluation.probe import Probe
-from cobla_onnx.calibration.moments import parts_of
-from cobla_onnx.calibration.patches import ReadPatch, finite_outputs, patch_of
-from cobla_onnx.calibration.positions import Chosen, choose_positions, sample_seeds
+from cobla_onnx.calibration.evaluation.probe import Pair, Probe, Weights
+from cobla_onnx.calibration.patches import ReadPatch, patch_of
+from cobla_onnx.calibration.positions import Chosen
 from cobla_onnx.calibration.statistics import WIDE
-from cobla_onnx.calibration.sums import Joint, JointSum
-from cobla_onnx.graph.layers import Layer, Use, read_weight
-from cobla_onnx.graph.subgraph import expose, reached_from
-from cobla_onnx.runtime.pool import open_pool
+from cobla_onnx.calibration.sums import Joint
+from cobla_onnx.graph.layers import Layer, read_weight
+from cobla_onnx.pipeline.search.walk import VectorPair, Walk
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.base import Approximation
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
@@ -33,17 +36,10 @@ from cobla_onnx.variants.registry import require_family
 
 __all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
 
-Pairing: TypeAlias = Callable[[NDArray[Any], NDArray[Any], Chosen], "Iterator[VectorPair]"]
-"""Yields a layer's input vectors beside its outputs, from one batch of both tensors."""
-
-VectorPair: TypeAlias = tuple[Float64, NDArray[Any]]
-"""Input and output vectors at the same positions, shapes (groups, size or outputs, positions)."""
-
-Seeded: TypeAlias = tuple[tuple[Feeds, Feeds], tuple[int, ...]]
-"""A batch's tensors in the original and in the compressed model, and its samples' seeds."""
-
-# Strengths of the ridge towards the original weight; that with the least selection loss is used.
+# Strengths of the ridge towards the original weight; that with the least held-back error is used.
 RIDGES = (0.1, 0.01)
+# Times that the loss of the whole network is measured on the way.
+CHECKS = 8
 
 
 @dataclass(frozen=True)
@@ -80,10 +76,11 @@ def refit_layers(
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Approximation], int]:
-    """Refit each layer in topological order, and keep a refit where it helps.
+    """Refit each layer in topological order, and keep refits where they help.
 
-    A layer's refit is kept only if it lowers the loss on the selection split. Layers with no
-    approximated layer before them have nothing to refit.
+    A layer's refit is kept only if it lowers the error of the layer's outputs on the selection
+    split, and if the layers between two checks, of which it is one, lower the loss there. Layers
+    with no approximated layer before them have nothing to refit.
 
     Parameters
     ----------
@@ -93,7 +90,7 @@ def refit_layers(
     batches : callable
         Gives a fresh iterator over the calibration split.
     selection : Probe
-        Evaluates the loss on the selection split.
+        Has the samples of the selection split, and evaluates the loss there.
 
     Returns
     -------
@@ -104,139 +101,60 @@ def refit_layers(
     """
     order = sorted(range(len(chosen)), key=lambda i: chosen[i].layer.uses[0].node)
     current = [entry.approximation for entry in chosen]
-    best = selection.losses(replaced_weights(chosen, current))
-    kept = 0
+    weights = replaced_weights(chosen, current)
+    best = selection.loss(weights)
     selection.rest()
-    walk = _Walk(model, chosen, batches, threads)
-    onward = OnwardProbe(selection, threads)
-    for number, position in enumerate(order):
-        progress(number, len(order))
-        family = require_family(chosen[position].form.name)
-        if not family.refits or not walk.is_moved(chosen[position].layer):
+    layers = {entry.index: entry.layer for entry in chosen}
+    walk = Walk(model, layers, batches, selection.batches, threads)
+    able = [i for i in order if _refits(chosen[i]) and walk.is_moved(chosen[i].layer)]
+    done = 0
+    for section in _sections(able):
+        start, before, before_weights = walk.place, list(current), dict(weights)
+        for position in section:
+            progress(done, len(able))
+            entry = chosen[position]
+            current[position] = made = _Refit(model, entry).best(walk, weights)
+            weights |= replaced_weights([entry], [made])
+            done += 1
+        if all(current[position] is before[position] for position in section):
             continue
-        candidates = _Refit(model, chosen[position]).candidates(walk, current)
-        raced = onward.race(
-            chosen[position].index,
-            [(candidate.weight, candidate.bias) for candidate in candidates],
-            replaced_weights(chosen, current),
-            best,
-        )
-        for candidate, losses in zip(candidates, raced, strict=True):
-            if losses is not None and float(losses.mean()) < float(best.mean()):
-                current[position], best = candidate, losses
-        kept += current[position] is not chosen[position].approximation
-    progress(len(order), len(order))
+        loss = selection.loss(weights)
+        selection.rest()
+        if loss < best:
+            best = loss
+        else:
+            current, weights, walk.place = before, before_weights, start
+    progress(len(able), len(able))
+    kept = sum(made is not entry.approximation for made, entry in zip(current, chosen, strict=True))
     return current, kept
+
+
+def _refits(entry: ChosenLayer) -> bool:
+    return require_family(entry.form.name).refits
+
+
+def _sections(items: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Cut a sequence into at most `CHECKS` parts of about the same length."""
+    count = min(CHECKS, len(items))
+    edges = [number * len(items) // max(count, 1) for number in range(count + 1)]
+    for start, end in itertools.pairwise(edges):
+        yield items[start:end]
 
 
 def replaced_weights(
     chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]
-) -> dict[int, tuple[NDArray[Any], NDArray[Any] | None]]:
-    """Approximated weight and bias of each chosen layer, in the form that `Probe` takes."""
-    return {
-        entry.index: (found.weight, found.bias)
-        for entry, found in zip(chosen, approximations, strict=True)
-    }
+) -> dict[int, Pair]:
+    """Approximated weight and bias of each chosen layer, in the form that `Probe` takes.
 
-
-class _Walk:
-    """Both models, original and compressed, with the tensors of all samples before a layer."""
-
-    def __init__(
-        self,
-        model: onnx.ModelProto,
-        chosen: Sequence[ChosenLayer],
-        batches: Callable[[], Iterable[Feeds]],
-        threads: int,
-    ) -> None:
-        self._model, self._chosen, self._threads = model, chosen, threads
-        self._seeds = [sample_seeds(feeds) for feeds in batches()]
-        self._exposed = expose(model, [entry.layer for entry in chosen], as_inputs=False)
-        self._original = Frontier(model, batches)
-        self._compressed = Frontier(self._exposed.model, batches)
-        self._moved = reached_from(self._exposed.model, self._exposed.weights)
-
-    def is_moved(self, layer: Layer) -> bool:
-        """Whether any approximated layer comes before this one."""
-        return any(use.data in self._moved for use in layer.uses)
-
-    def joint(
-        self, layer: Layer, current: Sequence[Approximation], pairing: Sequence[Pairing]
-    ) -> Joint:
-        """Moments of (inputs after compression, original outputs), over all uses of a layer.
-
-        All samples are advanced to its first use.
-        """
-        weights = self._feeds(current)
-        places = self._original, self._compressed
-        sums: list[JointSum] = []
-        for use, paired in zip(layer.uses, pairing, strict=True):
-            found, places = self._see(layer, use, paired, places, weights)
-            sums.append(found)
-            if use is layer.uses[0]:
-                self._original, self._compressed = places
-        for found in sums[1:]:
-            sums[0].merge(found)
-        return sums[0].joint()
-
-    def _feeds(self, current: Sequence[Approximation]) -> dict[str, NDArray[Any]]:
-        """Weights and biases of all chosen layers, by their input names in the exposed model."""
-        feeds: dict[str, NDArray[Any]] = {}
-        names = zip(self._exposed.weights, self._exposed.biases, strict=True)
-        for entry, found, (weight, bias) in zip(self._chosen, current, names, strict=True):
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(entry.layer.type)
-            feeds[weight] = found.weight.astype(dtype)
-            if bias is not None and found.bias is not None:
-                feeds[bias] = found.bias.astype(dtype)
-        return feeds
-
-    def _see(
-        self,
-        layer: Layer,
-        use: Use,
-        paired: Pairing,
-        places: tuple[Frontier, Frontier],
-        weights: dict[str, NDArray[Any]],
-    ) -> tuple[JointSum, tuple[Frontier, Frontier]]:
-        """Sum over the samples at one use; also return the frontiers before it."""
-        original, compressed = places
-        crossing = original.crossing(use.node), compressed.crossing(use.node)
-        stores = Store(), Store()
-        right = original.taps([*crossing[0], use.output])
-        left = compressed.taps([*crossing[1], use.data], weights)
-
-        patch = patch_of(self._model, layer, use)
-
-        def add_up(part: list[Seeded]) -> tuple[JointSum, list[list[Feeds]]]:
-            total: JointSum | None = None
-            moved = []
-            for pair, seeds in part:
-                given, read = right.run(pair[0]), left.run(pair[1])
-                chosen = choose_positions(patch, read[use.data], seeds)
-                wanted = finite_outputs(given[use.output])
-                for vectors, outputs in paired(read[use.data], wanted, chosen):
-                    groups, size = vectors.shape[:2]
-                    total = total or JointSum(groups, size, outputs.shape[1])
-                    total.add(vectors, outputs, chosen.each, chosen.share)
-                values = zip((given, read), crossing, strict=True)
-                moved.append([{name: found[name] for name in names} for found, names in values])
-            assert total is not None
-            return total, moved
-
-        total: JointSum | None = None
-        pairs = zip(original.batches(), compressed.batches(), strict=True)
-        with open_pool(self._threads) as pool:
-            seeded = zip(pairs, self._seeds, strict=True)
-            for found, moved in pool.map(add_up, parts_of(seeded), self._threads):
-                if total is None:
-                    total = found
-                else:
-                    total.merge(found)
-                for batch in moved:
-                    for store, values in zip(stores, batch, strict=True):
-                        store.put(values)
-        assert total is not None
-        return total, (original.moved_to(stores[0]), compressed.moved_to(stores[1]))
+    In the types of the layers: in double precision all of them are several times the model.
+    """
+    found: dict[int, Pair] = {}
+    for entry, approximation in zip(chosen, approximations, strict=True):
+        # The approximation itself would keep what it multiplies out.
+        made = copy.copy(approximation)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(entry.layer.type)
+        found[entry.index] = np.asarray(made.weight, dtype), made.bias
+    return found
 
 
 class _Refit:
@@ -246,8 +164,11 @@ class _Refit:
         self._model, self._entry = model, entry
         self._patches = [patch_of(model, entry.layer, use) for use in entry.layer.uses]
 
-    def candidates(self, walk: _Walk, current: Sequence[Approximation]) -> list[Approximation]:
-        """Refit the layer under each ridge."""
+    def best(self, walk: Walk, weights: Weights) -> Approximation:
+        """Refit the layer under each ridge; return the best, or what there was if none is better.
+
+        By the error of the layer's outputs on the samples held back.
+        """
         entry = self._entry
         old = entry.approximation
         # Where vectors are too wide for their second moment, the first factor stays.
@@ -257,7 +178,10 @@ class _Refit:
             first, last = inputs_first(entry.form, old.factors)
             rows = last.swapaxes(1, 2)
         pairing = [partial(_paired, patch, first) for patch in self._patches]
-        joint = walk.joint(entry.layer, current, pairing)
+        # The ridge is far above the rounding of single precision. Where the second factor moves
+        # over several positions, its normal equations have none.
+        exact = entry.form.offsets > 1 or entry.layer.type == onnx.TensorProto.DOUBLE
+        joint, held_back = walk.joint(entry.layer, weights, pairing, exact)
         inputs = joint.inputs
         own_bias = old.bias is not None
         inner, cross = shrink_joint(
@@ -267,7 +191,8 @@ class _Refit:
             inputs.effective,
             np.zeros_like(inputs.mean) if own_bias else inputs.mean,
         )
-        refitted = []
+        best: Approximation = old
+        least = self._error(held_back, copy.copy(old), first)
         for ridge in RIDGES:
             if first is None:
                 factors = refit(
@@ -275,27 +200,37 @@ class _Refit:
                 )
             else:
                 factors = refit_second(entry.form, old.factors, inner, cross, ridge)
-            refitted.append(self._approximation(factors, joint, first))
-        return refitted
+            made = self._approximation(factors, joint, first)
+            error = self._error(held_back, made, first)
+            if error < least:
+                # Another one, which does not keep what is multiplied out.
+                best, least = replace(made), error
+        return best
 
     def _approximation(
         self, factors: Factorization, joint: Joint, first: Float64 | None
-    ) -> Approximation:
-        entry, mean = self._entry, joint.inputs.mean
-        made = LowRankWeight(entry.form, factors, None)
-        bias = entry.approximation.bias
+    ) -> LowRankWeight:
+        made = LowRankWeight(self._entry.form, factors, None)
+        bias = self._entry.approximation.bias
         if bias is not None:
-            if first is None:
-                reached = np.einsum("gos,gs->go", entry.form.rows_of(made.weight), mean)
-            else:
-                begin, last = inputs_first(entry.form, factors)
-                # The first factor was rescaled: so are its measured outputs, column by column.
-                before = np.linalg.norm(first, axis=1)
-                scale = np.linalg.norm(begin, axis=1) / np.where(before > 0, before, 1.0)
-                signs = np.sign(np.einsum("gsr,gsr->gr", begin, first))
-                reached = np.einsum("gro,gr->go", last, mean * scale * signs)
+            reached = np.einsum("gos,gs->go", self._rows(made, first), joint.inputs.mean)
             made = made.with_bias((joint.mean - reached).reshape(bias.shape))
         return made
+
+    def _rows(self, made: LowRankWeight, first: Float64 | None) -> Float64:
+        """What turns the vectors of the walk into outputs, shape (groups, outputs, size)."""
+        form = self._entry.form
+        if first is None:
+            return np.asarray(form.rows_of(made.weight))
+        begin, last = inputs_first(form, made.factors)
+        # The first factor was rescaled: so are its measured outputs, column by column.
+        before = np.linalg.norm(first, axis=1)
+        scale = np.linalg.norm(begin, axis=1) / np.where(before > 0, before, 1.0)
+        signs = np.sign(np.einsum("gsr,gsr->gr", begin, first))
+        return np.asarray((last * (scale * signs)[:, :, None]).swapaxes(1, 2))
+
+    def _error(self, joint: Joint, made: LowRankWeight, first: Float64 | None) -> float:
+        return joint.squared_error(self._rows(made, first), made.bias, self._entry.importance)
 
 
 def _paired(
@@ -311,9 +246,7 @@ def _paired(
         outputs = outputs[:, :, chosen.index]
     done = 0
     for vectors in patch.vectors(data, chosen.index, chosen.each):
-        wide = vectors.astype(np.float64)
-        if first is not None:
-            wide = first.swapaxes(1, 2) @ wide
-        count = wide.shape[2]
-        yield wide, outputs[:, :, done : done + count]
+        read = vectors if first is None else first.swapaxes(1, 2) @ vectors.astype(np.float64)
+        count = read.shape[2]
+        yield read, outputs[:, :, done : done + count]
         done += count

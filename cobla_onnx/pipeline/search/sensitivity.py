@@ -27,13 +27,25 @@ from cobla_onnx.runtime.progress import tracked
 from cobla_onnx.variants.base import Form, LayerVariants
 from cobla_onnx.variants.from_data import FromData
 
-__all__ = ["PROBE_SAMPLES", "Response", "Sensitivity", "enough_samples", "spread_over"]
+__all__ = [
+    "MANY",
+    "PROBE_SAMPLES",
+    "Response",
+    "Sensitivity",
+    "affordable_samples",
+    "enough_samples",
+    "spread_over",
+]
 
 # Most samples on which layers are truncated one at a time, and least where fewer are enough.
 PROBE_SAMPLES, LEAST_SAMPLES = 48, 4
 # Relative standard error of the mean loss that is good enough. At the minimum of a sum, a
 # deviation d in the logarithm of each term adds about d^2 / 2 to it: 5 %.
 PRECISION = 0.3
+
+# Most passes over the calibration split, in runs of the whole model, that the samples of a model of
+# many layers may cost; each layer's runs begin at the layer, so half of one on average.
+PASSES = 5
 
 # Squared relative output errors at which layers are measured. In a model of more than `MANY` layers
 # only `SHAPED` of them are measured at all three, and the others at the middle one.
@@ -81,6 +93,25 @@ def enough_samples(losses: Float64) -> int:
         return len(losses)
     needed = (float(losses.std(ddof=1)) / (PRECISION * mean)) ** 2
     return min(max(math.ceil(needed), LEAST_SAMPLES), len(losses))
+
+
+def affordable_samples(layers: int, samples: int) -> int:
+    """Return on how many samples a model of many layers is measured, by what that costs.
+
+    Parameters
+    ----------
+    layers : int
+        More than `MANY`.
+    samples : int
+        Size of the calibration split.
+
+    Examples
+    --------
+    >>> affordable_samples(72, 103), affordable_samples(72, 1000), affordable_samples(500, 16)
+    (10, 48, 4)
+    """
+    points = layers + SHAPED * (len(TARGETS) - 1)
+    return min(max(2 * PASSES * samples // points, LEAST_SAMPLES), PROBE_SAMPLES)
 
 
 @dataclass

@@ -142,34 +142,3 @@ def test_what_comes_before_runs_once(monkeypatch):
     assert set(rest) == {"a", "b", "early", "x", shared}
     assert set(further) == {"a", "b", "early", "x"}
     assert set(end) == {"f", "kept", "early", "x", last}
-
-
-@pytest.mark.parametrize(
-    ("worse", "samples", "lost"),
-    [
-        (np.full(40, 0.1), 40, True),
-        # Too few to tell, below on average, and above by no more than chance.
-        (np.full(40, 0.1), 7, False),
-        (np.full(40, -0.1), 40, False),
-        (np.tile([1.0, -0.9], 20), 40, False),
-        (np.full(40, np.inf), 40, False),
-    ],
-)
-def test_a_candidate_has_lost_only_beyond_doubt(worse, samples, lost):
-    others = np.linspace(1, 2, 40)
-    assert onward.has_lost((others + worse)[:samples], others[:samples]) is lost
-
-
-def test_a_race_gives_up_what_loses_and_no_more():
-    model = build(PLAIN)
-    layers = find_layers(model).layers
-    batches = [{"x": random_array(8, 4, seed=seed)} for seed in range(3)]
-    probe = Probe(model, layers, batches, "mse", 1)
-    weight = read_weight(model, layers[0])
-    pairs = [(weight * scale, None) for scale in (0.5, 0.999, 0.998)]
-    every = OnwardProbe(probe, 1).losses(0, pairs, {})
-    raced = OnwardProbe(probe, 1).race(0, pairs, {}, every[2])
-    assert raced[0] is None
-    np.testing.assert_array_equal(raced[1], every[1])
-    # Against itself nothing has lost, but against the one that leads.
-    assert raced[2] is None
