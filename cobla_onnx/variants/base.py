@@ -36,6 +36,7 @@ __all__ = [
     "Maker",
     "Measured",
     "Proposal",
+    "Refitted",
     "VariantFamily",
 ]
 
@@ -170,6 +171,14 @@ class Approximation(Protocol):
         ...
 
 
+class Refitted(Approximation, Protocol):
+    """An approximation that can be given another bias."""
+
+    def with_bias(self, bias: Float64) -> Refitted:
+        """Return the same weight with another bias."""
+        ...
+
+
 Approximate: TypeAlias = "Callable[[Layer, Form, Sequence[int]], Sequence[Approximation]]"
 """Returns approximations of a layer under a form at the given levels."""
 
@@ -226,7 +235,7 @@ class VariantFamily(Protocol):
     schemes : tuple of str
         Names of all its forms; no other family has one of them.
     refits : bool
-        Whether its approximations can be refitted to the inputs after compression.
+        Whether it has a `refit`.
     """
 
     name: str
@@ -308,6 +317,27 @@ class VariantFamily(Protocol):
         self, layer: Layer, form: Any, level: int, weight: NDArray[Any], cache: Cache | None
     ) -> Approximation:
         """Approximate a weight without data; this may happen in a worker."""
+        ...
+
+    def refit(
+        self,
+        layer: Layer,
+        form: Any,
+        level: int,
+        weight: Float64,
+        second: Float64,
+        importance: Float64 | None,
+    ) -> Refitted:
+        """Approximate a weight that was fitted to the inputs after compression, without a bias.
+
+        Parameters
+        ----------
+        weight : float64 array, shape ``layer.shape``
+        second : float64 array, shape (groups, size, size)
+            Second moment, or covariance, of these inputs.
+        importance : float64 array, shape (groups * outputs,), optional
+            How much the squared error of each output counts.
+        """
         ...
 
     def replace(self, layer: Layer, form: Any, approximation: Any) -> Replacement:

@@ -28,9 +28,10 @@ from cobla_onnx.pipeline.search.walk import VectorPair, Walk
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.base import Approximation
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
-from cobla_onnx.variants.low_rank.regression import refit, refit_second
+from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.regression import fitted_rows, refit_second
 from cobla_onnx.variants.low_rank.shrinkage import shrink_joint
-from cobla_onnx.variants.low_rank.svd import Factorization, Float64
+from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.low_rank.weighted_svd import inputs_first
 from cobla_onnx.variants.registry import require_family
 
@@ -106,7 +107,7 @@ def refit_layers(
     selection.rest()
     layers = {entry.index: entry.layer for entry in chosen}
     walk = Walk(model, layers, batches, selection.batches, threads)
-    able = [i for i in order if _refits(chosen[i]) and walk.is_moved(chosen[i].layer)]
+    able = [i for i in order if _refits(model, chosen[i]) and walk.is_moved(chosen[i].layer)]
     done = 0
     for section in _sections(able):
         start, before, before_weights = walk.place, list(current), dict(weights)
@@ -129,8 +130,15 @@ def refit_layers(
     return current, kept
 
 
-def _refits(entry: ChosenLayer) -> bool:
+def _refits(model: onnx.ModelProto, entry: ChosenLayer) -> bool:
+    """Whether a layer can be refitted: where vectors are wide, unrounded factors alone."""
+    if _is_wide(model, entry):
+        return type(entry.approximation) is LowRankWeight
     return require_family(entry.form.name).refits
+
+
+def _is_wide(model: onnx.ModelProto, entry: ChosenLayer) -> bool:
+    return patch_of(model, entry.layer, entry.layer.uses[0]).size > WIDE
 
 
 def _sections(items: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -158,11 +166,22 @@ def replaced_weights(
 
 
 class _Refit:
-    """Refits one layer to the original's outputs on the inputs after compression."""
+    """Refits one layer to the original's outputs on the inputs after compression.
+
+    Where vectors are too wide for their second moment, the first of two factors stays.
+    """
 
     def __init__(self, model: onnx.ModelProto, entry: ChosenLayer) -> None:
-        self._model, self._entry = model, entry
+        self._entry = entry
+        self._family = require_family(entry.form.name)
+        self._scheme = schemes_for(entry.layer)[0]
         self._patches = [patch_of(model, entry.layer, use) for use in entry.layer.uses]
+        self._weight = read_weight(model, entry.layer)
+        self._first: Float64 | None = None
+        self._rows = self._scheme.rows_of(self._weight).astype(np.float64)
+        if _is_wide(model, entry):
+            self._first, last = inputs_first(entry.form, entry.approximation.factors)
+            self._rows = last.swapaxes(1, 2)
 
     def best(self, walk: Walk, weights: Weights) -> Approximation:
         """Refit the layer under each ridge; return the best, or what there was if none is better.
@@ -171,66 +190,62 @@ class _Refit:
         """
         entry = self._entry
         old = entry.approximation
-        # Where vectors are too wide for their second moment, the first factor stays.
-        weight = read_weight(self._model, entry.layer)
-        first, rows = None, entry.form.rows_of(weight).astype(np.float64)
-        if self._patches[0].size > WIDE:
-            first, last = inputs_first(entry.form, old.factors)
-            rows = last.swapaxes(1, 2)
-        pairing = [partial(_paired, patch, first) for patch in self._patches]
+        pairing = [partial(_paired, patch, self._first) for patch in self._patches]
         # The ridge is far above the rounding of single precision. Where the second factor moves
         # over several positions, its normal equations have none.
-        exact = entry.form.offsets > 1 or entry.layer.type == onnx.TensorProto.DOUBLE
+        exact = self._moves() or entry.layer.type == onnx.TensorProto.DOUBLE
         joint, held_back = walk.joint(entry.layer, weights, pairing, exact)
         inputs = joint.inputs
         own_bias = old.bias is not None
         inner, cross = shrink_joint(
             inputs.covariance() if own_bias else inputs.second,
             joint.covariance() if own_bias else joint.cross,
-            rows,
+            self._rows,
             inputs.effective,
             np.zeros_like(inputs.mean) if own_bias else inputs.mean,
         )
         best: Approximation = old
-        least = self._error(held_back, copy.copy(old), first)
+        least = self._error(held_back, copy.copy(old))
         for ridge in RIDGES:
-            if first is None:
-                factors = refit(
-                    entry.form, weight, inner, cross, entry.level, ridge, entry.importance
-                )
-            else:
-                factors = refit_second(entry.form, old.factors, inner, cross, ridge)
-            made = self._approximation(factors, joint, first)
-            error = self._error(held_back, made, first)
+            made = self._fitted(inner, cross, ridge)
+            if own_bias:
+                reached = np.einsum("gos,gs->go", self._rows_of(made), inputs.mean)
+                made = made.with_bias((joint.mean - reached).reshape(old.bias.shape))
+            error = self._error(held_back, made)
             if error < least:
                 # Another one, which does not keep what is multiplied out.
                 best, least = replace(made), error
         return best
 
-    def _approximation(
-        self, factors: Factorization, joint: Joint, first: Float64 | None
-    ) -> LowRankWeight:
-        made = LowRankWeight(self._entry.form, factors, None)
-        bias = self._entry.approximation.bias
-        if bias is not None:
-            reached = np.einsum("gos,gs->go", self._rows(made, first), joint.inputs.mean)
-            made = made.with_bias((joint.mean - reached).reshape(bias.shape))
-        return made
+    def _moves(self) -> bool:
+        """Whether some second factor moves over several positions."""
+        return isinstance(self._entry.approximation, LowRankWeight) and (
+            self._entry.approximation.scheme.offsets > 1
+        )
 
-    def _rows(self, made: LowRankWeight, first: Float64 | None) -> Float64:
+    def _fitted(self, inner: Float64, cross: Float64, ridge: float) -> Any:
+        entry, old = self._entry, self._entry.approximation
+        if self._first is not None:
+            factors = refit_second(entry.form, old.factors, inner, cross, ridge)
+            return LowRankWeight(entry.form, factors, None)
+        weight = self._scheme.weight_of(fitted_rows(self._rows, inner, cross, ridge))
+        return self._family.refit(
+            entry.layer, entry.form, entry.level, weight, inner, entry.importance
+        )
+
+    def _rows_of(self, made: Any) -> Float64:
         """What turns the vectors of the walk into outputs, shape (groups, outputs, size)."""
-        form = self._entry.form
-        if first is None:
-            return np.asarray(form.rows_of(made.weight))
-        begin, last = inputs_first(form, made.factors)
+        if self._first is None:
+            return np.asarray(self._scheme.rows_of(made.weight))
+        begin, last = inputs_first(self._entry.form, made.factors)
         # The first factor was rescaled: so are its measured outputs, column by column.
-        before = np.linalg.norm(first, axis=1)
+        before = np.linalg.norm(self._first, axis=1)
         scale = np.linalg.norm(begin, axis=1) / np.where(before > 0, before, 1.0)
-        signs = np.sign(np.einsum("gsr,gsr->gr", begin, first))
+        signs = np.sign(np.einsum("gsr,gsr->gr", begin, self._first))
         return np.asarray((last * (scale * signs)[:, :, None]).swapaxes(1, 2))
 
-    def _error(self, joint: Joint, made: LowRankWeight, first: Float64 | None) -> float:
-        return joint.squared_error(self._rows(made, first), made.bias, self._entry.importance)
+    def _error(self, joint: Joint, made: Any) -> float:
+        return joint.squared_error(self._rows_of(made), made.bias, self._entry.importance)
 
 
 def _paired(

@@ -18,7 +18,7 @@ from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.base import Asked, ErrorUnit, LayerCosts, Proposal, VariantFamily
 from cobla_onnx.variants.coded_factors.form import CodedScheme, coded_name
 from cobla_onnx.variants.coded_factors.from_data import PairsFromData
-from cobla_onnx.variants.coded_factors.pair import Alone, RoundedPair, round_pair
+from cobla_onnx.variants.coded_factors.pair import Alone, FromInputs, RoundedPair, round_pair
 from cobla_onnx.variants.coded_factors.stored import StoredPair, pair_bytes, stored_pair
 from cobla_onnx.variants.coded_factors.units import PairsAlone, PairUnit
 from cobla_onnx.variants.low_rank.family import LowRankFamily
@@ -42,7 +42,7 @@ class CodedFactorsFamily(VariantFamily):
     level = "rank"
     outcome = "factorised, in fewer bits"
     schemes = tuple(coded_name(scheme, bits) for scheme in FACTORS.schemes for bits in FORMATS)
-    refits = False
+    refits = True
 
     def forms(self, layer: Layer) -> Sequence[CodedScheme]:
         """Return all matricisations of a layer's weight, in all numbers of bits."""
@@ -122,6 +122,19 @@ class CodedFactorsFamily(VariantFamily):
         """Round the factors of the weight itself; the bias stays."""
         factors = factorize_layer(layer, form.scheme, level, weight, cache)
         return round_pair(form, factors, Alone(form.scheme, weight))
+
+    def refit(
+        self,
+        layer: Layer,
+        form: CodedScheme,
+        level: int,
+        weight: Float64,
+        second: Float64,
+        importance: Float64 | None,
+    ) -> RoundedPair:
+        """Factorise and round a weight under the moment of its inputs."""
+        pair = FACTORS.refit(layer, form.scheme, level, weight, second, importance)
+        return round_pair(form, pair.factors, FromInputs(form.scheme, weight, second))
 
     def replace(self, layer: Layer, form: CodedScheme, approximation: RoundedPair) -> StoredPair:
         """Store the codes of both factors, or half precision."""

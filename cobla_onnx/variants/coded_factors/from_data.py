@@ -38,7 +38,7 @@ class PairsFromData:
         self.seen = seen
         self._factors = seen.once(FactorsFromData)
         self._made: Recent[tuple[str, str, int], RoundedPair] = Recent(
-            seen.kept, lambda made: made.weight.nbytes + made.decoded.factors.left.nbytes
+            seen.kept, lambda made: made.weight.nbytes + made.factors.left.nbytes
         )
 
     def spectra(
@@ -84,4 +84,5 @@ class PairsFromData:
         bias = read_bias(self.seen.model, layer)
         if bias is None:
             return made
-        return made.with_bias(bias + self._factors.shift(layer, weight, bias, made.decoded))
+        shifted = bias + self._factors.shift(layer, weight, bias, made)
+        return made.with_bias(shifted)

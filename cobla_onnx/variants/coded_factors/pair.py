@@ -32,37 +32,20 @@ __all__ = ["Alone", "FromInputs", "FromOutputs", "RoundedPair", "Target", "round
 
 
 @dataclass(frozen=True)
-class RoundedPair:
-    """A layer's weight as the product of two factors in few bits.
+class RoundedPair(LowRankWeight):
+    """A layer's weight as the product of two factors in few bits; they stand as they are decoded.
 
     Attributes
     ----------
-    form : CodedScheme
+    scheme, factors, bias
+        As those of `LowRankWeight`.
     first, second : Coded or None
         Rows of the first factor are components, those of the second are outputs with entries in
         the order (rank, offsets). None for half precision.
-    decoded : LowRankWeight
-        The factors as they are decoded, and the bias.
     """
 
-    form: CodedScheme
     first: Coded | None
     second: Coded | None
-    decoded: LowRankWeight
-
-    @property
-    def weight(self) -> Float64:
-        """The factors multiplied out, shape ``layer.shape``."""
-        return self.decoded.weight
-
-    @property
-    def bias(self) -> Float64 | None:
-        """Corrected to keep the mean of the output; None if the layer has no bias of its own."""
-        return self.decoded.bias
-
-    def with_bias(self, bias: Float64) -> RoundedPair:
-        """Return the same weight with another bias."""
-        return replace(self, decoded=self.decoded.with_bias(bias))
 
 
 class Target(Protocol):
@@ -185,7 +168,7 @@ def round_pair(form: CodedScheme, factors: Factorization, target: Target) -> Rou
     if bits == HALF:
         halves = [each.astype(np.float16).astype(np.float64) for each in _pair(factors)]
         rounded = Factorization(halves[0], factors.singular_values, halves[1])
-        return RoundedPair(form, None, None, LowRankWeight(scheme, rounded, None))
+        return RoundedPair(scheme, rounded, None, None, None)
     left, right = inputs_first(scheme, factors)
     first = round_weight(left.swapaxes(1, 2), target.own, bits)
     rescaled, moments, rows = [], [], []
@@ -196,8 +179,7 @@ def round_pair(form: CodedScheme, factors: Factorization, target: Target) -> Rou
         rows.append(its_rows)
     first = replace(first, scales=(first.scales * np.stack(rescaled)).astype(np.float32))
     second = round_weight(np.stack(rows), np.stack(moments), bits)
-    decoded = LowRankWeight(scheme, _decoded(scheme, first, second), None)
-    return RoundedPair(form, first, second, decoded)
+    return RoundedPair(scheme, _decoded(scheme, first, second), None, first, second)
 
 
 def _fitted(products: Float64, cross: Float64) -> tuple[Float64, Float64, Float64]:

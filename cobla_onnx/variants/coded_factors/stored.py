@@ -93,9 +93,9 @@ def stored_pair(layer: Layer, pair: RoundedPair) -> StoredPair:
     ModelError
         If a number of them overflows half precision.
     """
-    scheme = pair.form.scheme
+    scheme = pair.scheme
     if pair.first is None or pair.second is None:
-        folded = scheme.fold(pair.decoded.factors.left, pair.decoded.factors.right)
+        folded = scheme.fold(pair.factors.left, pair.factors.right)
         made = [half_tensor(layer, each, "a factor of its weight") for each in folded]
     else:
         levels = pair.first.levels, pair.second.levels

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from cobla_onnx.runtime.pool import one_thread
 from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["LowRankWeight"]
 
@@ -34,7 +38,7 @@ class LowRankWeight:
         with one_thread:
             return self.scheme.weight(self.factors.left @ self.factors.right)
 
-    def with_bias(self, bias: Float64) -> LowRankWeight:
+    def with_bias(self, bias: Float64) -> Self:
         """Return the same weight with another bias; it is not multiplied out again."""
         result = replace(self, bias=bias)
         if "weight" in vars(self):

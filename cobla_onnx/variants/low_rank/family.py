@@ -25,6 +25,7 @@ from cobla_onnx.variants.low_rank.nodes import FactorPair, make_replacement, sta
 from cobla_onnx.variants.low_rank.ranks import RankGrid, RankRule
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.low_rank.units import ValuesUnit, factorize_layer
+from cobla_onnx.variants.low_rank.weighted_svd import WeightedFactorizer
 
 __all__ = ["LowRankFamily"]
 
@@ -129,6 +130,19 @@ class LowRankFamily(VariantFamily):
     ) -> LowRankWeight:
         """Factorise the weight itself; the bias stays."""
         return LowRankWeight(form, factorize_layer(layer, form, level, weight, cache), None)
+
+    def refit(
+        self,
+        layer: Layer,
+        form: Scheme,
+        level: int,
+        weight: Float64,
+        second: Float64,
+        importance: Float64 | None,
+    ) -> LowRankWeight:
+        """Factorise a weight under the moment of its inputs."""
+        factors = WeightedFactorizer(form, weight, second, level, importance).factorize(level)
+        return LowRankWeight(form, factors, None)
 
     def replace(self, layer: Layer, form: Scheme, approximation: LowRankWeight) -> FactorPair:
         """Turn factors into the weights of two nodes."""

@@ -1,60 +1,45 @@
-"""Refit a layer's factors by least squares on the inputs that it gets after compression.
+"""Fit a layer again by least squares on the inputs that it gets after compression.
 
 Layers before it are approximated too, so its inputs x' differ from the original's x. The
-factors are fitted again to reproduce the original's output y from x' (Zhang, Zou, He and Sun
+layer is fitted again to reproduce the original's output y from x' (Zhang, Zou, He and Sun
 2015, asymmetric reconstruction, their eq. 6 to 9): first the unconstrained weight
-M = argmin E||y - M x'||^2, drawn towards the original weight by a ridge, then its
-truncated SVD weighted by the second moment of x', which is the reduced-rank solution. The
-bias absorbs the difference of the means.
+M = argmin E||y - M x'||^2, drawn towards the original weight by a ridge, then what approximates
+it best under the second moment of x'. For factors that is the truncated SVD weighted by this
+moment, the reduced-rank solution. The bias absorbs the difference of the means.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import scipy.linalg
-from numpy.typing import NDArray
 
 from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
-from cobla_onnx.variants.low_rank.weighted_svd import WeightedFactorizer, balanced, inputs_first
+from cobla_onnx.variants.low_rank.weighted_svd import balanced, inputs_first
 
-__all__ = ["refit", "refit_second"]
+__all__ = ["fitted_rows", "refit_second"]
 
 
-def refit(
-    scheme: Scheme,
-    weight: NDArray[Any],
-    second: Float64,
-    cross: Float64,
-    rank: int,
-    ridge: float,
-    importance: Float64 | None = None,
-) -> Factorization:
-    """Refit both factors.
+def fitted_rows(rows: Float64, second: Float64, cross: Float64, ridge: float) -> Float64:
+    """Fit a whole weight to the inputs after compression.
 
     Parameters
     ----------
-    scheme : Scheme
-    weight : array, shape ``scheme.shape``
+    rows : float64 array, shape (groups, outputs, size)
         The original weight.
     second : float64 array, shape (groups, size, size)
         Second moment (or covariance) of the inputs after compression.
     cross : float64 array, shape (groups, outputs, size)
         Moment of the original outputs with these inputs.
-    rank : int
     ridge : float
         Strength of the pull to the original weight, relative to the mean energy of an input.
-    importance : float64 array, shape (groups * outputs,), optional
-        Weight of the squared error of each output.
+
+    Returns
+    -------
+    float64 array, shape (groups, outputs, size)
     """
-    rows = scheme.rows_of(weight).astype(np.float64)
-    targets = np.empty_like(rows)
-    for group, moment in enumerate(second):
-        targets[group] = _pulled(moment, cross[group], rows[group], ridge).T
-    matrix = scheme.weight_of(targets)
-    return WeightedFactorizer(scheme, matrix, second, rank, importance).factorize(rank)
+    each = zip(second, cross, rows, strict=True)
+    return np.stack([_pulled(*moments, ridge).T for moments in each])
 
 
 def refit_second(

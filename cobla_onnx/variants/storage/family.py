@@ -85,7 +85,7 @@ class StorageFamily(VariantFamily):
     level = "bits"
     outcome = "stored in fewer bits"
     schemes = (STORED,)
-    refits = False
+    refits = True
 
     def forms(self, layer: Layer) -> Sequence[StoredForm]:
         """Return the form, for weights that are single precision where they are used."""
@@ -167,6 +167,18 @@ class StorageFamily(VariantFamily):
     ) -> RoundedWeight:
         """Round every weight by itself."""
         return rounded(layer, weight, level, None)
+
+    def refit(
+        self,
+        layer: Layer,
+        form: Any,
+        level: int,
+        weight: Float64,
+        second: Float64,
+        importance: Float64 | None,
+    ) -> RoundedWeight:
+        """Round a weight under the moment of its inputs."""
+        return rounded(layer, weight, level, second)
 
     def replace(self, layer: Layer, form: Any, approximation: RoundedWeight) -> StoredWeight:
         """Store the codes, or half precision."""

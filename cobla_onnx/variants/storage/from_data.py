@@ -41,6 +41,10 @@ class RoundedWeight:
     weight: NDArray[np.float32]
     bias: Float64 | None
 
+    def with_bias(self, bias: Float64) -> RoundedWeight:
+        """Return the same weight with another bias."""
+        return replace(self, bias=bias)
+
 
 def rounded(layer: Layer, weight: NDArray[Any], bits: int, second: Float64 | None) -> RoundedWeight:
     """Round a weight: under a second moment, or every number by itself."""

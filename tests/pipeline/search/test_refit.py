@@ -85,7 +85,7 @@ def test_a_section_that_does_not_help_the_network_goes_back(
     assert first not in changed
     monkeypatch.setattr(Probe, "loss", loss)
     monkeypatch.setattr(
-        refit, "_refits", lambda entry: entry.layer.name not in {name for name, _ in seen[:-1]}
+        refit, "_refits", lambda _, entry: entry.layer.name not in {name for name, _ in seen[:-1]}
     )
     _refitted(finisher, chosen)
     assert seen[-1][0] == last[0]

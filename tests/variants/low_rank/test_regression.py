@@ -10,7 +10,8 @@ from onnx import helper
 
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
-from cobla_onnx.variants.low_rank.regression import refit, refit_second
+from cobla_onnx.variants.low_rank.regression import fitted_rows, refit_second
+from cobla_onnx.variants.low_rank.weighted_svd import WeightedFactorizer
 from tests.builders import model_of, random_array
 
 
@@ -22,6 +23,12 @@ def product():
     (layer,) = find_layers(model).layers
     (scheme,) = schemes_for(layer)
     return scheme, read_weight(model, layer)
+
+
+def refit(scheme, weight, second, cross, rank):
+    """Factors of the weight that least squares give, without a ridge."""
+    rows = fitted_rows(scheme.rows_of(weight).astype(np.float64), second, cross, 0.0)
+    return WeightedFactorizer(scheme, scheme.weight_of(rows), second, rank).factorize(rank)
 
 
 def dense(scheme, factors):
@@ -36,7 +43,7 @@ def test_refit_loses_no_more_than_the_truncated_weight(seed, rank):
     moved = x + 0.3 * random_array(50, 6, seed=seed + 1, dtype="float64")
     y = x @ weight
     second, cross = (moved.T @ moved)[None] / 50, (y.T @ moved)[None] / 50
-    factors = refit(scheme, weight, second, cross, rank, 0.0)
+    factors = refit(scheme, weight, second, cross, rank)
     left, _, right = np.linalg.svd(weight.astype(np.float64))
     s = np.linalg.svd(weight.astype(np.float64), compute_uv=False)
     plain = (left[:, :rank] * s[:rank]) @ right[:rank]
@@ -50,7 +57,7 @@ def test_at_full_rank_it_is_the_least_squares_solution_and_so_is_the_second_fact
     y = random_array(50, 5, seed=4, dtype="float64")
     second, cross = (x.T @ x)[None], (y.T @ x)[None]
     best = np.linalg.lstsq(x, y, rcond=None)[0]
-    factors = refit(scheme, weight, second, cross, 5, 0.0)
+    factors = refit(scheme, weight, second, cross, 5)
     np.testing.assert_allclose(dense(scheme, factors), best, rtol=1e-3, atol=1e-4)
     first = factors.left[0] if scheme.inputs_first else factors.right[0].T
     z = x @ first
