@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bootstrap", "print_tables"]
+__all__ = ["bootstrap", "gap", "print_tables"]
 
 COMPARED = {
     "ours less BALF's": ("ours", "BALF's criterion"),
@@ -104,8 +104,12 @@ def _top1(row: dict[str, Any] | None) -> str:
 
 
 def _gap(by: Mapping[Any, dict[str, Any]], names: tuple[str, str], kind: str, value: float) -> str:
-    """Intervals of the differences in agreement and in the loss, of what both rows have."""
     ours, other = (by.get((name, kind, value), {}) for name in names)
+    return gap(ours, other)
+
+
+def gap(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Intervals of the differences in agreement and in the loss, of what both rows have."""
     found = []
     if "same" in ours and "same" in other:
         low, high = bootstrap(_bits(ours), _bits(other))

@@ -169,6 +169,9 @@ class Bench:
         losses = sample_losses(measures, {"y": expected}, {"y": actual})
         found |= {"loss": float(losses.mean()), "samples": len(expected)}
         found["losses"] = [float(f"{loss:.4g}") for loss in losses]
+        if not classes and noise:
+            # Of values between 0 and 255, as pictures have them.
+            found["psnr_db"] = float(10 * np.log10(255.0**2 * expected.size / noise))
         if classes:
             before, after = (v.reshape(len(v), -1).argmax(axis=1) for v in (expected, actual))
             same = before == after

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import field_data
 import numpy as np
 import typer
-from field_data import NoData, open_model, read_feeds
+from field_data import NoData, feeds_for, open_model
 from field_quality import MEASURES, mean_over_mask
 from numpy.typing import NDArray
 
@@ -34,7 +34,6 @@ __all__ = ["TASKS", "Task", "judge", "measure", "print_table"]
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).with_name("cobla-onnx")
 BUDGETS = (("mem", 0.8), ("mem", 0.6), ("mac", 0.7))
-BATCH = 8
 BEGIN, END = "<!-- measured by tools/field.py -->", "<!-- end of what tools/field.py measured -->"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -96,10 +95,8 @@ def judge(kind: str, original: Path, compressed: Path, test: Path) -> dict[str, 
 def _outputs(kind: str, path: Path, data: Path) -> NDArray[Any]:
     """What a measure looks at, of all samples: the first output, or sentences' vectors."""
     session = open_model(path)
-    first = session.get_inputs()[0].shape[:1]
-    fixed = bool(first) and isinstance(first[0], int)
     found = []
-    for feeds in read_feeds(data, first[0] if fixed else BATCH, fixed):
+    for feeds in feeds_for(session, data):
         outputs = session.run(None, feeds)
         if kind == "embedding":
             hidden = [x for x in outputs if x.ndim == 3 and x.dtype.kind == "f"][-1]
@@ -205,11 +202,16 @@ def table(
     if page is None:
         print(text)
         return
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise typer.BadParameter(f"{page} lacks {BEGIN} or {END}")
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    write_between(page, text, BEGIN, END)
+
+
+def write_between(page: Path, text: str, begin: str, end: str) -> None:
+    """Put a text between two markers of a page, in place of what is there."""
+    before, begun, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended:
+        raise typer.BadParameter(f"{page} lacks {begin} or {end}")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def print_table(rows: Mapping[str, dict[str, Any]]) -> str:

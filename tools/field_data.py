@@ -18,7 +18,17 @@ from field_shapes import CALIBRATION, TEST, draw_scenes
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-__all__ = ["NoData", "draw_shapes", "draw_texts", "make_sounds", "open_model", "read_feeds"]
+__all__ = [
+    "NoData",
+    "draw_shapes",
+    "draw_texts",
+    "feeds_for",
+    "make_sounds",
+    "open_model",
+    "read_feeds",
+]
+
+BATCH = 8
 
 FONTS = Path("/usr/share/fonts/truetype")
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -50,6 +60,15 @@ def read_feeds(data: Path, batch: int, fixed: bool) -> Iterator[dict[str, NDArra
     count = len(next(iter(arrays.values())))
     for start in range(0, count - count % batch if fixed else count, batch):
         yield {name: array[start : start + batch] for name, array in arrays.items()}
+
+
+def feeds_for(
+    session: onnxruntime.InferenceSession, data: Path
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Yield a file's samples by batches that a model takes."""
+    first = session.get_inputs()[0].shape[:1]
+    fixed = bool(first) and isinstance(first[0], int)
+    return read_feeds(data, first[0] if fixed else BATCH, fixed)
 
 
 def draw_shapes(_: Path, calibration: Path, test: Path) -> None:

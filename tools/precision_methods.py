@@ -1,0 +1,217 @@
+"""Ways to make a model smaller in bytes: ours, parts of it, and what people use instead.
+
+    python tools/precision_methods.py METHOD MODEL DATA OUT [BUDGET]
+
+The model that METHOD makes is written to OUT. BUDGET, for methods that take one, is the fraction
+of the bytes of constants to keep. DATA is an ``.npz`` with calibration samples. The exit code is 4
+where the budget cannot be met, and 5 where a method does not apply to the model or a package that
+it needs is not installed; why stands on standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+__all__ = ["ABLATION", "ALTERNATIVES", "METHODS", "OURS", "Method", "NotApplicable"]
+
+UNREACHABLE, NOT_APPLICABLE = 4, 5
+# Below it, onnxruntime's quantiser has no scales by channel.
+OPSET = 13
+
+Make = Callable[[Path, Path, Path, "float | None"], None]
+"""Takes the model, the calibration data, where to write, and the budget."""
+
+
+class NotApplicable(Exception):
+    """The method finds nothing to do in this model, or is not installed."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a model is made.
+
+    Attributes
+    ----------
+    make
+        Writes the smaller model.
+    budgeted
+        Whether it takes a budget; else it takes the bytes that it takes.
+    """
+
+    make: Make
+    budgeted: bool = False
+
+
+def nothing() -> None:
+    """Leave all parts on."""
+
+
+def no_ranks() -> None:
+    """Let only whole weights in fewer bits be proposed."""
+    from cobla_onnx.graph.inventory import Reason, Refusal
+    from cobla_onnx.variants.registry import FAMILIES
+
+    for name, family in FAMILIES.items():
+        if name != "storage":
+            family.propose = lambda *_: Refusal(Reason.NO_GAIN)  # type: ignore[method-assign]
+
+
+def no_compensation() -> None:
+    """Round every number to the nearest level, whatever the inputs are."""
+    import cobla_onnx.variants.registry  # noqa: F401  # so that all who round are loaded
+    from cobla_onnx.variants.storage.rounding import round_weight
+
+    def nearest(rows: Any, _: Any, bits: int) -> Any:
+        return round_weight(rows, None, bits)
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "round_weight", None) is round_weight:
+            module.round_weight = nearest  # type: ignore[attr-defined]
+
+
+def ours(precision: str, switch_off: Callable[[], None] = nothing, **options: Any) -> Method:
+    """Make a method of `cobla_onnx.compress`, with a part of it switched off."""
+
+    def make(model: Path, data: Path, out: Path, budget: float | None) -> None:
+        from cobla_onnx import Budget, compress
+
+        switch_off()
+        compress(
+            model,
+            Budget(mem=budget),
+            data=data,
+            precision=precision,  # type: ignore[arg-type]
+            threads=2,
+            **options,
+        ).save(out)
+
+    return Method(make, budgeted=True)
+
+
+def static_qdq(model: Path, data: Path, out: Path, _: float | None) -> None:
+    """Quantise weights (int8, by channel) and activations (uint8) as onnxruntime advises."""
+    from field_data import feeds_for, open_model
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.feeds = feeds_for(open_model(model), data)
+
+        def get_next(self) -> Any:
+            return next(self.feeds, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        raised, prepared = Path(folder) / "raised.onnx", Path(folder) / "prepared.onnx"
+        onnx.save(raise_opset(onnx.load(model)), raised)
+        quant_pre_process(raised, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            out,
+            Reader(),
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+
+
+def dynamic(model: Path, _: Path, out: Path, __: float | None) -> None:
+    """Quantise weights; activations are while the model runs."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    loaded = raise_opset(onnx.load(model))
+    # onnxruntime has no convolution of int8 with int8.
+    convolutions = any(node.op_type == "Conv" for node in loaded.graph.node)
+    weights = QuantType.QUInt8 if convolutions else QuantType.QInt8
+    quantize_dynamic(loaded, out, weight_type=weights)
+
+
+def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Bring a model to the opset that quantisers want, as their documentation advises."""
+    (version,) = [each.version for each in model.opset_import if not each.domain]
+    return model if version >= OPSET else onnx.version_converter.convert_version(model, OPSET)
+
+
+def matmul_nbits(bits: int) -> Make:
+    """Store the constant operands of products in fewer bits, in blocks."""
+
+    def make(model: Path, _: Path, out: Path, __: float | None) -> None:
+        try:
+            from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+        except ImportError as error:
+            raise NotApplicable(f"pip install onnx-ir: {error}") from error
+        quantizer = MatMulNBitsQuantizer(onnx.load(model), bits=bits)
+        quantizer.process()
+        made = quantizer.model.model
+        if not any(node.op_type == "MatMulNBits" for node in made.graph.node):
+            raise NotApplicable("the model has no product with a constant operand")
+        onnx.save(made, out)
+
+    return make
+
+
+def shrink_ray(model: Path, _: Path, out: Path, __: float | None) -> None:
+    """Store weights as int8, with Cast, Mul and Add before their use."""
+    try:
+        from onnx_shrink_ray.shrink import quantize_weights
+    except ImportError as error:
+        raise NotApplicable(f"pip install onnx-shrink-ray: {error}") from error
+    before = onnx.load(model)
+    made = quantize_weights(before)
+    if len(made.graph.node) == len(before.graph.node):
+        raise NotApplicable("the model has no weight of 16384 numbers or more")
+    onnx.save(made, out)
+
+
+def half(model: Path, _: Path, out: Path, __: float | None) -> None:
+    """Convert weights and activations to half precision."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(model), keep_io_types=True), out)
+
+
+OURS: Mapping[str, Method] = {
+    "ranks alone": ours("keep"),
+    "bits alone": ours("auto", no_ranks),
+    "auto": ours("auto"),
+}
+ABLATION: Mapping[str, Method] = {
+    "auto, no compensation": ours("auto", no_compensation),
+    "auto, no refit": ours("auto", refit=False),
+    "bits alone, no compensation": ours("auto", lambda: (no_ranks(), no_compensation())[1]),
+}
+ALTERNATIVES: Mapping[str, Method] = {
+    "float16": Method(half),
+    "quantize_dynamic": Method(dynamic),
+    "static QDQ, U8S8": Method(static_qdq),
+    "MatMulNBits, 8 bits": Method(matmul_nbits(8)),
+    "MatMulNBits, 4 bits": Method(matmul_nbits(4)),
+    "onnx-shrink-ray": Method(shrink_ray),
+}
+METHODS: Mapping[str, Method] = {**OURS, **ABLATION, **ALTERNATIVES}
+
+
+def main(method: str, model: str, data: str, out: str, budget: str = "") -> int:
+    """Run a method; return the exit code."""
+    from cobla_onnx.errors import BudgetError
+
+    try:
+        METHODS[method].make(Path(model), Path(data), Path(out), float(budget) if budget else None)
+    except BudgetError as error:
+        print(error, file=sys.stderr)
+        return UNREACHABLE
+    except NotApplicable as error:
+        print(error, file=sys.stderr)
+        return NOT_APPLICABLE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
