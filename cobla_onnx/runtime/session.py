@@ -45,6 +45,9 @@ FOLDER = "session.model_external_initializers_file_folder_path"
 MAPS_FILES = tuple(int(n) for n in onnxruntime.__version__.split(".")[:2]) >= (1, 21)
 # Bytes of weights from which on a session gets them in a file.
 BY_FILE = 1 << 28
+# Bytes of weights from which on opening a session takes so long that giving back what is free
+# costs nothing beside it.
+TRIMMED = 1 << 25
 WEIGHTS = "weights"
 SIZES_TO_TRY = (16, 64, 224, 512, 1)
 # Seconds that one run may take, so that a loop without end does not keep us.
@@ -77,11 +80,11 @@ def open_session(
         If onnxruntime does not load the model; `PartError` if it is a part.
     """
     provider = current_provider()
-    if memory_is_given_back():
-        # What arrays and sessions before it have left is not used again by this one.
-        return_freed_memory()
     folder = _mapped_folder(model)
     large = [tensor for tensor in model.graph.initializer if _to_hand_over(tensor, folder)]
+    if memory_is_given_back() or sum(map(tensor_bytes, large)) >= TRIMMED:
+        # What arrays and sessions before it have left is not used again by this one.
+        return_freed_memory()
     light = copy_without_initializers(model, {t.name for t in large})
     # onnxruntime drops what nobody reads, and then misses it.
     read = {name for node in light.graph.node for name in all_inputs(node)}

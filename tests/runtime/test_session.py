@@ -81,3 +81,19 @@ def test_a_weight_that_is_also_an_output_is_handed_over():
     session = runtime.open_session(model, 1, ["w"])
     found = runtime.run_session(session, {"x": np.zeros((1, 32), np.float32)})
     np.testing.assert_array_equal(found["w"], weight)
+
+
+@pytest.mark.parametrize("given_back", [False, True])
+def test_a_session_of_many_weights_opens_in_memory_that_is_not_in_use(monkeypatch, given_back):
+    text = "<ir_version: 8, opset_import: ['': 17]> g (float[N, 32] x) => (float[N, 32] y) {"
+    model = parser.parse_model(text.replace("'", '"') + "y = MatMul(x, w)}")
+    weight = np.ones((32, 32), np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    returned = []
+    monkeypatch.setattr(runtime, "return_freed_memory", lambda: returned.append(True))
+    monkeypatch.setattr(runtime, "memory_is_given_back", lambda: given_back)
+    runtime.open_session(model, 1)
+    assert bool(returned) is given_back
+    monkeypatch.setattr(runtime, "TRIMMED", weight.nbytes)
+    runtime.open_session(model, 1)
+    assert len(returned) == 1 + given_back

@@ -24,6 +24,9 @@ __all__ = ["OnwardProbe"]
 # Most bytes of weights with which a session holds all weights but the layer's own: it runs faster
 # then, since onnxruntime packs a copy in the order of its kernels.
 PACKED = 1 << 28
+# Bytes of weights from which on opening a session takes longer than running a few layers again. One
+# session then serves all layers of a unit, with the weights of all of them as inputs.
+SHARED = 1 << 25
 
 
 class OnwardProbe:
@@ -33,12 +36,18 @@ class OnwardProbe:
     ----------
     probe : Probe
     threads : int
+    unit : sequence of int
+        Indices of layers, if no others will be asked for, and with the same weights elsewhere.
     """
 
-    def __init__(self, probe: Probe, threads: int) -> None:
+    def __init__(self, probe: Probe, threads: int, unit: Sequence[int] = ()) -> None:
         self._probe, self._threads = probe, threads
         self._frontier = Frontier(probe.exposed.model, lambda: probe.batches)
         self._line = 0
+        size = sum(array.nbytes for array in probe.feeds({}).values())
+        self._unit = frozenset(unit) if size >= SHARED else frozenset()
+        # The part after the cut at the first layer of the unit.
+        self._shared: _Rest | None = None
 
     def losses(
         self, index: int, candidates: Sequence[Pair], weights: Weights
@@ -62,27 +71,33 @@ class OnwardProbe:
         assert line >= self._line
         self._line = line
         feeds = self._probe.feeds(weights)
+        rest, store = self._shared, Store()
         crossing = self._frontier.crossing(line)
-        ahead = self._frontier.taps(crossing, feeds, threads=self._threads)
-        store = Store()
-        rest: _Rest | None = None
+        ahead = None if rest else self._frontier.taps(crossing, feeds, threads=self._threads)
         losses: list[list[NDArray[np.float64]]] = [[] for _ in candidates]
         pairs = zip(self._frontier.batches(), self._probe.expected, strict=True)
         for batch, expected in pairs:
-            values = ahead.run(batch)
-            store.put(values)
-            rest = rest or self._rest(values, batch, index, feeds)
-            given = values if rest.from_line else batch
+            given = batch
+            if ahead is not None:
+                values = ahead.run(batch)
+                store.put(values)
+                rest = rest or self._rest(values, batch, index, feeds)
+                given = values if rest.from_line else batch
+            assert rest is not None
             for candidate, found in zip(candidates, losses, strict=True):
                 outputs = rest.run(given, self._probe.feeds_of(index, candidate))
                 found.append(sample_losses(self._probe.measures, expected, outputs))
-        if rest is not None and rest.from_line:
-            self._frontier = self._frontier.moved_to(store)
+        if ahead is not None and rest is not None:
+            if rest.from_line:
+                self._frontier = self._frontier.moved_to(store)
+            if index in self._unit and (store.whole or not rest.from_line):
+                self._shared = rest
         return [np.concatenate(found) for found in losses]
 
     def _rest(self, values: Feeds, batch: Feeds, index: int, feeds: Feeds) -> _Rest:
         """Open the part after the cut; from the present cut, if the graph cannot be cut there."""
-        begin = partial(_Rest, probe=self._probe, index=index, feeds=feeds, threads=self._threads)
+        own = sorted(self._unit if index in self._unit else {index})
+        begin = partial(_Rest, probe=self._probe, own=own, feeds=feeds, threads=self._threads)
         if can_be_fed(values):
             try:
                 return begin(self._frontier.at(values), from_line=True)
@@ -93,25 +108,25 @@ class OnwardProbe:
 
 
 class _Rest:
-    """The part of a model after a cut, with the weight of one layer as an input."""
+    """The part of a model after a cut, with the weights of some layers as inputs."""
 
     def __init__(
         self,
         frontier: Frontier,
         *,
         probe: Probe,
-        index: int,
+        own: Sequence[int],
         feeds: Feeds,
         threads: int,
         from_line: bool,
     ) -> None:
         self.from_line = from_line
-        names = probe.exposed.weights[index], probe.exposed.biases[index]
-        own = {name for name in names if name is not None}
+        exposed = probe.exposed
+        names = {exposed.weights[index] for index in own} | {exposed.biases[index] for index in own}
         packed = sum(array.nbytes for array in feeds.values()) <= PACKED
-        self._own = {name: feeds[name] for name in own}
-        self._fed = {} if packed else {n: array for n, array in feeds.items() if n not in own}
-        stored = {n: array for n, array in feeds.items() if packed and n not in own}
+        self._own = {n: array for n, array in feeds.items() if n in names}
+        self._fed = {} if packed else {n: array for n, array in feeds.items() if n not in names}
+        stored = {n: array for n, array in feeds.items() if packed and n not in names}
         inputs = {n: array.dtype for n, array in (self._fed | self._own).items()}
         self._taps = frontier.taps(probe.measures, stored, inputs=inputs, threads=threads)
 

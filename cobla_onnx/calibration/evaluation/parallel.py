@@ -63,7 +63,7 @@ def _measure_original(origin: Shared) -> tuple[float, int]:
 
 
 def _measure(unit: _Unit) -> list[list[float]]:
-    onward = OnwardProbe(unit.origin.built(_open), 1)
+    onward = OnwardProbe(unit.origin.built(_open), 1, [index for index, _ in unit.entries])
     return [
         [float(losses.mean()) for losses in onward.losses(index, candidates, {})]
         for index, candidates in unit.entries

@@ -108,11 +108,11 @@ def refit_layers(
     layers = {entry.index: entry.layer for entry in chosen}
     walk = Walk(model, layers, batches, selection.batches, threads)
     able = [i for i in order if _refits(model, chosen[i]) and walk.is_moved(chosen[i].layer)]
-    done = 0
+    done, total = 0, max(len(able), 1)
     for section in _sections(able):
         start, before, before_weights = walk.place, list(current), dict(weights)
         for position in section:
-            progress(done, len(able))
+            progress(done, total)
             entry = chosen[position]
             current[position] = made = _Refit(model, entry).best(walk, weights)
             weights |= replaced_weights([entry], [made])
@@ -125,7 +125,7 @@ def refit_layers(
             best = loss
         else:
             current, weights, walk.place = before, before_weights, start
-    progress(len(able), len(able))
+    progress(total, total)
     kept = sum(made is not entry.approximation for made, entry in zip(current, chosen, strict=True))
     return current, kept
 

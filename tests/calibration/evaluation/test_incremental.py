@@ -11,6 +11,7 @@ from onnx import parser
 
 from cobla_onnx.calibration.evaluation import incremental as onward
 from cobla_onnx.calibration.evaluation import parallel as spread
+from cobla_onnx.calibration.evaluation.graph_cut import Store
 from cobla_onnx.calibration.evaluation.incremental import OnwardProbe
 from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
 from cobla_onnx.calibration.evaluation.probe import Probe
@@ -116,6 +117,35 @@ def test_layers_in_any_order_and_number_a_unit(limits, monkeypatch):
     for (index, pairs), losses in zip(wanted, found, strict=True):
         expected = [probe.loss({index: pair}) for pair in pairs]
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("room", [1 << 20, 1])
+def test_a_session_for_a_unit_gives_the_same(name, room, monkeypatch):
+    """Also where what crosses the cut is not kept, so that samples stay where they are."""
+    model = MODELS[name]
+    layers = find_layers(model).layers
+    probe = Probe(model, layers, BATCHES, "mse", 1)
+    unit = (1, 2, 3)
+    pairs = {index: candidates(model, layers, index, [index, 7]) for index in unit}
+    alone = OnwardProbe(probe, 1)
+    expected = {index: alone.losses(index, pairs[index], {}) for index in unit}
+    opened, begin = [], onward._Rest.__init__
+
+    def noticed(self, *arguments, **options):
+        opened.append(options["own"])
+        begin(self, *arguments, **options)
+
+    monkeypatch.setattr(onward._Rest, "__init__", noticed)
+    monkeypatch.setattr(onward, "Store", lambda: Store(room))
+    monkeypatch.setattr(onward, "SHARED", 0)
+    together = OnwardProbe(probe, 1, unit)
+    for index in unit:
+        found = together.losses(index, pairs[index], {})
+        np.testing.assert_allclose(found, expected[index], rtol=1e-4, atol=1e-9)
+    assert {tuple(own) for own in opened} == {unit}
+    if name == "plain" and room > 1:
+        assert len(opened) == 1
 
 
 def test_what_comes_before_runs_once(monkeypatch):
