@@ -7,12 +7,13 @@ from cobla_onnx.variants.base import Form, VariantFamily
 from cobla_onnx.variants.low_rank.family import LowRankFamily
 from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.storage.family import StorageFamily
+from cobla_onnx.variants.storage.rows_family import RowStorageFamily
 
 __all__ = ["FAMILIES", "family_of", "forms_of", "require_family", "schemes", "stand_in"]
 
 # By name, in the order in which they propose.
 FAMILIES: dict[str, VariantFamily] = {
-    family.name: family for family in (LowRankFamily(), StorageFamily())
+    family.name: family for family in (LowRankFamily(), StorageFamily(), RowStorageFamily())
 }
 
 

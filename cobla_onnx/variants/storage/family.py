@@ -34,7 +34,7 @@ from cobla_onnx.variants.storage.stored import (
     stored_bytes,
 )
 
-__all__ = ["STORED", "StorageFamily", "StoredForm"]
+__all__ = ["MOST", "STORED", "StorageFamily", "StoredForm", "between", "check_bits"]
 
 STORED = "stored"
 # The level of a weight as it is stored today: bits of single precision.
@@ -79,7 +79,7 @@ class RoundingUnit:
         for bits in self.bits:
             lost = HALF_ERROR if bits == HALF else distortion(rows, bits)
             known[bits] = lost * unmade / total if total > 0 else 0.0
-        return Measured([_between(known)], [None], [])
+        return Measured([between(known)], [None], [])
 
 
 class StorageFamily(VariantFamily):
@@ -107,12 +107,7 @@ class StorageFamily(VariantFamily):
         UsageError
             If there is not.
         """
-        if level not in FORMATS:
-            raise UsageError(
-                f"plan: layer {quoted(layer.name)} cannot be stored in {level} bits; there are "
-                f"{', '.join(map(str, FORMATS))}"
-            )
-        return level
+        return check_bits(layer, level)
 
     def propose(
         self, layer: Layer, costs: LayerCosts, asked: Asked
@@ -185,12 +180,28 @@ class StorageFamily(VariantFamily):
         return self.replace(layer, form, rounded(layer, weight, level, None))
 
 
+def check_bits(layer: Layer, level: int | None) -> int:
+    """Return the bits that a plan gives, if there is such a format.
+
+    Raises
+    ------
+    UsageError
+        If there is not.
+    """
+    if level not in FORMATS:
+        raise UsageError(
+            f"plan: layer {quoted(layer.name)} cannot be stored in {level} bits; there are "
+            f"{', '.join(map(str, FORMATS))}"
+        )
+    return level
+
+
 def _takes(layer: Layer) -> bool:
     kind = operator_of(layer).kind
     return layer.type == TensorProto.FLOAT and kind in SCHEMES and kind != Lookup.kind
 
 
-def _between(known: dict[int, float]) -> Float64:
+def between(known: dict[int, float]) -> Float64:
     """Errors at all numbers of bits from 0 on, in logarithms between those that are known."""
     places = sorted(known)
     values = np.array([max(known[place], 1e-12) for place in places])
