@@ -19,6 +19,7 @@ from cobla_onnx.graph.inventory import Reason, Refusal
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.graph.macs import infer_shapes
 from cobla_onnx.latency.single_layer import micro_graph
+from cobla_onnx.pipeline.search import refit
 from cobla_onnx.plan import Decision
 from cobla_onnx.runtime.session import open_session, random_feeds, run_session
 from cobla_onnx.runtime.transfer import Carried
@@ -29,7 +30,7 @@ from cobla_onnx.variants.low_rank.lookup import LookupScheme, table_moment
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
 from cobla_onnx.variants.rewrite import rewrite
-from tests.builders import random_array
+from tests.builders import model_of, random_array
 from tests.lookups import ROWS, WIDTH, few_directions, lookup_model, text_model, texts
 
 LEVELS = (
@@ -195,3 +196,58 @@ def test_where_the_number_of_rows_is_not_known_ranks_are_not_counted_as_free():
     assert refused == Refusal(Reason.NOT_FASTER, "shapes not known")
     # Without any MACs there is nothing that they would have to be counted with.
     assert not isinstance(family.propose(layer, LayerCosts(None, {}), asked), Refusal)
+
+
+@pytest.mark.parametrize("decision", [("matrix", 4), ("rows", 4)])
+def test_two_lookups_share_what_takes_the_table_s_place(decision):
+    nodes = [
+        helper.make_node("Gather", ["table", name], [f"{name}_rows"], name)
+        for name in ("left", "right")
+    ]
+    nodes.append(helper.make_node("Sub", ["left_rows", "right_rows"], ["y"], "apart"))
+    inputs: dict[str, list[int | str]] = {"left": ["N", 3], "right": ["N", 3]}
+    model = model_of(nodes, {"table": few_directions(80, 64, 4, seed=3)}, inputs, ["y"])
+    for value in model.graph.input:
+        value.type.tensor_type.elem_type = TensorProto.INT64
+    drawn = np.random.default_rng(1).integers(0, 80, (2, 30, 3))
+    data = {"left": drawn[0], "right": drawn[1]}
+    result = compress(model, plan=Plan((Decision("left", *decision),)), data=data, threads=1)
+    assert result.report.verification is not None
+    assert result.report.verification.rewrite_max_error < 1e-5
+    stored = [t.name for t in result.model.graph.initializer]
+    assert len(stored) == len(set(stored))
+    assert "table" not in stored
+    assert {node.name for node in result.model.graph.node} >= {"left", "right", "apart"}
+
+
+def test_numbers_of_rows_that_layers_choose_are_not_refitted_to(monkeypatch):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["scores"], "scores"),
+        helper.make_node("ArgMax", ["scores"], ["ids"], "choice", axis=-1, keepdims=0),
+        helper.make_node("Gather", ["table", "ids"], ["rows"], "embedding"),
+        helper.make_node("MatMul", ["rows", "w2"], ["a"], "hidden"),
+        helper.make_node("MatMul", ["scores", "w3"], ["b"], "skip"),
+        helper.make_node("Add", ["a", "b"], ["y"], "sum"),
+    ]
+    weights = {
+        "w1": few_directions(16, 40, 5, seed=1),
+        "table": few_directions(40, 24, 5, seed=4),
+        "w2": few_directions(24, 20, 5, seed=7),
+        "w3": few_directions(40, 20, 5, seed=10),
+    }
+    model = model_of(nodes, weights, {"x": ["N", 16]}, ["y"])
+    data = {"x": random_array(60, 16, seed=5)}
+    refitted: list[str] = []
+    made = refit._Refit.candidates
+
+    def recorded(self: Any, walk: Any, current: Any) -> Any:
+        refitted.append(self._entry.layer.name)
+        return made(self, walk, current)
+
+    monkeypatch.setattr(refit._Refit, "candidates", recorded)
+    names = ("scores", "embedding", "hidden", "skip")
+    plan = Plan(tuple(Decision(name, "matrix", 6) for name in names))
+    result = compress(model, plan=plan, data=data, threads=1)
+    decided = {layer.name: layer.decision for layer in result.report.layers}
+    assert decided["embedding"] == "factorised"
+    assert refitted == ["hidden", "skip"]
