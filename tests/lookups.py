@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 
 from tests.builders import model_of, random_array
 
-ROWS, WIDTH, LENGTH, CLASSES = 60, 24, 7, 5
+ROWS, WIDTH, LENGTH, CLASSES = 96, 64, 7, 5
 
 
 def lookup_model(

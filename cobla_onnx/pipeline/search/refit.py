@@ -20,8 +20,6 @@ from cobla_onnx.calibration.positions import Chosen, choose_positions, sample_se
 from cobla_onnx.calibration.statistics import WIDE
 from cobla_onnx.calibration.sums import Joint, JointSum
 from cobla_onnx.graph.layers import Layer, Use, read_weight
-from cobla_onnx.graph.operators.base import operator_of
-from cobla_onnx.graph.operators.gather import Lookup
 from cobla_onnx.graph.subgraph import expose, reached_from
 from cobla_onnx.runtime.pool import open_pool
 from cobla_onnx.runtime.session import Feeds
@@ -159,9 +157,8 @@ class _Walk:
         self._moved = reached_from(self._exposed.model, self._exposed.weights)
 
     def is_moved(self, layer: Layer) -> bool:
-        """Whether approximated layers before this one move its data; numbers of rows only jump."""
-        moved = any(use.data in self._moved for use in layer.uses)
-        return moved and operator_of(layer).kind != Lookup.kind
+        """Whether any approximated layer comes before this one."""
+        return any(use.data in self._moved for use in layer.uses)
 
     def joint(
         self, layer: Layer, current: Sequence[Approximation], pairing: Sequence[Pairing]

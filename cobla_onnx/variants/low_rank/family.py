@@ -13,8 +13,7 @@ from cobla_onnx.allocation import VariantCurve
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.inventory import Refusal
 from cobla_onnx.graph.layers import Layer, Reason
-from cobla_onnx.graph.operators.base import elements, operator_of
-from cobla_onnx.graph.operators.gather import Lookup
+from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.base import Asked, ErrorUnit, LayerCosts, Proposal, VariantFamily
@@ -50,22 +49,14 @@ class LowRankFamily(VariantFamily):
     def propose(
         self, layer: Layer, costs: LayerCosts, asked: Asked
     ) -> Sequence[Proposal] | Refusal:
-        """Propose the ranks at which the layer is smaller, and not slower in MACs.
-
-        A lookup does none, so that ranks cost some; it has none where MACs or time are limited.
-        """
+        """Propose the ranks at which the layer is smaller, and not slower in MACs."""
         if operator_of(layer).kind not in SCHEMES:
             return Refusal(Reason.OPERATOR)
-        is_lookup = operator_of(layer).kind == Lookup.kind
-        if is_lookup and asked.ranks.faster:
-            return Refusal(Reason.NOT_FASTER, "whole rows take no MACs")
-        if is_lookup and costs.macs is not None and not _knows_rows(layer, costs):
-            return Refusal(Reason.NOT_FASTER, "shapes not known")
         grid, pointwise = _grid(layer, asked.ranks)
         found, useful = [], False
         for scheme in schemes_for(layer, asked.scheme):
             most = largest_rank(layer, scheme)
-            if costs.macs is not None and not is_lookup:
+            if costs.macs is not None:
                 per_rank = self.macs(layer, scheme, 1, costs)
                 if not per_rank:
                     continue
@@ -159,16 +150,9 @@ class LowRankFamily(VariantFamily):
         grid, pointwise = _grid(layer, ranks)
         most = int(levels[-1])
         per_rank = self.macs(layer, form, 1, costs)
-        if operator_of(layer).kind == Lookup.kind:
-            most = 0 if ranks.faster else most
-        elif costs.macs is not None and per_rank is not None:
+        if costs.macs is not None and per_rank is not None:
             most = min(most, ranks.most(costs.macs, per_rank, pointwise=pointwise))
         return np.intersect1d(grid.candidates(most), levels)
-
-
-def _knows_rows(layer: Layer, costs: LayerCosts) -> bool:
-    """Whether the numbers of rows that a lookup's uses give are known, and so what ranks cost."""
-    return all(elements(costs.shapes.get(use.output)) is not None for use in layer.uses)
 
 
 def _grid(layer: Layer, rule: RankRule) -> tuple[RankGrid, bool]:

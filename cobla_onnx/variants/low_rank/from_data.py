@@ -19,7 +19,6 @@ from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.base import Measured
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
-from cobla_onnx.variants.low_rank.lookup import table_moment
 from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank, schemes_for
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR, shrink, shrink_outputs
 from cobla_onnx.variants.low_rank.svd import Float64
@@ -187,9 +186,6 @@ def mean_change(seen: Seen, layer: Layer, change: NDArray[Any]) -> Float64:
 
 def layer_moment(seen: Seen, layer: Layer, weight: NDArray[Any]) -> Float64:
     """Moment of a layer's inputs or outputs, shrunk towards the one without data."""
-    counts = seen.counts(layer)
-    if counts is not None:
-        return table_moment(weight, counts.frequencies())
     moment = seen.moment(layer)
     second, mean = moment.second, moment.mean
     if seen.is_centred(layer):

@@ -17,7 +17,6 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from cobla_onnx.graph.layers import Layer, Use, attributes
-from cobla_onnx.variants.low_rank.lookup import LookupScheme
 from cobla_onnx.variants.low_rank.matricisation import ConvScheme, Scheme, TransposedConvScheme
 from cobla_onnx.variants.low_rank.svd import Factorization
 from cobla_onnx.variants.names import Names
@@ -158,9 +157,6 @@ def _pair(
         first = gs.Node(node.op_type, first_name, first_values, [data, weights[0]], [between])
         inputs = [between, weights[1], *others]
         second = gs.Node(node.op_type, node.name, second_values, inputs, [output])
-    elif isinstance(scheme, LookupScheme):
-        first = gs.Node(node.op_type, first_name, values, [weights[0], data], [between])
-        second = gs.Node("MatMul", node.name, {}, [between, weights[1]], [output])
     else:
         operands = [data, weights[0]] if scheme.data_left else [weights[0], data]
         first = gs.Node("MatMul", first_name, {}, operands, [between])

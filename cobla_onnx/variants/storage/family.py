@@ -17,7 +17,6 @@ from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.inventory import Reason, Refusal
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.operators.base import operator_of
-from cobla_onnx.graph.operators.gather import Lookup
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.text import quoted
@@ -197,8 +196,7 @@ def check_bits(layer: Layer, level: int | None) -> int:
 
 
 def _takes(layer: Layer) -> bool:
-    kind = operator_of(layer).kind
-    return layer.type == TensorProto.FLOAT and kind in SCHEMES and kind != Lookup.kind
+    return layer.type == TensorProto.FLOAT and operator_of(layer).kind in SCHEMES
 
 
 def between(known: dict[int, float]) -> Float64:

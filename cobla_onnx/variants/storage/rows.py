@@ -1,8 +1,6 @@
 """A table in few bits with a scale for each row, and the nodes that look rows up in it.
 
-Of the rows of an embedding, few are read most of the time. Those whose errors would count most are
-stored in 8 bits, beside the table: one of 32, which costs a quarter of a bit for each weight, and
-is worth one or two bits of all.
+Those whose errors would count most are stored in 8 bits, beside the table (`best_rows`).
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from cobla_onnx.graph.layers import Layer, Use
+from cobla_onnx.variants.best_rows import best_count, best_of, place_type, places
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement, narrowed
@@ -36,17 +35,13 @@ __all__ = [
     "table_bytes",
 ]
 
-# Rows of which one is stored in 8 bits, and the least width: the places of these rows must cost
-# little beside the rows.
-RARE, WIDE = 32, 64
 # Bytes of the constants in a lookup's nodes.
 CONSTANTS = 64
 
 
 def best_rows(shape: tuple[int, ...], bits: int) -> int:
     """Number of a table's rows that are stored in 8 bits, where the others have fewer."""
-    rows, width = shape
-    return rows // RARE if bits < 8 and width >= WIDE else 0
+    return best_count(shape) if bits < 8 else 0
 
 
 def table_bytes(layer: Layer, bits: int) -> int:
@@ -62,12 +57,8 @@ def table_bytes(layer: Layer, bits: int) -> int:
     total = packed + scales + (4 << bits) + 8 + CONSTANTS
     best = best_rows(layer.shape, bits)
     if best:
-        total += rows * _place_type(best).itemsize + (best + 1) * (width + 4)
+        total += rows * place_type(best).itemsize + (best + 1) * (width + 4)
     return total
-
-
-def _place_type(best: int) -> np.dtype[Any]:
-    return np.dtype(next(t for t in (np.uint8, np.uint16, np.uint32) if best <= np.iinfo(t).max))
 
 
 @dataclass(frozen=True)
@@ -123,7 +114,7 @@ def round_table(
     errors = np.einsum("rw,rw->r", change, change)
     if frequencies is not None:
         errors = errors * frequencies
-    chosen = np.sort(np.argsort(-errors, kind="stable")[:best])
+    chosen = best_of(errors, best)
     best_coded = round_weight(table[None, chosen], None, 8)
     weight[chosen] = best_coded.dense()[0]
     return RoundedTable(coded, chosen, best_coded, weight.astype(kind))
@@ -205,11 +196,9 @@ def stored_rows(layer: Layer, made: RoundedTable) -> StoredRows:
     width = np.array([codes.shape[1]], np.int64)
     arrays = {**planes, "levels": coded.levels, "scale": scale, "width": width}
     if best is not None:
-        place = np.zeros(len(codes), _place_type(len(made.best)))
-        place[made.best] = np.arange(1, len(made.best) + 1)
         scale[made.best] = 0
         arrays |= {
-            "place": place,
+            "place": places(made.best, len(codes)),
             "best_codes": np.pad(_signed(best), ((1, 0), (0, 0))),
             "best_scale": np.pad(best.scales[0], (1, 0))[:, None],
         }

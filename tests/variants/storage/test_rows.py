@@ -38,7 +38,7 @@ from cobla_onnx.variants.storage.rows import (
 from cobla_onnx.variants.storage.rows_family import RowsForm, RowStorageFamily, RowsUnit
 from tests.builders import random_array
 from tests.lookups import few_directions, lookup_model, text_model, texts
-from tests.variants.low_rank.test_lookup import LEVELS, run
+from tests.variants.low_rank.test_tables import LEVELS, run
 
 BITS = st.sampled_from(FORMATS)
 
@@ -124,12 +124,16 @@ def test_the_table_is_not_expanded_when_the_model_opens(bits, tmp_path):
 
 
 def test_one_function_serves_all_tables_of_a_format():
-    plan = Plan((Decision("tokens", "rows", 4), Decision("positions", "rows", 4)))
+    plan = Plan((Decision("tokens", "rows", 8), Decision("positions", "rows", 8)))
     result = compress(text_model(), plan=plan, threads=1)
-    assert [f.name for f in result.model.functions] == ["Rows4"]
+    assert [f.name for f in result.model.functions] == ["Rows8"]
     assert result.report.verification.rewrite_max_error == 0
     names = [node.name for node in result.model.graph.node]
     assert names == [node.name for node in text_model().graph.node]
+    # Too few rows for some of them to be better than the others.
+    plan = Plan((Decision("tokens", "rows", 4), Decision("positions", "rows", 4)))
+    result = compress(text_model(), plan=plan, threads=1)
+    assert [f.name for f in result.model.functions] == ["Rows4Mixed", "Rows4"]
     inputs = list(row_decoder(RowFormat(4), 17).input)
     assert inputs == ["ids", "plane_0", "levels", "scale", "width"]
 
@@ -144,13 +148,14 @@ def test_the_predicted_error_is_the_measured_one(bits):
     counts = seen.counts(layer)
     assert counts is not None
     proposals = RowStorageFamily().propose(layer, None, Asked("auto", EVERY_RANK, (bits,)))
-    for given_maker, frequencies in (
-        (maker, counts.frequencies()),
-        (None, np.full(len(table), 1 / len(table))),
+    (of_data,) = maker.approximate(layer, RowsForm(), [bits])
+    alone = RowStorageFamily().from_weights(layer, RowsForm(), bits, table, None)
+    for its_maker, made, frequencies in (
+        (maker, of_data, counts.frequencies()),
+        (None, alone, np.full(len(table), 1 / len(table))),
     ):
-        unit = RowStorageFamily().unit(layer, proposals, Carried(table, False), None, given_maker)
+        unit = RowStorageFamily().unit(layer, proposals, Carried(table, False), None, its_maker)
         (errors,) = unit.measure().errors
-        (made,) = maker.approximate(layer, RowsForm(), [bits])
         lost = frequencies @ np.square(made.weight.astype(np.float64) - table).sum(axis=1)
         energy = frequencies @ np.square(table.astype(np.float64)).sum(axis=1)
         assert errors[bits] == pytest.approx(lost / energy, rel=1e-6)
@@ -187,7 +192,7 @@ def test_tables_and_layers_share_one_budget_of_bits(objective):
         model, Budget(mem=0.35), precision="auto", objective=objective, threads=1, **options
     )
     chosen = {d.layer: d.scheme for d in result.plan.decisions}
-    assert chosen["tokens"] in ("rows", "matrix")
+    assert chosen["tokens"] in ("rows", "table")
     assert model_bytes(result.model) <= 0.35 * model_bytes(model)
     again = compress(model, plan=Plan.from_json(result.plan.to_json()), threads=1, **options)
     assert again.model.SerializeToString() == result.model.SerializeToString()
