@@ -12,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.batching import TapLimit
+from cobla_onnx.calibration.frequencies import RowCounts, count_rows
 from cobla_onnx.calibration.moments import (
     ALL_UNITS,
     LIMIT,
@@ -22,6 +23,7 @@ from cobla_onnx.calibration.moments import (
 from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
 from cobla_onnx.calibration.sums import Moment
 from cobla_onnx.graph.layers import Layer
+from cobla_onnx.graph.operators.gather import LookupPatch
 from cobla_onnx.runtime.cache import Cache, digest
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds
@@ -38,6 +40,8 @@ KEPT = 1 << 28
 
 class Seen:
     """Second moments of all layers' inputs, from one pass over the calibration split.
+
+    Of lookups, how often each row is read.
 
     Parameters
     ----------
@@ -98,9 +102,12 @@ class Seen:
         )
         self.key = digest(key, wide)
         self._patches = {layer.name: _patches(model, layer, wide) for layer in layers}
+        patches = [patch for its in self._patches.values() for patch in its]
+        rows = [patch for patch in patches if isinstance(patch, LookupPatch)]
+        self._counts = _of_layers(self._patches, count_rows(model, rows, batches))
         self._store: Moments = collect_moments(
             model,
-            [patch for patches in self._patches.values() for patch in patches],
+            [patch for patch in patches if not isinstance(patch, LookupPatch)],
             batches,
             pool=pool or Pool(),
             cache=cache,
@@ -136,6 +143,7 @@ class Seen:
         rest = copy.copy(self)
         rest._made = {}
         rest._store = Remainder(self._store, part._store)
+        rest._counts = {n: self._counts[n].without(its) for n, its in part._counts.items()}
         rest.cache, rest.kept = None, part.kept
         return rest
 
@@ -149,7 +157,7 @@ class Seen:
 
     def is_wide(self, layer: Layer) -> bool:
         """Whether a layer is measured by its outputs alone."""
-        return isinstance(self._patches[layer.name][0], OutputPatch)
+        return isinstance(self._patches[layer.name][0], OutputPatch | LookupPatch)
 
     def is_centred(self, layer: Layer) -> bool:
         """Whether something absorbs the mean of the output, so that the covariance counts."""
@@ -158,15 +166,32 @@ class Seen:
         return layer.bias is not None or (self.is_wide(layer) and biased)
 
     def moment(self, layer: Layer) -> Moment:
-        """Moment of a layer's inputs or, if it is wide, of its outputs."""
+        """Moment of a layer's inputs or, if it is wide, of its outputs; not of a lookup's."""
         return self._store.get(self._patches[layer.name])
+
+    def counts(self, layer: Layer) -> RowCounts | None:
+        """How often each row of a lookup's table was read, over all uses; None of other layers."""
+        return self._counts.get(layer.name)
+
+
+def _of_layers(
+    patches: Mapping[str, Sequence[Patch]], found: Mapping[LookupPatch, RowCounts]
+) -> dict[str, RowCounts]:
+    """Add up the counts of each layer's uses."""
+    counts: dict[str, RowCounts] = {}
+    for name, its in patches.items():
+        for patch in its:
+            if isinstance(patch, LookupPatch):
+                known = counts.get(name)
+                counts[name] = found[patch] if known is None else known.plus(found[patch])
+    return counts
 
 
 def _patches(model: onnx.ModelProto, layer: Layer, wide: int) -> list[Patch]:
     patches: list[Patch] = []
     for use in layer.uses:
         patch = patch_of(model, layer, use)
-        if patch.size > wide:
+        if patch.size > wide and not isinstance(patch, LookupPatch):
             outputs = layer.params // (patch.groups * patch.size)
             patches.append(OutputPatch(use.output, patch, outputs))
         else:

@@ -102,6 +102,8 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
         if not _is_reported(node):
             continue
         found = _weight_operand(graph, node)
+        if _is_incidental(node) and not _is_floating_matrix(found):
+            continue
         if isinstance(found, tuple):
             position, origin = found
             key: tuple[Any, ...]
@@ -114,7 +116,7 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
         (len(graph.nodes), Skipped(node_label(node, 0), node.op_type, Reason.SUBGRAPH))
         for function in model.functions
         for node in function.node
-        if _is_reported(node)
+        if _is_reported(node) and not _is_incidental(node)
     )
     layers: list[Layer] = []
     taken: set[str] = set()
@@ -134,11 +136,22 @@ def _is_reported(node: onnx.NodeProto) -> bool:
     return node.op_type in REPORTED or node.op_type in OPERATORS
 
 
+def _is_incidental(node: onnx.NodeProto) -> bool:
+    operator = operator_of_node(node)
+    return operator is not None and operator.incidental
+
+
+def _is_floating_matrix(found: tuple[int, Origin] | Skipped) -> bool:
+    if isinstance(found, Skipped):
+        return False
+    return len(found[1].shape) > 1 and found[1].type in STORED_TYPES
+
+
 def _inside(node: onnx.NodeProto, index: int) -> Iterable[Skipped]:
     stack = list(subgraphs(node))
     while stack:
         for inner in (graph := stack.pop()).node:
-            if _is_reported(inner):
+            if _is_reported(inner) and not _is_incidental(inner):
                 name = f"{node_label(node, index)}/{inner.name or inner.op_type}"
                 yield Skipped(name, inner.op_type, Reason.SUBGRAPH, graph.name)
             stack.extend(subgraphs(inner))

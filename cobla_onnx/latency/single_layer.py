@@ -16,6 +16,8 @@ import onnx
 from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.layers import Layer, Use, find_layers, read_weight
 from cobla_onnx.graph.macs import Shape
+from cobla_onnx.graph.operators.base import operator_of
+from cobla_onnx.graph.operators.gather import Lookup
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.variants.registry import forms_of, stand_in
 from cobla_onnx.variants.rewrite import rewrite
@@ -94,9 +96,10 @@ def micro_graph(
     node.input[layer.weight_input] = weight_name
     tensors = [onnx.numpy_helper.from_array(np.ascontiguousarray(read_weight(model, layer)))]
     tensors[0].name = weight_name
-    inputs = [
-        onnx.helper.make_tensor_value_info(use.data, layer.type, _typed_shape(shapes[use.data]))
-    ]
+    is_lookup = operator_of(layer).kind == Lookup.kind
+    data_type = onnx.TensorProto.INT64 if is_lookup else layer.type
+    data_shape = _typed_shape(shapes[use.data])
+    inputs = [onnx.helper.make_tensor_value_info(use.data, data_type, data_shape)]
     for name in dict.fromkeys(n for n in node.input[2:] if n):
         if name in stored:
             array = tensor_array(stored[name], name)

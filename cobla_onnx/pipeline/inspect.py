@@ -104,10 +104,10 @@ def _schemes(
         InspectedScheme(
             name=curve.scheme,
             full_rank=curve.most,
-            break_even_memory=size / curve.per_level["mem"],
+            break_even_memory=_rank_for(curve, size),
             break_even_macs=_ratio(macs, curve.per_level.get("mac")),
             most=int(curve.levels[-1]),
-            half_error=_error_at(curve, size // 2 // curve.per_level["mem"]),
+            half_error=_error_at(curve, int(_rank_for(curve, size // 2))),
             error_ranks={
                 f"{error:g}": _rank_at(curve, error * error) for error in (0.3, 0.1, 0.03, 0.01)
             },
@@ -117,6 +117,15 @@ def _schemes(
         if curve.spectrum is not None
     ]
     return tuple(sorted(found, key=lambda scheme: scheme.half_error))
+
+
+def _rank_for(curve: VariantCurve, size: int) -> float:
+    """Rank at which a layer takes so many bytes; 0 where no rank takes as few."""
+    if "mem" in curve.per_level:
+        return size / curve.per_level["mem"]
+    levels, costs = curve.levels, curve.costs["mem"]
+    each = (costs[-1] - costs[0]) / (levels[-1] - levels[0]) if len(levels) > 1 else costs[0]
+    return max(float(levels[0] + (size - costs[0]) / each), 0.0)
 
 
 def _ratio(whole: int | None, each: int | None) -> float | None:

@@ -152,7 +152,8 @@ def _charts(report: Report) -> list[tuple[str, Chart | None]]:
 def _rows(report: Report) -> list[Row]:
     layers = [layer for layer in report.layers if layer.decision != "skipped"]
     params = max((layer.params.before or 0 for layer in layers), default=0)
-    macs = max((layer.macs.before or 0 for layer in layers), default=0)
+    counted = (size for layer in layers for size in (layer.macs.before, layer.macs.after))
+    macs = max((size or 0 for size in counted), default=0)
     names = short_names([layer.name for layer in layers], 80)
     return [_row(layer, names[layer.name], params, macs) for layer in layers]
 

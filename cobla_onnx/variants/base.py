@@ -330,6 +330,8 @@ class VariantFamily(Protocol):
     ) -> Refitted:
         """Approximate a weight that was fitted to the inputs after compression, without a bias.
 
+        It is asked of families alone that say so (`refits`).
+
         Parameters
         ----------
         weight : float64 array, shape ``layer.shape``
@@ -338,7 +340,7 @@ class VariantFamily(Protocol):
         importance : float64 array, shape (groups * outputs,), optional
             How much the squared error of each output counts.
         """
-        ...
+        raise NotImplementedError(self.name)
 
     def replace(self, layer: Layer, form: Any, approximation: Any) -> Replacement:
         """Turn one of this family's approximations into what is stored, and its nodes.

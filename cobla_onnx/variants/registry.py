@@ -6,14 +6,23 @@ from cobla_onnx.graph.layers import Layer
 from cobla_onnx.variants.base import Form, VariantFamily
 from cobla_onnx.variants.coded_factors.family import CodedFactorsFamily
 from cobla_onnx.variants.low_rank.family import LowRankFamily
+from cobla_onnx.variants.low_rank.table_family import LowRankTables
 from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.storage.family import StorageFamily
+from cobla_onnx.variants.storage.rows_family import RowStorageFamily
 
 __all__ = ["FAMILIES", "family_of", "forms_of", "require_family", "schemes", "stand_in"]
 
 # By name, in the order in which they propose.
 FAMILIES: dict[str, VariantFamily] = {
-    family.name: family for family in (LowRankFamily(), StorageFamily(), CodedFactorsFamily())
+    family.name: family
+    for family in (
+        LowRankFamily(),
+        StorageFamily(),
+        CodedFactorsFamily(),
+        LowRankTables(),
+        RowStorageFamily(),
+    )
 }
 
 

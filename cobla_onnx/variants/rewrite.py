@@ -99,6 +99,8 @@ def _build(
         kept = onnx.NodeProto()
         kept.CopyFrom(node)
         kept.op_type = last.op_type
+        # A function of the model; other nodes are of the original's domain.
+        kept.domain = last.domain or node.domain
         del kept.input[:], kept.attribute[:]
         kept.input.extend(last.input)
         kept.attribute.extend(last.attribute)

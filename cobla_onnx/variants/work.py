@@ -60,16 +60,21 @@ def _mapped(
 
 
 def candidate(layer: Layer, costs: LayerCosts, asked: Asked) -> Candidate:
-    """Collect what all families propose for a layer; the first refusal counts if none does."""
+    """Collect what all families propose for a layer.
+
+    If none does, the first refusal counts: of the families that have forms for the layer, if any
+    has.
+    """
     proposals: list[Proposal] = []
-    refusals: list[Refusal] = []
+    refusals: list[tuple[bool, Refusal]] = []
     for family in FAMILIES.values():
         found = family.propose(layer, costs, asked)
         if isinstance(found, Refusal):
-            refusals.append(found)
+            refusals.append((not family.forms(layer), found))
         else:
             proposals.extend(found)
-    return Candidate(layer, costs, tuple(proposals), *refusals[:1])
+    refusals.sort(key=lambda entry: entry[0])
+    return Candidate(layer, costs, tuple(proposals), *(refusal for _, refusal in refusals[:1]))
 
 
 def measured_curves(

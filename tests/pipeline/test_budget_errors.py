@@ -80,7 +80,7 @@ def test_the_command_says_which_operator_holds_the_bytes(tmp_path, regressor):
     np.savez(tmp_path / "data.npz", x=random_array(12, 4))
     data = ("--data", tmp_path / "data.npz")
     found = " ".join(run_here("inspect", path).stdout.split())
-    assert "nothing can be factorised: only Conv, ConvTranspose, Gemm and MatMul" in found
+    assert "nothing can be factorised: only Conv, ConvTranspose, Gemm, MatMul and Gather" in found
     assert f"k in {name}" in found
     assert "least reachable: --mem 1 " in found
     assert "spectrum" not in found

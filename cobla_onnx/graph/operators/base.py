@@ -58,12 +58,16 @@ class WeightOperator(Protocol):
         Empty for ONNX's own.
     weight_inputs : tuple of int
         Inputs that may be the weight.
+    incidental : bool
+        Whether most nodes of its types hold no weight. Then those without a stored matrix of
+        floating type are no concern of anybody who looks for layers, and are not mentioned.
     """
 
     kind: ClassVar[str]
     op_types: ClassVar[tuple[str, ...]]
     domain: ClassVar[str]
     weight_inputs: ClassVar[tuple[int, ...]]
+    incidental: ClassVar[bool]
 
     def reading(self, node: onnx.NodeProto) -> dict[str, Any]:
         """Attributes that fix how the weight is read, with their defaults filled in.

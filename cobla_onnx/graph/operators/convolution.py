@@ -34,6 +34,7 @@ class Convolution:
     op_types: ClassVar[tuple[str, ...]] = ("Conv",)
     domain: ClassVar[str] = ""
     weight_inputs: ClassVar[tuple[int, ...]] = (1,)
+    incidental: ClassVar[bool] = False
 
     def reading(self, node: onnx.NodeProto) -> dict[str, Any]:
         """Return the number of groups."""

@@ -26,6 +26,7 @@ class Product:
     op_types: ClassVar[tuple[str, ...]] = ("Gemm", "MatMul")
     domain: ClassVar[str] = ""
     weight_inputs: ClassVar[tuple[int, ...]] = (0, 1)
+    incidental: ClassVar[bool] = False
 
     def reading(self, node: onnx.NodeProto) -> dict[str, Any]:
         """Return what Gemm transposes."""

@@ -81,7 +81,7 @@ def _other_limits(
     analysis: Analysis, constraints: Sequence[Constraint], answer: Allocation
 ) -> Iterator[Constraint]:
     limited = constraints[0]
-    if len(constraints) > 1 or limited.name == "latency" or analysis.mac_total is None:
+    if len(constraints) > 1 or limited.name == "latency" or not analysis.mac_total:
         return
 
     def other(fraction: float) -> Constraint:
@@ -92,7 +92,8 @@ def _other_limits(
     all_of_it = other(1.0)
     reached = all_of_it.cost(analysis.curves, answer.choices) / all_of_it.total
     for fraction in dict.fromkeys((limited.fraction, *(share * reached for share in SHARES))):
-        if 0 < fraction < reached:
+        # Lookups of low rank may take the MACs beyond those of the original.
+        if 0 < fraction < reached and fraction <= 1:
             yield other(fraction)
 
 

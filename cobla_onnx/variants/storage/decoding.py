@@ -23,7 +23,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cobla_onnx.variants.storage.packing import PLANES
 
-__all__ = ["DOMAIN", "constant_bytes", "decoder", "decoder_inputs", "decoder_nodes"]
+__all__ = [
+    "DOMAIN",
+    "SLICE_BY_INPUTS",
+    "Body",
+    "constant_bytes",
+    "decoder",
+    "decoder_inputs",
+    "decoder_nodes",
+]
 
 DOMAIN = "cobla_onnx"
 """Domain of the functions."""
@@ -75,7 +83,7 @@ def decoder_nodes(
     count : int
         Number of the weight's elements; used below opset 10, where it is an attribute.
     """
-    body = _Body(unique)
+    body = Body(unique)
     shaped = (
         body.add("Cast", [inputs["codes"]], to=TensorProto.FLOAT)
         if bits == 8
@@ -94,7 +102,7 @@ def constant_bytes(bits: int) -> int:
 
 
 @dataclass
-class _Body:
+class Body:
     """Nodes that are made one after the other."""
 
     unique: Callable[[str], str]
@@ -130,6 +138,7 @@ class _Body:
         return output
 
     def constant(self, value: NDArray[Any]) -> str:
+        """Add a constant; return its name."""
         return self.add("Constant", [], value=numpy_helper.from_array(value))
 
     def number(self, value: float) -> str:
@@ -138,7 +147,7 @@ class _Body:
             self.numbers[value] = self.constant(np.array(value, np.float32))
         return self.numbers[value]
 
-    def fields(self, plane: str, width: int) -> str:
+    def fields(self, plane: str, width: int, axis: int = 0) -> str:
         """Split bytes into fields of a width, the lowest first, one part after the other."""
         parts, rest = [], plane
         for _ in range(8 // width - 1):
@@ -148,4 +157,4 @@ class _Body:
                 self.add("Sub", [rest, self.add("Mul", [above, self.number(float(1 << width))])])
             )
             rest = above
-        return self.add("Concat", [*parts, rest], axis=0) if parts else rest
+        return self.add("Concat", [*parts, rest], axis=axis) if parts else rest

@@ -33,7 +33,7 @@ from cobla_onnx.variants.storage.stored import (
     stored_bytes,
 )
 
-__all__ = ["STORED", "StorageFamily", "StoredForm", "takes_bits"]
+__all__ = ["MOST", "STORED", "StorageFamily", "StoredForm", "between", "check_bits", "takes_bits"]
 
 STORED = "stored"
 # The level of a weight as it is stored today: bits of single precision.
@@ -75,7 +75,7 @@ class RoundingUnit:
         for bits in self.bits:
             lost = HALF_ERROR if bits == HALF else distortion(rows, bits)
             known[bits] = lost * unmade / total if total > 0 else 0.0
-        return Measured([_between(known)], [None], [])
+        return Measured([between(known)], [None], [])
 
 
 class StorageFamily(VariantFamily):
@@ -103,12 +103,7 @@ class StorageFamily(VariantFamily):
         UsageError
             If there is not.
         """
-        if level not in FORMATS:
-            raise UsageError(
-                f"plan: layer {quoted(layer.name)} cannot be stored in {level} bits; there are "
-                f"{', '.join(map(str, FORMATS))}"
-            )
-        return level
+        return check_bits(layer, level)
 
     def propose(
         self, layer: Layer, costs: LayerCosts, asked: Asked
@@ -193,12 +188,28 @@ class StorageFamily(VariantFamily):
         return self.replace(layer, form, rounded(layer, weight, level, None))
 
 
+def check_bits(layer: Layer, level: int | None) -> int:
+    """Return the bits that a plan gives, if there is such a format.
+
+    Raises
+    ------
+    UsageError
+        If there is not.
+    """
+    if level not in FORMATS:
+        raise UsageError(
+            f"plan: layer {quoted(layer.name)} cannot be stored in {level} bits; there are "
+            f"{', '.join(map(str, FORMATS))}"
+        )
+    return level
+
+
 def takes_bits(layer: Layer) -> bool:
     """Whether a layer's weight can be stored in fewer bits: it is single precision where used."""
     return layer.type == TensorProto.FLOAT and operator_of(layer).kind in SCHEMES
 
 
-def _between(known: dict[int, float]) -> Float64:
+def between(known: dict[int, float]) -> Float64:
     """Errors at all numbers of bits from 0 on, in logarithms between those that are known."""
     places = sorted(known)
     values = np.array([max(known[place], 1e-12) for place in places])

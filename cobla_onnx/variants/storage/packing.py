@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PLANES", "pack", "packed_bytes"]
+__all__ = ["PLANES", "pack", "pack_rows", "packed_bytes"]
 
 # Widths of the planes by the bits of a code, the one of the highest bits first.
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
@@ -29,15 +29,21 @@ def pack(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
     >>> [plane.tolist() for plane in pack(np.array([1, 2, 3, 12], np.uint8), 4)]
     [[49, 194]]
     """
-    flat, above = codes.reshape(-1), bits
+    return [plane[0] for plane in pack_rows(codes.reshape(1, -1), bits)]
+
+
+def pack_rows(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
+    """Pack the codes of each row for itself; one array of shape (rows, bytes) for each plane."""
+    (rows, count), above = codes.shape, bits
     planes = []
     for width in PLANES[bits]:
         above -= width
-        fields = (flat >> above) & ((1 << width) - 1)
+        fields = (codes >> above) & ((1 << width) - 1)
         parts = 8 // width
-        length = -(-len(flat) // parts)
-        padded = np.zeros(parts * length, np.uint8)
-        padded[: len(flat)] = fields
+        length = -(-count // parts)
+        padded = np.zeros((rows, parts * length), np.uint8)
+        padded[:, :count] = fields
         shifts = (width * np.arange(parts, dtype=np.uint8))[:, None]
-        planes.append(np.bitwise_or.reduce(padded.reshape(parts, length) << shifts, axis=0))
+        split = padded.reshape(rows, parts, length) << shifts
+        planes.append(np.bitwise_or.reduce(split, axis=1))
     return planes

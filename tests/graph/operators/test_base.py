@@ -162,7 +162,7 @@ def test_a_type_belongs_to_one_operator():
 def test_operators_have_kinds_of_their_own_and_are_listed():
     kinds = {operator.kind: operator for operator in OPERATORS.values()}
     assert len(kinds) == len({id(operator) for operator in OPERATORS.values()})
-    assert operator_names() == "Conv, ConvTranspose, Gemm and MatMul"
+    assert operator_names() == "Conv, ConvTranspose, Gemm, MatMul and Gather"
 
 
 @settings(max_examples=30)

@@ -53,6 +53,7 @@ class Einsum:
     op_types = ("Einsum",)
     domain = ""
     weight_inputs = (1,)
+    incidental = False
 
     def reading(self, node):
         return {"equation": helper.get_node_attr_value(node, "equation").decode()}

@@ -1,0 +1,155 @@
+"""The nodes that look rows up in a table of few bits, and decode those alone.
+
+The table stays as it is stored, also in memory: a decoder of the whole weight, as layers have it
+(`decoding`), would be folded to a table in single precision when the model opens, or computed in
+every run. Rows are packed one by one, so that the lookup takes bytes.
+
+From IR version 8 on the nodes are the body of a function of the model, of which each lookup has one
+node (`row_decoder`); before that they stand in the graph (`row_decoder_nodes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from cobla_onnx.variants.storage.decoding import DOMAIN, SLICE_BY_INPUTS, Body
+from cobla_onnx.variants.storage.packing import PLANES
+from cobla_onnx.variants.storage.precision import HALF
+
+__all__ = ["RowFormat", "row_decoder", "row_decoder_nodes"]
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How the rows of a table are stored.
+
+    Attributes
+    ----------
+    bits : int
+    mixed : bool
+        Whether some rows are stored in 8 bits; not with 8 bits or more.
+    floating : int
+        Type of the rows once they are decoded, FLOAT or FLOAT16.
+    """
+
+    bits: int
+    mixed: bool = False
+    floating: int = TensorProto.FLOAT
+
+    @property
+    def name(self) -> str:
+        """Name of the function."""
+        mixed, half = self.mixed * "Mixed", (self.floating != TensorProto.FLOAT) * "Half"
+        return f"Rows{self.bits}{mixed}{half}"
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of what a lookup reads beside the numbers of rows.
+
+        ``half``: the table in half precision, of 16 bits. ``scale``: of shape (rows, 1). With 8
+        bits, ``codes``: int8, in the shape of the table. With fewer, ``plane_0``, ...: uint8 arrays
+        as `pack_rows` makes them; ``levels``: what codes stand for; ``width``: of a row, int64 of
+        shape (1,). If some rows are stored in 8 bits, ``place``: integers of shape (rows,), places
+        in ``best_codes`` and ``best_scale``, whose first row is 0 and stands for all others. The
+        scale of rows that are there is 0.
+        """
+        if self.bits == HALF:
+            return ["half"]
+        if self.bits == 8:
+            return ["codes", "scale"]
+        planes = [f"plane_{number}" for number in range(len(PLANES[self.bits]))]
+        best = ["place", "best_codes", "best_scale"] if self.mixed else []
+        return [*planes, "levels", "scale", "width", *best]
+
+
+def row_decoder(form: RowFormat, opset: int) -> onnx.FunctionProto:
+    """Make the function that looks rows up; its first input, ``ids``, are their numbers."""
+    inputs = ["ids", *form.inputs]
+    nodes = row_decoder_nodes(form, opset, dict(zip(inputs, inputs, strict=True)), "rows", str, 0)
+    imports = [helper.make_opsetid("", opset)]
+    return helper.make_function(DOMAIN, form.name, inputs, ["rows"], nodes, imports)
+
+
+def row_decoder_nodes(
+    form: RowFormat,
+    opset: int,
+    inputs: dict[str, str],
+    output: str,
+    unique: Callable[[str], str],
+    width: int,
+) -> list[onnx.NodeProto]:
+    """Make the nodes that look rows up.
+
+    Parameters
+    ----------
+    inputs : dict of str to str
+        Names of the tensors by those in `RowFormat.inputs`, and of the numbers of rows, ``ids``.
+    output : str
+        Name of the rows.
+    unique : callable
+        Makes a name unique among the tensors of the graph.
+    width : int
+        Of a row; used below opset 10, where it is an attribute.
+    """
+    body = Body(unique)
+    if form.bits == HALF:
+        half = body.add("Gather", [inputs["half"], inputs["ids"]])
+        return [*body.nodes, helper.make_node("Cast", [half], [output], to=form.floating)]
+    if form.bits == 8:
+        body.add("Identity", [_scaled(body, inputs["codes"], inputs["scale"], inputs["ids"])])
+    else:
+        rows, shape = _unpacked(body, form, opset, inputs, width)
+        body.add("Reshape", [rows, shape])
+    if form.floating != TensorProto.FLOAT:
+        body.add("Cast", [body.nodes[-1].output[0]], to=form.floating)
+    body.nodes[-1].output[0] = output
+    return body.nodes
+
+
+def _scaled(body: Body, codes: str, scale: str, ids: str) -> str:
+    """Look up rows of 8 bits, and their scales."""
+    wide = body.add("Cast", [body.add("Gather", [codes, ids])], to=TensorProto.FLOAT)
+    return body.add("Mul", [wide, body.add("Gather", [scale, ids])])
+
+
+def _unpacked(
+    body: Body, form: RowFormat, opset: int, inputs: dict[str, str], width: int
+) -> tuple[str, str]:
+    """Decode the rows below each other, whatever the shape of their numbers; return the shape, too.
+
+    With two axes no operator needs to count its axes from the end, which old opsets cannot.
+    """
+    flat = body.add("Reshape", [inputs["ids"], body.constant(np.array([-1], np.int64))])
+    index = ""
+    for number, field in enumerate(PLANES[form.bits]):
+        plane = body.add("Gather", [inputs[f"plane_{number}"], flat])
+        wide = body.add("Cast", [plane], to=TensorProto.FLOAT)
+        fields = _cut(body, body.fields(wide, field, axis=1), opset, inputs, width)
+        if index:
+            above = body.add("Mul", [index, body.number(float(1 << field))])
+            fields = body.add("Add", [above, fields])
+        index = fields
+    index = body.add("Cast", [index], to=TensorProto.INT32)
+    values = body.add("Gather", [inputs["levels"], index])
+    rows = body.add("Mul", [values, body.add("Gather", [inputs["scale"], flat])])
+    if form.mixed:
+        place = body.add(
+            "Cast", [body.add("Gather", [inputs["place"], flat])], to=TensorProto.INT32
+        )
+        best = _scaled(body, inputs["best_codes"], inputs["best_scale"], place)
+        rows = body.add("Add", [rows, best])
+    shape = body.add("Concat", [body.add("Shape", [inputs["ids"]]), inputs["width"]], axis=0)
+    return rows, shape
+
+
+def _cut(body: Body, fields: str, opset: int, inputs: dict[str, str], width: int) -> str:
+    """Leave out the fields with which the last bytes of a row are filled up."""
+    if opset < SLICE_BY_INPUTS:
+        return body.add("Slice", [fields], axes=[1], starts=[0], ends=[width])
+    begin, axis = (body.constant(np.array([value], np.int64)) for value in (0, 1))
+    return body.add("Slice", [fields, begin, inputs["width"], axis])

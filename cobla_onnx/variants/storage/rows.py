@@ -1,0 +1,210 @@
+"""A table in few bits with a scale for each row, and the nodes that look rows up in it.
+
+Those whose errors would count most are stored in 8 bits, beside the table (`best_rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from cobla_onnx.graph.layers import Layer, Use
+from cobla_onnx.variants.best_rows import best_count, best_of, place_type, places
+from cobla_onnx.variants.low_rank.svd import Float64
+from cobla_onnx.variants.names import Names
+from cobla_onnx.variants.replacement import Replacement, narrowed
+from cobla_onnx.variants.storage.coding import Coded
+from cobla_onnx.variants.storage.decoding import DOMAIN, SLICE_BY_INPUTS
+from cobla_onnx.variants.storage.packing import PLANES, pack_rows
+from cobla_onnx.variants.storage.precision import HALF
+from cobla_onnx.variants.storage.rounding import round_weight
+from cobla_onnx.variants.storage.row_decoding import RowFormat, row_decoder, row_decoder_nodes
+
+__all__ = [
+    "RoundedTable",
+    "StoredRows",
+    "best_rows",
+    "round_table",
+    "stored_rows",
+    "table_bytes",
+]
+
+# Bytes of the constants in a lookup's nodes.
+CONSTANTS = 64
+
+
+def best_rows(shape: tuple[int, ...], bits: int) -> int:
+    """Number of a table's rows that are stored in 8 bits, where the others have fewer."""
+    return best_count(shape) if bits < 8 else 0
+
+
+def table_bytes(layer: Layer, bits: int) -> int:
+    """Bytes of a table in so many bits, with all that decodes its rows; never too few."""
+    rows, width = layer.shape
+    if bits == HALF:
+        return 2 * layer.params
+    scales = 4 * rows
+    if bits == 8:
+        return layer.params + scales
+    packed = sum(rows * -(-width * field // 8) for field in PLANES[bits])
+    # Levels, and the width of a row.
+    total = packed + scales + (4 << bits) + 8 + CONSTANTS
+    best = best_rows(layer.shape, bits)
+    if best:
+        total += rows * place_type(best).itemsize + (best + 1) * (width + 4)
+    return total
+
+
+@dataclass(frozen=True)
+class RoundedTable:
+    """A table in fewer bits.
+
+    Attributes
+    ----------
+    coded : Coded or None
+        Rows of the table as rows of a weight of one group; None for half precision.
+    best : int64 array
+        Rows that are stored in 8 bits, ascending.
+    best_coded : Coded or None
+        These rows; None if there are none.
+    weight : array, shape (rows, width)
+        As it is decoded, in the type in which the lookup gives it.
+    bias : None
+        A lookup has none.
+    """
+
+    coded: Coded | None
+    best: NDArray[np.int64]
+    best_coded: Coded | None
+    weight: NDArray[Any]
+    bias: None = None
+
+
+def round_table(
+    table: NDArray[Any], bits: int, frequencies: Float64 | None, best: int, floating: int
+) -> RoundedTable:
+    """Round every number of a table by itself: levels that fit all, and a scale for each row.
+
+    Parameters
+    ----------
+    table : array, shape (rows, width)
+    frequencies : float64 array, shape (rows,), optional
+        How much the error of each row counts; by default all do alike.
+    best : int
+        Number of rows that are stored in 8 bits.
+    floating : int
+        Type in which rows are looked up.
+    """
+    kind, none = helper.tensor_dtype_to_np_dtype(floating), np.zeros(0, np.int64)
+    if bits == HALF:
+        # What overflows is infinite: nobody chooses it, and it is refused where a plan asks for it.
+        with np.errstate(over="ignore"):
+            return RoundedTable(None, none, None, table.astype(np.float16).astype(kind))
+    coded = round_weight(table[None], None, bits)
+    weight = coded.dense()[0]
+    if not best:
+        return RoundedTable(coded, none, None, weight.astype(kind))
+    change = weight.astype(np.float64) - table
+    errors = np.einsum("rw,rw->r", change, change)
+    if frequencies is not None:
+        errors = errors * frequencies
+    chosen = best_of(errors, best)
+    best_coded = round_weight(table[None, chosen], None, 8)
+    weight[chosen] = best_coded.dense()[0]
+    return RoundedTable(coded, chosen, best_coded, weight.astype(kind))
+
+
+@dataclass(frozen=True)
+class StoredRows(Replacement):
+    """A table in few bits, and lookups that decode rows.
+
+    Attributes
+    ----------
+    layer, arrays, bias
+        As those of `Replacement`; the arrays are those of `RowFormat.inputs`.
+    form : RowFormat
+    table : RoundedTable
+    """
+
+    form: RowFormat
+    table: RoundedTable
+
+    def dense(self) -> NDArray[Any]:
+        """Return the table as it is decoded."""
+        return self.table.weight
+
+    def shared(
+        self, stored: Mapping[str, str], names: Names
+    ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+        """Return no nodes: every lookup decodes its own rows."""
+        return [], dict(stored)
+
+    def nodes(
+        self,
+        node: onnx.NodeProto,
+        use: Use,
+        operands: Mapping[str, str],
+        rest: Sequence[str],
+        names: Names,
+    ) -> list[onnx.NodeProto]:
+        """Build one node of a function of the model or, in old models, what would be its body."""
+        inputs = {"ids": use.data, **{part: operands[part] for part in self.form.inputs}}
+        # Before opset 10 the width of rows is an attribute, so that functions would not be shared.
+        if names.takes_functions and names.opset >= SLICE_BY_INPUTS:
+            function = row_decoder(self.form, names.opset)
+            names.functions.append(function)
+            given, made = list(inputs.values()), [use.output]
+            return [helper.make_node(function.name, given, made, node.name, domain=DOMAIN)]
+
+        def unique(part: str) -> str:
+            return names.tensor(f"{node.name or use.output}/{part}")
+
+        width = self.layer.shape[1]
+        nodes = row_decoder_nodes(self.form, names.opset, inputs, use.output, unique, width)
+        for each in nodes[:-1]:
+            each.name = names.node(f"{node.name or use.output}/decode")
+        nodes[-1].name = node.name
+        return nodes
+
+
+def stored_rows(layer: Layer, made: RoundedTable) -> StoredRows:
+    """Store what a table was rounded to.
+
+    Raises
+    ------
+    ModelError
+        If a number of it overflows half precision.
+    """
+    coded, best = made.coded, made.best_coded
+    if coded is None:
+        half = narrowed(layer, made.weight, np.dtype(np.float16), "its table")
+        form = RowFormat(HALF, floating=layer.type)
+        return StoredRows(layer, {"half": half}, None, form, made)
+    scale = coded.scales[0][:, None].copy()
+    form = RowFormat(coded.bits, best is not None, layer.type)
+    if coded.bits == 8:
+        arrays: dict[str, NDArray[Any]] = {"codes": _signed(coded), "scale": scale}
+        return StoredRows(layer, arrays, None, form, made)
+    codes = coded.codes[0]
+    planes = {f"plane_{k}": plane for k, plane in enumerate(pack_rows(codes, coded.bits))}
+    width = np.array([codes.shape[1]], np.int64)
+    arrays = {**planes, "levels": coded.levels, "scale": scale, "width": width}
+    if best is not None:
+        scale[made.best] = 0
+        arrays |= {
+            "place": places(made.best, len(codes)),
+            "best_codes": np.pad(_signed(best), ((1, 0), (0, 0))),
+            "best_scale": np.pad(best.scales[0], (1, 0))[:, None],
+        }
+    return StoredRows(layer, arrays, None, form, made)
+
+
+def _signed(coded: Coded) -> NDArray[np.int8]:
+    """Codes of 8 bits as the integers that they stand for."""
+    return np.asarray((coded.codes[0].astype(np.int16) - 128).astype(np.int8))
