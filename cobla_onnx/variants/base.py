@@ -340,7 +340,8 @@ class VariantFamily(Protocol):
         importance : float64 array, shape (groups * outputs,), optional
             How much the squared error of each output counts.
         """
-        raise NotImplementedError(self.name)
+        message = f"family {self.name!r} has no refit"
+        raise NotImplementedError(message)
 
     def replace(self, layer: Layer, form: Any, approximation: Any) -> Replacement:
         """Turn one of this family's approximations into what is stored, and its nodes.
