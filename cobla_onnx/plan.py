@@ -34,6 +34,11 @@ class Decision:
     scheme: str | None = None
     rank: int | None = None
 
+    @property
+    def bits(self) -> int | None:
+        """Bits in which each number of the layer is stored; None: as the model has them."""
+        return self.rank if _level(self.scheme) == "bits" else None
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -126,7 +126,7 @@ def _notes(analysis: Analysis, solution: Solution, outcome: Outcome) -> tuple[st
 
 
 def _layers(analysis: Analysis, plan: Plan) -> tuple[LayerReport, ...]:
-    """Layers that may be factorised, then those that are skipped."""
+    """Layers that may be compressed, then those that are skipped."""
     unchanged = _unchanged(plan)
     decisions = {decision.layer: decision for decision in plan.decisions}
     layers = [
@@ -213,7 +213,7 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
     layer: Layer = analysis.layers[index]
     curves = analysis.curves[index].curves
     widest = max(curves, key=lambda curve: (curve.spectrum is not None, curve.most))
-    full_rank = widest.most
+    full_rank = None if widest.spectrum is None else widest.most
     if decision.scheme is None or decision.rank is None:
         reason = Reason.MET if unchanged else Reason.BUDGET
         params = Cost(layer.params, layer.params)
@@ -234,13 +234,14 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
         shape=layer.shape,
         decision=family.outcome,
         scheme=form.name,
-        rank=level,
-        full_rank=family.most(layer, form),
+        rank=level if family.level == "rank" else None,
+        full_rank=family.most(layer, form) if family.level == "rank" else full_rank,
         params=Cost(layer.params, family.params(layer, form, level)),
         macs=Cost(analysis.macs[index], analysis.layer_macs(decision)),
         error=error,
         reason="",
         spectrum=None if curve is None else _spectrum(curve, level),
+        bits=decision.bits,
     )
 
 

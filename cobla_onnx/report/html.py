@@ -14,7 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.allocation.resources import RESOURCES
-from cobla_onnx.report.amounts import count_text, percent_text
+from cobla_onnx.report.amounts import count_text, percent_text, rank_text
 from cobla_onnx.report.charts import (
     Chart,
     Sparkline,
@@ -57,6 +57,7 @@ class Row:
     cut: bool
     scheme: str
     rank: str
+    bits: str
     spectrum: Sparkline | None
     params: Bar
     macs: Bar
@@ -89,8 +90,6 @@ def to_html(report: Report) -> str:
         meters=[_meter(name, report.budget[name]) for name in KINDS if name in report.budget],
         rows=_rows(report),
         skipped=_left_alone(report),
-        cut=sum(layer.replaced for layer in report.layers),
-        considered=sum(layer.decision != "skipped" for layer in report.layers),
         prices=_prices(report),
         objective=None if report.solver is None else _objective(report.solver.objective),
         agreement=_agreement(report),
@@ -166,7 +165,8 @@ def _row(layer: LayerReport, name: str, most_params: int, most_macs: int) -> Row
         shape=" × ".join(map(str, layer.shape)),
         cut=cut,
         scheme=layer.scheme or "kept whole",
-        rank=f"{layer.rank} of {layer.full_rank}" if cut else str(layer.full_rank or ""),
+        rank=rank_text(layer),
+        bits=str(layer.bits or ""),
         spectrum=None if spectrum is None else sparkline(spectrum, layer.rank),
         params=_bar(layer.params, most_params),
         macs=_bar(layer.macs, most_macs),

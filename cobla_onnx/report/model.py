@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,9 @@ class Spectrum:
 class LayerReport:
     """One layer.
 
-    ``decision`` is ``whole`` (considered), ``skipped``, or what was done to it; low rank says
-    ``factorised``.
+    ``decision`` is ``whole`` (considered), ``skipped``, or what was done to it, such as
+    ``factorised`` or ``stored in fewer bits``. ``rank`` is that of its factors, None if it has
+    none; ``bits`` are those of each number that is stored, None for as the model has them.
     """
 
     name: str
@@ -94,6 +96,7 @@ class LayerReport:
     error: float | None
     reason: str
     spectrum: Spectrum | None = None
+    bits: int | None = None
 
     @property
     def replaced(self) -> bool:
@@ -254,7 +257,7 @@ class LatencyReport:
     predicted_ratio : float or None
         Predicted by the table of layer times, before it was corrected; None without a table.
     layers : tuple of LayerLatency
-        The ten slowest layers of the original that could be factorised.
+        The ten slowest layers of the original that could be compressed.
     """
 
     threads: int
@@ -302,6 +305,22 @@ class Report(Exported):
     machine: dict[str, str] = field(default_factory=dict)
     command: str | None = None
     history: tuple[Step, ...] = ()
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether any layer is stored in fewer bits."""
+        return any(layer.bits is not None for layer in self.layers)
+
+    @property
+    def layer_counts(self) -> str:
+        """How many layers were compressed, and how, in words."""
+        considered = sum(layer.decision != "skipped" for layer in self.layers)
+        kinds = Counter(layer.decision for layer in self.layers if layer.replaced)
+        what = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        total = sum(kinds.values())
+        if len(kinds) == 1:
+            return f"{total} of {considered} layers {next(iter(kinds))}"
+        return f"{total} of {considered} layers compressed{': ' if kinds else ''}{what}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts and lists."""

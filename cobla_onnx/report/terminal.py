@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
-from cobla_onnx.report.amounts import count_text
+from cobla_onnx.report.amounts import count_text, kind_text, rank_text
 from cobla_onnx.report.model import BudgetUse, Cost, Report
 from cobla_onnx.text import safe_text, short_names
 
@@ -64,17 +64,19 @@ def render(report: Report) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("layer", "op", "decision"):
         table.add_column(heading, overflow="fold")
-    for heading in ("rank", "parameters", "MACs", "error"):
-        table.add_column(heading, justify="right", no_wrap=True)
     layers = [layer for layer in report.layers if layer.decision != "skipped"]
+    bits = ["bits"] if report.has_bits else []
+    for heading in ("rank", *bits, "parameters", "MACs", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
     names = short_names([layer.name for layer in layers], 28)
     for layer in layers:
         cut = layer.replaced
         table.add_row(
             Text(names[layer.name]),
             layer.op,
-            layer.scheme if cut else "whole",
-            f"{layer.full_rank} → {layer.rank}" if cut else str(layer.full_rank or ""),
+            kind_text(layer),
+            rank_text(layer),
+            *([str(layer.bits or "")] if bits else []),
             _change(layer.params),
             _change(layer.macs),
             f"{layer.error:.3f}" if cut and layer.error is not None else "",
@@ -82,7 +84,8 @@ def render(report: Report) -> RenderableType:
         )
     lines = [Text(_totals(*row)) for row in _budget_rows(report)]
     lines += [Text(line) for line in _latency(report)]
-    return Group(table, Text(""), *_left_alone(report), *lines, *_verdict(report))
+    counts = [] if report.unchanged else [Text(report.layer_counts)]
+    return Group(table, Text(""), *counts, *_left_alone(report), *lines, *_verdict(report))
 
 
 def _latency(report: Report) -> list[str]:
