@@ -17,6 +17,7 @@ from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.report.model import (
+    UNKNOWN,
     BudgetUse,
     CalibrationReport,
     Cost,
@@ -24,6 +25,7 @@ from cobla_onnx.report.model import (
     LayerLatency,
     LayerReport,
     Report,
+    Sizes,
     SolverReport,
     Spectrum,
     Spread,
@@ -56,6 +58,8 @@ class Outcome:
     notes : tuple of str
     seconds : float
         Of the whole run.
+    constants : Cost
+        Bytes of the constants that a session holds.
     """
 
     mem_after: int
@@ -63,6 +67,7 @@ class Outcome:
     latency: LatencyReport | None
     notes: tuple[str, ...]
     seconds: float
+    constants: Cost
 
 
 def make_report(session: Session, solution: Solution, outcome: Outcome) -> Report:
@@ -93,6 +98,7 @@ def make_report(session: Session, solution: Solution, outcome: Outcome) -> Repor
         machine=machine(),
         command=session.settings.call,
         history=solution.history,
+        sizes=Sizes(UNKNOWN, UNKNOWN, outcome.constants),
     )
 
 

@@ -18,7 +18,8 @@ from cobla_onnx.pipeline.build_report import Outcome, make_report
 from cobla_onnx.pipeline.result import Result
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.verification import verify
-from cobla_onnx.report.model import LatencyReport, Verification
+from cobla_onnx.report.model import Cost, LatencyReport, Verification
+from cobla_onnx.runtime.footprint import constants_in_session
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.wording import option_name
@@ -37,10 +38,10 @@ def finish(session: Session, solution: Solution) -> Result:
     latency, of_time = _timed(session, solution, compressed)
     measured = () if session.evidence is None else session.evidence.measured.notes
     elsewhere = elsewhere_note(session.model, session.analysis, solution.budget)
+    constants = _constants(session, compressed)
     seconds = session.seconds + solution.seconds + time.perf_counter() - started
-    outcome = Outcome(
-        stored_bytes(compressed), verification, latency, (*measured, *of_time, *elsewhere), seconds
-    )
+    notes = (*measured, *of_time, *elsewhere)
+    outcome = Outcome(stored_bytes(compressed), verification, latency, notes, seconds, constants)
     report = make_report(session, solution, outcome)
     return Result(
         # All checks are done: put the nodes back in the order of the file.
@@ -124,6 +125,14 @@ def _timed(
         return None, ()
     limit = None if solution.budget is None else solution.budget.latency
     return session.times.report(compressed, solution.plan, limit, solution.predicted)
+
+
+def _constants(session: Session, compressed: onnx.ModelProto) -> Cost:
+    """Bytes of the constants in a session of the original and of the result."""
+    before = session.constants
+    if compressed is session.model or before is None:
+        return Cost(before, before)
+    return Cost(before, constants_in_session(compressed, session.context.threads))
 
 
 def _in_order(session: Session, compressed: onnx.ModelProto) -> onnx.ModelProto:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +43,7 @@ from cobla_onnx.pipeline.search.weights import search_by_weights
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import CalibrationReport
 from cobla_onnx.runtime.context import RunContext
+from cobla_onnx.runtime.footprint import constants_in_session
 from cobla_onnx.runtime.progress import Progress, tracked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.offload import Spill
@@ -129,6 +130,11 @@ class Session:
     def objective(self) -> Literal["weights", "output", "loss"]:
         """The objective that is minimised, with ``auto`` resolved."""
         return self.settings.needed
+
+    @cached_property
+    def constants(self) -> int | None:
+        """Bytes of the constants that onnxruntime holds of the original; None if not measured."""
+        return constants_in_session(self.model, self.context.threads)
 
     def least_memory(self) -> float:
         """Least feasible fraction of memory, rounded up so that it is itself feasible."""

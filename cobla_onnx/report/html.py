@@ -87,7 +87,10 @@ def to_html(report: Report) -> str:
         title=safe_text(report.input or "a model in memory", 120),
         latency=report.to_dict().get("latency"),
         limit=report.budget["latency"].limit if "latency" in report.budget else None,
-        meters=[_meter(name, report.budget[name]) for name in KINDS if name in report.budget],
+        meters=[
+            *(_meter(name, report.budget[name]) for name in KINDS if name in report.budget),
+            *_size_meters(report),
+        ],
         rows=_rows(report),
         skipped=_left_alone(report),
         prices=_prices(report),
@@ -133,8 +136,38 @@ def _meter(name: str, use: BudgetUse) -> Meter:
         kept=percent_text(use.reached),
         before=count_text(use.before),
         after=count_text(use.after),
-        factor=f"{use.before / use.after:.1f}×" if use.before and use.after else "",
+        factor=_factor(use.before, use.after),
     )
+
+
+def _size_meters(report: Report) -> list[Meter]:
+    """The file, and what a session holds in RAM, where they were measured."""
+    sizes = report.sizes
+    zipped = f"; zipped {count_text(sizes.zipped.before)} → {count_text(sizes.zipped.after)}"
+    titled = (
+        ("File", f"bytes{'; zipped not measured' if sizes.zipped.after is None else zipped}"),
+        ("RAM", "bytes of constants once a session has decoded them"),
+    )
+    return [
+        Meter(
+            title=title,
+            unit=unit,
+            known=True,
+            reached=100 * (cost.kept or 0.0),
+            limit=None,
+            kept=percent_text(cost.kept),
+            before=count_text(cost.before),
+            after=count_text(cost.after),
+            factor=_factor(cost.before, cost.after),
+        )
+        for (title, unit), cost in zip(titled, (sizes.file, sizes.session), strict=True)
+        if cost.kept is not None
+    ]
+
+
+def _factor(before: int | None, after: int | None) -> str:
+    """How many times smaller, if it is."""
+    return f"{before / after:.1f}×" if before and after and after < before else ""
 
 
 def _charts(report: Report) -> list[tuple[str, Chart | None]]:

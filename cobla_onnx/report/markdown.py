@@ -71,6 +71,10 @@ def _totals(report: Report) -> str:
         limit = "" if use.limit is None else percent_text(use.limit)
         costs = count_text(use.before), count_text(use.after)
         rows.append((title, *costs, percent_text(use.reached), limit))
+    for title, cost in report.sizes.titled():
+        if cost.after is not None:
+            numbers = count_text(cost.before), count_text(cost.after), percent_text(cost.kept)
+            rows.append((title, *numbers, ""))
     return _table(("cost", "before", "after", "kept", "budget"), rows)
 
 

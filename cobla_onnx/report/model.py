@@ -25,6 +25,7 @@ __all__ = [
     "LayerLatency",
     "LayerReport",
     "Report",
+    "Sizes",
     "SolverReport",
     "Spectrum",
     "Spread",
@@ -33,7 +34,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Cost:
-    """A cost before and after, in elements or MACs; None if it is not known."""
+    """A cost before and after, in elements, MACs or bytes; None if it is not known."""
 
     before: int | None
     after: int | None
@@ -44,6 +45,35 @@ class Cost:
         if self.before is None or self.after is None or self.before == 0:
             return None
         return self.after / self.before
+
+
+UNKNOWN = Cost(None, None)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the model, before and after; None for what was not measured.
+
+    Attributes
+    ----------
+    file, zipped : Cost
+        Of the written files, with external data, as they are and after deflate; see
+        `graph.io.disk`.
+    session : Cost
+        Of the constants that a session holds in RAM; see `runtime.footprint`.
+    """
+
+    file: Cost
+    zipped: Cost
+    session: Cost
+
+    def titled(self) -> tuple[tuple[str, Cost], ...]:
+        """Each of them with its name for people."""
+        return (
+            ("file (bytes)", self.file),
+            ("file, zipped (bytes)", self.zipped),
+            ("constants in RAM, once decoded (bytes)", self.session),
+        )
 
 
 @dataclass(frozen=True)
@@ -305,6 +335,7 @@ class Report(Exported):
     machine: dict[str, str] = field(default_factory=dict)
     command: str | None = None
     history: tuple[Step, ...] = ()
+    sizes: Sizes = Sizes(UNKNOWN, UNKNOWN, UNKNOWN)
 
     @property
     def has_bits(self) -> bool:

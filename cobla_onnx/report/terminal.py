@@ -27,10 +27,9 @@ def _totals(name: str, unit: str, use: BudgetUse) -> str:
         return f"{name}: not known"
     limit = f", budget {use.limit:g}" if use.limit is not None else ""
     factor = f"{use.before / use.after:.1f}x smaller" if use.after else "all gone"
-    return (
-        f"{name}: kept {use.reached:.4f} ({factor}{limit}), "
-        f"{count_text(use.before)} → {count_text(use.after)} {unit}"
-    )
+    factor = "as before" if use.after == use.before else factor
+    amounts = _change(Cost(use.before, use.after))
+    return f"{name}: kept {use.reached:.4f} ({factor}{limit}), {amounts} {unit}"
 
 
 def output_text(output: OutputComparison, largest: bool = False) -> str:
@@ -83,9 +82,20 @@ def render(report: Report) -> RenderableType:
             style=None if cut else "dim",
         )
     lines = [Text(_totals(*row)) for row in _budget_rows(report)]
-    lines += [Text(line) for line in _latency(report)]
+    lines += [Text(line) for line in (*_sizes(report), *_latency(report))]
     counts = [] if report.unchanged else [Text(report.layer_counts)]
     return Group(table, Text(""), *counts, *_left_alone(report), *lines, *_verdict(report))
+
+
+def _sizes(report: Report) -> list[str]:
+    """Lines on the file and on what a session holds, as far as they were measured."""
+    sizes, lines = report.sizes, []
+    if sizes.file.after is not None:
+        zipped = "not measured" if sizes.zipped.after is None else _change(sizes.zipped)
+        lines.append(f"file: {_change(sizes.file)} bytes, zipped {zipped}")
+    if sizes.session.after is not None:
+        lines.append(f"RAM: {_change(sizes.session)} bytes of constants, once decoded")
+    return lines
 
 
 def _latency(report: Report) -> list[str]:
