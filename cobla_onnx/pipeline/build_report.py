@@ -16,16 +16,15 @@ from cobla_onnx.pipeline.search.data import MeasuredFactors
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.report.costs import Cost, Sizes
 from cobla_onnx.report.model import (
-    UNKNOWN,
     BudgetUse,
     CalibrationReport,
-    Cost,
+    Forecast,
     LatencyReport,
     LayerLatency,
     LayerReport,
     Report,
-    Sizes,
     SolverReport,
     Spectrum,
     Spread,
@@ -60,6 +59,7 @@ class Outcome:
         Of the whole run.
     constants : Cost
         Bytes of the constants that a session holds.
+    forecast : Forecast or None
     """
 
     mem_after: int
@@ -68,6 +68,7 @@ class Outcome:
     notes: tuple[str, ...]
     seconds: float
     constants: Cost
+    forecast: Forecast | None = None
 
 
 def make_report(session: Session, solution: Solution, outcome: Outcome) -> Report:
@@ -98,7 +99,8 @@ def make_report(session: Session, solution: Solution, outcome: Outcome) -> Repor
         machine=machine(),
         command=session.settings.call,
         history=solution.history,
-        sizes=Sizes(UNKNOWN, UNKNOWN, outcome.constants),
+        sizes=Sizes(session=outcome.constants),
+        forecast=outcome.forecast,
     )
 
 

@@ -15,10 +15,12 @@ from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.order import restore_order
 from cobla_onnx.pipeline.budget_errors import elsewhere_note
 from cobla_onnx.pipeline.build_report import Outcome, make_report
+from cobla_onnx.pipeline.forecast import forecast, forecast_note
 from cobla_onnx.pipeline.result import Result
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.verification import verify
-from cobla_onnx.report.model import Cost, LatencyReport, Verification
+from cobla_onnx.report.costs import Cost
+from cobla_onnx.report.model import LatencyReport, Verification
 from cobla_onnx.runtime.footprint import constants_in_session
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.rewrite import rewrite
@@ -40,8 +42,11 @@ def finish(session: Session, solution: Solution) -> Result:
     elsewhere = elsewhere_note(session.model, session.analysis, solution.budget)
     constants = _constants(session, compressed)
     seconds = session.seconds + solution.seconds + time.perf_counter() - started
-    notes = (*measured, *of_time, *elsewhere)
-    outcome = Outcome(stored_bytes(compressed), verification, latency, notes, seconds, constants)
+    told = forecast(session, solution)
+    notes = (*measured, *of_time, *elsewhere, *([] if told is None else [forecast_note(told)]))
+    outcome = Outcome(
+        stored_bytes(compressed), verification, latency, notes, seconds, constants, told
+    )
     report = make_report(session, solution, outcome)
     return Result(
         # All checks are done: put the nodes back in the order of the file.

@@ -19,8 +19,9 @@ from cobla_onnx.graph.io.model_file import load_in_order, stored_bytes, write_at
 from cobla_onnx.graph.io.save import ExternalData, save_model
 from cobla_onnx.graph.order import restore_order
 from cobla_onnx.plan import Plan
+from cobla_onnx.report.costs import Cost
 from cobla_onnx.report.files import report_writer
-from cobla_onnx.report.model import Cost, Report
+from cobla_onnx.report.model import Report
 from cobla_onnx.report.provenance import command_text
 from cobla_onnx.runtime.providers import execution_provider
 from cobla_onnx.runtime.session import open_session

@@ -17,7 +17,13 @@ from typing import Literal
 
 import onnx
 
-from cobla_onnx.allocation import Allocation, Budget, Constraint
+from cobla_onnx.allocation import (
+    Allocation,
+    Budget,
+    Constraint,
+    SeparableError,
+    VariantCurve,
+)
 from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.errors import BudgetError
@@ -27,6 +33,7 @@ from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.budget_errors import explain
 from cobla_onnx.pipeline.build_report import calibration_report
 from cobla_onnx.pipeline.finish import finish
+from cobla_onnx.pipeline.forecast import bit_curves
 from cobla_onnx.pipeline.model_times import ModelTimes, search_by_latency
 from cobla_onnx.pipeline.result import Result
 from cobla_onnx.pipeline.search.data import (
@@ -73,6 +80,8 @@ class Solution:
         Time that the search took.
     predicted : float, optional
         Predicted fraction of the original's running time, with a latency budget.
+    losses : SeparableError, optional
+        The separable model of the measured loss, see `SearchResult`.
     """
 
     budget: Budget | None
@@ -84,6 +93,7 @@ class Solution:
     history: tuple[Step, ...]
     seconds: float
     predicted: float | None = None
+    losses: SeparableError | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,11 @@ class Session:
     def constants(self) -> int | None:
         """Bytes of the constants that onnxruntime holds of the original; None if not measured."""
         return constants_in_session(self.model, self.context.threads)
+
+    @cached_property
+    def bit_curves(self) -> tuple[VariantCurve | None, ...]:
+        """Curves of the layers in fewer bits, for forecasts; see `forecast.bit_curves`."""
+        return bit_curves(self.model, self.analysis, self.context)
 
     def least_memory(self) -> float:
         """Least feasible fraction of memory, rounded up so that it is itself feasible."""
@@ -189,6 +204,7 @@ class Session:
             () if found is None else found.history,
             time.perf_counter() - started,
             None if found is None else found.predicted,
+            None if found is None else found.losses,
         )
 
     def _decide(

@@ -22,7 +22,8 @@ from cobla_onnx.report.charts import (
     history_chart,
     sparkline,
 )
-from cobla_onnx.report.model import BudgetUse, Cost, LayerReport, Report
+from cobla_onnx.report.costs import Cost
+from cobla_onnx.report.model import BudgetUse, LayerReport, Report
 from cobla_onnx.text import safe_text, short_names
 
 if TYPE_CHECKING:

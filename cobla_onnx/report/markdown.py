@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
 from cobla_onnx.report.amounts import count_text, kind_text, percent_text, rank_text
-from cobla_onnx.report.model import Cost, Report
+from cobla_onnx.report.costs import Cost
+from cobla_onnx.report.model import Report
 from cobla_onnx.text import safe_text, short_names
 
 __all__ = ["to_markdown"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
 from cobla_onnx.calibration.evaluation.quality import Quality
+from cobla_onnx.report.costs import Cost, Sizes
 from cobla_onnx.report.serialise import Exported
 
 if TYPE_CHECKING:
@@ -20,60 +21,15 @@ if TYPE_CHECKING:
 __all__ = [
     "BudgetUse",
     "CalibrationReport",
-    "Cost",
+    "Forecast",
     "LatencyReport",
     "LayerLatency",
     "LayerReport",
     "Report",
-    "Sizes",
     "SolverReport",
     "Spectrum",
     "Spread",
 ]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """A cost before and after, in elements, MACs or bytes; None if it is not known."""
-
-    before: int | None
-    after: int | None
-
-    @property
-    def kept(self) -> float | None:
-        """Fraction that is left."""
-        if self.before is None or self.after is None or self.before == 0:
-            return None
-        return self.after / self.before
-
-
-UNKNOWN = Cost(None, None)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of the model, before and after; None for what was not measured.
-
-    Attributes
-    ----------
-    file, zipped : Cost
-        Of the written files, with external data, as they are and after deflate; see
-        `graph.io.disk`.
-    session : Cost
-        Of the constants that a session holds in RAM; see `runtime.footprint`.
-    """
-
-    file: Cost
-    zipped: Cost
-    session: Cost
-
-    def titled(self) -> tuple[tuple[str, Cost], ...]:
-        """Each of them with its name for people."""
-        return (
-            ("file (bytes)", self.file),
-            ("file, zipped (bytes)", self.zipped),
-            ("constants in RAM, once decoded (bytes)", self.session),
-        )
 
 
 @dataclass(frozen=True)
@@ -303,6 +259,22 @@ class LatencyReport:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What the separable programme predicts for the same budget; nothing was measured for it.
+
+    Attributes
+    ----------
+    predicted : float
+        Least objective where layers may also be stored in fewer bits (``--precision auto``).
+    ranks_alone : float
+        Least objective by ranks, under the same model of the loss.
+    """
+
+    predicted: float
+    ranks_alone: float
+
+
+@dataclass(frozen=True)
 class Report(Exported):
     """What was decided and measured. `to_dict` documents the JSON's keys by its fields.
 
@@ -335,7 +307,8 @@ class Report(Exported):
     machine: dict[str, str] = field(default_factory=dict)
     command: str | None = None
     history: tuple[Step, ...] = ()
-    sizes: Sizes = Sizes(UNKNOWN, UNKNOWN, UNKNOWN)
+    sizes: Sizes = field(default_factory=Sizes)
+    forecast: Forecast | None = None
 
     @property
     def has_bits(self) -> bool:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
 from cobla_onnx.report.amounts import count_text, kind_text, rank_text
-from cobla_onnx.report.model import BudgetUse, Cost, Report
+from cobla_onnx.report.costs import Cost
+from cobla_onnx.report.model import BudgetUse, Report
 from cobla_onnx.text import safe_text, short_names
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 from cobla_onnx import Budget, compress
 from cobla_onnx.graph.io import disk
 from cobla_onnx.graph.io.disk import bytes_of, files_of, zipped_bytes_of
-from cobla_onnx.report.model import Cost
+from cobla_onnx.report.costs import Cost
 from tests.builders import small_network
 from tests.report.test_model import shown
 
