@@ -35,6 +35,15 @@ class Decision:
     scheme: str | None = None
     rank: int | None = None
 
+    @property
+    def bits(self) -> int | None:
+        """Bits in which each number of the layer is stored; None: as the model has them."""
+        if self.scheme is None:
+            return None
+        from cobla_onnx.variants.coded_factors.form import split_name
+
+        return self.rank if _level(self.scheme) == "bits" else split_name(self.scheme)[1]
+
 
 @dataclass(frozen=True)
 class Plan:

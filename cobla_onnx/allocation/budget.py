@@ -219,5 +219,5 @@ def unreachable(constraints: Sequence[Constraint], least: dict[str, int]) -> Bud
     return BudgetError(
         f"{' and '.join(parts)}{within}",
         fractions,
-        "raise it, or let more layers be factorised",
+        "raise it, or let more layers be compressed",
     )

@@ -130,7 +130,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a model holds: layers that can be factorised, and nodes that can not."""
+    """What a model holds: layers that can be compressed, and nodes that can not."""
 
     layers: tuple[Layer, ...]
     skipped: tuple[Skipped, ...]

@@ -1,4 +1,4 @@
-"""Find the nodes whose constant weight can be factorised; give a reason for every other node."""
+"""Find the nodes whose constant weight can be compressed; give a reason for every other node."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ class Analysis:
                 return index
         close = difflib.get_close_matches(name, [layer.name for layer in self.layers], 3)
         hint = f"did you mean {', '.join(close)}?" if close else "see the names in the report"
-        raise UsageError(f"plan: there is no layer {name!r} to factorise; {hint}")
+        raise UsageError(f"plan: there is no layer {name!r} to compress; {hint}")
 
     def curve(self, decision: Decision) -> VariantCurve | None:
         """Return the curve of a decision; None for a layer kept whole."""

@@ -97,12 +97,12 @@ def elsewhere_note(
     held = bytes_elsewhere(model, [layer.source for layer in analysis.layers])
     return (
         f"--mem {budget.mem:g} of all bytes means {max(left, 0):.2g} of those that can be "
-        f"factorised: no budget reaches the others, {elsewhere_text(held)}",
+        f"compressed: no budget reaches the others, {elsewhere_text(held)}",
     )
 
 
 def _nothing_to_cut(error: BudgetError, model: onnx.ModelProto, analysis: Analysis) -> BudgetError:
-    """Say why no layer can be factorised, if none can: advice to allow more would not help."""
+    """Say why no layer can be compressed, if none can: advice to allow more would not help."""
     if analysis.layers:
         return error
     counts = Counter(_why(item) for item in analysis.skipped)
@@ -118,7 +118,7 @@ def _nothing_to_cut(error: BudgetError, model: onnx.ModelProto, analysis: Analys
         else f"only {operator_names()} with constant weights can be"
     )
     return BudgetError(
-        f"{error.parts[0]}: no layer can be factorised{shown}",
+        f"{error.parts[0]}: no layer can be compressed{shown}",
         error.least,
         f"{advice}; {INSPECT} lists the nodes",
     )

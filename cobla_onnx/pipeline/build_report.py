@@ -16,10 +16,11 @@ from cobla_onnx.pipeline.search.data import MeasuredFactors
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.report.costs import Cost, Sizes
 from cobla_onnx.report.model import (
     BudgetUse,
     CalibrationReport,
-    Cost,
+    Forecast,
     LatencyReport,
     LayerLatency,
     LayerReport,
@@ -31,6 +32,7 @@ from cobla_onnx.report.model import (
 )
 from cobla_onnx.runtime.environment import machine, versions
 from cobla_onnx.runtime.providers import current_provider
+from cobla_onnx.variants.coded_factors.form import split_name
 from cobla_onnx.variants.registry import require_family
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ class Outcome:
     notes : tuple of str
     seconds : float
         Of the whole run.
+    constants : Cost
+        Bytes of the constants that a session holds.
+    forecast : Forecast or None
     """
 
     mem_after: int
@@ -63,6 +68,8 @@ class Outcome:
     latency: LatencyReport | None
     notes: tuple[str, ...]
     seconds: float
+    constants: Cost
+    forecast: Forecast | None = None
 
 
 def make_report(session: Session, solution: Solution, outcome: Outcome) -> Report:
@@ -93,6 +100,8 @@ def make_report(session: Session, solution: Solution, outcome: Outcome) -> Repor
         machine=machine(),
         command=session.settings.call,
         history=solution.history,
+        sizes=Sizes(session=outcome.constants),
+        forecast=outcome.forecast,
     )
 
 
@@ -126,7 +135,7 @@ def _notes(analysis: Analysis, solution: Solution, outcome: Outcome) -> tuple[st
 
 
 def _layers(analysis: Analysis, plan: Plan) -> tuple[LayerReport, ...]:
-    """Layers that may be factorised, then those that are skipped."""
+    """Layers that may be compressed, then those that are skipped."""
     unchanged = _unchanged(plan)
     decisions = {decision.layer: decision for decision in plan.decisions}
     layers = [
@@ -213,7 +222,7 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
     layer: Layer = analysis.layers[index]
     curves = analysis.curves[index].curves
     widest = max(curves, key=lambda curve: (curve.spectrum is not None, curve.most))
-    full_rank = widest.most
+    full_rank = None if widest.spectrum is None else widest.most
     if decision.scheme is None or decision.rank is None:
         reason = Reason.MET if unchanged else Reason.BUDGET
         params = Cost(layer.params, layer.params)
@@ -233,14 +242,15 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
         op=layer.op,
         shape=layer.shape,
         decision=family.outcome,
-        scheme=form.name,
-        rank=level,
-        full_rank=family.most(layer, form),
+        scheme=split_name(form.name)[0],
+        rank=level if family.level == "rank" else None,
+        full_rank=family.most(layer, form) if family.level == "rank" else full_rank,
         params=Cost(layer.params, family.params(layer, form, level)),
         macs=Cost(analysis.macs[index], analysis.layer_macs(decision)),
         error=error,
         reason="",
         spectrum=None if curve is None else _spectrum(curve, level),
+        bits=decision.bits,
     )
 
 

@@ -27,10 +27,9 @@ from cobla_onnx.calibration.evaluation.outputs import (
     differently_made,
 )
 from cobla_onnx.errors import ModelError, UsageError
-from cobla_onnx.graph.io.external import external_place, is_external
+from cobla_onnx.graph.io.disk import bytes_of, files_of
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.macs import fixed_input_shapes
-from cobla_onnx.graph.tensors import all_tensors
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
 from cobla_onnx.options import BatchSize, check_batch, memory_bytes
@@ -335,19 +334,9 @@ def _facts(
 ) -> ModelFacts:
     return ModelFacts(
         path=None if source is None else str(source),
-        file_bytes=None if source is None else _file_bytes(model, source),
+        file_bytes=None if source is None else bytes_of(files_of(source)),
         weight_bytes=stored_bytes(model),
         macs=None if macs is None else sum(macs.values()),
         nodes=len(model.graph.node),
         latency_ms=latency,
     )
-
-
-def _file_bytes(model: onnx.ModelProto, source: Path) -> int:
-    """Size of the file and of its external data files."""
-    files = {source.resolve()}
-    for held in all_tensors(model):
-        if is_external(held.tensor):
-            folder, location, _, _ = external_place(held.tensor, held.label)
-            files.add((Path(folder) / location).resolve())
-    return sum(file.stat().st_size for file in files)

@@ -15,10 +15,13 @@ from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.order import restore_order
 from cobla_onnx.pipeline.budget_errors import elsewhere_note
 from cobla_onnx.pipeline.build_report import Outcome, make_report
+from cobla_onnx.pipeline.forecast import forecast, forecast_note
 from cobla_onnx.pipeline.result import Result
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.verification import verify
+from cobla_onnx.report.costs import Cost
 from cobla_onnx.report.model import LatencyReport, Verification
+from cobla_onnx.runtime.footprint import constants_in_session
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.wording import option_name
@@ -37,9 +40,12 @@ def finish(session: Session, solution: Solution) -> Result:
     latency, of_time = _timed(session, solution, compressed)
     measured = () if session.evidence is None else session.evidence.measured.notes
     elsewhere = elsewhere_note(session.model, session.analysis, solution.budget)
+    constants = _constants(session, compressed)
     seconds = session.seconds + solution.seconds + time.perf_counter() - started
+    told = forecast(session, solution)
+    notes = (*measured, *of_time, *elsewhere, *([] if told is None else [forecast_note(told)]))
     outcome = Outcome(
-        stored_bytes(compressed), verification, latency, (*measured, *of_time, *elsewhere), seconds
+        stored_bytes(compressed), verification, latency, notes, seconds, constants, told
     )
     report = make_report(session, solution, outcome)
     return Result(
@@ -124,6 +130,14 @@ def _timed(
         return None, ()
     limit = None if solution.budget is None else solution.budget.latency
     return session.times.report(compressed, solution.plan, limit, solution.predicted)
+
+
+def _constants(session: Session, compressed: onnx.ModelProto) -> Cost:
+    """Bytes of the constants in a session of the original and of the result."""
+    before = session.constants
+    if compressed is session.model or before is None:
+        return Cost(before, before)
+    return Cost(before, constants_in_session(compressed, session.context.threads))
 
 
 def _in_order(session: Session, compressed: onnx.ModelProto) -> onnx.ModelProto:

@@ -104,7 +104,7 @@ def smallest(session: Session, max_drop: float, limits: Budget | None = None) ->
     low = session.least_memory()
     if low >= 1.0:
         cause = f"{option_name('max_drop', max_drop)}: the model cannot be made smaller"
-        error = BudgetError(cause, {"mem": 1.0}, "let more layers be factorised")
+        error = BudgetError(cause, {"mem": 1.0}, "let more layers be compressed")
         raise explain(error, session.model, session.analysis, session.settings, session.rule)
     if low > high:
         # The usual error names the least that the model's layers allow.
@@ -175,7 +175,7 @@ def _refusal(max_drop: float, search: _Search, limits: Budget | None) -> BudgetE
     if not trials:
         return BudgetError(
             f"{option_name('max_drop', max_drop)}: no budget below the original can be "
-            f"met{limited}; raise the limits, or let more layers be factorised"
+            f"met{limited}; raise the limits, or let more layers be compressed"
         )
     best = min(trials, key=lambda trial: trial.quality.drop)
     quality = best.quality

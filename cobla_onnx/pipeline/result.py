@@ -14,10 +14,12 @@ import onnx
 from cobla_onnx.allocation.resources import RESOURCES
 from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.errors import UsageError, VerificationError, WriteError
+from cobla_onnx.graph.io.disk import bytes_of, files_of, zipped_bytes_of
 from cobla_onnx.graph.io.model_file import load_in_order, stored_bytes, write_atomically
 from cobla_onnx.graph.io.save import ExternalData, save_model
 from cobla_onnx.graph.order import restore_order
 from cobla_onnx.plan import Plan
+from cobla_onnx.report.costs import Cost
 from cobla_onnx.report.files import report_writer
 from cobla_onnx.report.model import Report
 from cobla_onnx.report.provenance import command_text
@@ -79,12 +81,15 @@ class Result:
         """
         if self._external and external_data == "auto":
             external_data = "always"
+        before = _on_disk(self.source)
         plain = self.report.unchanged and not self._external and external_data != "always"
         if self.source is not None and plain:
             write_atomically(path, self.source.read_bytes())
         else:
             save_model(self.model, path, external_data, self._check)
-        self.report = replace(self.report, output=os.fspath(path))
+        file, zipped = map(Cost, before, _on_disk(Path(path)))
+        sizes = replace(self.report.sizes, file=file, zipped=zipped)
+        self.report = replace(self.report, output=os.fspath(path), sizes=sizes)
 
     def _check(self, written: Path) -> None:
         model, order = load_in_order(written)
@@ -133,6 +138,14 @@ class Result:
                 [step.number, step.stage, step.loss, selection, *costs, round(step.seconds, 3)]
             )
         write_atomically(path, text.getvalue().encode())
+
+
+def _on_disk(path: Path | None) -> tuple[int | None, int | None]:
+    """Bytes of a model's files, as they are and zipped; None for a model in memory."""
+    if path is None:
+        return None, None
+    files = files_of(path)
+    return bytes_of(files), zipped_bytes_of(files)
 
 
 def check_paths(

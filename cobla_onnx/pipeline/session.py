@@ -11,13 +11,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
 import onnx
 
-from cobla_onnx.allocation import Allocation, Budget, Constraint
+from cobla_onnx.allocation import (
+    Allocation,
+    Budget,
+    Constraint,
+    SeparableError,
+    VariantCurve,
+)
 from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.errors import BudgetError
@@ -27,6 +33,7 @@ from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.budget_errors import explain
 from cobla_onnx.pipeline.build_report import calibration_report
 from cobla_onnx.pipeline.finish import finish
+from cobla_onnx.pipeline.forecast import bit_curves
 from cobla_onnx.pipeline.model_times import ModelTimes, search_by_latency
 from cobla_onnx.pipeline.result import Result
 from cobla_onnx.pipeline.search.data import (
@@ -43,6 +50,7 @@ from cobla_onnx.pipeline.search.weights import search_by_weights
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import CalibrationReport
 from cobla_onnx.runtime.context import RunContext
+from cobla_onnx.runtime.footprint import constants_in_session
 from cobla_onnx.runtime.progress import Progress, tracked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.offload import Spill
@@ -72,6 +80,8 @@ class Solution:
         Time that the search took.
     predicted : float, optional
         Predicted fraction of the original's running time, with a latency budget.
+    losses : SeparableError, optional
+        The separable model of the measured loss, see `SearchResult`.
     """
 
     budget: Budget | None
@@ -83,6 +93,7 @@ class Solution:
     history: tuple[Step, ...]
     seconds: float
     predicted: float | None = None
+    losses: SeparableError | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,16 @@ class Session:
     def objective(self) -> Literal["weights", "output", "loss"]:
         """The objective that is minimised, with ``auto`` resolved."""
         return self.settings.needed
+
+    @cached_property
+    def constants(self) -> int | None:
+        """Bytes of the constants that onnxruntime holds of the original; None if not measured."""
+        return constants_in_session(self.model, self.context.threads)
+
+    @cached_property
+    def bit_curves(self) -> tuple[VariantCurve | None, ...]:
+        """Curves of the layers in fewer bits, for forecasts; see `forecast.bit_curves`."""
+        return bit_curves(self.model, self.analysis, self.context)
 
     def least_memory(self) -> float:
         """Least feasible fraction of memory, rounded up so that it is itself feasible."""
@@ -183,6 +204,7 @@ class Session:
             () if found is None else found.history,
             time.perf_counter() - started,
             None if found is None else found.predicted,
+            None if found is None else found.losses,
         )
 
     def _decide(

@@ -10,8 +10,9 @@ from cobla_onnx.text import safe_text
 
 if TYPE_CHECKING:
     from cobla_onnx.allocation import Budget
+    from cobla_onnx.report.model import LayerReport
 
-__all__ = ["budget_name", "count_text", "elsewhere_text", "percent_text"]
+__all__ = ["budget_name", "count_text", "elsewhere_text", "kind_text", "percent_text", "rank_text"]
 
 # Most operators that are named.
 NAMED = 4
@@ -53,6 +54,17 @@ def budget_name(budget: Budget) -> str:
     """Format a budget as ``mem 0.5 mac 0.7``."""
     limits = ((resource.name, getattr(budget, resource.name)) for resource in RESOURCES)
     return " ".join(f"{name} {value:g}" for name, value in limits if value is not None)
+
+
+def kind_text(layer: LayerReport) -> str:
+    """Name what became of a layer, in a word."""
+    return layer.scheme if layer.replaced and layer.scheme else "whole"
+
+
+def rank_text(layer: LayerReport) -> str:
+    """Format the rank of a layer as ``96 → 5``, or that of the weight where it is not cut."""
+    full = str(layer.full_rank or "")
+    return full if layer.rank is None else f"{full} → {layer.rank}"
 
 
 def elsewhere_text(held: Mapping[str, int]) -> str:

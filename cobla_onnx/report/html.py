@@ -14,7 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.allocation.resources import RESOURCES
-from cobla_onnx.report.amounts import count_text, percent_text
+from cobla_onnx.report.amounts import count_text, percent_text, rank_text
 from cobla_onnx.report.charts import (
     Chart,
     Sparkline,
@@ -22,7 +22,8 @@ from cobla_onnx.report.charts import (
     history_chart,
     sparkline,
 )
-from cobla_onnx.report.model import BudgetUse, Cost, LayerReport, Report
+from cobla_onnx.report.costs import Cost
+from cobla_onnx.report.model import BudgetUse, LayerReport, Report
 from cobla_onnx.text import safe_text, short_names
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Row:
     cut: bool
     scheme: str
     rank: str
+    bits: str
     spectrum: Sparkline | None
     params: Bar
     macs: Bar
@@ -86,11 +88,12 @@ def to_html(report: Report) -> str:
         title=safe_text(report.input or "a model in memory", 120),
         latency=report.to_dict().get("latency"),
         limit=report.budget["latency"].limit if "latency" in report.budget else None,
-        meters=[_meter(name, report.budget[name]) for name in KINDS if name in report.budget],
+        meters=[
+            *(_meter(name, report.budget[name]) for name in KINDS if name in report.budget),
+            *_size_meters(report),
+        ],
         rows=_rows(report),
         skipped=_left_alone(report),
-        cut=sum(layer.replaced for layer in report.layers),
-        considered=sum(layer.decision != "skipped" for layer in report.layers),
         prices=_prices(report),
         objective=None if report.solver is None else _objective(report.solver.objective),
         agreement=_agreement(report),
@@ -134,8 +137,38 @@ def _meter(name: str, use: BudgetUse) -> Meter:
         kept=percent_text(use.reached),
         before=count_text(use.before),
         after=count_text(use.after),
-        factor=f"{use.before / use.after:.1f}×" if use.before and use.after else "",
+        factor=_factor(use.before, use.after),
     )
+
+
+def _size_meters(report: Report) -> list[Meter]:
+    """The file, and what a session holds in RAM, where they were measured."""
+    sizes = report.sizes
+    zipped = f"; zipped {count_text(sizes.zipped.before)} → {count_text(sizes.zipped.after)}"
+    titled = (
+        ("File", f"bytes{'; zipped not measured' if sizes.zipped.after is None else zipped}"),
+        ("RAM", "bytes of constants once a session has decoded them"),
+    )
+    return [
+        Meter(
+            title=title,
+            unit=unit,
+            known=True,
+            reached=100 * (cost.kept or 0.0),
+            limit=None,
+            kept=percent_text(cost.kept),
+            before=count_text(cost.before),
+            after=count_text(cost.after),
+            factor=_factor(cost.before, cost.after),
+        )
+        for (title, unit), cost in zip(titled, (sizes.file, sizes.session), strict=True)
+        if cost.kept is not None
+    ]
+
+
+def _factor(before: int | None, after: int | None) -> str:
+    """How many times smaller, if it is."""
+    return f"{before / after:.1f}×" if before and after and after < before else ""
 
 
 def _charts(report: Report) -> list[tuple[str, Chart | None]]:
@@ -167,7 +200,8 @@ def _row(layer: LayerReport, name: str, most_params: int, most_macs: int) -> Row
         shape=" × ".join(map(str, layer.shape)),
         cut=cut,
         scheme=layer.scheme or "kept whole",
-        rank=f"{layer.rank} of {layer.full_rank}" if cut else str(layer.full_rank or ""),
+        rank=rank_text(layer),
+        bits=str(layer.bits or ""),
         spectrum=None if spectrum is None else sparkline(spectrum, layer.rank),
         params=_bar(layer.params, most_params),
         macs=_bar(layer.macs, most_macs),

@@ -56,7 +56,7 @@ class InspectedScheme:
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """A layer that can be factorised; the first of `schemes` has the least `half_error`."""
+    """A layer that can be compressed; the first of `schemes` has the least `half_error`."""
 
     name: str
     op: str
@@ -92,7 +92,7 @@ class Inspection(Exported):
     mac_total : int or None
         Multiply-accumulates of one run with `input_shapes`; None if they are not known.
     elsewhere : dict of str to int
-        Bytes of weights that cannot be factorised, by the operator that reads them.
+        Bytes of weights that cannot be compressed, by the operator that reads them.
     least : dict of str to float
         ``mem`` and ``mac``: the least feasible fraction, each budget taken alone.
     input_shapes : dict of str to tuple
@@ -180,7 +180,7 @@ def _render(found: Inspection) -> RenderableType:
     if not found.layers:
         # No layers: neither a table nor its legend.
         lines = [
-            f"nothing can be factorised: only {operator_names()} with constant weights can be",
+            f"nothing can be compressed: only {operator_names()} with constant weights can be",
             *lines[3:],
         ]
         return Group(*map(Text, lines))
@@ -204,7 +204,7 @@ def _groups(found: Inspection) -> list[str]:
 def _totals(found: Inspection) -> list[str]:
     count = len(found.layers)
     lines = [
-        f"{count} layers can be factorised, {len(found.left_alone)} nodes are left alone",
+        f"{count} layers can be compressed, {len(found.left_alone)} nodes are left alone",
         f"memory: {count_text(found.mem_total)} bytes of weights; "
         f"least reachable: --mem {found.least['mem']:g}",
     ]

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
-from cobla_onnx.report.amounts import count_text, percent_text
-from cobla_onnx.report.model import Cost, Report
+from cobla_onnx.report.amounts import count_text, kind_text, percent_text, rank_text
+from cobla_onnx.report.costs import Cost
+from cobla_onnx.report.model import Report
 from cobla_onnx.text import safe_text, short_names
 
 __all__ = ["to_markdown"]
@@ -25,6 +26,7 @@ def to_markdown(report: Report) -> str:
         _totals(report),
         *_solver(report),
         "## Layers",
+        *([] if report.unchanged else [f"{report.layer_counts}."]),
         _layers(report),
         *_left_alone(report),
         *_verification(report),
@@ -70,6 +72,10 @@ def _totals(report: Report) -> str:
         limit = "" if use.limit is None else percent_text(use.limit)
         costs = count_text(use.before), count_text(use.after)
         rows.append((title, *costs, percent_text(use.reached), limit))
+    for title, cost in report.sizes.titled():
+        if cost.after is not None:
+            numbers = count_text(cost.before), count_text(cost.after), percent_text(cost.kept)
+            rows.append((title, *numbers, ""))
     return _table(("cost", "before", "after", "kept", "budget"), rows)
 
 
@@ -80,7 +86,7 @@ def _solver(report: Report) -> list[str]:
     text = f"Objective {_code(solver.objective)} of {_code(solver.name)}: {solver.value:.4g}"
     if solver.lower_bound is not None and solver.gap is not None:
         text += (
-            f"; no choice of ranks within these budgets is below {solver.lower_bound:.4g} "
+            f"; no choice within these budgets is below {solver.lower_bound:.4g} "
             f"(gap {100 * solver.gap:.2f} %)"
         )
     return [text + "."]
@@ -97,12 +103,13 @@ def _layers(report: Report) -> str:
     shown = short_names([layer.name for layer in layers], 80)
     for layer in layers:
         cut = layer.replaced
-        rank = f"{layer.full_rank} → {layer.rank}" if cut else str(layer.full_rank or "")
         error = "" if not cut or layer.error is None else percent_text(layer.error)
-        kind = layer.scheme if cut and layer.scheme else "whole"
         names = _code(shown[layer.name], 80), _code(layer.op, 30)
-        rows.append((*names, kind, rank, change(layer.params), change(layer.macs), error))
-    return _table(("layer", "op", "decision", "rank", "parameters", "MACs", "error"), rows)
+        numbers = [rank_text(layer), *([str(layer.bits or "")] if report.has_bits else [])]
+        costs = change(layer.params), change(layer.macs)
+        rows.append((*names, kind_text(layer), *numbers, *costs, error))
+    bits = ["bits"] if report.has_bits else []
+    return _table(("layer", "op", "decision", "rank", *bits, "parameters", "MACs", "error"), rows)
 
 
 def _left_alone(report: Report) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
 from cobla_onnx.calibration.evaluation.quality import Quality
+from cobla_onnx.report.costs import Cost, Sizes
 from cobla_onnx.report.serialise import Exported
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BudgetUse",
     "CalibrationReport",
-    "Cost",
+    "Forecast",
     "LatencyReport",
     "LayerLatency",
     "LayerReport",
@@ -28,21 +30,6 @@ __all__ = [
     "Spectrum",
     "Spread",
 ]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """A cost before and after, in elements or MACs; None if it is not known."""
-
-    before: int | None
-    after: int | None
-
-    @property
-    def kept(self) -> float | None:
-        """Fraction that is left."""
-        if self.before is None or self.after is None or self.before == 0:
-            return None
-        return self.after / self.before
 
 
 @dataclass(frozen=True)
@@ -78,8 +65,9 @@ class Spectrum:
 class LayerReport:
     """One layer.
 
-    ``decision`` is ``whole`` (considered), ``skipped``, or what was done to it; low rank says
-    ``factorised``.
+    ``decision`` is ``whole`` (considered), ``skipped``, or what was done to it, such as
+    ``factorised`` or ``stored in fewer bits``. ``rank`` is that of its factors, None if it has
+    none; ``bits`` are those of each number that is stored, None for as the model has them.
     """
 
     name: str
@@ -94,6 +82,7 @@ class LayerReport:
     error: float | None
     reason: str
     spectrum: Spectrum | None = None
+    bits: int | None = None
 
     @property
     def replaced(self) -> bool:
@@ -254,7 +243,7 @@ class LatencyReport:
     predicted_ratio : float or None
         Predicted by the table of layer times, before it was corrected; None without a table.
     layers : tuple of LayerLatency
-        The ten slowest layers of the original that could be factorised.
+        The ten slowest layers of the original that could be compressed.
     """
 
     threads: int
@@ -267,6 +256,22 @@ class LatencyReport:
     ratio_high: float
     predicted_ratio: float | None
     layers: tuple[LayerLatency, ...]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the separable programme predicts for the same budget; nothing was measured for it.
+
+    Attributes
+    ----------
+    predicted : float
+        Least objective where layers may also be stored in fewer bits (``--precision auto``).
+    ranks_alone : float
+        Least objective by ranks, under the same model of the loss.
+    """
+
+    predicted: float
+    ranks_alone: float
 
 
 @dataclass(frozen=True)
@@ -302,6 +307,24 @@ class Report(Exported):
     machine: dict[str, str] = field(default_factory=dict)
     command: str | None = None
     history: tuple[Step, ...] = ()
+    sizes: Sizes = field(default_factory=Sizes)
+    forecast: Forecast | None = None
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether any layer is stored in fewer bits."""
+        return any(layer.bits is not None for layer in self.layers)
+
+    @property
+    def layer_counts(self) -> str:
+        """How many layers were compressed, and how, in words."""
+        considered = sum(layer.decision != "skipped" for layer in self.layers)
+        kinds = Counter(layer.decision for layer in self.layers if layer.replaced)
+        what = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        total = sum(kinds.values())
+        if len(kinds) == 1:
+            return f"{total} of {considered} layers {next(iter(kinds))}"
+        return f"{total} of {considered} layers compressed{': ' if kinds else ''}{what}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts and lists."""

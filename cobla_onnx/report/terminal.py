@@ -6,8 +6,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
-from cobla_onnx.report.amounts import count_text
-from cobla_onnx.report.model import BudgetUse, Cost, Report
+from cobla_onnx.report.amounts import count_text, kind_text, rank_text
+from cobla_onnx.report.costs import Cost
+from cobla_onnx.report.model import BudgetUse, Report
 from cobla_onnx.text import safe_text, short_names
 
 if TYPE_CHECKING:
@@ -27,10 +28,9 @@ def _totals(name: str, unit: str, use: BudgetUse) -> str:
         return f"{name}: not known"
     limit = f", budget {use.limit:g}" if use.limit is not None else ""
     factor = f"{use.before / use.after:.1f}x smaller" if use.after else "all gone"
-    return (
-        f"{name}: kept {use.reached:.4f} ({factor}{limit}), "
-        f"{count_text(use.before)} → {count_text(use.after)} {unit}"
-    )
+    factor = "as before" if use.after == use.before else factor
+    amounts = _change(Cost(use.before, use.after))
+    return f"{name}: kept {use.reached:.4f} ({factor}{limit}), {amounts} {unit}"
 
 
 def output_text(output: OutputComparison, largest: bool = False) -> str:
@@ -64,25 +64,39 @@ def render(report: Report) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("layer", "op", "decision"):
         table.add_column(heading, overflow="fold")
-    for heading in ("rank", "parameters", "MACs", "error"):
-        table.add_column(heading, justify="right", no_wrap=True)
     layers = [layer for layer in report.layers if layer.decision != "skipped"]
+    bits = ["bits"] if report.has_bits else []
+    for heading in ("rank", *bits, "parameters", "MACs", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
     names = short_names([layer.name for layer in layers], 28)
     for layer in layers:
         cut = layer.replaced
         table.add_row(
             Text(names[layer.name]),
             layer.op,
-            layer.scheme if cut else "whole",
-            f"{layer.full_rank} → {layer.rank}" if cut else str(layer.full_rank or ""),
+            kind_text(layer),
+            rank_text(layer),
+            *([str(layer.bits or "")] if bits else []),
             _change(layer.params),
             _change(layer.macs),
             f"{layer.error:.3f}" if cut and layer.error is not None else "",
             style=None if cut else "dim",
         )
     lines = [Text(_totals(*row)) for row in _budget_rows(report)]
-    lines += [Text(line) for line in _latency(report)]
-    return Group(table, Text(""), *_left_alone(report), *lines, *_verdict(report))
+    lines += [Text(line) for line in (*_sizes(report), *_latency(report))]
+    counts = [] if report.unchanged else [Text(report.layer_counts)]
+    return Group(table, Text(""), *counts, *_left_alone(report), *lines, *_verdict(report))
+
+
+def _sizes(report: Report) -> list[str]:
+    """Lines on the file and on what a session holds, as far as they were measured."""
+    sizes, lines = report.sizes, []
+    if sizes.file.after is not None:
+        zipped = "not measured" if sizes.zipped.after is None else _change(sizes.zipped)
+        lines.append(f"file: {_change(sizes.file)} bytes, zipped {zipped}")
+    if sizes.session.after is not None:
+        lines.append(f"RAM: {_change(sizes.session)} bytes of constants, once decoded")
+    return lines
 
 
 def _latency(report: Report) -> list[str]:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
@@ -64,6 +65,7 @@ def open_session(
     timed: bool = False,
     part: str = "",
     profile: str = "",
+    written: str = "",
 ) -> onnxruntime.InferenceSession:
     """Open a model in onnxruntime without serialising its weights.
 
@@ -72,7 +74,8 @@ def open_session(
     initializers beside those that the model holds. A session to be timed is one as users
     open it, optimised and with threads that spin while it runs, and only then. `part` says
     what for the model was cut from one that loads as a whole. With `profile`, the beginning of
-    a file's name, onnxruntime writes there what its nodes do.
+    a file's name, onnxruntime writes there what its nodes do. `written` names a file for the graph
+    after the optimisations that do not depend on the processor, large weights in another beside it.
 
     Raises
     ------
@@ -97,6 +100,8 @@ def open_session(
     options = _session_options(threads, optimized, timed)
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
+    if written:
+        _write_graph(options, written)
     if folder is not None:
         options.add_session_config_entry(FOLDER, folder)
         _leave_in_folder(light)
@@ -141,6 +146,14 @@ def _session_options(threads: int, optimized: bool, timed: bool) -> onnxruntime.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options
+
+
+def _write_graph(options: onnxruntime.SessionOptions, path: str) -> None:
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = path
+    for part, value in (("file_name", f"{Path(path).stem}.data"), ("min_size_in_bytes", "1024")):
+        key = f"session.optimized_model_external_initializers_{part}"
+        options.add_session_config_entry(key, value)
 
 
 @contextmanager

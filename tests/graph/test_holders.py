@@ -62,7 +62,7 @@ def test_weights_of_subgraphs_and_constants_belong_to_their_readers():
 def test_a_budget_that_means_far_less_of_the_rest_says_so():
     notes = compress(word_model(), Budget(mem=0.8), threads=1).report.notes
     (note,) = [note for note in notes if "Gather" in note]
-    assert "0.4 of those that can be factorised" in note
+    assert "0.4 of those that can be compressed" in note
     assert "65.5k in Gather" in note
     notes = compress(small_network(), Budget(mem=0.8), threads=1).report.notes
     assert not any("factorised" in note for note in notes)

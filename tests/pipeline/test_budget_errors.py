@@ -1,4 +1,4 @@
-"""Models without a weight that can be factorised: said so, and never copied as a success."""
+"""Models without a weight that can be compressed: said so, and never copied as a success."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_command_says_which_operator_holds_the_bytes(tmp_path, regressor):
     np.savez(tmp_path / "data.npz", x=random_array(12, 4))
     data = ("--data", tmp_path / "data.npz")
     found = " ".join(run_here("inspect", path).stdout.split())
-    assert "nothing can be factorised: only Conv, ConvTranspose, Gemm, MatMul and Gather" in found
+    assert "nothing can be compressed: only Conv, ConvTranspose, Gemm, MatMul and Gather" in found
     assert f"k in {name}" in found
     assert "least reachable: --mem 1 " in found
     assert "spectrum" not in found
@@ -95,7 +95,7 @@ def test_the_command_says_which_operator_holds_the_bytes(tmp_path, regressor):
         done = (run_here if number else run)(*arguments)
         assert done.returncode == 4, done.stderr
         message = " ".join(done.stderr.split())
-        assert "no layer can be factorised" in message
+        assert "no layer can be compressed" in message
         assert f"k in {name}" in message
         assert not out.exists()
     # What asks for nothing is no lie.
@@ -187,5 +187,5 @@ def test_ranks_that_the_rule_leaves_out_are_advised():
 
 def test_without_layers_the_reasons_are_counted():
     found = explained(no_weights(), Selection())
-    assert f"{ERROR.parts[0]}: no layer can be factorised" in found.parts[0]
+    assert f"{ERROR.parts[0]}: no layer can be compressed" in found.parts[0]
     assert "inspect" in found.parts[1]

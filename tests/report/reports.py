@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from cobla_onnx import Budget, compress
+from cobla_onnx import Budget, Plan, compress
 from cobla_onnx.allocation.sqp import Step
+from cobla_onnx.plan import Decision
 from cobla_onnx.report.model import LatencyReport, LayerLatency, Report, Spread
 from tests.builders import small_network
 
@@ -57,3 +58,14 @@ def full_report() -> Report:
             layers=(LayerLatency(HOSTILE, 3.0, 1.5),),
         ),
     )
+
+
+@lru_cache(maxsize=1)
+def stored_report() -> Report:
+    """Return a report of one layer that is factorised, one in fewer bits and one that is whole."""
+    decisions = (
+        Decision("conv1"),
+        Decision("conv2", "channel", 2),
+        Decision("fc", "stored", 4),
+    )
+    return compress(small_network(), plan=Plan(decisions), threads=1).report

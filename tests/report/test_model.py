@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -17,7 +18,7 @@ from cobla_onnx.report.sweep_plot import check_plot
 from cobla_onnx.report.sweep_table import sweep_table
 from cobla_onnx.report.terminal import output_text, render
 from tests.builders import small_network
-from tests.report.reports import small_report
+from tests.report.reports import small_report, stored_report
 
 
 def shown(renderable: object) -> str:
@@ -39,6 +40,26 @@ def test_a_report_is_rendered_by_its_renderers():
     outputs = report.verification.outputs
     assert outputs
     assert all(output_text(output) in shown(render(report)) for output in outputs)
+
+
+def test_bits_have_a_column_of_their_own_where_there_are_any():
+    report, ranks = stored_report(), small_report()
+    whole, cut, stored = report.layers
+    assert (whole.rank, whole.bits) == (None, None)
+    assert (cut.rank, cut.bits) == (2, None)
+    assert (stored.rank, stored.bits) == (None, 4)
+    counts = "2 of 3 layers compressed: 1 factorised, 1 stored in fewer bits"
+    for text in (shown(report), report.to_markdown(), report.to_html()):
+        assert counts in text
+    row = next(line for line in report.to_markdown().splitlines() if "`fc`" in line)
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[2:5] == ["stored", str(stored.full_rank), "4"]
+    assert re.search(r"fc +Gemm +stored +\d+ +4 ", shown(report))
+    assert 'data-label="Bits" class="right">4<' in report.to_html()
+    assert "bits" not in shown(ranks).splitlines()[0]
+    assert "| bits |" not in ranks.to_markdown()
+    assert ">Bits<" not in ranks.to_html()
+    assert f"of {len(ranks.layers)} layers factorised" in shown(ranks)
 
 
 def test_a_comparison_shows_both_models():

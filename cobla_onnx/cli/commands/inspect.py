@@ -15,7 +15,7 @@ def inspect(
 ) -> None:
     """Show layers, costs, spectra and what is within reach.
 
-    For each layer that can be factorised: the ranks that make it smaller, and how its
+    For each layer that can be compressed: the ranks that make it smaller, and how its
     singular values fall. For every other node with weights: why it is left alone.
     """
     from cobla_onnx.pipeline.inspect import inspect as run

@@ -279,7 +279,7 @@ def _best(tried: Sequence[Found], limit: float, threads: int) -> Found:
         f"{measured.ratio:.3f} of the original's time ({measured.low:.3f} to {measured.high:.3f}, "
         f"{threads} threads)",
         {"latency": _rounded_up(measured.ratio)},
-        "raise it, or let more layers be factorised",
+        "raise it, or let more layers be compressed",
     )
 
 

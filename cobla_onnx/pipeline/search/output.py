@@ -58,5 +58,6 @@ def search_by_output(
         probe_samples=sensitivity.samples,
         candidates=settled.losses,
         rivals=settled.rivals,
+        losses=losses,
     )
     return result, losses

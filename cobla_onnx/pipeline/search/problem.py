@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cobla_onnx.allocation import Allocation
+from cobla_onnx.allocation import Allocation, SeparableError
 from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.plan import Plan
@@ -57,6 +57,9 @@ class SearchResult:
         Other answers that were compared with the allocation's own.
     predicted : float, optional
         Predicted fraction of the original's running time, with a latency budget.
+    losses : SeparableError, optional
+        The separable model of the measured loss that the choices minimise, or that a search by
+        the loss of the whole network began with.
     """
 
     allocation: Allocation
@@ -65,6 +68,7 @@ class SearchResult:
     candidates: tuple[float, ...] = ()
     rivals: tuple[Rival, ...] = ()
     predicted: float | None = None
+    losses: SeparableError | None = None
 
     def plan(self, analysis: Analysis) -> Plan:
         """Return the choices as decisions about the layers of the analysis."""

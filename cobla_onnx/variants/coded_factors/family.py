@@ -40,7 +40,7 @@ class CodedFactorsFamily(VariantFamily):
 
     name = "coded factors"
     level = "rank"
-    outcome = "factorised, in fewer bits"
+    outcome = "factorised in fewer bits"
     schemes = tuple(coded_name(scheme, bits) for scheme in FACTORS.schemes for bits in FORMATS)
     refits = True
 
