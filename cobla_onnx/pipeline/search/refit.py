@@ -2,7 +2,8 @@
 
 Which of a layer's candidates is best, the factors before refit among them, is decided where the
 layer is: by the error of its own outputs on the held-back samples, which needs their moments alone.
-Whether the network gains is asked a few times on the way, after about as many layers each time.
+Whether the network gains is asked a few times on the way, after about as many layers each time. In
+models of so few layers that it is asked at each, it also chooses between the candidates.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def refit_layers(
 ) -> tuple[list[Approximation], int]:
     """Refit each layer in topological order, and keep refits where they help.
 
-    A layer's refit is kept only if it lowers the error of the layer's outputs on the selection
-    split, and if the layers between two checks, of which it is one, lower the loss there. Layers
-    with no approximated layer before them have nothing to refit.
+    A section of layers is refitted by the least error of each layer's outputs on the selection
+    split, and keeps its refits if the loss there falls. Where a section is a single layer, the
+    loss decides between its candidates, too. Layers with no approximated layer before them have
+    nothing to refit.
 
     Parameters
     ----------
@@ -110,21 +112,29 @@ def refit_layers(
     able = [i for i in order if _refits(model, chosen[i]) and walk.is_moved(chosen[i].layer)]
     done, total = 0, max(len(able), 1)
     for section in _sections(able):
-        start, before, before_weights = walk.place, list(current), dict(weights)
+        start, alone = walk.place, len(section) == 1
+        trials = [(list(current), dict(weights))]
         for position in section:
             progress(done, total)
-            entry = chosen[position]
-            current[position] = made = _Refit(model, entry).best(walk, weights)
-            weights |= replaced_weights([entry], [made])
             done += 1
-        if all(current[position] is before[position] for position in section):
-            continue
-        loss = selection.loss(weights)
+            entry, (trial, changed) = chosen[position], trials[0]
+            ranked = _Refit(model, entry).candidates(walk, changed)
+            trials += [(list(trial), dict(changed)) for _ in ranked[1:] if alone]
+            for (gain, made), (trial, changed) in zip(ranked, trials, strict=False):
+                if gain > 0 or alone:
+                    trial[position] = made
+                    changed |= replaced_weights([entry], [made])
+        least, answer = best, None
+        for trial, changed in trials:
+            if any(trial[position] is not current[position] for position in section):
+                loss = selection.loss(changed)
+                if loss < least:
+                    least, answer = loss, (trial, changed)
         selection.rest()
-        if loss < best:
-            best = loss
+        if answer is None:
+            walk.place = start
         else:
-            current, weights, walk.place = before, before_weights, start
+            best, (current, weights) = least, answer
     progress(total, total)
     kept = sum(made is not entry.approximation for made, entry in zip(current, chosen, strict=True))
     return current, kept
@@ -183,8 +193,8 @@ class _Refit:
             self._first, last = inputs_first(entry.form, entry.approximation.factors)
             self._rows = last.swapaxes(1, 2)
 
-    def best(self, walk: Walk, weights: Weights) -> Approximation:
-        """Refit the layer under each ridge; return the best, or what there was if none is better.
+    def candidates(self, walk: Walk, weights: Weights) -> list[tuple[float, Approximation]]:
+        """Refit the layer under each ridge; the best first, each with what it gains.
 
         By the error of the layer's outputs on the samples held back.
         """
@@ -204,18 +214,17 @@ class _Refit:
             inputs.effective,
             np.zeros_like(inputs.mean) if own_bias else inputs.mean,
         )
-        best: Approximation = old
-        least = self._error(held_back, copy.copy(old))
+        before = self._error(held_back, copy.copy(old))
+        found: list[tuple[float, Approximation]] = []
         for ridge in RIDGES:
             made = self._fitted(inner, cross, ridge)
             if own_bias:
                 reached = np.einsum("gos,gs->go", self._rows_of(made), inputs.mean)
                 made = made.with_bias((joint.mean - reached).reshape(old.bias.shape))
-            error = self._error(held_back, made)
-            if error < least:
-                # Another one, which does not keep what is multiplied out.
-                best, least = replace(made), error
-        return best
+            gain = before - self._error(held_back, made)
+            # Another one, which does not keep what is multiplied out.
+            found.append((gain, replace(made)))
+        return sorted(found, key=lambda pair: -pair[0])
 
     def _moves(self) -> bool:
         """Whether some second factor moves over several positions."""

@@ -68,7 +68,7 @@ def test_a_section_that_does_not_help_the_network_goes_back(
 
     def refuse_the_first(self: Probe, weights):
         asked.append(weights)
-        return np.inf if len(asked) == 2 else loss(self, weights)
+        return np.inf if len(asked) in (2, 3) else loss(self, weights)
 
     joint = Walk.joint
 

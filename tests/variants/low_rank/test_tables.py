@@ -264,13 +264,13 @@ def test_numbers_of_rows_that_layers_choose_are_not_refitted_to(monkeypatch):
     model = model_of(nodes, weights, {"x": ["N", 16]}, ["y"])
     data = {"x": random_array(60, 16, seed=5)}
     refitted: list[str] = []
-    made = refit._Refit.best
+    made = refit._Refit.candidates
 
     def recorded(self: Any, walk: Any, weights: Any) -> Any:
         refitted.append(self._entry.layer.name)
         return made(self, walk, weights)
 
-    monkeypatch.setattr(refit._Refit, "best", recorded)
+    monkeypatch.setattr(refit._Refit, "candidates", recorded)
     names = ("scores", "embedding", "hidden", "skip")
     schemes = {"embedding": "table"}
     plan = Plan(tuple(Decision(name, schemes.get(name, "matrix"), 6) for name in names))
