@@ -33,7 +33,15 @@ import field
 from benchmark_table import gap
 from benchmark_tasks import ROOT, TASKS, Bench
 from field_data import NoData, feeds_for, open_model
-from precision_methods import ABLATION, ALTERNATIVES, METHODS, NOT_APPLICABLE, OURS, UNREACHABLE
+from precision_methods import (
+    ABLATION,
+    ALTERNATIVES,
+    METHODS,
+    NOT_APPLICABLE,
+    NOT_INSTALLED,
+    OURS,
+    UNREACHABLE,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BUDGETS = (0.5, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.075)
@@ -229,6 +237,9 @@ def run(
                 break
             if row is None or failed or not out.exists():
                 row = measure(subject, method, budget, out, limit)
+            if row["exit_code"] == NOT_INSTALLED:
+                print(f"{key}: left out, {row['said'].strip()}", file=sys.stderr)
+                continue
             if timing and _made(row):
                 row["latency"] = latencies(subject, out)
             # Others may have written meanwhile.

@@ -4,8 +4,8 @@
 
 The model that METHOD makes is written to OUT. BUDGET, for methods that take one, is the fraction
 of the bytes of constants to keep. DATA is an ``.npz`` with calibration samples. The exit code is 4
-where the budget cannot be met, and 5 where a method does not apply to the model or a package that
-it needs is not installed; why stands on standard error.
+where the budget cannot be met, 5 where a method does not apply to the model, and 6 where a package
+that it needs is not installed; why stands on standard error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import onnx
 
 __all__ = ["ABLATION", "ALTERNATIVES", "METHODS", "OURS", "Method", "NotApplicable"]
 
-UNREACHABLE, NOT_APPLICABLE = 4, 5
+UNREACHABLE, NOT_APPLICABLE, NOT_INSTALLED = 4, 5, 6
 # Below it, onnxruntime's quantiser has no scales by channel.
 OPSET = 13
 
@@ -30,7 +30,11 @@ Make = Callable[[Path, Path, Path, "float | None"], None]
 
 
 class NotApplicable(Exception):
-    """The method finds nothing to do in this model, or is not installed."""
+    """The method finds nothing to do in this model."""
+
+
+class NotInstalled(Exception):
+    """A package that the method needs is not here."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def matmul_nbits(bits: int) -> Make:
         try:
             from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
         except ImportError as error:
-            raise NotApplicable(f"pip install onnx-ir: {error}") from error
+            raise NotInstalled(f"pip install onnx-ir: {error}") from error
         quantizer = MatMulNBitsQuantizer(onnx.load(model), bits=bits)
         quantizer.process()
         made = quantizer.model.model
@@ -162,7 +166,7 @@ def shrink_ray(model: Path, _: Path, out: Path, __: float | None) -> None:
     try:
         from onnx_shrink_ray.shrink import quantize_weights
     except ImportError as error:
-        raise NotApplicable(f"pip install onnx-shrink-ray: {error}") from error
+        raise NotInstalled(f"pip install onnx-shrink-ray: {error}") from error
     before = onnx.load(model)
     made = quantize_weights(before)
     if len(made.graph.node) == len(before.graph.node):
@@ -210,6 +214,9 @@ def main(method: str, model: str, data: str, out: str, budget: str = "") -> int:
     except NotApplicable as error:
         print(error, file=sys.stderr)
         return NOT_APPLICABLE
+    except NotInstalled as error:
+        print(error, file=sys.stderr)
+        return NOT_INSTALLED
     return 0
 
 

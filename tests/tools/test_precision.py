@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import onnx
@@ -13,7 +11,6 @@ import typer
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.builders import random_array, small_network
-from tests.conftest import TOOLS
 
 
 @pytest.fixture
@@ -29,11 +26,6 @@ def tool(tools, monkeypatch, tmp_path):
     for seed, part in enumerate(("calibration", "test")):
         np.savez(folder / f"small_{part}.npz", x=random_array(40, 3, 12, 12, seed=seed))
     return tool
-
-
-def make(method: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, TOOLS / "precision_methods.py", method, *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
 
 def judged(agreement: float, mem: float = 0.5, seed: int = 0) -> dict[str, object]:
@@ -169,11 +161,12 @@ def test_without_compensation_the_inputs_do_not_matter(tools, monkeypatch):
     assert (nearest != compensated).any()
 
 
-def test_why_a_method_does_not_apply_is_said(tools, tmp_path):
-    done = make("onnx-shrink-ray", *(tmp_path / name for name in ("m.onnx", "d.npz", "o.onnx")))
-    assert done.returncode in (1, tools("precision_methods").NOT_APPLICABLE)
-    assert "onnx" in done.stderr
-    assert not (tmp_path / "o.onnx").exists()
+def test_a_package_that_is_not_there_is_no_result(tool, tmp_path, monkeypatch, capsys):
+    said = {"exit_code": tool.NOT_INSTALLED, "said": "pip install onnx-ir"}
+    monkeypatch.setattr(tool, "measure", lambda *_: said)
+    tool.run(tmp_path / "r.json", models=tmp_path / "models", methods="MatMulNBits, 4 bits")
+    assert "left out, pip install onnx-ir" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_an_old_opset_is_raised_for_the_quantiser(tools):
