@@ -62,8 +62,8 @@ def no_ranks() -> None:
     from cobla_onnx.graph.inventory import Reason, Refusal
     from cobla_onnx.variants.registry import FAMILIES
 
-    for name, family in FAMILIES.items():
-        if name != "storage":
+    for family in FAMILIES.values():
+        if family.level != "bits":
             family.propose = lambda *_: Refusal(Reason.NO_GAIN)  # type: ignore[method-assign]
 
 
