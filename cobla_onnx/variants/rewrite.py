@@ -99,8 +99,9 @@ def _build(
         kept = onnx.NodeProto()
         kept.CopyFrom(node)
         kept.op_type = last.op_type
-        # A function of the model; other nodes are of the original's domain.
-        kept.domain = last.domain or node.domain
+        # Of a function of the model; other nodes are of the original's, whose bytes stay.
+        if last.domain:
+            kept.domain = last.domain
         del kept.input[:], kept.attribute[:]
         kept.input.extend(last.input)
         kept.attribute.extend(last.attribute)
