@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,13 +33,17 @@ print(json.dumps(seen))
 """
 
 
-def test_only_the_two_folders_are_touched(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "out").mkdir()
+def test_only_the_two_folders_and_the_temporary_one_are_touched(tmp_path):
+    for name in ("in", "out", "temporary"):
+        (tmp_path / name).mkdir()
     source, out = tmp_path / "in" / "in.onnx", tmp_path / "out" / "out.onnx"
     onnx.save(small_network(), source, save_as_external_data=True, location="w", size_threshold=0)
     child = subprocess.run(
-        [sys.executable, "-c", WATCHED, source, out], capture_output=True, text=True, check=True
+        [sys.executable, "-c", WATCHED, source, out],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
     )
     seen = json.loads(child.stdout)
     installed = (
@@ -51,13 +56,18 @@ def test_only_the_two_folders_are_touched(tmp_path):
     package = str(Path(__file__).resolve().parents[2] / "cobla_onnx")
     read = (str(tmp_path / "in"), *installed, package)
     assert any(entry[1] == str(source) for entry in seen), "the hook sees nothing"
+    written = (str(tmp_path / "out"), str(tmp_path / "temporary"))
     for kind, path, *mode in seen:
         if kind == "open":
             reading = mode[0] in ("r", "rb")
-            allowed = path.startswith((str(tmp_path / "out"), *(read if reading else ())))
+            allowed = path.startswith((*written, *(read if reading else ())))
             # Files opened through a descriptor have no mode; they may only be read.
             assert allowed or (mode[0] == "None" and path.startswith(read)), (kind, path, mode)
         else:
             assert kind.startswith("os."), (kind, path)
-            assert path.startswith(str(tmp_path / "out")), (kind, path)
-    assert {entry[0] for entry in seen} <= {"open", "os.remove", "os.rename"}
+            # What removes a folder names its entries by themselves.
+            assert path.startswith(written) or "/" not in path, (kind, path)
+    allowed_kinds = {"open", "os.remove", "os.rename", "os.mkdir", "os.rmdir"}
+    assert {entry[0] for entry in seen} <= allowed_kinds
+    # onnxruntime leaves a file of its own there.
+    assert not list((tmp_path / "temporary").glob("cobla-onnx*"))

@@ -158,7 +158,7 @@ def test_it_is_proposed_chosen_written_and_verified(solver):
             assert (entry.decision, entry.scheme, entry.rank) == (
                 "stored in half precision",
                 "half",
-                1,
+                None,
             )
             assert 0 < entry.error < 1e-3
     for render in (result.report.to_json, result.report.to_html, result.report.to_markdown):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from cobla_onnx.graph.io.external import is_external
+from cobla_onnx.graph.io.external import is_external, true_place
 from cobla_onnx.graph.tensors import all_tensors
 
 __all__ = ["ZIPPED", "bytes_of", "files_of", "zipped_bytes_of"]
@@ -27,8 +27,10 @@ def files_of(path: Path) -> frozenset[Path]:
         for entry in held.tensor.external_data
         if is_external(held.tensor) and entry.key == "location"
     }
-    file = path.resolve()
-    return frozenset({file, *((file.parent / place).resolve() for place in places)})
+    # The folder of the path as it was given: in a cache of links, files stand elsewhere.
+    folder = path.parent.resolve()
+    found = (Path(*true_place(str(folder), place)) for place in places)
+    return frozenset({path.resolve(), *(place.resolve() for place in found)})
 
 
 def bytes_of(files: Iterable[Path]) -> int:
