@@ -6,10 +6,12 @@ import onnx
 
 from cobla_onnx.graph.io.model_file import subgraphs, unique_name
 
-__all__ = ["Names"]
+__all__ = ["SLICE_BY_INPUTS", "Names"]
 
 # IR version from which models have functions.
 FUNCTIONS_FROM = 8
+# The opset from which Slice takes its bounds as inputs.
+SLICE_BY_INPUTS = 10
 
 
 class Names:
@@ -24,14 +26,15 @@ class Names:
     opset : int
         The model's version of ONNX's own operators.
     takes_functions : bool
-        Whether models of its IR version may have functions.
+        Whether new nodes may be put into functions that tensors of any size share: whether models
+        of its IR version have functions, and sizes need not be attributes.
     functions : list of FunctionProto
         Those that the new nodes call; one may be there more than once.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.opset = next((o.version for o in model.opset_import if not o.domain), 1)
-        self.takes_functions = model.ir_version >= FUNCTIONS_FROM
+        self.takes_functions = model.ir_version >= FUNCTIONS_FROM and self.opset >= SLICE_BY_INPUTS
         self.functions: list[onnx.FunctionProto] = []
         self._tensors: set[str] = set()
         self._nodes: set[str] = set()

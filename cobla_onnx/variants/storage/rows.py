@@ -20,7 +20,7 @@ from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement, narrowed
 from cobla_onnx.variants.storage.coding import Coded
-from cobla_onnx.variants.storage.decoding import DOMAIN, SLICE_BY_INPUTS
+from cobla_onnx.variants.storage.decoding import DOMAIN
 from cobla_onnx.variants.storage.packing import PLANES, pack_rows
 from cobla_onnx.variants.storage.precision import HALF
 from cobla_onnx.variants.storage.rounding import round_weight
@@ -155,8 +155,7 @@ class StoredRows(Replacement):
     ) -> list[onnx.NodeProto]:
         """Build one node of a function of the model or, in old models, what would be its body."""
         inputs = {"ids": use.data, **{part: operands[part] for part in self.form.inputs}}
-        # Before opset 10 the width of rows is an attribute, so that functions would not be shared.
-        if names.takes_functions and names.opset >= SLICE_BY_INPUTS:
+        if names.takes_functions:
             function = row_decoder(self.form, names.opset)
             names.functions.append(function)
             given, made = list(inputs.values()), [use.output]

@@ -78,10 +78,10 @@ def test_no_more_bytes_are_stored_than_counted(case: int, bits: int, function: b
     assert model_bytes(result) <= stored_bytes(layer, bits) <= model_bytes(result) + 64
 
 
-@pytest.mark.parametrize("opset", [9, 13])
-def test_an_old_model_has_the_nodes_in_its_graph(opset: int) -> None:
+@pytest.mark.parametrize(("opset", "ir_version"), [(9, 6), (13, 6), (9, 8), (7, 10)])
+def test_an_old_model_has_the_nodes_in_its_graph(opset: int, ir_version: int) -> None:
     model = one_layer(0, opset)
-    model.ir_version = 6
+    model.ir_version = ir_version
     result = compress(model, plan=Plan((Decision("layer", "stored", 5),)), threads=1)
     kinds = {node.op_type for node in result.model.graph.node}
     assert {"Gather", "Floor", "Conv"} <= kinds
