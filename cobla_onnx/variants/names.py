@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 
 from cobla_onnx.graph.io.model_file import subgraphs, unique_name
+from cobla_onnx.graph.protos import opset_of
 
 __all__ = ["SLICE_BY_INPUTS", "Names"]
 
@@ -33,7 +34,7 @@ class Names:
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.opset = next((o.version for o in model.opset_import if not o.domain), 1)
+        self.opset = opset_of(model)
         self.takes_functions = model.ir_version >= FUNCTIONS_FROM and self.opset >= SLICE_BY_INPUTS
         self.functions: list[onnx.FunctionProto] = []
         self._tensors: set[str] = set()

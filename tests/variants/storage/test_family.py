@@ -90,6 +90,13 @@ def test_an_old_model_has_the_nodes_in_its_graph(opset: int, ir_version: int) ->
     assert result.report.verification.rewrite_max_error < 1e-5
 
 
+def test_the_opset_counts_by_either_name_of_the_domain() -> None:
+    model = one_layer(4)
+    model.opset_import[0].domain = "ai.onnx"
+    result = compress(model, plan=Plan((Decision("layer", "stored", 5),)), threads=1)
+    assert result.model.functions[0].opset_import[0].version == 13
+
+
 def test_a_model_that_is_compressed_again_keeps_its_function() -> None:
     plan = Plan((Decision("one", "stored", 4),))
     nodes = [
