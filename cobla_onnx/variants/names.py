@@ -30,13 +30,14 @@ class Names:
         Whether new nodes may be put into functions that tensors of any size share: whether models
         of its IR version have functions, and sizes need not be attributes.
     functions : list of FunctionProto
-        Those that the new nodes call; one may be there more than once.
+        Those that the new nodes call; the model may have some of them already.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.opset = opset_of(model)
         self.takes_functions = model.ir_version >= FUNCTIONS_FROM and self.opset >= SLICE_BY_INPUTS
         self.functions: list[onnx.FunctionProto] = []
+        self._functions = {(f.domain, f.name): f for f in model.functions}
         self._tensors: set[str] = set()
         self._nodes: set[str] = set()
         stack = [model.graph]
@@ -56,3 +57,17 @@ class Names:
     def node(self, wanted: str) -> str:
         """Return a name for a node: the one that is wanted, with a number if it is taken."""
         return unique_name(wanted, self._nodes)
+
+    def function(self, wanted: onnx.FunctionProto) -> str:
+        """Return the name of a function that new nodes call.
+
+        It is the one that is wanted, with a number if the model has another function of this name,
+        such as that of an earlier version of this package.
+        """
+        named, number = onnx.FunctionProto(), 1
+        named.CopyFrom(wanted)
+        while self._functions.setdefault((named.domain, named.name), named) != named:
+            number += 1
+            named.name = f"{wanted.name}_{number}"
+        self.functions.append(named)
+        return str(named.name)

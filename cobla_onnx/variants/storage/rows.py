@@ -156,10 +156,9 @@ class StoredRows(Replacement):
         """Build one node of a function of the model or, in old models, what would be its body."""
         inputs = {"ids": use.data, **{part: operands[part] for part in self.form.inputs}}
         if names.takes_functions:
-            function = row_decoder(self.form, names.opset)
-            names.functions.append(function)
+            function = names.function(row_decoder(self.form, names.opset))
             given, made = list(inputs.values()), [use.output]
-            return [helper.make_node(function.name, given, made, node.name, domain=DOMAIN)]
+            return [helper.make_node(function, given, made, node.name, domain=DOMAIN)]
 
         def unique(part: str) -> str:
             return names.tensor(f"{node.name or use.output}/{part}")
