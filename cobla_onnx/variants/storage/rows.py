@@ -22,7 +22,7 @@ from cobla_onnx.variants.replacement import Replacement, narrowed
 from cobla_onnx.variants.storage.coding import Coded
 from cobla_onnx.variants.storage.decoding import DOMAIN
 from cobla_onnx.variants.storage.packing import PLANES, pack_rows
-from cobla_onnx.variants.storage.precision import HALF
+from cobla_onnx.variants.storage.precision import HALF, in_half
 from cobla_onnx.variants.storage.rounding import round_weight
 from cobla_onnx.variants.storage.row_decoding import RowFormat, row_decoder, row_decoder_nodes
 
@@ -103,9 +103,7 @@ def round_table(
     """
     kind, none = helper.tensor_dtype_to_np_dtype(floating), np.zeros(0, np.int64)
     if bits == HALF:
-        # What overflows is infinite: nobody chooses it, and it is refused where a plan asks for it.
-        with np.errstate(over="ignore"):
-            return RoundedTable(None, none, None, table.astype(np.float16).astype(kind))
+        return RoundedTable(None, none, None, in_half(table).astype(kind))
     coded = round_weight(table[None], None, bits)
     weight = coded.dense()[0]
     if not best:
