@@ -24,6 +24,9 @@ from cobla_onnx.variants.storage.precision import HALF
 
 __all__ = ["RowFormat", "row_decoder", "row_decoder_nodes"]
 
+# The opset from which Reshape takes lengths of 0 as they are, if it is told to.
+ALLOWS_ZERO = 14
+
 
 @dataclass(frozen=True)
 class RowFormat:
@@ -105,7 +108,9 @@ def row_decoder_nodes(
         body.add("Identity", [_scaled(body, inputs["codes"], inputs["scale"], inputs["ids"])])
     else:
         rows, shape = _unpacked(body, form, opset, inputs, width)
-        body.add("Reshape", [rows, shape])
+        # Otherwise a length of 0 stands for the input's: right for a batch of none, and no other.
+        empty = {"allowzero": 1} if opset >= ALLOWS_ZERO else {}
+        body.add("Reshape", [rows, shape], **empty)
     if form.floating != TensorProto.FLOAT:
         body.add("Cast", [body.nodes[-1].output[0]], to=form.floating)
     body.nodes[-1].output[0] = output
