@@ -69,6 +69,19 @@ def test_names_hold_scheme_and_bits() -> None:
     assert set(FAMILY.schemes) >= {"matrix@2", "input@8", "spatial-wh@16"}
 
 
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("channel@4", "has no scheme 'channel' in 4 bits; it has matrix, stored$"),
+        ("rows", "has no scheme 'rows'; it has matrix, stored$"),
+        ("matrix@x", "has no scheme 'matrix@x'; it has"),
+    ],
+)
+def test_a_scheme_that_a_layer_does_not_have(scheme: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        compress(one_layer(4), plan=Plan((Decision("layer", scheme, 2),)))
+
+
 def test_a_plan_with_factors_in_bits_is_read_edited_and_applied() -> None:
     model = one_layer(4)
     text = Plan((Decision("layer", "matrix@4", 3),)).to_json()
