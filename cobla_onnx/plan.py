@@ -76,6 +76,13 @@ class Plan:
     decisions: tuple[Decision, ...]
     factors: FactorsFrom = "data"
 
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Numbers of bits that some layer is stored in, ascending; those alone that there are."""
+        from cobla_onnx.variants.storage.precision import FORMATS
+
+        return tuple(sorted({d.bits for d in self.decisions if d.bits in FORMATS} - {None}))
+
     def to_json(self) -> str:
         """Return the plan as JSON."""
         layers = [
@@ -165,12 +172,14 @@ def _decision(number: int, entry: Any) -> Decision:
     scheme, keep = entry.get("scheme"), entry.get("keep", False)
     level = _level(scheme)
     rank = entry.get(level)
-    _check_names(where, entry, ("layer", "keep", "scheme", level, "bits"))
+    _check_names(where, entry, tuple(dict.fromkeys(("layer", "keep", "scheme", level, "bits"))))
     if not isinstance(keep, bool):
         raise UsageError(f'{where}: "keep" is {_json(keep)}; write true or false')
     if "scheme" in entry and scheme not in _schemes():
         allowed = ", ".join(_schemes())
         raise UsageError(f'{where}: "scheme" is {_json(scheme)}; allowed are {allowed}')
+    if "bits" in entry:
+        _check_bits(where, entry["bits"])
     if level in entry and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise UsageError(f'{where}: "{level}" is {_json(rank)}; write a whole number of at least 1')
     if keep:
@@ -178,7 +187,9 @@ def _decision(number: int, entry: Any) -> Decision:
     if scheme is None or rank is None:
         raise UsageError(f'{where}: needs "scheme" and "{level}", or "keep": true')
     if level != "bits" and "bits" in entry:
-        scheme = _in_bits(where, scheme, entry["bits"])
+        from cobla_onnx.variants.coded_factors.form import coded_name
+
+        scheme = coded_name(scheme, entry["bits"])
     return Decision(entry["layer"], scheme, rank)
 
 
@@ -191,15 +202,12 @@ def _written(scheme: str, level: int | None) -> dict[str, Any]:
     return fields if bits is None else {**fields, "bits": bits}
 
 
-def _in_bits(where: str, scheme: str, bits: Any) -> str:
-    """Return the scheme of two factors in so many bits."""
-    from cobla_onnx.variants.coded_factors.form import coded_name
+def _check_bits(where: str, bits: Any) -> None:
     from cobla_onnx.variants.storage.precision import FORMATS
 
-    if isinstance(bits, bool) or bits not in FORMATS:
+    if not isinstance(bits, int) or bits not in FORMATS:
         allowed = ", ".join(map(str, FORMATS))
         raise UsageError(f'{where}: "bits" is {_json(bits)}; allowed are {allowed}')
-    return coded_name(scheme, bits)
 
 
 def _schemes() -> list[str]:

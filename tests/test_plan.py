@@ -64,6 +64,19 @@ BAD = [
         {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rnak": 8}]},
         "'a': there is no field 'rnak'; did you mean 'rank'?",
     ),
+    (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "stored", "rank": 8}]},
+        "no field 'rank'; there are layer, keep, scheme, bits$",
+    ),
+    (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "bits": 4}]},
+        '\'a\': needs "scheme" and "rank"',
+    ),
+    (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "rows", "bits": 7}]},
+        '"bits" is 7; allowed are 2, 3, 4, 5, 6, 8, 16',
+    ),
+    ({"version": 1, "layers": [{"layer": "a", "keep": True, "bits": 0}]}, '"bits" is 0; allowed'),
 ]
 
 

@@ -19,6 +19,8 @@ __all__ = ["Joint", "JointSum", "Moment", "MomentSum"]
 # Samples whose moments differ by less than this, relative to their squares, are the same; and a
 # difference of moments below this fraction of them is rounding.
 SAME = 1e-12
+# Largest numbers whose products, and sums of these, single precision holds.
+SINGLE = 1e-15, 1e15
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class MomentSum:
         Disjoint sets of the entries that are not 0 in vectors of each phase; for one group.
     exact : bool
         Whether products are taken in double precision; otherwise in single precision, chunk by
-        chunk, and added in double precision.
+        chunk, and added in double precision, unless numbers are too large or too small for it.
     """
 
     def __init__(
@@ -194,7 +196,7 @@ class MomentSum:
         """Add vectors as columns to sums; those of each sample begin at one of `starts`."""
         # Contiguous double precision: numpy then uses the symmetric product.
         wide = np.ascontiguousarray(block, np.float64)
-        factor = wide if self._exact else np.ascontiguousarray(block, np.float32)
+        factor = np.ascontiguousarray(_factor(wide if self._exact else block, self._exact))
         second += factor @ factor.T
         total += wide.sum(axis=1)
         squares = np.einsum("sp,sp->p", wide, wide)
@@ -270,7 +272,7 @@ class JointSum:
 
     def __init__(self, groups: int, size: int, outputs: int, exact: bool = True) -> None:
         self._inputs = MomentSum(groups, size, exact=exact)
-        self._type: type[np.floating[Any]] = np.float64 if exact else np.float32
+        self._exact = exact
         self._cross = np.zeros((groups, outputs, size))
         self._total = np.zeros((groups, outputs))
 
@@ -286,7 +288,7 @@ class JointSum:
         `each` and `share` are those of `MomentSum.add`.
         """
         self._inputs.add(vectors, each, share)
-        left, right = (array.astype(self._type, copy=False) for array in (outputs, vectors))
+        left, right = (_factor(array, self._exact) for array in (outputs, vectors))
         self._cross += left @ right.swapaxes(1, 2)
         self._total += outputs.sum(axis=2, dtype=np.float64)
 
@@ -301,6 +303,13 @@ class JointSum:
         inputs = self._inputs.moment()
         count = max(inputs.count, 1)
         return Joint(inputs, self._cross / count, self._total / count)
+
+
+def _factor(array: NDArray[Any], exact: bool) -> NDArray[Any]:
+    """Return an array in the type in which its products are taken."""
+    largest = max(float(array.max(initial=0.0)), -float(array.min(initial=0.0)))
+    single = largest == 0 or SINGLE[0] <= largest <= SINGLE[1]
+    return array.astype(np.float32 if single and not exact else np.float64, copy=False)
 
 
 def _spread(

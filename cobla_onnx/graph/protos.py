@@ -1,13 +1,14 @@
-"""Read the fields of protobuf messages, in old and new versions of protobuf."""
+"""Read the fields of protobuf messages, in old and new versions of protobuf, and of models."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Any
 
+import onnx
 from google.protobuf.message import Message
 
-__all__ = ["copy_fields", "is_repeated"]
+__all__ = ["copy_fields", "is_repeated", "opset_of"]
 
 
 def is_repeated(field: Any) -> bool:
@@ -28,3 +29,8 @@ def copy_fields(source: Message, target: Message, leave_out: Collection[str]) ->
             getattr(target, field.name).CopyFrom(value)
         else:
             setattr(target, field.name, value)
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Return a model's version of ONNX's own operators, whose domain has two names."""
+    return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)

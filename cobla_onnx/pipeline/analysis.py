@@ -24,7 +24,9 @@ from cobla_onnx.pipeline.select import Selection, selected, without_unmeasured
 from cobla_onnx.plan import Decision, FactorsFrom, Plan
 from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.shapes import model_costs
+from cobla_onnx.text import quoted
 from cobla_onnx.variants.base import Asked, Candidate, Form, LayerCosts, LayerVariants
+from cobla_onnx.variants.coded_factors.form import split_name
 from cobla_onnx.variants.from_data import FromData
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.registry import forms_of, require_family
@@ -158,9 +160,12 @@ class Analysis:
         found = forms_of(layer)
         form = found.get(decision.scheme or "")
         if form is None:
+            # As plans spell them, with bits in a field of their own.
+            scheme, bits = split_name(decision.scheme or "")
+            wanted = quoted(scheme) if bits is None else f"{quoted(scheme)} in {bits} bits"
+            there_are = ", ".join(dict.fromkeys(split_name(name)[0] for name in found))
             raise UsageError(
-                f"plan: layer {decision.layer!r} has no scheme {decision.scheme!r}; "
-                f"it has {', '.join(found)}"
+                f"plan: layer {quoted(decision.layer)} has no scheme {wanted}; it has {there_are}"
             )
         return layer, form, require_family(form.name).check_level(layer, form, decision.rank)
 
@@ -180,7 +185,7 @@ class Analysis:
     def layer_macs(self, decision: Decision) -> int | None:
         """MACs of a layer after a decision."""
         whole = self.macs[self._index(decision.layer)]
-        if whole is None or self.curve(decision) is None or decision.rank is None:
+        if whole is None or decision.scheme is None:
             return whole
         layer, form, level = self.resolve(decision)
         costs = LayerCosts(whole, self.shapes)

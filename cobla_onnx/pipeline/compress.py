@@ -178,6 +178,7 @@ def compress(
         macs_needed=macs_needed,
         times_needed=timed and plan is None,
         budgets=asked,
+        bits=() if plan is None else plan.bits,
     ) as session:
         if max_drop is not None:
             return session.finish(smallest(session, max_drop, budget))

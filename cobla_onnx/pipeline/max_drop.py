@@ -111,7 +111,8 @@ def smallest(session: Session, max_drop: float, limits: Budget | None = None) ->
         session.solve(replace(hard, mem=high))
     # The upper end is the original itself, unless other limits apply.
     free = hard == Budget(mem=1.0)
-    grid = [low + (high - low) * k / COARSE for k in range(1, COARSE + (not free))]
+    # The sum may round to above the upper end.
+    grid = [min(high, low + (high - low) * k / COARSE) for k in range(1, COARSE + (not free))]
     search = _Search(session, hard, max_drop, len(grid) + FINE)
     passed = [mem for mem in grid if search.good(mem)]
     if not passed and not free:

@@ -77,11 +77,14 @@ class Needs:
     budgets : sequence of Budget
         The budgets that will be asked for, if known. If none can be met, the error is raised
         before anything is run on data; if some need ranks off the grid, they are added.
+    bits : tuple of int
+        Numbers of bits that a plan has. Those that the settings ask for are considered anyway.
     """
 
     macs_needed: bool = False
     times_needed: bool = False
     budgets: Sequence[Budget] = ()
+    bits: tuple[int, ...] = ()
 
 
 @contextmanager
@@ -92,6 +95,7 @@ def open_session(
     macs_needed: bool = False,
     times_needed: bool = False,
     budgets: Sequence[Budget] = (),
+    bits: tuple[int, ...] = (),
 ) -> Iterator[Session]:
     """Load a model and analyse it; the session is valid within the context.
 
@@ -100,7 +104,7 @@ def open_session(
     model : ModelProto or path
         It is not changed.
     settings : Settings
-    macs_needed, times_needed, budgets
+    macs_needed, times_needed, budgets, bits
         See `Needs`.
 
     Raises
@@ -111,7 +115,7 @@ def open_session(
     started = time.perf_counter()
     source = None if isinstance(model, onnx.ModelProto) else Path(model)
     notify: Progress = settings.progress or silent
-    needs = Needs(macs_needed, times_needed, budgets)
+    needs = Needs(macs_needed, times_needed, budgets, bits)
     notify("open model and data", 0, 1)
     proto, order = open_in_order(model)
     threads = settings.threads or available_cores()
@@ -199,10 +203,11 @@ def _analysed(
     refine, weigh = settings.rank_multiple == "auto", settings.needed != "weights"
     # All ranks were tried before a refusal then.
     tried = EVERY_RANK if refine else rule
+    bits = sorted({*precision_bits(settings.precision), *needs.bits})
     analysis = analyse(
         model,
         Selection(settings.include, settings.exclude, settings.min_size),
-        Asked(settings.scheme, rule, precision_bits(settings.precision)),
+        Asked(settings.scheme, rule, tuple(bits)),
         context=context,
         input_shapes=shapes,
         macs_needed=needs.macs_needed or needs.times_needed,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import onnx
 
 from cobla_onnx.graph.io.model_file import subgraphs, unique_name
+from cobla_onnx.graph.protos import opset_of
 
-__all__ = ["Names"]
+__all__ = ["SLICE_BY_INPUTS", "Names"]
 
 # IR version from which models have functions.
 FUNCTIONS_FROM = 8
+# The opset from which Slice takes its bounds as inputs.
+SLICE_BY_INPUTS = 10
 
 
 class Names:
@@ -24,15 +27,17 @@ class Names:
     opset : int
         The model's version of ONNX's own operators.
     takes_functions : bool
-        Whether models of its IR version may have functions.
+        Whether new nodes may be put into functions that tensors of any size share: whether models
+        of its IR version have functions, and sizes need not be attributes.
     functions : list of FunctionProto
-        Those that the new nodes call; one may be there more than once.
+        Those that the new nodes call; the model may have some of them already.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.opset = next((o.version for o in model.opset_import if not o.domain), 1)
-        self.takes_functions = model.ir_version >= FUNCTIONS_FROM
+        self.opset = opset_of(model)
+        self.takes_functions = model.ir_version >= FUNCTIONS_FROM and self.opset >= SLICE_BY_INPUTS
         self.functions: list[onnx.FunctionProto] = []
+        self._functions = {(f.domain, f.name): f for f in model.functions}
         self._tensors: set[str] = set()
         self._nodes: set[str] = set()
         stack = [model.graph]
@@ -52,3 +57,17 @@ class Names:
     def node(self, wanted: str) -> str:
         """Return a name for a node: the one that is wanted, with a number if it is taken."""
         return unique_name(wanted, self._nodes)
+
+    def function(self, wanted: onnx.FunctionProto) -> str:
+        """Return the name of a function that new nodes call.
+
+        It is the one that is wanted, with a number if the model has another function of this name,
+        such as that of an earlier version of this package.
+        """
+        named, number = onnx.FunctionProto(), 1
+        named.CopyFrom(wanted)
+        while self._functions.setdefault((named.domain, named.name), named) != named:
+            number += 1
+            named.name = f"{wanted.name}_{number}"
+        self.functions.append(named)
+        return str(named.name)

@@ -331,15 +331,17 @@ def test_joint_moments_are_blocks_of_the_moment_of_stacked_vectors(
     size=st.integers(1, 6),
     outputs=st.integers(1, 6),
     scale=st.sampled_from([1e-3, 1.0, 1e4]),
+    all_of_them=st.sampled_from([1e-25, 1.0, 1e30]),
     seed=st.integers(0, 99),
 )
 def test_products_in_single_precision_err_by_its_rounding(
-    groups: int, size: int, outputs: int, scale: float, seed: int
+    groups: int, size: int, outputs: int, scale: float, all_of_them: float, seed: int
 ) -> None:
     """Relative to the vectors' lengths, however different those of the entries are."""
     rng = np.random.default_rng(seed)
     inputs = (rng.normal(size=(groups, size, 40)) + 1.0).astype(np.float32)
     inputs[:, 0] *= scale
+    inputs *= np.float32(all_of_them)
     wanted = rng.normal(size=(groups, outputs, 40)).astype(np.float32)
     sums = [JointSum(groups, size, outputs, exact) for exact in (True, False)]
     for total in sums:

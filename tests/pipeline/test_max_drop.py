@@ -56,6 +56,12 @@ def found(curve, max_drop, limits=None):
     return min(good)
 
 
+def test_no_budget_above_the_limits_is_tried():
+    curve = Curve(lambda mem: 0.0, least=0.001119402985074627)
+    found(curve, 0.1, Budget(mac=0.7))
+    assert max(curve.tried) == 1.0
+
+
 def test_it_closes_in_on_the_edge():
     for edge in (0.15, 0.4, 0.6, 0.95):
         curve = Curve(lambda mem, edge=edge: 0.0 if mem >= edge else 0.5)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import onnx
 
+from cobla_onnx.graph.protos import opset_of
+
 __all__ = ["Made", "made_by"]
 
 # Operators that keep all values, at the same places.
@@ -35,7 +37,7 @@ class Made:
 def made_by(model: onnx.ModelProto) -> dict[str, Made]:
     """Return the operator that produces each output, before any that only move values."""
     producer = {name: node for node in model.graph.node for name in node.output}
-    version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    version = opset_of(model)
     found = {}
     for output in model.graph.output:
         made = _trace(output.name, producer, version)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from cobla_onnx.autodiff.measures import CLASSES, TINY, Measure
 from cobla_onnx.calibration.evaluation.loss import log_probabilities
 from cobla_onnx.graph.io.model_file import copy_without_initializers, unique_name
+from cobla_onnx.graph.protos import opset_of
 
 __all__ = ["doubts", "soften", "temperatures"]
 
@@ -119,7 +120,7 @@ def soften(
     graph = result.graph
     found = dict(measures)
     taken = {name for node in graph.node for name in (*node.input, *node.output)}
-    version = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    version = opset_of(model)
     for value in graph.output:
         if value.name not in temperatures:
             continue

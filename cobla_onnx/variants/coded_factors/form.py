@@ -29,7 +29,7 @@ def split_name(name: str) -> tuple[str, int | None]:
     (('channel', 4), ('channel', None))
     """
     scheme, _, bits = name.partition("@")
-    return scheme, int(bits) if bits else None
+    return (scheme, int(bits)) if bits.isdecimal() else (name, None)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from cobla_onnx.variants.low_rank.shrinkage import without_zeros
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 from cobla_onnx.variants.low_rank.weighted_svd import inputs_first
 from cobla_onnx.variants.storage.coding import Coded
-from cobla_onnx.variants.storage.precision import HALF
+from cobla_onnx.variants.storage.precision import HALF, in_half
 from cobla_onnx.variants.storage.rounding import round_weight
 
 __all__ = ["Alone", "FromInputs", "FromOutputs", "RoundedPair", "Target", "round_pair"]
@@ -166,7 +166,7 @@ def round_pair(form: CodedScheme, factors: Factorization, target: Target) -> Rou
     """
     scheme, bits = form.scheme, form.bits
     if bits == HALF:
-        halves = [each.astype(np.float16).astype(np.float64) for each in _pair(factors)]
+        halves = [in_half(each).astype(np.float64) for each in _pair(factors)]
         rounded = Factorization(halves[0], factors.singular_values, halves[1])
         return RoundedPair(scheme, rounded, None, None, None)
     left, right = inputs_first(scheme, factors)

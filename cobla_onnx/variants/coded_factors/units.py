@@ -19,7 +19,6 @@ from cobla_onnx.variants.low_rank.from_data import SpectraUnit, solver_of, trunc
 from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.svd import Float64, singular_values
 from cobla_onnx.variants.low_rank.weighted_svd import WeightedFactorizer
-from cobla_onnx.variants.storage.precision import HALF, HALF_ERROR
 from cobla_onnx.variants.storage.rounding import distortion, unavoidable
 
 __all__ = ["PairUnit", "PairsAlone", "factor_distortion"]
@@ -34,8 +33,6 @@ def factor_distortion(bits: int) -> float:
 
     Entries of factors are sums over many weights, and so about normal.
     """
-    if bits == HALF:
-        return HALF_ERROR
     return distortion(np.random.default_rng(0).standard_normal((1, ROWS, ROW)), bits)
 
 

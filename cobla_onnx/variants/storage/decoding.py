@@ -5,8 +5,8 @@ Reshape. All of their inputs are constants, so that onnxruntime computes the wei
 opens the model, and runs what it would have run. DequantizeLinear, which says the same in one
 node, it computes in every run.
 
-From IR version 8 on the nodes are the body of a function of the model, of which each weight has one
-node (`decoder`); before that they stand in the graph (`decoder_nodes`).
+From IR version 8 and opset 10 on the nodes are the body of a function of the model, of which each
+weight has one node (`decoder`); before that they stand in the graph (`decoder_nodes`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from cobla_onnx.variants.names import SLICE_BY_INPUTS
 from cobla_onnx.variants.storage.packing import PLANES
 
 __all__ = [
     "DOMAIN",
-    "SLICE_BY_INPUTS",
     "Body",
     "constant_bytes",
     "decoder",
@@ -35,9 +35,6 @@ __all__ = [
 
 DOMAIN = "cobla_onnx"
 """Domain of the functions."""
-
-# The opset from which Slice takes its bounds as inputs.
-SLICE_BY_INPUTS = 10
 
 
 def decoder_inputs(bits: int) -> list[str]:
@@ -55,7 +52,7 @@ def decoder_inputs(bits: int) -> list[str]:
 
 
 def decoder(bits: int, opset: int) -> onnx.FunctionProto:
-    """Make the function that decodes a weight, called ``Decode{bits}``."""
+    """Make the function that decodes a weight, called ``Decode{bits}``; from opset 10 on."""
     inputs = decoder_inputs(bits)
     nodes = decoder_nodes(bits, opset, dict(zip(inputs, inputs, strict=True)), "weight", str, 0)
     imports = [helper.make_opsetid("", opset)]

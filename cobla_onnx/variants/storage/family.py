@@ -24,7 +24,7 @@ from cobla_onnx.variants.base import Asked, LayerCosts, Measured, Proposal, Vari
 from cobla_onnx.variants.low_rank.matricisation import SCHEMES, schemes_for
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.storage.from_data import CodesFromData, RoundedWeight, rounded
-from cobla_onnx.variants.storage.precision import FORMATS, HALF, HALF_ERROR
+from cobla_onnx.variants.storage.precision import FORMATS
 from cobla_onnx.variants.storage.rounding import distortion, mean_squares, unavoidable
 from cobla_onnx.variants.storage.stored import (
     StoredWeight,
@@ -71,10 +71,11 @@ class RoundingUnit:
             energy = np.einsum("gos,gos->go", rows @ self.second, rows)
         total = float((energy * weights).sum())
         unmade = float((squares * left[:, None] * weights).sum())
+        share = unmade / total if total > 0 else 0.0
         known = {0: 1.0, MOST: 0.0}
         for bits in self.bits:
-            lost = HALF_ERROR if bits == HALF else distortion(rows, bits)
-            known[bits] = lost * unmade / total if total > 0 else 0.0
+            lost = distortion(rows, bits)
+            known[bits] = lost * share if np.isfinite(lost) else 1.0
         return Measured([between(known)], [None], [])
 
 

@@ -17,7 +17,7 @@ from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.recent import Recent
 from cobla_onnx.variants.storage.coding import Coded
-from cobla_onnx.variants.storage.precision import HALF
+from cobla_onnx.variants.storage.precision import HALF, in_half
 from cobla_onnx.variants.storage.rounding import round_weight
 
 __all__ = ["CodesFromData", "RoundedWeight", "rounded"]
@@ -49,7 +49,7 @@ class RoundedWeight:
 def rounded(layer: Layer, weight: NDArray[Any], bits: int, second: Float64 | None) -> RoundedWeight:
     """Round a weight: under a second moment, or every number by itself."""
     if bits == HALF:
-        return RoundedWeight(None, weight.astype(np.float16).astype(np.float32), None)
+        return RoundedWeight(None, in_half(weight).astype(np.float32), None)
     scheme = schemes_for(layer)[0]
     coded = round_weight(scheme.rows_of(weight), second, bits)
     return RoundedWeight(coded, scheme.weight_of(coded.dense()), None)

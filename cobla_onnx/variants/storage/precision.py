@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cobla_onnx.errors import UsageError
 from cobla_onnx.wording import option_name
 
-__all__ = ["FORMATS", "HALF", "HALF_ERROR", "Precision", "precision_bits"]
+__all__ = ["FORMATS", "HALF", "Precision", "in_half", "precision_bits"]
 
 # Bits of half precision, which is a type of its own and not codes.
 HALF = 16
-# Squared relative error of half precision, with numbers evenly between powers of 2: a twelfth of
-# its squared unit there over a mean square of 7 / 3.
-HALF_ERROR = 2.0**-20 / 28
 
 FORMATS = (2, 3, 4, 5, 6, 8, HALF)
 """Numbers of bits."""
@@ -45,3 +45,12 @@ def precision_bits(precision: Precision) -> tuple[int, ...]:
             f"e.g. {option_name('precision', (8, 4))}"
         )
     return tuple(sorted(set(precision)))
+
+
+def in_half(array: NDArray[Any]) -> NDArray[np.float16]:
+    """Return an array in half precision.
+
+    What overflows is infinite: its error says so, and it is refused where it would be stored.
+    """
+    with np.errstate(over="ignore"):
+        return array.astype(np.float16)

@@ -11,6 +11,7 @@ leave each row the least error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.storage.coding import INTEGERS, SAMPLED, Coded, fit_levels, nearest
+from cobla_onnx.variants.storage.precision import HALF, in_half
 
 __all__ = ["distortion", "mean_squares", "output_error", "round_weight", "unavoidable"]
 
@@ -127,11 +129,23 @@ def output_error(coded: Coded, rows: NDArray[Any], second: Float64 | None) -> Fl
 def distortion(rows: NDArray[Any], bits: int) -> float:
     """Mean squared error of rounding every weight by itself, relative to the mean square.
 
-    Of a large weight, of evenly spaced rows.
+    Of a large weight, of evenly spaced rows; infinite if half precision overflows anywhere.
+
+    Parameters
+    ----------
+    rows : array, shape (groups, outputs, size)
+    bits : int
+        One of those in `precision.FORMATS`.
     """
     groups, outputs, size = rows.shape
     some = rows[:, :: max(1, -(-outputs * groups * size // SAMPLED))]
-    lost = float(output_error(round_weight(some, None, bits), some, None).sum())
+    if bits != HALF:
+        lost = float(output_error(round_weight(some, None, bits), some, None).sum())
+    elif max(rows.max(initial=0.0), -rows.min(initial=0.0)) > np.finfo(np.float16).max:
+        return math.inf
+    else:
+        # Small numbers lose more than others, down to all of it.
+        lost = float(np.square(in_half(some).astype(np.float64) - some).sum())
     energy = float(mean_squares(some).sum()) * size
     return lost / energy if energy > 0 else 0.0
 

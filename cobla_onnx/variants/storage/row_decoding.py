@@ -4,8 +4,8 @@ The table stays as it is stored, also in memory: a decoder of the whole weight, 
 (`decoding`), would be folded to a table in single precision when the model opens, or computed in
 every run. Rows are packed one by one, so that the lookup takes bytes.
 
-From IR version 8 on the nodes are the body of a function of the model, of which each lookup has one
-node (`row_decoder`); before that they stand in the graph (`row_decoder_nodes`).
+From IR version 8 and opset 10 on the nodes are the body of a function of the model, of which each
+lookup has one node (`row_decoder`); before that they stand in the graph (`row_decoder_nodes`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from cobla_onnx.variants.storage.decoding import DOMAIN, SLICE_BY_INPUTS, Body
+from cobla_onnx.variants.names import SLICE_BY_INPUTS
+from cobla_onnx.variants.storage.decoding import DOMAIN, Body
 from cobla_onnx.variants.storage.packing import PLANES
 from cobla_onnx.variants.storage.precision import HALF
 
 __all__ = ["RowFormat", "row_decoder", "row_decoder_nodes"]
+
+# The opset from which Reshape takes lengths of 0 as they are, if it is told to.
+ALLOWS_ZERO = 14
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ def row_decoder_nodes(
         body.add("Identity", [_scaled(body, inputs["codes"], inputs["scale"], inputs["ids"])])
     else:
         rows, shape = _unpacked(body, form, opset, inputs, width)
-        body.add("Reshape", [rows, shape])
+        # Otherwise a length of 0 stands for the input's: right for a batch of none, and no other.
+        empty = {"allowzero": 1} if opset >= ALLOWS_ZERO else {}
+        body.add("Reshape", [rows, shape], **empty)
     if form.floating != TensorProto.FLOAT:
         body.add("Cast", [body.nodes[-1].output[0]], to=form.floating)
     body.nodes[-1].output[0] = output

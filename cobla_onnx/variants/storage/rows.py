@@ -20,9 +20,9 @@ from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement, narrowed
 from cobla_onnx.variants.storage.coding import Coded
-from cobla_onnx.variants.storage.decoding import DOMAIN, SLICE_BY_INPUTS
+from cobla_onnx.variants.storage.decoding import DOMAIN
 from cobla_onnx.variants.storage.packing import PLANES, pack_rows
-from cobla_onnx.variants.storage.precision import HALF
+from cobla_onnx.variants.storage.precision import HALF, in_half
 from cobla_onnx.variants.storage.rounding import round_weight
 from cobla_onnx.variants.storage.row_decoding import RowFormat, row_decoder, row_decoder_nodes
 
@@ -103,9 +103,7 @@ def round_table(
     """
     kind, none = helper.tensor_dtype_to_np_dtype(floating), np.zeros(0, np.int64)
     if bits == HALF:
-        # What overflows is infinite: nobody chooses it, and it is refused where a plan asks for it.
-        with np.errstate(over="ignore"):
-            return RoundedTable(None, none, None, table.astype(np.float16).astype(kind))
+        return RoundedTable(None, none, None, in_half(table).astype(kind))
     coded = round_weight(table[None], None, bits)
     weight = coded.dense()[0]
     if not best:
@@ -155,12 +153,10 @@ class StoredRows(Replacement):
     ) -> list[onnx.NodeProto]:
         """Build one node of a function of the model or, in old models, what would be its body."""
         inputs = {"ids": use.data, **{part: operands[part] for part in self.form.inputs}}
-        # Before opset 10 the width of rows is an attribute, so that functions would not be shared.
-        if names.takes_functions and names.opset >= SLICE_BY_INPUTS:
-            function = row_decoder(self.form, names.opset)
-            names.functions.append(function)
+        if names.takes_functions:
+            function = names.function(row_decoder(self.form, names.opset))
             given, made = list(inputs.values()), [use.output]
-            return [helper.make_node(function.name, given, made, node.name, domain=DOMAIN)]
+            return [helper.make_node(function, given, made, node.name, domain=DOMAIN)]
 
         def unique(part: str) -> str:
             return names.tensor(f"{node.name or use.output}/{part}")

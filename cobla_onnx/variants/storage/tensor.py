@@ -86,10 +86,9 @@ class StoredTensor:
             return [cast], result
         wanted = decoder_inputs(self.bits)
         if names.takes_functions:
-            function = decoder(self.bits, names.opset)
-            names.functions.append(function)
+            function = names.function(decoder(self.bits, names.opset))
             inputs = [stored[part] for part in wanted]
-            return [helper.make_node(function.name, inputs, [result], name, domain=DOMAIN)], result
+            return [helper.make_node(function, inputs, [result], name, domain=DOMAIN)], result
 
         def unique(part: str) -> str:
             return names.tensor(f"{label}/{part}")

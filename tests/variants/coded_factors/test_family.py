@@ -10,6 +10,7 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper
 
 from cobla_onnx import Budget, Plan, compress
 from cobla_onnx.errors import UsageError
@@ -69,6 +70,19 @@ def test_names_hold_scheme_and_bits() -> None:
     assert set(FAMILY.schemes) >= {"matrix@2", "input@8", "spatial-wh@16"}
 
 
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("channel@4", "has no scheme 'channel' in 4 bits; it has matrix, stored$"),
+        ("rows", "has no scheme 'rows'; it has matrix, stored$"),
+        ("matrix@x", "has no scheme 'matrix@x'; it has"),
+    ],
+)
+def test_a_scheme_that_a_layer_does_not_have(scheme: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        compress(one_layer(4), plan=Plan((Decision("layer", scheme, 2),)))
+
+
 def test_a_plan_with_factors_in_bits_is_read_edited_and_applied() -> None:
     model = one_layer(4)
     text = Plan((Decision("layer", "matrix@4", 3),)).to_json()
@@ -107,3 +121,23 @@ def test_macs_and_bytes_at_once_take_factors_in_bits() -> None:
     found = compress(model, Budget(mem=0.2, mac=0.6), precision=(8,), threads=1)
     assert model_bytes(found.model) <= 0.2 * model_bytes(model)
     assert {(d.scheme or "")[-2:] for d in found.plan.decisions} >= {"@8"}
+
+
+def test_a_plan_alone_says_what_bits_are_considered() -> None:
+    """Without the option that chose them: of a column, bits are all that there is."""
+    model = model_of(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["a"], "square"),
+            helper.make_node("MatMul", ["a", "v"], ["y"], "column"),
+        ],
+        {"w": random_array(40, 40), "v": random_array(40, 1, seed=1)},
+        {"x": [3, 40]},
+        ["y"],
+    )
+    plan = Plan((Decision("square", "matrix@8", 4), Decision("column", "stored", 8)))
+    asked = compress(model, plan=plan, precision="auto", threads=1)
+    alone = compress(model, plan=plan, threads=1)
+    assert alone.model.SerializeToString() == asked.model.SerializeToString()
+    for result in (alone, asked):
+        assert result.report.layers[0].macs.after == 3 * 4 * (40 + 40)
+        assert result.report.layers[0].error is not None

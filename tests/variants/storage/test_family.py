@@ -78,16 +78,23 @@ def test_no_more_bytes_are_stored_than_counted(case: int, bits: int, function: b
     assert model_bytes(result) <= stored_bytes(layer, bits) <= model_bytes(result) + 64
 
 
-@pytest.mark.parametrize("opset", [9, 13])
-def test_an_old_model_has_the_nodes_in_its_graph(opset: int) -> None:
+@pytest.mark.parametrize(("opset", "ir_version"), [(9, 6), (13, 6), (9, 8), (7, 10)])
+def test_an_old_model_has_the_nodes_in_its_graph(opset: int, ir_version: int) -> None:
     model = one_layer(0, opset)
-    model.ir_version = 6
+    model.ir_version = ir_version
     result = compress(model, plan=Plan((Decision("layer", "stored", 5),)), threads=1)
     kinds = {node.op_type for node in result.model.graph.node}
     assert {"Gather", "Floor", "Conv"} <= kinds
     assert len(result.model.functions) == 0
     assert result.report.verification is not None
     assert result.report.verification.rewrite_max_error < 1e-5
+
+
+def test_the_opset_counts_by_either_name_of_the_domain() -> None:
+    model = one_layer(4)
+    model.opset_import[0].domain = "ai.onnx"
+    result = compress(model, plan=Plan((Decision("layer", "stored", 5),)), threads=1)
+    assert result.model.functions[0].opset_import[0].version == 13
 
 
 def test_a_model_that_is_compressed_again_keeps_its_function() -> None:
@@ -147,11 +154,13 @@ def test_a_plan_with_bits_that_there_are_not() -> None:
         compress(one_layer(0), plan=Plan((Decision("layer", "stored", 7),)), threads=1)
 
 
-@pytest.mark.parametrize("bits", FORMATS)
-def test_the_predicted_error_is_about_the_real_one(bits: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "size"), [*((bits, 1.0) for bits in FORMATS), (16, 1e-6), (16, 1e-9), (4, 1e6)]
+)
+def test_the_predicted_error_is_about_the_real_one(bits: int, size: float) -> None:
     model = one_layer(4)
     (layer,) = find_layers(model).layers
-    weight = np.random.default_rng(0).normal(size=layer.shape).astype(np.float32)
+    weight = (size * np.random.default_rng(0).normal(size=layer.shape)).astype(np.float32)
     unit = RoundingUnit(Carried(weight, False), layer, (bits,), None, None)
     (errors,) = unit.measure().errors
     assert errors is not None
@@ -160,3 +169,13 @@ def test_the_predicted_error_is_about_the_real_one(bits: int) -> None:
     assert errors[-1] == 0
     lost = np.square(rounded(layer, weight, bits, None).weight - weight).sum()
     assert errors[bits] == pytest.approx(lost / np.square(weight).sum(), rel=0.5)
+
+
+@pytest.mark.parametrize("precision", ["auto", (16,)])
+def test_half_precision_is_not_chosen_where_it_overflows(precision: Any) -> None:
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "layer")
+    model = model_of([node], {"w": 1e6 * random_array(40, 30)}, {"x": [3, 40]}, ["y"])
+    result = compress(model, Budget(mem=0.6), precision=precision, threads=1)
+    (decision,) = result.plan.decisions
+    assert (decision.scheme, decision.rank) != ("stored", 16)
+    assert decision.scheme is not None

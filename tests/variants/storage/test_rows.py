@@ -47,6 +47,16 @@ def rounded(layer: Layer, table: np.ndarray, bits: int) -> RoundedTable:
     return round_table(table, bits, None, best_rows(layer.shape, bits), layer.type)
 
 
+@pytest.mark.parametrize(("opset", "shape"), [(9, [0, 3]), (14, [2, 0]), (17, [1, 0, 2])])
+@pytest.mark.parametrize("bits", [5, 8, 16])
+def test_lookups_of_nothing_give_nothing(bits, opset, shape):
+    model = lookup_model(random_array(9, 7), shape, opset=opset, kind=TensorProto.INT64)
+    (layer,) = find_layers(model).layers
+    result = rewrite(model, [stored_rows(layer, rounded(layer, read_weight(model, layer), bits))])
+    for level in LEVELS:
+        assert run(result, {"ids": np.zeros(shape, np.int64)}, level).shape == (*shape, 7)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     bits=BITS,
