@@ -173,6 +173,11 @@ class Seen:
         """How often each row of a lookup's table was read, over all uses; None of other layers."""
         return self._counts.get(layer.name)
 
+    def frequencies(self, layer: Layer) -> NDArray[np.float64] | None:
+        """Estimated frequencies of the rows of a lookup's table; None of other layers."""
+        counts = self.counts(layer)
+        return None if counts is None else counts.frequencies()
+
 
 def _of_layers(
     patches: Mapping[str, Sequence[Patch]], found: Mapping[LookupPatch, RowCounts]

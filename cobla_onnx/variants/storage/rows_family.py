@@ -111,15 +111,10 @@ class TablesFromData:
     """
 
     def __init__(self, seen: Seen) -> None:
-        self._seen = seen
+        self.seen = seen
         self._made: Recent[tuple[str, int], RoundedTable] = Recent(
             seen.kept, lambda made: made.weight.nbytes
         )
-
-    def frequencies(self, layer: Layer) -> Float64 | None:
-        """How often each row is read."""
-        counts = self._seen.counts(layer)
-        return None if counts is None else counts.frequencies()
 
     def approximate(self, layer: Layer, form: Any, levels: Sequence[int]) -> list[RoundedTable]:
         """Return a table in the given numbers of bits."""
@@ -130,8 +125,8 @@ class TablesFromData:
         found = self._made.get((layer.name, bits))
         if found is not None:
             return found
-        table = read_weight(self._seen.model, layer)
-        made = _rounded(layer, table, bits, self.frequencies(layer))
+        table = read_weight(self.seen.model, layer)
+        made = _rounded(layer, table, bits, self.seen.frequencies(layer))
         return self._made.put((layer.name, bits), made)
 
 
@@ -164,7 +159,7 @@ class RowStorageFamily(BitsFamily):
     ) -> RowsUnit:
         """Collect the input of the measurement."""
         bits = tuple(int(b) for proposal in proposals for b in proposal.levels)
-        frequencies = None if maker is None else maker.frequencies(layer)
+        frequencies = None if maker is None else maker.seen.frequencies(layer)
         return RowsUnit(weight, layer, bits, frequencies, cache)
 
     def maker(self, seen: Seen) -> TablesFromData:
