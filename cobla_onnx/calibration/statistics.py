@@ -119,7 +119,10 @@ class Seen:
         )
 
     def once(self, make: Callable[[Seen], Made]) -> Made:
-        """Return what `make` makes of these statistics, always the same one."""
+        """Return what `make` makes of these statistics, always the same one.
+
+        Families that need the same decompositions then share them.
+        """
         if make not in self._made:
             self._made[make] = make(self)
         found: Made = self._made[make]
