@@ -125,7 +125,15 @@ def _energies(unit: SpectraUnit, scheme: Scheme, max_rank: int) -> Arrays:
 
 
 def _of_spectrum(values: Float64, truncated: Float64) -> Arrays:
-    """The same where inputs count alike: both factors lose what their singular values say."""
+    """What `_energies` returns, where inputs count alike: all follows from the singular values.
+
+    Parameters
+    ----------
+    values : float64 array, shape (ranks,)
+        Singular values, descending.
+    truncated : float64 array, shape (full_rank + 1,)
+        Squared relative errors of unrounded factors.
+    """
     total = float(np.square(values).sum()) or 1.0
     first = np.append(0.0, np.cumsum(np.square(values)))
     roots = np.append(0.0, np.cumsum(values))
