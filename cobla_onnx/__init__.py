@@ -1,4 +1,4 @@
-"""Compress ONNX models by low-rank factorisation under hard budgets.
+"""Compress ONNX models, by low rank and fewer bits, under hard budgets.
 
 >>> from cobla_onnx import Budget, compress
 >>> result = compress("models/digits.onnx", Budget(mem=0.3))

@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.text import quoted, safe_text
+from cobla_onnx.variants.coded_factors.form import coded_name, split_name
+from cobla_onnx.variants.storage.precision import FORMATS
 from cobla_onnx.wording import either
 
 __all__ = ["Decision", "FactorsFrom", "Plan"]
@@ -25,10 +27,16 @@ PLAN_OUT = either(python="Plan.save()", command="--plan-out")
 
 @dataclass(frozen=True)
 class Decision:
-    """Factorise a layer under `scheme` at `rank`, or keep it whole: both None.
+    """Replace a layer's weight, or keep it whole: `scheme` and `rank` are None.
 
-    A scheme such as ``channel@4`` stores both factors in 4 bits. With the scheme ``stored``, which
-    stores the weight itself, `rank` is the number of bits.
+    Attributes
+    ----------
+    layer : str
+    scheme : str or None
+        Such as ``channel`` for two factors, ``channel@4`` for two factors in 4 bits, ``stored`` for
+        a weight and ``rows`` for a table in fewer bits.
+    rank : int or None
+        Of the factors; with ``stored`` and ``rows``, the number of bits.
     """
 
     layer: str
@@ -40,8 +48,6 @@ class Decision:
         """Bits in which each number of the layer is stored; None: as the model has them."""
         if self.scheme is None:
             return None
-        from cobla_onnx.variants.coded_factors.form import split_name
-
         return self.rank if _level(self.scheme) == "bits" else split_name(self.scheme)[1]
 
 
@@ -187,24 +193,18 @@ def _decision(number: int, entry: Any) -> Decision:
     if scheme is None or rank is None:
         raise UsageError(f'{where}: needs "scheme" and "{level}", or "keep": true')
     if level != "bits" and "bits" in entry:
-        from cobla_onnx.variants.coded_factors.form import coded_name
-
         scheme = coded_name(scheme, entry["bits"])
     return Decision(entry["layer"], scheme, rank)
 
 
 def _written(scheme: str, level: int | None) -> dict[str, Any]:
     """Fields of a decision; the bits of two factors stand beside their rank."""
-    from cobla_onnx.variants.coded_factors.form import split_name
-
     plain, bits = split_name(scheme)
     fields = {"scheme": plain, _level(scheme): level}
     return fields if bits is None else {**fields, "bits": bits}
 
 
 def _check_bits(where: str, bits: Any) -> None:
-    from cobla_onnx.variants.storage.precision import FORMATS
-
     if not isinstance(bits, int) or bits not in FORMATS:
         allowed = ", ".join(map(str, FORMATS))
         raise UsageError(f'{where}: "bits" is {_json(bits)}; allowed are {allowed}')
@@ -212,8 +212,7 @@ def _check_bits(where: str, bits: Any) -> None:
 
 def _schemes() -> list[str]:
     """Return the schemes that a plan may name; bits stand in a field of their own."""
-    # Loaded when a plan is read or written: the variants bring onnxruntime and more.
-    from cobla_onnx.variants.coded_factors.form import split_name
+    # Loaded late, see `_level`.
     from cobla_onnx.variants.registry import schemes
 
     return [scheme for scheme in schemes() if split_name(scheme)[1] is None]
@@ -221,6 +220,7 @@ def _schemes() -> list[str]:
 
 def _level(scheme: Any) -> str:
     """Return what a level of a scheme is called, ``rank`` for low rank."""
+    # Loaded when a plan is read or written: the families bring onnxruntime and more.
     from cobla_onnx.variants.registry import family_of
 
     found = family_of(scheme) if isinstance(scheme, str) else None

@@ -119,7 +119,10 @@ class Seen:
         )
 
     def once(self, make: Callable[[Seen], Made]) -> Made:
-        """Return what `make` makes of these statistics, always the same one."""
+        """Return what `make` makes of these statistics, always the same one.
+
+        Families that need the same decompositions then share them.
+        """
         if make not in self._made:
             self._made[make] = make(self)
         found: Made = self._made[make]
@@ -172,6 +175,11 @@ class Seen:
     def counts(self, layer: Layer) -> RowCounts | None:
         """How often each row of a lookup's table was read, over all uses; None of other layers."""
         return self._counts.get(layer.name)
+
+    def frequencies(self, layer: Layer) -> NDArray[np.float64] | None:
+        """Estimated frequencies of the rows of a lookup's table; None of other layers."""
+        counts = self.counts(layer)
+        return None if counts is None else counts.frequencies()
 
 
 def _of_layers(

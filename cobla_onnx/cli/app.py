@@ -56,7 +56,7 @@ app.command()(compare)
 
 @app.callback()
 def cobla_onnx(version: parameters.Version = False) -> None:
-    """Make ONNX models smaller by low-rank factorisation under hard budgets.
+    """Make ONNX models smaller, by low rank and fewer bits, under hard budgets.
 
     The main job needs no command's name: cobla-onnx IN OUT --mem 0.3
 

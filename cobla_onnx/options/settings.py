@@ -243,7 +243,7 @@ class Settings:
         "data",
         True,
         "--refit/--no-refit",
-        "With data: refit factors to changed inputs.",
+        "With data: refit layers to changed inputs.",
     )
     time_limit: float | None = option(
         SEARCH,

@@ -185,6 +185,7 @@ class Analysis:
     def layer_macs(self, decision: Decision) -> int | None:
         """MACs of a layer after a decision."""
         whole = self.macs[self._index(decision.layer)]
+        # A plan may ask for what was not proposed, such as bits without `--precision`.
         if whole is None or decision.scheme is None:
             return whole
         layer, form, level = self.resolve(decision)

@@ -190,7 +190,7 @@ class Session:
         found, plan, measured = self._decide(budget, plan)
         spill, calibration = Spill(), None
         if self.evidence is None or measured is None:
-            replacements = spill.replacements(self._factorise(plan))
+            replacements = spill.replacements(self._replacements(plan))
         else:
             replacements = spill.replacements(measured.replacements)
             calibration = calibration_report(self.evidence, found, measured)
@@ -253,8 +253,8 @@ class Session:
         self.notify("allocate", 0, 1)
         return search_by_weights(self._problem, constraints)
 
-    def _factorise(self, plan: Plan) -> Iterator[Replacement]:
-        """Factorise the weights of the chosen layers over the pool; yield them one by one."""
+    def _replacements(self, plan: Plan) -> Iterator[Replacement]:
+        """Approximate the weights of the chosen layers over the pool; yield them one by one."""
         chosen = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
         made = replacements_of(self.model, chosen, self.context)
         yield from tracked(made, len(chosen), partial(self.notify, "factorise"))

@@ -19,6 +19,7 @@ from cobla_onnx import Budget, Plan, compress, errors
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.pipeline.search.sensitivity import enough_samples
+from cobla_onnx.plan import Decision
 from tests.builders import random_array, small_network
 from tests.cli.test_command import ROOT, run, run_here
 
@@ -281,3 +282,11 @@ def test_a_refused_file_of_samples_is_closed(demo_model, tmp_path):
 def test_data_of_the_wrong_size_is_refused_before_the_work():
     with pytest.raises(errors.DataError, match="layout"):
         compress(small_network(), Budget(mem=0.5), data={"x": random_array(8, 12, 12, 3)})
+
+
+def test_a_plan_in_bits_that_nobody_asked_for_counts_its_macs(demo_model: Path) -> None:
+    macs = []
+    for scheme in ("input", "input@4"):
+        plan = Plan((Decision("stage1/conv1", scheme, 8),))
+        macs.append(compress(demo_model, plan=plan).report.budget["mac"].after)
+    assert macs[0] == macs[1]

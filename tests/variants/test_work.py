@@ -21,6 +21,8 @@ from cobla_onnx.runtime.pool import open_pool
 from cobla_onnx.runtime.shapes import model_costs
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.base import Asked, LayerCosts
+from cobla_onnx.variants.coded_factors.family import CodedFactorsFamily
+from cobla_onnx.variants.coded_factors.from_data import PairsFromData
 from cobla_onnx.variants.from_data import FromData
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
 from cobla_onnx.variants.low_rank.curve import relative_errors
@@ -83,6 +85,10 @@ def test_each_family_makes_its_own_from_data():
     with closing(Seen(model, layers, lambda: iter(data))) as seen:
         both = FromData(seen)
         assert both.maker(LowRankFamily()) is both.maker(LowRankFamily())
+        # One decomposition serves factors as they are and rounded ones.
+        pairs = both.maker(CodedFactorsFamily())
+        assert isinstance(pairs, PairsFromData)
+        assert pairs._factors is both.maker(LowRankFamily())
         for layer, form, rank in wanted(model):
             (found,) = both.approximate(layer, form, [rank])
             (other,) = FactorsFromData(seen).approximate(layer, form, [rank])

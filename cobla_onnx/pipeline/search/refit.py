@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -42,6 +42,10 @@ __all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
 RIDGES = (0.1, 0.01)
 # Times that the loss of the whole network is measured on the way.
 CHECKS = 8
+
+
+Trial: TypeAlias = tuple[list[Approximation], dict[int, Pair]]
+"""Approximations of all chosen layers, and the same as `Probe` takes them."""
 
 
 @dataclass(frozen=True)
@@ -110,26 +114,19 @@ def refit_layers(
     layers = {entry.index: entry.layer for entry in chosen}
     walk = Walk(model, layers, batches, selection.batches, threads)
     able = [i for i in order if _refits(model, chosen[i]) and walk.is_moved(chosen[i].layer)]
-    done, total = 0, max(len(able), 1)
+    total, steps = max(len(able), 1), itertools.count()
+
+    def advance() -> None:
+        progress(next(steps), total)
+
     for section in _sections(able):
-        start, alone = walk.place, len(section) == 1
-        trials = [(list(current), dict(weights))]
-        for position in section:
-            progress(done, total)
-            done += 1
-            entry, (trial, changed) = chosen[position], trials[0]
-            ranked = _Refit(model, entry).candidates(walk, changed)
-            trials += [(list(trial), dict(changed)) for _ in ranked[1:] if alone]
-            for (gain, made), (trial, changed) in zip(ranked, trials, strict=False):
-                if gain > 0 or alone:
-                    trial[position] = made
-                    changed |= replaced_weights([entry], [made])
+        start = walk.place
         least, answer = best, None
-        for trial, changed in trials:
-            if any(trial[position] is not current[position] for position in section):
-                loss = selection.loss(changed)
+        for trial in _trials(model, chosen, section, (current, weights), walk, advance):
+            if any(trial[0][position] is not current[position] for position in section):
+                loss = selection.loss(trial[1])
                 if loss < least:
-                    least, answer = loss, (trial, changed)
+                    least, answer = loss, trial
         selection.rest()
         if answer is None:
             walk.place = start
@@ -140,6 +137,38 @@ def refit_layers(
     return current, kept
 
 
+def _trials(
+    model: onnx.ModelProto,
+    chosen: Sequence[ChosenLayer],
+    section: Sequence[int],
+    trial: Trial,
+    walk: Walk,
+    advance: Callable[[], None],
+) -> list[Trial]:
+    """Refit the layers of a section, each on what those before it became.
+
+    Of several layers each becomes the best of its candidates, where it gains; of a single one all
+    candidates are returned.
+    """
+    for position in section:
+        advance()
+        entry = chosen[position]
+        ranked = _Refit(model, entry).candidates(walk, trial[1])
+        if len(section) == 1:
+            return [_replaced(trial, position, entry, made) for _, made in ranked]
+        gain, made = ranked[0]
+        if gain > 0:
+            trial = _replaced(trial, position, entry, made)
+    return [trial]
+
+
+def _replaced(trial: Trial, position: int, entry: ChosenLayer, made: Approximation) -> Trial:
+    """Return a trial with another approximation of a layer."""
+    approximations = list(trial[0])
+    approximations[position] = made
+    return approximations, trial[1] | replaced_weights([entry], [made])
+
+
 def _refits(model: onnx.ModelProto, entry: ChosenLayer) -> bool:
     """Whether a layer can be refitted: where vectors are wide, unrounded factors alone."""
     if _is_wide(model, entry):
@@ -148,6 +177,7 @@ def _refits(model: onnx.ModelProto, entry: ChosenLayer) -> bool:
 
 
 def _is_wide(model: onnx.ModelProto, entry: ChosenLayer) -> bool:
+    """Whether a layer's vectors are too wide for their second moment."""
     return patch_of(model, entry.layer, entry.layer.uses[0]).size > WIDE
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 
@@ -17,7 +16,6 @@ from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.nodes import FIRST, SECOND, pair_nodes
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement, narrowed_bias
-from cobla_onnx.variants.storage.coding import Coded
 from cobla_onnx.variants.storage.tensor import (
     StoredTensor,
     coded_tensor,
@@ -100,14 +98,10 @@ def stored_pair(layer: Layer, pair: RoundedPair) -> StoredPair:
     else:
         levels = pair.first.levels, pair.second.levels
         codes = scheme.fold(*arranged(scheme, pair.first.codes, pair.second.codes))
-        scales = scheme.fold(*arranged(scheme, _scales(pair.first), _scales(pair.second)))
+        scales = scheme.fold(*arranged(scheme, pair.first.each_scale(), pair.second.each_scale()))
         made = [coded_tensor(*each) for each in zip(codes, levels, scales, strict=True)]
     tensors = dict(zip((FIRST, SECOND), made, strict=True))
     arrays = {
         f"{f}/{part}": a for f, tensor in tensors.items() for part, a in tensor.arrays.items()
     }
     return StoredPair(layer, arrays, narrowed_bias(layer, pair.bias), scheme, tensors)
-
-
-def _scales(coded: Coded) -> NDArray[np.float32]:
-    return np.broadcast_to(coded.scales[:, :, None], coded.codes.shape)

@@ -17,7 +17,8 @@ from cobla_onnx.variants.coded_factors.prediction import errors_in_bits, roundin
 from cobla_onnx.variants.low_rank.curve import relative_errors
 from cobla_onnx.variants.low_rank.from_data import SpectraUnit, solver_of, truncation_errors
 from cobla_onnx.variants.low_rank.matricisation import Scheme
-from cobla_onnx.variants.low_rank.svd import Float64, singular_values
+from cobla_onnx.variants.low_rank.svd import Float64
+from cobla_onnx.variants.low_rank.units import layer_values
 from cobla_onnx.variants.low_rank.weighted_svd import WeightedFactorizer
 from cobla_onnx.variants.storage.rounding import distortion, unavoidable
 
@@ -75,11 +76,8 @@ class PairsAlone:
         content = "" if cache is None else digest(weight)
 
         def compute(scheme: Scheme) -> Arrays:
-            def values() -> Arrays:
-                return {"values": singular_values(scheme.matrix(weight))}
-
-            found = fetch(cache, "values", digest(content, scheme), values)["values"]
-            return _of_spectrum(found, relative_errors(found))
+            values = layer_values(scheme, weight, cache, content)
+            return _of_spectrum(values, relative_errors(values))
 
         return _measured(self.forms, compute, cache)
 
@@ -124,7 +122,15 @@ def _energies(unit: SpectraUnit, scheme: Scheme, max_rank: int) -> Arrays:
 
 
 def _of_spectrum(values: Float64, truncated: Float64) -> Arrays:
-    """The same where inputs count alike: both factors lose what their singular values say."""
+    """What `_energies` returns, where inputs count alike: all follows from the singular values.
+
+    Parameters
+    ----------
+    values : float64 array, shape (ranks,)
+        Singular values, descending.
+    truncated : float64 array, shape (full_rank + 1,)
+        Squared relative errors of unrounded factors.
+    """
     total = float(np.square(values).sum()) or 1.0
     first = np.append(0.0, np.cumsum(np.square(values)))
     roots = np.append(0.0, np.cumsum(values))

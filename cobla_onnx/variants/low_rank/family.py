@@ -122,8 +122,8 @@ class LowRankFamily(VariantFamily):
         return maker.unit(layer, [(p.form, int(p.levels[-1])) for p in proposals], weight)
 
     def maker(self, seen: Seen) -> FactorsFromData:
-        """Make factors from calibration data."""
-        return FactorsFromData(seen)
+        """Make factors from calibration data; other families round the same ones."""
+        return seen.once(FactorsFromData)
 
     def from_weights(
         self, layer: Layer, form: Scheme, level: int, weight: NDArray[Any], cache: Cache | None

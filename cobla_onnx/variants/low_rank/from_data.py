@@ -81,8 +81,13 @@ class SpectraUnit:
 
 def solver_of(unit: SpectraUnit, scheme: Scheme, max_rank: int) -> Solver:
     """Return what factorises the unit's layer under a scheme."""
-    kind = OutputFactorizer if unit.wide else WeightedFactorizer
+    kind = _kind(unit.wide)
     return kind(scheme, unit.weight.array, unit.second, max_rank, unit.importance)
+
+
+def _kind(wide: bool) -> type[Solver]:
+    """What factorises by the moment of outputs, for wide layers, or of inputs."""
+    return OutputFactorizer if wide else WeightedFactorizer
 
 
 def truncation_errors(solver: Solver) -> Float64:
@@ -166,7 +171,7 @@ class FactorsFromData:
         usual = largest_rank(layer, scheme)
         most = usual if rank <= usual else min(scheme.matrix_shape()[1:])
         second = layer_moment(self._seen, layer, weight)
-        kind = OutputFactorizer if self._seen.is_wide(layer) else WeightedFactorizer
+        kind = _kind(self._seen.is_wide(layer))
         importance = self._seen.importance.get(layer.name)
         return self._solvers.put(key, kind(scheme, weight, second, most, importance))
 

@@ -78,23 +78,18 @@ class TablesFromData:
     """
 
     def __init__(self, seen: Seen) -> None:
-        self._seen = seen
+        self.seen = seen
         self._solvers: Recent[str, TableFactorizer] = Recent(
             seen.kept, lambda solver: solver.nbytes
         )
-
-    def frequencies(self, layer: Layer) -> Float64 | None:
-        """How often each row is read."""
-        counts = self._seen.counts(layer)
-        return None if counts is None else counts.frequencies()
 
     def approximate(self, layer: Layer, form: Any, levels: Sequence[int]) -> list[FactoredTable]:
         """Return a table at the given ranks."""
         with one_thread:
             solver = self._solvers.get(layer.name)
             if solver is None:
-                table = read_weight(self._seen.model, layer)
-                made = TableFactorizer(table, self.frequencies(layer))
+                table = read_weight(self.seen.model, layer)
+                made = TableFactorizer(table, self.seen.frequencies(layer))
                 solver = self._solvers.put(layer.name, made)
             return [solver.factorize(rank) for rank in levels]
 
@@ -177,7 +172,7 @@ class LowRankTables(VariantFamily):
         maker: TablesFromData | None,
     ) -> TableUnit:
         """Collect the input for singular values."""
-        return TableUnit(weight, None if maker is None else maker.frequencies(layer), cache)
+        return TableUnit(weight, None if maker is None else maker.seen.frequencies(layer), cache)
 
     def maker(self, seen: Seen) -> TablesFromData:
         """Weight rows by how often they are read."""

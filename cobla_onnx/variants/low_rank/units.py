@@ -16,12 +16,13 @@ from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank
 from cobla_onnx.variants.low_rank.svd import (
     Basis,
     Factorization,
+    Float64,
     factorize,
     leading_vectors,
     singular_values,
 )
 
-__all__ = ["ValuesUnit", "factorize_layer"]
+__all__ = ["ValuesUnit", "factorize_layer", "layer_values"]
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,29 @@ class ValuesUnit:
         content = "" if cache is None else digest(weight)
         result = Measured([], [], [])
         for scheme in self.schemes:
-
-            def compute(scheme: Scheme = scheme) -> Arrays:
-                return {"values": singular_values(scheme.matrix(weight))}
-
-            values = fetch(cache, "values", digest(content, scheme), compute)["values"]
+            values = layer_values(scheme, weight, cache, content)
             result.errors.append(relative_errors(values))
             result.spectra.append(values)
         if cache is not None:
             result.notes.extend(cache.notes)
         return result
+
+
+def layer_values(
+    scheme: Scheme, weight: NDArray[Any], cache: Cache | None, content: str
+) -> Float64:
+    """Compute, or find in the cache, the singular values of a weight under a scheme.
+
+    Parameters
+    ----------
+    content : str
+        Digest of the weight; not used without a cache.
+    """
+
+    def compute() -> Arrays:
+        return {"values": singular_values(scheme.matrix(weight))}
+
+    return fetch(cache, "values", digest(content, scheme), compute)["values"]
 
 
 def factorize_layer(

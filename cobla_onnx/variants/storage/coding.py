@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.variants.low_rank.svd import Float64
 
-__all__ = ["INTEGERS", "SAMPLED", "Coded", "fit_levels", "nearest"]
+__all__ = ["INTEGERS", "SAMPLED", "Coded", "fit_levels", "nearest", "signed"]
 
 # Levels of 8-bit codes.
 INTEGERS: NDArray[np.float32] = np.arange(-128, 128, dtype=np.float32)
@@ -46,9 +46,18 @@ class Coded:
         """Bits of a code."""
         return (len(self.levels) - 1).bit_length()
 
+    def each_scale(self) -> NDArray[np.float32]:
+        """Return the scale of each code, a view of shape (groups, outputs, size)."""
+        return np.broadcast_to(self.scales[:, :, None], self.codes.shape)
+
     def dense(self) -> NDArray[np.float32]:
         """Return the weight as onnxruntime computes it, shape (groups, outputs, size)."""
         return np.asarray(self.levels[self.codes] * self.scales[:, :, None])
+
+
+def signed(codes: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """Codes of 8 bits as the integers that they stand for."""
+    return np.asarray((codes.astype(np.int16) - 128).astype(np.int8))
 
 
 def nearest(levels: NDArray[Any], values: NDArray[Any]) -> NDArray[np.intp]:

@@ -10,21 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from cobla_onnx.allocation import VariantCurve
-from cobla_onnx.allocation.resources import known_costs
 from cobla_onnx.calibration.statistics import Seen
-from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.inventory import Reason, Refusal
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.transfer import Carried
-from cobla_onnx.text import quoted
-from cobla_onnx.variants.base import Asked, LayerCosts, Measured, Proposal, VariantFamily
+from cobla_onnx.variants.base import Measured, Proposal
 from cobla_onnx.variants.low_rank.matricisation import SCHEMES, schemes_for
 from cobla_onnx.variants.low_rank.svd import Float64
+from cobla_onnx.variants.storage.bits_family import BitsFamily, between
 from cobla_onnx.variants.storage.from_data import CodesFromData, RoundedWeight, rounded
-from cobla_onnx.variants.storage.precision import FORMATS
 from cobla_onnx.variants.storage.rounding import distortion, mean_squares, unavoidable
 from cobla_onnx.variants.storage.stored import (
     StoredWeight,
@@ -33,11 +29,9 @@ from cobla_onnx.variants.storage.stored import (
     stored_bytes,
 )
 
-__all__ = ["MOST", "STORED", "StorageFamily", "StoredForm", "between", "check_bits", "takes_bits"]
+__all__ = ["STORED", "RoundingUnit", "StorageFamily", "StoredForm", "takes_bits"]
 
 STORED = "stored"
-# The level of a weight as it is stored today: bits of single precision.
-MOST = 32
 
 
 @dataclass(frozen=True)
@@ -72,19 +66,17 @@ class RoundingUnit:
         total = float((energy * weights).sum())
         unmade = float((squares * left[:, None] * weights).sum())
         share = unmade / total if total > 0 else 0.0
-        known = {0: 1.0, MOST: 0.0}
+        known = {}
         for bits in self.bits:
             lost = distortion(rows, bits)
             known[bits] = lost * share if np.isfinite(lost) else 1.0
         return Measured([between(known)], [None], [])
 
 
-class StorageFamily(VariantFamily):
+class StorageFamily(BitsFamily):
     """Weights in fewer bits; a level is a number of bits."""
 
     name = "storage"
-    level = "bits"
-    outcome = "stored in fewer bits"
     schemes = (STORED,)
     refits = True
 
@@ -92,52 +84,13 @@ class StorageFamily(VariantFamily):
         """Return the form, for weights that are single precision where they are used."""
         return (StoredForm(),) if takes_bits(layer) else ()
 
-    def most(self, layer: Layer, form: StoredForm) -> int:
-        """Return the bits of single precision."""
-        return MOST
+    def stored_bytes(self, layer: Layer, bits: int) -> int:
+        """Bytes of the weight in so many bits."""
+        return stored_bytes(layer, bits)
 
-    def check_level(self, layer: Layer, form: Any, level: int | None) -> int:
-        """Return the bits that a plan gives, if there is such a format.
-
-        Raises
-        ------
-        UsageError
-            If there is not.
-        """
-        return check_bits(layer, level)
-
-    def propose(
-        self, layer: Layer, costs: LayerCosts, asked: Asked
-    ) -> Sequence[Proposal] | Refusal:
-        """Propose the numbers of bits that were asked for and take fewer bytes."""
-        if not takes_bits(layer):
-            return Refusal(Reason.TYPE, TensorProto.DataType.Name(layer.type))
-        smaller = [b for b in sorted(asked.bits) if stored_bytes(layer, b) < layer.stored_bytes]
-        if not smaller:
-            return Refusal(Reason.NO_GAIN)
-        return [Proposal(StoredForm(), np.array(smaller, np.int64), MOST)]
-
-    def curve(
-        self,
-        layer: Layer,
-        costs: LayerCosts,
-        proposal: Proposal,
-        errors: Float64,
-        spectrum: Float64 | None,
-    ) -> VariantCurve:
-        """Put bytes and errors together; MACs stay as they are."""
-        found = {"mem": np.array([stored_bytes(layer, int(b)) for b in proposal.levels])}
-        for name, cost in known_costs(mac=costs.macs).items():
-            found[name] = np.full(len(proposal.levels), cost)
-        return VariantCurve(self.name, STORED, proposal.levels, found, errors, nested=False)
-
-    def params(self, layer: Layer, form: Any, level: int) -> int:
-        """Count the weights, which stay as many."""
-        return layer.params
-
-    def macs(self, layer: Layer, form: Any, level: int, costs: LayerCosts) -> int | None:
-        """Return the MACs of the layer, which stay as they are."""
-        return costs.macs
+    def refusal(self, layer: Layer) -> Refusal:
+        """Name the type of a weight that is not single precision."""
+        return Refusal(Reason.TYPE, TensorProto.DataType.Name(layer.type))
 
     def unit(
         self,
@@ -189,31 +142,6 @@ class StorageFamily(VariantFamily):
         return self.replace(layer, form, rounded(layer, weight, level, None))
 
 
-def check_bits(layer: Layer, level: int | None) -> int:
-    """Return the bits that a plan gives, if there is such a format.
-
-    Raises
-    ------
-    UsageError
-        If there is not.
-    """
-    if level not in FORMATS:
-        raise UsageError(
-            f"plan: layer {quoted(layer.name)} cannot be stored in {level} bits; there are "
-            f"{', '.join(map(str, FORMATS))}"
-        )
-    return level
-
-
 def takes_bits(layer: Layer) -> bool:
     """Whether a layer's weight can be stored in fewer bits: it is single precision where used."""
     return layer.type == TensorProto.FLOAT and operator_of(layer).kind in SCHEMES
-
-
-def between(known: dict[int, float]) -> Float64:
-    """Errors at all numbers of bits from 0 on, in logarithms between those that are known."""
-    places = sorted(known)
-    values = np.array([max(known[place], 1e-12) for place in places])
-    errors = np.exp(np.interp(np.arange(MOST + 1), places, np.log(values)))
-    errors[MOST] = 0.0
-    return np.asarray(np.minimum.accumulate(np.minimum(errors, 1.0)))

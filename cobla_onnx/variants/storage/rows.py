@@ -19,7 +19,7 @@ from cobla_onnx.variants.best_rows import best_count, best_of, place_type, place
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement, narrowed
-from cobla_onnx.variants.storage.coding import Coded
+from cobla_onnx.variants.storage.coding import Coded, signed
 from cobla_onnx.variants.storage.decoding import DOMAIN
 from cobla_onnx.variants.storage.packing import PLANES, pack_rows
 from cobla_onnx.variants.storage.precision import HALF, in_half
@@ -185,7 +185,7 @@ def stored_rows(layer: Layer, made: RoundedTable) -> StoredRows:
     scale = coded.scales[0][:, None].copy()
     form = RowFormat(coded.bits, best is not None, layer.type)
     if coded.bits == 8:
-        arrays: dict[str, NDArray[Any]] = {"codes": _signed(coded), "scale": scale}
+        arrays: dict[str, NDArray[Any]] = {"codes": signed(coded.codes[0]), "scale": scale}
         return StoredRows(layer, arrays, None, form, made)
     codes = coded.codes[0]
     planes = {f"plane_{k}": plane for k, plane in enumerate(pack_rows(codes, coded.bits))}
@@ -195,12 +195,7 @@ def stored_rows(layer: Layer, made: RoundedTable) -> StoredRows:
         scale[made.best] = 0
         arrays |= {
             "place": places(made.best, len(codes)),
-            "best_codes": np.pad(_signed(best), ((1, 0), (0, 0))),
+            "best_codes": np.pad(signed(best.codes[0]), ((1, 0), (0, 0))),
             "best_scale": np.pad(best.scales[0], (1, 0))[:, None],
         }
     return StoredRows(layer, arrays, None, form, made)
-
-
-def _signed(coded: Coded) -> NDArray[np.int8]:
-    """Codes of 8 bits as the integers that they stand for."""
-    return np.asarray((coded.codes[0].astype(np.int16) - 128).astype(np.int8))

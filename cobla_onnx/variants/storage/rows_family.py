@@ -11,8 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from cobla_onnx.allocation import VariantCurve
-from cobla_onnx.allocation.resources import known_costs
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.inventory import Reason, Refusal
 from cobla_onnx.graph.layers import Layer, read_weight
@@ -21,10 +19,10 @@ from cobla_onnx.graph.operators.gather import Lookup
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.pool import one_thread
 from cobla_onnx.runtime.transfer import Carried
-from cobla_onnx.variants.base import Asked, LayerCosts, Measured, Proposal, VariantFamily
+from cobla_onnx.variants.base import Measured, Proposal
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.recent import Recent
-from cobla_onnx.variants.storage.family import MOST, between, check_bits
+from cobla_onnx.variants.storage.bits_family import BitsFamily, between
 from cobla_onnx.variants.storage.rows import (
     RoundedTable,
     StoredRows,
@@ -69,8 +67,8 @@ class RowsUnit:
         key = "" if cache is None else digest(table, frequencies, self.layer.type, self.bits)
         compute = partial(_errors, self.layer, table, frequencies, self.bits)
         lost = fetch(cache, "rows", key, compute)["errors"]
-        known = {0: 1.0, MOST: 0.0, **dict(zip(self.bits, lost.tolist(), strict=True))}
-        return Measured([between(known)], [None], [] if cache is None else cache.notes)
+        known = between(dict(zip(self.bits, lost.tolist(), strict=True)))
+        return Measured([known], [None], [] if cache is None else cache.notes)
 
 
 def _errors(layer: Layer, table: NDArray[Any], frequencies: Float64, bits: Sequence[int]) -> Arrays:
@@ -113,15 +111,10 @@ class TablesFromData:
     """
 
     def __init__(self, seen: Seen) -> None:
-        self._seen = seen
+        self.seen = seen
         self._made: Recent[tuple[str, int], RoundedTable] = Recent(
             seen.kept, lambda made: made.weight.nbytes
         )
-
-    def frequencies(self, layer: Layer) -> Float64 | None:
-        """How often each row is read."""
-        counts = self._seen.counts(layer)
-        return None if counts is None else counts.frequencies()
 
     def approximate(self, layer: Layer, form: Any, levels: Sequence[int]) -> list[RoundedTable]:
         """Return a table in the given numbers of bits."""
@@ -132,17 +125,15 @@ class TablesFromData:
         found = self._made.get((layer.name, bits))
         if found is not None:
             return found
-        table = read_weight(self._seen.model, layer)
-        made = _rounded(layer, table, bits, self.frequencies(layer))
+        table = read_weight(self.seen.model, layer)
+        made = _rounded(layer, table, bits, self.seen.frequencies(layer))
         return self._made.put((layer.name, bits), made)
 
 
-class RowStorageFamily(VariantFamily):
+class RowStorageFamily(BitsFamily):
     """Tables in fewer bits; a level is a number of bits."""
 
     name = "row storage"
-    level = "bits"
-    outcome = "stored in fewer bits"
     schemes = (ROWS,)
     refits = False
 
@@ -150,52 +141,13 @@ class RowStorageFamily(VariantFamily):
         """Return the form, for tables in single or half precision."""
         return (RowsForm(),) if _takes(layer) else ()
 
-    def most(self, layer: Layer, form: RowsForm) -> int:
-        """Return the bits of single precision."""
-        return MOST
+    def stored_bytes(self, layer: Layer, bits: int) -> int:
+        """Bytes of the table in so many bits."""
+        return table_bytes(layer, bits)
 
-    def check_level(self, layer: Layer, form: Any, level: int | None) -> int:
-        """Return the bits that a plan gives, if there is such a format.
-
-        Raises
-        ------
-        UsageError
-            If there is not.
-        """
-        return check_bits(layer, level)
-
-    def propose(
-        self, layer: Layer, costs: LayerCosts, asked: Asked
-    ) -> Sequence[Proposal] | Refusal:
-        """Propose the numbers of bits that were asked for and take fewer bytes."""
-        if not _takes(layer):
-            return Refusal(Reason.OPERATOR)
-        smaller = [b for b in sorted(asked.bits) if table_bytes(layer, b) < layer.stored_bytes]
-        if not smaller:
-            return Refusal(Reason.NO_GAIN)
-        return [Proposal(RowsForm(), np.array(smaller, np.int64), MOST)]
-
-    def curve(
-        self,
-        layer: Layer,
-        costs: LayerCosts,
-        proposal: Proposal,
-        errors: Float64,
-        spectrum: Float64 | None,
-    ) -> VariantCurve:
-        """Put bytes and errors together; MACs stay as they are."""
-        found = {"mem": np.array([table_bytes(layer, int(b)) for b in proposal.levels])}
-        for name, cost in known_costs(mac=costs.macs).items():
-            found[name] = np.full(len(proposal.levels), cost)
-        return VariantCurve(self.name, ROWS, proposal.levels, found, errors, nested=False)
-
-    def params(self, layer: Layer, form: Any, level: int) -> int:
-        """Count the weights, which stay as many."""
-        return layer.params
-
-    def macs(self, layer: Layer, form: Any, level: int, costs: LayerCosts) -> int | None:
-        """Return the MACs of the layer, which stay as they are."""
-        return costs.macs
+    def refusal(self, layer: Layer) -> Refusal:
+        """Say that other families are for what is no lookup."""
+        return Refusal(Reason.OPERATOR)
 
     def unit(
         self,
@@ -207,7 +159,7 @@ class RowStorageFamily(VariantFamily):
     ) -> RowsUnit:
         """Collect the input of the measurement."""
         bits = tuple(int(b) for proposal in proposals for b in proposal.levels)
-        frequencies = None if maker is None else maker.frequencies(layer)
+        frequencies = None if maker is None else maker.seen.frequencies(layer)
         return RowsUnit(weight, layer, bits, frequencies, cache)
 
     def maker(self, seen: Seen) -> TablesFromData:

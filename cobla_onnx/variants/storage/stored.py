@@ -86,8 +86,8 @@ def half_weight(layer: Layer, weight: NDArray[Any], bias: NDArray[Any] | None) -
 def coded_weight(layer: Layer, coded: Coded, bias: NDArray[Any] | None) -> StoredWeight:
     """Store the codes of a weight, in the shape in which the layer's nodes read it."""
     scheme = schemes_for(layer)[0]
-    scales = np.broadcast_to(coded.scales[:, :, None], coded.codes.shape)
-    tensor = coded_tensor(scheme.weight_of(coded.codes), coded.levels, scheme.weight_of(scales))
+    scales = scheme.weight_of(coded.each_scale())
+    tensor = coded_tensor(scheme.weight_of(coded.codes), coded.levels, scales)
     return _before(layer, tensor, bias)
 
 

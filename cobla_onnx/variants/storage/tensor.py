@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import narrowed
+from cobla_onnx.variants.storage.coding import signed
 from cobla_onnx.variants.storage.decoding import (
     DOMAIN,
     constant_bytes,
@@ -135,8 +136,7 @@ def coded_tensor(
     bits, scale = (len(levels) - 1).bit_length(), _broadcastable(scales)
     values = np.asarray(levels[codes] * scale)
     if bits == 8:
-        shifted = (codes.astype(np.int16) - 128).astype(np.int8)
-        arrays = {"codes": np.ascontiguousarray(shifted), "scale": scale}
+        arrays = {"codes": np.ascontiguousarray(signed(codes)), "scale": scale}
         return StoredTensor(bits, arrays, values)
     arrays = {
         **{f"plane_{k}": plane for k, plane in enumerate(pack(codes, bits))},
