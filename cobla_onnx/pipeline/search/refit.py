@@ -40,6 +40,8 @@ __all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
 
 # Strengths of the ridge towards the original weight; that with the least held-back error is used.
 RIDGES = (0.1, 0.01)
+# Variance below this fraction of the energy is what single precision left of a constant.
+CONSTANT = 1e-6
 # Times that the loss of the whole network is measured on the way.
 CHECKS = 8
 
@@ -238,8 +240,7 @@ class _Refit:
         inputs = joint.inputs
         own_bias = old.bias is not None
         inner, cross = shrink_joint(
-            inputs.covariance() if own_bias else inputs.second,
-            joint.covariance() if own_bias else joint.cross,
+            *(_centred(joint) if own_bias else (inputs.second, joint.cross)),
             self._rows,
             inputs.effective,
             np.zeros_like(inputs.mean) if own_bias else inputs.mean,
@@ -285,6 +286,14 @@ class _Refit:
 
     def _error(self, joint: Joint, made: Any) -> float:
         return joint.squared_error(self._rows_of(made), made.bias, self._entry.importance)
+
+
+def _centred(joint: Joint) -> tuple[Float64, Float64]:
+    """Covariances of inputs, and of outputs with inputs; none of inputs that never change."""
+    inner, cross = joint.inputs.covariance(), joint.covariance()
+    traces = (np.einsum("gii->g", moment) for moment in (inner, joint.inputs.second))
+    changes = np.greater(next(traces), CONSTANT * next(traces))[:, None, None]
+    return inner * changes, cross * changes
 
 
 def _paired(

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cobla_onnx import Budget, compress
 from cobla_onnx.allocation import Choice
 from cobla_onnx.calibration.evaluation.probe import Probe
+from cobla_onnx.calibration.sums import JointSum
 from cobla_onnx.pipeline.search import refit
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.refit import ChosenLayer, refit_layers, replaced_weights
@@ -90,3 +92,25 @@ def test_a_section_that_does_not_help_the_network_goes_back(
     _refitted(finisher, chosen)
     assert seen[-1][0] == last[0]
     np.testing.assert_allclose(seen[-1][1], last[1], rtol=1e-5)
+
+
+def test_inputs_that_never_change_have_no_covariance() -> None:
+    """Rounding leaves one that is not positive definite, in single precision above all."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(2, 20, 1)).astype(np.float32).repeat(200, axis=2)
+    inputs[1] += rng.normal(size=(20, 200)).astype(np.float32)
+    total = JointSum(2, 20, 3, exact=False)
+    total.add(inputs, rng.normal(size=(2, 3, 200)).astype(np.float32))
+    joint = total.joint()
+    inner, cross = refit._centred(joint)
+    assert not inner[0].any()
+    assert not cross[0].any()
+    np.testing.assert_array_equal(inner[1], joint.inputs.covariance()[1])
+    np.testing.assert_array_equal(cross[1], joint.covariance()[1])
+
+
+@pytest.mark.parametrize("precision", ["keep", "auto"])
+def test_samples_of_nothing_are_refitted_without_an_error(precision: str) -> None:
+    data = {"x": np.zeros((12, 3, 12, 12), np.float32)}
+    result = compress(small_network(), Budget(mem=0.3), data=data, precision=precision, threads=1)
+    assert result.report.budget["mem"].reached <= 0.3
