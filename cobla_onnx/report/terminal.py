@@ -61,7 +61,8 @@ def render(report: Report) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    # With a column of bits, names fit 80 columns only where cells are one apart.
+    table = Table(box=None, pad_edge=False, collapse_padding=report.has_bits, header_style="bold")
     for heading in ("layer", "op", "decision"):
         table.add_column(heading, overflow="fold")
     layers = [layer for layer in report.layers if layer.decision != "skipped"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from cobla_onnx import Budget, compare, sweep
 from cobla_onnx.errors import UsageError
 from cobla_onnx.report.comparison import ModelComparison, ModelFacts
 from cobla_onnx.report.comparison_table import comparison_table
+from cobla_onnx.report.costs import Cost
 from cobla_onnx.report.html import to_frame, to_html
 from cobla_onnx.report.markdown import to_markdown
 from cobla_onnx.report.sweep_plot import check_plot
@@ -40,6 +42,27 @@ def test_a_report_is_rendered_by_its_renderers():
     outputs = report.verification.outputs
     assert outputs
     assert all(output_text(output) in shown(render(report)) for output in outputs)
+
+
+def test_names_stay_whole_in_80_columns_beside_bits():
+    report = stored_report()
+    layers = [
+        replace(
+            layer,
+            name=f"stage{number}/conv1",
+            scheme="spatial-wh",
+            rank=25,
+            full_rank=192,
+            bits=3,
+            params=Cost(36900, 9600),
+            macs=Cost(2_360_000, 614_000),
+        )
+        for number, layer in enumerate(report.layers)
+    ]
+    out = io.StringIO()
+    Console(file=out, width=80).print(replace(report, layers=tuple(layers)))
+    for layer in layers:
+        assert layer.name in out.getvalue()
 
 
 def test_bits_have_a_column_of_their_own_where_there_are_any():
