@@ -75,8 +75,8 @@ def no_compensation() -> None:
     def nearest(rows: Any, _: Any, bits: int) -> Any:
         return round_weight(rows, None, bits)
 
-    for module in list(sys.modules.values()):
-        if getattr(module, "round_weight", None) is round_weight:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("cobla_onnx.") and hasattr(module, "round_weight"):
             module.round_weight = nearest  # type: ignore[attr-defined]
 
 
