@@ -36,6 +36,11 @@ class Recent(Generic[Key, Value]):
         self._held.move_to_end(key)
         return found[0]
 
+    def once(self, key: Key, make: Callable[[], Value]) -> Value:
+        """Return a result that is held; make it, and hold it, if it is not."""
+        found = self.get(key)
+        return self.put(key, make()) if found is None else found
+
     def put(self, key: Key, value: Value) -> Value:
         """Hold a result, in place of an earlier one of the same key; return it."""
         self._held.pop(key, None)

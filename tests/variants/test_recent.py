@@ -23,3 +23,18 @@ def test_the_last_are_held_within_the_limit(asked: list[tuple[int, int]]) -> Non
         used.append((key, value))
         while expected is None and sum(len(held) for _, held in used) > 12 and len(used) > 1:
             used.pop(0)
+
+
+def test_a_result_is_made_once_while_it_is_held() -> None:
+    recent: Recent[str, bytes] = Recent(3, len)
+    made: list[str] = []
+
+    def make() -> bytes:
+        made.append("again")
+        return b"ab"
+
+    assert recent.once("a", make) is recent.once("a", make)
+    assert len(made) == 1
+    recent.once("b", make)
+    recent.once("a", make)
+    assert len(made) == 3

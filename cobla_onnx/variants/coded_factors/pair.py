@@ -20,8 +20,12 @@ from numpy.typing import NDArray
 from cobla_onnx.variants.coded_factors.form import CodedScheme
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
 from cobla_onnx.variants.low_rank.matricisation import Scheme
-from cobla_onnx.variants.low_rank.second_factor import by_output, solve, through
-from cobla_onnx.variants.low_rank.shrinkage import without_zeros
+from cobla_onnx.variants.low_rank.second_factor import (
+    inputs_first_matrix,
+    solve,
+    split_moments,
+    through,
+)
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 from cobla_onnx.variants.low_rank.weighted_svd import inputs_first
 from cobla_onnx.variants.storage.coding import Coded
@@ -88,9 +92,8 @@ class FromInputs:
     """
 
     def __init__(self, scheme: Scheme, weight: NDArray[Any], second: Float64) -> None:
-        self._split = scheme.split_moment(without_zeros(second))
-        flat = by_output(scheme, _inputs_first(scheme, weight))
-        self._cross = np.matmul(self._split.reshape(*flat.shape[:2], -1), flat)
+        stack = inputs_first_matrix(scheme, weight)
+        self._split, self._cross = split_moments(scheme, stack, second)
 
     @property
     def own(self) -> Float64:
@@ -140,7 +143,7 @@ class Alone:
     """
 
     def __init__(self, scheme: Scheme, weight: NDArray[Any]) -> None:
-        self._stack, self._offsets = _inputs_first(scheme, weight), scheme.offsets
+        self._stack, self._offsets = inputs_first_matrix(scheme, weight), scheme.offsets
 
     @property
     def own(self) -> None:
@@ -166,7 +169,7 @@ def round_pair(form: CodedScheme, factors: Factorization, target: Target) -> Rou
     """
     scheme, bits = form.scheme, form.bits
     if bits == HALF:
-        halves = [in_half(each).astype(np.float64) for each in _pair(factors)]
+        halves = [in_half(each).astype(np.float64) for each in (factors.left, factors.right)]
         rounded = Factorization(halves[0], factors.singular_values, halves[1])
         return RoundedPair(scheme, rounded, None, None, None)
     left, right = inputs_first(scheme, factors)
@@ -215,10 +218,6 @@ def _least_squares(products: Float64, cross: Float64) -> Float64:
         return np.asarray(found).reshape(cross.shape)
 
 
-def _pair(factors: Factorization) -> tuple[Float64, Float64]:
-    return factors.left, factors.right
-
-
 def _decoded(scheme: Scheme, first: Coded, second: Coded) -> Factorization:
     """Factors as they are decoded, in the order of the scheme's matrix."""
     left, right = arranged(scheme, first.dense(), second.dense())
@@ -246,8 +245,3 @@ def arranged(
     left = first.swapaxes(1, 2)
     right = second.reshape(groups, outputs, rank, -1).swapaxes(1, 2).reshape(groups, rank, -1)
     return (left, right) if scheme.inputs_first else (right.swapaxes(1, 2), left.swapaxes(1, 2))
-
-
-def _inputs_first(scheme: Scheme, weight: NDArray[Any]) -> Float64:
-    stack = scheme.matrix(weight).astype(np.float64)
-    return stack if scheme.inputs_first else stack.swapaxes(1, 2)

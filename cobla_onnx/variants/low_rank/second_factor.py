@@ -13,9 +13,50 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from cobla_onnx.variants.low_rank.matricisation import Scheme
+from cobla_onnx.variants.low_rank.shrinkage import without_zeros
 from cobla_onnx.variants.low_rank.svd import Float64
 
-__all__ = ["by_output", "cholesky", "conditional_energies", "explained_energy", "solve", "through"]
+__all__ = [
+    "by_output",
+    "cholesky",
+    "conditional_energies",
+    "explained_energy",
+    "inputs_first_matrix",
+    "solve",
+    "split_moments",
+    "through",
+]
+
+
+def inputs_first_matrix(scheme: Scheme, weight: NDArray[Any]) -> Float64:
+    """Unfold a weight so that its rows are what the first factor reads.
+
+    Returns
+    -------
+    float64 array, shape (groups, rows, columns)
+    """
+    stack = scheme.matrix(weight).astype(np.float64)
+    return stack if scheme.inputs_first else stack.swapaxes(1, 2)
+
+
+def split_moments(scheme: Scheme, stack: Float64, second: Float64) -> tuple[Float64, Float64]:
+    """Moment of a layer's inputs by the axes of both factors, and that with its outputs.
+
+    Parameters
+    ----------
+    stack : float64 array, shape (groups, rows, columns)
+        From `inputs_first_matrix`.
+    second : float64 array, shape (groups, size, size)
+        A moment of zeros stands for the identity.
+
+    Returns
+    -------
+    split : float64 array, shape (groups, rows, offsets, rows, offsets)
+    cross : float64 array, shape (groups, rows * offsets, outputs)
+    """
+    split = scheme.split_moment(without_zeros(second))
+    flat = by_output(scheme, stack)
+    return split, np.matmul(split.reshape(*flat.shape[:2], -1), flat)
 
 
 def by_output(scheme: Scheme, stack: NDArray[Any]) -> NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,12 +87,12 @@ class TablesFromData:
     def approximate(self, layer: Layer, form: Any, levels: Sequence[int]) -> list[FactoredTable]:
         """Return a table at the given ranks."""
         with one_thread:
-            solver = self._solvers.get(layer.name)
-            if solver is None:
-                table = read_weight(self.seen.model, layer)
-                made = TableFactorizer(table, self.seen.frequencies(layer))
-                solver = self._solvers.put(layer.name, made)
+            solver = self._solvers.once(layer.name, partial(self._solver, layer))
             return [solver.factorize(rank) for rank in levels]
+
+    def _solver(self, layer: Layer) -> TableFactorizer:
+        table = read_weight(self.seen.model, layer)
+        return TableFactorizer(table, self.seen.frequencies(layer))
 
 
 class LowRankTables(VariantFamily):

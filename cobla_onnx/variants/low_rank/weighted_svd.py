@@ -33,10 +33,11 @@ from cobla_onnx.variants.low_rank.second_factor import (
     by_output,
     conditional_energies,
     explained_energy,
+    inputs_first_matrix,
     solve,
+    split_moments,
     through,
 )
-from cobla_onnx.variants.low_rank.shrinkage import without_zeros
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 
 __all__ = ["Components", "OutputFactorizer", "WeightedFactorizer", "balanced", "inputs_first"]
@@ -109,13 +110,9 @@ class WeightedFactorizer:
         self.scheme = scheme
         self.max_rank = max_rank
         self._roots = _roots(importance, scheme.rows_of(weight))
-        stack = scheme.matrix(_scaled(scheme, weight, self._roots)).astype(np.float64)
-        if not scheme.inputs_first:
-            stack = stack.swapaxes(1, 2)
-        split = scheme.split_moment(without_zeros(second))
-        flat = by_output(scheme, stack)
-        cross = np.matmul(split.reshape(*flat.shape[:2], -1), flat)
-        self.energy = float(np.sum(flat * cross))
+        stack = inputs_first_matrix(scheme, _scaled(scheme, weight, self._roots))
+        split, cross = split_moments(scheme, stack, second)
+        self.energy = float(np.sum(by_output(scheme, stack) * cross))
         self.own: Float64 = np.einsum("gajbj->gab", split)
         self._bases = [_basis(*each, max_rank) for each in zip(stack, self.own, strict=True)]
         # Only the span of the first factor matters where the second is fitted to it.

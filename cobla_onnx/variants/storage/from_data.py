@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,16 +83,13 @@ class CodesFromData:
     def approximate(self, layer: Layer, form: Any, levels: Sequence[int]) -> list[RoundedWeight]:
         """Return a layer's weight in the given numbers of bits."""
         with one_thread:
-            return [self._in(layer, bits) for bits in levels]
+            made = (self._made.once((layer.name, b), partial(self._in, layer, b)) for b in levels)
+            return list(made)
 
     def _in(self, layer: Layer, bits: int) -> RoundedWeight:
-        key = layer.name, bits
-        found = self._made.get(key)
-        if found is not None:
-            return found
         weight = read_weight(self._seen.model, layer)
         made = rounded(layer, weight, bits, self.moment(layer, weight))
-        return self._made.put(key, replace(made, bias=self._bias(layer, weight, made)))
+        return replace(made, bias=self._bias(layer, weight, made))
 
     def _bias(self, layer: Layer, weight: NDArray[Any], made: RoundedWeight) -> Float64 | None:
         """Bias that keeps the mean of the output."""

@@ -119,15 +119,12 @@ class TablesFromData:
     def approximate(self, layer: Layer, form: Any, levels: Sequence[int]) -> list[RoundedTable]:
         """Return a table in the given numbers of bits."""
         with one_thread:
-            return [self._in(layer, bits) for bits in levels]
+            made = (self._made.once((layer.name, b), partial(self._in, layer, b)) for b in levels)
+            return list(made)
 
     def _in(self, layer: Layer, bits: int) -> RoundedTable:
-        found = self._made.get((layer.name, bits))
-        if found is not None:
-            return found
         table = read_weight(self.seen.model, layer)
-        made = _rounded(layer, table, bits, self.seen.frequencies(layer))
-        return self._made.put((layer.name, bits), made)
+        return _rounded(layer, table, bits, self.seen.frequencies(layer))
 
 
 class RowStorageFamily(BitsFamily):
