@@ -263,7 +263,7 @@ def analyse(
     total = None if macs is None else sum(macs.values())
     bare = Analysis((), skipped, stored_bytes(model), total, known, notes, None, shapes)
     candidates, more = _in_reach(bare, taken, costs, asked, reach)
-    data = None if see is None else FromData(see(taken))
+    data = None if see is None else FromData(see([c.layer for c in candidates if c.proposals]))
     curves = measured_curves(model, candidates, data if weigh else None, context)
     variants, refused = [], []
     for each in candidates:

@@ -69,11 +69,6 @@ def test_nodes_that_share_a_weight_are_one_layer():
             Reason.SHARED,
         ),
         (
-            [helper.make_node("Conv", ["x", "w"], ["y"], "dw", group=6)],
-            {"w": (6, 1, 3, 3)},
-            Reason.DEPTHWISE,
-        ),
-        (
             [helper.make_node("ConvTranspose", ["x", "w"], ["y"], "up", group=2)],
             {"w": (6, 4, 3, 3)},
             Reason.GROUPED,

@@ -58,7 +58,7 @@ def test_what_is_left_alone_has_a_reason():
     weights = {"d": random_array(8, 1, 3, 3), "w": random_array(32, 8, 3, 3)}
     found = inspect(model_of(nodes, weights, {"x": [1, 8, 9, 9]}, ["y"]), threads=1)
     assert [(item.name, item.reason) for item in found.left_alone] == [
-        ("depthwise", "depthwise convolution")
+        ("depthwise", "depthwise convolution: no rank to cut, only bits (--precision)")
     ]
     assert [layer.name for layer in found.layers] == ["wide"]
 

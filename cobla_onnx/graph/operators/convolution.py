@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.index import attributes
-from cobla_onnx.graph.inventory import Layer, Reason, Refusal, Use
+from cobla_onnx.graph.inventory import Layer, Refusal, Use
 from cobla_onnx.graph.operators.base import AGAIN, OutputAxis, Shape, check_axes, elements
 from cobla_onnx.graph.operators.patches import DensePatch, ReadPatch, cut
 
@@ -46,9 +46,8 @@ class Convolution:
         _check_kernel(attributes(node), shape, label)
 
     def refusal(self, layer: Layer, shapes: Mapping[str, Shape] | None) -> Refusal | None:
-        """Refuse depthwise convolutions, whose channels are vectors and not matrices."""
-        depthwise = layer.attributes["group"] > 1 and layer.shape[1] == 1
-        return Refusal(Reason.DEPTHWISE) if depthwise else None
+        """Return None: all of them can be read, and stored otherwise."""
+        return None
 
     def output_axis(self, layer: Layer) -> OutputAxis | None:
         """Return the axis of the channels."""

@@ -34,11 +34,7 @@ class TransposedConvolution(Convolution):
     def refusal(self, layer: Layer, shapes: Mapping[str, Shape] | None) -> Refusal | None:
         """Refuse groups, which neither the matricisations nor the patches take apart."""
         group = layer.attributes["group"]
-        if group == 1:
-            return None
-        if layer.shape[1] == 1:
-            return Refusal(Reason.DEPTHWISE)
-        return Refusal(Reason.GROUPED, f"group {group}")
+        return None if group == 1 else Refusal(Reason.GROUPED, f"group {group}")
 
     def output_axis(self, layer: Layer) -> OutputAxis | None:
         """Return the axis of the channels."""

@@ -58,7 +58,9 @@ class CodedFactorsFamily(VariantFamily):
         self, layer: Layer, costs: LayerCosts, asked: Asked
     ) -> Sequence[Proposal] | Refusal:
         """Propose the ranks of unrounded factors in the bits that are asked for."""
-        if not takes_bits(layer) or not asked.bits:
+        if not asked.bits:
+            return ()
+        if not takes_bits(layer):
             return Refusal(Reason.NO_GAIN)
         pairs = FACTORS.propose(layer, costs, asked)
         if isinstance(pairs, Refusal):

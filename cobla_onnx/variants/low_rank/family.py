@@ -20,7 +20,13 @@ from cobla_onnx.variants.base import Asked, ErrorUnit, LayerCosts, Proposal, Var
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
 from cobla_onnx.variants.low_rank.curve import LOW_RANK, rank_curve
 from cobla_onnx.variants.low_rank.from_data import FactorsFromData
-from cobla_onnx.variants.low_rank.matricisation import SCHEMES, Scheme, largest_rank, schemes_for
+from cobla_onnx.variants.low_rank.matricisation import (
+    SCHEMES,
+    Scheme,
+    is_depthwise,
+    largest_rank,
+    schemes_for,
+)
 from cobla_onnx.variants.low_rank.nodes import FactorPair, make_replacement, stand_in
 from cobla_onnx.variants.low_rank.ranks import RankGrid, RankRule
 from cobla_onnx.variants.low_rank.svd import Float64
@@ -40,8 +46,8 @@ class LowRankFamily(VariantFamily):
     refits = True
 
     def forms(self, layer: Layer) -> Sequence[Scheme]:
-        """Return all matricisations of a layer's weight."""
-        return schemes_for(layer)
+        """Return all matricisations of a layer's weight; none of vectors."""
+        return () if is_depthwise(layer) else schemes_for(layer)
 
     def most(self, layer: Layer, form: Scheme) -> int:
         """Return the full rank."""
@@ -53,6 +59,8 @@ class LowRankFamily(VariantFamily):
         """Propose the ranks at which the layer is smaller, and not slower in MACs."""
         if operator_of(layer).kind not in SCHEMES:
             return Refusal(Reason.OPERATOR)
+        if is_depthwise(layer):
+            return Refusal(Reason.DEPTHWISE)
         grid, pointwise = _grid(layer, asked.ranks)
         found, useful = [], False
         for scheme in schemes_for(layer, asked.scheme):

@@ -38,6 +38,7 @@ __all__ = [
     "ProductScheme",
     "Scheme",
     "TransposedConvScheme",
+    "is_depthwise",
     "largest_rank",
     "schemes_for",
 ]
@@ -338,6 +339,13 @@ class ProductScheme:
 
 
 Scheme = ConvScheme | ProductScheme
+
+
+def is_depthwise(layer: Layer) -> bool:
+    """Whether each channel of a convolution meets a kernel of its own: vectors, of rank 1."""
+    return (
+        operator_of(layer).kind == "convolution" and 1 == layer.shape[1] < layer.attributes["group"]
+    )
 
 
 def largest_rank(layer: Layer, scheme: Scheme) -> int:

@@ -48,7 +48,7 @@ def computed(case: Case) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
 
 def layer_of(model: onnx.ModelProto) -> Layer | None:
-    """The layer; None where there is none, such as for a depthwise convolution."""
+    """The layer; None where there is none."""
     return next(iter(find_layers(model).layers), None)
 
 

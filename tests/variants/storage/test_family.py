@@ -31,6 +31,7 @@ BITS = st.sampled_from(FORMATS)
 LAYERS: list[tuple[str, dict[str, Any], tuple[int, ...], list[int]]] = [
     ("Conv", {"pads": [1, 1, 1, 1]}, (7, 5, 3, 3), [2, 5, 6, 6]),
     ("Conv", {"group": 2}, (6, 3, 2, 2), [1, 6, 5, 5]),
+    ("Conv", {"group": 4}, (8, 1, 3, 3), [2, 4, 6, 6]),
     ("Conv", {}, (6, 4, 3), [1, 4, 9]),
     ("ConvTranspose", {"strides": [2, 2]}, (5, 6, 2, 2), [1, 5, 4, 4]),
     ("MatMul", {}, (9, 7), [3, 9]),
@@ -179,3 +180,37 @@ def test_half_precision_is_not_chosen_where_it_overflows(precision: Any) -> None
     (decision,) = result.plan.decisions
     assert (decision.scheme, decision.rank) != ("stored", 16)
     assert decision.scheme is not None
+
+
+def depthwise_network() -> onnx.ModelProto:
+    """A depthwise convolution of 512 channels, then a pointwise one that is much smaller."""
+    weights = {
+        "d": random_array(512, 1, 3, 3),
+        "p": random_array(4, 512, 1, 1),
+        "b": random_array(512, seed=1),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "d", "b"], ["a"], "depthwise", group=512),
+        helper.make_node("Conv", ["a", "p"], ["y"], "pointwise"),
+    ]
+    return model_of(nodes, weights, {"x": ["n", 512, 5, 5]}, ["y"])
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_depthwise_convolutions_are_stored_in_fewer_bits(data: bool) -> None:
+    model = depthwise_network()
+    given_data = {"data": {"x": random_array(20, 512, 5, 5, seed=3)}} if data else {}
+    result = compress(model, Budget(mem=0.3), precision="auto", threads=1, **given_data)
+    made = {layer.name: layer for layer in result.report.layers}
+    assert made["depthwise"].scheme == "stored"
+    assert result.report.budget["mem"].reached <= 0.3
+    # The bits that are left take a share of the answer that is small beside it.
+    feeds = {"x": random_array(3, 512, 5, 5, seed=9)}
+    before, after = (run_session(open_session(m, 1), feeds)["y"] for m in (model, result.model))
+    assert np.linalg.norm(after - before) < 0.15 * np.linalg.norm(before)
+
+
+def test_depthwise_convolutions_have_no_ranks() -> None:
+    decisions = (Decision("depthwise", "channel", 1), Decision("pointwise"))
+    with pytest.raises(UsageError, match="layer 'depthwise' has no scheme 'channel'; it has"):
+        compress(depthwise_network(), plan=Plan(decisions), threads=1, precision="auto")
