@@ -21,7 +21,7 @@ from cobla_onnx.graph.inventory import Layer, Refusal, Use
 from cobla_onnx.graph.operators.base import AGAIN, OutputAxis, Shape, check_axes, elements
 from cobla_onnx.graph.operators.patches import DensePatch, ReadPatch, cut
 
-__all__ = ["ConvPatch", "Convolution", "Geometry", "geometry_of"]
+__all__ = ["ConvPatch", "Convolution", "Geometry", "geometry_of", "is_depthwise"]
 
 # Steps, sizes and paddings above this cannot be meant, and overflow in other libraries.
 LARGEST = 2**31 - 1
@@ -66,6 +66,11 @@ class Convolution:
         """Return the im2col patches, by group."""
         group, channels, kernel = layer.attributes["group"], layer.shape[1], layer.shape[2:]
         return ConvPatch(use.data, group, channels, kernel, *geometry_of(node, kernel))
+
+
+def is_depthwise(layer: Layer) -> bool:
+    """Whether each channel of a convolution meets kernels of its own: vectors, of rank 1."""
+    return layer.op == "Conv" and layer.attributes["group"] > 1 and layer.shape[1] == 1
 
 
 class Geometry(NamedTuple):

@@ -14,6 +14,7 @@ from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.inventory import Refusal
 from cobla_onnx.graph.layers import Layer, Reason
 from cobla_onnx.graph.operators.base import operator_of
+from cobla_onnx.graph.operators.convolution import is_depthwise
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.base import Asked, ErrorUnit, LayerCosts, Proposal, VariantFamily
@@ -23,7 +24,6 @@ from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.matricisation import (
     SCHEMES,
     Scheme,
-    is_depthwise,
     largest_rank,
     schemes_for,
 )

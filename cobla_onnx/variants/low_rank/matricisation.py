@@ -38,7 +38,6 @@ __all__ = [
     "ProductScheme",
     "Scheme",
     "TransposedConvScheme",
-    "is_depthwise",
     "largest_rank",
     "schemes_for",
 ]
@@ -339,13 +338,6 @@ class ProductScheme:
 
 
 Scheme = ConvScheme | ProductScheme
-
-
-def is_depthwise(layer: Layer) -> bool:
-    """Whether each channel of a convolution meets a kernel of its own: vectors, of rank 1."""
-    return (
-        operator_of(layer).kind == "convolution" and 1 == layer.shape[1] < layer.attributes["group"]
-    )
 
 
 def largest_rank(layer: Layer, scheme: Scheme) -> int:
