@@ -16,6 +16,7 @@ __all__ = [
     "Plan",
     "Report",
     "Result",
+    "advise",
     "compare",
     "compress",
     "gradient_graph",
@@ -26,6 +27,7 @@ __all__ = [
 if TYPE_CHECKING:
     from cobla_onnx.allocation import Budget
     from cobla_onnx.autodiff import gradient_graph
+    from cobla_onnx.pipeline.advise import advise
     from cobla_onnx.pipeline.compare import compare
     from cobla_onnx.pipeline.compress import compress
     from cobla_onnx.pipeline.inspect import inspect
@@ -39,6 +41,7 @@ _HOMES = {
     "Plan": "cobla_onnx.plan",
     "Report": "cobla_onnx.report.model",
     "Result": "cobla_onnx.pipeline.result",
+    "advise": "cobla_onnx.pipeline.advise",
     "compare": "cobla_onnx.pipeline.compare",
     "compress": "cobla_onnx.pipeline.compress",
     "gradient_graph": "cobla_onnx.autodiff",

@@ -11,7 +11,7 @@ from sphinx.application import Sphinx
 
 from cobla_onnx import __version__
 
-COMMANDS = ("compress", "inspect", "sweep", "compare")
+COMMANDS = ("compress", "advise", "inspect", "sweep", "compare")
 
 project = "cobla-onnx"
 author = "cobla-onnx developers"

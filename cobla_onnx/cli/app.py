@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from cobla_onnx import __version__
 from cobla_onnx.cli import parameters
+from cobla_onnx.cli.commands.advise import advise
 from cobla_onnx.cli.commands.compare import compare
 from cobla_onnx.cli.commands.compress import compress
 from cobla_onnx.cli.commands.inspect import inspect
@@ -49,6 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(compress)
+app.command()(advise)
 app.command()(inspect)
 app.command()(sweep)
 app.command()(compare)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 __all__ = ["Command", "Flag", "Group", "Option", "flag", "option"]
 
-Command: TypeAlias = Literal["compress", "inspect", "sweep", "compare"]
+Command: TypeAlias = Literal["compress", "advise", "inspect", "sweep", "compare"]
 # In the order in which the help shows them.
 Group: TypeAlias = Literal["data", "search", "layers", "speed", "run"]
 

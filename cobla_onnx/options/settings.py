@@ -41,8 +41,10 @@ __all__ = [
 ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
 
 # Which commands have an option.
-EVERY: tuple[Command, ...] = ("compress", "inspect", "sweep", "compare")
-ANALYSE: tuple[Command, ...] = ("compress", "inspect", "sweep")
+EVERY: tuple[Command, ...] = ("compress", "advise", "inspect", "sweep", "compare")
+ANALYSE: tuple[Command, ...] = ("compress", "advise", "inspect", "sweep")
+JUDGE: tuple[Command, ...] = ("compress", "advise", "sweep")
+OUTPUTS: tuple[Command, ...] = ("compress", "advise", "sweep", "compare")
 RUN: tuple[Command, ...] = ("compress", "sweep", "compare")
 SEARCH: tuple[Command, ...] = ("compress", "sweep")
 
@@ -169,7 +171,7 @@ class Settings:
     )
     images: ImageOptions | None = option(EVERY, "data", None, parts=ImageFlags)
     labels: Labels | str | os.PathLike[str] | None = option(
-        SEARCH,
+        JUDGE,
         "data",
         None,
         "--labels",
@@ -177,14 +179,14 @@ class Settings:
         "FILE",
     )
     loss: LossName = option(
-        SEARCH,
+        JUDGE,
         "data",
         "auto",
         "--loss",
         "How outputs are compared with the original's.",
     )
     outputs: Outputs = option(
-        RUN,
+        OUTPUTS,
         "data",
         (),
         "--output",

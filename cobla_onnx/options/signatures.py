@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cobla_onnx.variants.low_rank.ranks import RankMultiple
     from cobla_onnx.variants.storage.precision import Precision
 
-__all__ = ["InspectOptions", "SearchOptions", "takes_options"]
+__all__ = ["AdviseOptions", "InspectOptions", "SearchOptions", "takes_options"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -47,14 +47,19 @@ class InspectOptions(TypedDict, total=False):
     progress: Progress | None
 
 
-class SearchOptions(InspectOptions, total=False):
-    """Options of `compress` and `sweep`, for type checkers: those of `inspect`, and more."""
+class AdviseOptions(InspectOptions, total=False):
+    """Options of `advise`, for type checkers: those of `inspect`, and how outputs count."""
 
-    solver: Literal["slsqp", "milp"]
-    objective: ObjectiveName
     labels: Labels | str | os.PathLike[str] | None
     loss: LossName
     outputs: Outputs
+
+
+class SearchOptions(AdviseOptions, total=False):
+    """Options of `compress` and `sweep`, for type checkers: those of `advise`, and more."""
+
+    solver: Literal["slsqp", "milp"]
+    objective: ObjectiveName
     refit: bool
     time_limit: float | None
     precision: Precision

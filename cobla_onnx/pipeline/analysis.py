@@ -235,13 +235,15 @@ def analyse(
     see: Callable[[Sequence[Layer]], Seen] | None = None,
     weigh: bool = True,
     reach: Reach = NO_BUDGETS,
+    prune: bool = True,
     unmeasured: Collection[str] = (),
 ) -> Analysis:
     """Find a model's layers, count their costs and measure the errors of their variants.
 
     With `see`, which collects statistics on the calibration data, errors are those of the layers'
-    outputs and not of their weights, unless `weigh` is False. The layers named in `unmeasured`
-    stay whole: no loss would see their errors.
+    outputs and not of their weights, unless `weigh` is False. With bits, candidates that others
+    beat are left out, if `prune` is set. The layers named in `unmeasured` stay whole: no loss
+    would see their errors.
 
     Raises
     ------
@@ -268,7 +270,7 @@ def analyse(
     variants, refused = [], []
     for each in candidates:
         pairs = curves.get(each.layer.name)
-        if pairs and asked.bits:
+        if pairs and asked.bits and prune:
             pairs = _worthwhile(pairs)
         if pairs:
             variants.append(_variants(each, pairs))

@@ -79,12 +79,15 @@ class Needs:
         before anything is run on data; if some need ranks off the grid, they are added.
     bits : tuple of int
         Numbers of bits that a plan has. Those that the settings ask for are considered anyway.
+    comparing : bool
+        Whether families are compared: then no candidate is left out since another family beats it.
     """
 
     macs_needed: bool = False
     times_needed: bool = False
     budgets: Sequence[Budget] = ()
     bits: tuple[int, ...] = ()
+    comparing: bool = False
 
 
 @contextmanager
@@ -96,6 +99,7 @@ def open_session(
     times_needed: bool = False,
     budgets: Sequence[Budget] = (),
     bits: tuple[int, ...] = (),
+    comparing: bool = False,
 ) -> Iterator[Session]:
     """Load a model and analyse it; the session is valid within the context.
 
@@ -104,7 +108,7 @@ def open_session(
     model : ModelProto or path
         It is not changed.
     settings : Settings
-    macs_needed, times_needed, budgets, bits
+    macs_needed, times_needed, budgets, bits, comparing
         See `Needs`.
 
     Raises
@@ -115,7 +119,7 @@ def open_session(
     started = time.perf_counter()
     source = None if isinstance(model, onnx.ModelProto) else Path(model)
     notify: Progress = settings.progress or silent
-    needs = Needs(macs_needed, times_needed, budgets, bits)
+    needs = Needs(macs_needed, times_needed, budgets, bits, comparing)
     notify("open model and data", 0, 1)
     proto, order = open_in_order(model)
     threads = settings.threads or available_cores()
@@ -218,6 +222,7 @@ def _analysed(
             refine,
             lambda error, found: explain(error, model, found, settings, tried),
         ),
+        prune=not needs.comparing,
         unmeasured=looking.measured.unmeasured if looking is not None and weigh else (),
     )
     if looking is None:

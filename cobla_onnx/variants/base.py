@@ -236,6 +236,8 @@ class VariantFamily(Protocol):
         Names of all its forms; no other family has one of them.
     refits : bool
         Whether it has a `refit`.
+    needs_bits : bool
+        Whether it proposes only what was asked for in fewer bits.
     """
 
     name: str
@@ -243,6 +245,7 @@ class VariantFamily(Protocol):
     outcome: str
     schemes: tuple[str, ...]
     refits: bool
+    needs_bits: bool = False
 
     def forms(self, layer: Layer) -> Sequence[Form]:
         """Return all forms that apply to a layer, also those that save nothing."""

@@ -15,13 +15,13 @@ import pytest
 import cobla_onnx
 from cobla_onnx import __main__
 from cobla_onnx.cli import app
-from cobla_onnx.cli.commands import compare, compress, sweep
+from cobla_onnx.cli.commands import advise, compare, compress, sweep
 from cobla_onnx.cli.commands import inspect as inspection
 from cobla_onnx.cli.config import NOT_IN_FILE
 from tests.cli.test_command import run_here
 
 HERE = Path(__file__).parent
-COMMANDS = ("compress", "inspect", "sweep", "compare")
+COMMANDS = ("compress", "advise", "inspect", "sweep", "compare")
 WRITTEN_WITH = "0.29."
 
 
@@ -43,7 +43,7 @@ def test_help_is_as_written_down(command, monkeypatch, capsys):
 
 
 def test_each_command_has_a_module_of_its_own():
-    modules = (compress, inspection, sweep, compare)
+    modules = (compress, advise, inspection, sweep, compare)
     assert [command.callback.__module__ for command in app.registered_commands] == [
         module.__name__ for module in modules
     ]
@@ -59,6 +59,6 @@ def test_what_makes_no_sense_in_a_file_is_no_option_there(tmp_path, key):
 
 
 def test_signatures_are_as_written_down():
-    functions = ("compare", "compress", "inspect", "sweep")
+    functions = ("advise", "compare", "compress", "inspect", "sweep")
     found = [f"{name}{inspect.signature(getattr(cobla_onnx, name))}\n" for name in functions]
     assert "".join(found) == (HERE / "signatures.txt").read_text(encoding="utf-8")

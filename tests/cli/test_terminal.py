@@ -96,7 +96,7 @@ def complete(line: str) -> list[str]:
 
 
 def test_completion_knows_commands_options_and_choices():
-    assert {"compress", "inspect", "sweep", "compare"} <= set(complete("cobla-onnx "))
+    assert {"compress", "advise", "inspect", "sweep", "compare"} <= set(complete("cobla-onnx "))
     assert "--mem" in complete("cobla-onnx model.onnx out.onnx --m")
     assert "--mem" in complete("cobla-onnx compress --m")
     assert complete("cobla-onnx model.onnx --solver s") == ["slsqp"]

@@ -43,6 +43,7 @@ class CodedFactorsFamily(VariantFamily):
     outcome = "factorised in fewer bits"
     schemes = tuple(coded_name(scheme, bits) for scheme in FACTORS.schemes for bits in FORMATS)
     refits = True
+    needs_bits = True
 
     def forms(self, layer: Layer) -> Sequence[CodedScheme]:
         """Return all matricisations of a layer's weight, in all numbers of bits."""

@@ -32,6 +32,7 @@ class BitsFamily(VariantFamily, Protocol):
     """
 
     level: str = "bits"
+    needs_bits: bool = True
     outcome: str = "stored in fewer bits"
 
     def stored_bytes(self, layer: Layer, bits: int) -> int:

@@ -1,0 +1,91 @@
+"""What `advise` predicts, and what it suggests."""
+
+from __future__ import annotations
+
+import shlex
+
+import numpy as np
+import pytest
+
+from cobla_onnx import Budget, advise, compress
+from cobla_onnx.report.advice import Advice
+from tests.builders import model_of, random_array, small_network
+
+SAMPLES = {"x": random_array(24, 3, 12, 12, seed=5)}
+
+
+@pytest.fixture(scope="module")
+def found() -> Advice:
+    """Advice for a small network with data."""
+    return advise(small_network(), data=SAMPLES, threads=1)
+
+
+def by_budget(found: Advice, resource: str, lever: str) -> list[float]:
+    """Losses of a lever by descending budgets, of those within its reach."""
+    losses = (getattr(x, lever) for x in found.outlooks if x.resource == resource)
+    return [loss for loss in losses if loss is not None]
+
+
+@pytest.mark.parametrize("resource", ["mem", "mac"])
+@pytest.mark.parametrize("lever", ["ranks", "bits", "both"])
+def test_smaller_budgets_lose_more(found, resource, lever):
+    losses = by_budget(found, resource, lever)
+    assert losses == sorted(losses)
+    # Bits save no multiplications.
+    assert bool(losses) == ((resource, lever) != ("mac", "bits"))
+
+
+def test_both_levers_lose_no_more_than_one(found):
+    for each in found.outlooks:
+        alone = [loss for loss in (each.ranks, each.bits) if loss is not None]
+        if alone:
+            assert each.both is not None
+            assert each.both <= min(alone) * (1 + 1e-9)
+
+
+def test_the_prediction_is_near_to_what_the_programme_finds(found):
+    # It measures what it chooses, which the advice does not.
+    (each,) = [x for x in found.outlooks if (x.resource, x.kept) == ("mem", 0.5)]
+    options = {"data": SAMPLES, "refit": False, "threads": 1}
+    result = compress(small_network(), Budget(mem=0.5), solver="milp", **options)
+    assert result.report.solver is not None
+    assert each.ranks == pytest.approx(result.report.solver.value, rel=0.5)
+
+
+def test_bytes_are_all_of_the_weights(found):
+    told = sum(found.bytes_by_operator.values()) + sum(found.elsewhere.values())
+    assert told == found.mem_total
+    assert sum(found.macs_by_operator.values()) == found.mac_total
+
+
+def test_shares_are_of_the_loss(found):
+    shares = [each.share for each in found.limiting]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) <= 1 + 1e-9
+
+
+def test_commands_name_the_file_and_the_data(tmp_path):
+    np.savez(tmp_path / "some data.npz", **SAMPLES)
+    (tmp_path / "a model.onnx").write_bytes(small_network().SerializeToString())
+    found = advise(tmp_path / "a model.onnx", data=tmp_path / "some data.npz", threads=1)
+    assert len(found.suggestions) > 1
+    for suggestion in found.suggestions:
+        words = shlex.split(suggestion.command)
+        assert words[:2] == ["cobla-onnx", str(tmp_path / "a model.onnx")]
+        assert words[-2:] == ["--data", str(tmp_path / "some data.npz")]
+
+
+def test_without_data_it_asks_for_some():
+    found = advise(small_network(), threads=1)
+    assert found.measured_by == "weights"
+    assert found.limiting == ()
+    assert "--data" in found.suggestions[0].command
+
+
+def test_a_model_without_layers_has_no_outlook():
+    from onnx import helper
+
+    model = model_of([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": [1, 4]}, ["y"])
+    found = advise(model, threads=1)
+    assert found.outlooks == ()
+    assert found.bytes_by_operator == {}
