@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from scipy.special import betaincinv
 
 from cobla_onnx.allocation import Budget
+from cobla_onnx.calibration.data.evidence import all_alike
 from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.pipeline.budget_errors import explain
@@ -75,7 +76,8 @@ def smallest(session: Session, max_drop: float, limits: Budget | None = None) ->
 
     A few budgets over the whole range are tried first, then the gap below the smallest one
     that was good enough is halved. Quality need not be monotone in memory, so the answer is the
-    smallest budget that was tried and found good enough, never an interpolated one.
+    smallest budget that was tried and found good enough, never an interpolated one. Samples that
+    are all alike cannot tell what is lost: then nothing is saved beyond the limits.
 
     Parameters
     ----------
@@ -100,6 +102,9 @@ def smallest(session: Session, max_drop: float, limits: Budget | None = None) ->
             f"{option_name('max_drop')}: is measured on samples; give {option_name('data')} too"
         )
     hard = limits or Budget(mem=1.0)
+    alike = all_alike(session.evidence.dataset)
+    if alike:
+        return _unjudged(session.solve(hard), max_drop, alike, limits)
     high = 1.0 if hard.mem is None else hard.mem
     low = session.least_memory()
     if low >= 1.0:
@@ -126,6 +131,16 @@ def smallest(session: Session, max_drop: float, limits: Budget | None = None) ->
     if search.best is None:
         raise _refusal(max_drop, search, limits)
     return _noting(*search.best, max_drop, search.trials, limits)
+
+
+def _unjudged(solution: Solution, max_drop: float, alike: str, limits: Budget | None) -> Solution:
+    """Say why a solution is no smaller than its limits: any model would look good."""
+    assert solution.allocation is not None
+    note = (
+        f"--max-drop {max_drop:g}: {alike}, so that nothing can be judged by them; the model is "
+        "no smaller than it must be; give samples of the real kind"
+    )
+    return replace(solution, allocation=solution.allocation.noting(note), budget=limits)
 
 
 def _noting(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import pytest
 
 from cobla_onnx import Budget, compress, errors
+from cobla_onnx.calibration.data.arrays import array_samples
+from cobla_onnx.calibration.data.fitting import InputSpec
 from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.cli.parsing import fraction
 from cobla_onnx.pipeline.max_drop import smallest
@@ -16,10 +20,13 @@ from tests.cli.test_command import run, run_here
 DATA = {"x": random_array(40, 3, 12, 12, seed=3)}
 
 
+SPEC = InputSpec("x", np.dtype(np.float32), (None, 3, 12, 12))
+
+
 class Curve:
     """A session whose quality is any function of the memory budget."""
 
-    evidence = object()
+    evidence = SimpleNamespace(dataset=array_samples("data", DATA, [SPEC], None))
 
     def __init__(self, drop, least=0.1):
         self.drop, self.least, self.tried = drop, least, []
@@ -110,6 +117,19 @@ def test_agreement_on_real_factors():
     assert result.report.budget["mem"].reached < 1
     output = result.report.verification.outputs[0]
     assert output.argmax_agreement == pytest.approx(quality.after)
+
+
+@pytest.mark.parametrize(
+    ("sample", "said"), [(0.0, "all samples are zeros"), (1.0, "all samples are the same")]
+)
+def test_samples_that_are_all_alike_cut_nothing(sample, said):
+    data = {"x": np.full((12, 3, 12, 12), sample, np.float32)}
+    options = {"data": data, "threads": 1, "solver": "milp"}
+    report = compress(small_network(), max_drop=0.2, **options).report
+    assert report.budget["mem"].reached == 1.0
+    assert any(f"{said}, so that nothing can be judged" in note for note in report.notes)
+    report = compress(small_network(), Budget(mem=0.5), max_drop=0.2, **options).report
+    assert 0.4 < report.budget["mem"].reached <= 0.5
 
 
 def test_accuracy_with_labels_and_relative_error_without_classes():
