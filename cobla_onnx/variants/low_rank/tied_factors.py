@@ -47,6 +47,11 @@ class TiedFactorizer:
         self.singular_values = self._begin.singular_values
         turned = weight.astype(np.float64)
         self._p, self._left = sides.rows, None
+        # p + g q = g (p / g + q): weights of outputs are taken into the rows.
+        self._roots = None if sides.outputs is None else np.sqrt(sides.outputs)[:, None]
+        if self._roots is not None:
+            turned = turned * self._roots
+            self._p = self._p / self._roots[:, 0] ** 2
         if sides.rows.ndim == 2:
             self._p, self._left = np.linalg.eigh(sides.rows)
             turned = self._left.T @ turned
@@ -77,6 +82,8 @@ class TiedFactorizer:
         left, right, _ = self._fitted(rank)
         if self._left is not None:
             left = self._left @ left
+        if self._roots is not None:
+            left = left / self._roots
         return balanced(self.scheme, [(self._right @ right, left.T)])
 
     def _fitted(self, rank: int) -> tuple[Float64, Float64, float]:

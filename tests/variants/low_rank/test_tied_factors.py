@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cobla_onnx.calibration.heads import Curvature, importances
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.runtime.session import open_session, run_session
@@ -15,7 +16,7 @@ from cobla_onnx.variants.low_rank.matricisation import ProductScheme
 from cobla_onnx.variants.low_rank.svd import factorize
 from cobla_onnx.variants.low_rank.tied_factors import TiedFactorizer
 from cobla_onnx.variants.low_rank.tied_moments import Sides, sides_of
-from tests.tied import WIDTH, decoder, sentences
+from tests.tied import VOCABULARY, WIDTH, decoder, sentences
 
 
 def matrix_scheme(shape: tuple[int, int]) -> ProductScheme:
@@ -39,7 +40,11 @@ def problems(draw):
     if sides == "rows":
         across = np.zeros((columns, columns))
     weight = generator.standard_normal((rows, columns))
-    return weight, Sides(along, across), draw(st.integers(1, min(rows, columns) - 1))
+    outputs = None
+    if along.ndim == 1 and draw(st.booleans()):
+        outputs = generator.uniform(0.1, 3, rows)
+        outputs /= outputs.mean()
+    return weight, Sides(along, across, outputs), draw(st.integers(1, min(rows, columns) - 1))
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,6 +58,12 @@ def test_factors_are_better_than_those_of_other_weights(problem):
     assert solver.errors(np.array([0, rank])) == pytest.approx([solver.energy, reached], rel=1e-6)
     begin = solver._begin.factorize(rank)
     assert reached <= sides.error(weight - begin.left[0] @ begin.right[0]) * (1 + 1e-9)
+    weights = sides.importance[:, None] * np.diagonal(sides.second[0])
+    exact = sides.each_row[:, None] + np.diagonal(sides.columns) * (
+        1 if sides.outputs is None else sides.outputs[:, None]
+    )
+    np.testing.assert_allclose(weights.sum(axis=1), exact.sum(axis=1))
+    np.testing.assert_allclose(weights.sum(axis=0), exact.sum(axis=0))
     # Neither factor alone can be improved upon: J is a quadratic function of each.
     generator = np.random.default_rng(0)
     right = made.right[0] * (1 + 1e-3 * generator.standard_normal(made.right[0].shape))
@@ -125,3 +136,24 @@ def test_data_makes_the_factors_of_a_decoder_better():
         plain = factorize(weight[None], rank)
         others = sides.error(weight - plain.left[0] @ plain.right[0])
         assert sides.error(weight - made.weight) < 0.8 * others
+
+
+def test_weights_of_the_outputs_in_the_loss_count():
+    """Those of the classes, as the likelihood of tokens needs them."""
+    model, data = decoder(), sentences(30)
+    (layer, *_) = find_layers(model).layers
+    classes = Curvature(2, 3, True, np.linspace(0.5, 1.5, VOCABULARY))
+    importance = importances(model, find_layers(model).layers, {"y": classes})
+    assert importance["tokens"] == pytest.approx(classes.weights)
+    seen = Seen(model, [layer], lambda: [data], importance=importance)
+    weight = read_weight(model, layer)
+    sides = sides_of(seen, layer, weight)
+    assert sides.outputs is importance["tokens"]
+    assert sides.error(weight) == pytest.approx(1)
+    known = Seen(model, [layer], lambda: [data])
+    made = [
+        FactorsFromData(s).approximate(layer, matrix_scheme(layer.shape), [6])[0]
+        for s in (seen, known)
+    ]
+    errors = [sides.error(weight - each.weight) for each in made]
+    assert errors[0] < errors[1]
