@@ -14,10 +14,11 @@ import onnx
 from cobla_onnx.graph.index import GraphIndex
 from cobla_onnx.graph.io.external import external_bytes, is_external
 from cobla_onnx.graph.io.model_file import copy_without_initializers
-from cobla_onnx.graph.layers import find_layers
+from cobla_onnx.graph.layers import Layer, find_layers
 from cobla_onnx.graph.order import captured_names
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import subgraphs, tensor_array
+from cobla_onnx.graph.transposed_copies import transposed_copies, with_transposes
 from cobla_onnx.text import quoted
 
 __all__ = ["Deduplicated", "deduplicated"]
@@ -70,29 +71,39 @@ def deduplicated(model: onnx.ModelProto) -> Deduplicated:
     layers stay, since a layer may give a bias new values only if nobody else reads it. Weights
     that would no longer be layers, since they are read in ways that do not go together, stay.
 
+    A matrix that is stored once more, transposed, becomes a Transpose of the other where both are
+    then one layer (`cobla_onnx.graph.tied`): exporters fold the Transpose before an output layer.
+
     Raises
     ------
     ModelError
         If data is damaged or cannot be read.
     """
-    copies = _equal(model)
-    if not copies:
+    copies, turned = _equal(model), transposed_copies(model, _held_names(model))
+    if not copies and not turned:
         return Deduplicated(model)
     layers = find_layers(model).layers
     biases = {layer.bias for layer in layers}
     copies = {first: kept for first, its in copies.items() if (kept := _without(its, biases))}
-    merged = _merged(model, copies)
-    found = {layer.source for layer in find_layers(merged).layers}
-    lost = {layer.source for layer in layers if _first(layer.source, copies) not in found}
-    apart = {first for first, its in copies.items() if not lost.isdisjoint([first, *its])}
-    if apart:
-        copies = {first: its for first, its in copies.items() if first not in apart}
-        merged = _merged(model, copies)
+    copies = _kept_layers(model, layers, copies)
+    merged = _merged(model, copies) if copies else model
     gone = {name for its in copies.values() for name in its}
+    turned = {name: first for name, first in turned.items() if gone.isdisjoint((name, first))}
+    merged, turned = with_transposes(merged, turned)
+    gone |= set(turned)
     if not gone:
         return Deduplicated(model)
     sizes = (tensor_bytes(tensor) for tensor in model.graph.initializer if tensor.name in gone)
     return Deduplicated(merged, len(gone), sum(sizes))
+
+
+def _kept_layers(model: onnx.ModelProto, layers: Sequence[Layer], copies: Copies) -> Copies:
+    """Leave out the copies without which a weight would no longer be a layer."""
+    if not copies:
+        return copies
+    found = {layer.source for layer in find_layers(_merged(model, copies)).layers}
+    lost = {layer.source for layer in layers if _first(layer.source, copies) not in found}
+    return {first: its for first, its in copies.items() if lost.isdisjoint([first, *its])}
 
 
 def _without(names: Sequence[str], kept: set[str | None]) -> list[str]:

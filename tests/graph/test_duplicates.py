@@ -14,7 +14,9 @@ from cobla_onnx import Budget, compress
 from cobla_onnx.graph.duplicates import deduplicated
 from cobla_onnx.graph.io.model_file import load_model, stored_bytes
 from cobla_onnx.graph.layers import find_layers
+from cobla_onnx.graph.transposed_copies import transposed_copies, with_transposes
 from tests.builders import model_of, random_array
+from tests.tied import VOCABULARY, WIDTH, decoder, sentences
 
 SIZE = 24
 OPTIONS = ort.SessionOptions()
@@ -194,3 +196,41 @@ def test_reports_of_all_kinds_show_it(tmp_path, budget):
     for name in ("r.json", "r.html", "r.md"):
         result.save_report(tmp_path / name)
         assert "stored once in place of more than once" in (tmp_path / name).read_text()
+
+
+def test_a_transposed_copy_of_a_table_is_computed_from_it(tmp_path):
+    model, data = decoder("copy"), sentences(4)
+    found = deduplicated(model)
+    table = 4 * VOCABULARY * WIDTH
+    assert (found.count, found.nbytes) == (1, table)
+    assert transposed_copies(model, ()) == {"copy": "table"}
+    assert find_layers(found.model).layers[0].op == "Gather+MatMul"
+    session = ort.InferenceSession(found.model.SerializeToString(), OPTIONS)
+    whole = ort.InferenceSession(model.SerializeToString(), OPTIONS)
+    assert session.run(None, data)[0].tobytes() == whole.run(None, data)[0].tobytes()
+
+    result = compress(model, Budget(mem=0.3))
+    assert result.report.budget["mem"].before == stored_bytes(model)
+    assert stored_bytes(result.model) <= 0.3 * stored_bytes(model)
+    onnx.checker.check_model(result.model, full_check=True)
+    # Another number, in a chunk of its own.
+    changed = onnx.numpy_helper.to_array(model.graph.initializer[4]).copy()
+    changed[-1, -1] += 1
+    model.graph.initializer[4].CopyFrom(onnx.numpy_helper.from_array(changed, "copy"))
+    assert deduplicated(model).model is model
+
+
+def test_a_transposed_copy_that_makes_no_layer_stays():
+    weight = random_array(SIZE, 2 * SIZE)
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["y0"], "n0"),
+        helper.make_node("Add", ["y0", "c"], ["y1"], "sum"),
+        helper.make_node("Add", ["z", "b"], ["y2"], "other"),
+    ]
+    weights = {"a": weight, "b": np.ascontiguousarray(weight.T), "c": random_array(2 * SIZE)}
+    inputs = {"x": [3, SIZE], "z": [2 * SIZE, SIZE]}
+    model = model_of(nodes, weights, inputs, ["y1", "y2"])
+    assert transposed_copies(model, ()) == {"b": "a"}
+    assert with_transposes(model, {"b": "a"}) == (model, {})
+    assert deduplicated(model).model is model
+    assert transposed_copies(model, {"a"}) == {}
