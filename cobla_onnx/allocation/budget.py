@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,9 @@ from cobla_onnx.allocation.resources import RESOURCES, Resource
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.wording import option_name
 
-__all__ = ["Budget", "Constraint", "least_fraction", "require_reachable", "unreachable"]
+__all__ = ["NOTHING", "Budget", "Constraint", "least_fraction", "require_reachable", "unreachable"]
+
+NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,10 @@ class Budget:
         return tuple((resource, getattr(self, resource.name)) for resource in RESOURCES)
 
     def constraints(
-        self, layers: Sequence[LayerCurves], totals: Mapping[str, int | None]
+        self,
+        layers: Sequence[LayerCurves],
+        totals: Mapping[str, int | None],
+        saved: Mapping[str, int] = NOTHING,
     ) -> tuple[Constraint, ...]:
         """Turn the fractions into integer limits, rounded down exactly.
 
@@ -152,6 +158,8 @@ class Budget:
         layers : sequence of LayerCurves
         totals : mapping of str to (int or None)
             Costs of the original model by the name of the resource; None where not known.
+        saved : mapping of str to int
+            What of these is gone before any choice, such as constants that were stored twice.
 
         Raises
         ------
@@ -175,7 +183,7 @@ class Budget:
             # repr gives the decimal that was meant, so that 0.3 of 1000 is 300, not 299.
             limit = math.floor(Fraction(repr(float(value))) * total)
             bare = Constraint(name, value, total, limit, 0)
-            fixed = total - sum(bare.whole(layer) for layer in layers)
+            fixed = total - saved.get(name, 0) - sum(bare.whole(layer) for layer in layers)
             result.append(Constraint(name, value, total, limit, fixed))
         return tuple(result)
 

@@ -142,7 +142,8 @@ def importances(
     Returns
     -------
     dict of str to float64 array, shape (outputs,)
-        By the layer's name; their mean is 1.
+        By the layer's name; their mean is 1. Of a tied weight, they are those of the one product
+        whose outputs are the rows of the stored matrix.
     """
     walk = _Walk(model, layers)
     found: dict[str, NDArray[np.float64]] = {}
@@ -159,7 +160,12 @@ class _Walk:
 
     def __init__(self, model: onnx.ModelProto, layers: Sequence[Layer]) -> None:
         self._graph = GraphIndex(model)
-        self._layers = {e.uses[0].output: e for e in layers if len(e.uses) == 1}
+        self._layers = {
+            each.uses[0].output: (layer, each)
+            for layer in layers
+            for each in layer.readings or (layer,)
+            if len(each.uses) == 1
+        }
         self._shapes: dict[str, Shape] = infer_shapes(model, {})
 
     def layer_behind(self, place: _Place, size: int) -> Layer | None:
@@ -169,8 +175,12 @@ class _Walk:
             at = self._before(at, size)
         if at is None:
             return None
-        layer = self._layers[at.name]
-        return layer if _outputs_along(layer, at) == size else None
+        layer, reading = self._layers[at.name]
+        if _outputs_along(reading, at) != size:
+            return None
+        # The other side of a square matrix would look the same.
+        apart = not layer.readings or (layer.shape[0] == size != layer.shape[1])
+        return layer if apart else None
 
     def _before(self, place: _Place, size: int) -> _Place | None:
         """Return where the entries of a tensor along an axis come from."""

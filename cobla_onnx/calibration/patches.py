@@ -14,12 +14,16 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph.inventory import Layer, Refusal, Use
+from cobla_onnx.graph.inventory import Layer, Reason, Refusal, Use
 from cobla_onnx.graph.operators.base import operator_of
+from cobla_onnx.graph.operators.gather import LookupPatch
 from cobla_onnx.graph.operators.patches import DensePatch, Patch, ReadPatch, cut
 from cobla_onnx.text import quoted
 
-__all__ = ["OutputPatch", "Patch", "ReadPatch", "finite_outputs", "patch_of", "unreadable"]
+__all__ = ["WIDE", "OutputPatch", "Patch", "ReadPatch", "finite_outputs", "patch_of", "unreadable"]
+
+# For vectors longer than this, the second moment of the outputs is used instead.
+WIDE = 5000
 
 
 @dataclass(frozen=True)
@@ -83,5 +87,10 @@ def patch_of(model: onnx.ModelProto, layer: Layer, use: Use) -> ReadPatch:
 def unreadable(model: onnx.ModelProto, layer: Layer) -> Refusal | None:
     """Why data says nothing of a layer's errors; None if it does."""
     nodes = model.graph.node
-    found = (operator_of(layer).patch(nodes[use.node], layer, use) for use in layer.uses)
-    return next((refusal for refusal in found if isinstance(refusal, Refusal)), None)
+    found = [operator_of(layer).patch(nodes[use.node], layer, use) for use in layer.uses]
+    for patch in found:
+        if isinstance(patch, Refusal):
+            return patch
+        if layer.readings and patch.size > WIDE and not isinstance(patch, LookupPatch):
+            return Refusal(Reason.UNREADABLE, f"vectors of {patch.size} entries, tied to others")
+    return None

@@ -20,7 +20,7 @@ from cobla_onnx.calibration.moments import (
     Remainder,
     collect_moments,
 )
-from cobla_onnx.calibration.patches import OutputPatch, Patch, patch_of
+from cobla_onnx.calibration.patches import WIDE, OutputPatch, Patch, patch_of
 from cobla_onnx.calibration.sums import Moment
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.operators.gather import LookupPatch
@@ -32,8 +32,6 @@ __all__ = ["Seen"]
 
 Made = TypeVar("Made")
 
-# For vectors longer than this, the second moment of the outputs is used instead.
-WIDE = 5000
 # Most bytes of decompositions that are kept for further ranks.
 KEPT = 1 << 28
 
@@ -160,6 +158,8 @@ class Seen:
 
     def is_wide(self, layer: Layer) -> bool:
         """Whether a layer is measured by its outputs alone."""
+        if layer.readings:
+            return False
         return isinstance(self._patches[layer.name][0], OutputPatch | LookupPatch)
 
     def is_centred(self, layer: Layer) -> bool:
@@ -170,7 +170,11 @@ class Seen:
 
     def moment(self, layer: Layer) -> Moment:
         """Moment of a layer's inputs or, if it is wide, of its outputs; not of a lookup's."""
-        return self._store.get(self._patches[layer.name])
+        return self.moment_of(self._patches[layer.name])
+
+    def moment_of(self, patches: Sequence[Patch]) -> Moment:
+        """Moment over some of the patches of a layer; not of lookups'."""
+        return self._store.get(patches)
 
     def counts(self, layer: Layer) -> RowCounts | None:
         """How often each row of a lookup's table was read, over all uses; None of other layers."""

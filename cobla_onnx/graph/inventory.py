@@ -94,6 +94,13 @@ class Layer:
     bias : str or None
         Name of the stored bias, if nobody but this layer's single node reads it and it is
         added as it is: one number for each output channel.
+    readings : tuple of Layer
+        Of a tied weight, which nodes read in several ways: each way as a layer with its own nodes.
+        The weight is then the stored matrix as it is, the uses are those of all readings in the
+        order of the nodes, `op` names all operators, and `weight_input` and `attributes` are
+        those of the readings alone. Empty for a weight that is read in one way.
+    transposed : bool
+        Of a reading: whether its nodes read the transpose of the tied weight.
     """
 
     name: str
@@ -107,6 +114,12 @@ class Layer:
     uses: tuple[Use, ...]
     attributes: dict[str, Any] = field(default_factory=dict)
     bias: str | None = None
+    readings: tuple[Layer, ...] = ()
+    transposed: bool = False
+
+    def reading(self, use: Use) -> Layer:
+        """Return the reading to which a use of a tied weight belongs; else the layer itself."""
+        return next((each for each in self.readings if use in each.uses), self)
 
     @property
     def params(self) -> int:

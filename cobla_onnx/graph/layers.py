@@ -24,6 +24,7 @@ from cobla_onnx.graph.inventory import Inventory, Layer, Reason, Refusal, Skippe
 from cobla_onnx.graph.operators.base import OPERATORS, operator_of, operator_of_node
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import subgraphs, tensor_array
+from cobla_onnx.graph.tied import Steps, tied
 from cobla_onnx.graph.weights import read_bias, read_weight
 from cobla_onnx.text import quoted
 
@@ -87,7 +88,8 @@ LARGEST = 2**31 - 1
 def find_layers(model: onnx.ModelProto) -> Inventory:
     """Find every node of a registered operator whose weight is constant.
 
-    Nodes that read the same stored weight in the same way are one layer.
+    Nodes that read the same stored weight in the same way are one layer. So are those that read a
+    stored matrix in several ways, where these go together (`cobla_onnx.graph.tied`).
 
     Returns
     -------
@@ -120,14 +122,19 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
     )
     layers: list[Layer] = []
     taken: set[str] = set()
+    found_ways: list[tuple[Layer, str, Steps]] = []
     for members in groups.values():
         layer = _layer(graph, members, taken)
+        found_ways.append((layer, operator_of(layer).kind, members[0][2].steps))
+    stored = {name: tuple(tensor.dims) for name, tensor in graph.stored.items()}
+    for layer in tied(found_ways, stored):
         problem = _problem(graph, layer)
         if problem is None:
             layers.append(layer)
         else:
-            item = Skipped(layer.name, layer.op, *problem, layer.params)
-            skipped.append((layer.uses[0].node, item))
+            for each in layer.readings or (layer,):
+                item = Skipped(each.name, each.op, *problem, layer.params)
+                skipped.append((each.uses[0].node, item))
     skipped.sort(key=lambda entry: entry[0])
     return Inventory(tuple(layers), tuple(item for _, item in skipped))
 
@@ -262,7 +269,8 @@ def _other_reader(graph: GraphIndex, layer: Layer) -> Refusal | None:
         for reader in graph.readers[tensor]:
             if reader not in between and reader not in nodes:
                 return Refusal(Reason.SHARED, node_label(graph.nodes[reader], reader))
-    for index in nodes:
-        if list(graph.nodes[index].input).count(graph.nodes[index].input[layer.weight_input]) > 1:
+    for use in layer.uses:
+        inputs = list(graph.nodes[use.node].input)
+        if inputs.count(inputs[layer.reading(use).weight_input]) > 1:
             return Refusal(Reason.SHARED, "read twice by one node")
     return None

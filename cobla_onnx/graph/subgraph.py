@@ -39,8 +39,13 @@ def expose(model: onnx.ModelProto, layers: Sequence[Layer], *, as_inputs: bool) 
     Every node of a layer reads a new name instead, which is an input of the graph if
     `as_inputs`, and otherwise for the caller to add as an initializer.
     """
-    # A weight behind other nodes still has readers: the nodes in between.
-    chained = {layer.source for layer in layers if any(use.chain for use in layer.uses)}
+    # A weight behind other nodes still has readers: the nodes in between. Through these a tied
+    # weight passes, as it is stored, to who reads it otherwise.
+    chained = {
+        layer.source
+        for layer in layers
+        if not layer.readings and any(use.chain for use in layer.uses)
+    }
     dropped = {layer.source for layer in layers} - chained
     dropped |= {layer.bias for layer in layers if layer.bias is not None}
     result = copy_without_initializers(model, dropped)
@@ -55,7 +60,10 @@ def expose(model: onnx.ModelProto, layers: Sequence[Layer], *, as_inputs: bool) 
         bias = None if layer.bias is None else f"cobla-onnx/bias/{number}"
         for use in layer.uses:
             node = graph.node[use.node]
-            node.input[layer.weight_input] = weight
+            if layer.readings and use.chain:
+                graph.node[use.chain[0]].input[0] = weight
+            else:
+                node.input[layer.reading(use).weight_input] = weight
             if bias is not None:
                 node.input[2] = bias
         if as_inputs:

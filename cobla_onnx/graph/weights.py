@@ -26,6 +26,8 @@ def read_weight(model: onnx.ModelProto, layer: Layer) -> NDArray[Any]:
         If the stored data does not fit the declared shape, or is not finite.
     """
     array = _read(model, layer, layer.source)
+    if layer.readings:
+        return array.astype(onnx.helper.tensor_dtype_to_np_dtype(layer.type), copy=False)
     for index in layer.uses[0].chain:
         node = model.graph.node[index]
         if node.op_type == "Transpose":

@@ -76,8 +76,11 @@ def measure_layer(
     Returns
     -------
     tuple of int and list of int, or None
-        Nanoseconds; None if the shapes of a use are not known.
+        Nanoseconds; None if the shapes of a use are not known, or if nodes read the weight in
+        several ways, which no model of one node shows.
     """
+    if layer.readings:
+        return None
     keys = [layer_key(model, layer, use, shapes) for use in layer.uses]
     known = [key for key in keys if key is not None]
     if len(known) < len(keys):
@@ -145,7 +148,8 @@ def time_layers(
         timed = _timed(model, layer, each.curves, shapes, profile, stopwatch)
         places = [] if timed is None else [i for i, c in enumerate(timed.curves) if len(c.levels)]
         if timed is None or not places:
-            detail = "shapes not known" if timed is None else "measured"
+            unknown = "read in several ways" if layer.readings else "shapes not known"
+            detail = unknown if timed is None else "measured"
             skipped.append(Skipped(layer.name, layer.op, Reason.NOT_FASTER, detail, layer.params))
             continue
         curves = replace(timed, curves=tuple(timed.curves[i] for i in places))

@@ -105,29 +105,20 @@ class Settings:
         "NAME:D,D",
     )
     include: Sequence[str] = option(
-        ANALYSE,
-        "layers",
-        (),
-        "--include",
-        "Only layers of this name, or that match.",
-        "GLOB",
+        ANALYSE, "layers", (), "--include", "Only layers of this name, or that match.", "GLOB"
     )
     exclude: Sequence[str] = option(
-        ANALYSE,
-        "layers",
-        (),
-        "--exclude",
-        "Leave layers of this name, or that match.",
-        "GLOB",
+        ANALYSE, "layers", (), "--exclude", "Leave layers of this name, or that match.", "GLOB"
     )
     min_size: int = option(
+        ANALYSE, "layers", 0, "--min-size", "Leave layers with fewer weights.", "N", minimum=0
+    )
+    deduplicate: bool = option(
         ANALYSE,
         "layers",
-        0,
-        "--min-size",
-        "Leave layers with fewer weights.",
-        "N",
-        minimum=0,
+        True,
+        "--deduplicate/--no-deduplicate",
+        "Store once what the model stores more than once.",
     )
     scheme: Literal["auto", "spatial", "channel", "input"] = option(
         ANALYSE,

@@ -37,6 +37,7 @@ class InspectOptions(TypedDict, total=False):
     include: Sequence[str]
     exclude: Sequence[str]
     min_size: int
+    deduplicate: bool
     scheme: Literal["auto", "spatial", "channel", "input"]
     data: Any
     samples: int | None

@@ -233,7 +233,9 @@ def _limiting(
     found = _smallest(outlooks, "mem", "both", HARDLY)
     if found is None:
         return ()
-    constraints = Budget(mem=found.kept).constraints(lever.layers, session.analysis.totals)
+    analysis = session.analysis
+    budget = Budget(mem=found.kept)
+    constraints = budget.constraints(lever.layers, analysis.totals, analysis.saved)
     choices = allocate(lever.layers, lever.losses, constraints, solver="milp").choices
     lost = {
         layer.name: float(lever.losses.curve(index, choice.curve)[choice.level])

@@ -45,7 +45,7 @@ class Analysis:
         The layers that may be replaced.
     skipped : tuple of Skipped
     mem_total : int
-        Bytes of all constant tensors of the model.
+        Bytes of all constant tensors of the model, as it was given.
     mac_total : int or None
         MACs of the model; None if not known.
     input_shapes : dict of str to Shape
@@ -56,6 +56,8 @@ class Analysis:
         Shapes of the model's tensors, as far as known.
     time_total : int or None
         Nanoseconds of one run of the model, if its layers were timed.
+    mem_saved : int
+        Bytes of constants that it stored more than once, and that are gone.
     """
 
     variants: tuple[LayerVariants, ...]
@@ -67,6 +69,7 @@ class Analysis:
     from_data: FromData | None = None
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     time_total: int | None = None
+    mem_saved: int = 0
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -93,6 +96,11 @@ class Analysis:
         """Costs of the model by the name of the resource; None where not known."""
         return {"mem": self.mem_total, "mac": self.mac_total, "latency": self.time_total}
 
+    @property
+    def saved(self) -> dict[str, int]:
+        """What of the totals is gone before any choice."""
+        return {"mem": self.mem_saved}
+
     def with_curves(self, curves: Sequence[LayerCurves]) -> Analysis:
         """Return the same layers with other curves."""
         pairs = zip(self.variants, curves, strict=True)
@@ -115,7 +123,7 @@ class Analysis:
 
     def constraints(self, budget: Budget) -> tuple[Constraint, ...]:
         """Turn a budget into hard integer constraints over the layers' choices."""
-        return budget.constraints(self.curves, self.totals)
+        return budget.constraints(self.curves, self.totals, self.saved)
 
     def curves_under(self, rule: RankRule) -> tuple[LayerCurves, ...]:
         """Curves with only the ranks that a rule allows, without layers that keep none."""
@@ -237,13 +245,14 @@ def analyse(
     reach: Reach = NO_BUDGETS,
     prune: bool = True,
     unmeasured: Collection[str] = (),
+    saved: int = 0,
 ) -> Analysis:
     """Find a model's layers, count their costs and measure the errors of their variants.
 
     With `see`, which collects statistics on the calibration data, errors are those of the layers'
     outputs and not of their weights, unless `weigh` is False. With bits, candidates that others
     beat are left out, if `prune` is set. The layers named in `unmeasured` stay whole: no loss
-    would see their errors.
+    would see their errors. `saved` bytes, stored more than once, are gone.
 
     Raises
     ------
@@ -263,7 +272,8 @@ def analyse(
     taken, skipped = _readable(model, inventory, shapes, weighted=see is not None)
     costs = [LayerCosts(_layer_macs(layer, macs), shapes) for layer in taken]
     total = None if macs is None else sum(macs.values())
-    bare = Analysis((), skipped, stored_bytes(model), total, known, notes, None, shapes)
+    size = stored_bytes(model) + saved
+    bare = Analysis((), skipped, size, total, known, notes, None, shapes, mem_saved=saved)
     candidates, more = _in_reach(bare, taken, costs, asked, reach)
     data = None if see is None else FromData(see([c.layer for c in candidates if c.proposals]))
     curves = measured_curves(model, candidates, data if weigh else None, context)
@@ -301,7 +311,7 @@ def _in_reach(
     ranks = asked.ranks
     rules = [ranks, *(ranks.finer() if reach.refine and not ranks.complete else ())]
     try:
-        found, used = ranks_in_reach(reach.budgets, rules, under, bare.totals)
+        found, used = ranks_in_reach(reach.budgets, rules, under, bare.totals, bare.saved)
     except BudgetError as error:
         able = [c for c in under(rules[-1]) if c.proposals]
         of_costs = replace(bare, variants=tuple(_variants(c, ()) for c in able), shapes={})

@@ -90,7 +90,7 @@ def elsewhere_note(
     inside = sum(layer.stored_bytes for layer in analysis.layers)
     if budget is None or budget.mem is None or not inside:
         return ()
-    outside = analysis.mem_total - inside
+    outside = analysis.mem_total - analysis.mem_saved - inside
     left = (budget.mem * analysis.mem_total - outside) / inside
     if left > budget.mem - NEAR:
         return ()

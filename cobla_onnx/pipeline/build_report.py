@@ -92,7 +92,7 @@ def make_report(session: Session, solution: Solution, outcome: Outcome) -> Repor
         seconds=outcome.seconds,
         seed=session.settings.seed,
         threads=session.context.threads,
-        unchanged=_unchanged(plan),
+        unchanged=_unchanged(plan) and not analysis.mem_saved,
         versions=versions(),
         notes=_notes(analysis, solution, outcome),
         latency=outcome.latency,

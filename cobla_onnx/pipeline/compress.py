@@ -55,6 +55,9 @@ def compress(
         Glob patterns for names of layers.
     min_size : int
         Layers with fewer weights are left whole.
+    deduplicate : bool
+        Constants of the same type, shape and bytes are stored once; budgets remain fractions of
+        the original as it is. Names of layers in plans are those of a model without copies.
     scheme : {'auto', 'spatial', 'channel', 'input'}
         Matricisation of convolutions; ``auto`` lets the solver choose for each.
     data : path, mapping, iterable or CalibrationDataReader, optional

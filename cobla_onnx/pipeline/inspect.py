@@ -36,7 +36,7 @@ def inspect(
     Parameters
     ----------
     model : ModelProto or path
-    input_shapes, include, exclude, min_size, scheme, data, samples, batch, memory_limit, images, threads, progress
+    input_shapes, include, exclude, min_size, deduplicate, scheme, data, samples, batch, memory_limit, images, threads, progress
         As those of `compress`. With data, spectra are those of the layers' outputs.
 
     Returns

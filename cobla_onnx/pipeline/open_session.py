@@ -26,6 +26,7 @@ from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.heads import importances
 from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT
 from cobla_onnx.calibration.statistics import Seen
+from cobla_onnx.graph.duplicates import Deduplicated, deduplicated
 from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.layers import Layer, find_layers
 from cobla_onnx.latency.profile import Profile
@@ -121,7 +122,7 @@ def open_session(
     notify: Progress = settings.progress or silent
     needs = Needs(macs_needed, times_needed, budgets, bits, comparing)
     notify("open model and data", 0, 1)
-    proto, order = open_in_order(model)
+    given, order = open_in_order(model)
     threads = settings.threads or available_cores()
     cache = None if settings.cache is None else Cache(settings.cache)
     with (
@@ -129,8 +130,10 @@ def open_session(
         one_thread,
         choose_pool(threads, settings.workers, settings.executor, settings.dask) as pool,
         execution_provider(settings.provider) as provider,
-        open_samples(proto, settings) as dataset,
+        open_samples(given, settings) as dataset,
     ):
+        single = deduplicated(given) if settings.deduplicate else Deduplicated(given)
+        proto = single.model
         notify("open model and data", 1, 1)
         context = RunContext(threads, pool, cache, notify)
         # A profile that does not fit is refused before the work.
@@ -138,7 +141,7 @@ def open_session(
         rule = _rule(settings, needs, provider)
         known = known_shapes(settings, dataset)
         looking = None if dataset is None else _looking(proto, dataset, settings, context)
-        analysis = _analysed(proto, known, settings, needs, rule, looking, context)
+        analysis = _analysed(single, known, settings, needs, rule, looking, context)
         try:
             times = None if profile is None else _times(proto, analysis, profile, settings, context)
             table = times.table() if times is not None and times_needed else analysis
@@ -194,7 +197,7 @@ def _looking(
 
 
 def _analysed(
-    model: onnx.ModelProto,
+    single: Deduplicated,
     known: tuple[dict[str, Sequence[int]], tuple[str, ...]],
     settings: Settings,
     needs: Needs,
@@ -203,6 +206,7 @@ def _analysed(
     context: RunContext,
 ) -> Analysis:
     """Analyse the model; with data, by what the layers see of it."""
+    model = single.model
     shapes, notes = known
     refine, weigh = settings.rank_multiple == "auto", settings.needed != "weights"
     # All ranks were tried before a refusal then.
@@ -224,10 +228,11 @@ def _analysed(
         ),
         prune=not needs.comparing,
         unmeasured=looking.measured.unmeasured if looking is not None and weigh else (),
+        saved=single.nbytes,
     )
-    if looking is None:
-        return analysis
-    return replace(analysis, notes=(*analysis.notes, *notes, *looking.notes))
+    if looking is not None:
+        notes = (*notes, *looking.notes)
+    return replace(analysis, notes=(*analysis.notes, *single.notes, *notes))
 
 
 def _measured(

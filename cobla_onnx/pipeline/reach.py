@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from cobla_onnx.allocation import Budget, LayerCurves
-from cobla_onnx.allocation.budget import require_reachable
+from cobla_onnx.allocation.budget import NOTHING, require_reachable
 from cobla_onnx.allocation.knapsack import knapsack
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.variants.base import Candidate
@@ -23,6 +23,7 @@ def ranks_in_reach(
     rules: Sequence[RankRule],
     candidates: Callable[[RankRule], Sequence[Candidate]],
     totals: Mapping[str, int | None],
+    saved: Mapping[str, int] = NOTHING,
 ) -> tuple[Sequence[Candidate], RankRule]:
     """Return the candidates of the first rule under which most budgets can be met.
 
@@ -36,6 +37,8 @@ def ranks_in_reach(
         Returns the layers' candidates under a rule.
     totals : mapping of str to (int or None)
         Costs of the model by the name of the resource; None where not known.
+    saved : mapping of str to int
+        See `Budget.constraints`.
 
     Raises
     ------
@@ -46,7 +49,8 @@ def ranks_in_reach(
     best: tuple[int, Sequence[Candidate], RankRule] | None = None
     for rule in rules:
         found = candidates(rule)
-        errors = [error for budget in untimed if (error := _refusal(budget, found, totals))]
+        refusals = (_refusal(budget, found, totals, saved) for budget in untimed)
+        errors = [error for error in refusals if error]
         if best is None or len(errors) < best[0]:
             best = len(errors), found, rule
         if not errors:
@@ -58,11 +62,14 @@ def ranks_in_reach(
 
 
 def _refusal(
-    budget: Budget, candidates: Sequence[Candidate], totals: Mapping[str, int | None]
+    budget: Budget,
+    candidates: Sequence[Candidate],
+    totals: Mapping[str, int | None],
+    saved: Mapping[str, int],
 ) -> BudgetError | None:
     layers = [_costs(candidate) for candidate in candidates if candidate.proposals]
     try:
-        constraints = budget.constraints(layers, totals)
+        constraints = budget.constraints(layers, totals, saved)
         if all(c.cost(layers, (None,) * len(layers)) <= c.limit for c in constraints):
             return None
         require_reachable(layers, constraints)

@@ -49,9 +49,9 @@ def sweep(
         A folder for the models, named by their budgets; it is made if it is missing.
     external_data : {'auto', 'always', 'never'}
         See `Result.save`.
-    solver, objective, input_shapes, include, exclude, min_size, scheme, data, samples, batch
+    solver, objective, input_shapes, include, exclude, min_size, deduplicate, scheme, data
         As those of `compress`.
-    memory_limit, images, labels, loss, outputs, refit, time_limit, seed, threads
+    samples, batch, memory_limit, images, labels, loss, outputs, refit, time_limit, seed, threads
         As those of `compress`.
     precision, rank_multiple, provider, profile, measure_latency, workers, executor, dask, cache
         As those of `compress`.

@@ -19,6 +19,7 @@ from cobla_onnx.variants.low_rank.curve import rank_curve
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankGrid, rank_rule
 from tests.builders import small_network
 from tests.latency.fakes import FakeStopwatch
+from tests.tied import decoder
 
 ascending = st.lists(st.integers(1, 400), min_size=1, max_size=60, unique=True).map(sorted)
 
@@ -171,6 +172,14 @@ def test_layers_that_are_not_faster_are_left_out_with_the_reason():
     reasons = {item.name: item for item in timed.skipped}
     assert reasons["conv2"].reason is Reason.NOT_FASTER
     assert "measured" in str(reasons["conv2"])
+
+
+def test_a_tied_weight_is_left_out_since_no_single_node_shows_its_time():
+    model = decoder()
+    timed = timed_layers(model, analysed(model), fresh_profile(), FakeStopwatch(overhead=0))
+    reasons = {item.name: str(item) for item in timed.skipped}
+    assert "read in several ways" in reasons["tokens"]
+    assert "hidden" in {layer.name for layer in timed.layers}
 
 
 def test_slowest_layers_come_first_and_do_not_change_the_table():

@@ -159,7 +159,53 @@ def operator_of_node(node: onnx.NodeProto) -> WeightOperator | None:
 
 def operator_of(layer: Layer) -> WeightOperator:
     """Look up a layer's operator."""
-    return OPERATORS[layer.op]
+    return TIED if layer.readings else OPERATORS[layer.op]
+
+
+class Tied:
+    """What stands for the operators of a tied weight: it asks those of its readings.
+
+    No node has it, so that it is not in the registry.
+    """
+
+    kind: ClassVar[str] = "tied"
+    op_types: ClassVar[tuple[str, ...]] = ()
+    domain: ClassVar[str] = ""
+    weight_inputs: ClassVar[tuple[int, ...]] = ()
+    incidental: ClassVar[bool] = False
+
+    def reading(self, node: onnx.NodeProto) -> dict[str, Any]:
+        """Return nothing: attributes are those of the readings."""
+        return {}
+
+    def check(self, node: onnx.NodeProto, shape: tuple[int, ...], label: str) -> None:
+        """Do nothing: readings have been checked."""
+
+    def refusal(self, layer: Layer, shapes: Mapping[str, Shape] | None) -> Refusal | None:
+        """Refuse what one of the readings refuses."""
+        found = (operator_of(each).refusal(each, shapes) for each in layer.readings)
+        return next((refusal for refusal in found if refusal is not None), None)
+
+    def output_axis(self, layer: Layer) -> OutputAxis | None:
+        """Return None: readings have outputs of their own."""
+        return None
+
+    def adds_bias(self, node: onnx.NodeProto) -> bool:
+        """Return False: no bias can take up a change of all readings."""
+        return False
+
+    def macs(self, node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
+        """Return those of the node's own operator."""
+        found = operator_of_node(node)
+        return None if found is None else found.macs(node, shapes)
+
+    def patch(self, node: onnx.NodeProto, layer: Layer, use: Use) -> ReadPatch | Refusal:
+        """Return how the use reads its data."""
+        reading = layer.reading(use)
+        return operator_of(reading).patch(node, reading, use)
+
+
+TIED = Tied()
 
 
 def operator_names() -> str:

@@ -119,7 +119,7 @@ def _on_grid(
         places.append((i, [_number(analysis.curves[i], curve.scheme) for curve in layer.curves]))
     errors = OutputError([[losses.curve(i, k) for k in numbers] for i, numbers in places])
     # Layers without a rank on the grid stay whole, and count as fixed.
-    limits = budget.constraints(layers, analysis.totals)
+    limits = budget.constraints(layers, analysis.totals, analysis.saved)
     found = _solved(layers, errors, limits)
     if found is None:
         return None

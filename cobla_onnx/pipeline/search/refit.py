@@ -20,9 +20,8 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.evaluation.probe import Pair, Probe, Weights
-from cobla_onnx.calibration.patches import ReadPatch, patch_of
+from cobla_onnx.calibration.patches import WIDE, ReadPatch, patch_of
 from cobla_onnx.calibration.positions import Chosen
-from cobla_onnx.calibration.statistics import WIDE
 from cobla_onnx.calibration.sums import Joint
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.pipeline.search.walk import VectorPair, Walk
@@ -172,7 +171,12 @@ def _replaced(trial: Trial, position: int, entry: ChosenLayer, made: Approximati
 
 
 def _refits(model: onnx.ModelProto, entry: ChosenLayer) -> bool:
-    """Whether a layer can be refitted: where vectors are wide, unrounded factors alone."""
+    """Whether a layer can be refitted: where vectors are wide, unrounded factors alone.
+
+    A tied weight has outputs of several kinds, and no one regression.
+    """
+    if entry.layer.readings:
+        return False
     if _is_wide(model, entry):
         return type(entry.approximation) is LowRankWeight
     return require_family(entry.form.name).refits

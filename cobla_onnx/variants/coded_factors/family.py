@@ -90,7 +90,8 @@ class CodedFactorsFamily(VariantFamily):
         per_level = known_costs(mac=per_rank)
         for name, cost in per_level.items():
             found[name] = proposal.levels * cost
-        return VariantCurve(self.name, form.name, proposal.levels, found, errors, per_level)
+        nested = not layer.readings
+        return VariantCurve(self.name, form.name, proposal.levels, found, errors, per_level, nested)
 
     def params(self, layer: Layer, form: CodedScheme, level: int) -> int:
         """Count the weights of both factors."""

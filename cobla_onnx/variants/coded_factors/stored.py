@@ -13,7 +13,7 @@ from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.variants.coded_factors.form import CodedScheme
 from cobla_onnx.variants.coded_factors.pair import RoundedPair, arranged
 from cobla_onnx.variants.low_rank.matricisation import Scheme
-from cobla_onnx.variants.low_rank.nodes import FIRST, SECOND, pair_nodes
+from cobla_onnx.variants.low_rank.nodes import FIRST, SECOND, nodes_of, parts_read
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement, narrowed_bias
 from cobla_onnx.variants.storage.tensor import (
@@ -22,6 +22,7 @@ from cobla_onnx.variants.storage.tensor import (
     half_tensor,
     tensor_bytes,
 )
+from cobla_onnx.variants.tied import with_transposes
 
 __all__ = ["StoredPair", "pair_bytes", "stored_pair"]
 
@@ -69,7 +70,8 @@ class StoredPair(Replacement):
             its = {part: stored[f"{factor}/{part}"] for part in tensor.arrays}
             decoding, operands[factor] = tensor.decode(its, f"{self.layer.name}/{factor}", names)
             nodes += decoding
-        return nodes, operands
+        more, operands = with_transposes(operands, parts_read(self.layer), names)
+        return [*nodes, *more], operands
 
     def nodes(
         self,
@@ -80,7 +82,7 @@ class StoredPair(Replacement):
         names: Names,
     ) -> list[onnx.NodeProto]:
         """Build the two factor nodes of one use; the second has the bias."""
-        return pair_nodes(self.scheme, node, use, (operands[FIRST], operands[SECOND]), rest, names)
+        return nodes_of(self.layer, self.scheme, node, use, operands, rest, names)
 
 
 def stored_pair(layer: Layer, pair: RoundedPair) -> StoredPair:

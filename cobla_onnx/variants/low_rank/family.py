@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from cobla_onnx.variants.low_rank.ranks import RankGrid, RankRule
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.low_rank.units import ValuesUnit, factorize_layer
 from cobla_onnx.variants.low_rank.weighted_svd import WeightedFactorizer
+from cobla_onnx.variants.tied import macs_per_rank
 
 __all__ = ["LowRankFamily"]
 
@@ -93,7 +95,7 @@ class LowRankFamily(VariantFamily):
         scheme = proposal.form
         dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
         values = np.zeros(proposal.most) if spectrum is None else spectrum
-        return rank_curve(
+        curve = rank_curve(
             scheme.name,
             values,
             proposal.levels,
@@ -101,6 +103,8 @@ class LowRankFamily(VariantFamily):
             None if costs.macs is None else self.macs(layer, scheme, 1, costs),
             errors,
         )
+        # Masks lie between the factors of one product, and a tied weight has several.
+        return replace(curve, nested=not layer.readings)
 
     def params(self, layer: Layer, form: Any, level: int) -> int:
         """Count the weights of both factors."""
@@ -110,7 +114,12 @@ class LowRankFamily(VariantFamily):
         """Count the MACs of both factors over all uses; None where shapes are not known."""
         total = 0
         for use in layer.uses:
-            per_rank = form.macs_per_rank(use, costs.shapes)
+            reading = layer.reading(use)
+            per_rank = (
+                form.macs_per_rank(use, costs.shapes)
+                if reading is layer
+                else macs_per_rank(reading, use, costs.shapes)
+            )
             if per_rank is None:
                 return None
             total += per_rank * level

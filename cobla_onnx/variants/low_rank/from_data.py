@@ -22,6 +22,8 @@ from cobla_onnx.variants.low_rank.approximation import LowRankWeight
 from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank, schemes_for
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR, shrink, shrink_outputs
 from cobla_onnx.variants.low_rank.svd import Float64
+from cobla_onnx.variants.low_rank.tied_factors import TiedFactorizer
+from cobla_onnx.variants.low_rank.tied_moments import Sides, sides_of
 from cobla_onnx.variants.low_rank.weighted_svd import (
     OutputFactorizer,
     WeightedFactorizer,
@@ -32,13 +34,14 @@ from cobla_onnx.variants.recent import Recent
 __all__ = [
     "FactorsFromData",
     "SpectraUnit",
+    "layer_importance",
     "layer_moment",
     "mean_change",
     "solver_of",
     "truncation_errors",
 ]
 
-Solver: TypeAlias = WeightedFactorizer | OutputFactorizer
+Solver: TypeAlias = WeightedFactorizer | OutputFactorizer | TiedFactorizer
 
 # Ranks at which an error that does not follow from a spectrum is computed; else interpolated.
 GRID = 14
@@ -48,7 +51,7 @@ GRID = 14
 class SpectraUnit:
     """A layer, the schemes and largest ranks asked for, and its moment.
 
-    A unit of work, with the cache for its result.
+    A unit of work, with the cache for its result. Of a tied weight, `sides` are its moments.
     """
 
     ranks: tuple[tuple[Scheme, int], ...]
@@ -58,6 +61,7 @@ class SpectraUnit:
     importance: Float64 | None
     cache: Cache | None
     key: str
+    sides: Sides | None = None
 
     def measure(self) -> Measured:
         """Compute weighted singular values and errors of a layer under each of its schemes."""
@@ -81,11 +85,13 @@ class SpectraUnit:
 
 def solver_of(unit: SpectraUnit, scheme: Scheme, max_rank: int) -> Solver:
     """Return what factorises the unit's layer under a scheme."""
-    kind = _kind(unit.wide)
-    return kind(scheme, unit.weight.array, unit.second, max_rank, unit.importance)
+    weight = unit.weight.array
+    if unit.sides is not None:
+        return TiedFactorizer(scheme, weight, unit.sides, max_rank)
+    return _kind(unit.wide)(scheme, weight, unit.second, max_rank, unit.importance)
 
 
-def _kind(wide: bool) -> type[Solver]:
+def _kind(wide: bool) -> type[WeightedFactorizer] | type[OutputFactorizer]:
     """What factorises by the moment of outputs, for wide layers, or of inputs."""
     return OutputFactorizer if wide else WeightedFactorizer
 
@@ -97,7 +103,7 @@ def truncation_errors(solver: Solver) -> Float64:
     ranks = np.arange(full_rank + 1)
     if solver.energy <= 0:
         return np.zeros(full_rank + 1)
-    if scheme.offsets == 1:
+    if scheme.offsets == 1 and not isinstance(solver, TiedFactorizer):
         errors = solver.errors(ranks) / solver.energy
     else:
         grid = np.unique(np.geomspace(1, max_rank, GRID).round().astype(np.int64))
@@ -132,12 +138,15 @@ class FactorsFromData:
         self, layer: Layer, ranks: Sequence[tuple[Scheme, int]], weight: Carried
     ) -> SpectraUnit:
         """Collect the input of a measurement, for schemes with the largest ranks asked for."""
+        sides = sides_of(self._seen, layer, weight.array) if layer.readings else None
         moment = layer_moment(self._seen, layer, weight.array)
-        importance = self._seen.importance.get(layer.name)
+        importance = layer_importance(self._seen, layer, weight.array)
         centred = self._seen.is_centred(layer)
         key = digest(self._seen.key, self._seen.patches(layer), centred, FLOOR, importance)
         wide = self._seen.is_wide(layer)
-        return SpectraUnit(tuple(ranks), weight, wide, moment, importance, self._seen.cache, key)
+        return SpectraUnit(
+            tuple(ranks), weight, wide, moment, importance, self._seen.cache, key, sides
+        )
 
     def approximate(self, layer: Layer, form: Scheme, levels: Sequence[int]) -> list[LowRankWeight]:
         """Return the best approximations of a layer at the given ranks."""
@@ -170,9 +179,12 @@ class FactorsFromData:
         # not depend on it.
         usual = largest_rank(layer, scheme)
         most = usual if rank <= usual else min(scheme.matrix_shape()[1:])
+        if layer.readings:
+            sides = sides_of(self._seen, layer, weight)
+            return self._solvers.put(key, TiedFactorizer(scheme, weight, sides, most))
         second = layer_moment(self._seen, layer, weight)
         kind = _kind(self._seen.is_wide(layer))
-        importance = self._seen.importance.get(layer.name)
+        importance = layer_importance(self._seen, layer, weight)
         return self._solvers.put(key, kind(scheme, weight, second, most, importance))
 
     def _refuse_unknown(self, layer: Layer, scheme: Scheme) -> None:
@@ -213,8 +225,17 @@ def mean_change(seen: Seen, layer: Layer, change: NDArray[Any]) -> Float64:
     return np.asarray(np.einsum("gos,gs->go", rows, seen.moment(layer).mean))
 
 
+def layer_importance(seen: Seen, layer: Layer, weight: NDArray[Any]) -> Float64 | None:
+    """How much the squared error of each output of a layer counts; None if all do alike."""
+    if layer.readings:
+        return sides_of(seen, layer, weight).importance
+    return seen.importance.get(layer.name)
+
+
 def layer_moment(seen: Seen, layer: Layer, weight: NDArray[Any]) -> Float64:
     """Moment of a layer's inputs or outputs, shrunk towards the one without data."""
+    if layer.readings:
+        return sides_of(seen, layer, weight).second
     moment = seen.moment(layer)
     second, mean = moment.second, moment.mean
     if seen.is_centred(layer):

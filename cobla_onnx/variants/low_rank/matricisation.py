@@ -279,17 +279,12 @@ class ProductScheme:
         """Reshape a stack of matrices into the weight: the inverse of `matrix`."""
         return matrix.reshape(self.shape)
 
-    @property
-    def _left_first(self) -> bool:
-        """Whether the left matrix factor is applied to the data first."""
-        return (self.weight_input == 1) != self.transposed
-
     offsets = 1
 
     @property
     def inputs_first(self) -> bool:
-        """Whether the rows of the matrix, not its columns, correspond to the inputs."""
-        return self._left_first
+        """Whether rows of the matrix are the inputs, so that its left factor is applied first."""
+        return (self.weight_input == 1) != self.transposed
 
     def rows_of(self, weight: NDArray[Any]) -> NDArray[Any]:
         """Reshape a weight to one row for each output, shape (groups, outputs, size)."""
@@ -310,16 +305,16 @@ class ProductScheme:
         batch = self.shape[:-2]
         left = left.reshape(*batch, *left.shape[1:])
         right = right.reshape(*batch, *right.shape[1:])
-        first, second = (left, right) if self._left_first else (right, left)
-        return (first if self._left_first == self.data_left else first.swapaxes(-1, -2)), second
+        first, second = (left, right) if self.inputs_first else (right, left)
+        return (first if self.inputs_first == self.data_left else first.swapaxes(-1, -2)), second
 
     def unfold(
         self, first: NDArray[Any], second: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Turn the two weights back into matrix factors."""
-        if self._left_first != self.data_left:
+        if self.inputs_first != self.data_left:
             first = first.swapaxes(-1, -2)
-        left, right = (first, second) if self._left_first else (second, first)
+        left, right = (first, second) if self.inputs_first else (second, first)
         return left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:])
 
     def params_per_rank(self) -> int:
@@ -333,7 +328,7 @@ class ProductScheme:
         if count is None:
             return None
         _, rows, columns = self.matrix_shape()
-        outputs = columns if self._left_first else rows
+        outputs = columns if self.inputs_first else rows
         return count // outputs * (rows + columns)
 
 
@@ -377,10 +372,16 @@ def _product(layer: Layer, wanted: str) -> tuple[Scheme, ...]:
     return (ProductScheme("matrix", layer.shape, side, flags[side], data_left),)
 
 
+def _tied(layer: Layer, wanted: str) -> tuple[Scheme, ...]:
+    """Read the stored matrix as Gemm's transB does: each of its rows is an output."""
+    return (ProductScheme("matrix", layer.shape, 1, transposed=True, data_left=False),)
+
+
 SCHEMES: dict[str, Callable[[Layer, str], tuple[Scheme, ...]]] = {
     "convolution": _convolution,
     "transposed convolution": _transposed,
     "product": _product,
+    "tied": _tied,
 }
 """By the kind of a layer's operator, what makes its schemes; see `schemes_for`."""
 

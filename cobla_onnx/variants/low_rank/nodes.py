@@ -17,10 +17,24 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from cobla_onnx.graph.layers import Layer, Use, attributes
-from cobla_onnx.variants.low_rank.matricisation import ConvScheme, Scheme, TransposedConvScheme
+from cobla_onnx.graph.operators.base import operator_of
+from cobla_onnx.graph.operators.gather import Lookup
+from cobla_onnx.variants.low_rank.matricisation import (
+    ConvScheme,
+    Scheme,
+    TransposedConvScheme,
+    schemes_for,
+)
 from cobla_onnx.variants.low_rank.svd import Factorization
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement, narrowed, narrowed_bias
+from cobla_onnx.variants.tied import (
+    Part,
+    factors_read,
+    lookup_nodes,
+    operand,
+    with_transposes,
+)
 
 __all__ = [
     "FIRST",
@@ -28,7 +42,9 @@ __all__ = [
     "FactorPair",
     "factor_nodes",
     "make_replacement",
+    "nodes_of",
     "pair_nodes",
+    "parts_read",
     "stand_in",
 ]
 
@@ -69,7 +85,39 @@ class FactorPair(Replacement):
         names: Names,
     ) -> list[onnx.NodeProto]:
         """Build the two factor nodes of one use; the second has the bias."""
-        return pair_nodes(self.scheme, node, use, (operands[FIRST], operands[SECOND]), rest, names)
+        return nodes_of(self.layer, self.scheme, node, use, operands, rest, names)
+
+    def shared(
+        self, stored: Mapping[str, str], names: Names
+    ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+        """Cast the factors where needed; of a tied weight, transpose those that are read so."""
+        casts, operands = super().shared(stored, names)
+        nodes, operands = with_transposes(operands, parts_read(self.layer), names)
+        return [*casts, *nodes], operands
+
+
+def parts_read(layer: Layer) -> list[Part]:
+    """Return how the readings of a tied weight read its factors; nothing of any other layer."""
+    return [part for each in layer.readings for part in factors_read(each, SECOND, FIRST)]
+
+
+def nodes_of(
+    layer: Layer,
+    scheme: Scheme,
+    node: onnx.NodeProto,
+    use: Use,
+    operands: Mapping[str, str],
+    rest: Sequence[str],
+    names: Names,
+) -> list[onnx.NodeProto]:
+    """Build the two nodes of one use, for a tied weight as its reading has them."""
+    if not layer.readings:
+        return pair_nodes(scheme, node, use, (operands[FIRST], operands[SECOND]), rest, names)
+    reading = layer.reading(use)
+    first, second = (operand(operands, part) for part in factors_read(reading, SECOND, FIRST))
+    if operator_of(reading).kind == Lookup.kind:
+        return lookup_nodes(node, use, (first, second), names)
+    return pair_nodes(schemes_for(reading)[0], node, use, (first, second), rest, names)
 
 
 def make_replacement(

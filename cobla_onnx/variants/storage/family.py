@@ -105,7 +105,7 @@ class StorageFamily(BitsFamily):
         if maker is None:
             return RoundingUnit(weight, layer, bits, None, None)
         second = maker.moment(layer, weight.array)
-        return RoundingUnit(weight, layer, bits, second, maker.importance(layer))
+        return RoundingUnit(weight, layer, bits, second, maker.importance(layer, weight.array))
 
     def maker(self, seen: Seen) -> CodesFromData:
         """Round under the moments of calibration data."""

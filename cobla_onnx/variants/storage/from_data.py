@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.runtime.pool import one_thread
-from cobla_onnx.variants.low_rank.from_data import layer_moment, mean_change
+from cobla_onnx.variants.low_rank.from_data import layer_importance, layer_moment, mean_change
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.recent import Recent
@@ -76,9 +76,9 @@ class CodesFromData:
         """Moment of a layer's inputs; None if there is none."""
         return None if self._seen.is_wide(layer) else layer_moment(self._seen, layer, weight)
 
-    def importance(self, layer: Layer) -> Float64 | None:
+    def importance(self, layer: Layer, weight: NDArray[Any]) -> Float64 | None:
         """How much the error of each output counts; None if all do alike."""
-        return self._seen.importance.get(layer.name)
+        return layer_importance(self._seen, layer, weight)
 
     def approximate(self, layer: Layer, form: Any, levels: Sequence[int]) -> list[RoundedWeight]:
         """Return a layer's weight in the given numbers of bits."""

@@ -21,6 +21,7 @@ from cobla_onnx.variants.storage.tensor import (
     half_tensor,
     tensor_bytes,
 )
+from cobla_onnx.variants.tied import operand, with_transposes
 
 __all__ = ["StoredWeight", "coded_weight", "half_weight", "stored_bytes"]
 
@@ -53,7 +54,9 @@ class StoredWeight(Replacement):
     ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
         """Build the nodes that decode the weight, once for all uses."""
         nodes, weight = self.tensor.decode(stored, self.layer.name, names)
-        return nodes, {"weight": weight}
+        parts = [("weight", each.transposed) for each in self.layer.readings]
+        more, operands = with_transposes({"weight": weight}, parts, names)
+        return [*nodes, *more], operands
 
     def nodes(
         self,
@@ -66,7 +69,9 @@ class StoredWeight(Replacement):
         """Return the layer's own node, which reads the decoded weight."""
         result = onnx.NodeProto()
         result.CopyFrom(node)
-        result.input[self.layer.weight_input] = operands["weight"]
+        reading = self.layer.reading(use)
+        weight = operand(operands, ("weight", reading.transposed))
+        result.input[reading.weight_input] = weight
         del result.input[2:]
         result.input.extend(rest)
         return [result]
