@@ -53,9 +53,9 @@ class Use:
     node : int
         Index of the node in the graph.
     data : str
-        Name of the other operand.
+        Name of the data that the node reads: the other operand or, of many, the first.
     output : str
-        Name of the node's output.
+        Name of the node's output or, of several, of the first that has a name.
     chain : tuple of int
         Indices of the Identity, Transpose, Reshape and Cast nodes between the stored tensor and
         the node, in order.
