@@ -31,6 +31,7 @@ class Reason(str, Enum):
     SUBGRAPH = "inside a sub-graph or function"
     EXCLUDED = "excluded by option"
     TOO_SMALL = "smaller than --min-size"
+    UNASKED = "only fewer bits would make it smaller, see --precision"
     NO_GAIN = "two factors would not be smaller"
     NOT_FASTER = "two factors would not be faster"
     BUDGET = "budget is better spent elsewhere"

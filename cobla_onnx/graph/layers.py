@@ -42,6 +42,7 @@ __all__ = [
     "attributes",
     "find_layers",
     "node_label",
+    "outputs_of",
     "read_bias",
     "read_weight",
 ]
@@ -53,9 +54,6 @@ REPORTED = {
     "MatMulInteger",
     "QLinearConv",
     "QLinearMatMul",
-    "LSTM",
-    "GRU",
-    "RNN",
     "FusedConv",
     "FusedMatMul",
     "FusedGemm",
@@ -141,6 +139,12 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
             skipped.append((layer.uses[0].node, item))
     skipped.sort(key=lambda entry: entry[0])
     return Inventory(tuple(layers), tuple(item for _, item in skipped))
+
+
+def outputs_of(model: onnx.ModelProto, layer: Layer) -> list[str]:
+    """All tensors that a layer's nodes make: a recurrent one gives out several."""
+    nodes = (model.graph.node[use.node] for use in layer.uses)
+    return [name for node in nodes for name in node.output if name]
 
 
 def _is_reported(node: onnx.NodeProto) -> bool:

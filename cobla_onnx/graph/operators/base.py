@@ -15,7 +15,7 @@ import onnx
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.inventory import Layer, Refusal, Use
-from cobla_onnx.graph.operators.patches import ReadPatch
+from cobla_onnx.graph.operators.patches import Patch
 
 __all__ = [
     "OPERATORS",
@@ -43,10 +43,12 @@ class OutputAxis(NamedTuple):
 
 
 class WeightOperator(Protocol):
-    """An operator whose output is linear in its data and in its weight.
+    """An operator that multiplies data with a weight.
 
-    Inputs 0 and 1 of its nodes are the data and the weight, in either order. Input 2, if there
-    is one, is added to the product. Output 0 is the result.
+    Of most, the output is the product. Then inputs 0 and 1 of its nodes are the data and the
+    weight, in either order; input 2, if there is one, is added to the product, and output 0 is the
+    result. Of others the product is a part of what the node computes; their patches have no
+    outputs, and nothing is fitted to these.
 
     Attributes
     ----------
@@ -125,7 +127,7 @@ class WeightOperator(Protocol):
         """
         ...
 
-    def patch(self, node: onnx.NodeProto, layer: Layer, use: Use) -> ReadPatch | Refusal:
+    def patch(self, node: onnx.NodeProto, layer: Layer, use: Use) -> Patch | Refusal:
         """How a use of the layer, by this node, reads its data; or why data says nothing of it.
 
         A refused layer stays whole in all compressions with data.

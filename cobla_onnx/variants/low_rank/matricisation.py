@@ -32,13 +32,16 @@ from numpy.typing import NDArray
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.graph.operators.base import Shape, elements, operator_of
 from cobla_onnx.variants.low_rank.product_scheme import ProductScheme
+from cobla_onnx.variants.low_rank.recurrent_scheme import RecurrentScheme
 
 __all__ = [
     "SCHEMES",
     "ConvScheme",
     "Scheme",
     "TransposedConvScheme",
+    "has_layout",
     "largest_rank",
+    "layout_of",
     "schemes_for",
 ]
 
@@ -283,12 +286,23 @@ def _product(layer: Layer, wanted: str) -> tuple[Scheme, ...]:
     return (ProductScheme("matrix", layer.shape, side, flags[side], data_left),)
 
 
+def _transposed_product(kind: type[ProductScheme], layer: Layer) -> Scheme:
+    """Return the matrices of a weight of shape (..., outputs, inputs)."""
+    return kind("matrix", layer.shape, 1, transposed=True, data_left=True)
+
+
 SCHEMES: dict[str, Callable[[Layer, str], tuple[Scheme, ...]]] = {
     "convolution": _convolution,
     "transposed convolution": _transposed,
     "product": _product,
+    "recurrent input": lambda layer, wanted: (_transposed_product(RecurrentScheme, layer),),
 }
 """By the kind of a layer's operator, what makes its schemes; see `schemes_for`."""
+
+LAYOUTS: dict[str, Callable[[Layer], Scheme]] = {
+    "recurrent state": lambda layer: _transposed_product(ProductScheme, layer),
+}
+"""By the kind of an operator without schemes, how the rows of its weight lie; see `layout_of`."""
 
 
 def schemes_for(layer: Layer, wanted: str = "auto") -> tuple[Scheme, ...]:
@@ -303,3 +317,19 @@ def schemes_for(layer: Layer, wanted: str = "auto") -> tuple[Scheme, ...]:
     """
     make = SCHEMES.get(operator_of(layer).kind)
     return () if make is None else make(layer, wanted)
+
+
+def has_layout(layer: Layer) -> bool:
+    """Whether a layer's weight is known to have a row for each output."""
+    kind = operator_of(layer).kind
+    return kind in SCHEMES or kind in LAYOUTS
+
+
+def layout_of(layer: Layer) -> Scheme:
+    """Return how the rows of a layer's weight lie: a matricisation, also where no factors fit.
+
+    A part of a recurrent layer's weight lies inside of the node, where no product can come before
+    it.
+    """
+    make = LAYOUTS.get(operator_of(layer).kind)
+    return schemes_for(layer)[0] if make is None else make(layer)

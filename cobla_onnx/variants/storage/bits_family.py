@@ -68,6 +68,8 @@ class BitsFamily(VariantFamily, Protocol):
         forms = self.forms(layer)
         if not forms:
             return self.refusal(layer)
+        if not asked.bits:
+            return Refusal(Reason.UNASKED)
         smaller = [
             b for b in sorted(asked.bits) if self.stored_bytes(layer, b) < layer.stored_bytes
         ]

@@ -161,7 +161,7 @@ def test_an_input_of_a_type_belongs_to_one_operator():
 def test_operators_have_kinds_of_their_own_and_are_listed():
     every = {operator for operators in OPERATORS.values() for operator in operators}
     assert len({operator.kind for operator in every}) == len(every)
-    assert operator_names() == "Conv, ConvTranspose, Gemm, MatMul and Gather"
+    assert operator_names() == "Conv, ConvTranspose, Gemm, MatMul, Gather, LSTM, GRU and RNN"
 
 
 @settings(max_examples=30)
