@@ -20,7 +20,17 @@ from cobla_onnx.graph.operators.gather import LookupPatch
 from cobla_onnx.graph.operators.patches import DensePatch, Patch, ReadPatch, cut
 from cobla_onnx.text import quoted
 
-__all__ = ["WIDE", "OutputPatch", "Patch", "ReadPatch", "finite_outputs", "patch_of", "unreadable"]
+__all__ = [
+    "WIDE",
+    "OutputPatch",
+    "Patch",
+    "ReadPatch",
+    "finite_outputs",
+    "has_products",
+    "patch_of",
+    "read_patch_of",
+    "unreadable",
+]
 
 # For vectors longer than this, the second moment of the outputs is used instead.
 WIDE = 5000
@@ -68,7 +78,7 @@ def finite_outputs(output: NDArray[Any]) -> NDArray[Any]:
     return output if finite.all() else np.where(finite, output, output.dtype.type(0))
 
 
-def patch_of(model: onnx.ModelProto, layer: Layer, use: Use) -> ReadPatch:
+def patch_of(model: onnx.ModelProto, layer: Layer, use: Use) -> Patch:
     """Return how a use of a layer reads its data.
 
     Raises
@@ -81,6 +91,18 @@ def patch_of(model: onnx.ModelProto, layer: Layer, use: Use) -> ReadPatch:
         raise ModelError(
             f"node {quoted(layer.name)}: {found.reason.value} ({found.detail}); leave it out"
         )
+    return found
+
+
+def has_products(model: onnx.ModelProto, layer: Layer) -> bool:
+    """Whether a layer's outputs are products of its vectors, so that its weight can be fitted."""
+    return all(isinstance(patch_of(model, layer, use), ReadPatch) for use in layer.uses)
+
+
+def read_patch_of(model: onnx.ModelProto, layer: Layer, use: Use) -> ReadPatch:
+    """Return the same for a layer that `has_products`, with the outputs."""
+    found = patch_of(model, layer, use)
+    assert isinstance(found, ReadPatch), layer.name
     return found
 
 

@@ -20,7 +20,7 @@ from cobla_onnx.calibration.moments import (
     Remainder,
     collect_moments,
 )
-from cobla_onnx.calibration.patches import WIDE, OutputPatch, Patch, patch_of
+from cobla_onnx.calibration.patches import WIDE, OutputPatch, Patch, ReadPatch, patch_of
 from cobla_onnx.calibration.sums import Moment
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.operators.gather import LookupPatch
@@ -203,9 +203,9 @@ def _patches(model: onnx.ModelProto, layer: Layer, wide: int) -> list[Patch]:
     patches: list[Patch] = []
     for use in layer.uses:
         patch = patch_of(model, layer, use)
-        if patch.size > wide and not isinstance(patch, LookupPatch):
+        if patch.size <= wide or isinstance(patch, LookupPatch) or not isinstance(patch, ReadPatch):
+            patches.append(patch)
+        else:
             outputs = layer.params // (patch.groups * patch.size)
             patches.append(OutputPatch(use.output, patch, outputs))
-        else:
-            patches.append(patch)
     return patches

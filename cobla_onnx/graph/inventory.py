@@ -31,6 +31,7 @@ class Reason(str, Enum):
     SUBGRAPH = "inside a sub-graph or function"
     EXCLUDED = "excluded by option"
     TOO_SMALL = "smaller than --min-size"
+    UNASKED = "only fewer bits would make it smaller, see --precision"
     NO_GAIN = "two factors would not be smaller"
     NOT_FASTER = "two factors would not be faster"
     BUDGET = "budget is better spent elsewhere"
@@ -53,9 +54,9 @@ class Use:
     node : int
         Index of the node in the graph.
     data : str
-        Name of the other operand.
+        Name of the data that the node reads: the other operand or, of many, the first.
     output : str
-        Name of the node's output.
+        Name of the node's output or, of several, of the first that has a name.
     chain : tuple of int
         Indices of the Identity, Transpose, Reshape and Cast nodes between the stored tensor and
         the node, in order.

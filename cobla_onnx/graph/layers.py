@@ -21,7 +21,12 @@ from cobla_onnx.graph.index import (
     node_label,
 )
 from cobla_onnx.graph.inventory import Inventory, Layer, Reason, Refusal, Skipped, Use
-from cobla_onnx.graph.operators.base import OPERATORS, operator_of, operator_of_node
+from cobla_onnx.graph.operators.base import (
+    OPERATORS,
+    WeightOperator,
+    operator_of,
+    operators_of_node,
+)
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import subgraphs, tensor_array
 from cobla_onnx.graph.tied import Steps, tied
@@ -38,6 +43,7 @@ __all__ = [
     "attributes",
     "find_layers",
     "node_label",
+    "outputs_of",
     "read_bias",
     "read_weight",
 ]
@@ -49,9 +55,6 @@ REPORTED = {
     "MatMulInteger",
     "QLinearConv",
     "QLinearMatMul",
-    "LSTM",
-    "GRU",
-    "RNN",
     "FusedConv",
     "FusedMatMul",
     "FusedGemm",
@@ -103,17 +106,23 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
         skipped.extend((index, item) for item in _inside(node, index))
         if not _is_reported(node):
             continue
-        found = _weight_operand(graph, node)
-        if _is_incidental(node) and not _is_floating_matrix(found):
-            continue
-        if isinstance(found, tuple):
-            position, origin = found
-            key: tuple[Any, ...]
-            key = (origin.source, origin.steps, origin.type, node.op_type, position)
-            key += tuple(OPERATORS[node.op_type].reading(node).items())
-            groups[key].append((index, position, origin))
-        else:
-            skipped.append((index, replace(found, name=node_label(node, index))))
+        operators = operators_of_node(node)
+        if not operators:
+            name = node_label(node, index)
+            skipped.append((index, Skipped(name, node.op_type, Reason.OPERATOR, node.domain)))
+        for operator in operators:
+            found = _weight_operand(graph, node, operator)
+            if operator.incidental and not _is_floating_matrix(found):
+                continue
+            if isinstance(found, tuple):
+                position, origin = found
+                key: tuple[Any, ...]
+                key = (origin.source, origin.steps, origin.type, node.op_type, position)
+                key += tuple(operator.reading(node).items())
+                groups[key].append((index, position, origin))
+            else:
+                name = _name(node, index, operator)
+                skipped.append((index, replace(found, name=name)))
     skipped.extend(
         (len(graph.nodes), Skipped(node_label(node, 0), node.op_type, Reason.SUBGRAPH))
         for function in model.functions
@@ -139,13 +148,18 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
     return Inventory(tuple(layers), tuple(item for _, item in skipped))
 
 
+def outputs_of(model: onnx.ModelProto, layer: Layer) -> list[str]:
+    """All tensors that a layer's nodes make: a recurrent one gives out several."""
+    nodes = (model.graph.node[use.node] for use in layer.uses)
+    return [name for node in nodes for name in node.output if name]
+
+
 def _is_reported(node: onnx.NodeProto) -> bool:
     return node.op_type in REPORTED or node.op_type in OPERATORS
 
 
 def _is_incidental(node: onnx.NodeProto) -> bool:
-    operator = operator_of_node(node)
-    return operator is not None and operator.incidental
+    return any(operator.incidental for operator in operators_of_node(node))
 
 
 def _is_floating_matrix(found: tuple[int, Origin] | Skipped) -> bool:
@@ -164,11 +178,20 @@ def _inside(node: onnx.NodeProto, index: int) -> Iterable[Skipped]:
             stack.extend(subgraphs(inner))
 
 
-def _weight_operand(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, Origin] | Skipped:
+def _name(node: onnx.NodeProto, index: int, operator: WeightOperator) -> str:
+    """Name of a layer: that of its node and, where this holds several weights, of the input."""
+    label = node_label(node, index)
+    if len(operators_of_node(node)) == 1:
+        return label
+    schema = onnx.defs.get_schema(node.op_type, domain=operator.domain)
+    return f"{label}/{schema.inputs[operator.weight_inputs[0]].name}"
+
+
+def _weight_operand(
+    graph: GraphIndex, node: onnx.NodeProto, operator: WeightOperator
+) -> tuple[int, Origin] | Skipped:
     """Which operand is the stored weight, or why none is."""
-    op, operator = node.op_type, operator_of_node(node)
-    if operator is None:
-        return Skipped("", op, Reason.OPERATOR, node.domain)
+    op = node.op_type
     positions = (p for p in operator.weight_inputs if p < len(node.input))
     origins = [(p, graph.origin(node.input[p])) for p in positions]
     constant = [(p, origin) for p, origin in origins if not isinstance(origin, str)]
@@ -185,20 +208,20 @@ def _weight_operand(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, Origi
 def _layer(graph: GraphIndex, members: list[tuple[int, int, Origin]], taken: set[str]) -> Layer:
     first, position, origin = members[0]
     node = graph.nodes[first]
-    name = node_label(node, first)
+    operator = next(o for o in operators_of_node(node) if position in o.weight_inputs)
+    name = _name(node, first, operator)
     if name in taken:
         name = f"{name}_{first}"
     taken.add(name)
     uses = tuple(
         Use(
             index,
-            graph.nodes[index].input[1 - position],
-            graph.nodes[index].output[0],
+            graph.nodes[index].input[0 if position else 1],
+            next(name for name in graph.nodes[index].output if name),
             member.chain,
         )
         for index, _, member in members
     )
-    operator = OPERATORS[node.op_type]
     for index, _, member in members:
         label = f"node {quoted(node_label(graph.nodes[index], index))}"
         operator.check(graph.nodes[index], member.shape, label)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx
 
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.io.model_file import constant_value, without_weights
-from cobla_onnx.graph.layers import node_label
-from cobla_onnx.graph.operators.base import Shape, elements, operator_of_node
+from cobla_onnx.graph.layers import Layer, node_label
+from cobla_onnx.graph.operators.base import Shape, elements, operator_of, operators_of_node
 from cobla_onnx.text import quoted
 from cobla_onnx.wording import either, option_name
 
@@ -19,6 +19,7 @@ __all__ = [
     "fixed_input_shapes",
     "infer_shapes",
     "infer_tensors",
+    "layer_macs",
     "node_macs",
 ]
 
@@ -174,12 +175,30 @@ def node_macs(
     macs: dict[int, int] = {}
     unknown: list[str] = []
     for index, node in enumerate(model.graph.node):
-        operator = operator_of_node(node)
-        if operator is None:
+        operators = operators_of_node(node)
+        if not operators:
             continue
-        count = operator.macs(node, shapes)
+        count = _total(operator.macs(node, shapes) for operator in operators)
         if count is None:
             unknown.append(node_label(node, index))
         else:
             macs[index] = count
     return macs, unknown
+
+
+def layer_macs(model: onnx.ModelProto, layer: Layer, shapes: Mapping[str, Shape]) -> int | None:
+    """MACs with the weight of a layer, over all its uses; None where shapes are not known.
+
+    They are a part of its nodes' where these hold other weights, too.
+    """
+    operator = operator_of(layer)
+    return _total(operator.macs(model.graph.node[use.node], shapes) for use in layer.uses)
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    total = 0
+    for count in counts:
+        if count is None:
+            return None
+        total += count
+    return total

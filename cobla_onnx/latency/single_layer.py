@@ -18,6 +18,7 @@ from cobla_onnx.graph.layers import Layer, Use, find_layers, read_weight
 from cobla_onnx.graph.macs import Shape
 from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.graph.operators.gather import Lookup
+from cobla_onnx.graph.operators.recurrent import LENGTHS, InputWeight, StateWeight
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.variants.registry import forms_of, stand_in
 from cobla_onnx.variants.rewrite import rewrite
@@ -39,7 +40,7 @@ def layer_key(
     """
     node = model.graph.node[use.node]
     data = _typed_shape(shapes.get(use.data))
-    others = [_typed_shape(shapes.get(name)) if name else [] for name in node.input[2:]]
+    others = [_typed_shape(shapes.get(name)) if name else [] for name in _others(node, layer)]
     if data is None or None in others:
         return None
     values = {
@@ -53,11 +54,17 @@ def layer_key(
         f"weight[{layer.weight_input}] {'x'.join(map(str, layer.shape))}",
         *(f"{name}={value}" for name, value in values.items()),
     ]
-    if len(node.input) > 2:
+    if others:
         parts.append(f"and {others}")
     if _listed(model, layer):
         parts.append("weight is an input")
     return ", ".join(parts)
+
+
+def _others(node: onnx.NodeProto, layer: Layer) -> list[str]:
+    """Names of a node's inputs beside data and weight; empty ones are left out by the node."""
+    known = layer.weight_input, 0 if layer.weight_input else 1
+    return [name for place, name in enumerate(node.input) if place not in known]
 
 
 def _listed(model: onnx.ModelProto, layer: Layer) -> bool:
@@ -96,11 +103,16 @@ def micro_graph(
     node.input[layer.weight_input] = weight_name
     tensors = [onnx.numpy_helper.from_array(np.ascontiguousarray(read_weight(model, layer)))]
     tensors[0].name = weight_name
-    is_lookup = operator_of(layer).kind == Lookup.kind
+    kind = operator_of(layer).kind
+    is_recurrent = kind in (InputWeight.kind, StateWeight.kind)
+    if is_recurrent and len(node.input) > LENGTHS and node.input[LENGTHS] not in stored:
+        # Nobody knows which lengths are usual; without any, all sequences are as long as can be.
+        node.input[LENGTHS] = ""
+    is_lookup = kind == Lookup.kind
     data_type = onnx.TensorProto.INT64 if is_lookup else layer.type
     data_shape = _typed_shape(shapes[use.data])
     inputs = [onnx.helper.make_tensor_value_info(use.data, data_type, data_shape)]
-    for name in dict.fromkeys(n for n in node.input[2:] if n):
+    for name in dict.fromkeys(n for n in _others(node, layer) if n):
         if name in stored:
             array = tensor_array(stored[name], name)
             tensors.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
@@ -115,5 +127,5 @@ def micro_graph(
     graph = onnx.helper.make_graph([node], "one layer", inputs, [output], tensors)
     result = onnx.helper.make_model(graph, opset_imports=list(model.opset_import))
     result.ir_version = max(model.ir_version, 4)
-    (found,) = find_layers(result).layers
-    return MicroGraph(result, found)
+    found = find_layers(result).layers
+    return MicroGraph(result, next(x for x in found if x.weight_input == layer.weight_input))

@@ -17,7 +17,7 @@ from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import Inventory, Layer, Reason, Skipped, find_layers
-from cobla_onnx.graph.macs import Shape, fixed_input_shapes
+from cobla_onnx.graph.macs import Shape, fixed_input_shapes, layer_macs
 from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.pipeline.reach import ranks_in_reach
 from cobla_onnx.pipeline.select import Selection, selected, without_unmeasured
@@ -270,7 +270,10 @@ def analyse(
     notes += _warnings(model, inventory)
     inventory = without_unmeasured(inventory, unmeasured)
     taken, skipped = _readable(model, inventory, shapes, weighted=see is not None)
-    costs = [LayerCosts(_layer_macs(layer, macs), shapes) for layer in taken]
+    costs = [
+        LayerCosts(None if macs is None else layer_macs(model, layer, shapes), shapes)
+        for layer in taken
+    ]
     total = None if macs is None else sum(macs.values())
     size = stored_bytes(model) + saved
     bare = Analysis((), skipped, size, total, known, notes, None, shapes, mem_saved=saved)
@@ -340,10 +343,6 @@ def _refused(found: Candidate) -> Skipped:
     layer, why = found.layer, found.refusal
     reason, detail = (Reason.NO_GAIN, "") if why is None else (why.reason, why.detail)
     return Skipped(layer.name, layer.op, reason, detail, layer.params)
-
-
-def _layer_macs(layer: Layer, macs: Mapping[int, int] | None) -> int | None:
-    return None if macs is None else sum(macs[use.node] for use in layer.uses)
 
 
 def _readable(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.evaluation.deviation import network_errors, rounding_error
 from cobla_onnx.errors import VerificationError
-from cobla_onnx.graph.layers import read_bias
+from cobla_onnx.graph.layers import outputs_of, read_bias
 from cobla_onnx.graph.randomness import random_nodes
 from cobla_onnx.graph.subgraph import Exposed, expose
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
@@ -140,11 +140,11 @@ def _check_layers(
     as each such node, the new nodes of the compressed model. It is run once for each group
     of layers that `taps` makes.
     """
-    allowed = {use.output: r.tolerance for r in replacements for use in r.layer.uses}
+    allowed = {name: r.tolerance for r in replacements for name in outputs_of(original, r.layer)}
     outputs = list(allowed)
     exposed = expose(original, [r.layer for r in replacements], as_inputs=False)
     reference = exposed.model
-    renamed = _add_new_nodes(reference, compressed, replacements)
+    renamed = _add_new_nodes(reference, compressed, outputs)
     dense = _dense_weights(original, exposed, replacements)
     kept = {value.name for value in original.graph.output}
     worst = 0.0
@@ -189,7 +189,7 @@ def _dense_weights(
 def _add_new_nodes(
     reference: onnx.ModelProto,
     compressed: onnx.ModelProto,
-    replacements: Sequence[Replacement],
+    outputs: Iterable[str],
 ) -> dict[str, str]:
     """Add the new nodes to the dense ones; return a map of output names, old to new."""
     graph = reference.graph
@@ -198,11 +198,10 @@ def _add_new_nodes(
     stored = {t.name: t for t in compressed.graph.initializer}
     before = len(graph.node)
     producer = {name: node for node in compressed.graph.node for name in node.output}
-    renamed: dict[str, str] = {}
+    renamed = {name: f"{name} by new nodes" for name in outputs}
     copied: set[str] = set()
-    for use in (use for r in replacements for use in r.layer.uses):
-        renamed[use.output] = f"{use.output} by new nodes"
-        _append_slice(graph, producer, use.output, renamed[use.output], present, copied)
+    for name in renamed:
+        _append_slice(graph, producer, name, renamed, present, copied)
     read = {name for node in graph.node[before:] for name in node.input}
     graph.initializer.extend(stored[name] for name in sorted(read - present) if name in stored)
     add_functions(reference, compressed.functions)
@@ -213,23 +212,23 @@ def _append_slice(
     graph: onnx.GraphProto,
     producer: Mapping[str, onnx.NodeProto],
     output: str,
-    renamed: str,
+    renamed: Mapping[str, str],
     present: set[str],
     copied: set[str],
 ) -> None:
-    """Copy the nodes that compute `output` from tensors of the original, with a new name."""
+    """Copy the nodes that compute `output` from tensors of the original, with new names."""
     nodes, wanted = [], [output]
     while wanted:
         name = wanted.pop()
         node = producer.get(name)
         if node is None or name in copied:
             continue
-        copied.add(name)
+        copied.update(node.output)
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         copy.name = ""
-        if name == output:
-            copy.output[list(copy.output).index(output)] = renamed
+        for place, made in enumerate(node.output):
+            copy.output[place] = renamed.get(made, made)
         nodes.append(copy)
         wanted.extend(i for i in node.input if i and i not in present)
     graph.node.extend(reversed(nodes))

@@ -9,7 +9,7 @@ import onnx
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.layers import node_label
 from cobla_onnx.graph.macs import Shape, infer_shapes, node_macs
-from cobla_onnx.graph.operators.base import operator_of_node
+from cobla_onnx.graph.operators.base import operators_of_node
 from cobla_onnx.runtime.session import measured_shapes
 from cobla_onnx.wording import option_name
 
@@ -37,7 +37,7 @@ def model_costs(
     missing = set(unknown)
     wanted: list[str] = []
     for index, node in enumerate(model.graph.node):
-        if operator_of_node(node) is not None and node_label(node, index) in missing:
+        if operators_of_node(node) and node_label(node, index) in missing:
             wanted.extend(name for name in (*node.input[:2], node.output[0]) if name)
     stored = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input}
     names = [name for name in dict.fromkeys(wanted) if name not in stored]

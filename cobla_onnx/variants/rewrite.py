@@ -30,8 +30,7 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
     names = Names(model)
     built: dict[int, list[onnx.NodeProto]] = {}
     for replacement in replacements:
-        nodes, weights = _build(replacement, model, names)
-        built.update(nodes)
+        weights = _build(replacement, model, names, built)
         graph.initializer.extend(weights)
         if model.ir_version < 4:
             # Before IR version 4 every initializer is also an input of the graph.
@@ -80,9 +79,15 @@ def _drop(items: Any, unwanted: Any) -> None:
 
 
 def _build(
-    replacement: Replacement, model: onnx.ModelProto, names: Names
-) -> tuple[dict[int, list[onnx.NodeProto]], list[onnx.TensorProto]]:
-    """Build the nodes that replace each use, by node index, and their initializers."""
+    replacement: Replacement,
+    model: onnx.ModelProto,
+    names: Names,
+    built: dict[int, list[onnx.NodeProto]],
+) -> list[onnx.TensorProto]:
+    """Build the nodes that replace each use, in `built` by node index; return initializers.
+
+    Where another weight of a node was replaced, the last of its nodes is.
+    """
     layer = replacement.layer
     stored = {part: names.tensor(f"{layer.name}/{part}") for part in replacement.arrays}
     initializers = [_tensor(stored[part], array) for part, array in replacement.arrays.items()]
@@ -91,9 +96,8 @@ def _build(
     if replacement.bias is not None:
         bias = [names.tensor(f"{layer.name}/bias")]
         initializers.append(_tensor(bias[0], replacement.bias))
-    result: dict[int, list[onnx.NodeProto]] = {}
     for use in layer.uses:
-        node = model.graph.node[use.node]
+        *earlier, node = built.get(use.node, [model.graph.node[use.node]])
         rest = bias or node.input[2:]
         *before, last = replacement.nodes(node, use, operands, rest, names)
         kept = onnx.NodeProto()
@@ -105,9 +109,9 @@ def _build(
         del kept.input[:], kept.attribute[:]
         kept.input.extend(last.input)
         kept.attribute.extend(last.attribute)
-        result[use.node] = [*before, kept]
-    result[layer.uses[0].node] = shared + result[layer.uses[0].node]
-    return result, initializers
+        built[use.node] = [*earlier, *before, kept]
+    built[layer.uses[0].node] = shared + built[layer.uses[0].node]
+    return initializers
 
 
 def _tensor(name: str, array: NDArray[Any]) -> onnx.TensorProto:

@@ -15,7 +15,8 @@ from onnx import helper
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.graph.operators.base import Shape, elements, operator_of
 from cobla_onnx.graph.operators.gather import Lookup
-from cobla_onnx.variants.low_rank.matricisation import ProductScheme, schemes_for
+from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.product_scheme import ProductScheme
 from cobla_onnx.variants.names import Names
 
 __all__ = ["Part", "factors_read", "lookup_nodes", "macs_per_rank", "operand", "with_transposes"]

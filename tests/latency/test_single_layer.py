@@ -16,6 +16,7 @@ from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.nodes import stand_in
 from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import model_of, random_array, small_network
+from tests.recurrent_models import sequence_model
 
 
 def several_kinds() -> onnx.ModelProto:
@@ -42,7 +43,7 @@ def several_kinds() -> onnx.ModelProto:
     return model_of(nodes, weights, {"x": [1, 8, 12, 12]}, ["y"])
 
 
-@pytest.mark.parametrize("make", [small_network, several_kinds])
+@pytest.mark.parametrize("make", [small_network, several_kinds, sequence_model])
 def test_each_node_alone_gives_what_it_gives_in_the_model(make):
     model = make()
     known = fixed_input_shapes(model, {})

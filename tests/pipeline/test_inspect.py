@@ -118,9 +118,9 @@ def test_the_command(demo_model, tmp_path):
             r"1 x MatMulInteger: weight is quantised; bytes: 4 in .*\); compress the model before",
         ),
         (
-            "y, h, c = LSTM <hidden_size = 1> (x, w, r)",
+            "a = Relu(w) b = Relu(r) y, h, c = LSTM <hidden_size = 1> (x, a, b)",
             "float[1, 4, 2] w = {1, 1, 1, 1, 1, 1, 1, 1}, float[1, 4, 1] r = {1, 1, 1, 1}",
-            r"1 x LSTM: operator is not factorised; bytes: 48 in LSTM\); only Conv",
+            r"2 x weight is not constant; bytes: 48 in Relu\); only Conv",
         ),
     ],
 )

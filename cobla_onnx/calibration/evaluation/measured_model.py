@@ -16,7 +16,7 @@ import onnx
 from cobla_onnx.calibration.evaluation.tracing import FLOATING, Tracing, without_repetition
 from cobla_onnx.errors import DataError
 from cobla_onnx.graph.io.model_file import copy_without_initializers
-from cobla_onnx.graph.layers import Layer, all_inputs, node_label
+from cobla_onnx.graph.layers import Layer, all_inputs, node_label, outputs_of
 from cobla_onnx.runtime.session import Feeds, open_session
 from cobla_onnx.text import quoted
 from cobla_onnx.wording import option_name
@@ -164,7 +164,7 @@ def _unmeasured(
     counted, seen = (_behind(model, names)[0] for names in (outputs, measured))
     found = []
     for layer in layers:
-        made = {use.output for use in layer.uses}
+        made = set(outputs_of(model, layer))
         if made & counted and not made & seen:
             found.append(layer.name)
     return tuple(found)
@@ -197,7 +197,7 @@ def _with_outputs(
         if value is None or not value.type.tensor_type.elem_type:
             value = onnx.helper.make_tensor_value_info(name, kind, None)
         graph.output.append(value)
-    made = [use.output for layer in layers for use in layer.uses]
+    made = [name for layer in layers for name in outputs_of(model, layer)]
     _, needed = _behind(model, [*types, *made])
     _replace_idle(graph, lambda index: index not in needed)
     return result

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from cobla_onnx.graph.layers import Layer, all_inputs
+from cobla_onnx.graph.layers import Layer, all_inputs, outputs_of
 from cobla_onnx.graph.macs import infer_tensors
 from cobla_onnx.graph.subgraph import reached_from
 from cobla_onnx.graph.varying import Varying, varying_tensors
@@ -117,7 +117,8 @@ class Tracing:
             if kind in FLOATING or not self.types.get(name):
                 self.types[name] = FLOATING.get(kind, OTHER)
         self.varying: Varying = varying_tensors(model, shapes)
-        self._roots = {use.output for layer in layers for use in layer.uses} or set(self._given)
+        made = {name for layer in layers for name in outputs_of(model, layer)}
+        self._roots = made or set(self._given)
         self.depends = reached_from(model, self._roots)
         self._changing: set[str] = set()
         self._unknown: set[str] = set()

@@ -20,7 +20,7 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.check.schemas import Schemas
 from cobla_onnx.graph.index import all_inputs, node_label
 from cobla_onnx.graph.io.external import is_external
-from cobla_onnx.graph.operators.base import operator_of_node
+from cobla_onnx.graph.operators.base import operators_of_node
 from cobla_onnx.graph.protos import is_repeated
 from cobla_onnx.graph.sizes import PACKED, tensor_bytes
 from cobla_onnx.graph.tensors import HeldTensor, all_tensors, constant_value, subgraphs
@@ -248,11 +248,11 @@ def _check_nodes(
 
 
 def _check_weight(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]], label: str) -> None:
-    operator = operator_of_node(node)
-    for position in operator.weight_inputs if operator is not None else ():
-        shape = shapes.get(node.input[position]) if position < len(node.input) else None
-        if operator is not None and shape is not None:
-            operator.check(node, shape, label)
+    for operator in operators_of_node(node):
+        for position in operator.weight_inputs:
+            shape = shapes.get(node.input[position]) if position < len(node.input) else None
+            if shape is not None:
+                operator.check(node, shape, label)
 
 
 def _unknown_input(

@@ -15,7 +15,7 @@ import onnx
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.inventory import Layer, Refusal, Use
-from cobla_onnx.graph.operators.patches import ReadPatch
+from cobla_onnx.graph.operators.patches import Patch
 
 __all__ = [
     "OPERATORS",
@@ -26,7 +26,7 @@ __all__ = [
     "elements",
     "operator_names",
     "operator_of",
-    "operator_of_node",
+    "operators_of_node",
     "register",
 ]
 
@@ -43,21 +43,24 @@ class OutputAxis(NamedTuple):
 
 
 class WeightOperator(Protocol):
-    """An operator whose output is linear in its data and in its weight.
+    """An operator that multiplies data with a weight.
 
-    Inputs 0 and 1 of its nodes are the data and the weight, in either order. Input 2, if there
-    is one, is added to the product. Output 0 is the result.
+    Of most, the output is the product. Then inputs 0 and 1 of its nodes are the data and the
+    weight, in either order; input 2, if there is one, is added to the product, and output 0 is the
+    result. Of others the product is a part of what the node computes; their patches have no
+    outputs, and nothing is fitted to these.
 
     Attributes
     ----------
     kind : str
         The name under which other rooms register what they know of it.
     op_types : tuple of str
-        Types of its nodes; no other operator may have them.
+        Types of its nodes. Other operators may share them where a node holds several weights;
+        each of these is then a layer of its own.
     domain : str
         Empty for ONNX's own.
     weight_inputs : tuple of int
-        Inputs that may be the weight.
+        Inputs that may be the weight; those of no other operator with the same nodes.
     incidental : bool
         Whether most nodes of its types hold no weight. Then those without a stored matrix of
         floating type are no concern of anybody who looks for layers, and are not mentioned.
@@ -118,13 +121,13 @@ class WeightOperator(Protocol):
         ...
 
     def macs(self, node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
-        """Multiply-accumulate operations of a node; None if its shapes are not known.
+        """Multiply-accumulate operations with the weight; None if a node's shapes are not known.
 
         The node need not be a layer: both its operands may be computed.
         """
         ...
 
-    def patch(self, node: onnx.NodeProto, layer: Layer, use: Use) -> ReadPatch | Refusal:
+    def patch(self, node: onnx.NodeProto, layer: Layer, use: Use) -> Patch | Refusal:
         """How a use of the layer, by this node, reads its data; or why data says nothing of it.
 
         A refused layer stays whole in all compressions with data.
@@ -132,7 +135,7 @@ class WeightOperator(Protocol):
         ...
 
 
-OPERATORS: dict[str, WeightOperator] = {}
+OPERATORS: dict[str, tuple[WeightOperator, ...]] = {}
 """The operators by the types of their nodes, in the order of their registration."""
 
 
@@ -142,24 +145,26 @@ def register(operator: WeightOperator) -> None:
     Raises
     ------
     ValueError
-        If one of its types is registered.
+        If one of its types is registered with one of its inputs.
     """
     for op_type in operator.op_types:
-        if op_type in OPERATORS:
+        known = OPERATORS.get(op_type, ())
+        if any(set(other.weight_inputs) & set(operator.weight_inputs) for other in known):
             raise ValueError(f"operator {op_type} is registered already")
-        OPERATORS[op_type] = operator
+        OPERATORS[op_type] = (*known, operator)
 
 
-def operator_of_node(node: onnx.NodeProto) -> WeightOperator | None:
-    """Look up a node's operator; None if it is not one that holds weights."""
-    found = OPERATORS.get(node.op_type)
+def operators_of_node(node: onnx.NodeProto) -> tuple[WeightOperator, ...]:
+    """Look up the operators of a node, one for each of its weights; none if it holds none."""
     domain = "" if node.domain == "ai.onnx" else node.domain
-    return found if found is not None and found.domain == domain else None
+    return tuple(found for found in OPERATORS.get(node.op_type, ()) if found.domain == domain)
 
 
 def operator_of(layer: Layer) -> WeightOperator:
     """Look up a layer's operator."""
-    return TIED if layer.readings else OPERATORS[layer.op]
+    if layer.readings:
+        return TIED
+    return next(o for o in OPERATORS[layer.op] if layer.weight_input in o.weight_inputs)
 
 
 class Tied:
@@ -196,10 +201,10 @@ class Tied:
 
     def macs(self, node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
         """Return those of the node's own operator."""
-        found = operator_of_node(node)
-        return None if found is None else found.macs(node, shapes)
+        (operator,) = operators_of_node(node)
+        return operator.macs(node, shapes)
 
-    def patch(self, node: onnx.NodeProto, layer: Layer, use: Use) -> ReadPatch | Refusal:
+    def patch(self, node: onnx.NodeProto, layer: Layer, use: Use) -> Patch | Refusal:
         """Return how the use reads its data."""
         reading = layer.reading(use)
         return operator_of(reading).patch(node, reading, use)

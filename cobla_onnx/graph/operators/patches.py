@@ -11,7 +11,7 @@ operators; which vectors are taken, and what is summed over them, is up to `cali
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,8 +78,9 @@ class Patch(Protocol):
         ...
 
 
+@runtime_checkable
 class ReadPatch(Patch, Protocol):
-    """What an operator reads, with the outputs that belong to it."""
+    """What an operator reads whose outputs are products of it, with these outputs."""
 
     def outputs(self, output: NDArray[Any]) -> NDArray[Any]:
         """Outputs at the positions of the vectors, shape (groups, outputs, positions)."""

@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.evaluation.probe import Pair, Probe, Weights
-from cobla_onnx.calibration.patches import WIDE, ReadPatch, patch_of
+from cobla_onnx.calibration.patches import WIDE, ReadPatch, has_products, read_patch_of
 from cobla_onnx.calibration.positions import Chosen
 from cobla_onnx.calibration.sums import Joint
 from cobla_onnx.graph.layers import Layer, read_weight
@@ -175,7 +175,7 @@ def _refits(model: onnx.ModelProto, entry: ChosenLayer) -> bool:
 
     A tied weight has outputs of several kinds, and no one regression.
     """
-    if entry.layer.readings:
+    if entry.layer.readings or not has_products(model, entry.layer):
         return False
     if _is_wide(model, entry):
         return type(entry.approximation) is LowRankWeight
@@ -184,7 +184,7 @@ def _refits(model: onnx.ModelProto, entry: ChosenLayer) -> bool:
 
 def _is_wide(model: onnx.ModelProto, entry: ChosenLayer) -> bool:
     """Whether a layer's vectors are too wide for their second moment."""
-    return patch_of(model, entry.layer, entry.layer.uses[0]).size > WIDE
+    return read_patch_of(model, entry.layer, entry.layer.uses[0]).size > WIDE
 
 
 def _sections(items: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -221,7 +221,7 @@ class _Refit:
         self._entry = entry
         self._family = require_family(entry.form.name)
         self._scheme = schemes_for(entry.layer)[0]
-        self._patches = [patch_of(model, entry.layer, use) for use in entry.layer.uses]
+        self._patches = [read_patch_of(model, entry.layer, use) for use in entry.layer.uses]
         self._weight = read_weight(model, entry.layer)
         self._first: Float64 | None = None
         self._rows = self._scheme.rows_of(self._weight).astype(np.float64)

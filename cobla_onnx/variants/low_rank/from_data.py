@@ -19,7 +19,12 @@ from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.base import Measured
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
-from cobla_onnx.variants.low_rank.matricisation import Scheme, largest_rank, schemes_for
+from cobla_onnx.variants.low_rank.matricisation import (
+    Scheme,
+    largest_rank,
+    layout_of,
+    schemes_for,
+)
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR, shrink, shrink_outputs
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.low_rank.tied_factors import TiedFactorizer
@@ -221,7 +226,7 @@ def mean_change(seen: Seen, layer: Layer, change: NDArray[Any]) -> Float64:
 
     For layers that are seen by their inputs.
     """
-    rows = schemes_for(layer)[0].rows_of(change)
+    rows = layout_of(layer).rows_of(change)
     return np.asarray(np.einsum("gos,gs->go", rows, seen.moment(layer).mean))
 
 
@@ -241,6 +246,6 @@ def layer_moment(seen: Seen, layer: Layer, weight: NDArray[Any]) -> Float64:
     if seen.is_centred(layer):
         second, mean = moment.covariance(), np.zeros_like(mean)
     if seen.is_wide(layer):
-        rows = schemes_for(layer)[0].rows_of(weight)
+        rows = layout_of(layer).rows_of(weight)
         return shrink_outputs(second, rows, moment.effective, mean)[0]
     return shrink(second, moment.effective, mean)[0]

@@ -31,14 +31,17 @@ from numpy.typing import NDArray
 
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.graph.operators.base import Shape, elements, operator_of
+from cobla_onnx.variants.low_rank.product_scheme import ProductScheme
+from cobla_onnx.variants.low_rank.recurrent_scheme import RecurrentScheme
 
 __all__ = [
     "SCHEMES",
     "ConvScheme",
-    "ProductScheme",
     "Scheme",
     "TransposedConvScheme",
+    "has_layout",
     "largest_rank",
+    "layout_of",
     "schemes_for",
 ]
 
@@ -243,95 +246,6 @@ class TransposedConvScheme(ConvScheme):
         return (data[0] or 0) * (rows * positions[0] + columns * positions[1])
 
 
-@dataclass(frozen=True)
-class ProductScheme:
-    """The matrix of a Gemm or MatMul, or a stack of them.
-
-    Attributes
-    ----------
-    name : str
-    shape : tuple of int
-        Shape of the weight, (..., rows, columns).
-    weight_input : int
-        1 where the weight is the right operand, 0 where it is the left one.
-    transposed : bool
-        Whether Gemm reads the stored weight transposed.
-    data_left : bool
-        Whether the data is the left operand of the first product. Gemm may transpose its
-        data; then (A^T F) is computed as (F^T A)^T, and the second Gemm transposes it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    weight_input: int
-    transposed: bool
-    data_left: bool
-
-    def matrix_shape(self) -> tuple[int, int, int]:
-        """Number of matrices, rows and columns as stored."""
-        return math.prod(self.shape[:-2]), self.shape[-2], self.shape[-1]
-
-    def matrix(self, weight: NDArray[Any]) -> NDArray[Any]:
-        """Reshape a weight into a stack of matrices."""
-        return weight.reshape(self.matrix_shape())
-
-    def weight(self, matrix: NDArray[Any]) -> NDArray[Any]:
-        """Reshape a stack of matrices into the weight: the inverse of `matrix`."""
-        return matrix.reshape(self.shape)
-
-    offsets = 1
-
-    @property
-    def inputs_first(self) -> bool:
-        """Whether rows of the matrix are the inputs, so that its left factor is applied first."""
-        return (self.weight_input == 1) != self.transposed
-
-    def rows_of(self, weight: NDArray[Any]) -> NDArray[Any]:
-        """Reshape a weight to one row for each output, shape (groups, outputs, size)."""
-        stack = self.matrix(weight)
-        return stack.swapaxes(1, 2) if self.inputs_first else stack
-
-    def weight_of(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """Turn one row for each output back into a weight: the inverse of `rows_of`."""
-        return self.weight(rows.swapaxes(1, 2) if self.inputs_first else rows)
-
-    def split_moment(self, second: NDArray[Any]) -> NDArray[Any]:
-        """Reshape the second moment to (groups, inputs, 1, inputs, 1)."""
-        groups, size, _ = second.shape
-        return second.reshape(groups, size, 1, size, 1)
-
-    def fold(self, left: NDArray[Any], right: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return the factors in the order in which they are applied to the data."""
-        batch = self.shape[:-2]
-        left = left.reshape(*batch, *left.shape[1:])
-        right = right.reshape(*batch, *right.shape[1:])
-        first, second = (left, right) if self.inputs_first else (right, left)
-        return (first if self.inputs_first == self.data_left else first.swapaxes(-1, -2)), second
-
-    def unfold(
-        self, first: NDArray[Any], second: NDArray[Any]
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Turn the two weights back into matrix factors."""
-        if self.inputs_first != self.data_left:
-            first = first.swapaxes(-1, -2)
-        left, right = (first, second) if self.inputs_first else (second, first)
-        return left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:])
-
-    def params_per_rank(self) -> int:
-        """Weights of both factors for each unit of rank."""
-        count, rows, columns = self.matrix_shape()
-        return count * (rows + columns)
-
-    def macs_per_rank(self, use: Use, shapes: Mapping[str, Shape]) -> int | None:
-        """MACs of both factors for each unit of rank, or None where shapes are unknown."""
-        count = elements(shapes.get(use.output) or None)
-        if count is None:
-            return None
-        _, rows, columns = self.matrix_shape()
-        outputs = columns if self.inputs_first else rows
-        return count // outputs * (rows + columns)
-
-
 Scheme = ConvScheme | ProductScheme
 
 
@@ -377,13 +291,24 @@ def _tied(layer: Layer, wanted: str) -> tuple[Scheme, ...]:
     return (ProductScheme("matrix", layer.shape, 1, transposed=True, data_left=False),)
 
 
+def _transposed_product(kind: type[ProductScheme], layer: Layer) -> Scheme:
+    """Return the matrices of a weight of shape (..., outputs, inputs)."""
+    return kind("matrix", layer.shape, 1, transposed=True, data_left=True)
+
+
 SCHEMES: dict[str, Callable[[Layer, str], tuple[Scheme, ...]]] = {
     "convolution": _convolution,
     "transposed convolution": _transposed,
     "product": _product,
     "tied": _tied,
+    "recurrent input": lambda layer, wanted: (_transposed_product(RecurrentScheme, layer),),
 }
 """By the kind of a layer's operator, what makes its schemes; see `schemes_for`."""
+
+LAYOUTS: dict[str, Callable[[Layer], Scheme]] = {
+    "recurrent state": lambda layer: _transposed_product(ProductScheme, layer),
+}
+"""By the kind of an operator without schemes, how the rows of its weight lie; see `layout_of`."""
 
 
 def schemes_for(layer: Layer, wanted: str = "auto") -> tuple[Scheme, ...]:
@@ -398,3 +323,19 @@ def schemes_for(layer: Layer, wanted: str = "auto") -> tuple[Scheme, ...]:
     """
     make = SCHEMES.get(operator_of(layer).kind)
     return () if make is None else make(layer, wanted)
+
+
+def has_layout(layer: Layer) -> bool:
+    """Whether a layer's weight is known to have a row for each output."""
+    kind = operator_of(layer).kind
+    return kind in SCHEMES or kind in LAYOUTS
+
+
+def layout_of(layer: Layer) -> Scheme:
+    """Return how the rows of a layer's weight lie: a matricisation, also where no factors fit.
+
+    A part of a recurrent layer's weight lies inside of the node, where no product can come before
+    it.
+    """
+    make = LAYOUTS.get(operator_of(layer).kind)
+    return schemes_for(layer)[0] if make is None else make(layer)

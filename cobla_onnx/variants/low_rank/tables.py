@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.variants.best_rows import best_count, best_of, place_type, places
-from cobla_onnx.variants.low_rank.matricisation import ProductScheme
+from cobla_onnx.variants.low_rank.product_scheme import ProductScheme
 from cobla_onnx.variants.low_rank.svd import CHUNK, Factorization, Float64
 from cobla_onnx.variants.low_rank.weighted_svd import balanced
 from cobla_onnx.variants.names import Names

@@ -71,6 +71,8 @@ class BitsFamily(VariantFamily, Protocol):
             return ()
         if not forms:
             return self.refusal(layer)
+        if not asked.bits:
+            return Refusal(Reason.UNASKED)
         smaller = [
             b for b in sorted(asked.bits) if self.stored_bytes(layer, b) < layer.stored_bytes
         ]

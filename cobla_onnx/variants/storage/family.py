@@ -13,11 +13,10 @@ from onnx import TensorProto
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.inventory import Reason, Refusal
 from cobla_onnx.graph.layers import Layer
-from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.base import Measured, Proposal
-from cobla_onnx.variants.low_rank.matricisation import SCHEMES, schemes_for
+from cobla_onnx.variants.low_rank.matricisation import has_layout, layout_of
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.storage.bits_family import BitsFamily, between
 from cobla_onnx.variants.storage.from_data import CodesFromData, RoundedWeight, rounded
@@ -53,7 +52,7 @@ class RoundingUnit:
 
     def measure(self) -> Measured:
         """Predict the error of every format, relative to the energy of the outputs."""
-        rows = schemes_for(self.layer)[0].rows_of(self.weight.array)
+        rows = layout_of(self.layer).rows_of(self.weight.array)
         weights = np.ones(rows.shape[:2])
         if self.importance is not None:
             weights = self.importance.reshape(rows.shape[:2])
@@ -144,4 +143,4 @@ class StorageFamily(BitsFamily):
 
 def takes_bits(layer: Layer) -> bool:
     """Whether a layer's weight can be stored in fewer bits: it is single precision where used."""
-    return layer.type == TensorProto.FLOAT and operator_of(layer).kind in SCHEMES
+    return layer.type == TensorProto.FLOAT and has_layout(layer)

@@ -14,7 +14,7 @@ from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.runtime.pool import one_thread
 from cobla_onnx.variants.low_rank.from_data import layer_importance, layer_moment, mean_change
-from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.matricisation import layout_of
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.recent import Recent
 from cobla_onnx.variants.storage.coding import Coded
@@ -51,7 +51,7 @@ def rounded(layer: Layer, weight: NDArray[Any], bits: int, second: Float64 | Non
     """Round a weight: under a second moment, or every number by itself."""
     if bits == HALF:
         return RoundedWeight(None, in_half(weight).astype(np.float32), None)
-    scheme = schemes_for(layer)[0]
+    scheme = layout_of(layer)
     coded = round_weight(scheme.rows_of(weight), second, bits)
     return RoundedWeight(coded, scheme.weight_of(coded.dense()), None)
 

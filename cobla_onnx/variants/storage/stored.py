@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.graph.layers import Layer, Use
-from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.matricisation import layout_of
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement, narrowed_bias
 from cobla_onnx.variants.storage.coding import Coded
@@ -28,7 +28,7 @@ __all__ = ["StoredWeight", "coded_weight", "half_weight", "stored_bytes"]
 
 def stored_bytes(layer: Layer, bits: int) -> int:
     """Bytes of a layer's weight in so many bits, with all that decodes it; never too few."""
-    groups, outputs = schemes_for(layer)[0].rows_of(np.empty(layer.shape, np.bool_)).shape[:2]
+    groups, outputs = layout_of(layer).rows_of(np.empty(layer.shape, np.bool_)).shape[:2]
     return tensor_bytes(layer.params, int(groups) * int(outputs), len(layer.shape), bits)
 
 
@@ -69,11 +69,11 @@ class StoredWeight(Replacement):
         """Return the layer's own node, which reads the decoded weight."""
         result = onnx.NodeProto()
         result.CopyFrom(node)
+        del result.input[2:]
+        result.input.extend(rest)
         reading = self.layer.reading(use)
         weight = operand(operands, ("weight", reading.transposed))
         result.input[reading.weight_input] = weight
-        del result.input[2:]
-        result.input.extend(rest)
         return [result]
 
 
@@ -90,7 +90,7 @@ def half_weight(layer: Layer, weight: NDArray[Any], bias: NDArray[Any] | None) -
 
 def coded_weight(layer: Layer, coded: Coded, bias: NDArray[Any] | None) -> StoredWeight:
     """Store the codes of a weight, in the shape in which the layer's nodes read it."""
-    scheme = schemes_for(layer)[0]
+    scheme = layout_of(layer)
     scales = scheme.weight_of(coded.each_scale())
     tensor = coded_tensor(scheme.weight_of(coded.codes), coded.levels, scales)
     return _before(layer, tensor, bias)

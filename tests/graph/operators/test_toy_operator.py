@@ -18,7 +18,8 @@ from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.graph.operators import base
 from cobla_onnx.graph.operators.patches import DensePatch, cut
 from cobla_onnx.runtime.session import open_session, run_session
-from cobla_onnx.variants.low_rank.matricisation import SCHEMES, ProductScheme
+from cobla_onnx.variants.low_rank.matricisation import SCHEMES
+from cobla_onnx.variants.low_rank.product_scheme import ProductScheme
 from tests.builders import FLOAT, model_of, random_array
 
 EQUATION = "bi,oi->bo"

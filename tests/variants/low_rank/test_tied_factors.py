@@ -12,7 +12,7 @@ from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.variants.low_rank.from_data import FactorsFromData, truncation_errors
-from cobla_onnx.variants.low_rank.matricisation import ProductScheme
+from cobla_onnx.variants.low_rank.product_scheme import ProductScheme
 from cobla_onnx.variants.low_rank.svd import factorize
 from cobla_onnx.variants.low_rank.tied_factors import TiedFactorizer
 from cobla_onnx.variants.low_rank.tied_moments import Sides, sides_of
