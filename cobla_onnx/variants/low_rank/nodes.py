@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,17 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from cobla_onnx.graph.layers import Layer, Use, attributes
+from cobla_onnx.variants.low_rank.folded import product_nodes
 from cobla_onnx.variants.low_rank.matricisation import ConvScheme, Scheme, TransposedConvScheme
 from cobla_onnx.variants.low_rank.svd import Factorization
 from cobla_onnx.variants.names import Names
-from cobla_onnx.variants.replacement import Replacement, narrowed, narrowed_bias
+from cobla_onnx.variants.replacement import Replacement, narrowed, narrowed_bias, own_node
 
 __all__ = [
     "FIRST",
     "SECOND",
     "FactorPair",
+    "Pair",
     "factor_nodes",
     "make_replacement",
     "pair_nodes",
@@ -36,17 +38,65 @@ FIRST, SECOND = "first_factor", "second_factor"
 
 
 @dataclass(frozen=True)
-class FactorPair(Replacement):
-    """The weights of two factor nodes, in the type in which the layer's weight was stored.
+class Pair(Replacement):
+    """Two factors, read by two nodes, or multiplied out to the weight of one.
 
     Attributes
     ----------
     layer, arrays, bias
-        As those of `Replacement`; the arrays are ``first_factor`` and ``second_factor``.
+        As those of `Replacement`.
     scheme : Scheme
     """
 
     scheme: Scheme
+    folded: bool = field(default=False, kw_only=True)
+
+    def as_folded(self) -> Pair:
+        """Return the same pair, multiplied out."""
+        return replace(self, folded=True)
+
+    def stored_factors(
+        self, stored: Mapping[str, str], names: Names
+    ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+        """Build the nodes that give both factors as the layer computes with them; name both."""
+        return super().shared(stored, names)
+
+    def shared(
+        self, stored: Mapping[str, str], names: Names
+    ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+        """Build the nodes that give both factors, or the weight, once for all uses."""
+        nodes, operands = self.stored_factors(stored, names)
+        if not self.folded:
+            return nodes, operands
+        pair = operands[FIRST], operands[SECOND]
+        product, weight = product_nodes(self.layer, self.scheme, pair, names)
+        return [*nodes, *product], {"weight": weight}
+
+    def nodes(
+        self,
+        node: onnx.NodeProto,
+        use: Use,
+        operands: Mapping[str, str],
+        rest: Sequence[str],
+        names: Names,
+    ) -> list[onnx.NodeProto]:
+        """Build the two factor nodes of one use, of which the second has the bias; or its own."""
+        if self.folded:
+            return [own_node(self.layer, node, operands["weight"], rest)]
+        return pair_nodes(self.scheme, node, use, (operands[FIRST], operands[SECOND]), rest, names)
+
+
+@dataclass(frozen=True)
+class FactorPair(Pair):
+    """The weights of two factor nodes, in the type in which the layer's weight was stored.
+
+    Attributes
+    ----------
+    layer, bias, scheme, folded
+        As those of `Pair`.
+    arrays : mapping of str to array
+        ``first_factor`` and ``second_factor``.
+    """
 
     def dense(self) -> NDArray[Any]:
         """Multiply the factors to the weight that they stand for, shape ``layer.shape``."""
@@ -59,17 +109,6 @@ class FactorPair(Replacement):
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.layer.type)
         result: NDArray[Any] = self.scheme.weight(left @ right).astype(dtype, copy=False)
         return result
-
-    def nodes(
-        self,
-        node: onnx.NodeProto,
-        use: Use,
-        operands: Mapping[str, str],
-        rest: Sequence[str],
-        names: Names,
-    ) -> list[onnx.NodeProto]:
-        """Build the two factor nodes of one use; the second has the bias."""
-        return pair_nodes(self.scheme, node, use, (operands[FIRST], operands[SECOND]), rest, names)
 
 
 def make_replacement(
