@@ -204,8 +204,9 @@ class Measured:
     Attributes
     ----------
     errors : list of (float64 array, shape (most + 1,), or None)
-        Squared relative error at levels 0 to `Proposal.most`, descending to 0; None if it
-        cannot be measured, which drops the proposal.
+        Squared relative error at levels 0 to `Proposal.most`, descending to 0, and infinite at
+        those that cannot be written, which drops them; None if it cannot be measured, or written
+        at no level, which drops the proposal.
     spectra : list of (float64 array or None)
         Singular values, descending, where the family has any.
     notes : list of str
