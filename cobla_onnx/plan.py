@@ -37,11 +37,15 @@ class Decision:
         a weight and ``rows`` for a table in fewer bits.
     rank : int or None
         Of the factors; with ``stored`` and ``rows``, the number of bits.
+    folded : bool
+        Whether factors are multiplied out when a session opens: the layer then computes what it
+        did, and takes as long.
     """
 
     layer: str
     scheme: str | None = None
     rank: int | None = None
+    folded: bool = False
 
     @property
     def bits(self) -> int | None:
@@ -94,7 +98,7 @@ class Plan:
         layers = [
             {"layer": d.layer, "keep": True}
             if d.scheme is None
-            else {"layer": d.layer, **_written(d.scheme, d.rank)}
+            else {"layer": d.layer, **_written(d)}
             for d in self.decisions
         ]
         head: dict[str, Any] = {"version": 1}
@@ -177,10 +181,13 @@ def _decision(number: int, entry: Any) -> Decision:
     where += f", {quoted(entry['layer'])}"
     scheme, keep = entry.get("scheme"), entry.get("keep", False)
     level = _level(scheme)
-    rank = entry.get(level)
-    _check_names(where, entry, tuple(dict.fromkeys(("layer", "keep", "scheme", level, "bits"))))
-    if not isinstance(keep, bool):
-        raise UsageError(f'{where}: "keep" is {_json(keep)}; write true or false')
+    rank, folded = entry.get(level), entry.get("folded", False)
+    # Whole weights have no factors to fold.
+    known = ("layer", "keep", "scheme", level, *(("folded",) if level == "rank" else ()), "bits")
+    _check_names(where, entry, tuple(dict.fromkeys(known)))
+    for name, value in (("keep", keep), ("folded", folded)):
+        if not isinstance(value, bool):
+            raise UsageError(f'{where}: "{name}" is {_json(value)}; write true or false')
     if "scheme" in entry and scheme not in _schemes():
         allowed = ", ".join(_schemes())
         raise UsageError(f'{where}: "scheme" is {_json(scheme)}; allowed are {allowed}')
@@ -194,14 +201,17 @@ def _decision(number: int, entry: Any) -> Decision:
         raise UsageError(f'{where}: needs "scheme" and "{level}", or "keep": true')
     if level != "bits" and "bits" in entry:
         scheme = coded_name(scheme, entry["bits"])
-    return Decision(entry["layer"], scheme, rank)
+    return Decision(entry["layer"], scheme, rank, folded)
 
 
-def _written(scheme: str, level: int | None) -> dict[str, Any]:
-    """Fields of a decision; the bits of two factors stand beside their rank."""
+def _written(decision: Decision) -> dict[str, Any]:
+    """Fields of a decision to replace a layer; the bits of two factors stand beside their rank."""
+    scheme = decision.scheme or ""
     plain, bits = split_name(scheme)
-    fields = {"scheme": plain, _level(scheme): level}
-    return fields if bits is None else {**fields, "bits": bits}
+    fields: dict[str, Any] = {"scheme": plain, _level(scheme): decision.rank}
+    if bits is not None:
+        fields["bits"] = bits
+    return {**fields, "folded": True} if decision.folded else fields
 
 
 def _check_bits(where: str, bits: Any) -> None:

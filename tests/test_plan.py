@@ -27,6 +27,7 @@ GOOD = [
     {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 3, "keep": True}]},
     {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 3, "bits": 4}]},
     {"version": 1, "layers": [{"layer": "a", "scheme": "stored", "bits": 4}]},
+    {"version": 1, "layers": [{"layer": "a", "scheme": "matrix", "rank": 3, "folded": True}]},
 ]
 BAD = [
     ({"version": 2, "layers": []}, 'no "version": 1'),
@@ -77,6 +78,14 @@ BAD = [
         '"bits" is 7; allowed are 2, 3, 4, 5, 6, 8, 16',
     ),
     ({"version": 1, "layers": [{"layer": "a", "keep": True, "bits": 0}]}, '"bits" is 0; allowed'),
+    (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "matrix", "rank": 3, "folded": 1}]},
+        '"folded" is 1; write true or false',
+    ),
+    (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "rows", "bits": 4, "folded": True}]},
+        "no field 'folded'; there are layer, keep, scheme, bits$",
+    ),
 ]
 
 

@@ -17,7 +17,7 @@ from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.single_layer import layer_key, micro_graph
 from cobla_onnx.latency.timing import Stopwatch
-from cobla_onnx.plan import Plan
+from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.variants.base import LayerVariants
 
 __all__ = ["interpolated", "measure_layer", "sampled", "slowest_layers", "time_layers"]
@@ -207,8 +207,8 @@ def slowest_layers(
     timed.sort(key=lambda entry: -entry[0])
     result = []
     for before, layer in timed[:count]:
-        decision, after = decisions.get(layer.name), before
-        if decision is not None and decision.scheme is not None and decision.rank is not None:
+        decision, after = decisions.get(layer.name, Decision(layer.name)), before
+        if not decision.folded and decision.scheme is not None and decision.rank is not None:
             form = (decision.scheme, decision.rank)
             found = measure_layer(model, layer, [form], shapes, profile, stopwatch)
             assert found is not None

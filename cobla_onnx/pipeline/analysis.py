@@ -58,6 +58,8 @@ class Analysis:
         Nanoseconds of one run of the model, if its layers were timed.
     mem_saved : int
         Bytes of constants that it stored more than once, and that are gone.
+    folding : bool
+        Whether variants may be written folded, see `LayerCosts`.
     """
 
     variants: tuple[LayerVariants, ...]
@@ -70,6 +72,7 @@ class Analysis:
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     time_total: int | None = None
     mem_saved: int = 0
+    folding: bool = False
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -129,7 +132,7 @@ class Analysis:
         """Curves with only the ranks that a rule allows, without layers that keep none."""
         result = []
         for each in self.variants:
-            costs = LayerCosts(each.macs, self.shapes)
+            costs = LayerCosts(each.macs, self.shapes, self.folding)
             kept = []
             for form, curve in zip(each.forms, each.curves.curves, strict=True):
                 family = require_family(form.name)
@@ -146,15 +149,19 @@ class Analysis:
 
     def plan(self, choices: Iterable[Choice | None], factors: FactorsFrom = "data") -> Plan:
         """Convert the choices of an allocation to a plan."""
-        return Plan(
-            tuple(
-                Decision(layer.name)
-                if choice is None
-                else Decision(layer.name, curves.curves[choice.curve].scheme, choice.level)
-                for layer, curves, choice in zip(self.layers, self.curves, choices, strict=True)
-            ),
-            factors,
+        pairs = zip(self.variants, choices, strict=True)
+        return Plan(tuple(self._decision(each, choice) for each, choice in pairs), factors)
+
+    def _decision(self, variants: LayerVariants, choice: Choice | None) -> Decision:
+        layer = variants.layer
+        if choice is None:
+            return Decision(layer.name)
+        form, costs = (
+            variants.forms[choice.curve],
+            LayerCosts(variants.macs, self.shapes, self.folding),
         )
+        folded = require_family(form.name).folds(layer, form, choice.level, costs)
+        return Decision(layer.name, form.name, choice.level, folded)
 
     def resolve(self, decision: Decision) -> tuple[Layer, Form, int]:
         """Look up the layer, form and level of a decision to replace a layer.
@@ -175,7 +182,13 @@ class Analysis:
             raise UsageError(
                 f"plan: layer {quoted(decision.layer)} has no scheme {wanted}; it has {there_are}"
             )
-        return layer, form, require_family(form.name).check_level(layer, form, decision.rank)
+        family = require_family(form.name)
+        if decision.folded and not family.can_fold(layer, form):
+            raise UsageError(
+                f"plan: layer {quoted(decision.layer)} has no folded form of scheme "
+                f'{quoted(split_name(form.name)[0])}; leave out "folded"'
+            )
+        return layer, form, family.check_level(layer, form, decision.rank)
 
     def _index(self, name: str) -> int:
         for index, layer in enumerate(self.layers):
@@ -194,7 +207,7 @@ class Analysis:
         """MACs of a layer after a decision."""
         whole = self.macs[self._index(decision.layer)]
         # A plan may ask for what was not proposed, such as bits without `--precision`.
-        if whole is None or decision.scheme is None:
+        if whole is None or decision.scheme is None or decision.folded:
             return whole
         layer, form, level = self.resolve(decision)
         costs = LayerCosts(whole, self.shapes)
@@ -270,13 +283,25 @@ def analyse(
     notes += _warnings(model, inventory)
     inventory = without_unmeasured(inventory, unmeasured)
     taken, skipped = _readable(model, inventory, shapes, weighted=see is not None)
+    # Whoever asks for bits has weights made when a session opens anyway.
+    folding = bool(asked.bits) and not asked.ranks.faster
     costs = [
-        LayerCosts(None if macs is None else layer_macs(model, layer, shapes), shapes)
+        LayerCosts(None if macs is None else layer_macs(model, layer, shapes), shapes, folding)
         for layer in taken
     ]
     total = None if macs is None else sum(macs.values())
-    size = stored_bytes(model) + saved
-    bare = Analysis((), skipped, size, total, known, notes, None, shapes, mem_saved=saved)
+    bare = Analysis(
+        (),
+        skipped,
+        stored_bytes(model) + saved,
+        total,
+        known,
+        notes,
+        None,
+        shapes,
+        mem_saved=saved,
+        folding=folding,
+    )
     candidates, more = _in_reach(bare, taken, costs, asked, reach)
     data = None if see is None else FromData(see([c.layer for c in candidates if c.proposals]))
     curves = measured_curves(model, candidates, data if weigh else None, context)

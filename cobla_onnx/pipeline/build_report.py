@@ -241,7 +241,7 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
         name=layer.name,
         op=layer.op,
         shape=layer.shape,
-        decision=family.outcome,
+        decision=f"{family.outcome}, folded" if decision.folded else family.outcome,
         scheme=split_name(form.name)[0],
         rank=level if family.level == "rank" else None,
         full_rank=family.most(layer, form) if family.level == "rank" else full_rank,

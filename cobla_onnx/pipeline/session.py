@@ -9,7 +9,7 @@ A session keeps nothing of a budget: what belongs to one is in the `Solution`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -190,9 +190,9 @@ class Session:
         found, plan, measured = self._decide(budget, plan)
         spill, calibration = Spill(), None
         if self.evidence is None or measured is None:
-            replacements = spill.replacements(self._replacements(plan))
+            replacements = spill.replacements(_as_planned(plan, self._replacements(plan)))
         else:
-            replacements = spill.replacements(measured.replacements)
+            replacements = spill.replacements(_as_planned(plan, measured.replacements))
             calibration = calibration_report(self.evidence, found, measured)
         return Solution(
             budget,
@@ -258,3 +258,10 @@ class Session:
         chosen = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
         made = replacements_of(self.model, chosen, self.context)
         yield from tracked(made, len(chosen), partial(self.notify, "factorise"))
+
+
+def _as_planned(plan: Plan, replacements: Iterable[Replacement]) -> Iterator[Replacement]:
+    """Write what replaces layers, in the order of a plan, as it says."""
+    decisions = (decision for decision in plan.decisions if decision.scheme is not None)
+    for decision, replacement in zip(decisions, replacements, strict=True):
+        yield replacement.as_folded() if decision.folded else replacement

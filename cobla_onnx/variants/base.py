@@ -82,10 +82,14 @@ class LayerCosts:
         MACs of the whole layer over all its uses; None where they are not known.
     shapes : mapping of str to Shape
         Of the model's tensors, as far as known.
+    folding : bool
+        Whether weights may be made from what is stored when a session opens where that is no
+        slower, which gives up what a variant saves of MACs.
     """
 
     macs: int | None
     shapes: Mapping[str, Shape]
+    folding: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,8 +204,9 @@ class Measured:
     Attributes
     ----------
     errors : list of (float64 array, shape (most + 1,), or None)
-        Squared relative error at levels 0 to `Proposal.most`, descending to 0; None if it
-        cannot be measured, which drops the proposal.
+        Squared relative error at levels 0 to `Proposal.most`, descending to 0, and infinite at
+        those that cannot be written, which drops them; None if it cannot be measured, or written
+        at no level, which drops the proposal.
     spectra : list of (float64 array or None)
         Singular values, descending, where the family has any.
     notes : list of str
@@ -295,8 +300,16 @@ class VariantFamily(Protocol):
         ...
 
     def macs(self, layer: Layer, form: Any, level: int, costs: LayerCosts) -> int | None:
-        """Count the MACs over all uses; None where they are not known."""
+        """Count the MACs over all uses, as the level is written; None where they are not known."""
         ...
+
+    def can_fold(self, layer: Layer, form: Any) -> bool:
+        """Whether its replacements have an `as_folded`."""
+        return False
+
+    def folds(self, layer: Layer, form: Any, level: int, costs: LayerCosts) -> bool:
+        """Whether a level is written folded."""
+        return False
 
     def unit(
         self,

@@ -17,7 +17,7 @@ from cobla_onnx.text import quoted
 from cobla_onnx.variants.names import Names
 from cobla_onnx.wording import either
 
-__all__ = ["ROUNDING", "Replacement", "narrowed", "narrowed_bias"]
+__all__ = ["ROUNDING", "Replacement", "narrowed", "narrowed_bias", "own_node"]
 
 # Tolerance for float rounding in one layer, relative to its largest output, by type.
 ROUNDING = {np.dtype(np.float16): 2e-2, np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-10}
@@ -49,6 +49,14 @@ class Replacement(ABC):
     def tolerance(self) -> float:
         """Most by which the nodes may differ from the dense weight, of the largest output."""
         return ROUNDING[onnx.helper.tensor_dtype_to_np_dtype(self.layer.type)]
+
+    def as_folded(self) -> Replacement:
+        """Return the same with nodes that make the layer's weight from what is stored.
+
+        Their inputs are all constant, so that onnxruntime computes the weight once, when it opens
+        the model, and runs the layer's own node.
+        """
+        raise NotImplementedError(type(self).__name__)
 
     @abstractmethod
     def dense(self) -> NDArray[Any]:
@@ -100,6 +108,24 @@ class Replacement(ABC):
             for part, name in stored.items()
         ]
         return casts, operands
+
+
+def own_node(
+    node: onnx.NodeProto, weight_input: int, weight: str, rest: Sequence[str]
+) -> onnx.NodeProto:
+    """Copy a layer's own node, to read its weight from another tensor.
+
+    Parameters
+    ----------
+    rest : sequence of str
+        The inputs after the first two.
+    """
+    result = onnx.NodeProto()
+    result.CopyFrom(node)
+    del result.input[2:]
+    result.input.extend(rest)
+    result.input[weight_input] = weight
+    return result
 
 
 def narrowed(

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
+import numpy as np
 import onnx
 
 from cobla_onnx.allocation import LayerCurves, VariantCurve
+from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.graph.inventory import Refusal
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.runtime.cache import Cache
@@ -105,10 +107,21 @@ def measured_curves(
         found, len(tasks), partial(context.progress, "singular values")
     ):
         for proposal, errors, spectrum in zip(its, measured.errors, measured.spectra, strict=True):
-            if errors is not None:
-                curve = family.curve(c.layer, c.costs, proposal, errors, spectrum)
+            writable = None if errors is None else _writable(proposal, errors)
+            if writable is not None:
+                curve = family.curve(c.layer, c.costs, *writable, spectrum)
                 result[c.layer.name].append((proposal.form, curve))
     return result
+
+
+def _writable(proposal: Proposal, errors: Float64) -> tuple[Proposal, Float64] | None:
+    """Leave out the levels that cannot be written; None where there is no other."""
+    levels = proposal.levels[np.isfinite(errors[proposal.levels])]
+    if not len(levels):
+        return None
+    finite = np.where(np.isfinite(errors), errors, 0.0)
+    descending = np.maximum.accumulate(finite[::-1])[::-1]
+    return replace(proposal, levels=levels), descending
 
 
 def _by_family(found: Candidate) -> Iterator[tuple[VariantFamily, list[Proposal]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -86,20 +87,32 @@ class CodedFactorsFamily(VariantFamily):
         """Put costs and errors of a proposal together for the allocation."""
         form = proposal.form
         found = {"mem": np.array([pair_bytes(layer, form, int(r)) for r in proposal.levels])}
-        per_rank = None if costs.macs is None else FACTORS.macs(layer, form.scheme, 1, costs)
+        two_nodes = replace(costs, folding=False)
+        per_rank = None if costs.macs is None else FACTORS.macs(layer, form.scheme, 1, two_nodes)
         per_level = known_costs(mac=per_rank)
         for name, cost in per_level.items():
             found[name] = proposal.levels * cost
         nested = not layer.readings
-        return VariantCurve(self.name, form.name, proposal.levels, found, errors, per_level, nested)
+        curve = VariantCurve(
+            self.name, form.name, proposal.levels, found, errors, per_level, nested
+        )
+        return FACTORS.as_written(layer, form.scheme, costs, curve)
 
     def params(self, layer: Layer, form: CodedScheme, level: int) -> int:
         """Count the weights of both factors."""
         return FACTORS.params(layer, form.scheme, level)
 
     def macs(self, layer: Layer, form: CodedScheme, level: int, costs: LayerCosts) -> int | None:
-        """Count the MACs of both factors over all uses; None where shapes are not known."""
+        """Count the MACs over all uses: of both factors, or of the layer; None if not known."""
         return FACTORS.macs(layer, form.scheme, level, costs)
+
+    def can_fold(self, layer: Layer, form: CodedScheme) -> bool:
+        """Whether a few nodes make the weight from both factors."""
+        return FACTORS.can_fold(layer, form.scheme)
+
+    def folds(self, layer: Layer, form: CodedScheme, level: int, costs: LayerCosts) -> bool:
+        """Whether factors are multiplied out: where two nodes would be no faster than the layer."""
+        return FACTORS.folds(layer, form.scheme, level, costs)
 
     def unit(
         self,

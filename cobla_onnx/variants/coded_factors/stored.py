@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.graph.layers import Layer, Use
+from cobla_onnx.graph.layers import Layer
 from cobla_onnx.variants.coded_factors.form import CodedScheme
 from cobla_onnx.variants.coded_factors.pair import RoundedPair, arranged
-from cobla_onnx.variants.low_rank.matricisation import Scheme
-from cobla_onnx.variants.low_rank.nodes import FIRST, SECOND, nodes_of, parts_read
+from cobla_onnx.variants.low_rank.nodes import FIRST, SECOND, Pair
 from cobla_onnx.variants.names import Names
-from cobla_onnx.variants.replacement import Replacement, narrowed_bias
+from cobla_onnx.variants.replacement import narrowed_bias
 from cobla_onnx.variants.storage.tensor import (
     StoredTensor,
     coded_tensor,
     half_tensor,
     tensor_bytes,
 )
-from cobla_onnx.variants.tied import with_transposes
 
 __all__ = ["StoredPair", "pair_bytes", "stored_pair"]
 
@@ -39,20 +37,19 @@ def pair_bytes(layer: Layer, form: CodedScheme, rank: int) -> int:
 
 
 @dataclass(frozen=True)
-class StoredPair(Replacement):
+class StoredPair(Pair):
     """Two factors in few bits.
 
     Attributes
     ----------
-    layer, arrays, bias
-        As those of `Replacement`; the arrays are those of both tensors, by
-        ``first_factor/...`` and ``second_factor/...``.
-    scheme : Scheme
+    layer, bias, scheme, folded
+        As those of `Pair`.
+    arrays : mapping of str to array
+        Those of both tensors, by ``first_factor/...`` and ``second_factor/...``.
     tensors : mapping of str to StoredTensor
         In the shapes that `Scheme.fold` gives.
     """
 
-    scheme: Scheme
     tensors: Mapping[str, StoredTensor]
 
     def dense(self) -> NDArray[Any]:
@@ -60,7 +57,7 @@ class StoredPair(Replacement):
         left, right = self.scheme.unfold(self.tensors[FIRST].values, self.tensors[SECOND].values)
         return self.scheme.weight(left @ right)
 
-    def shared(
+    def stored_factors(
         self, stored: Mapping[str, str], names: Names
     ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
         """Build the nodes that decode both factors, once for all uses."""
@@ -70,19 +67,7 @@ class StoredPair(Replacement):
             its = {part: stored[f"{factor}/{part}"] for part in tensor.arrays}
             decoding, operands[factor] = tensor.decode(its, f"{self.layer.name}/{factor}", names)
             nodes += decoding
-        more, operands = with_transposes(operands, parts_read(self.layer), names)
-        return [*nodes, *more], operands
-
-    def nodes(
-        self,
-        node: onnx.NodeProto,
-        use: Use,
-        operands: Mapping[str, str],
-        rest: Sequence[str],
-        names: Names,
-    ) -> list[onnx.NodeProto]:
-        """Build the two factor nodes of one use; the second has the bias."""
-        return nodes_of(self.layer, self.scheme, node, use, operands, rest, names)
+        return nodes, operands
 
 
 def stored_pair(layer: Layer, pair: RoundedPair) -> StoredPair:

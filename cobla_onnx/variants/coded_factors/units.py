@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.transfer import Carried
@@ -20,9 +23,10 @@ from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.low_rank.units import layer_values
 from cobla_onnx.variants.low_rank.weighted_svd import WeightedFactorizer
+from cobla_onnx.variants.storage.precision import HALF
 from cobla_onnx.variants.storage.rounding import distortion, unavoidable
 
-__all__ = ["PairUnit", "PairsAlone", "factor_distortion"]
+__all__ = ["PairUnit", "PairsAlone", "beyond_half", "factor_distortion"]
 
 # Entries of a row of random numbers, and rows, by which the distortion of factors is measured.
 ROW, ROWS = 256, 64
@@ -35,6 +39,17 @@ def factor_distortion(bits: int) -> float:
     Entries of factors are sums over many weights, and so about normal.
     """
     return distortion(np.random.default_rng(0).standard_normal((1, ROWS, ROW)), bits)
+
+
+def beyond_half(weight: NDArray[Any]) -> bool:
+    """Whether an entry of a factor might overflow half precision.
+
+    Components are balanced, so that no entry is above the root of the norm of what a component adds
+    to the weight; that is at most the weight's own norm.
+    """
+    largest = max(float(weight.max(initial=0.0)), -float(weight.min(initial=0.0)))
+    # Not less than the norm, and without a copy of the weight.
+    return math.sqrt(largest * math.sqrt(weight.size)) > float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,7 @@ class PairUnit:
             return fetch(cache, "pairs", stored, partial(_energies, unit, scheme, most))
 
         cache = None if unit.cache is None else unit.cache.fresh()
-        return _measured(self.forms, compute, cache)
+        return _measured(self.forms, unit.weight.array, compute, cache)
 
 
 @dataclass(frozen=True)
@@ -79,11 +94,12 @@ class PairsAlone:
             values = layer_values(scheme, weight, cache, content)
             return _of_spectrum(values, relative_errors(values))
 
-        return _measured(self.forms, compute, cache)
+        return _measured(self.forms, weight, compute, cache)
 
 
 def _measured(
     forms: Sequence[CodedScheme],
+    weight: NDArray[Any],
     compute: Callable[[Scheme], Arrays | None],
     cache: Cache | None,
 ) -> Measured:
@@ -96,6 +112,9 @@ def _measured(
         found = known[form.scheme.name]
         result.spectra.append(None)
         if found is None:
+            result.errors.append(None)
+            continue
+        if form.bits == HALF and beyond_half(weight):
             result.errors.append(None)
             continue
         lost = factor_distortion(form.bits)

@@ -21,6 +21,7 @@ from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.base import Asked, ErrorUnit, LayerCosts, Proposal, VariantFamily
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
 from cobla_onnx.variants.low_rank.curve import LOW_RANK, rank_curve
+from cobla_onnx.variants.low_rank.folded import can_fold, no_faster
 from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.matricisation import (
     SCHEMES,
@@ -68,11 +69,12 @@ class LowRankFamily(VariantFamily):
         for scheme in schemes_for(layer, asked.scheme):
             most = largest_rank(layer, scheme)
             if costs.macs is not None:
-                per_rank = self.macs(layer, scheme, 1, costs)
+                per_rank = _macs_per_rank(layer, scheme, costs)
                 if not per_rank:
                     continue
                 useful |= most >= 1 and costs.macs >= per_rank
-                most = min(most, asked.ranks.most(costs.macs, per_rank, pointwise=pointwise))
+                if not (costs.folding and can_fold(layer, scheme)):
+                    most = min(most, asked.ranks.most(costs.macs, per_rank, pointwise=pointwise))
             useful |= most >= 1
             ranks = grid.candidates(most)
             if len(ranks):
@@ -95,35 +97,50 @@ class LowRankFamily(VariantFamily):
         scheme = proposal.form
         dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.stored_type)
         values = np.zeros(proposal.most) if spectrum is None else spectrum
+        per_rank = None if costs.macs is None else _macs_per_rank(layer, scheme, costs)
         curve = rank_curve(
             scheme.name,
             values,
             proposal.levels,
             self.params(layer, scheme, 1) * dtype.itemsize,
-            None if costs.macs is None else self.macs(layer, scheme, 1, costs),
+            per_rank,
             errors,
         )
         # Masks lie between the factors of one product, and a tied weight has several.
-        return replace(curve, nested=not layer.readings)
+        curve = replace(curve, nested=not layer.readings)
+        return self.as_written(layer, scheme, costs, curve)
+
+    def as_written(
+        self, layer: Layer, scheme: Scheme, costs: LayerCosts, curve: VariantCurve
+    ) -> VariantCurve:
+        """Return a curve with the MACs of the whole layer where factors are multiplied out."""
+        if not any(self.folds(layer, scheme, int(rank), costs) for rank in curve.levels):
+            return curve
+        macs = [self.macs(layer, scheme, int(rank), costs) for rank in curve.levels]
+        proportional = {name: cost for name, cost in curve.per_level.items() if name != "mac"}
+        return replace(curve.with_cost("mac", np.array(macs)), per_level=proportional)
 
     def params(self, layer: Layer, form: Any, level: int) -> int:
         """Count the weights of both factors."""
         return int(form.params_per_rank() * level)
 
     def macs(self, layer: Layer, form: Any, level: int, costs: LayerCosts) -> int | None:
-        """Count the MACs of both factors over all uses; None where shapes are not known."""
-        total = 0
-        for use in layer.uses:
-            reading = layer.reading(use)
-            per_rank = (
-                form.macs_per_rank(use, costs.shapes)
-                if reading is layer
-                else macs_per_rank(reading, use, costs.shapes)
-            )
-            if per_rank is None:
-                return None
-            total += per_rank * level
-        return total
+        """Count the MACs over all uses: of both factors, or of the layer; None if not known."""
+        if self.folds(layer, form, level, costs):
+            return costs.macs
+        per_rank = _macs_per_rank(layer, form, costs)
+        return None if per_rank is None else per_rank * level
+
+    def can_fold(self, layer: Layer, form: Any) -> bool:
+        """Whether a few nodes make the weight from both factors."""
+        return can_fold(layer, form)
+
+    def folds(self, layer: Layer, form: Any, level: int, costs: LayerCosts) -> bool:
+        """Whether factors are multiplied out: where two nodes would be no faster than the layer."""
+        if not costs.folding or costs.macs is None or not can_fold(layer, form):
+            return False
+        per_rank = _macs_per_rank(layer, form, costs)
+        return per_rank is not None and no_faster(layer, level, per_rank, costs.macs)
 
     def unit(
         self,
@@ -180,10 +197,26 @@ class LowRankFamily(VariantFamily):
         """Return those of the ranks that are on the grid, and worth their MACs."""
         grid, pointwise = _grid(layer, ranks)
         most = int(levels[-1])
-        per_rank = self.macs(layer, form, 1, costs)
+        per_rank = _macs_per_rank(layer, form, costs)
         if costs.macs is not None and per_rank is not None:
             most = min(most, ranks.most(costs.macs, per_rank, pointwise=pointwise))
         return np.intersect1d(grid.candidates(most), levels)
+
+
+def _macs_per_rank(layer: Layer, scheme: Scheme, costs: LayerCosts) -> int | None:
+    """MACs of two nodes for each unit of rank, over all uses; None where shapes are not known."""
+    total = 0
+    for use in layer.uses:
+        reading = layer.reading(use)
+        per_rank = (
+            scheme.macs_per_rank(use, costs.shapes)
+            if reading is layer
+            else macs_per_rank(reading, use, costs.shapes)
+        )
+        if per_rank is None:
+            return None
+        total += per_rank
+    return total
 
 
 def _grid(layer: Layer, rule: RankRule) -> tuple[RankGrid, bool]:

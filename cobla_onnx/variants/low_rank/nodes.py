@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from cobla_onnx.graph.layers import Layer, Use, attributes
 from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.graph.operators.gather import Lookup
+from cobla_onnx.variants.low_rank.folded import product_nodes
 from cobla_onnx.variants.low_rank.matricisation import (
     ConvScheme,
     Scheme,
@@ -27,7 +28,7 @@ from cobla_onnx.variants.low_rank.matricisation import (
 )
 from cobla_onnx.variants.low_rank.svd import Factorization
 from cobla_onnx.variants.names import Names
-from cobla_onnx.variants.replacement import Replacement, narrowed, narrowed_bias
+from cobla_onnx.variants.replacement import Replacement, narrowed, narrowed_bias, own_node
 from cobla_onnx.variants.tied import (
     Part,
     factors_read,
@@ -40,6 +41,7 @@ __all__ = [
     "FIRST",
     "SECOND",
     "FactorPair",
+    "Pair",
     "factor_nodes",
     "make_replacement",
     "nodes_of",
@@ -52,17 +54,66 @@ FIRST, SECOND = "first_factor", "second_factor"
 
 
 @dataclass(frozen=True)
-class FactorPair(Replacement):
-    """The weights of two factor nodes, in the type in which the layer's weight was stored.
+class Pair(Replacement):
+    """Two factors, read by two nodes, or multiplied out to the weight of one.
 
     Attributes
     ----------
     layer, arrays, bias
-        As those of `Replacement`; the arrays are ``first_factor`` and ``second_factor``.
+        As those of `Replacement`.
     scheme : Scheme
     """
 
     scheme: Scheme
+    folded: bool = field(default=False, kw_only=True)
+
+    def as_folded(self) -> Pair:
+        """Return the same pair, multiplied out."""
+        return replace(self, folded=True)
+
+    def stored_factors(
+        self, stored: Mapping[str, str], names: Names
+    ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+        """Build the nodes that give both factors as the layer computes with them; name both."""
+        return super().shared(stored, names)
+
+    def shared(
+        self, stored: Mapping[str, str], names: Names
+    ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+        """Build the nodes that give both factors, or the weight, once for all uses."""
+        nodes, operands = self.stored_factors(stored, names)
+        if not self.folded:
+            turned, operands = with_transposes(operands, parts_read(self.layer), names)
+            return [*nodes, *turned], operands
+        pair = operands[FIRST], operands[SECOND]
+        product, weight = product_nodes(self.layer, self.scheme, pair, names)
+        return [*nodes, *product], {"weight": weight}
+
+    def nodes(
+        self,
+        node: onnx.NodeProto,
+        use: Use,
+        operands: Mapping[str, str],
+        rest: Sequence[str],
+        names: Names,
+    ) -> list[onnx.NodeProto]:
+        """Build the two factor nodes of one use, of which the second has the bias; or its own."""
+        if self.folded:
+            return [own_node(node, self.layer.weight_input, operands["weight"], rest)]
+        return nodes_of(self.layer, self.scheme, node, use, operands, rest, names)
+
+
+@dataclass(frozen=True)
+class FactorPair(Pair):
+    """The weights of two factor nodes, in the type in which the layer's weight was stored.
+
+    Attributes
+    ----------
+    layer, bias, scheme, folded
+        As those of `Pair`.
+    arrays : mapping of str to array
+        ``first_factor`` and ``second_factor``.
+    """
 
     def dense(self) -> NDArray[Any]:
         """Multiply the factors to the weight that they stand for, shape ``layer.shape``."""
@@ -75,25 +126,6 @@ class FactorPair(Replacement):
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.layer.type)
         result: NDArray[Any] = self.scheme.weight(left @ right).astype(dtype, copy=False)
         return result
-
-    def nodes(
-        self,
-        node: onnx.NodeProto,
-        use: Use,
-        operands: Mapping[str, str],
-        rest: Sequence[str],
-        names: Names,
-    ) -> list[onnx.NodeProto]:
-        """Build the two factor nodes of one use; the second has the bias."""
-        return nodes_of(self.layer, self.scheme, node, use, operands, rest, names)
-
-    def shared(
-        self, stored: Mapping[str, str], names: Names
-    ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
-        """Cast the factors where needed; of a tied weight, transpose those that are read so."""
-        casts, operands = super().shared(stored, names)
-        nodes, operands = with_transposes(operands, parts_read(self.layer), names)
-        return [*casts, *nodes], operands
 
 
 def parts_read(layer: Layer) -> list[Part]:

@@ -65,11 +65,11 @@ class RoundingUnit:
         total = float((energy * weights).sum())
         unmade = float((squares * left[:, None] * weights).sum())
         share = unmade / total if total > 0 else 0.0
-        known = {}
-        for bits in self.bits:
-            lost = distortion(rows, bits)
-            known[bits] = lost * share if np.isfinite(lost) else 1.0
-        return Measured([between(known)], [None], [])
+        lost = {bits: distortion(rows, bits) for bits in self.bits}
+        finite = {bits: each for bits, each in lost.items() if np.isfinite(each)}
+        errors = between({bits: each * share for bits, each in finite.items()})
+        errors[[bits for bits in lost if bits not in finite]] = np.inf
+        return Measured([errors], [None], [])
 
 
 class StorageFamily(BitsFamily):

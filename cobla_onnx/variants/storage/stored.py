@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.variants.low_rank.matricisation import layout_of
 from cobla_onnx.variants.names import Names
-from cobla_onnx.variants.replacement import Replacement, narrowed_bias
+from cobla_onnx.variants.replacement import Replacement, narrowed_bias, own_node
 from cobla_onnx.variants.storage.coding import Coded
 from cobla_onnx.variants.storage.tensor import (
     StoredTensor,
@@ -67,14 +67,9 @@ class StoredWeight(Replacement):
         names: Names,
     ) -> list[onnx.NodeProto]:
         """Return the layer's own node, which reads the decoded weight."""
-        result = onnx.NodeProto()
-        result.CopyFrom(node)
-        del result.input[2:]
-        result.input.extend(rest)
         reading = self.layer.reading(use)
         weight = operand(operands, ("weight", reading.transposed))
-        result.input[reading.weight_input] = weight
-        return [result]
+        return [own_node(node, reading.weight_input, weight, rest)]
 
 
 def half_weight(layer: Layer, weight: NDArray[Any], bias: NDArray[Any] | None) -> StoredWeight:

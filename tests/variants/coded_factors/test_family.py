@@ -21,6 +21,7 @@ from cobla_onnx.runtime.session import open_session, random_feeds, run_session
 from cobla_onnx.variants.coded_factors.family import CodedFactorsFamily
 from cobla_onnx.variants.coded_factors.form import CodedScheme, coded_name, split_name
 from cobla_onnx.variants.coded_factors.stored import pair_bytes
+from cobla_onnx.variants.coded_factors.units import beyond_half
 from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.variants.storage.precision import FORMATS
 from tests.builders import model_of, random_array, small_network
@@ -141,3 +142,18 @@ def test_a_plan_alone_says_what_bits_are_considered() -> None:
     for result in (alone, asked):
         assert result.report.layers[0].macs.after == 3 * 4 * (40 + 40)
         assert result.report.layers[0].error is not None
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("size", [1e6, 1e12])
+def test_half_precision_is_not_proposed_where_a_factor_overflows(size: float, seen: bool) -> None:
+    """A factor has the root of the size of its weight: the first of these fits."""
+    weight = size * (random_array(40, 30) @ random_array(30, 30, seed=2))
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "layer")
+    model = model_of([node], {"w": weight}, {"x": ["N", 3, 40]}, ["y"])
+    (layer,) = find_layers(model).layers
+    assert beyond_half(read_weight(model, layer)) == (size == 1e12)
+    data: dict[str, Any] = {"data": {"x": random_array(40, 3, 40, seed=4)}} if seen else {}
+    result = compress(model, Budget(mem=0.4), precision=(16,), threads=1, **data)
+    (decision,) = result.plan.decisions
+    assert decision.scheme == ("matrix" if size == 1e12 else "matrix@16")

@@ -172,11 +172,13 @@ def test_the_predicted_error_is_about_the_real_one(bits: int, size: float) -> No
     assert errors[bits] == pytest.approx(lost / np.square(weight).sum(), rel=0.5)
 
 
+@pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("precision", ["auto", (16,)])
-def test_half_precision_is_not_chosen_where_it_overflows(precision: Any) -> None:
+def test_half_precision_is_not_chosen_where_it_overflows(precision: Any, seen: bool) -> None:
     node = helper.make_node("MatMul", ["x", "w"], ["y"], "layer")
-    model = model_of([node], {"w": 1e6 * random_array(40, 30)}, {"x": [3, 40]}, ["y"])
-    result = compress(model, Budget(mem=0.6), precision=precision, threads=1)
+    model = model_of([node], {"w": 1e6 * random_array(40, 30)}, {"x": ["N", 3, 40]}, ["y"])
+    data: dict[str, Any] = {"data": {"x": random_array(40, 3, 40, seed=4)}} if seen else {}
+    result = compress(model, Budget(mem=0.6), precision=precision, threads=1, **data)
     (decision,) = result.plan.decisions
     assert (decision.scheme, decision.rank) != ("stored", 16)
     assert decision.scheme is not None
