@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 
+from cobla_onnx.graph.bodies import names_are_unique
 from cobla_onnx.graph.index import (
     INTEGERS,
     SCALED_INTEGERS,
@@ -23,7 +23,7 @@ from cobla_onnx.graph.index import (
 from cobla_onnx.graph.inventory import Inventory, Layer, Reason, Refusal, Skipped, Use
 from cobla_onnx.graph.operators.base import OPERATORS, operator_of, operator_of_node
 from cobla_onnx.graph.sizes import tensor_bytes
-from cobla_onnx.graph.tensors import subgraphs, tensor_array
+from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.graph.weights import read_bias, read_weight
 from cobla_onnx.text import quoted
 
@@ -87,7 +87,8 @@ LARGEST = 2**31 - 1
 def find_layers(model: onnx.ModelProto) -> Inventory:
     """Find every node of a registered operator whose weight is constant.
 
-    Nodes that read the same stored weight in the same way are one layer.
+    Nodes that read the same stored weight in the same way are one layer. Those in bodies are
+    layers in a model that was prepared for it, see `opening.opened`.
 
     Returns
     -------
@@ -97,9 +98,15 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
     graph = GraphIndex(model)
     skipped: list[tuple[int, Skipped]] = []
     groups: dict[tuple[Any, ...], list[tuple[int, int, Origin]]] = defaultdict(list)
-    for index, node in enumerate(graph.nodes):
-        skipped.extend((index, item) for item in _inside(node, index))
+    unique = names_are_unique(model.graph)
+    for index in sorted(range(len(graph.nodes)), key=graph.place):
+        node, label = graph.nodes[index], graph.labels[index]
         if not _is_reported(node):
+            continue
+        if graph.holders[index] is not None and not unique:
+            if not _is_incidental(node):
+                item = Skipped(label, node.op_type, Reason.SUBGRAPH)
+                skipped.append((graph.place(index), item))
             continue
         found = _weight_operand(graph, node)
         if _is_incidental(node) and not _is_floating_matrix(found):
@@ -111,7 +118,7 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
             key += tuple(OPERATORS[node.op_type].reading(node).items())
             groups[key].append((index, position, origin))
         else:
-            skipped.append((index, replace(found, name=node_label(node, index))))
+            skipped.append((graph.place(index), replace(found, name=label)))
     skipped.extend(
         (len(graph.nodes), Skipped(node_label(node, 0), node.op_type, Reason.SUBGRAPH))
         for function in model.functions
@@ -127,7 +134,7 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
             layers.append(layer)
         else:
             item = Skipped(layer.name, layer.op, *problem, layer.params)
-            skipped.append((layer.uses[0].node, item))
+            skipped.append((layer.uses[0].place, item))
     skipped.sort(key=lambda entry: entry[0])
     return Inventory(tuple(layers), tuple(item for _, item in skipped))
 
@@ -145,16 +152,6 @@ def _is_floating_matrix(found: tuple[int, Origin] | Skipped) -> bool:
     if isinstance(found, Skipped):
         return False
     return len(found[1].shape) > 1 and found[1].type in STORED_TYPES
-
-
-def _inside(node: onnx.NodeProto, index: int) -> Iterable[Skipped]:
-    stack = list(subgraphs(node))
-    while stack:
-        for inner in (graph := stack.pop()).node:
-            if _is_reported(inner) and not _is_incidental(inner):
-                name = f"{node_label(node, index)}/{inner.name or inner.op_type}"
-                yield Skipped(name, inner.op_type, Reason.SUBGRAPH, graph.name)
-            stack.extend(subgraphs(inner))
 
 
 def _weight_operand(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, Origin] | Skipped:
@@ -178,7 +175,7 @@ def _weight_operand(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, Origi
 def _layer(graph: GraphIndex, members: list[tuple[int, int, Origin]], taken: set[str]) -> Layer:
     first, position, origin = members[0]
     node = graph.nodes[first]
-    name = node_label(node, first)
+    name = graph.labels[first]
     if name in taken:
         name = f"{name}_{first}"
     taken.add(name)
@@ -188,12 +185,13 @@ def _layer(graph: GraphIndex, members: list[tuple[int, int, Origin]], taken: set
             graph.nodes[index].input[1 - position],
             graph.nodes[index].output[0],
             member.chain,
+            graph.holders[index],
         )
         for index, _, member in members
     )
     operator = OPERATORS[node.op_type]
     for index, _, member in members:
-        label = f"node {quoted(node_label(graph.nodes[index], index))}"
+        label = f"node {quoted(graph.labels[index])}"
         operator.check(graph.nodes[index], member.shape, label)
     layer = Layer(
         name=name,
@@ -222,6 +220,7 @@ def _own_bias(graph: GraphIndex, layer: Layer) -> str | None:
         tensor is None
         or tensor.data_type != layer.type
         or name in graph.kept
+        or name in graph.inside
         or graph.readers[name] != [index]
         or list(node.input).count(name) > 1
     ):
@@ -249,6 +248,9 @@ def _problem(graph: GraphIndex, layer: Layer) -> Refusal | None:
         return Refusal(Reason.EMPTY, f"shape {list(layer.shape)}")
     if layer.stored_bytes > LARGEST:
         return Refusal(Reason.TOO_LARGE, f"{layer.stored_bytes} bytes")
+    chain = [graph.holders[index] for use in layer.uses for index in use.chain]
+    if layer.source in graph.inside or any(holder is not None for holder in chain):
+        return Refusal(Reason.SUBGRAPH)
     return operator_of(layer).refusal(layer, None) or _other_reader(graph, layer)
 
 
@@ -261,7 +263,7 @@ def _other_reader(graph: GraphIndex, layer: Layer) -> Refusal | None:
             return Refusal(Reason.SHARED, graph.kept[tensor])
         for reader in graph.readers[tensor]:
             if reader not in between and reader not in nodes:
-                return Refusal(Reason.SHARED, node_label(graph.nodes[reader], reader))
+                return Refusal(Reason.SHARED, graph.labels[reader])
     for index in nodes:
         if list(graph.nodes[index].input).count(graph.nodes[index].input[layer.weight_input]) > 1:
             return Refusal(Reason.SHARED, "read twice by one node")

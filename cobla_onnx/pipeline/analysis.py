@@ -15,10 +15,12 @@ from cobla_onnx.allocation.pruning import undominated
 from cobla_onnx.calibration.patches import unreadable
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import BudgetError, UsageError
+from cobla_onnx.graph.inventory import Refusal
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import Inventory, Layer, Reason, Skipped, find_layers
 from cobla_onnx.graph.macs import Shape, fixed_input_shapes
 from cobla_onnx.graph.operators.base import operator_of
+from cobla_onnx.pipeline.body_proof import provable
 from cobla_onnx.pipeline.reach import ranks_in_reach
 from cobla_onnx.pipeline.select import Selection, selected, without_unmeasured
 from cobla_onnx.plan import Decision, FactorsFrom, Plan
@@ -259,8 +261,8 @@ def analyse(
     notes += _warnings(model, inventory)
     inventory = without_unmeasured(inventory, unmeasured)
     taken, skipped = _readable(model, inventory, shapes, weighted=see is not None)
+    taken, skipped, total = _counted(taken, skipped, macs, needed=macs_needed)
     costs = [LayerCosts(_layer_macs(layer, macs), shapes) for layer in taken]
-    total = None if macs is None else sum(macs.values())
     bare = Analysis((), skipped, stored_bytes(model), total, known, notes, None, shapes)
     candidates, more = _in_reach(bare, taken, costs, asked, reach)
     data = None if see is None else FromData(see(taken))
@@ -331,7 +333,25 @@ def _refused(found: Candidate) -> Skipped:
 
 
 def _layer_macs(layer: Layer, macs: Mapping[int, int] | None) -> int | None:
-    return None if macs is None else sum(macs[use.node] for use in layer.uses)
+    each = [None if macs is None else macs.get(use.node) for use in layer.uses]
+    known = [count for count in each if count is not None]
+    return sum(known) if len(known) == len(each) else None
+
+
+def _counted(
+    layers: tuple[Layer, ...],
+    skipped: tuple[Skipped, ...],
+    macs: Mapping[int, int] | None,
+    *,
+    needed: bool,
+) -> tuple[tuple[Layer, ...], tuple[Skipped, ...], int | None]:
+    """Total MACs. Where they are needed, layers in bodies whose own are not known are skipped."""
+    uncounted = [layer for layer in layers if _layer_macs(layer, macs) is None]
+    if macs is None or (uncounted and not needed):
+        return layers, skipped, None
+    more = (Skipped(x.name, x.op, Reason.UNCOUNTED, "", x.params) for x in uncounted)
+    kept = tuple(layer for layer in layers if layer not in uncounted)
+    return kept, (*skipped, *more), sum(macs.values())
 
 
 def _readable(
@@ -344,13 +364,22 @@ def _readable(
     taken, skipped = [], list(inventory.skipped)
     for layer in inventory.layers:
         refused = operator_of(layer).refusal(layer, shapes)
-        if refused is None and weighted:
+        if refused is None and layer.in_body:
+            refused = _unprovable(layer, weighted=weighted)
+        elif refused is None and weighted:
             refused = unreadable(model, layer)
         if refused is None:
             taken.append(layer)
         else:
             skipped.append(Skipped(layer.name, layer.op, *refused, layer.params))
     return tuple(taken), tuple(skipped)
+
+
+def _unprovable(layer: Layer, *, weighted: bool) -> Refusal | None:
+    """Why a layer in a body is left as it is."""
+    if weighted:
+        return Refusal(Reason.NOT_FOLLOWED)
+    return None if provable(layer) else Refusal(Reason.SUBGRAPH)
 
 
 def _warnings(model: onnx.ModelProto, inventory: Inventory) -> tuple[str, ...]:

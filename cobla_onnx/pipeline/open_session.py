@@ -28,6 +28,7 @@ from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.layers import Layer, find_layers
+from cobla_onnx.graph.opening import opened
 from cobla_onnx.latency.profile import Profile
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.options import Settings, memory_bytes
@@ -118,6 +119,7 @@ def open_session(
     needs = Needs(macs_needed, times_needed, budgets, bits)
     notify("open model and data", 0, 1)
     proto, order = open_in_order(model)
+    proto = opened(proto)
     threads = settings.threads or available_cores()
     cache = None if settings.cache is None else Cache(settings.cache)
     with (

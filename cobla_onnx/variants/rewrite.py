@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cobla_onnx.graph.bodies import all_nodes, body_graphs
 from cobla_onnx.graph.io.external import mapped_tensor
-from cobla_onnx.graph.io.model_file import copy_without_initializers
+from cobla_onnx.graph.io.model_file import copy_without_initializers, subgraphs
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement
 
@@ -23,15 +25,20 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
     Weights that are no longer read are left out, as are the Identity, Transpose, Cast and
     Constant nodes before them. Everything else is as it was, in the same order. The
     last of the new nodes keeps the name, the output and the documentation of the original.
+    What a layer in a body stores is in the main graph, and its nodes are in the body.
     """
     sources = {name for replacement in replacements for name in _replaced(replacement)}
     result = copy_without_initializers(model, sources)
     graph = result.graph
     names = Names(model)
-    built: dict[int, list[onnx.NodeProto]] = {}
+    built: dict[str, list[onnx.NodeProto]] = {}
+    shared: dict[int, list[onnx.NodeProto]] = defaultdict(list)
+    originals = all_nodes(model.graph)
     for replacement in replacements:
-        nodes, weights = _build(replacement, model, names)
+        nodes, weights, before = _build(replacement, originals, names)
         built.update(nodes)
+        # Uses in several bodies can all read what stands before the first of them.
+        shared[min(use.place for use in replacement.layer.uses)] += before
         graph.initializer.extend(weights)
         if model.ir_version < 4:
             # Before IR version 4 every initializer is also an input of the graph.
@@ -40,10 +47,10 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
             )
     add_functions(result, names.functions)
     dead = _dead_nodes(model, replacements)
-    kept = []
+    kept: list[onnx.NodeProto] = []
     for index, node in enumerate(model.graph.node):
         if index not in dead:
-            kept.extend(built.get(index, [node]))
+            kept.extend((*shared[index], *_replaced_nodes(node, built)))
     del graph.node[:]
     graph.node.extend(kept)
     gone = sources | {name for index in dead for name in model.graph.node[index].output}
@@ -66,6 +73,25 @@ def add_functions(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto
             model.opset_import.append(onnx.helper.make_opsetid(function.domain, 1))
 
 
+def _replaced_nodes(
+    node: onnx.NodeProto, built: Mapping[str, list[onnx.NodeProto]]
+) -> list[onnx.NodeProto]:
+    """Return what takes the place of a node: others, itself, or itself with other bodies."""
+    found = built.get(node.output[0]) if node.output else None
+    if found is not None:
+        return found
+    inside = [inner for body in body_graphs([node]) for inner in body.node]
+    if not any(name in built for inner in inside for name in inner.output):
+        return [node]
+    result = onnx.NodeProto()
+    result.CopyFrom(node)
+    for body, original in zip(subgraphs(result), subgraphs(node), strict=True):
+        nodes = [new for inner in original.node for new in _replaced_nodes(inner, built)]
+        del body.node[:]
+        body.node.extend(nodes)
+    return [result]
+
+
 def _replaced(replacement: Replacement) -> list[str]:
     """Names of the stored tensors that a replacement makes superfluous."""
     layer = replacement.layer
@@ -80,9 +106,9 @@ def _drop(items: Any, unwanted: Any) -> None:
 
 
 def _build(
-    replacement: Replacement, model: onnx.ModelProto, names: Names
-) -> tuple[dict[int, list[onnx.NodeProto]], list[onnx.TensorProto]]:
-    """Build the nodes that replace each use, by node index, and their initializers."""
+    replacement: Replacement, originals: Sequence[onnx.NodeProto], names: Names
+) -> tuple[dict[str, list[onnx.NodeProto]], list[onnx.TensorProto], list[onnx.NodeProto]]:
+    """Build the nodes of each use, by its output, the initializers, and what all uses share."""
     layer = replacement.layer
     stored = {part: names.tensor(f"{layer.name}/{part}") for part in replacement.arrays}
     initializers = [_tensor(stored[part], array) for part, array in replacement.arrays.items()]
@@ -91,9 +117,9 @@ def _build(
     if replacement.bias is not None:
         bias = [names.tensor(f"{layer.name}/bias")]
         initializers.append(_tensor(bias[0], replacement.bias))
-    result: dict[int, list[onnx.NodeProto]] = {}
+    result: dict[str, list[onnx.NodeProto]] = {}
     for use in layer.uses:
-        node = model.graph.node[use.node]
+        node = originals[use.node]
         rest = bias or node.input[2:]
         *before, last = replacement.nodes(node, use, operands, rest, names)
         kept = onnx.NodeProto()
@@ -105,9 +131,8 @@ def _build(
         del kept.input[:], kept.attribute[:]
         kept.input.extend(last.input)
         kept.attribute.extend(last.attribute)
-        result[use.node] = [*before, kept]
-    result[layer.uses[0].node] = shared + result[layer.uses[0].node]
-    return result, initializers
+        result[use.output] = [*before, kept]
+    return result, initializers, shared
 
 
 def _tensor(name: str, array: NDArray[Any]) -> onnx.TensorProto:
