@@ -36,10 +36,11 @@ def model_with(
         list(nodes),
         "test",
         list(inputs),
-        # All of them give out what has the shape of their input.
-        [VALUE("y", FLOAT, [d.dim_value for d in inputs[0].type.tensor_type.shape.dim])],
+        [VALUE("y", FLOAT, None)],
         [stored(name, array) for name, array in weights.items()],
     )
+    # All of them give out what has the shape of their input.
+    graph.output[0].type.CopyFrom(inputs[0].type)
     imports = [helper.make_opsetid("", 17)]
     imports += [helper.make_opsetid(d, 1) for d in dict.fromkeys(f.domain for f in functions)]
     model = helper.make_model(
@@ -49,7 +50,7 @@ def model_with(
     return model
 
 
-def choice() -> onnx.ModelProto:
+def choice(rows: int | str = 2) -> onnx.ModelProto:
     """An If: own weights, own bias in a Constant; a captured weight, turned; a shared one."""
     then = helper.make_graph(
         [
@@ -80,7 +81,7 @@ def choice() -> onnx.ModelProto:
     ]
     weights = {"captured": weight(2), "shared": weight(3), "outer": weight(4)}
     weights["zero"] = np.zeros((), np.float32)
-    return model_with(nodes, [VALUE("x", FLOAT, [2, SIZE])], weights)
+    return model_with(nodes, [VALUE("x", FLOAT, [rows, SIZE])], weights)
 
 
 def loop() -> onnx.ModelProto:

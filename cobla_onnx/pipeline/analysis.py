@@ -16,11 +16,11 @@ from cobla_onnx.calibration.patches import unreadable
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.graph.inventory import Refusal
-from cobla_onnx.graph.io.model_file import stored_bytes
-from cobla_onnx.graph.layers import Inventory, Layer, Reason, Skipped, find_layers
+from cobla_onnx.graph.layers import Inventory, Layer, Reason, Skipped
 from cobla_onnx.graph.macs import Shape, fixed_input_shapes
 from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.pipeline.body_proof import provable
+from cobla_onnx.pipeline.branches import Followed
 from cobla_onnx.pipeline.reach import ranks_in_reach
 from cobla_onnx.pipeline.select import Selection, selected, without_unmeasured
 from cobla_onnx.plan import Decision, FactorsFrom, Plan
@@ -238,12 +238,14 @@ def analyse(
     weigh: bool = True,
     reach: Reach = NO_BUDGETS,
     unmeasured: Collection[str] = (),
+    followed: Followed | None = None,
 ) -> Analysis:
     """Find a model's layers, count their costs and measure the errors of their variants.
 
     With `see`, which collects statistics on the calibration data, errors are those of the layers'
     outputs and not of their weights, unless `weigh` is False. The layers named in `unmeasured`
-    stay whole: no loss would see their errors.
+    stay whole: no loss would see their errors. With `followed`, whose model is `model`, layers
+    and bytes of branches that data never takes are told and counted.
 
     Raises
     ------
@@ -255,7 +257,8 @@ def analyse(
         If costs alone show that no budget can be met.
     """
     context = context or RunContext()
-    inventory = selected(find_layers(model), selection)
+    followed = followed or Followed(model, model)
+    inventory = selected(followed.inventory, selection)
     known = fixed_input_shapes(model, input_shapes or {})
     shapes, macs, notes = model_costs(model, known, macs_needed, context.threads)
     notes += _warnings(model, inventory)
@@ -263,7 +266,7 @@ def analyse(
     taken, skipped = _readable(model, inventory, shapes, weighted=see is not None)
     taken, skipped, total = _counted(taken, skipped, macs, needed=macs_needed)
     costs = [LayerCosts(_layer_macs(layer, macs), shapes) for layer in taken]
-    bare = Analysis((), skipped, stored_bytes(model), total, known, notes, None, shapes)
+    bare = Analysis((), skipped, followed.stored_bytes, total, known, notes, None, shapes)
     candidates, more = _in_reach(bare, taken, costs, asked, reach)
     data = None if see is None else FromData(see(taken))
     curves = measured_curves(model, candidates, data if weigh else None, context)

@@ -27,12 +27,13 @@ from cobla_onnx.calibration.heads import importances
 from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.io.digest import model_content
-from cobla_onnx.graph.layers import Layer, find_layers
+from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.opening import opened
 from cobla_onnx.latency.profile import Profile
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.options import Settings, memory_bytes
 from cobla_onnx.pipeline.analysis import Analysis, Reach, analyse
+from cobla_onnx.pipeline.branches import Followed, follow
 from cobla_onnx.pipeline.budget_errors import explain
 from cobla_onnx.pipeline.inputs import (
     ModelSource,
@@ -118,8 +119,8 @@ def open_session(
     notify: Progress = settings.progress or silent
     needs = Needs(macs_needed, times_needed, budgets, bits)
     notify("open model and data", 0, 1)
-    proto, order = open_in_order(model)
-    proto = opened(proto)
+    given, order = open_in_order(model)
+    proto = opened(given)
     threads = settings.threads or available_cores()
     cache = None if settings.cache is None else Cache(settings.cache)
     with (
@@ -135,15 +136,28 @@ def open_session(
         profile = open_profile(settings.profile, threads) if settings.measure_latency else None
         rule = _rule(settings, needs, provider)
         known = known_shapes(settings, dataset)
-        looking = None if dataset is None else _looking(proto, dataset, settings, context)
-        analysis = _analysed(proto, known, settings, needs, rule, looking, context)
+        followed = follow(proto, dataset, threads)
+        looking = None if dataset is None else _looking(followed, dataset, settings, context)
+        analysis = _analysed(followed, known, settings, needs, rule, looking, context)
         try:
-            times = None if profile is None else _times(proto, analysis, profile, settings, context)
+            times = None
+            if profile is not None:
+                times = _times(followed.model, analysis, profile, settings, context)
             table = times.table() if times is not None and times_needed else analysis
             evidence = None if looking is None else looking.evidence(table)
             seconds = time.perf_counter() - started
             yield Session(
-                proto, table, settings, context, evidence, times, source, order, rule, seconds
+                given,
+                followed,
+                table,
+                settings,
+                context,
+                evidence,
+                times,
+                source,
+                order,
+                rule,
+                seconds,
             )
         finally:
             if analysis.from_data is not None:
@@ -172,14 +186,15 @@ def _times(
 
 
 def _looking(
-    model: onnx.ModelProto, dataset: Dataset, settings: Settings, context: RunContext
+    followed: Followed, dataset: Dataset, settings: Settings, context: RunContext
 ) -> _Looking:
     """Decide which outputs count and where the loss is taken."""
+    model = followed.model
     labels = sample_labels(settings.labels, dataset)
     choices = resolve_outputs(settings.outputs, [o.name for o in model.graph.output])
     ignored = frozenset(name for name, choice in choices.items() if choice.how == "ignore")
     context.progress("where the loss is taken", 0, 1)
-    measured = _measured(model, dataset, context.threads, ignored)
+    measured = _measured(followed, dataset, context.threads, ignored)
     context.progress("where the loss is taken", 1, 1)
     chooser = Chooser.of(
         measured.model,
@@ -192,7 +207,7 @@ def _looking(
 
 
 def _analysed(
-    model: onnx.ModelProto,
+    followed: Followed,
     known: tuple[dict[str, Sequence[int]], tuple[str, ...]],
     settings: Settings,
     needs: Needs,
@@ -207,7 +222,7 @@ def _analysed(
     tried = EVERY_RANK if refine else rule
     bits = sorted({*precision_bits(settings.precision), *needs.bits})
     analysis = analyse(
-        model,
+        followed.model,
         Selection(settings.include, settings.exclude, settings.min_size),
         Asked(settings.scheme, rule, tuple(bits)),
         context=context,
@@ -218,22 +233,24 @@ def _analysed(
         reach=Reach(
             needs.budgets,
             refine,
-            lambda error, found: explain(error, model, found, settings, tried),
+            lambda error, found: explain(error, followed.original, found, settings, tried),
         ),
         unmeasured=looking.measured.unmeasured if looking is not None and weigh else (),
+        followed=followed,
     )
     if looking is None:
         return analysis
-    return replace(analysis, notes=(*analysis.notes, *notes, *looking.notes))
+    more = (*notes, *followed.notes, *looking.notes)
+    return replace(analysis, notes=(*analysis.notes, *more))
 
 
 def _measured(
-    model: onnx.ModelProto, dataset: Dataset, threads: int, ignored: frozenset[str]
+    followed: Followed, dataset: Dataset, threads: int, ignored: frozenset[str]
 ) -> MeasuredModel:
     """Choose where the loss is taken, from the graph and a few samples."""
     examples = list(dataset.batches(dataset.calibration[:EXAMPLES], 1))
-    layers = find_layers(model).layers
-    return measured_model(model, layers, examples, ignored=ignored, threads=threads)
+    layers = [layer for layer in followed.inventory.layers if not layer.in_body]
+    return measured_model(followed.model, layers, examples, ignored=ignored, threads=threads)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 
 from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.evaluation.deviation import network_errors
-from cobla_onnx.errors import VerificationError
-from cobla_onnx.graph.layers import Use, read_bias
+from cobla_onnx.errors import ModelError, VerificationError
+from cobla_onnx.graph.bodies import body_graphs
+from cobla_onnx.graph.layers import Use, find_layers, read_bias
 from cobla_onnx.graph.randomness import random_nodes
+from cobla_onnx.graph.settling import branching, settled
 from cobla_onnx.graph.subgraph import Exposed, expose
 from cobla_onnx.pipeline.body_proof import append_slice, checked, prove_in_bodies
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
@@ -48,14 +51,16 @@ def prove_rewrite(
         note = "the weights are large: the rewrite was proved layer by layer alone"
         return max(errors), None, (note,)
     worst, dense = _check_layers(original, compressed, replacements, feeds, threads, taps)
-    worst = max(worst, in_bodies)
+    in_branches, notes = _prove_branches(
+        original, compressed, replacements, feeds, threads, varying, taps
+    )
+    worst = max(worst, in_bodies, in_branches)
     outputs = network_errors(dense, results, varying)
     beyond = {
         name: error
         for name, error in outputs.items()
         if not error <= AMPLIFICATION * ROUNDING[dense[0][name].dtype]
     }
-    notes: tuple[str, ...] = ()
     itself = _own_differences(original, feeds, threads) if beyond else {}
     for name in [name for name in beyond if itself[name] > 0]:
         error = beyond.pop(name)
@@ -86,6 +91,61 @@ def prove_rewrite(
                 f"differs from dense weights by {error:.2g}, as it does by rounding alone",
             )
     return worst, max(outputs.values(), default=None), notes
+
+
+def _prove_branches(
+    original: onnx.ModelProto,
+    compressed: onnx.ModelProto,
+    replacements: Sequence[Replacement],
+    feeds: Sequence[Feeds],
+    threads: int,
+    varying: frozenset[str],
+    taps: TapLimit | None,
+) -> tuple[float, tuple[str, ...]]:
+    """Prove each branch of the Ifs that hold layers as if its condition said so.
+
+    Returns
+    -------
+    float
+        Largest difference.
+    tuple of str
+        A note if a branch does not run on these inputs.
+    """
+    inside = {use.output for r in replacements for use in r.layer.uses if use.holder is not None}
+    held = {
+        output: {name for body in body_graphs([node]) for n in body.node for name in n.output}
+        for node in original.graph.node
+        for output in node.output[:1]
+    }
+    chosen = [output for output in branching(original) if held[output] & inside]
+    worst, missing = 0.0, 0
+    for taken in (True, False) if chosen else ():
+        forced = dict.fromkeys(chosen, taken)
+        before, after = settled(original, forced), settled(compressed, forced)
+        try:
+            for model in (before, after):
+                session = open_session(model, threads)
+                results = [run_session(session, feed) for feed in feeds]
+        except ModelError:
+            missing += 1
+            continue
+        its = _found_again(before, replacements)
+        found = prove_rewrite(before, after, its, feeds, results, threads, varying, taps)
+        worst = max(worst, found[0])
+    if not missing:
+        return worst, ()
+    return worst, (
+        f"{missing} of 2 branches do not run on these inputs; their layers were proved one by one "
+        "on random data",
+    )
+
+
+def _found_again(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> list[Replacement]:
+    """Replacements of the layers, or of those of their uses, that a model has."""
+    made = {use.output: r for r in replacements for use in r.layer.uses}
+    layers = find_layers(model).layers
+    pairs = [(made.get(layer.uses[0].output), layer) for layer in layers]
+    return [replace(r, layer=replace(x, bias=r.layer.bias)) for r, x in pairs if r is not None]
 
 
 def _own_differences(

@@ -112,6 +112,14 @@ def test_a_budget_reaches_layers_in_bodies(name, precision):
     assert not any(function.domain == "somebody" for function in result.model.functions)
 
 
+def test_a_model_that_stays_as_it_is_is_what_was_given():
+    for make in MODELS.values():
+        model = make()
+        result = compress(model, Budget(mem=1.0), threads=1)
+        assert result.report.unchanged
+        assert result.model.SerializeToString() == model.SerializeToString()
+
+
 def test_names_of_layers_in_bodies_are_good_for_patterns_and_plans():
     left_out = compress(choice(), Budget(mem=0.8), exclude=["choice.then_branch/*"], threads=1)
     decided = {d.layer for d in left_out.plan.decisions}
@@ -127,3 +135,25 @@ def test_macs_in_bodies_are_counted_once_and_the_report_says_so():
     # Step: 2 x 16 x 16; convolution: 2 samples, 16 channels, 16 places, 3 taps.
     assert found.mac_total == 2 * 16 * 16 + 2 * 16 * 16 * 3
     assert any("of one pass each" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_what_is_wrong_in_a_branch_is_found_though_the_inputs_take_the_other(taken):
+    model = opened(choice())
+    replacements = replaced(model, 4)
+    result = rewrite(model, replacements)
+    data = np.abs(feeds_of(model)["x"]) * np.float32(-1 if taken else 1)
+
+    def batches():
+        return [{"x": data}]
+
+    assert verify(model, result, replacements, {}, data=("held-back", batches)).outputs
+    (holder,) = [node for node in result.graph.node if node.op_type == "If"]
+    branch = next(a.g for a in holder.attribute if a.name.startswith("then") == taken)
+    last = next(node for node in branch.node if branch.output[0].name in node.output)
+    first = next(node for node in branch.node if last.input[0] in node.output)
+    # The hidden layer is left out.
+    inside = next(node for node in branch.node if first.input[0] in node.output)
+    first.input[0] = inside.input[0]
+    with pytest.raises(VerificationError):
+        verify(model, result, replacements, {}, data=("held-back", batches))
