@@ -42,7 +42,7 @@ def bytes_elsewhere(model: onnx.ModelProto, layers: Collection[str]) -> dict[str
         first = index.readers.get(name, ())
         held[index.nodes[first[0]].op_type if first else UNREAD] += size
 
-    for node in index.nodes:
+    for node in model.graph.node:
         held[node.op_type] += bytes_in(subgraphs(node)) + table_bytes(node)
         value = constant_value(node)
         if value is not None and is_weight(value) and node.output[0] not in layers:

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 
+from cobla_onnx.graph.bodies import body_graphs, node_label, placed_nodes
 from cobla_onnx.graph.tensors import constant_value, subgraphs, tensor_array
 from cobla_onnx.text import quoted
 
@@ -43,11 +44,6 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     }
 
 
-def node_label(node: onnx.NodeProto, index: int) -> str:
-    """Return a node's name, or a stable one made of its operator and place."""
-    return node.name or f"{node.op_type}_{index}"
-
-
 @dataclass(frozen=True)
 class Origin:
     """Where a constant operand comes from, and what happens to it on its way.
@@ -76,31 +72,64 @@ class Origin:
 
 
 class GraphIndex:
-    """The main graph, indexed: who makes and who reads each tensor.
+    """The main graph and all bodies, indexed: who makes and who reads each tensor.
+
+    What it says of bodies holds if no name is defined twice, see `bodies.names_are_unique`.
 
     Attributes
     ----------
+    nodes : sequence of NodeProto
+        Those of the main graph by their index, then those of bodies.
+    labels : tuple of str
+        Names of the nodes, see `bodies.Placed`.
+    holders : tuple of (int or None)
+        For each node in a body, the index of the main graph's node that holds it.
+    stored : dict of str to TensorProto
+        Initializers and values of Constant nodes.
+    inside : set of str
+        Stored tensors that a body has.
     kept : dict of str to str
         Tensors that something beside the nodes refers to, and what that is.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         graph = model.graph
-        self.nodes: Sequence[onnx.NodeProto] = graph.node
+        placed = placed_nodes(graph)
+        self.nodes: Sequence[onnx.NodeProto] = [each.node for each in placed]
+        self.labels = tuple(each.label for each in placed)
+        self.holders = tuple(each.holder for each in placed)
         self.stored = {tensor.name: tensor for tensor in graph.initializer}
         self.sparse = {item.values.name for item in graph.sparse_initializer}
         self.kept = {value.name: "it is an output of the model" for value in graph.output}
         self.kept.update(dict.fromkeys(_trained(model), "the training information refers to it"))
+        self.inside: set[str] = set()
+        for body in body_graphs(graph.node):
+            for tensor in body.initializer:
+                self._store(tensor.name, tensor, inside=True)
+            self.sparse.update(item.values.name for item in body.sparse_initializer)
+            for output in body.output:
+                self.kept.setdefault(output.name, "it is an output of a body")
         self.producer: dict[str, int] = {}
         self.readers: dict[str, list[int]] = defaultdict(list)
         for index, node in enumerate(self.nodes):
             for name in node.output:
-                self.producer[name] = index
-            for name in set(all_inputs(node)):
+                self.producer.setdefault(name, index)
+            for name in set(node.input):
                 self.readers[name].append(index)
             value = constant_value(node)
             if value is not None and node.output:
-                self.stored.setdefault(node.output[0], value)
+                self._store(node.output[0], value, inside=self.holders[index] is not None)
+
+    def place(self, index: int) -> int:
+        """Index of the node of the main graph that is or holds the node of this index."""
+        holder = self.holders[index]
+        return index if holder is None else holder
+
+    def _store(self, name: str, tensor: onnx.TensorProto, *, inside: bool) -> None:
+        if name not in self.stored:
+            self.stored[name] = tensor
+            if inside:
+                self.inside.add(name)
 
     def origin(self, name: str) -> Origin | str:
         """Follow a tensor back to what is stored; where it is not, to what computes it.

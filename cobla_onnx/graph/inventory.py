@@ -29,6 +29,9 @@ class Reason(str, Enum):
     UNREADABLE = "its data cannot be read as vectors"
     UNMEASURED = "changes no tensor that the loss can be taken at"
     SUBGRAPH = "inside a sub-graph or function"
+    NOT_FOLLOWED = "data is not followed into this body"
+    NEVER_RUN = "in a branch that the data never takes"
+    UNCOUNTED = "in a body, its MACs are not known"
     EXCLUDED = "excluded by option"
     TOO_SMALL = "smaller than --min-size"
     UNASKED = "only fewer bits would make it smaller, see --precision"
@@ -52,7 +55,7 @@ class Use:
     Attributes
     ----------
     node : int
-        Index of the node in the graph.
+        Index of the node in the graph, or beyond it in `bodies.all_nodes`.
     data : str
         Name of the data that the node reads: the other operand or, of many, the first.
     output : str
@@ -60,12 +63,20 @@ class Use:
     chain : tuple of int
         Indices of the Identity, Transpose, Reshape and Cast nodes between the stored tensor and
         the node, in order.
+    holder : int or None
+        Index of the main graph's node in whose body the node is, such as an If.
     """
 
     node: int
     data: str
     output: str
     chain: tuple[int, ...]
+    holder: int | None = None
+
+    @property
+    def place(self) -> int:
+        """Index of the node of the main graph that is or holds the node."""
+        return self.node if self.holder is None else self.holder
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,8 @@ class Layer:
     Attributes
     ----------
     name : str
-        Name of the first node, or one made of its operator and index.
+        Name of the first node, or one made of its operator and index; in a body, after the
+        name of the node that holds it.
     op : str
         Type of the nodes, one of `cobla_onnx.graph.operators.base.OPERATORS`.
     source : str
@@ -126,6 +138,11 @@ class Layer:
     def params(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
+
+    @property
+    def in_body(self) -> bool:
+        """Whether a node of the layer stands in the body of another."""
+        return any(use.holder is not None for use in self.uses)
 
 
 @dataclass(frozen=True)

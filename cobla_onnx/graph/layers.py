@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 
+from cobla_onnx.graph.bodies import all_nodes, names_are_unique
 from cobla_onnx.graph.index import (
     INTEGERS,
     SCALED_INTEGERS,
@@ -28,7 +28,7 @@ from cobla_onnx.graph.operators.base import (
     operators_of_node,
 )
 from cobla_onnx.graph.sizes import tensor_bytes
-from cobla_onnx.graph.tensors import subgraphs, tensor_array
+from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.graph.tied import Steps, tied
 from cobla_onnx.graph.weights import read_bias, read_weight
 from cobla_onnx.text import quoted
@@ -92,7 +92,8 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
     """Find every node of a registered operator whose weight is constant.
 
     Nodes that read the same stored weight in the same way are one layer. So are those that read a
-    stored matrix in several ways, where these go together (`cobla_onnx.graph.tied`).
+    stored matrix in several ways, where these go together (`cobla_onnx.graph.tied`). Those in
+    bodies are layers in a model that was prepared for it, see `opening.opened`.
 
     Returns
     -------
@@ -102,14 +103,20 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
     graph = GraphIndex(model)
     skipped: list[tuple[int, Skipped]] = []
     groups: dict[tuple[Any, ...], list[tuple[int, int, Origin]]] = defaultdict(list)
-    for index, node in enumerate(graph.nodes):
-        skipped.extend((index, item) for item in _inside(node, index))
+    unique = names_are_unique(model.graph)
+    for index in sorted(range(len(graph.nodes)), key=graph.place):
+        node, label = graph.nodes[index], graph.labels[index]
         if not _is_reported(node):
+            continue
+        if graph.holders[index] is not None and not unique:
+            if not _is_incidental(node):
+                item = Skipped(label, node.op_type, Reason.SUBGRAPH)
+                skipped.append((graph.place(index), item))
             continue
         operators = operators_of_node(node)
         if not operators:
-            name = node_label(node, index)
-            skipped.append((index, Skipped(name, node.op_type, Reason.OPERATOR, node.domain)))
+            item = Skipped(label, node.op_type, Reason.OPERATOR, node.domain)
+            skipped.append((graph.place(index), item))
         for operator in operators:
             found = _weight_operand(graph, node, operator)
             if operator.incidental and not _is_floating_matrix(found):
@@ -121,8 +128,8 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
                 key += tuple(operator.reading(node).items())
                 groups[key].append((index, position, origin))
             else:
-                name = _name(node, index, operator)
-                skipped.append((index, replace(found, name=name)))
+                item = replace(found, name=_name(node, label, operator))
+                skipped.append((graph.place(index), item))
     skipped.extend(
         (len(graph.nodes), Skipped(node_label(node, 0), node.op_type, Reason.SUBGRAPH))
         for function in model.functions
@@ -143,15 +150,15 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
         else:
             for each in layer.readings or (layer,):
                 item = Skipped(each.name, each.op, *problem, layer.params)
-                skipped.append((each.uses[0].node, item))
+                skipped.append((each.uses[0].place, item))
     skipped.sort(key=lambda entry: entry[0])
     return Inventory(tuple(layers), tuple(item for _, item in skipped))
 
 
 def outputs_of(model: onnx.ModelProto, layer: Layer) -> list[str]:
     """All tensors that a layer's nodes make: a recurrent one gives out several."""
-    nodes = (model.graph.node[use.node] for use in layer.uses)
-    return [name for node in nodes for name in node.output if name]
+    nodes = all_nodes(model.graph)
+    return [name for use in layer.uses for name in nodes[use.node].output if name]
 
 
 def _is_reported(node: onnx.NodeProto) -> bool:
@@ -168,19 +175,8 @@ def _is_floating_matrix(found: tuple[int, Origin] | Skipped) -> bool:
     return len(found[1].shape) > 1 and found[1].type in STORED_TYPES
 
 
-def _inside(node: onnx.NodeProto, index: int) -> Iterable[Skipped]:
-    stack = list(subgraphs(node))
-    while stack:
-        for inner in (graph := stack.pop()).node:
-            if _is_reported(inner) and not _is_incidental(inner):
-                name = f"{node_label(node, index)}/{inner.name or inner.op_type}"
-                yield Skipped(name, inner.op_type, Reason.SUBGRAPH, graph.name)
-            stack.extend(subgraphs(inner))
-
-
-def _name(node: onnx.NodeProto, index: int, operator: WeightOperator) -> str:
+def _name(node: onnx.NodeProto, label: str, operator: WeightOperator) -> str:
     """Name of a layer: that of its node and, where this holds several weights, of the input."""
-    label = node_label(node, index)
     if len(operators_of_node(node)) == 1:
         return label
     schema = onnx.defs.get_schema(node.op_type, domain=operator.domain)
@@ -209,7 +205,7 @@ def _layer(graph: GraphIndex, members: list[tuple[int, int, Origin]], taken: set
     first, position, origin = members[0]
     node = graph.nodes[first]
     operator = next(o for o in operators_of_node(node) if position in o.weight_inputs)
-    name = _name(node, first, operator)
+    name = _name(node, graph.labels[first], operator)
     if name in taken:
         name = f"{name}_{first}"
     taken.add(name)
@@ -219,11 +215,12 @@ def _layer(graph: GraphIndex, members: list[tuple[int, int, Origin]], taken: set
             graph.nodes[index].input[0 if position else 1],
             next(name for name in graph.nodes[index].output if name),
             member.chain,
+            graph.holders[index],
         )
         for index, _, member in members
     )
     for index, _, member in members:
-        label = f"node {quoted(node_label(graph.nodes[index], index))}"
+        label = f"node {quoted(graph.labels[index])}"
         operator.check(graph.nodes[index], member.shape, label)
     layer = Layer(
         name=name,
@@ -252,6 +249,7 @@ def _own_bias(graph: GraphIndex, layer: Layer) -> str | None:
         tensor is None
         or tensor.data_type != layer.type
         or name in graph.kept
+        or name in graph.inside
         or graph.readers[name] != [index]
         or list(node.input).count(name) > 1
     ):
@@ -279,6 +277,9 @@ def _problem(graph: GraphIndex, layer: Layer) -> Refusal | None:
         return Refusal(Reason.EMPTY, f"shape {list(layer.shape)}")
     if layer.stored_bytes > LARGEST:
         return Refusal(Reason.TOO_LARGE, f"{layer.stored_bytes} bytes")
+    chain = [graph.holders[index] for use in layer.uses for index in use.chain]
+    if layer.source in graph.inside or any(holder is not None for holder in chain):
+        return Refusal(Reason.SUBGRAPH)
     return operator_of(layer).refusal(layer, None) or _other_reader(graph, layer)
 
 
@@ -291,7 +292,7 @@ def _other_reader(graph: GraphIndex, layer: Layer) -> Refusal | None:
             return Refusal(Reason.SHARED, graph.kept[tensor])
         for reader in graph.readers[tensor]:
             if reader not in between and reader not in nodes:
-                return Refusal(Reason.SHARED, node_label(graph.nodes[reader], reader))
+                return Refusal(Reason.SHARED, graph.labels[reader])
     for use in layer.uses:
         inputs = list(graph.nodes[use.node].input)
         if inputs.count(inputs[layer.reading(use).weight_input]) > 1:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import onnx
 
 from cobla_onnx.errors import ModelError, UsageError
+from cobla_onnx.graph.bodies import all_nodes, body_graphs, placed_nodes
+from cobla_onnx.graph.index import node_label
 from cobla_onnx.graph.io.model_file import constant_value, without_weights
-from cobla_onnx.graph.layers import Layer, node_label
+from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.operators.base import Shape, elements, operator_of, operators_of_node
 from cobla_onnx.text import quoted
 from cobla_onnx.wording import either, option_name
@@ -93,12 +95,20 @@ def infer_shapes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> dict[st
 
 
 def infer_tensors(
-    model: onnx.ModelProto, inputs: Mapping[str, Shape]
+    model: onnx.ModelProto,
+    inputs: Mapping[str, Shape],
+    measured: Iterable[onnx.ValueInfoProto] = (),
 ) -> tuple[dict[str, Shape], dict[str, int]]:
     """Infer the shapes and types of all tensors by ONNX's own shape inference.
 
     The weights are not copied: a large one becomes an input of the same type and shape.
-    Tensors of which nothing is known are left out; unknown axes are None.
+    Tensors of which nothing is known are left out; unknown axes are None. Those of bodies are
+    among them, under the names that the main graph leaves free.
+
+    Parameters
+    ----------
+    measured : iterable of ValueInfoProto, optional
+        What is known of tensors of the main graph beside the inputs.
 
     Raises
     ------
@@ -108,6 +118,7 @@ def infer_tensors(
     skeleton = without_weights(model)
     graph = skeleton.graph
     del graph.value_info[:]
+    graph.value_info.extend(measured)
     for value in graph.input:
         if value.name in inputs:
             del value.type.tensor_type.shape.dim[:]
@@ -125,7 +136,8 @@ def infer_tensors(
         inferred = graph
     shapes: dict[str, Shape] = {}
     types: dict[str, int] = {}
-    for value in (*inferred.value_info, *inferred.input, *inferred.output):
+    graphs = [*body_graphs(inferred.node), inferred]
+    for value in (v for g in graphs for v in (*g.value_info, *g.input, *g.output)):
         kind = value.type.tensor_type
         if kind.elem_type:
             types[value.name] = kind.elem_type
@@ -133,8 +145,9 @@ def infer_tensors(
             shapes[value.name] = tuple(
                 d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim
             )
-    constants = [(tensor.name, tensor) for tensor in model.graph.initializer]
-    for node in model.graph.node:
+    stored = [*(b.initializer for b in body_graphs(model.graph.node)), model.graph.initializer]
+    constants = [(tensor.name, tensor) for tensors in stored for tensor in tensors]
+    for node in reversed(all_nodes(model.graph)):
         tensor_value = constant_value(node)
         if tensor_value is not None:
             constants.append((node.output[0], tensor_value))
@@ -160,27 +173,26 @@ def _refuse_giants(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> None:
 def node_macs(
     model: onnx.ModelProto, shapes: Mapping[str, Shape]
 ) -> tuple[dict[int, int], list[str]]:
-    """MACs of every node of the main graph whose operator is registered.
+    """MACs of every node whose operator is registered, those in bodies once.
 
-    Additions of a bias are not counted; neither are other operators, sub-graphs and
-    functions.
+    Additions of a bias are not counted; neither are other operators and functions.
 
     Returns
     -------
     macs : dict of int to int
-        By node index, where the shapes are known.
+        By index in `bodies.all_nodes`, where the shapes are known.
     unknown : list of str
         Names of the nodes whose shapes are not.
     """
     macs: dict[int, int] = {}
     unknown: list[str] = []
-    for index, node in enumerate(model.graph.node):
+    for index, (node, label, _) in enumerate(placed_nodes(model.graph)):
         operators = operators_of_node(node)
         if not operators:
             continue
         count = _total(operator.macs(node, shapes) for operator in operators)
         if count is None:
-            unknown.append(node_label(node, index))
+            unknown.append(label)
         else:
             macs[index] = count
     return macs, unknown
@@ -192,7 +204,8 @@ def layer_macs(model: onnx.ModelProto, layer: Layer, shapes: Mapping[str, Shape]
     They are a part of its nodes' where these hold other weights, too.
     """
     operator = operator_of(layer)
-    return _total(operator.macs(model.graph.node[use.node], shapes) for use in layer.uses)
+    nodes = all_nodes(model.graph)
+    return _total(operator.macs(nodes[use.node], shapes) for use in layer.uses)
 
 
 def _total(counts: Iterable[int | None]) -> int | None:

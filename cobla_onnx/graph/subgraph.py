@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from cobla_onnx.graph.bodies import all_nodes
 from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.graph.layers import Layer, all_inputs
 
@@ -55,17 +56,17 @@ def expose(model: onnx.ModelProto, layers: Sequence[Layer], *, as_inputs: bool) 
     del graph.input[:]
     graph.input.extend(inputs)
     weights, biases = [], []
+    nodes = all_nodes(graph)
     for number, layer in enumerate(layers):
         weight = f"cobla-onnx/weight/{number}"
         bias = None if layer.bias is None else f"cobla-onnx/bias/{number}"
         for use in layer.uses:
-            node = graph.node[use.node]
             if layer.readings and use.chain:
-                graph.node[use.chain[0]].input[0] = weight
+                nodes[use.chain[0]].input[0] = weight
             else:
-                node.input[layer.reading(use).weight_input] = weight
+                nodes[use.node].input[layer.reading(use).weight_input] = weight
             if bias is not None:
-                node.input[2] = bias
+                nodes[use.node].input[2] = bias
         if as_inputs:
             value = onnx.helper.make_tensor_value_info
             graph.input.append(value(weight, layer.type, layer.shape))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from cobla_onnx.graph.bodies import all_nodes
 from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.layers import Layer, Use, find_layers, read_weight
 from cobla_onnx.graph.macs import Shape
@@ -38,7 +39,7 @@ def layer_key(
 
     Uses with the same description take the same time.
     """
-    node = model.graph.node[use.node]
+    node = all_nodes(model.graph)[use.node]
     data = _typed_shape(shapes.get(use.data))
     others = [_typed_shape(shapes.get(name)) if name else [] for name in _others(node, layer)]
     if data is None or None in others:
@@ -97,7 +98,7 @@ def micro_graph(
 ) -> MicroGraph:
     """Cut one use of a layer out of a model; `layer_key` must know its shapes."""
     node = onnx.NodeProto()
-    node.CopyFrom(model.graph.node[use.node])
+    node.CopyFrom(all_nodes(model.graph)[use.node])
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     weight_name = "weight"
     node.input[layer.weight_input] = weight_name

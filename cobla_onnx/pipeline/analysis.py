@@ -12,15 +12,19 @@ import onnx
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, LayerCurves, VariantCurve
 from cobla_onnx.allocation.pruning import undominated
-from cobla_onnx.calibration.patches import unreadable
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import BudgetError, UsageError
-from cobla_onnx.graph.io.model_file import stored_bytes
-from cobla_onnx.graph.layers import Inventory, Layer, Reason, Skipped, find_layers
-from cobla_onnx.graph.macs import Shape, fixed_input_shapes, layer_macs
-from cobla_onnx.graph.operators.base import operator_of
+from cobla_onnx.graph.layers import Inventory, Layer, Reason, Skipped
+from cobla_onnx.graph.macs import Shape, fixed_input_shapes
+from cobla_onnx.pipeline.branches import Followed
 from cobla_onnx.pipeline.reach import ranks_in_reach
-from cobla_onnx.pipeline.select import Selection, selected, without_unmeasured
+from cobla_onnx.pipeline.select import (
+    Selection,
+    counted,
+    readable,
+    selected,
+    without_unmeasured,
+)
 from cobla_onnx.plan import Decision, FactorsFrom, Plan
 from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.shapes import model_costs
@@ -259,13 +263,15 @@ def analyse(
     prune: bool = True,
     unmeasured: Collection[str] = (),
     saved: int = 0,
+    followed: Followed | None = None,
 ) -> Analysis:
     """Find a model's layers, count their costs and measure the errors of their variants.
 
     With `see`, which collects statistics on the calibration data, errors are those of the layers'
     outputs and not of their weights, unless `weigh` is False. With bits, candidates that others
     beat are left out, if `prune` is set. The layers named in `unmeasured` stay whole: no loss
-    would see their errors. `saved` bytes, stored more than once, are gone.
+    would see their errors. `saved` bytes, stored more than once, are gone. With `followed`, whose
+    model is `model`, layers and bytes of branches that data never takes are told and counted.
 
     Raises
     ------
@@ -277,30 +283,22 @@ def analyse(
         If costs alone show that no budget can be met.
     """
     context = context or RunContext()
-    inventory = selected(find_layers(model), selection)
+    followed = followed or Followed(model, model)
+    inventory = selected(followed.inventory, selection)
     known = fixed_input_shapes(model, input_shapes or {})
     shapes, macs, notes = model_costs(model, known, macs_needed, context.threads)
     notes += _warnings(model, inventory)
     inventory = without_unmeasured(inventory, unmeasured)
-    taken, skipped = _readable(model, inventory, shapes, weighted=see is not None)
+    taken, skipped = readable(model, inventory, shapes, weighted=see is not None)
+    taken, skipped, each_macs, total = counted(
+        model, shapes, taken, skipped, macs, needed=macs_needed
+    )
     # Whoever asks for bits has weights made when a session opens anyway.
     folding = bool(asked.bits) and not asked.ranks.faster
-    costs = [
-        LayerCosts(None if macs is None else layer_macs(model, layer, shapes), shapes, folding)
-        for layer in taken
-    ]
-    total = None if macs is None else sum(macs.values())
+    costs = [LayerCosts(count, shapes, folding) for count in each_macs]
+    size = followed.stored_bytes + saved
     bare = Analysis(
-        (),
-        skipped,
-        stored_bytes(model) + saved,
-        total,
-        known,
-        notes,
-        None,
-        shapes,
-        mem_saved=saved,
-        folding=folding,
+        (), skipped, size, total, known, notes, None, shapes, mem_saved=saved, folding=folding
     )
     candidates, more = _in_reach(bare, taken, costs, asked, reach)
     data = None if see is None else FromData(see([c.layer for c in candidates if c.proposals]))
@@ -368,25 +366,6 @@ def _refused(found: Candidate) -> Skipped:
     layer, why = found.layer, found.refusal
     reason, detail = (Reason.NO_GAIN, "") if why is None else (why.reason, why.detail)
     return Skipped(layer.name, layer.op, reason, detail, layer.params)
-
-
-def _readable(
-    model: onnx.ModelProto, inventory: Inventory, shapes: Mapping[str, Shape], *, weighted: bool
-) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
-    """Skip layers that their operator refuses, now that shapes are known.
-
-    With calibration data (`weighted`), also those of which data say nothing.
-    """
-    taken, skipped = [], list(inventory.skipped)
-    for layer in inventory.layers:
-        refused = operator_of(layer).refusal(layer, shapes)
-        if refused is None and weighted:
-            refused = unreadable(model, layer)
-        if refused is None:
-            taken.append(layer)
-        else:
-            skipped.append(Skipped(layer.name, layer.op, *refused, layer.params))
-    return tuple(taken), tuple(skipped)
 
 
 def _warnings(model: onnx.ModelProto, inventory: Inventory) -> tuple[str, ...]:

@@ -154,6 +154,14 @@ def _groups(
             f"below {option_name('min_size')}",
             f"lower {option_name('min_size')}",
         ),
+        Reason.NEVER_RUN: (
+            "in branches that the data never takes",
+            "give data that takes them, too",
+        ),
+        Reason.NOT_FOLLOWED: (
+            "in bodies that data is not followed into",
+            f"leave out {option_name('data')}",
+        ),
         Reason.UNMEASURED: (
             "whose loss cannot be measured",
             f"give {option_name('objective', 'weights')}",

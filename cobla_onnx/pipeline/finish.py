@@ -39,7 +39,7 @@ def finish(session: Session, solution: Solution) -> Result:
     verification = _verified(session, solution, compressed)
     latency, of_time = _timed(session, solution, compressed)
     measured = () if session.evidence is None else session.evidence.measured.notes
-    elsewhere = elsewhere_note(session.model, session.analysis, solution.budget)
+    elsewhere = elsewhere_note(session.written, session.analysis, solution.budget)
     constants = _constants(session, compressed)
     seconds = session.seconds + solution.seconds + time.perf_counter() - started
     told = forecast(session, solution)
@@ -55,15 +55,15 @@ def finish(session: Session, solution: Solution) -> Result:
         report,
         session.source,
         solution.spill,
-        any(map(is_external, session.model.graph.initializer)),
+        any(map(is_external, session.written.graph.initializer)),
         solution.history,
     )
 
 
 def _rewritten(session: Session, solution: Solution) -> onnx.ModelProto:
     session.notify("rewrite", 0, 1)
-    replacements = solution.replacements
-    compressed = rewrite(session.model, replacements) if replacements else session.model
+    replacements = session.followed.for_writing(solution.replacements)
+    compressed = rewrite(session.written, replacements) if replacements else session.written
     _check_budget(session, solution, compressed)
     session.notify("rewrite", 1, 1)
     return compressed
@@ -99,9 +99,9 @@ def _verified(
 
     session.notify("verify", 0, steps)
     verification = verify(
-        session.model,
+        session.written,
         compressed,
-        solution.replacements,
+        session.followed.for_writing(solution.replacements),
         session.analysis.input_shapes,
         data=None if evidence is None else ("held-back", held_back),
         measures=None if evidence is None else evidence.judge.measures,
@@ -129,21 +129,27 @@ def _timed(
     if session.times is None:
         return None, ()
     limit = None if solution.budget is None else solution.budget.latency
-    return session.times.report(compressed, solution.plan, limit, solution.predicted)
+    seen = session.followed.as_seen(compressed)
+    return session.times.report(seen, solution.plan, limit, solution.predicted)
 
 
 def _constants(session: Session, compressed: onnx.ModelProto) -> Cost:
     """Bytes of the constants in a session of the original and of the result."""
     before = session.constants
-    if compressed is session.model or before is None:
+    if compressed is session.written or before is None:
         return Cost(before, before)
     return Cost(before, constants_in_session(compressed, session.context.threads))
 
 
 def _in_order(session: Session, compressed: onnx.ModelProto) -> onnx.ModelProto:
-    """Put the nodes in the order of the file; the session's own model stays sorted."""
-    if session.order and compressed is session.model:
-        compressed = onnx.ModelProto()
-        compressed.CopyFrom(session.model)
+    """Put the nodes in the order of the file; the session's own model stays sorted.
+
+    Where nothing has changed, the model is as it was given.
+    """
+    if compressed is session.written:
+        compressed = session.given
+        if session.order:
+            compressed = onnx.ModelProto()
+            compressed.CopyFrom(session.given)
     restore_order(compressed.graph, session.order)
     return compressed

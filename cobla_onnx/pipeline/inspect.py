@@ -81,7 +81,7 @@ def _inspection(session: Session) -> Inspection:
         tuple(map(_left_alone, analysis.skipped)),
         analysis.mem_total,
         analysis.mac_total,
-        bytes_elsewhere(session.model, [layer.source for layer in analysis.layers]),
+        bytes_elsewhere(session.written, [layer.source for layer in analysis.layers]),
         _least(analysis),
         dict(analysis.input_shapes),
         "weights" if analysis.from_data is None else "outputs",

@@ -110,7 +110,7 @@ def smallest(session: Session, max_drop: float, limits: Budget | None = None) ->
     if low >= 1.0:
         cause = f"{option_name('max_drop', max_drop)}: the model cannot be made smaller"
         error = BudgetError(cause, {"mem": 1.0}, "let more layers be compressed")
-        raise explain(error, session.model, session.analysis, session.settings, session.rule)
+        raise explain(error, session.written, session.analysis, session.settings, session.rule)
     if low > high:
         # The usual error names the least that the model's layers allow.
         session.solve(replace(hard, mem=high))

@@ -28,11 +28,13 @@ from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.duplicates import Deduplicated, deduplicated
 from cobla_onnx.graph.io.digest import model_content
-from cobla_onnx.graph.layers import Layer, find_layers
+from cobla_onnx.graph.layers import Layer
+from cobla_onnx.graph.opening import opened
 from cobla_onnx.latency.profile import Profile
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.options import Settings, memory_bytes
 from cobla_onnx.pipeline.analysis import Analysis, Reach, analyse
+from cobla_onnx.pipeline.branches import Followed, follow
 from cobla_onnx.pipeline.budget_errors import explain
 from cobla_onnx.pipeline.inputs import (
     ModelSource,
@@ -133,22 +135,35 @@ def open_session(
         open_samples(given, settings) as dataset,
     ):
         single = deduplicated(given) if settings.deduplicate else Deduplicated(given)
-        proto = single.model
+        proto = opened(single.model)
         notify("open model and data", 1, 1)
         context = RunContext(threads, pool, cache, notify)
         # A profile that does not fit is refused before the work.
         profile = open_profile(settings.profile, threads) if settings.measure_latency else None
         rule = _rule(settings, needs, provider)
         known = known_shapes(settings, dataset)
-        looking = None if dataset is None else _looking(proto, dataset, settings, context)
-        analysis = _analysed(single, known, settings, needs, rule, looking, context)
+        followed = follow(proto, dataset, threads)
+        looking = None if dataset is None else _looking(followed, dataset, settings, context)
+        analysis = _analysed(followed, single, known, settings, needs, rule, looking, context)
         try:
-            times = None if profile is None else _times(proto, analysis, profile, settings, context)
+            times = None
+            if profile is not None:
+                times = _times(followed.model, analysis, profile, settings, context)
             table = times.table() if times is not None and times_needed else analysis
             evidence = None if looking is None else looking.evidence(table)
             seconds = time.perf_counter() - started
             yield Session(
-                proto, table, settings, context, evidence, times, source, order, rule, seconds
+                single.model,
+                followed,
+                table,
+                settings,
+                context,
+                evidence,
+                times,
+                source,
+                order,
+                rule,
+                seconds,
             )
         finally:
             if analysis.from_data is not None:
@@ -177,14 +192,15 @@ def _times(
 
 
 def _looking(
-    model: onnx.ModelProto, dataset: Dataset, settings: Settings, context: RunContext
+    followed: Followed, dataset: Dataset, settings: Settings, context: RunContext
 ) -> _Looking:
     """Decide which outputs count and where the loss is taken."""
+    model = followed.model
     labels = sample_labels(settings.labels, dataset)
     choices = resolve_outputs(settings.outputs, [o.name for o in model.graph.output])
     ignored = frozenset(name for name, choice in choices.items() if choice.how == "ignore")
     context.progress("where the loss is taken", 0, 1)
-    measured = _measured(model, dataset, context.threads, ignored)
+    measured = _measured(followed, dataset, context.threads, ignored)
     context.progress("where the loss is taken", 1, 1)
     chooser = Chooser.of(
         measured.model,
@@ -197,6 +213,7 @@ def _looking(
 
 
 def _analysed(
+    followed: Followed,
     single: Deduplicated,
     known: tuple[dict[str, Sequence[int]], tuple[str, ...]],
     settings: Settings,
@@ -206,14 +223,13 @@ def _analysed(
     context: RunContext,
 ) -> Analysis:
     """Analyse the model; with data, by what the layers see of it."""
-    model = single.model
     shapes, notes = known
     refine, weigh = settings.rank_multiple == "auto", settings.needed != "weights"
     # All ranks were tried before a refusal then.
     tried = EVERY_RANK if refine else rule
     bits = sorted({*precision_bits(settings.precision), *needs.bits})
     analysis = analyse(
-        model,
+        followed.model,
         Selection(settings.include, settings.exclude, settings.min_size),
         Asked(settings.scheme, rule, tuple(bits)),
         context=context,
@@ -224,24 +240,25 @@ def _analysed(
         reach=Reach(
             needs.budgets,
             refine,
-            lambda error, found: explain(error, model, found, settings, tried),
+            lambda error, found: explain(error, followed.original, found, settings, tried),
         ),
         prune=not needs.comparing,
         unmeasured=looking.measured.unmeasured if looking is not None and weigh else (),
+        followed=followed,
         saved=single.nbytes,
     )
     if looking is not None:
-        notes = (*notes, *looking.notes)
+        notes = (*notes, *followed.notes, *looking.notes)
     return replace(analysis, notes=(*analysis.notes, *single.notes, *notes))
 
 
 def _measured(
-    model: onnx.ModelProto, dataset: Dataset, threads: int, ignored: frozenset[str]
+    followed: Followed, dataset: Dataset, threads: int, ignored: frozenset[str]
 ) -> MeasuredModel:
     """Choose where the loss is taken, from the graph and a few samples."""
     examples = list(dataset.batches(dataset.calibration[:EXAMPLES], 1))
-    layers = find_layers(model).layers
-    return measured_model(model, layers, examples, ignored=ignored, threads=threads)
+    layers = [layer for layer in followed.inventory.layers if not layer.in_body]
+    return measured_model(followed.model, layers, examples, ignored=ignored, threads=threads)
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,14 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.batching import TapLimit
-from cobla_onnx.calibration.evaluation.deviation import network_errors, rounding_error
-from cobla_onnx.errors import VerificationError
-from cobla_onnx.graph.layers import outputs_of, read_bias
+from cobla_onnx.calibration.evaluation.deviation import network_errors
+from cobla_onnx.errors import ModelError, VerificationError
+from cobla_onnx.graph.bodies import body_graphs
+from cobla_onnx.graph.layers import find_layers, read_bias
 from cobla_onnx.graph.randomness import random_nodes
+from cobla_onnx.graph.settling import branching, settled
 from cobla_onnx.graph.subgraph import Exposed, expose
+from cobla_onnx.pipeline.body_proof import append_slice, checked, prove_in_bodies
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.replacement import ROUNDING, Replacement
@@ -40,18 +44,23 @@ def prove_rewrite(
 ) -> tuple[float, float | None, tuple[str, ...]]:
     """Check all layers; if memory is short, in groups and without the network's outputs."""
     groups = _groups(replacements)
+    in_bodies = prove_in_bodies(original, compressed, replacements, threads)
     if len(groups) > 1:
-        errors = [_check_layers(original, compressed, g, feeds, threads, taps)[0] for g in groups]
+        errors = [in_bodies]
+        errors += [_check_layers(original, compressed, g, feeds, threads, taps)[0] for g in groups]
         note = "the weights are large: the rewrite was proved layer by layer alone"
         return max(errors), None, (note,)
     worst, dense = _check_layers(original, compressed, replacements, feeds, threads, taps)
+    in_branches, notes = _prove_branches(
+        original, compressed, replacements, feeds, threads, varying, taps
+    )
+    worst = max(worst, in_bodies, in_branches)
     outputs = network_errors(dense, results, varying)
     beyond = {
         name: error
         for name, error in outputs.items()
         if not error <= AMPLIFICATION * ROUNDING[dense[0][name].dtype]
     }
-    notes: tuple[str, ...] = ()
     itself = _own_differences(original, feeds, threads) if beyond else {}
     for name in [name for name in beyond if itself[name] > 0]:
         error = beyond.pop(name)
@@ -82,6 +91,61 @@ def prove_rewrite(
                 f"differs from dense weights by {error:.2g}, as it does by rounding alone",
             )
     return worst, max(outputs.values(), default=None), notes
+
+
+def _prove_branches(
+    original: onnx.ModelProto,
+    compressed: onnx.ModelProto,
+    replacements: Sequence[Replacement],
+    feeds: Sequence[Feeds],
+    threads: int,
+    varying: frozenset[str],
+    taps: TapLimit | None,
+) -> tuple[float, tuple[str, ...]]:
+    """Prove each branch of the Ifs that hold layers as if its condition said so.
+
+    Returns
+    -------
+    float
+        Largest difference.
+    tuple of str
+        A note if a branch does not run on these inputs.
+    """
+    inside = {use.output for r in replacements for use in r.layer.uses if use.holder is not None}
+    held = {
+        output: {name for body in body_graphs([node]) for n in body.node for name in n.output}
+        for node in original.graph.node
+        for output in node.output[:1]
+    }
+    chosen = [output for output in branching(original) if held[output] & inside]
+    worst, missing = 0.0, 0
+    for taken in (True, False) if chosen else ():
+        forced = dict.fromkeys(chosen, taken)
+        before, after = settled(original, forced), settled(compressed, forced)
+        try:
+            for model in (before, after):
+                session = open_session(model, threads)
+                results = [run_session(session, feed) for feed in feeds]
+        except ModelError:
+            missing += 1
+            continue
+        its = _found_again(before, replacements)
+        found = prove_rewrite(before, after, its, feeds, results, threads, varying, taps)
+        worst = max(worst, found[0])
+    if not missing:
+        return worst, ()
+    return worst, (
+        f"{missing} of 2 branches do not run on these inputs; their layers were proved one by one "
+        "on random data",
+    )
+
+
+def _found_again(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> list[Replacement]:
+    """Replacements of the layers, or of those of their uses, that a model has."""
+    made = {use.output: r for r in replacements for use in r.layer.uses}
+    layers = find_layers(model).layers
+    pairs = [(made.get(layer.uses[0].output), layer) for layer in layers]
+    return [replace(r, layer=replace(x, bias=r.layer.bias)) for r, x in pairs if r is not None]
 
 
 def _own_differences(
@@ -140,7 +204,7 @@ def _check_layers(
     as each such node, the new nodes of the compressed model. It is run once for each group
     of layers that `taps` makes.
     """
-    allowed = {name: r.tolerance for r in replacements for name in outputs_of(original, r.layer)}
+    allowed = {name: r.tolerance for r in replacements for name in _readable(original, r)}
     outputs = list(allowed)
     exposed = expose(original, [r.layer for r in replacements], as_inputs=False)
     reference = exposed.model
@@ -149,28 +213,23 @@ def _check_layers(
     kept = {value.name for value in original.graph.output}
     worst = 0.0
     results: list[dict[str, Any]] = []
-    for part in [outputs] if taps is None else taps.cut(outputs, str):
+    # Without layers in the main graph, the outputs of the network are still wanted.
+    for part in [outputs] if taps is None or not outputs else taps.cut(outputs, str):
         session = open_session(reference, threads, [*part, *(renamed[n] for n in part)], dense)
         results = []
         for feed in feeds:
             values = run_session(session, feed)
-            errors = [_checked(values, name, renamed[name], allowed[name]) for name in part]
+            errors = [checked(values, name, renamed[name], allowed[name]) for name in part]
             worst = max([worst, *errors])
             # Without the outputs of the layers, which are many.
             results.append({name: value for name, value in values.items() if name in kept})
     return worst, results
 
 
-def _checked(values: Mapping[str, Any], dense: str, new: str, tolerance: float) -> float:
-    """Compare the output of a layer's new nodes with that of a dense weight."""
-    error = rounding_error(values[dense], values[new])
-    if not error <= tolerance:
-        raise VerificationError(
-            f"tensor {quoted(dense)}: its new nodes differ from the dense weight by "
-            f"{error:.2g} of its largest value, {tolerance:g} is allowed; nothing was written, "
-            "please report this"
-        )
-    return error
+def _readable(original: onnx.ModelProto, replacement: Replacement) -> list[str]:
+    """All outputs of a layer's nodes in the main graph, which can be read from a run."""
+    uses = (use for use in replacement.layer.uses if use.holder is None)
+    return [name for use in uses for name in original.graph.node[use.node].output if name]
 
 
 def _dense_weights(
@@ -201,34 +260,8 @@ def _add_new_nodes(
     renamed = {name: f"{name} by new nodes" for name in outputs}
     copied: set[str] = set()
     for name in renamed:
-        _append_slice(graph, producer, name, renamed, present, copied)
+        append_slice(graph, producer, name, renamed, present, copied)
     read = {name for node in graph.node[before:] for name in node.input}
     graph.initializer.extend(stored[name] for name in sorted(read - present) if name in stored)
     add_functions(reference, compressed.functions)
     return renamed
-
-
-def _append_slice(
-    graph: onnx.GraphProto,
-    producer: Mapping[str, onnx.NodeProto],
-    output: str,
-    renamed: Mapping[str, str],
-    present: set[str],
-    copied: set[str],
-) -> None:
-    """Copy the nodes that compute `output` from tensors of the original, with new names."""
-    nodes, wanted = [], [output]
-    while wanted:
-        name = wanted.pop()
-        node = producer.get(name)
-        if node is None or name in copied:
-            continue
-        copied.update(node.output)
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copy.name = ""
-        for place, made in enumerate(node.output):
-            copy.output[place] = renamed.get(made, made)
-        nodes.append(copy)
-        wanted.extend(i for i in node.input if i and i not in present)
-    graph.node.extend(reversed(nodes))

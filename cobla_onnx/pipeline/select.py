@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import onnx
+
+from cobla_onnx.calibration.patches import unreadable
 from cobla_onnx.errors import UsageError
-from cobla_onnx.graph.layers import Inventory, Reason, Skipped
+from cobla_onnx.graph.inventory import Refusal
+from cobla_onnx.graph.layers import Inventory, Layer, Reason, Skipped
+from cobla_onnx.graph.macs import Shape, layer_macs
+from cobla_onnx.graph.operators.base import operator_of
+from cobla_onnx.pipeline.body_proof import provable
 from cobla_onnx.text import matching
 from cobla_onnx.wording import either
 
-__all__ = ["Selection", "selected", "without_unmeasured"]
+__all__ = ["Selection", "counted", "readable", "selected", "without_unmeasured"]
 
 
 @dataclass(frozen=True)
@@ -73,3 +80,67 @@ def without_unmeasured(inventory: Inventory, unmeasured: Collection[str]) -> Inv
     skipped = [Skipped(x.name, x.op, Reason.UNMEASURED, "", x.params) for x in blind]
     kept = tuple(layer for layer in inventory.layers if layer.name not in unmeasured)
     return replace(inventory, layers=kept, skipped=(*inventory.skipped, *skipped))
+
+
+def readable(
+    model: onnx.ModelProto, inventory: Inventory, shapes: Mapping[str, Shape], *, weighted: bool
+) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
+    """Skip layers that their operator refuses, now that shapes are known.
+
+    With calibration data (`weighted`), also those of which data say nothing.
+    """
+    taken, skipped = [], list(inventory.skipped)
+    for layer in inventory.layers:
+        refused = operator_of(layer).refusal(layer, shapes)
+        if refused is None and layer.in_body:
+            refused = _unprovable(layer, weighted=weighted)
+        elif refused is None and weighted:
+            refused = unreadable(model, layer)
+        if refused is None:
+            taken.append(layer)
+        else:
+            skipped.append(Skipped(layer.name, layer.op, *refused, layer.params))
+    return tuple(taken), tuple(skipped)
+
+
+def _unprovable(layer: Layer, *, weighted: bool) -> Refusal | None:
+    """Why a layer in a body is left as it is."""
+    if weighted:
+        return Refusal(Reason.NOT_FOLLOWED)
+    return None if provable(layer) else Refusal(Reason.SUBGRAPH)
+
+
+def counted(
+    model: onnx.ModelProto,
+    shapes: Mapping[str, Shape],
+    layers: Sequence[Layer],
+    skipped: tuple[Skipped, ...],
+    macs: Mapping[int, int] | None,
+    *,
+    needed: bool,
+) -> tuple[tuple[Layer, ...], tuple[Skipped, ...], list[int | None], int | None]:
+    """Count MACs. Where they are needed, layers in bodies whose own are not known are skipped.
+
+    Parameters
+    ----------
+    macs : mapping of int to int, or None
+        Of all nodes by their index; None if some are not known.
+
+    Returns
+    -------
+    tuple of Layer, tuple of Skipped
+    list of int or None
+        MACs of each layer over all its uses.
+    int or None
+        Those of the model.
+    """
+    each = [None if macs is None else layer_macs(model, layer, shapes) for layer in layers]
+    if macs is None or (None in each and not needed):
+        return tuple(layers), skipped, each, None
+    pairs = list(zip(layers, each, strict=True))
+    more = (
+        Skipped(x.name, x.op, Reason.UNCOUNTED, "", x.params) for x, count in pairs if count is None
+    )
+    kept = tuple(layer for layer, count in pairs if count is not None)
+    known = [count for _, count in pairs if count is not None]
+    return kept, (*skipped, *more), [*known], sum(macs.values())

@@ -30,6 +30,7 @@ from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.order import Order
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.branches import Followed
 from cobla_onnx.pipeline.budget_errors import explain
 from cobla_onnx.pipeline.build_report import calibration_report
 from cobla_onnx.pipeline.finish import finish
@@ -102,7 +103,10 @@ class Session:
 
     Attributes
     ----------
-    model : ModelProto
+    given : ModelProto
+        The model as it was opened.
+    followed : Followed
+        The model as it is written, and as the data sees it.
     analysis : Analysis
     settings : Settings
     context : RunContext
@@ -120,7 +124,8 @@ class Session:
         Time that the analysis took.
     """
 
-    model: onnx.ModelProto
+    given: onnx.ModelProto
+    followed: Followed
     analysis: Analysis
     settings: Settings
     context: RunContext
@@ -130,6 +135,16 @@ class Session:
     order: Order = field(default_factory=dict, repr=False)
     rule: RankRule = EVERY_RANK
     seconds: float = 0.0
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """What the layers are found in and measured on."""
+        return self.followed.model
+
+    @property
+    def written(self) -> onnx.ModelProto:
+        """What is written, with other weights."""
+        return self.followed.original
 
     @property
     def notify(self) -> Progress:
@@ -144,7 +159,7 @@ class Session:
     @cached_property
     def constants(self) -> int | None:
         """Bytes of the constants that onnxruntime holds of the original; None if not measured."""
-        return constants_in_session(self.model, self.context.threads)
+        return constants_in_session(self.written, self.context.threads)
 
     @cached_property
     def bit_curves(self) -> tuple[VariantCurve | None, ...]:
@@ -240,7 +255,7 @@ class Session:
                 return choose(self.analysis.constraints(budget))
             return search_by_latency(self.times.search, self.analysis, budget, choose)
         except BudgetError as error:
-            raise explain(error, self.model, self.analysis, self.settings, self.rule) from error
+            raise explain(error, self.written, self.analysis, self.settings, self.rule) from error
 
     @property
     def _problem(self) -> Problem:

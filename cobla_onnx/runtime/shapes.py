@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx
 
@@ -10,7 +10,9 @@ from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.layers import node_label
 from cobla_onnx.graph.macs import Shape, infer_shapes, node_macs
 from cobla_onnx.graph.operators.base import operators_of_node
+from cobla_onnx.graph.settling import branching, settled
 from cobla_onnx.runtime.session import measured_shapes
+from cobla_onnx.text import quoted
 from cobla_onnx.wording import option_name
 
 __all__ = ["model_costs"]
@@ -19,11 +21,15 @@ __all__ = ["model_costs"]
 def model_costs(
     model: onnx.ModelProto, known: Mapping[str, Shape], needed: bool, threads: int
 ) -> tuple[dict[str, Shape], dict[int, int] | None, tuple[str, ...]]:
-    """Shapes and MACs; where shape inference does not reach, from one run."""
+    """Shapes and MACs; where shape inference does not reach, from one run.
+
+    MACs of nodes in bodies, by their index in `bodies.all_nodes`, are left out where neither
+    gives them.
+    """
     shapes = infer_shapes(model, known)
     macs, unknown = node_macs(model, shapes)
     if not unknown:
-        return shapes, macs, ()
+        return shapes, macs, _of_bodies(model, macs, unknown)
     open_inputs = [n for n, shape in known.items() if None in shape]
     if open_inputs:
         if needed:
@@ -34,19 +40,63 @@ def model_costs(
                 f"{option_name('input_shapes', example)}"
             )
         return shapes, None, ("MACs are not known; give --input-shape to count them",)
-    missing = set(unknown)
-    wanted: list[str] = []
-    for index, node in enumerate(model.graph.node):
-        if operators_of_node(node) and node_label(node, index) in missing:
-            wanted.extend(name for name in (*node.input[:2], node.output[0]) if name)
-    stored = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input}
-    names = [name for name in dict.fromkeys(wanted) if name not in stored]
     try:
-        shapes.update(measured_shapes(model, names, known, threads))
+        shapes.update(_measured(model, known, unknown, threads))
     except ModelError as error:
         if needed:
             raise
         return shapes, None, (f"MACs are not known: {error.in_flags()}",)
+    shapes.update(_in_branches(model, known, unknown, threads))
     macs, unknown = node_macs(model, shapes)
+    missing = set(unknown)
     note = "shapes that ONNX shape inference does not give were read from a run in onnxruntime"
-    return shapes, None if unknown else macs, (note,)
+    notes = (note, *_of_bodies(model, macs, unknown))
+    outside = any(node_label(node, i) in missing for i, node in enumerate(model.graph.node))
+    return shapes, None if outside else macs, notes
+
+
+def _of_bodies(
+    model: onnx.ModelProto, macs: Mapping[int, int], unknown: Sequence[str]
+) -> tuple[str, ...]:
+    """Say what is counted of bodies."""
+    counted = [index for index in macs if index >= len(model.graph.node) and macs[index]]
+    notes = []
+    if counted:
+        notes.append(
+            "MACs in bodies are of one pass each: of both branches of an If, and of one step of a "
+            "Loop or Scan"
+        )
+    if unknown:
+        notes.append(
+            f"MACs of {len(unknown)} nodes in bodies are not known, and not counted: "
+            f"{quoted(unknown[0])}{' and more' if len(unknown) > 1 else ''}"
+        )
+    return tuple(notes)
+
+
+def _measured(
+    model: onnx.ModelProto, known: Mapping[str, Shape], unknown: Collection[str], threads: int
+) -> dict[str, Shape]:
+    """Read shapes at the nodes of the main graph whose labels are given from a run."""
+    wanted: list[str] = []
+    for index, node in enumerate(model.graph.node):
+        if operators_of_node(node) is not None and node_label(node, index) in unknown:
+            wanted.extend(name for name in (*node.input[:2], node.output[0]) if name)
+    stored = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input}
+    names = [name for name in dict.fromkeys(wanted) if name not in stored]
+    return measured_shapes(model, names, known, threads) if names else {}
+
+
+def _in_branches(
+    model: onnx.ModelProto, known: Mapping[str, Shape], unknown: Collection[str], threads: int
+) -> dict[str, Shape]:
+    """Read shapes in the branches of Ifs, each run in its place whatever the condition says."""
+    found: dict[str, Shape] = {}
+    for choice in (True, False):
+        branch = settled(model, dict.fromkeys(branching(model), choice))
+        try:
+            found.update(_measured(branch, known, unknown, threads))
+        except ModelError:
+            # A branch need not run on all inputs; what it has is then not counted.
+            continue
+    return found

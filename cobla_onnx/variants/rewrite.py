@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cobla_onnx.graph.bodies import all_nodes, body_graphs
 from cobla_onnx.graph.io.external import mapped_tensor
-from cobla_onnx.graph.io.model_file import copy_without_initializers
+from cobla_onnx.graph.io.model_file import copy_without_initializers, subgraphs
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement
 
@@ -23,14 +25,19 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
     Weights that are no longer read are left out, as are the Identity, Transpose, Cast and
     Constant nodes before them. Everything else is as it was, in the same order. The
     last of the new nodes keeps the name, the output and the documentation of the original.
+    What a layer in a body stores is in the main graph, and its nodes are in the body.
     """
     sources = {name for replacement in replacements for name in _replaced(replacement)}
     result = copy_without_initializers(model, sources)
     graph = result.graph
     names = Names(model)
-    built: dict[int, list[onnx.NodeProto]] = {}
+    built: dict[str, list[onnx.NodeProto]] = {}
+    shared: dict[int, list[onnx.NodeProto]] = defaultdict(list)
+    originals = all_nodes(model.graph)
     for replacement in replacements:
-        weights = _build(replacement, model, names, built)
+        weights, before = _build(replacement, originals, names, built)
+        # Uses in several bodies can all read what stands before the first of them.
+        shared[min(use.place for use in replacement.layer.uses)] += before
         graph.initializer.extend(weights)
         if model.ir_version < 4:
             # Before IR version 4 every initializer is also an input of the graph.
@@ -39,10 +46,10 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
             )
     add_functions(result, names.functions)
     dead = _dead_nodes(model, replacements)
-    kept = []
+    kept: list[onnx.NodeProto] = []
     for index, node in enumerate(model.graph.node):
         if index not in dead:
-            kept.extend(built.get(index, [node]))
+            kept.extend((*shared[index], *_replaced_nodes(node, built)))
     del graph.node[:]
     graph.node.extend(kept)
     gone = sources | {name for index in dead for name in model.graph.node[index].output}
@@ -65,6 +72,25 @@ def add_functions(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto
             model.opset_import.append(onnx.helper.make_opsetid(function.domain, 1))
 
 
+def _replaced_nodes(
+    node: onnx.NodeProto, built: Mapping[str, list[onnx.NodeProto]]
+) -> list[onnx.NodeProto]:
+    """Return what takes the place of a node: others, itself, or itself with other bodies."""
+    found = built.get(node.output[0]) if node.output else None
+    if found is not None:
+        return found
+    inside = [inner for body in body_graphs([node]) for inner in body.node]
+    if not any(name in built for inner in inside for name in inner.output):
+        return [node]
+    result = onnx.NodeProto()
+    result.CopyFrom(node)
+    for body, original in zip(subgraphs(result), subgraphs(node), strict=True):
+        nodes = [new for inner in original.node for new in _replaced_nodes(inner, built)]
+        del body.node[:]
+        body.node.extend(nodes)
+    return [result]
+
+
 def _replaced(replacement: Replacement) -> list[str]:
     """Names of the stored tensors that a replacement makes superfluous."""
     layer = replacement.layer
@@ -80,11 +106,11 @@ def _drop(items: Any, unwanted: Any) -> None:
 
 def _build(
     replacement: Replacement,
-    model: onnx.ModelProto,
+    originals: Sequence[onnx.NodeProto],
     names: Names,
-    built: dict[int, list[onnx.NodeProto]],
-) -> list[onnx.TensorProto]:
-    """Build the nodes that replace each use, in `built` by node index; return initializers.
+    built: dict[str, list[onnx.NodeProto]],
+) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
+    """Build the nodes of each use, in `built` by its output; return initializers and shared nodes.
 
     Where another weight of a node was replaced, the last of its nodes is.
     """
@@ -97,7 +123,7 @@ def _build(
         bias = [names.tensor(f"{layer.name}/bias")]
         initializers.append(_tensor(bias[0], replacement.bias))
     for use in layer.uses:
-        *earlier, node = built.get(use.node, [model.graph.node[use.node]])
+        *earlier, node = built.get(use.output, [originals[use.node]])
         rest = bias or node.input[2:]
         *before, last = replacement.nodes(node, use, operands, rest, names)
         kept = onnx.NodeProto()
@@ -109,9 +135,8 @@ def _build(
         del kept.input[:], kept.attribute[:]
         kept.input.extend(last.input)
         kept.attribute.extend(last.attribute)
-        built[use.node] = [*earlier, *before, kept]
-    built[layer.uses[0].node] = shared + built[layer.uses[0].node]
-    return initializers
+        built[use.output] = [*earlier, *before, kept]
+    return initializers, shared
 
 
 def _tensor(name: str, array: NDArray[Any]) -> onnx.TensorProto:

@@ -16,6 +16,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from cobla_onnx.graph.bodies import all_nodes
 from cobla_onnx.graph.layers import Layer, Use, attributes
 from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.graph.operators.gather import Lookup
@@ -203,8 +204,9 @@ def factor_nodes(
     """
     names = Names(model)
     pairs = []
+    nodes = all_nodes(model.graph)
     for use in layer.uses:
-        node = model.graph.node[use.node]
+        node = nodes[use.node]
         before, after = pair_nodes(scheme, node, use, (first, second), node.input[2:], names)
         pairs.append((before, after))
     return tuple(pairs)

@@ -1,0 +1,127 @@
+"""Open the model-local functions that hold layers: their nodes take the place of the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import onnx
+from onnx import inliner
+
+from cobla_onnx.graph.bodies import all_nodes, body_graphs
+from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight, without_weights
+from cobla_onnx.graph.operators.base import operators_of_node
+from cobla_onnx.graph.tensors import constant_value
+
+__all__ = ["OWN_DOMAIN", "with_open_functions"]
+
+# Functions of this domain are written by the package itself and stay as they are.
+OWN_DOMAIN = "cobla_onnx"
+
+Key = tuple[str, str]
+
+
+def with_open_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace the calls of functions that hold layers by the functions' nodes.
+
+    Weights that a function stores itself are shared by all its calls: they become one constant,
+    so that one decision holds for all of them.
+
+    Returns
+    -------
+    ModelProto
+        `model` itself if no function holds a layer, else a copy.
+    """
+    chosen = _holding_layers(model)
+    if not chosen:
+        return model
+    before = {name for node in all_nodes(model.graph) for name in node.output}
+    # onnx's inliner takes serialised models, which hold no more than 2 GB.
+    opened = inliner.inline_selected_functions(without_weights(model), sorted(chosen))
+    stored = {tensor.name for tensor in model.graph.initializer}
+    declared = {value.name for value in model.graph.input}
+    result = copy_without_initializers(opened, stored)
+    inputs = [v for v in result.graph.input if v.name in declared or v.name not in stored]
+    del result.graph.input[:]
+    result.graph.input.extend(inputs)
+    result.graph.initializer.extend(model.graph.initializer)
+    _store_once(result.graph, before)
+    return result
+
+
+def _holding_layers(model: onnx.ModelProto) -> set[Key]:
+    """Functions with a node of a registered operator, and those that call them."""
+    nodes: dict[Key, list[onnx.NodeProto]] = {}
+    chosen: set[Key] = set()
+    for function in model.functions:
+        if function.domain == OWN_DOMAIN:
+            continue
+        key = function.domain, function.name
+        inner = [node for body in body_graphs(function.node) for node in body.node]
+        nodes[key] = [*function.node, *inner]
+        given = {*function.input, *_weights(nodes[key])}
+        if any(_may_be_layer(node, given) for node in nodes[key]):
+            chosen.add(key)
+    # An operator that a model's function computes is a layer as it is.
+    chosen -= {key for key in chosen if _is_operator(key)}
+    while True:
+        callers = {
+            k for k, its in nodes.items() if any((n.domain, n.op_type) in chosen for n in its)
+        }
+        if callers <= chosen:
+            return chosen
+        chosen |= callers
+
+
+def _is_operator(key: Key) -> bool:
+    return bool(operators_of_node(onnx.NodeProto(domain=key[0], op_type=key[1])))
+
+
+def _weights(nodes: Collection[onnx.NodeProto]) -> set[str]:
+    return {
+        node.output[0]
+        for node in nodes
+        if (value := constant_value(node)) is not None and is_weight(value)
+    }
+
+
+def _may_be_layer(node: onnx.NodeProto, given: Collection[str]) -> bool:
+    """Whether a node of a function may hold a weight; most that take shapes apart do not."""
+    operators = operators_of_node(node)
+    positions = [p for o in operators for p in o.weight_inputs if p < len(node.input)]
+    read = any(node.input[p] in given for p in positions)
+    return read or any(not operator.incidental for operator in operators)
+
+
+def _store_once(graph: onnx.GraphProto, before: Collection[str]) -> None:
+    """Of weights in Constant nodes that are the same in several calls, keep the first.
+
+    Calls in bodies keep their own: what one branch defines, another cannot read.
+    """
+    first: dict[bytes, str] = {}
+    same: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        value = constant_value(node)
+        if value is not None and is_weight(value) and node.output[0] not in before:
+            content = onnx.TensorProto()
+            content.CopyFrom(value)
+            content.ClearField("name")
+            content.ClearField("doc_string")
+            found = first.setdefault(content.SerializeToString(deterministic=True), node.output[0])
+            if found != node.output[0]:
+                same[node.output[0]] = found
+                continue
+        kept.append(node)
+    if not same:
+        return
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+    del graph.node[:]
+    graph.node.extend(copies)
+    for node in all_nodes(graph):
+        for position, name in enumerate(node.input):
+            if name in same:
+                node.input[position] = same[name]
+    outputs = {value.name for value in graph.output} | {
+        value.name for body in body_graphs(graph.node) for value in body.output
+    }
+    assert outputs.isdisjoint(same), "an inlined constant is never an output by its own name"

@@ -1,0 +1,74 @@
+"""Functions as onnxscript and PyTorch's exporter write them: layers behind their calls."""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from cobla_onnx import Budget, compress
+from cobla_onnx.graph.functions import with_open_functions
+from cobla_onnx.graph.layers import find_layers
+from cobla_onnx.graph.opening import opened
+from cobla_onnx.runtime.session import open_session, run_session
+from tests.bodies import SIZE, calls, weight
+from tests.builders import random_array, small_network
+
+
+def scripted() -> onnx.ModelProto:
+    """Nested functions, one of them also called in a branch; weights are given to the calls."""
+    pytest.importorskip("onnxscript")
+    network = importlib.import_module("tests.scripted").network
+    model = network.to_model_proto()
+    arrays = {"w": weight(1), "v": weight(2), "u": weight(4), "b": random_array(SIZE, seed=3)}
+    model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in arrays.items())
+    kept = [value for value in model.graph.input if value.name not in arrays]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    return model
+
+
+def test_layers_of_a_script_are_found_in_all_calls_and_branches():
+    model = scripted()
+    prepared = opened(model)
+    assert not prepared.functions
+    layers = find_layers(prepared).layers
+    assert {layer.source: layer.in_body for layer in layers} == {"w": False, "v": True, "u": True}
+    for seed in range(6):
+        feeds = {"x": random_array(4, SIZE, seed=seed)}
+        first, second = (run_session(open_session(m, 1), feeds) for m in (model, prepared))
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+    result = compress(model, Budget(mem=0.9), threads=1)
+    assert {d.layer for d in result.plan.decisions} == {layer.name for layer in layers}
+    assert any(d.scheme for d in result.plan.decisions)
+
+
+def test_only_functions_that_hold_layers_are_opened():
+    assert with_open_functions(small_network()).functions == []
+    model = calls(True)
+    other = onnx.helper.make_function(
+        "somebody",
+        "Double",
+        ["a"],
+        ["b"],
+        [onnx.helper.make_node("Add", ["a", "a"], ["b"])],
+        [onnx.helper.make_opsetid("", 17)],
+    )
+    model.functions.append(other)
+    model.graph.node[1].output[0] = "before"
+    model.graph.node.append(
+        onnx.helper.make_node("Double", ["before"], ["y"], "double", domain="somebody")
+    )
+    found = with_open_functions(model)
+    assert [function.name for function in found.functions] == ["Double"]
+    assert [node.op_type for node in found.graph.node if node.op_type != "Constant"] == [
+        "MatMul",
+        "Relu",
+        "MatMul",
+        "Relu",
+        "Double",
+    ]

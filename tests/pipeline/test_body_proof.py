@@ -1,0 +1,159 @@
+"""Layers in bodies: compressed like others, and proved each on data of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+
+from cobla_onnx import Budget, compress, inspect
+from cobla_onnx.errors import UsageError, VerificationError
+from cobla_onnx.graph.bodies import all_nodes
+from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.graph.macs import fixed_input_shapes
+from cobla_onnx.graph.opening import opened
+from cobla_onnx.pipeline.body_proof import prove_in_bodies
+from cobla_onnx.pipeline.verification import verify
+from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.nodes import make_replacement
+from cobla_onnx.variants.low_rank.svd import factorize
+from cobla_onnx.variants.replacement import Replacement
+from cobla_onnx.variants.rewrite import rewrite
+from tests.bodies import MODELS, choice, loop
+from tests.graph.test_opening import feeds_of
+
+LEVELS = (
+    onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+)
+
+
+def replaced(model: onnx.ModelProto, rank: int | None = None, scheme: int = 0) -> list[Replacement]:
+    """Factors of all layers, of full rank unless one is given."""
+    result = []
+    for layer in find_layers(model).layers:
+        schemes = schemes_for(layer)
+        chosen = schemes[scheme % len(schemes)]
+        matrix = chosen.matrix(read_weight(model, layer))
+        full = min(matrix.shape[1:])
+        result.append(make_replacement(layer, chosen, factorize(matrix, min(rank or full, full))))
+    return result
+
+
+def run_at(model: onnx.ModelProto, level: onnxruntime.GraphOptimizationLevel, seed: int):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level, options.log_severity_level = level, 4
+    content = model.SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return session.run(["y"], feeds_of(model, seed))[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_at_full_rank_the_output_is_the_same_whatever_onnxruntime_does_to_the_graph(name):
+    original = MODELS[name]()
+    model = opened(original)
+    for scheme in range(2):
+        result = rewrite(model, replaced(model, None, scheme))
+        onnx.checker.check_model(result, full_check=True)
+        assert len(all_nodes(result.graph)) > len(all_nodes(model.graph))
+        for level in LEVELS:
+            for seed in range(3):
+                expected = run_at(original, level, seed)
+                np.testing.assert_allclose(run_at(result, level, seed), expected, atol=3e-5)
+
+
+@settings(max_examples=12)
+@given(st.sampled_from(sorted(MODELS)), st.integers(1, 8), st.integers(0, 2))
+def test_any_rank_and_scheme_is_proved(name, rank, scheme):
+    model = opened(MODELS[name]())
+    replacements = replaced(model, rank, scheme)
+    result = rewrite(model, replacements)
+    found = verify(model, result, replacements, fixed_input_shapes(model, {}))
+    assert 0 <= found.rewrite_max_error < 1e-5
+    assert found.network_error is not None
+
+
+@pytest.mark.parametrize("name", ["If", "Loop", "Scan", "nested"])
+def test_a_wrong_factor_of_a_layer_in_a_body_is_found_also_where_its_branch_is_not_taken(name):
+    model = opened(MODELS[name]())
+    replacements = replaced(model, 4)
+    for wrong in (r for r in replacements if r.layer.in_body):
+        result = rewrite(model, replacements)
+        assert prove_in_bodies(model, result, replacements, 1) < 1e-5
+        stored = {tensor.name: tensor for tensor in result.graph.initializer}
+        tensor = stored[f"{wrong.layer.name}/second_factor"]
+        array = numpy_helper.to_array(tensor).copy()
+        array.ravel()[0] += 1
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+        with pytest.raises(VerificationError, match="differ from the dense weight"):
+            prove_in_bodies(model, result, replacements, 1)
+
+
+@pytest.mark.parametrize("precision", ["keep", "auto"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_budget_reaches_layers_in_bodies(name, precision):
+    model = MODELS[name]()
+    mem = 0.7 if precision == "keep" else 0.4
+    result = compress(model, Budget(mem=mem), precision=precision, threads=1)
+    assert result.report.budget["mem"].reached <= mem
+    onnx.checker.check_model(result.model, full_check=True)
+    changed = {d.layer for d in result.plan.decisions if d.scheme}
+    assert changed
+    holders = [n.op_type for n in model.graph.node if n.op_type in ("If", "Loop", "Scan")]
+    left = [n.op_type for n in result.model.graph.node if n.op_type in ("If", "Loop", "Scan")]
+    assert left == holders
+    again = inspect(result.model)
+    assert again.least["mem"] <= 1
+    assert not any(function.domain == "somebody" for function in result.model.functions)
+
+
+def test_a_model_that_stays_as_it_is_is_what_was_given():
+    for make in MODELS.values():
+        model = make()
+        result = compress(model, Budget(mem=1.0), threads=1)
+        assert result.report.unchanged
+        assert result.model.SerializeToString() == model.SerializeToString()
+
+
+def test_names_of_layers_in_bodies_are_good_for_patterns_and_plans():
+    left_out = compress(choice(), Budget(mem=0.8), exclude=["choice.then_branch/*"], threads=1)
+    decided = {d.layer for d in left_out.plan.decisions}
+    assert decided == {"choice.else_branch/hidden", "choice.else_branch/last", "outer"}
+    again = compress(choice(), plan=left_out.plan, threads=1)
+    assert again.model.SerializeToString() == left_out.model.SerializeToString()
+    with pytest.raises(UsageError, match=r"did you mean choice\.else_branch/hidden"):
+        compress(choice(), Budget(mem=0.8), exclude=["choice.else_branch/hiden"], threads=1)
+
+
+def test_macs_in_bodies_are_counted_once_and_the_report_says_so():
+    found = inspect(loop())
+    # Step: 2 x 16 x 16; convolution: 2 samples, 16 channels, 16 places, 3 taps.
+    assert found.mac_total == 2 * 16 * 16 + 2 * 16 * 16 * 3
+    assert any("of one pass each" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_what_is_wrong_in_a_branch_is_found_though_the_inputs_take_the_other(taken):
+    model = opened(choice())
+    replacements = replaced(model, 4)
+    result = rewrite(model, replacements)
+    data = np.abs(feeds_of(model)["x"]) * np.float32(-1 if taken else 1)
+
+    def batches():
+        return [{"x": data}]
+
+    assert verify(model, result, replacements, {}, data=("held-back", batches)).outputs
+    (holder,) = [node for node in result.graph.node if node.op_type == "If"]
+    branch = next(a.g for a in holder.attribute if a.name.startswith("then") == taken)
+    last = next(node for node in branch.node if branch.output[0].name in node.output)
+    first = next(node for node in branch.node if last.input[0] in node.output)
+    # The hidden layer is left out.
+    inside = next(node for node in branch.node if first.input[0] in node.output)
+    first.input[0] = inside.input[0]
+    with pytest.raises(VerificationError):
+        verify(model, result, replacements, {}, data=("held-back", batches))
