@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from cobla_onnx.graph.index import GraphIndex
 from cobla_onnx.graph.io.external import external_bytes, is_external
@@ -26,6 +27,8 @@ __all__ = ["Deduplicated", "deduplicated"]
 # Smaller constants are shapes, axes and scalars: nothing is gained, and graphs become harder to
 # read.
 SMALLEST = 1024
+# Bytes at both ends that are compared first.
+END = 4096
 # Bytes that are hashed at a time: of a file that is mapped no more need be in memory.
 CHUNK = 1 << 24
 
@@ -123,21 +126,28 @@ def _equal(model: onnx.ModelProto) -> Copies:
             continue
         if tensor_bytes(tensor) >= SMALLEST:
             alike[tensor.data_type, tuple(tensor.dims)].append(tensor)
+    alike = _parted(alike.values(), _ends)
     bodies = (graph for node in model.graph.node for graph in subgraphs(node))
     by_name = set().union(*map(captured_names, bodies))
     found: Copies = {}
-    for group in alike.values():
-        if len(group) == 1:
-            continue
-        equal: dict[str, list[str]] = defaultdict(list)
-        for tensor in group:
-            equal[_digest(tensor)].append(tensor.name)
-        for names in equal.values():
-            first = next((name for name in names if name in by_name), names[0])
-            others = [name for name in names if name != first and name not in by_name]
-            if others:
-                found[first] = others
+    for group in _parted(alike.values(), _digest).values():
+        names = [tensor.name for tensor in group]
+        first = next((name for name in names if name in by_name), names[0])
+        others = [name for name in names if name != first and name not in by_name]
+        if others:
+            found[first] = others
     return found
+
+
+def _parted(
+    groups: Iterable[Sequence[onnx.TensorProto]], by: Callable[[onnx.TensorProto], object]
+) -> dict[tuple[object, ...], list[onnx.TensorProto]]:
+    """Part groups of tensors further; those that are alone are left out, unseen."""
+    found: dict[tuple[object, ...], list[onnx.TensorProto]] = defaultdict(list)
+    for number, group in enumerate(groups):
+        for tensor in group if len(group) > 1 else ():
+            found[number, by(tensor)].append(tensor)
+    return {key: its for key, its in found.items() if len(its) > 1}
 
 
 def _held_names(model: onnx.ModelProto) -> set[str]:
@@ -149,22 +159,25 @@ def _held_names(model: onnx.ModelProto) -> set[str]:
     return names
 
 
+def _ends(tensor: onnx.TensorProto) -> tuple[bytes, bytes]:
+    """First and last bytes of a tensor, which tell most apart without reading them."""
+    data = _bytes(tensor)
+    return data[:END].tobytes(), data[-END:].tobytes()
+
+
 def _digest(tensor: onnx.TensorProto) -> str:
     """Hash a tensor's bytes, of a file chunk by chunk."""
-    state = hashlib.sha256()
-    for part in _chunks(tensor):
-        state.update(part)
+    state, data = hashlib.sha256(), _bytes(tensor)
+    for start in range(0, len(data), CHUNK):
+        state.update(np.ascontiguousarray(data[start : start + CHUNK]).data)
     return state.hexdigest()
 
 
-def _chunks(tensor: onnx.TensorProto) -> Iterator[memoryview]:
+def _bytes(tensor: onnx.TensorProto) -> NDArray[np.uint8]:
     label = f"initializer {quoted(tensor.name)}"
     if is_external(tensor):
-        data = external_bytes(tensor, label)
-    else:
-        data = np.ascontiguousarray(tensor_array(tensor, label)).reshape(-1).view(np.uint8)
-    for start in range(0, len(data), CHUNK):
-        yield np.ascontiguousarray(data[start : start + CHUNK]).data
+        return external_bytes(tensor, label)
+    return np.ascontiguousarray(tensor_array(tensor, label)).reshape(-1).view(np.uint8)
 
 
 def _merged(model: onnx.ModelProto, copies: Mapping[str, Iterable[str]]) -> onnx.ModelProto:
