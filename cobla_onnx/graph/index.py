@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
+from onnx import TensorProto
 
 from cobla_onnx.graph.bodies import body_graphs, node_label, placed_nodes
 from cobla_onnx.graph.tensors import constant_value, subgraphs, tensor_array
@@ -25,7 +27,7 @@ __all__ = [
 ]
 
 # Operators between a stored weight and its node that are followed.
-PASSED = ("Identity", "Transpose", "Cast", "Reshape")
+PASSED = ("Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze")
 # Arithmetic by which graphs write DequantizeLinear out.
 SCALING = ("Add", "Sub", "Mul", "Div")
 SCALED_INTEGERS = "integers, scaled"
@@ -56,7 +58,8 @@ class Origin:
     chain : tuple of int
         Indices of the nodes in between, in order.
     steps : tuple
-        What those that move elements do: the permutation or the new shape of each.
+        What those that move elements do: the permutation or the new shape of each, or the begin and
+        the end of each group of rows in their new order.
     shape : tuple of int
         Shape at the end of the chain.
     type : int
@@ -147,6 +150,11 @@ class GraphIndex:
             if index is None:
                 return "sparse" if name in self.sparse else ""
             node = self.nodes[index]
+            slices = self._slices(node)
+            if slices:
+                chain += [index, *reversed(slices)]
+                name = self.nodes[slices[0]].input[0]
+                continue
             if node.op_type not in PASSED or node.domain not in ("", "ai.onnx"):
                 return SCALED_INTEGERS if self._scaled_integers(index) else str(node.op_type)
             chain.append(index)
@@ -160,12 +168,15 @@ class GraphIndex:
             node = self.nodes[index]
             if node.op_type == "Cast":
                 data_type = attributes(node)["to"]
-            elif node.op_type != "Identity":
+            elif node.op_type not in ("Identity", "Slice"):
                 step = self._step(node, shape)
                 if step is None:
                     return str(node.op_type)
                 kind, sizes = step
-                shape = tuple(shape[axis] for axis in sizes) if kind == "Transpose" else sizes
+                if kind == "Transpose":
+                    shape = tuple(shape[axis] for axis in sizes)
+                elif kind == "Reshape":
+                    shape = sizes
                 steps.append(step)
         return Origin(name, tensor, tuple(chain), tuple(steps), shape, data_type)
 
@@ -190,10 +201,15 @@ class GraphIndex:
     def _step(
         self, node: onnx.NodeProto, shape: tuple[int, ...]
     ) -> tuple[str, tuple[int, ...]] | None:
-        """What a Transpose or Reshape does to a tensor of this shape, None if it cannot."""
+        """What a node that moves elements does to a tensor of this shape, None if it cannot."""
         if node.op_type == "Transpose":
             turn = tuple(attributes(node).get("perm", range(len(shape))[::-1]))
             return ("Transpose", turn) if sorted(turn) == list(range(len(shape))) else None
+        if node.op_type == "Concat":
+            bounds = self._bounds(node, shape[0]) if shape else None
+            return None if bounds is None else ("Rows", bounds)
+        if node.op_type in ("Squeeze", "Unsqueeze"):
+            return self._with_axes(node, shape)
         wanted = self.stored.get(node.input[1]) if len(node.input) > 1 else None
         if wanted is None or wanted.data_type != onnx.TensorProto.INT64 or len(wanted.dims) > 1:
             return None
@@ -208,6 +224,67 @@ class GraphIndex:
             sizes[sizes.index(-1)] = math.prod(shape) // known
         fits = min(sizes, default=1) >= 0 and math.prod(sizes) == math.prod(shape)
         return ("Reshape", tuple(sizes)) if fits else None
+
+    def _slices(self, node: onnx.NodeProto) -> list[int]:
+        """Indices of the nodes whose slices of one tensor a Concat puts together; else none.
+
+        PyTorch writes so the gates of a recurrent layer in the order of ONNX.
+        """
+        if node.op_type != "Concat" or node.domain not in ("", "ai.onnx"):
+            return []
+        found = [self.producer[name] for name in node.input if name in self.producer]
+        sliced = [i for i in found if self.nodes[i].op_type == "Slice" and not self.nodes[i].domain]
+        same = len({self.nodes[index].input[0] for index in sliced}) == 1
+        return list(dict.fromkeys(sliced)) if same and len(sliced) == len(node.input) else []
+
+    def _bounds(self, node: onnx.NodeProto, rows: int) -> tuple[int, ...] | None:
+        """Begin and end of each group of rows in a Concat; None unless each row is there once."""
+        bounds: list[int] = []
+        for name in node.input:
+            its = self._slice_of(self.nodes[self.producer[name]])
+            if its is None or its[2:] != (0, 1):
+                return None
+            bounds += slice(*its[:2]).indices(rows)[:2]
+        order = [
+            row for begin, end in zip(*[iter(bounds)] * 2, strict=True) for row in range(begin, end)
+        ]
+        whole = sorted(order) == list(range(rows)) and attributes(node).get("axis") == 0
+        return tuple(bounds) if whole else None
+
+    def _slice_of(self, node: onnx.NodeProto) -> tuple[int, ...] | None:
+        """Begin, end, axis and step of a Slice along one axis; None if they are not known."""
+        values = attributes(node)
+        found: list[list[int] | None] = [
+            values.get(name, default)
+            for name, default in (("starts", None), ("ends", None), ("axes", [0]), ("steps", [1]))
+        ]
+        for place, name in enumerate(node.input[1:]):
+            if name:
+                found[place] = self._integers(name)
+        known = [its for its in found if its is not None and len(its) == 1]
+        return tuple(its[0] for its in known) if len(known) == len(found) else None
+
+    def _integers(self, name: str) -> list[int] | None:
+        """Numbers of a stored tensor of integers; None if there is no such."""
+        tensor = self.stored.get(name)
+        if tensor is None or tensor.data_type not in (TensorProto.INT32, TensorProto.INT64):
+            return None
+        return [int(number) for number in tensor_array(tensor, quoted(name)).ravel()]
+
+    def _with_axes(
+        self, node: onnx.NodeProto, shape: tuple[int, ...]
+    ) -> tuple[str, tuple[int, ...]] | None:
+        """Shape after a Squeeze or Unsqueeze; None if it does not fit."""
+        axes = attributes(node).get("axes")
+        if len(node.input) > 1:
+            axes = self._integers(node.input[1])
+        if axes is None:
+            return None
+        change = np.squeeze if node.op_type == "Squeeze" else np.expand_dims
+        try:
+            return "Reshape", change(np.broadcast_to(False, shape), tuple(axes)).shape
+        except ValueError:
+            return None
 
 
 def _trained(model: onnx.ModelProto) -> set[str]:

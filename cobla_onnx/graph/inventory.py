@@ -61,8 +61,8 @@ class Use:
     output : str
         Name of the node's output or, of several, of the first that has a name.
     chain : tuple of int
-        Indices of the Identity, Transpose, Reshape and Cast nodes between the stored tensor and
-        the node, in order.
+        Indices of the nodes between the stored tensor and the node that move its elements or cast
+        them, in order.
     holder : int or None
         Index of the main graph's node in whose body the node is, such as an If.
     """

@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph.index import GraphIndex, attributes
+from cobla_onnx.graph.index import GraphIndex, Origin, attributes
 from cobla_onnx.graph.inventory import Layer
 from cobla_onnx.graph.tensors import constant_value, tensor_array
 from cobla_onnx.text import quoted
@@ -34,16 +34,20 @@ def read_weight(model: onnx.ModelProto, layer: Layer) -> NDArray[Any]:
             array = np.transpose(array, attributes(node).get("perm"))
         elif node.op_type == "Cast":
             array = array.astype(onnx.helper.tensor_dtype_to_np_dtype(attributes(node)["to"]))
-        elif node.op_type == "Reshape":
-            array = array.reshape(_shape_after(model, layer, index))
+        elif node.op_type in ("Reshape", "Squeeze", "Unsqueeze"):
+            array = array.reshape(_after(model, index).shape)
+        elif node.op_type == "Concat":
+            _, bounds = _after(model, index).steps[-1]
+            pairs = zip(bounds[::2], bounds[1::2], strict=True)
+            array = np.concatenate([array[begin:end] for begin, end in pairs])
     return array
 
 
-def _shape_after(model: onnx.ModelProto, layer: Layer, index: int) -> tuple[int, ...]:
-    """Shape of a layer's weight after one node of its chain."""
+def _after(model: onnx.ModelProto, index: int) -> Origin:
+    """What became of a weight after one node of its chain."""
     found = GraphIndex(model).origin(model.graph.node[index].output[0])
     assert not isinstance(found, str), "the walk that found the layer followed this node"
-    return found.shape
+    return found
 
 
 def read_bias(model: onnx.ModelProto, layer: Layer) -> NDArray[Any] | None:

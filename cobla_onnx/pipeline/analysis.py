@@ -260,7 +260,7 @@ def analyse(
     see: Callable[[Sequence[Layer]], Seen] | None = None,
     weigh: bool = True,
     reach: Reach = NO_BUDGETS,
-    prune: bool = True,
+    comparing: bool = False,
     unmeasured: Collection[str] = (),
     saved: int = 0,
     followed: Followed | None = None,
@@ -269,7 +269,8 @@ def analyse(
 
     With `see`, which collects statistics on the calibration data, errors are those of the layers'
     outputs and not of their weights, unless `weigh` is False. With bits, candidates that others
-    beat are left out, if `prune` is set. The layers named in `unmeasured` stay whole: no loss
+    beat are left out, and factors that save no time multiplied out, unless families are compared
+    with each other (`comparing`). The layers named in `unmeasured` stay whole: no loss
     would see their errors. `saved` bytes, stored more than once, are gone. With `followed`, whose
     model is `model`, layers and bytes of branches that data never takes are told and counted.
 
@@ -294,7 +295,7 @@ def analyse(
         model, shapes, taken, skipped, macs, needed=macs_needed
     )
     # Whoever asks for bits has weights made when a session opens anyway.
-    folding = bool(asked.bits) and not asked.ranks.faster
+    folding = bool(asked.bits) and not asked.ranks.faster and not comparing
     costs = [LayerCosts(count, shapes, folding) for count in each_macs]
     size = followed.stored_bytes + saved
     bare = Analysis(
@@ -306,7 +307,7 @@ def analyse(
     variants, refused = [], []
     for each in candidates:
         pairs = curves.get(each.layer.name)
-        if pairs and asked.bits and prune:
+        if pairs and asked.bits and not comparing:
             pairs = _worthwhile(pairs)
         if pairs:
             variants.append(_variants(each, pairs))

@@ -242,7 +242,7 @@ def _analysed(
             refine,
             lambda error, found: explain(error, followed.original, found, settings, tried),
         ),
-        prune=not needs.comparing,
+        comparing=needs.comparing,
         unmeasured=looking.measured.unmeasured if looking is not None and weigh else (),
         followed=followed,
         saved=single.nbytes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.graph.bodies import all_nodes, body_graphs
+from cobla_onnx.graph.index import GraphIndex
 from cobla_onnx.graph.io.external import mapped_tensor
 from cobla_onnx.graph.io.model_file import copy_without_initializers, subgraphs
 from cobla_onnx.variants.names import Names
@@ -22,12 +23,14 @@ __all__ = ["add_functions", "rewrite"]
 def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx.ModelProto:
     """Return a copy of `model` in which each layer is computed by its replacement.
 
-    Weights that are no longer read are left out, as are the Identity, Transpose, Cast and
-    Constant nodes before them. Everything else is as it was, in the same order. The
-    last of the new nodes keeps the name, the output and the documentation of the original.
-    What a layer in a body stores is in the main graph, and its nodes are in the body.
+    Weights that are no longer read are left out, as are the nodes before them that moved their
+    elements or cast them, with the constants that say how. Everything else is as it was, in the
+    same order. The last of the new nodes keeps the name, the output and the documentation of the
+    original. What a layer in a body stores is in the main graph, and its nodes are in the body.
     """
+    chains = {index for r in replacements for use in r.layer.uses for index in use.chain}
     sources = {name for replacement in replacements for name in _replaced(replacement)}
+    sources |= _read_alone(model, chains)
     result = copy_without_initializers(model, sources)
     graph = result.graph
     names = Names(model)
@@ -45,7 +48,8 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
                 onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in weights
             )
     add_functions(result, names.functions)
-    dead = _dead_nodes(model, replacements)
+    # A layer's weight is read by the layer alone (see `find_layers`), so all before it goes.
+    dead = chains | {i for i, node in enumerate(model.graph.node) if set(node.output) & sources}
     kept: list[onnx.NodeProto] = []
     for index, node in enumerate(model.graph.node):
         if index not in dead:
@@ -145,12 +149,8 @@ def _tensor(name: str, array: NDArray[Any]) -> onnx.TensorProto:
     return mapped or onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
 
 
-def _dead_nodes(model: onnx.ModelProto, replacements: Iterable[Replacement]) -> set[int]:
-    """Indices of the nodes before the replaced weights, which are no longer read.
-
-    A layer's weight is read by the layer alone (see `find_layers`), so all of them go.
-    """
-    dead = {index for r in replacements for use in r.layer.uses for index in use.chain}
-    sources = {name for replacement in replacements for name in _replaced(replacement)}
-    dead.update(i for i, node in enumerate(model.graph.node) if set(node.output) & sources)
-    return dead
+def _read_alone(model: onnx.ModelProto, nodes: Collection[int]) -> set[str]:
+    """Stored tensors that nobody but the given nodes reads."""
+    graph = GraphIndex(model)
+    read = {name for index in nodes for name in graph.nodes[index].input} & graph.stored.keys()
+    return {n for n in read if n not in graph.kept and set(graph.readers[n]) <= set(nodes)}

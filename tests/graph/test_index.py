@@ -13,7 +13,8 @@ from cobla_onnx import Budget, compress
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.bodies import all_nodes
 from cobla_onnx.graph.index import GraphIndex, all_inputs, node_label
-from cobla_onnx.graph.layers import Reason, find_layers
+from cobla_onnx.graph.layers import Reason, find_layers, read_weight
+from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import model_of, random_array
 
 INTEGERS = np.arange(-128, 128, dtype=np.int8).reshape(16, 16)
@@ -156,3 +157,71 @@ def test_a_constant_is_followed_through_what_only_moves_it() -> None:
     assert origin.shape == (16, 16)
     assert index.origin("x") == ""
     assert index.origin("y") == "MatMul"
+
+
+def rearranged(parts: list[tuple[int, int]], opset: int, axis: int = 0) -> onnx.ModelProto:
+    """A recurrent layer whose gates are put in order, and given a direction, in the graph."""
+    weights = {"w": random_array(12, 5), "R": random_array(1, 12, 4, seed=1)}
+    nodes = []
+    for number, bounds in enumerate(parts):
+        name = f"part{number}"
+        if opset < 10:
+            values = dict(zip(("starts", "ends"), ([b] for b in bounds), strict=True))
+            nodes.append(helper.make_node("Slice", ["w"], [name], axes=[axis], **values))
+            continue
+        given = {f"{name}/{k}": np.array([v]) for k, v in zip("sea", (*bounds, axis), strict=True)}
+        weights |= given
+        nodes.append(helper.make_node("Slice", ["w", *given], [name]))
+    names = [f"part{number}" for number in range(len(parts))]
+    nodes.append(helper.make_node("Concat", names, ["turned"], axis=axis))
+    if opset < 13:
+        nodes.append(helper.make_node("Unsqueeze", ["turned"], ["W"], axes=[0]))
+    else:
+        weights["first"] = np.array([0])
+        nodes.append(helper.make_node("Unsqueeze", ["turned", "first"], ["W"]))
+    nodes.append(helper.make_node("GRU", ["x", "W", "R"], ["y"], "rnn", hidden_size=4))
+    model = model_of(nodes, weights, {"x": [3, 2, 5]}, ["y"], opset=opset)
+    model.graph.output.append(helper.make_tensor_value_info("W", TensorProto.FLOAT, None))
+    return model
+
+
+@given(st.permutations([(0, 4), (4, 8), (8, 12)]), st.sampled_from([9, 17]))
+def test_rows_that_are_put_in_another_order_are_a_weight(parts, opset):
+    # As exporters write them: from the end, or far beyond it.
+    far = 2**31 if opset > 9 else 12
+    parts = [(begin, far if end == 12 else end - 12) for begin, end in parts]
+    model = rearranged(parts, opset)
+    shown = run_session(open_session(model, 1), {"x": random_array(3, 2, 5)})["W"]
+    del model.graph.output[1:]
+    read, _ = find_layers(model).layers
+    assert (read.name, read.source, read.shape) == ("rnn/W", "w", (1, 12, 5))
+    assert read.uses[0].chain == (0, 1, 2, 3, 4)
+    np.testing.assert_array_equal(read_weight(model, read), shown)
+
+
+@pytest.mark.parametrize(
+    ("parts", "axis"),
+    [([(0, 8), (4, 12)], 0), ([(0, 4), (0, 4), (8, 12)], 0), ([(0, 4), (5, 12)], 0),
+     ([(2, 5), (0, 2)], 1)],
+)  # fmt: skip
+def test_other_slices_are_no_weight(parts, axis):
+    model = rearranged(parts, 17, axis)
+    model.graph.node[-1].input[1] = "W"
+    del model.graph.output[1:]
+    skipped = {item.name: item.reason for item in find_layers(model).skipped}
+    assert skipped == {"rnn/W": Reason.NOT_CONSTANT}
+
+
+def test_a_weight_whose_gates_are_put_in_order_is_replaced_with_what_orders_them():
+    model = rearranged([(4, 8), (0, 4), (8, 12)], 17)
+    del model.graph.output[1:]
+    result = compress(model, Budget(mem=0.6), precision="auto", threads=1)
+    kinds = {node.op_type for node in result.model.graph.node}
+    assert "GRU" in kinds
+    assert not kinds & {"Slice", "Concat", "Unsqueeze"}
+    # With the bounds of the slices.
+    read = {name for node in result.model.graph.node for name in node.input}
+    assert {tensor.name for tensor in result.model.graph.initializer} <= read
+    feeds = {"x": random_array(3, 2, 5)}
+    whole, less = (run_session(open_session(m, 1), feeds)["y"] for m in (model, result.model))
+    np.testing.assert_allclose(less, whole, atol=0.05)
