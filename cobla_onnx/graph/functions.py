@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import onnx
 from onnx import inliner
@@ -24,7 +24,8 @@ def with_open_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     """Replace the calls of functions that hold layers by the functions' nodes.
 
     Weights that a function stores itself are shared by all its calls: they become one constant,
-    so that one decision holds for all of them.
+    so that one decision holds for all of them. Functions of other operator sets than the model's
+    stay.
 
     Returns
     -------
@@ -35,8 +36,15 @@ def with_open_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     if not chosen:
         return model
     before = {name for node in all_nodes(model.graph) for name in node.output}
-    # onnx's inliner takes serialised models, which hold no more than 2 GB.
-    opened = inliner.inline_selected_functions(without_weights(model), sorted(chosen))
+    # onnx's inliner takes serialised models, which hold no more than 2 GB, and it refuses functions
+    # of other operator sets, also where it need not open them.
+    closed = [function for function in model.functions if _key(function) not in chosen]
+    light = without_weights(model)
+    functions = [function for function in model.functions if _key(function) in chosen]
+    del light.functions[:]
+    light.functions.extend(functions)
+    opened = inliner.inline_selected_functions(light, sorted(chosen))
+    opened.functions.extend(closed)
     stored = {tensor.name for tensor in model.graph.initializer}
     declared = {value.name for value in model.graph.input}
     result = copy_without_initializers(opened, stored)
@@ -52,10 +60,13 @@ def _holding_layers(model: onnx.ModelProto) -> set[Key]:
     """Functions with a node of a registered operator, and those that call them."""
     nodes: dict[Key, list[onnx.NodeProto]] = {}
     chosen: set[Key] = set()
+    imported = _versions(model.opset_import)
     for function in model.functions:
-        if function.domain == OWN_DOMAIN:
+        own = _versions(function.opset_import)
+        fits = all(imported.get(domain, version) == version for domain, version in own.items())
+        if function.domain == OWN_DOMAIN or not fits:
             continue
-        key = function.domain, function.name
+        key = _key(function)
         inner = [node for body in body_graphs(function.node) for node in body.node]
         nodes[key] = [*function.node, *inner]
         given = {*function.input, *_weights(nodes[key])}
@@ -70,6 +81,14 @@ def _holding_layers(model: onnx.ModelProto) -> set[Key]:
         if callers <= chosen:
             return chosen
         chosen |= callers
+
+
+def _key(function: onnx.FunctionProto) -> Key:
+    return function.domain, function.name
+
+
+def _versions(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
+    return {"" if i.domain == "ai.onnx" else i.domain: i.version for i in imports}
 
 
 def _is_operator(key: Key) -> bool:

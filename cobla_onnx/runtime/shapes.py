@@ -11,6 +11,7 @@ from cobla_onnx.graph.layers import node_label
 from cobla_onnx.graph.macs import Shape, infer_shapes, node_macs
 from cobla_onnx.graph.operators.base import operators_of_node
 from cobla_onnx.graph.settling import branching, settled
+from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.runtime.session import measured_shapes
 from cobla_onnx.text import quoted
 from cobla_onnx.wording import option_name
@@ -68,8 +69,8 @@ def _of_bodies(
         )
     if unknown:
         notes.append(
-            f"MACs of {len(unknown)} nodes in bodies are not known, and not counted: "
-            f"{quoted(unknown[0])}{' and more' if len(unknown) > 1 else ''}"
+            "MACs in bodies are not known, and not counted, of "
+            f"{quoted(unknown[0])}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}"
         )
     return tuple(notes)
 
@@ -84,7 +85,8 @@ def _measured(
             wanted.extend(name for name in (*node.input[:2], node.output[0]) if name)
     stored = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input}
     names = [name for name in dict.fromkeys(wanted) if name not in stored]
-    return measured_shapes(model, names, known, threads) if names else {}
+    # Other parts of a branch need not run on these inputs.
+    return measured_shapes(prefix(model, names), names, known, threads) if names else {}
 
 
 def _in_branches(
@@ -92,11 +94,15 @@ def _in_branches(
 ) -> dict[str, Shape]:
     """Read shapes in the branches of Ifs, each run in its place whatever the condition says."""
     found: dict[str, Shape] = {}
-    for choice in (True, False):
-        branch = settled(model, dict.fromkeys(branching(model), choice))
-        try:
-            found.update(_measured(branch, known, unknown, threads))
-        except ModelError:
-            # A branch need not run on all inputs; what it has is then not counted.
-            continue
+    holders = branching(model)
+    for choice in (True, False) if holders else ():
+        branch = settled(model, dict.fromkeys(holders, choice))
+        # A branch need not run on all inputs: then what runs of it is counted, node by node.
+        for some in (unknown, *([label] for label in unknown)):
+            try:
+                found.update(_measured(branch, known, some, threads))
+            except ModelError:
+                continue
+            if some is unknown:
+                break
     return found

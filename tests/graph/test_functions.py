@@ -11,10 +11,11 @@ from onnx import numpy_helper
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.graph.functions import with_open_functions
+from cobla_onnx.graph.inventory import Reason
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.graph.opening import opened
 from cobla_onnx.runtime.session import open_session, run_session
-from tests.bodies import SIZE, calls, weight
+from tests.bodies import SIZE, calls, linear, weight
 from tests.builders import random_array, small_network
 
 
@@ -45,6 +46,25 @@ def test_layers_of_a_script_are_found_in_all_calls_and_branches():
     result = compress(model, Budget(mem=0.9), threads=1)
     assert {d.layer for d in result.plan.decisions} == {layer.name for layer in layers}
     assert any(d.scheme for d in result.plan.decisions)
+
+
+def test_functions_of_another_operator_set_stay_and_the_others_are_opened():
+    model = calls(False)
+    old = linear(True)
+    old.name = "Old"
+    old.opset_import[0].version = 13
+    model.functions.append(old)
+    model.graph.node[1].CopyFrom(
+        onnx.helper.make_node("Old", ["a"], ["y"], "second", domain="somebody")
+    )
+    found = opened(model)
+    assert [function.name for function in found.functions] == ["Old"]
+    inventory = find_layers(found)
+    assert [layer.source for layer in inventory.layers] == ["v"]
+    assert [item.reason for item in inventory.skipped] == [Reason.SUBGRAPH]
+    feeds = {"x": random_array(2, SIZE)}
+    first, second = (run_session(open_session(m, 1), feeds) for m in (model, found))
+    np.testing.assert_array_equal(first["y"], second["y"])
 
 
 def test_only_functions_that_hold_layers_are_opened():

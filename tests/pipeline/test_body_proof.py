@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from cobla_onnx import Budget, compress, inspect
-from cobla_onnx.errors import UsageError, VerificationError
+from cobla_onnx.errors import BudgetError, UsageError, VerificationError
 from cobla_onnx.graph.bodies import all_nodes
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.graph.macs import fixed_input_shapes
@@ -157,3 +157,17 @@ def test_what_is_wrong_in_a_branch_is_found_though_the_inputs_take_the_other(tak
     first.input[0] = inside.input[0]
     with pytest.raises(VerificationError):
         verify(model, result, replacements, {}, data=("held-back", batches))
+
+
+def test_layers_whose_macs_are_not_known_count_for_bytes_alone():
+    model = loop()
+    body = model.graph.node[0].attribute[0].g
+    for value in (body.input[2], *body.output[1:]):
+        value.type.tensor_type.ClearField("shape")
+    found = inspect(model)
+    assert found.mac_total is None
+    assert len(found.layers) == 2
+    assert any("in bodies are not known, and not counted" in note for note in found.notes)
+    assert compress(model, Budget(mem=0.8), threads=1).report.budget["mem"].reached <= 0.8
+    with pytest.raises(BudgetError, match="2 x in a body, its MACs are not known"):
+        compress(model, Budget(mac=0.8), threads=1)

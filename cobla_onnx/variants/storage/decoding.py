@@ -21,6 +21,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from cobla_onnx.graph.functions import OWN_DOMAIN
 from cobla_onnx.variants.names import SLICE_BY_INPUTS
 from cobla_onnx.variants.storage.packing import PLANES
 
@@ -33,7 +34,7 @@ __all__ = [
     "decoder_nodes",
 ]
 
-DOMAIN = "cobla_onnx"
+DOMAIN = OWN_DOMAIN
 """Domain of the functions."""
 
 
