@@ -213,7 +213,7 @@ class _Compensated:
             block, errors = rest[begin:end], np.empty((end - begin, *rest.shape[1:]))
             upper = self.upper[:, begin:end, begin:end].transpose(1, 2, 0)[..., None]
             for k in range(end - begin):
-                found = np.searchsorted(between, block[k])
+                found = between.searchsorted(block[k])
                 codes[begin + k] = found
                 errors[k] = (block[k] - known[found]) / upper[k, k]
                 block[k + 1 :] -= errors[k] * upper[k, k + 1 :]
@@ -266,7 +266,7 @@ class _Compensated:
         damped = damped.transpose(1, 2, 0)[..., None]
         steps, weights, its_codes = np.empty_like(block), current[part], codes[part]
         for k in range(len(block)):
-            found = np.searchsorted(between, weights[k] - block[k] / damped[k, k])
+            found = between.searchsorted(weights[k] - block[k] / damped[k, k])
             its_codes[k] = found
             steps[k] = levels[found] - weights[k]
             weights[k] += steps[k]
