@@ -159,7 +159,10 @@ def _compare(
     progress: Callable[[int], None],
 ) -> int:
     """Accumulate over all batches; return the number of samples."""
-    first, second = (open_session(model, threads) for model in (original, compressed))
+    # Optimised, as users run them: weights in fewer bits are decoded once.
+    first, second = (
+        open_session(model, threads, optimized=True) for model in (original, compressed)
+    )
     samples = 0
     for number, feeds in enumerate(batches):
         progress(number)
