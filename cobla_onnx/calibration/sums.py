@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 __all__ = ["Joint", "JointSum", "Moment", "MomentSum"]
 
-# Samples whose moments differ by less than this, relative to their squares, are the same; and a
-# difference of moments below this fraction of them is rounding.
-SAME = 1e-12
+# Samples whose moments differ by less than this, relative to their squares, are the same (by less
+# than the second one where products are in single precision); and a difference of moments below
+# this fraction of them is rounding.
+SAME, SAME_IN_SINGLE = 1e-12, 1e-6
 # Largest numbers whose products, and sums of these, single precision holds.
 SINGLE = 1e-15, 1e15
 # Adding a matrix of products to another takes about as long as the products of this many vectors.
@@ -251,10 +252,11 @@ class MomentSum:
         normal = traces**2 + norms - 2 * np.einsum("gi,gi->g", mean, mean) ** 2
         sums = self._spread - self._squares * norms
         parts, repeated = self._samples, 1
-        if parts < 2 or bool(np.all(sums <= SAME * self._spread)):
+        same = SAME if self._exact else SAME_IN_SINGLE
+        if parts < 2 or bool(np.all(sums <= same * self._spread)):
             parts, repeated = self._count, max(self._samples, 1)
             sums = self._fourth - self._count * norms
-        if parts <= repeated or bool(np.all(sums <= SAME * self._fourth)):
+        if parts <= repeated or bool(np.all(sums <= same * self._fourth)):
             effective = np.zeros_like(norms)
         else:
             variance = np.maximum(sums, 0.0) * parts / (parts - 1) / count**2 * repeated
