@@ -71,6 +71,9 @@ def _tries(names: Sequence[str], limit: int) -> Iterator[list[str]]:
 
 
 def _printable(text: str) -> str:
+    # As nearly all names are: some are made safe for messages that are then never shown.
+    if text.isascii() and text.isprintable():
+        return text[:LONGEST]
     return "".join(
         c if not unicodedata.category(c).startswith(("C", "Zl", "Zp")) else f"\\x{ord(c):02x}"
         for c in text[:LONGEST]

@@ -16,9 +16,8 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
-import scipy.sparse
+import scipy  # its parts load when first used: optimize alone takes longer than most commands
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from cobla_onnx.allocation.budget import Constraint, unreachable
 from cobla_onnx.allocation.dynamic import solve_programme
@@ -192,7 +191,7 @@ def _assignment(table: _Table, layers: int) -> scipy.sparse.csr_array:
 
 def _prices(table: _Table, assign: scipy.sparse.csr_array) -> Float64 | None:
     """Multipliers of the budgets in the LP relaxation; None if it is infeasible."""
-    result = linprog(
+    result = scipy.optimize.linprog(
         table.loss,
         A_ub=table.costs,
         b_ub=np.ones(len(table.costs)) + TOLERANCE,
@@ -268,13 +267,13 @@ def _branch(
     assign = _assignment(table, len(layers))
     room = 1.0
     for _ in range(4):
-        result = milp(
+        result = scipy.optimize.milp(
             table.loss,
             integrality=np.ones(len(table.loss)),
-            bounds=Bounds(0, 1),
+            bounds=scipy.optimize.Bounds(0, 1),
             constraints=[
-                LinearConstraint(assign, 1, 1),
-                LinearConstraint(table.costs, -np.inf, room),
+                scipy.optimize.LinearConstraint(assign, 1, 1),
+                scipy.optimize.LinearConstraint(table.costs, -np.inf, room),
             ],
             options={"mip_rel_gap": relative_gap, "node_limit": NODE_LIMIT},
         )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize, nnls
+import scipy
 
 from cobla_onnx.allocation.blocks import (
     Blocks,
@@ -262,7 +262,7 @@ class _Search:
             return self.gradient(masks, blocks)[free] / roots / scale
 
         try:
-            result = minimize(
+            result = scipy.optimize.minimize(
                 value,
                 start[free] * roots,
                 jac=gradient,
@@ -310,7 +310,7 @@ def _kkt(space: Space, gradient: Float64, blocks: Blocks, flat: Float64) -> tupl
     inside = (x > 1e-4) & (x < 1 - 1e-4)
     multipliers = np.zeros(len(costs))
     if inside.any() and active.any():
-        multipliers[active], _ = nnls(costs[active][:, inside].T, -gradient[inside])
+        multipliers[active], _ = scipy.optimize.nnls(costs[active][:, inside].T, -gradient[inside])
     balance = gradient + multipliers @ costs
     stuck = x - np.clip(x - balance, 0.0, 1.0)
     scale = max(float(np.linalg.norm(gradient)), 1e-12)

@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 
 __all__ = ["Joint", "JointSum", "Moment", "MomentSum"]
 
-# Samples whose moments differ by less than this, relative to their squares, are the same; and a
-# difference of moments below this fraction of them is rounding.
-SAME = 1e-12
+# Samples whose moments differ by less than this, relative to their squares, are the same (by less
+# than the second one where products are in single precision); and a difference of moments below
+# this fraction of them is rounding.
+SAME, SAME_IN_SINGLE = 1e-12, 1e-6
 # Largest numbers whose products, and sums of these, single precision holds.
 SINGLE = 1e-15, 1e15
+# Adding a matrix of products to another takes about as long as the products of this many vectors.
+ADDING = 100
 
 
 @dataclass(frozen=True)
@@ -194,14 +197,21 @@ class MomentSum:
         starts: NDArray[np.int64],
     ) -> None:
         """Add vectors as columns to sums; those of each sample begin at one of `starts`."""
-        # Contiguous double precision: numpy then uses the symmetric product.
-        wide = np.ascontiguousarray(block, np.float64)
-        factor = np.ascontiguousarray(_factor(wide if self._exact else block, self._exact))
-        second += factor @ factor.T
-        total += wide.sum(axis=1)
-        squares = np.einsum("sp,sp->p", wide, wide)
-        self._fourth[group] += squares @ squares
-        self._spread[group] += _spread(wide, squares, starts)
+        dtype = _type_of_products(block, self._exact)
+        spans = list(itertools.pairwise([*starts.tolist(), block.shape[1]]))
+        # The spread needs the products of each sample, and these add up to those of all.
+        apart = block.shape[1] ** 2 >= ADDING * len(block) * len(starts) ** 2
+        for start, end in spans if apart else [(0, block.shape[1])]:
+            # Contiguous: numpy then uses the symmetric product.
+            wide = np.ascontiguousarray(block[:, start:end], np.float64)
+            factor = wide.astype(dtype, copy=False)
+            products = (factor @ factor.T).astype(np.float64, copy=False)
+            second += products
+            total += wide.sum(axis=1)
+            squares = np.einsum("sp,sp->p", wide, wide)
+            self._fourth[group] += squares @ squares
+            own = float(np.vdot(products, products)) if apart else _spread(wide, squares, spans)
+            self._spread[group] += own
 
     def merge(self, other: MomentSum) -> None:
         """Add another sum."""
@@ -242,10 +252,11 @@ class MomentSum:
         normal = traces**2 + norms - 2 * np.einsum("gi,gi->g", mean, mean) ** 2
         sums = self._spread - self._squares * norms
         parts, repeated = self._samples, 1
-        if parts < 2 or bool(np.all(sums <= SAME * self._spread)):
+        same = SAME if self._exact else SAME_IN_SINGLE
+        if parts < 2 or bool(np.all(sums <= same * self._spread)):
             parts, repeated = self._count, max(self._samples, 1)
             sums = self._fourth - self._count * norms
-        if parts <= repeated or bool(np.all(sums <= SAME * self._fourth)):
+        if parts <= repeated or bool(np.all(sums <= same * self._fourth)):
             effective = np.zeros_like(norms)
         else:
             variance = np.maximum(sums, 0.0) * parts / (parts - 1) / count**2 * repeated
@@ -288,7 +299,10 @@ class JointSum:
         `each` and `share` are those of `MomentSum.add`.
         """
         self._inputs.add(vectors, each, share)
-        left, right = (_factor(array, self._exact) for array in (outputs, vectors))
+        left, right = (
+            array.astype(_type_of_products(array, self._exact), copy=False)
+            for array in (outputs, vectors)
+        )
         self._cross += left @ right.swapaxes(1, 2)
         self._total += outputs.sum(axis=2, dtype=np.float64)
 
@@ -305,21 +319,23 @@ class JointSum:
         return Joint(inputs, self._cross / count, self._total / count)
 
 
-def _factor(array: NDArray[Any], exact: bool) -> NDArray[Any]:
-    """Return an array in the type in which its products are taken."""
+def _type_of_products(array: NDArray[Any], exact: bool) -> type[np.floating[Any]]:
+    """Return the type in which an array's products are taken."""
+    if exact:
+        return np.float64
     largest = max(float(array.max(initial=0.0)), -float(array.min(initial=0.0)))
     single = largest == 0 or SINGLE[0] <= largest <= SINGLE[1]
-    return array.astype(np.float32 if single and not exact else np.float64, copy=False)
+    return np.float32 if single else np.float64
 
 
 def _spread(
-    wide: NDArray[np.float64], squares: NDArray[np.float64], starts: NDArray[np.int64]
+    wide: NDArray[np.float64], squares: NDArray[np.float64], spans: Sequence[tuple[int, int]]
 ) -> float:
     """Sum over samples of ||X X^T||^2, by the smaller of X X^T and X^T X."""
-    if np.array_equal(starts, np.arange(wide.shape[1])):
+    if len(spans) == wide.shape[1]:
         return float(squares @ squares)
     total = 0.0
-    for start, end in itertools.pairwise([*starts.tolist(), wide.shape[1]]):
+    for start, end in spans:
         part = np.ascontiguousarray(wide[:, start:end])
         gram = part @ part.T if len(part) < end - start else part.T @ part
         total += float(np.vdot(gram, gram))

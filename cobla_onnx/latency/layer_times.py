@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import scipy
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 
 from cobla_onnx.allocation import LayerCurves, VariantCurve
 from cobla_onnx.allocation.problem import Float64
@@ -56,7 +56,7 @@ def interpolated(
     -------
     int64 array, shape of `ranks`
     """
-    rising: Float64 = isotonic_regression(np.asarray(times, dtype=np.float64)).x
+    rising: Float64 = scipy.optimize.isotonic_regression(np.asarray(times, dtype=np.float64)).x
     return np.maximum(np.interp(ranks, known, rising).round().astype(np.int64), 1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from scipy.special import betaincinv
+import scipy
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.calibration.data.evidence import all_alike
@@ -182,7 +182,7 @@ def _upper_bound(quality: Quality) -> float:
     wrong = round(quality.drop * quality.samples)
     if wrong >= quality.samples:
         return 1.0
-    return float(betaincinv(wrong + 1, quality.samples - wrong, 0.95))
+    return float(scipy.special.betaincinv(wrong + 1, quality.samples - wrong, 0.95))
 
 
 def _refusal(max_drop: float, search: _Search, limits: Budget | None) -> BudgetError:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from scipy.interpolate import PchipInterpolator
+import scipy
 
 from cobla_onnx.allocation import Allocation, Budget, Constraint
 from cobla_onnx.allocation.sqp import Step
@@ -248,7 +248,7 @@ def _aimed(latency: Constraint, limit: float, tried: Sequence[Found]) -> Constra
         return _corrected(latency, _scale(tried[-1]))
     promised = {found.measured.ratio: found.predicted for found in tried} | {1.0: 1.0}
     ratios = sorted(promised)
-    curve = PchipInterpolator(ratios, [promised[ratio] for ratio in ratios])
+    curve = scipy.interpolate.PchipInterpolator(ratios, [promised[ratio] for ratio in ratios])
     low = promised[max(ratio for ratio in ratios if ratio <= limit)]
     high = promised[min((ratio for ratio in ratios if ratio > limit), default=1.0)]
     least, most = sorted((low + INSIDE * (high - low), high - INSIDE * (high - low)))

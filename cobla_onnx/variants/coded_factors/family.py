@@ -71,9 +71,9 @@ class CodedFactorsFamily(VariantFamily):
         for pair in pairs:
             for bits in asked.bits:
                 form = CodedScheme(pair.form, bits)
-                its = [r for r in pair.levels if pair_bytes(layer, form, r) < layer.stored_bytes]
-                if its:
-                    found.append(Proposal(form, np.array(its, np.int64), pair.most))
+                its = pair.levels[pair_bytes(layer, form, pair.levels) < layer.stored_bytes]
+                if len(its):
+                    found.append(Proposal(form, its, pair.most))
         return found or Refusal(Reason.NO_GAIN)
 
     def curve(
@@ -86,7 +86,7 @@ class CodedFactorsFamily(VariantFamily):
     ) -> VariantCurve:
         """Put costs and errors of a proposal together for the allocation."""
         form = proposal.form
-        found = {"mem": np.array([pair_bytes(layer, form, int(r)) for r in proposal.levels])}
+        found = {"mem": pair_bytes(layer, form, proposal.levels)}
         two_nodes = replace(costs, folding=False)
         per_rank = None if costs.macs is None else FACTORS.macs(layer, form.scheme, 1, two_nodes)
         per_level = known_costs(mac=per_rank)

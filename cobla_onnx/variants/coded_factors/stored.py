@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 
@@ -25,15 +26,15 @@ from cobla_onnx.variants.storage.tensor import (
 __all__ = ["StoredPair", "pair_bytes", "stored_pair"]
 
 
-def pair_bytes(layer: Layer, form: CodedScheme, rank: int) -> int:
-    """Bytes of both factors with all that decodes them; never too few."""
+def pair_bytes(layer: Layer, form: CodedScheme, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bytes of both factors of each rank, with all that decodes them; never too few."""
     scheme, axes = form.scheme, len(layer.shape)
     groups, rows, columns = scheme.matrix_shape()
     if not scheme.inputs_first:
         rows, columns = columns, rows
-    first = tensor_bytes(groups * rank * rows, groups * rank, axes, form.bits)
-    outputs = groups * columns // scheme.offsets
-    return first + tensor_bytes(groups * rank * columns, outputs, axes, form.bits)
+    first = tensor_bytes(groups * ranks * rows, groups * ranks, axes, form.bits)
+    outputs = np.full_like(ranks, groups * columns // scheme.offsets)
+    return first + tensor_bytes(groups * ranks * columns, outputs, axes, form.bits)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def signed(codes: NDArray[np.uint8]) -> NDArray[np.int8]:
 
 def nearest(levels: NDArray[Any], values: NDArray[Any]) -> NDArray[np.intp]:
     """Index of the level nearest to each value; of two as near, the lower one."""
-    found: NDArray[np.intp] = np.searchsorted((levels[1:] + levels[:-1]) / 2, values)
+    found: NDArray[np.intp] = ((levels[1:] + levels[:-1]) / 2).searchsorted(values)
     return found
 
 
@@ -90,19 +90,28 @@ def fit_levels(values: NDArray[Any], count: int) -> NDArray[np.float32]:
     even = np.linspace(flat[0], flat[-1], count)
     between = (2 * np.quantile(flat, (np.arange(count) + 0.5) / count) + even) / 3
     found = [_iterated(flat, start) for start in (between, even)]
-    errors = [float(np.square(levels[nearest(levels, flat)] - flat).sum()) for levels in found]
+    errors = [_squared_error(flat, levels) for levels in found]
     return found[int(np.argmin(errors))].astype(np.float32)
 
 
 def _iterated(ascending: Float64, levels: Float64) -> Float64:
     """Move every level to the mean of the values nearest to it, until none moves."""
     sums = np.concatenate([[0.0], np.cumsum(ascending)])
+    ends = np.array([0] * len(levels) + [len(ascending)])
+    # Of few levels it takes far longer to call functions than to compute: methods are called.
     for _ in range(PASSES):
-        inner = np.searchsorted(ascending, (levels[1:] + levels[:-1]) / 2)
-        ends = np.concatenate([[0], inner, [len(ascending)]])
-        held = np.diff(ends)
-        fitted = np.divide(np.diff(sums[ends]), held, out=levels.copy(), where=held > 0)
-        if np.array_equal(fitted, levels):
+        ends[1:-1] = ascending.searchsorted((levels[1:] + levels[:-1]) / 2)
+        held, totals = ends[1:] - ends[:-1], sums[ends]
+        fitted = np.divide(totals[1:] - totals[:-1], held, out=levels.copy(), where=held > 0)
+        if (fitted == levels).all():
             break
-        levels = np.sort(fitted)
+        fitted.sort()
+        levels = fitted
     return levels
+
+
+def _squared_error(ascending: Float64, levels: Float64) -> float:
+    """Sum of the squared distances of values to their nearest levels."""
+    inner = ascending.searchsorted((levels[1:] + levels[:-1]) / 2, "right")
+    held = np.diff(inner, prepend=0, append=len(ascending))
+    return float(np.square(np.repeat(levels, held) - ascending).sum())

@@ -7,18 +7,25 @@ part i. So parts are concatenated, and never interleaved, when they are read bac
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PLANES", "pack", "pack_rows", "packed_bytes"]
+__all__ = ["PLANES", "Count", "pack", "pack_rows", "packed_bytes"]
+
+Count = TypeVar("Count", int, NDArray[np.int64])
 
 # Widths of the planes by the bits of a code, the one of the highest bits first.
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
 
-def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` codes take."""
-    return sum(-(-count * width // 8) for width in PLANES[bits])
+def packed_bytes(count: Count, bits: int) -> Count:
+    """Bytes that `count` codes take; of an array of counts, each."""
+    total = 0 * count
+    for width in PLANES[bits]:
+        total = total - (-count * width // 8)
+    return total
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:

@@ -32,6 +32,8 @@ DAMPING = 0.001
 BLOCK = 32
 # Weights that are rounded at a time, in double precision.
 AT_ONCE = 1 << 22
+# Most weights that are rounded with several scales at once.
+TOGETHER = 1 << 18
 # Sweeps of coordinate descent.
 SWEEPS = 3
 # Scales that are tried, as multiples of the row's root mean square, or, with integers as levels,
@@ -89,8 +91,14 @@ def _rounded(
     best = reduce(partial(_better_rows, rows, second), alone)
     if together is None:
         return best
-    near = ((factor * best.scales).astype(np.float32) for factor in NEAR)
-    compensated = (Coded(together.codes(levels, rows, each), levels, each) for each in near)
+    near = [(factor * best.scales).astype(np.float32) for factor in NEAR]
+    # Small weights with all scales at once: column by column, calls take longer than numbers do.
+    parts = [near] if rows.size <= TOGETHER else [[each] for each in near]
+    compensated = (
+        Coded(codes, levels, each)
+        for part in parts
+        for codes, each in zip(together.codes(levels, rows, part), part, strict=True)
+    )
     # What is rounded one by one takes part, so that the result is never worse than that.
     return together.descended(reduce(partial(_better_rows, rows, second), compensated, best), rows)
 
@@ -201,25 +209,29 @@ class _Compensated:
         self.upper = np.linalg.cholesky(np.linalg.inv(self._damped)).swapaxes(1, 2)
 
     def codes(
-        self, levels: NDArray[np.float32], rows: Float64, scales: NDArray[np.float32]
-    ) -> NDArray[np.uint8]:
-        """Round column by column, the error of each taken from those that are left."""
+        self, levels: NDArray[np.float32], rows: Float64, scales: Sequence[NDArray[np.float32]]
+    ) -> list[NDArray[np.uint8]]:
+        """Round column by column, the error of each taken from those that are left.
+
+        Once with each of the given scales.
+        """
         known = levels.astype(np.float64)
         between = (known[1:] + known[:-1]) / 2
-        rest = self._columns(_unscaled(rows, scales))
+        scaled = np.concatenate([_unscaled(rows, each) for each in scales], axis=1)
+        rest = self._columns(scaled)
         codes = np.zeros(rest.shape, np.uint8)
         for begin in range(0, len(rest), BLOCK):
             end = min(begin + BLOCK, len(rest))
             block, errors = rest[begin:end], np.empty((end - begin, *rest.shape[1:]))
             upper = self.upper[:, begin:end, begin:end].transpose(1, 2, 0)[..., None]
             for k in range(end - begin):
-                found = np.searchsorted(between, block[k])
+                found = between.searchsorted(block[k])
                 codes[begin + k] = found
                 errors[k] = (block[k] - known[found]) / upper[k, k]
                 block[k + 1 :] -= errors[k] * upper[k, k + 1 :]
             if end < len(rest):
                 _subtract(rest[end:], self.upper[:, begin:end, end:], errors)
-        return self._back(codes)
+        return np.split(self._back(codes), len(scales), axis=1)
 
     def descended(self, coded: Coded, rows: Float64) -> Coded:
         """Move every weight to its best level given all others, until none moves."""
@@ -266,7 +278,7 @@ class _Compensated:
         damped = damped.transpose(1, 2, 0)[..., None]
         steps, weights, its_codes = np.empty_like(block), current[part], codes[part]
         for k in range(len(block)):
-            found = np.searchsorted(between, weights[k] - block[k] / damped[k, k])
+            found = between.searchsorted(weights[k] - block[k] / damped[k, k])
             its_codes[k] = found
             steps[k] = levels[found] - weights[k]
             weights[k] += steps[k]

@@ -22,22 +22,22 @@ from cobla_onnx.variants.storage.decoding import (
     decoder_inputs,
     decoder_nodes,
 )
-from cobla_onnx.variants.storage.packing import pack, packed_bytes
+from cobla_onnx.variants.storage.packing import Count, pack, packed_bytes
 from cobla_onnx.variants.storage.precision import HALF
 
 __all__ = ["StoredTensor", "coded_tensor", "half_tensor", "tensor_bytes"]
 
 
-def tensor_bytes(count: int, scales: int, axes: int, bits: int) -> int:
+def tensor_bytes(count: Count, scales: Count, axes: int, bits: int) -> Count:
     """Bytes of a tensor in so many bits, with all that decodes it; never too few.
 
     A function of the model is counted for each tensor that reads it.
 
     Parameters
     ----------
-    count : int
-        Number of its elements.
-    scales : int
+    count : int or int64 array
+        Number of its elements; of an array, the bytes for each number.
+    scales : int or int64 array
         Number of its scales.
     axes : int
     bits : int

@@ -201,11 +201,11 @@ def write_giant(path: Path, layers: int, rows: int, columns: int) -> int:
 
 
 @pytest.mark.slow
-def test_two_and_a_half_gigabytes(tmp_path):
+def test_more_than_a_message_can_hold(tmp_path):
     # So large that factors wait on disk, too.
     budget = 0.85
     # Long and narrow: as many bytes, but spectra that are quickly computed.
-    size = write_giant(tmp_path / "in.onnx", 10, 256, 262144)
+    size = write_giant(tmp_path / "in.onnx", 8, 256, 262144)
     out, report = tmp_path / "out.onnx", tmp_path / "r.json"
     arguments = [tmp_path / "in.onnx", out, "--mem", budget, "--report", report, "-q"]
     done = subprocess.run(
@@ -216,7 +216,8 @@ def test_two_and_a_half_gigabytes(tmp_path):
     sys.stdout.write(
         f"\n{size / 1e9:.2f} GB at {budget}: peak {peak / 1e9:.2f} GB, {peak / size:.2f} times\n"
     )
-    assert size > 2.5e9
+    # Protobuf's limit.
+    assert size >= 1 << 31
     assert peak < 2.5 * size
     onnx.checker.check_model(str(out))
     assert json.loads(report.read_text())["budget"]["mem"]["reached"] <= budget

@@ -58,7 +58,7 @@ def test_the_model_computes_with_the_rounded_factors_in_the_bytes_that_are_state
     result = rewrite(model, [replacement])
     onnx.checker.check_model(result)
     assert (len(result.functions) > 0) == (function and bits < 16)
-    assert model_bytes(result) <= pair_bytes(layer, form, rank)
+    assert model_bytes(result) <= pair_bytes(layer, form, np.array([rank]))[0]
     dense = model_of(list(model.graph.node), {"w": weight}, {"x": LAYERS[case][3]}, ["y"])
     feeds = random_feeds(open_session(dense, 1), {"x": LAYERS[case][3]}, seed=0)
     found, expected = (run_session(open_session(m, 1), feeds)["y"] for m in (result, dense))

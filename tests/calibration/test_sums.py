@@ -1,0 +1,50 @@
+"""Sums of products: taken sample by sample or all at once, they are the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cobla_onnx.calibration import sums
+from cobla_onnx.calibration.sums import Moment, MomentSum
+
+
+def moment_of(chunks: list[np.ndarray], each: int, *, exact: bool) -> Moment:
+    total = MomentSum(chunks[0].shape[0], chunks[0].shape[1], exact=exact)
+    for chunk in chunks:
+        total.add(chunk, each)
+    return total.moment()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("size", "each"), [(5, 40), (40, 5), (7, 1)])
+def test_products_of_samples_add_up_to_those_of_all(monkeypatch, size, each, exact):
+    rng = np.random.default_rng(0)
+    chunks = [rng.standard_normal((2, size, 3 * each)).astype(np.float32) + 1 for _ in range(2)]
+    found = []
+    for adding in (0.0, np.inf):
+        monkeypatch.setattr(sums, "ADDING", adding)
+        found.append(moment_of(chunks, each, exact=exact))
+    vectors = np.concatenate(chunks, axis=2).astype(np.float64)
+    second = vectors @ vectors.swapaxes(1, 2) / vectors.shape[2]
+    samples = vectors.reshape(2, size, 6, each).transpose(2, 0, 1, 3)
+    own = samples @ samples.swapaxes(2, 3) / each
+    norms = np.square(second).sum(axis=(1, 2))
+    variance = np.square(own - second).sum(axis=(0, 2, 3)) / (6 * 5)
+    mean = vectors.mean(axis=2)
+    normal = np.trace(second, axis1=1, axis2=2) ** 2 + norms
+    normal -= 2 * np.square(mean).sum(axis=1) ** 2
+    for moment in found:
+        np.testing.assert_allclose(moment.second, second, rtol=1e-12 if exact else 1e-5)
+        np.testing.assert_allclose(moment.mean, mean, rtol=1e-12)
+        expected = np.minimum(normal / variance, vectors.shape[2])
+        np.testing.assert_allclose(moment.effective, expected, rtol=1e-9 if exact else 1e-4)
+
+
+def test_samples_that_are_all_the_same_are_noticed(monkeypatch):
+    one = np.random.default_rng(0).standard_normal((1, 4, 30)).astype(np.float32)
+    for adding in (0.0, np.inf):
+        monkeypatch.setattr(sums, "ADDING", adding)
+        several = moment_of([np.concatenate([one] * 5, axis=2)], 30, exact=False).effective
+        alone = moment_of([one], 30, exact=False).effective
+        np.testing.assert_allclose(several, alone, rtol=1e-5)
