@@ -24,7 +24,7 @@ class Reason(str, Enum):
     TYPE = "weight type is not supported"
     NOT_A_MATRIX = "weight is not a matrix"
     EMPTY = "weight has no elements"
-    DEPTHWISE = "depthwise convolution: no rank to cut, only bits (--precision)"
+    DEPTHWISE = "depthwise convolution"
     GROUPED = "grouped transposed convolution"
     UNREADABLE = "its data cannot be read as vectors"
     UNMEASURED = "changes no tensor that the loss can be taken at"

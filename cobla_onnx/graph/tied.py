@@ -46,7 +46,7 @@ def tied(
     for source, its in groups.items():
         one = _together(its, shapes[source]) if len(its) > 1 else None
         result.extend([layer for layer, _, _ in its] if one is None else [one])
-    return sorted(result, key=lambda layer: layer.uses[0].node)
+    return sorted(result, key=lambda layer: layer.uses[0].place)
 
 
 def _together(its: Sequence[tuple[Layer, str, Steps]], shape: tuple[int, ...]) -> Layer | None:

@@ -262,7 +262,6 @@ def analyse(
     reach: Reach = NO_BUDGETS,
     comparing: bool = False,
     unmeasured: Collection[str] = (),
-    saved: int = 0,
     followed: Followed | None = None,
 ) -> Analysis:
     """Find a model's layers, count their costs and measure the errors of their variants.
@@ -270,9 +269,9 @@ def analyse(
     With `see`, which collects statistics on the calibration data, errors are those of the layers'
     outputs and not of their weights, unless `weigh` is False. With bits, candidates that others
     beat are left out, and factors that save no time multiplied out, unless families are compared
-    with each other (`comparing`). The layers named in `unmeasured` stay whole: no loss
-    would see their errors. `saved` bytes, stored more than once, are gone. With `followed`, whose
-    model is `model`, layers and bytes of branches that data never takes are told and counted.
+    with each other (`comparing`). The layers named in `unmeasured` stay whole: no loss would see
+    their errors. With `followed`, whose model is `model`, layers and bytes of branches that data
+    never takes are told and counted, and bytes that were stored more than once.
 
     Raises
     ------
@@ -297,7 +296,7 @@ def analyse(
     # Whoever asks for bits has weights made when a session opens anyway.
     folding = bool(asked.bits) and not asked.ranks.faster and not comparing
     costs = [LayerCosts(count, shapes, folding) for count in each_macs]
-    size = followed.stored_bytes + saved
+    size, saved = followed.stored_bytes + followed.saved, followed.saved
     bare = Analysis(
         (), skipped, size, total, known, notes, None, shapes, mem_saved=saved, folding=folding
     )

@@ -41,11 +41,14 @@ class Followed:
         Without the Ifs whose branch is known: what layers are found in and measured on.
     taken : dict of str to bool
         Whether the condition of an If holds, by its first output.
+    saved : int
+        Bytes that were stored more than once, and are not any more.
     """
 
     original: onnx.ModelProto
     model: onnx.ModelProto
     taken: Mapping[str, bool] = field(default_factory=dict)
+    saved: int = 0
 
     @property
     def stored_bytes(self) -> int:

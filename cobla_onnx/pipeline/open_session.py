@@ -142,7 +142,7 @@ def open_session(
         profile = open_profile(settings.profile, threads) if settings.measure_latency else None
         rule = _rule(settings, needs, provider)
         known = known_shapes(settings, dataset)
-        followed = follow(proto, dataset, threads)
+        followed = replace(follow(proto, dataset, threads), saved=single.nbytes)
         looking = None if dataset is None else _looking(followed, dataset, settings, context)
         analysis = _analysed(followed, single, known, settings, needs, rule, looking, context)
         try:
@@ -245,7 +245,6 @@ def _analysed(
         comparing=needs.comparing,
         unmeasured=looking.measured.unmeasured if looking is not None and weigh else (),
         followed=followed,
-        saved=single.nbytes,
     )
     if looking is not None:
         notes = (*notes, *followed.notes, *looking.notes)

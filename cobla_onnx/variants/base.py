@@ -278,10 +278,7 @@ class VariantFamily(Protocol):
     def propose(
         self, layer: Layer, costs: LayerCosts, asked: Asked
     ) -> Sequence[Proposal] | Refusal:
-        """Propose at least one form and level at which the layer costs less; else say why not.
-
-        What nobody asked for, such as bits, is neither proposed nor refused.
-        """
+        """Propose at least one form and level at which the layer costs less; else say why not."""
         ...
 
     def curve(

@@ -80,7 +80,7 @@ def _replaced_nodes(
     node: onnx.NodeProto, built: Mapping[str, list[onnx.NodeProto]]
 ) -> list[onnx.NodeProto]:
     """Return what takes the place of a node: others, itself, or itself with other bodies."""
-    found = built.get(node.output[0]) if node.output else None
+    found = next((built[name] for name in node.output if name in built), None)
     if found is not None:
         return found
     inside = [inner for body in body_graphs([node]) for inner in body.node]

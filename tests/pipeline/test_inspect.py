@@ -10,6 +10,7 @@ import pytest
 from onnx import helper, parser
 
 from cobla_onnx import Budget, compress, errors, inspect
+from cobla_onnx.graph.inventory import Reason
 from cobla_onnx.report.inspection import sparkline
 from tests.builders import model_of, random_array, small_network
 from tests.cli.test_command import ROOT, run, run_here
@@ -58,7 +59,7 @@ def test_what_is_left_alone_has_a_reason():
     weights = {"d": random_array(8, 1, 3, 3), "w": random_array(32, 8, 3, 3)}
     found = inspect(model_of(nodes, weights, {"x": [1, 8, 9, 9]}, ["y"]), threads=1)
     assert [(item.name, item.reason) for item in found.left_alone] == [
-        ("depthwise", "depthwise convolution: no rank to cut, only bits (--precision)")
+        ("depthwise", Reason.UNASKED.value)
     ]
     assert [layer.name for layer in found.layers] == ["wide"]
 

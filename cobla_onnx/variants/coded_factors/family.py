@@ -60,9 +60,7 @@ class CodedFactorsFamily(VariantFamily):
         self, layer: Layer, costs: LayerCosts, asked: Asked
     ) -> Sequence[Proposal] | Refusal:
         """Propose the ranks of unrounded factors in the bits that are asked for."""
-        if not asked.bits:
-            return ()
-        if not takes_bits(layer):
+        if not takes_bits(layer) or not asked.bits:
             return Refusal(Reason.NO_GAIN)
         pairs = FACTORS.propose(layer, costs, asked)
         if isinstance(pairs, Refusal):

@@ -67,8 +67,6 @@ class BitsFamily(VariantFamily, Protocol):
     ) -> Sequence[Proposal] | Refusal:
         """Propose the numbers of bits that were asked for and take fewer bytes."""
         forms = self.forms(layer)
-        if not asked.bits:
-            return ()
         if not forms:
             return self.refusal(layer)
         if not asked.bits:
