@@ -75,7 +75,9 @@ def test_the_same_in_half_precision_and_in_old_opsets():
 
 @pytest.mark.parametrize("head", BOTH)
 @pytest.mark.parametrize("options", [{}, {"precision": "auto"}], ids=["ranks", "bits"])
-@pytest.mark.parametrize("known", [False, True], ids=["weights", "data"])
+@pytest.mark.parametrize(
+    "known", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["weights", "data"]
+)
 def test_budgets_are_met_and_the_result_is_verified(head, options, known):
     model = decoder(head)
     if known:
