@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.evaluation.deviation import network_errors, rounding_error
+from cobla_onnx.calibration.patches import has_products
 from cobla_onnx.errors import VerificationError
 from cobla_onnx.graph.layers import outputs_of, read_bias
 from cobla_onnx.graph.randomness import random_nodes
@@ -20,7 +21,7 @@ from cobla_onnx.text import quoted
 from cobla_onnx.variants.replacement import ROUNDING, Replacement
 from cobla_onnx.variants.rewrite import add_functions
 
-__all__ = ["prove_rewrite"]
+__all__ = ["prove_rewrite", "tolerance"]
 
 # Tolerance after a whole network, which amplifies rounding.
 AMPLIFICATION = 30.0
@@ -140,7 +141,9 @@ def _check_layers(
     as each such node, the new nodes of the compressed model. It is run once for each group
     of layers that `taps` makes.
     """
-    allowed = {name: r.tolerance for r in replacements for name in outputs_of(original, r.layer)}
+    allowed = {
+        name: tolerance(original, r) for r in replacements for name in outputs_of(original, r.layer)
+    }
     outputs = list(allowed)
     exposed = expose(original, [r.layer for r in replacements], as_inputs=False)
     reference = exposed.model
@@ -161,13 +164,22 @@ def _check_layers(
     return worst, results
 
 
-def _checked(values: Mapping[str, Any], dense: str, new: str, tolerance: float) -> float:
+def tolerance(original: onnx.ModelProto, replacement: Replacement) -> float:
+    """Most by which new nodes may differ from the dense weight, of the largest output.
+
+    A recurrent layer hands rounding on from step to step, as a network does from layer to layer.
+    """
+    alone = has_products(original, replacement.layer)
+    return replacement.tolerance * (1.0 if alone else AMPLIFICATION)
+
+
+def _checked(values: Mapping[str, Any], dense: str, new: str, most: float) -> float:
     """Compare the output of a layer's new nodes with that of a dense weight."""
     error = rounding_error(values[dense], values[new])
-    if not error <= tolerance:
+    if not error <= most:
         raise VerificationError(
             f"tensor {quoted(dense)}: its new nodes differ from the dense weight by "
-            f"{error:.2g} of its largest value, {tolerance:g} is allowed; nothing was written, "
+            f"{error:.2g} of its largest value, {most:g} is allowed; nothing was written, "
             "please report this"
         )
     return error
