@@ -95,8 +95,10 @@ def patch_of(model: onnx.ModelProto, layer: Layer, use: Use) -> Patch:
 
 
 def has_products(model: onnx.ModelProto, layer: Layer) -> bool:
-    """Whether a layer's outputs are products of its vectors, so that its weight can be fitted."""
-    return all(isinstance(patch_of(model, layer, use), ReadPatch) for use in layer.uses)
+    """Whether a layer's outputs are known to be products of vectors that can be read."""
+    nodes, operator = model.graph.node, operator_of(layer)
+    found = (operator.patch(nodes[use.node], layer, use) for use in layer.uses)
+    return all(isinstance(patch, ReadPatch) for patch in found)
 
 
 def read_patch_of(model: onnx.ModelProto, layer: Layer, use: Use) -> ReadPatch:

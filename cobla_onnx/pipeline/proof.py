@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.evaluation.deviation import network_errors
+from cobla_onnx.calibration.patches import has_products
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.bodies import body_graphs
 from cobla_onnx.graph.layers import find_layers, read_bias
@@ -24,7 +25,7 @@ from cobla_onnx.text import quoted
 from cobla_onnx.variants.replacement import ROUNDING, Replacement
 from cobla_onnx.variants.rewrite import add_functions
 
-__all__ = ["prove_rewrite"]
+__all__ = ["prove_rewrite", "tolerance"]
 
 # Tolerance after a whole network, which amplifies rounding.
 AMPLIFICATION = 30.0
@@ -204,7 +205,9 @@ def _check_layers(
     as each such node, the new nodes of the compressed model. It is run once for each group
     of layers that `taps` makes.
     """
-    allowed = {name: r.tolerance for r in replacements for name in _readable(original, r)}
+    allowed = {
+        name: tolerance(original, r) for r in replacements for name in _readable(original, r)
+    }
     outputs = list(allowed)
     exposed = expose(original, [r.layer for r in replacements], as_inputs=False)
     reference = exposed.model
@@ -230,6 +233,15 @@ def _readable(original: onnx.ModelProto, replacement: Replacement) -> list[str]:
     """All outputs of a layer's nodes in the main graph, which can be read from a run."""
     uses = (use for use in replacement.layer.uses if use.holder is None)
     return [name for use in uses for name in original.graph.node[use.node].output if name]
+
+
+def tolerance(original: onnx.ModelProto, replacement: Replacement) -> float:
+    """Most by which new nodes may differ from the dense weight, of the largest output.
+
+    A recurrent layer hands rounding on from step to step, as a network does from layer to layer.
+    """
+    alone = has_products(original, replacement.layer)
+    return replacement.tolerance * (1.0 if alone else AMPLIFICATION)
 
 
 def _dense_weights(

@@ -11,12 +11,15 @@ import pytest
 from cobla_onnx import Budget, compress, errors, inspect
 from cobla_onnx.calibration.patches import has_products
 from cobla_onnx.graph.inventory import Reason
-from cobla_onnx.graph.layers import find_layers
+from cobla_onnx.graph.layers import find_layers, read_weight
+from cobla_onnx.pipeline.proof import tolerance
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.storage.family import StorageFamily
 from tests.builders import random_array
 from tests.recurrent_models import sequence_model
 
+STORAGE = StorageFamily()
 READ, STATE = ("first/W", "second/W"), ("first/R", "second/R")
 # Inputs that lie near a subspace: only data tell what the first layers need not keep.
 MIX = np.geomspace(1, 0.01, 24) * np.linalg.qr(random_array(24, 24, seed=77))[0]
@@ -97,6 +100,17 @@ def test_nothing_is_fitted_to_outputs_of_recurrent_layers():
     model = sequence_model("LSTM")
     fitted = {layer.name: has_products(model, layer) for layer in find_layers(model).layers}
     assert fitted == {"before": True, "after": True, **dict.fromkeys((*READ, *STATE), False)}
+
+
+def test_recurrent_layers_may_amplify_rounding_as_a_network_may():
+    model = sequence_model("LSTM")
+    wanted = {"first/W": 3e-3, "first/R": 3e-3, "after": 1e-4}
+    for layer in find_layers(model).layers:
+        if layer.name in wanted:
+            (form,) = STORAGE.forms(layer)
+            made = STORAGE.from_weights(layer, form, 8, read_weight(model, layer), None)
+            found = tolerance(model, STORAGE.replace(layer, form, made))
+            assert found == pytest.approx(wanted[layer.name])
 
 
 def test_a_state_that_no_output_shows_is_left_where_data_decide():
