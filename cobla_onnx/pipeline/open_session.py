@@ -120,7 +120,8 @@ def open_session(
     needs = Needs(macs_needed, times_needed, budgets, bits)
     notify("open model and data", 0, 1)
     given, order = open_in_order(model)
-    proto = opened(given)
+    with naming(source):
+        proto = opened(given)
     threads = settings.threads or available_cores()
     cache = None if settings.cache is None else Cache(settings.cache)
     with (
