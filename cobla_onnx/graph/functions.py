@@ -7,10 +7,12 @@ from collections.abc import Collection, Iterable
 import onnx
 from onnx import inliner
 
+from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.bodies import all_nodes, body_graphs
 from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight, without_weights
 from cobla_onnx.graph.operators.base import operators_of_node
 from cobla_onnx.graph.tensors import constant_value
+from cobla_onnx.text import quoted
 
 __all__ = ["OWN_DOMAIN", "with_open_functions"]
 
@@ -31,6 +33,11 @@ def with_open_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     -------
     ModelProto
         `model` itself if no function holds a layer, else a copy.
+
+    Raises
+    ------
+    ModelError
+        If onnx cannot open a function.
     """
     chosen = _holding_layers(model)
     if not chosen:
@@ -43,7 +50,14 @@ def with_open_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     functions = [function for function in model.functions if _key(function) in chosen]
     del light.functions[:]
     light.functions.extend(functions)
-    opened = inliner.inline_selected_functions(light, sorted(chosen))
+    try:
+        opened = inliner.inline_selected_functions(light, sorted(chosen))
+    except RuntimeError as error:
+        named = ", ".join(quoted(name) for _, name in sorted(chosen))
+        raise ModelError(
+            f"functions {named}: onnx {onnx.__version__} cannot open them ({str(error)[:200]}); "
+            "export the model again without functions"
+        ) from error
     opened.functions.extend(closed)
     stored = {tensor.name for tensor in model.graph.initializer}
     declared = {value.name for value in model.graph.input}

@@ -10,6 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from cobla_onnx import Budget, compress
+from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.functions import with_open_functions
 from cobla_onnx.graph.inventory import Reason
 from cobla_onnx.graph.layers import find_layers
@@ -65,6 +66,15 @@ def test_functions_of_another_operator_set_stay_and_the_others_are_opened():
     feeds = {"x": random_array(2, SIZE)}
     first, second = (run_session(open_session(m, 1), feeds) for m in (model, found))
     np.testing.assert_array_equal(first["y"], second["y"])
+
+
+def test_functions_that_onnx_cannot_open_are_named(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no schema")
+
+    monkeypatch.setattr(onnx.inliner, "inline_selected_functions", fail)
+    with pytest.raises(ModelError, match=r"the model: functions 'Linear': .*no schema.*without f"):
+        compress(calls(False), Budget(mem=0.5), threads=1)
 
 
 def test_only_functions_that_hold_layers_are_opened():
