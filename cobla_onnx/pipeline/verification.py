@@ -18,13 +18,20 @@ from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.evaluation.choosing import measures_on
 from cobla_onnx.calibration.evaluation.outputs import Comparison
 from cobla_onnx.errors import ModelError, VerificationError
-from cobla_onnx.graph.io.model_file import without_weights
+from cobla_onnx.graph.io.model_file import stored_bytes, without_weights
 from cobla_onnx.graph.macs import Shape, infer_shapes
 from cobla_onnx.graph.varying import varying_tensors
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.pipeline.proof import prove_rewrite
 from cobla_onnx.report.model import Verification
-from cobla_onnx.runtime.session import Feeds, first_line, open_session, run_session, runnable_feeds
+from cobla_onnx.runtime.session import (
+    BY_FILE,
+    Feeds,
+    first_line,
+    open_session,
+    run_session,
+    runnable_feeds,
+)
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.replacement import Replacement
 
@@ -159,9 +166,11 @@ def _compare(
     progress: Callable[[int], None],
 ) -> int:
     """Accumulate over all batches; return the number of samples."""
-    # Optimised, as users run them: weights in fewer bits are decoded once.
+    # Optimised, as users run them: weights in fewer bits are decoded once. Large models are not,
+    # since both sessions would hold a second copy of the weights.
+    small = stored_bytes(original) < BY_FILE
     first, second = (
-        open_session(model, threads, optimized=True) for model in (original, compressed)
+        open_session(model, threads, optimized=small) for model in (original, compressed)
     )
     samples = 0
     for number, feeds in enumerate(batches):
