@@ -166,8 +166,8 @@ def _compare(
     progress: Callable[[int], None],
 ) -> int:
     """Accumulate over all batches; return the number of samples."""
-    # Optimised, as users run them: weights in fewer bits are decoded once. Large models are not:
-    # both sessions would hold a second copy of the weights.
+    # Optimised, as users run them: weights in fewer bits are decoded once. Large models are not,
+    # since both sessions would hold a second copy of the weights.
     small = stored_bytes(original) < BY_FILE
     first, second = (
         open_session(model, threads, optimized=small) for model in (original, compressed)
