@@ -19,6 +19,7 @@ from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import Inventory, Layer, Reason, Skipped, find_layers
 from cobla_onnx.graph.macs import Shape, fixed_input_shapes
 from cobla_onnx.graph.operators.base import operator_of
+from cobla_onnx.graph.protos import opset_of
 from cobla_onnx.pipeline.reach import ranks_in_reach
 from cobla_onnx.pipeline.select import Selection, selected, without_unmeasured
 from cobla_onnx.plan import Decision, FactorsFrom, Plan
@@ -28,6 +29,7 @@ from cobla_onnx.text import quoted
 from cobla_onnx.variants.base import Asked, Candidate, Form, LayerCosts, LayerVariants
 from cobla_onnx.variants.coded_factors.form import split_name
 from cobla_onnx.variants.from_data import FromData
+from cobla_onnx.variants.low_rank.folded import FOLDED_FROM
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.registry import forms_of, require_family
 from cobla_onnx.variants.work import candidate, measured_curves
@@ -273,7 +275,7 @@ def analyse(
     inventory = without_unmeasured(inventory, unmeasured)
     taken, skipped = _readable(model, inventory, shapes, weighted=see is not None)
     # Whoever asks for bits has weights made when a session opens anyway.
-    folding = bool(asked.bits) and not asked.ranks.faster
+    folding = bool(asked.bits) and not asked.ranks.faster and opset_of(model) >= FOLDED_FROM
     costs = [LayerCosts(_layer_macs(layer, macs), shapes, folding) for layer in taken]
     total = None if macs is None else sum(macs.values())
     bare = Analysis(
