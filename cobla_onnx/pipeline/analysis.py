@@ -16,6 +16,7 @@ from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.graph.layers import Inventory, Layer, Reason, Skipped
 from cobla_onnx.graph.macs import Shape, fixed_input_shapes
+from cobla_onnx.graph.protos import opset_of
 from cobla_onnx.pipeline.branches import Followed
 from cobla_onnx.pipeline.reach import ranks_in_reach
 from cobla_onnx.pipeline.select import (
@@ -32,6 +33,7 @@ from cobla_onnx.text import quoted
 from cobla_onnx.variants.base import Asked, Candidate, Form, LayerCosts, LayerVariants
 from cobla_onnx.variants.coded_factors.form import split_name
 from cobla_onnx.variants.from_data import FromData
+from cobla_onnx.variants.low_rank.folded import FOLDED_FROM
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.registry import forms_of, require_family
 from cobla_onnx.variants.work import candidate, measured_curves
@@ -294,7 +296,8 @@ def analyse(
         model, shapes, taken, skipped, macs, needed=macs_needed
     )
     # Whoever asks for bits has weights made when a session opens anyway.
-    folding = bool(asked.bits) and not asked.ranks.faster and not comparing
+    folding = bool(asked.bits) and not (asked.ranks.faster or comparing)
+    folding = folding and opset_of(model) >= FOLDED_FROM
     costs = [LayerCosts(count, shapes, folding) for count in each_macs]
     size, saved = followed.stored_bytes + followed.saved, followed.saved
     bare = Analysis(

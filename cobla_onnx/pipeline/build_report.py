@@ -241,7 +241,7 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
         name=layer.name,
         op=layer.op,
         shape=layer.shape,
-        decision=f"{family.outcome}, folded" if decision.folded else family.outcome,
+        decision=family.outcome,
         scheme=split_name(form.name)[0],
         rank=level if family.level == "rank" else None,
         full_rank=family.most(layer, form) if family.level == "rank" else full_rank,
@@ -251,6 +251,7 @@ def _layer(analysis: Analysis, index: int, decision: Decision, unchanged: bool) 
         reason="",
         spectrum=None if curve is None else _spectrum(curve, level),
         bits=decision.bits,
+        folded=decision.folded,
     )
 
 

@@ -57,8 +57,10 @@ def budget_name(budget: Budget) -> str:
 
 
 def kind_text(layer: LayerReport) -> str:
-    """Name what became of a layer, in a word."""
-    return layer.scheme if layer.replaced and layer.scheme else "whole"
+    """Name what became of a layer, in a word or two."""
+    if not layer.replaced or not layer.scheme:
+        return "whole"
+    return f"{layer.scheme}, folded" if layer.folded else layer.scheme
 
 
 def rank_text(layer: LayerReport) -> str:

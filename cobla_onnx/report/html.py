@@ -14,7 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.allocation.resources import RESOURCES
-from cobla_onnx.report.amounts import count_text, percent_text, rank_text
+from cobla_onnx.report.amounts import count_text, kind_text, percent_text, rank_text
 from cobla_onnx.report.charts import (
     Chart,
     Sparkline,
@@ -199,7 +199,7 @@ def _row(layer: LayerReport, name: str, most_params: int, most_macs: int) -> Row
         op=safe_text(layer.op, 30),
         shape=" × ".join(map(str, layer.shape)),
         cut=cut,
-        scheme=layer.scheme or "kept whole",
+        scheme=kind_text(layer) if cut else "kept whole",
         rank=rank_text(layer),
         bits=str(layer.bits or ""),
         spectrum=None if spectrum is None else sparkline(spectrum, layer.rank),

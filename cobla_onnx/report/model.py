@@ -66,10 +66,10 @@ class LayerReport:
     """One layer.
 
     ``decision`` is ``whole`` (considered), ``skipped``, or what was done to it, such as
-    ``factorised`` or ``stored in fewer bits``; ``, folded`` is added where factors are multiplied
-    out when a session opens, so that the layer has the MACs that it had. ``rank`` is that of its
-    factors, None if it has none; ``bits`` are those of each number that is stored, None for as the
-    model has them.
+    ``factorised`` or ``stored in fewer bits``. ``rank`` is that of its factors, None if it has
+    none; ``bits`` are those of each number that is stored, None for as the model has them.
+    ``folded``: the factors are multiplied out when a session opens, so that the layer has the MACs
+    that it had.
     """
 
     name: str
@@ -85,6 +85,7 @@ class LayerReport:
     reason: str
     spectrum: Spectrum | None = None
     bits: int | None = None
+    folded: bool = False
 
     @property
     def replaced(self) -> bool:

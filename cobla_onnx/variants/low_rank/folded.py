@@ -14,12 +14,17 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import Layer
+from cobla_onnx.text import quoted
 from cobla_onnx.variants.low_rank.matricisation import ConvScheme, Scheme, TransposedConvScheme
 from cobla_onnx.variants.low_rank.recurrent_scheme import RecurrentScheme
 from cobla_onnx.variants.names import Names
 
-__all__ = ["can_fold", "no_faster", "product_nodes"]
+__all__ = ["FOLDED_FROM", "can_fold", "no_faster", "product_nodes"]
+
+# The opset from which a Constant may hold whole numbers, such as a shape.
+FOLDED_FROM = 9
 
 # Properties of onnxruntime's CPU kernels, measured (docs/experiments.md): convolutions compute
 # channels in blocks of 16, also where a rank is no multiple; two of them take the time of one from
@@ -69,10 +74,17 @@ def product_nodes(
 
     Raises
     ------
+    UsageError
+        If the model's opset is below `FOLDED_FROM`.
     AssertionError
         If it cannot be folded, see `can_fold`.
     """
     assert can_fold(layer, scheme)
+    if names.opset < FOLDED_FROM:
+        raise UsageError(
+            f"plan: layer {quoted(layer.name)} cannot be folded in a model of opset {names.opset}; "
+            'leave out "folded"'
+        )
     nodes = _Nodes(f"{layer.name}/folded", names)
     first, second = factors
     if isinstance(scheme, ConvScheme):

@@ -20,9 +20,15 @@ from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.model_file import stored_bytes as model_bytes
 from cobla_onnx.graph.layers import Layer, find_layers, read_weight
 from cobla_onnx.plan import Decision
-from cobla_onnx.variants.base import LayerCosts
-from cobla_onnx.variants.low_rank.folded import can_fold, no_faster, product_nodes
+from cobla_onnx.variants.base import Asked, LayerCosts
+from cobla_onnx.variants.low_rank.folded import (
+    FOLDED_FROM,
+    can_fold,
+    no_faster,
+    product_nodes,
+)
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
+from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.registry import forms_of, require_family
 from cobla_onnx.variants.replacement import Replacement
@@ -94,12 +100,14 @@ def foldable() -> list[tuple[int, str]]:
     bits=st.sampled_from(FORMATS),
     rank=st.integers(1, 5),
     functions=st.booleans(),
+    opset=st.sampled_from((FOLDED_FROM, 13, 17)),
 )
 def test_a_folded_pair_is_the_layer_with_the_same_weight_at_every_level(
-    which: tuple[int, str], bits: str, rank: int, functions: bool
+    which: tuple[int, str], bits: str, rank: int, functions: bool, opset: int
 ) -> None:
     case, scheme = which
     model = network(case)
+    model.opset_import[0].version = opset
     model.ir_version = 8 if functions else 7
     pair = pair_of(model, scheme + bits, rank)
     folded = pair.as_folded()
@@ -187,6 +195,28 @@ def test_pairs_fold_where_two_nodes_are_no_faster_and_have_the_macs_of_the_layer
         assert family.can_fold(layer, form)
 
 
+def test_ranks_with_more_macs_than_the_layer_are_proposed_where_they_fold() -> None:
+    """With strides the first node of `input` has four times the positions of the layer."""
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "layer", strides=[2, 2])
+    model = model_of([node], {"w": random_array(64, 64, 2, 2)}, {"x": [1, 64, 8, 8]}, ["y"])
+    (layer,) = find_layers(model).layers
+    family, shapes = require_family("input"), {"x": (1, 64, 8, 8), "y": (1, 64, 4, 4)}
+    asked, whole = Asked("input", EVERY_RANK), 64 * 64 * 4 * 16
+    most, found = {}, {}
+    for folding in (False, True):
+        costs = LayerCosts(whole, shapes, folding)
+        (proposal,) = family.propose(layer, costs, asked)
+        most[folding] = int(proposal.levels[-1])
+        found[folding] = family.curve(layer, costs, proposal, np.zeros(65), None)
+    assert most == {False: 32, True: 51}
+    macs, mem = found[True].costs["mac"], found[True].costs["mem"]
+    two_nodes = 64 * 128 * np.arange(1, 52)
+    np.testing.assert_array_equal(macs, np.where(np.arange(1, 52) <= 16, two_nodes, whole))
+    np.testing.assert_array_equal(found[False].costs["mac"], two_nodes[:32])
+    np.testing.assert_array_equal(mem[:32], found[False].costs["mem"])
+    assert set(found[True].per_level) == {"mem"}
+
+
 def test_layers_without_blocks_fold_where_two_nodes_have_more_macs() -> None:
     (layer,) = find_layers(network(6)).layers
     assert not no_faster(layer, 4, 10, 40)
@@ -200,7 +230,9 @@ def test_a_budget_of_bytes_alone_folds() -> None:
     (decision,) = bytes_alone.plan.decisions
     assert decision.folded
     (layer,) = bytes_alone.report.layers
-    assert layer.decision.endswith(", folded")
+    assert layer.folded
+    for shown in (bytes_alone.report.to_markdown(), bytes_alone.report.to_html()):
+        assert "channel, folded" in shown
     assert layer.macs.after == layer.macs.before == bytes_alone.report.budget["mac"].after
     assert [n.op_type for n in bytes_alone.model.graph.node].count("Conv") == 1
     macs_too = compress(model, Budget(mem=0.45, mac=0.9), **options)
@@ -208,6 +240,10 @@ def test_a_budget_of_bytes_alone_folds() -> None:
     assert [n.op_type for n in macs_too.model.graph.node].count("Conv") == 2
     as_it_is = compress(model, Budget(mem=0.8), threads=1)
     assert not as_it_is.plan.decisions[0].folded
+    model.opset_import[0].version = FOLDED_FROM - 1
+    assert not compress(model, Budget(mem=0.45), **options).plan.decisions[0].folded
+    with pytest.raises(UsageError, match="layer 'layer' cannot be folded in a model of opset 8"):
+        compress(model, plan=bytes_alone.plan, threads=1)
 
 
 def test_a_plan_says_what_is_folded() -> None:
