@@ -23,7 +23,8 @@ from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import find_layers
-from cobla_onnx.options import Settings, memory_bytes
+from cobla_onnx.options import Settings
+from cobla_onnx.options.checks import memory_bytes
 from cobla_onnx.pipeline.verification import verify
 from cobla_onnx.runtime.temporary import Shelf
 from cobla_onnx.variants.low_rank.from_data import FactorsFromData
