@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -16,6 +16,9 @@ from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.names import Names
 from cobla_onnx.wording import either
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["ROUNDING", "Replacement", "narrowed", "narrowed_bias"]
 
@@ -49,6 +52,34 @@ class Replacement(ABC):
     def tolerance(self) -> float:
         """Most by which the nodes may differ from the dense weight, of the largest output."""
         return ROUNDING[onnx.helper.tensor_dtype_to_np_dtype(self.layer.type)]
+
+    @property
+    def learnable(self) -> Mapping[str, NDArray[Any]]:
+        """Arrays that may take other values, each whatever the others hold; by default none."""
+        return {}
+
+    def with_parts(self, parts: Mapping[str, NDArray[Any]], bias: NDArray[Any] | None) -> Self:
+        """Return the same with other values, in the types in which they are stored.
+
+        Parameters
+        ----------
+        parts : mapping of str to array
+            For some of `learnable`, of the same shapes.
+        bias : array or None
+            None leaves it as it is.
+
+        Raises
+        ------
+        ModelError
+            If a value overflows its type.
+        """
+        what = "what is stored for its weight"
+        changed = {
+            part: narrowed(self.layer, array, self.arrays[part].dtype, what)
+            for part, array in parts.items()
+        }
+        own = self.bias if bias is None else narrowed_bias(self.layer, bias)
+        return replace(self, arrays={**self.arrays, **changed}, bias=own)
 
     @abstractmethod
     def dense(self) -> NDArray[Any]:

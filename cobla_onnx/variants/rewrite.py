@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -14,7 +14,24 @@ from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["add_functions", "rewrite"]
+__all__ = ["BIAS", "Rewritten", "add_functions", "rewrite", "rewrite_named"]
+
+BIAS = "bias"
+"""Stands beside the parts of a replacement for its bias."""
+
+
+class Rewritten(NamedTuple):
+    """A model in which layers are computed by their replacements.
+
+    Attributes
+    ----------
+    model : ModelProto
+    stored : list of dict of str to str
+        For each replacement, the name of the initializer of each of its parts, and of `BIAS`.
+    """
+
+    model: onnx.ModelProto
+    stored: list[Mapping[str, str]]
 
 
 def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx.ModelProto:
@@ -24,14 +41,21 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
     Constant nodes before them. Everything else is as it was, in the same order. The
     last of the new nodes keeps the name, the output and the documentation of the original.
     """
+    return rewrite_named(model, replacements).model
+
+
+def rewrite_named(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> Rewritten:
+    """Do the same as `rewrite`, and tell the names of what is stored."""
     sources = {name for replacement in replacements for name in _replaced(replacement)}
     result = copy_without_initializers(model, sources)
     graph = result.graph
     names = Names(model)
     built: dict[int, list[onnx.NodeProto]] = {}
+    stored: list[Mapping[str, str]] = []
     for replacement in replacements:
-        nodes, weights = _build(replacement, model, names)
+        nodes, weights, its_names = _build(replacement, model, names)
         built.update(nodes)
+        stored.append(its_names)
         graph.initializer.extend(weights)
         if model.ir_version < 4:
             # Before IR version 4 every initializer is also an input of the graph.
@@ -50,7 +74,7 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
     _drop(graph.input, lambda item: item.name in gone)
     _drop(graph.value_info, lambda item: item.name in gone)
     _drop(graph.quantization_annotation, lambda item: item.tensor_name in gone)
-    return result
+    return Rewritten(result, stored)
 
 
 def add_functions(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
@@ -81,8 +105,11 @@ def _drop(items: Any, unwanted: Any) -> None:
 
 def _build(
     replacement: Replacement, model: onnx.ModelProto, names: Names
-) -> tuple[dict[int, list[onnx.NodeProto]], list[onnx.TensorProto]]:
-    """Build the nodes that replace each use, by node index, and their initializers."""
+) -> tuple[dict[int, list[onnx.NodeProto]], list[onnx.TensorProto], dict[str, str]]:
+    """Build the nodes that replace each use, by node index, their initializers, and those' names.
+
+    The names are by the part that is stored.
+    """
     layer = replacement.layer
     stored = {part: names.tensor(f"{layer.name}/{part}") for part in replacement.arrays}
     initializers = [_tensor(stored[part], array) for part, array in replacement.arrays.items()]
@@ -90,6 +117,7 @@ def _build(
     bias: list[str] = []
     if replacement.bias is not None:
         bias = [names.tensor(f"{layer.name}/bias")]
+        stored[BIAS] = bias[0]
         initializers.append(_tensor(bias[0], replacement.bias))
     result: dict[int, list[onnx.NodeProto]] = {}
     for use in layer.uses:
@@ -107,7 +135,7 @@ def _build(
         kept.attribute.extend(last.attribute)
         result[use.node] = [*before, kept]
     result[layer.uses[0].node] = shared + result[layer.uses[0].node]
-    return result, initializers
+    return result, initializers, stored
 
 
 def _tensor(name: str, array: NDArray[Any]) -> onnx.TensorProto:

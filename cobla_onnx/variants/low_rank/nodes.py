@@ -48,6 +48,11 @@ class FactorPair(Replacement):
 
     scheme: Scheme
 
+    @property
+    def learnable(self) -> Mapping[str, NDArray[Any]]:
+        """Both factors."""
+        return self.arrays
+
     def dense(self) -> NDArray[Any]:
         """Multiply the factors to the weight that they stand for, shape ``layer.shape``."""
         first, second = self.arrays[FIRST], self.arrays[SECOND]
