@@ -51,7 +51,7 @@ def sweep(
         See `Result.save`.
     solver, objective, input_shapes, include, exclude, min_size, scheme, data, samples, batch
         As those of `compress`.
-    memory_limit, images, labels, loss, outputs, refit, time_limit, seed, threads
+    memory_limit, images, labels, loss, outputs, refit, distil, time_limit, seed, threads
         As those of `compress`.
     precision, rank_multiple, provider, profile, measure_latency, workers, executor, dask, cache
         As those of `compress`.
