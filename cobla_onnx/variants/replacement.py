@@ -79,7 +79,11 @@ class Replacement(ABC):
             for part, array in parts.items()
         }
         own = self.bias if bias is None else narrowed_bias(self.layer, bias)
-        return replace(self, arrays={**self.arrays, **changed}, bias=own)
+        return replace(self._with_arrays({**self.arrays, **changed}), bias=own)
+
+    def _with_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> Self:
+        """Return the same with other arrays, and all that follows from them."""
+        return replace(self, arrays=arrays)
 
     @abstractmethod
     def dense(self) -> NDArray[Any]:

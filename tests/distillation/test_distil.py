@@ -13,17 +13,21 @@ import pytest
 from cobla_onnx import Budget, compress
 from cobla_onnx.allocation import Choice
 from cobla_onnx.calibration.evaluation.loss import sample_losses
+from cobla_onnx.distillation import distil as distilling
 from cobla_onnx.distillation import training
 from cobla_onnx.distillation.distil import Distilled, distil
 from cobla_onnx.distillation.lessons import Lessons
 from cobla_onnx.distillation.parameters import Parameters
 from cobla_onnx.distillation.record import Distillation
 from cobla_onnx.errors import UsageError
+from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.pipeline import max_drop, session
 from cobla_onnx.pipeline.search.data import Factors, distil_factors
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.runtime.pool import Pool, open_pool
 from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.coded_factors.form import coded_name
+from cobla_onnx.variants.registry import require_family
 from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import FLOAT, model_of, random_array, small_network
 from tests.cli.test_command import run_here
@@ -129,6 +133,47 @@ def test_what_gains_nothing_on_the_samples_held_back_leaves_all_as_it_was(
     assert not made.record.kept
     assert all(old is new for old, new in zip(given, made.replacements, strict=True))
     assert "in vain" in made.record.text or "not kept" in made.record.text
+
+
+@pytest.mark.parametrize("bits", [16, 8, 5])
+@pytest.mark.parametrize("scheme", ["stored", "channel"])
+def test_of_stored_bits_scales_learn_and_codes_stay(evidence, bits, scheme):
+    layer = next(layer for layer in evidence.analysis.layers if layer.name == "conv2")
+    name = "stored" if scheme == "stored" else coded_name(scheme, bits)
+    family = require_family(name)
+    form = next(form for form in family.forms(layer) if form.name == name)
+    level, weight = bits if scheme == "stored" else 6, read_weight(evidence.model, layer)
+    given = family.replace(layer, form, family.from_weights(layer, form, level, weight, None))
+    parameters = Parameters(evidence.judge.follows[0], [given])
+    lessons = Lessons(evidence.judge, parameters, Pool())
+    values = 1.1 * parameters.start()
+    (learned,) = parameters.replacements(values)
+    changed = {n for n, a in given.arrays.items() if not np.array_equal(a, learned.arrays[n])}
+    assert changed == set(given.learnable)
+    assert {n.rpartition("/")[2] for n in changed} == {"half" if bits == 16 else "scale"}
+    assert all(a.dtype == learned.arrays[n].dtype for n, a in given.arrays.items())
+    factor = 1.1 if scheme == "stored" else 1.1**2
+    np.testing.assert_allclose(learned.dense(), factor * given.dense(), rtol=5e-3, atol=1e-4)
+    # What is decoded from the arrays is what the loss is measured with.
+    found = held_back_losses(evidence, Distilled([learned], Distillation(False)))
+    np.testing.assert_allclose(lessons.held_back(values), found, rtol=1e-3, atol=1e-7)
+    loss, gradient = lessons.gradient(values, range(8))
+    more = lessons.gradient(1.01 * values, range(8))[0]
+    assert (more - loss) / 0.01 == pytest.approx(float(gradient @ values), rel=0.1)
+
+
+def test_bits_learn_within_the_budget_that_they_were_chosen_for(monkeypatch):
+    """Also where so little is lost that what is learned is within the noise."""
+    monkeypatch.setattr(distilling, "BETTER", -np.inf)
+    options = {"data": SMALL, "precision": "auto", "refit": False, "threads": 1}
+    found = compress(small_network(), Budget(mem=0.12), distil=2, solver="milp", **options)
+    assert found.report.budget["mem"].reached <= 0.12
+    record = found.report.calibration.distillation
+    assert record.kept
+    assert record.loss_after < record.loss_before
+    without = compress(small_network(), Budget(mem=0.12), solver="milp", **options)
+    assert found.plan == without.plan
+    assert found.report.budget["mem"].after == without.report.budget["mem"].after
 
 
 def test_time_that_is_up_ends_it(evidence, factors):
