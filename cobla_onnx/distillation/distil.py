@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from cobla_onnx.allocation.paired import paired_gain
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.distillation.lessons import Lessons
 from cobla_onnx.distillation.parameters import Parameters
@@ -21,6 +22,8 @@ __all__ = ["Distilled", "distil"]
 # Regression Trees, section 3.4.3. Two refuse what is better on thousands of other images, since the
 # divergence of fifty samples is dominated by a few of them.
 BETTER = 1.0
+# Standard errors by which the loss itself may look worse, where decisions follow another one.
+TOLERANCE = 1.0
 
 
 class Distilled(NamedTuple):
@@ -45,7 +48,8 @@ def distil(
     After Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network: what is
     stored for the layers, and their biases, take steps along the gradient of the divergence from
     the original's outputs. The state with the least loss on the samples held back is the answer if
-    it gains there beyond the noise; otherwise the replacements are those that were given.
+    it gains there beyond the noise, and if the loss that is stated, where it is another one, is not
+    higher beyond it; otherwise the replacements are those that were given.
 
     Parameters
     ----------
@@ -85,8 +89,12 @@ def distil(
             ),
         )
         rate = learn(trainer, passes)
-    gain = trainer.gain
-    kept = gain.in_errors > BETTER
+    gain, kept = trainer.gain, False
+    if trainer.gain.in_errors > BETTER:
+        stated = paired_gain(
+            *(lessons.stated(each.values) for each in (trainer.first, trainer.best))
+        )
+        kept = stated.in_errors > -TOLERANCE
     record = Distillation(
         kept=kept,
         passes=trainer.passes,

@@ -91,6 +91,11 @@ class Lessons:
         replacements = self._parameters.replacements(values)
         return self._judge.followed.losses(self.weights(replacements))
 
+    def stated(self, values: Flat) -> Float64:
+        """Loss itself of each held-back sample, where decisions follow another one."""
+        replacements = self._parameters.replacements(values)
+        return self._judge.selection.losses(self.weights(replacements))
+
     def weights(self, replacements: Sequence[Replacement]) -> Weights:
         """Weights that replacements stand for, and biases, as `Probe` takes them."""
         return {self._indices[each.layer.name]: (each.dense(), each.bias) for each in replacements}

@@ -45,7 +45,8 @@ class Distillation:
     Attributes
     ----------
     kept : bool
-        Whether what was learned is in the result: if it gains beyond the noise.
+        Whether what was learned is in the result: if the loss that decisions follow gains beyond
+        the noise, and the loss itself is not worse beyond it.
     passes : int
         Over the calibration split, those of the trials of rates among them.
     steps : int
@@ -97,5 +98,5 @@ class Distillation:
         change = f"held-back loss {'infinite' if before is None else f'{before:.4g}'} → {after:.4g}"
         if before is not None and self.standard_error is not None:
             change += f" (lower by {before - after:.2g}, standard error {self.standard_error:.2g})"
-        outcome = "kept" if self.kept else "not kept: within the noise"
+        outcome = "kept" if self.kept else "not kept: not beyond the noise of the loss"
         return f"distilled: {passes}, {change} on {self.samples} samples, {outcome}"

@@ -178,6 +178,21 @@ def test_bits_learn_within_the_budget_that_they_were_chosen_for(monkeypatch):
     assert found.report.budget["mem"].after == without.report.budget["mem"].after
 
 
+def test_what_makes_the_stated_loss_worse_is_not_kept(evidence, factors, monkeypatch):
+    """The loss that is followed gains, and that at temperature 1 would not."""
+    asked = []
+
+    def worse_after(self: Lessons, values):
+        asked.append(values)
+        return np.linspace(0.9, 1.1, 40) + len(asked)
+
+    monkeypatch.setattr(Lessons, "stated", worse_after)
+    made = distil(evidence.judge, factors.replacements(), 2)
+    assert made.record.loss_after < made.record.loss_before - made.record.standard_error
+    assert not made.record.kept
+    assert len(asked) == 2
+
+
 def test_time_that_is_up_ends_it(evidence, factors):
     made = distil(evidence.judge, factors.replacements(), "auto", seconds=0.0)
     assert made.record.steps == made.record.passes == 0
@@ -261,7 +276,7 @@ def test_the_smallest_model_that_is_good_enough_is_judged_after_it(monkeypatch):
         ({"kept": False, "passes": 2, "loss_before": 0.5, "loss_after": 0.49, "samples": 9,
           "standard_error": 0.01},
          "distilled: 2 passes, held-back loss 0.5 → 0.49 (lower by 0.01, standard error 0.01) on 9 "
-         "samples, not kept: within the noise"),
+         "samples, not kept: not beyond the noise of the loss"),
         ({"kept": False, "passes": 2, "loss_before": 0.5, "loss_after": 0.5, "samples": 9},
          "distilled in vain: 2 passes, the 9 held-back samples lost no less"),
         ({"kept": False, "reason": "no gradient"}, "not distilled: no gradient"),
