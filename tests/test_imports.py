@@ -16,7 +16,7 @@ STOREYS = (
     ("pipeline",),
     ("options",),
     ("report",),
-    ("latency",),
+    ("latency", "distillation"),
     ("plan",),
     ("variants",),
     ("calibration", "allocation"),

@@ -120,6 +120,9 @@ def prepare(
     light, stored = _lighten(model, exposed, sizes)
     if substitutes is not None:
         _substitute(light.graph, substitutes)
+    if light.functions:
+        # First: the converter to another operator set drops them.
+        light = onnx.inliner.inline_local_functions(light, convert_version=True)
     replace_legacy(light)
     cast_model(light, element_type)
     light = _expand(_convert(light))
@@ -234,9 +237,7 @@ def _convert(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _expand(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Inline model-local functions, and operators that are defined by others and have no rule."""
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model, convert_version=True)
+    """Inline operators that are defined by others and have no rule."""
     version = next(entry.version for entry in model.opset_import if not entry.domain)
     # A function may be made of other functions, a few levels deep.
     for _ in range(4):

@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from cobla_onnx.calibration.evaluation.output_choice import LossName, Outputs
 from cobla_onnx.errors import UsageError
 from cobla_onnx.options.declaring import Command, flag, option
-from cobla_onnx.options.values import BatchSize, check_batch, memory_bytes
+from cobla_onnx.options.values import BatchSize, check_batch, check_passes, memory_bytes
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.wording import option_name
 
 if TYPE_CHECKING:
     from cobla_onnx.calibration.data.labels import Labels
     from cobla_onnx.calibration.data.readers import ImageOptions
+    from cobla_onnx.distillation.passes import Passes
     from cobla_onnx.variants.low_rank.ranks import RankMultiple
     from cobla_onnx.variants.storage.precision import Precision
 else:
     # The command line evaluates the annotations; importing these modules takes a second.
     Labels = ImageOptions = Any
+    Passes = Literal["auto"] | int
     RankMultiple = Literal["auto"] | int
     Precision = Literal["keep", "auto"] | tuple[int, ...]
 
@@ -192,12 +194,21 @@ class Settings:
         "--refit/--no-refit",
         "With data: refit layers to changed inputs.",
     )
+    distil: Passes | None = option(
+        SEARCH,
+        "data",
+        None,
+        "--distil",
+        "With --data: what is stored learns from the original's outputs, N passes or as many as "
+        "help.",
+        "auto|N",
+    )
     time_limit: float | None = option(
         SEARCH,
         "search",
         None,
         "--time-limit",
-        "With --objective loss: of its search.",
+        "Of the search of --objective loss, and of --distil.",
         "SECONDS",
         minimum=0,
     )
@@ -245,7 +256,7 @@ class Settings:
         "run",
         0,
         "--seed",
-        "For the random inputs of the verification.",
+        "For the random inputs of the verification, and the order in which samples are learned.",
         minimum=0,
     )
     threads: int | None = option(
@@ -312,6 +323,7 @@ class Settings:
                 "too"
             )
         check_batch(self.batch)
+        check_passes(self.distil, self.data)
         memory_bytes(self.memory_limit)
         if self.profile is not None and not self.measure_latency:
             raise UsageError(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cobla_onnx.calibration.data.labels import Labels
     from cobla_onnx.calibration.data.readers import ImageOptions
     from cobla_onnx.calibration.evaluation.output_choice import LossName, Outputs
+    from cobla_onnx.distillation.passes import Passes
     from cobla_onnx.runtime.progress import Progress
     from cobla_onnx.variants.low_rank.ranks import RankMultiple
     from cobla_onnx.variants.storage.precision import Precision
@@ -62,6 +63,7 @@ class SearchOptions(AdviseOptions, total=False):
     solver: Literal["slsqp", "milp"]
     objective: ObjectiveName
     refit: bool
+    distil: Passes | None
     time_limit: float | None
     precision: Precision
     rank_multiple: RankMultiple

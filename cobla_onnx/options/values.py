@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from cobla_onnx.errors import UsageError
 from cobla_onnx.wording import option_name
 
-__all__ = ["BatchSize", "check_batch", "memory_bytes"]
+__all__ = ["BatchSize", "check_batch", "check_passes", "memory_bytes"]
 
 BatchSize: TypeAlias = Literal["auto"] | int
 
@@ -24,9 +24,31 @@ def check_batch(batch: object) -> None:
     UsageError
         If it is neither ``auto`` nor a whole number of at least 1.
     """
-    if batch != "auto" and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
+    _check_whole_or_auto("batch", batch)
+
+
+def check_passes(passes: object, data: object) -> None:
+    """Check a number of passes over the data, None for none.
+
+    Raises
+    ------
+    UsageError
+        If it is neither ``auto`` nor a whole number of at least 1, or there is no data.
+    """
+    if passes is None:
+        return
+    _check_whole_or_auto("distil", passes)
+    if data is None:
         raise UsageError(
-            f"{option_name('batch', batch)}: give auto, or a whole number of at least 1"
+            f"{option_name('distil', passes)}: learns from the original's outputs on samples; "
+            f"give {option_name('data')} too"
+        )
+
+
+def _check_whole_or_auto(option: str, value: object) -> None:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise UsageError(
+            f"{option_name(option, value)}: give auto, or a whole number of at least 1"
         )
 
 

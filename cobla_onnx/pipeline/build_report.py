@@ -181,6 +181,7 @@ def calibration_report(
         probe_samples=0 if found is None else found.probe_samples,
         candidates=() if found is None else found.candidates,
         rivals=() if found is None else found.rivals,
+        distillation=measured.distillation,
     )
 
 

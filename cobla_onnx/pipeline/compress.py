@@ -88,9 +88,14 @@ def compress(
         count. The axis is that of the classes, or of the features.
     refit : bool
         Refit factors to the inputs that they get after compression; needs data.
+    distil : 'auto' or int, optional
+        Let what is stored for the layers, and their biases, learn from the original's outputs on
+        the samples afterwards: in so many passes over them, or as long as the loss on the
+        samples held back falls. The state with the least loss there is kept if it gains beyond
+        the noise. Needs data, and gains most with a thousand samples or more.
     time_limit : float, optional
-        Seconds that the search by the network's loss may take. The result then depends on
-        the machine's speed.
+        Seconds that the search by the network's loss, and distillation, may take each. The
+        result then depends on the machine's speed.
     precision : {'keep', 'auto'} or tuple of int
         In how many bits whole weights may be stored, beside what ranks save: none, any of
         `storage.precision.FORMATS`, or those given. The programme chooses for each layer; a layer
@@ -113,7 +118,7 @@ def compress(
     plan : Plan, optional
         Apply these decisions instead of solving; a budget that is given still holds.
     seed : int
-        For the random inputs of the verification.
+        For the random inputs of the verification, and the order of samples in distillation.
     threads : int, optional
         Layers or samples that are worked on at a time, and onnxruntime's threads; as many as
         there are cores. The result does not depend on it but for onnxruntime's rounding.

@@ -295,7 +295,7 @@ class _Looking:
             self.settings.batch,
             memory_bytes(self.settings.memory_limit),
             threads=self.context.threads,
-            gradient=self.settings.needed == "loss",
+            gradient=self.settings.needed == "loss" or self.settings.distil is not None,
         )
         self.context.progress("size of a run", 1, 1)
         self.context.pool.runs = self.batching.at_once

@@ -126,7 +126,9 @@ class Result:
 
         Columns: ``step``, ``stage``, ``loss`` (that the search follows, on the calibration
         split), ``selection_loss`` (where masks are 0 or 1), ``mem``, ``mac`` and ``latency``
-        (fractions of the original, for the budgets that were set), ``seconds``.
+        (fractions of the original, for the budgets that were set), ``seconds``. After them comes a
+        line for each pass of a distillation, whose stages begin with ``distil``; the selection
+        loss there is the one that is followed, too.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -137,6 +139,13 @@ class Result:
             writer.writerow(
                 [step.number, step.stage, step.loss, selection, *costs, round(step.seconds, 3)]
             )
+        calibration = self.report.calibration
+        learned = None if calibration is None else calibration.distillation
+        for point in () if learned is None else learned.checkpoints:
+            number, stage = len(self.history) + point.number, f"distil, {point.stage}"
+            costs = [""] * len(BUDGETS)
+            losses = ["" if loss is None else loss for loss in (point.loss, point.held_back)]
+            writer.writerow([number, stage, *losses, *costs, round(point.seconds, 3)])
         write_atomically(path, text.getvalue().encode())
 
 

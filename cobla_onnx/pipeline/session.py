@@ -40,6 +40,7 @@ from cobla_onnx.pipeline.result import Result
 from cobla_onnx.pipeline.search.data import (
     Factors,
     MeasuredFactors,
+    distil_factors,
     make_factors,
     measure_factors,
     search_by_data,
@@ -228,6 +229,15 @@ class Session:
         """Find ranks, unless a plan gives them, and factors if they are made from data."""
         if self.evidence is not None:
             found, plan, factors = self._decide_by_data(self.evidence, budget, plan)
+            if self.settings.distil is not None:
+                # The finisher, and what it kept, are gone by now.
+                factors = distil_factors(
+                    self.evidence,
+                    factors,
+                    self.settings.distil,
+                    self.settings.seed,
+                    self.settings.time_limit,
+                )
             return found, plan, measure_factors(self.evidence, factors)
         if plan is not None:
             return None, plan, None

@@ -51,9 +51,11 @@ def sweep(
         See `Result.save`.
     solver, objective, input_shapes, include, exclude, min_size, deduplicate, scheme, data
         As those of `compress`.
-    samples, batch, memory_limit, images, labels, loss, outputs, refit, time_limit, seed, threads
+    samples, batch, memory_limit, images, labels, loss, outputs, refit, distil, time_limit
         As those of `compress`.
-    precision, rank_multiple, provider, profile, measure_latency, workers, executor, dask, cache
+    precision, rank_multiple, provider, profile, measure_latency, seed, threads, workers
+        As those of `compress`.
+    executor, dask, cache
         As those of `compress`.
     progress
         As those of `compress`.

@@ -8,9 +8,19 @@ from dataclasses import dataclass
 
 from cobla_onnx.allocation.bound import Front
 from cobla_onnx.allocation.sqp import Step
+from cobla_onnx.distillation.record import Checkpoint
 from cobla_onnx.report.model import Spectrum
 
-__all__ = ["Chart", "Mark", "Sparkline", "Tick", "front_chart", "history_chart", "sparkline"]
+__all__ = [
+    "Chart",
+    "Mark",
+    "Sparkline",
+    "Tick",
+    "checkpoints_chart",
+    "front_chart",
+    "history_chart",
+    "sparkline",
+]
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 28, 40
@@ -123,12 +133,26 @@ def front_chart(
 
 def history_chart(history: Sequence[Step]) -> Chart | None:
     """Draw the loss of the search over its evaluations."""
-    steps = [step for step in history if math.isfinite(step.loss)]
-    if len(steps) < 2:
+    points = [(s.number, s.loss, s.stage) for s in history if math.isfinite(s.loss)]
+    return _losses_chart(points, ("evaluation", "evaluations"), "loss on the calibration split")
+
+
+def checkpoints_chart(checkpoints: Sequence[Checkpoint]) -> Chart | None:
+    """Draw the held-back loss of a distillation over its passes."""
+    points = [(c.number, c.held_back, c.stage) for c in checkpoints if c.held_back is not None]
+    return _losses_chart(points, ("pass", "states"), "loss on the samples held back")
+
+
+def _losses_chart(
+    points: Sequence[tuple[int, float, str]], counted: tuple[str, str], what: str
+) -> Chart | None:
+    """Draw losses over their numbers; a mark names the stage of the least one."""
+    if len(points) < 2:
         return None
-    losses = [step.loss for step in steps]
+    losses = [loss for _, loss, _ in points]
     low, high = min(losses), max(losses)
-    across = _scale(steps[0].number, steps[-1].number, LEFT, WIDTH - RIGHT)
+    first, last = points[0][0], points[-1][0]
+    across = _scale(first, last, LEFT, WIDTH - RIGHT)
     wide = low > 0 and high / low > 20
     if wide:
         up = _log_scale(low, high, HEIGHT - BOTTOM, TOP)
@@ -136,17 +160,17 @@ def history_chart(history: Sequence[Step]) -> Chart | None:
     else:
         up = _scale(low, high, HEIGHT - BOTTOM, TOP)
         ticks = tuple(Tick(round(up(y), 1), f"{y:.3g}") for y in _nice(low, high))
-    best = min(steps, key=lambda step: step.loss)
-    mark = Mark(across(best.number), up(best.loss), f"{best.stage}: {best.loss:.3g}", "here")
-    numbers = _nice(steps[0].number, steps[-1].number)
+    number, best, stage = min(points, key=lambda point: point[1])
+    mark = Mark(across(number), up(best), f"{stage}: {best:.3g}", "here")
+    numbers = _nice(first, last)
     return Chart(
-        _points([(across(step.number), up(step.loss)) for step in steps]),
+        _points([(across(number), up(loss)) for number, loss, _ in points]),
         (mark,),
         tuple(Tick(round(across(x), 1), f"{x:.0f}") for x in numbers if x == round(x)),
         ticks,
-        "evaluation",
-        "loss on the calibration split",
-        f"Loss over {len(steps)} evaluations; the least is {best.loss:.3g}.",
+        counted[0],
+        what,
+        f"Loss over {len(points)} {counted[1]}; the least is {best:.3g}.",
     )
 
 

@@ -18,6 +18,7 @@ from cobla_onnx.report.amounts import count_text, kind_text, percent_text, rank_
 from cobla_onnx.report.charts import (
     Chart,
     Sparkline,
+    checkpoints_chart,
     front_chart,
     history_chart,
     sparkline,
@@ -179,6 +180,9 @@ def _charts(report: Report) -> list[tuple[str, Chart | None]]:
             chart = front_chart(front, _noun(name), use.limit, use.reached, report.solver.value)
             charts.append((f"Where this model stands: {KINDS[name][0]}", chart))
     charts.append(("Search by the network's loss", history_chart(report.history)))
+    learned = None if report.calibration is None else report.calibration.distillation
+    if learned is not None:
+        charts.append(("Distillation", checkpoints_chart(learned.checkpoints)))
     return charts
 
 

@@ -154,6 +154,7 @@ def _calibration(report: Report) -> list[str]:
     seen = report.calibration
     if seen is None:
         return []
+    learned = seen.distillation
     return [
         "## Calibration",
         f"{_code(seen.source, 300)}: {seen.calibration_samples} samples made the factors, "
@@ -161,6 +162,7 @@ def _calibration(report: Report) -> list[str]:
         f"refit of {seen.refitted} layers {seen.loss_before_refit:.4g}. "
         f"{seen.quality.measure.capitalize()} on {seen.quality.counted}: "
         f"{percent_text(seen.quality.before)} → {percent_text(seen.quality.after)}.",
+        *([] if learned is None else [f"{_plain(learned.text, 600)}."]),
     ]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
 from cobla_onnx.calibration.evaluation.quality import Quality
+from cobla_onnx.distillation.record import Distillation
 from cobla_onnx.report.costs import Cost, Sizes
 from cobla_onnx.report.serialise import Exported
 
@@ -196,6 +197,8 @@ class CalibrationReport:
         Temperatures of the divergence that decisions follow, by the name of the output.
     rivals : tuple of Rival
         Other answers that came close enough to be compared with the allocation's own.
+    distillation : Distillation or None
+        None if it was not asked for, or nothing was replaced.
     """
 
     source: str
@@ -210,6 +213,7 @@ class CalibrationReport:
     candidates: tuple[float, ...] = ()
     temperatures: dict[str, float] = field(default_factory=dict)
     rivals: tuple[Rival, ...] = ()
+    distillation: Distillation | None = None
 
 
 @dataclass(frozen=True)

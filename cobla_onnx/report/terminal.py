@@ -164,6 +164,8 @@ def _verdict(report: Report) -> list[Any]:
             f"held back {seen.loss:.4g} (before refit of {seen.refitted} layers "
             f"{seen.loss_before_refit:.4g})"
         )
+        if seen.distillation is not None:
+            lines.append(safe_text(seen.distillation.text, 300))
     check = report.verification
     if check is not None:
         lines.append(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -16,6 +16,9 @@ from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.names import Names
 from cobla_onnx.wording import either
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["ROUNDING", "Replacement", "narrowed", "narrowed_bias", "own_node"]
 
@@ -57,6 +60,38 @@ class Replacement(ABC):
         the model, and runs the layer's own node.
         """
         raise NotImplementedError(type(self).__name__)
+
+    @property
+    def learnable(self) -> Mapping[str, NDArray[Any]]:
+        """Arrays that may take other values, each whatever the others hold; by default none."""
+        return {}
+
+    def with_parts(self, parts: Mapping[str, NDArray[Any]], bias: NDArray[Any] | None) -> Self:
+        """Return the same with other values, in the types in which they are stored.
+
+        Parameters
+        ----------
+        parts : mapping of str to array
+            For some of `learnable`, of the same shapes.
+        bias : array or None
+            None leaves it as it is.
+
+        Raises
+        ------
+        ModelError
+            If a value overflows its type.
+        """
+        what = "what is stored for its weight"
+        changed = {
+            part: narrowed(self.layer, array, self.arrays[part].dtype, what)
+            for part, array in parts.items()
+        }
+        own = self.bias if bias is None else narrowed_bias(self.layer, bias)
+        return replace(self._with_arrays({**self.arrays, **changed}), bias=own)
+
+    def _with_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> Self:
+        """Return the same with other arrays, and all that follows from them."""
+        return replace(self, arrays=arrays)
 
     @abstractmethod
     def dense(self) -> NDArray[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -17,7 +17,24 @@ from cobla_onnx.graph.io.model_file import copy_without_initializers, subgraphs
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["add_functions", "rewrite"]
+__all__ = ["BIAS", "Rewritten", "add_functions", "rewrite", "rewrite_named"]
+
+BIAS = "bias"
+"""Stands beside the parts of a replacement for its bias."""
+
+
+class Rewritten(NamedTuple):
+    """A model in which layers are computed by their replacements.
+
+    Attributes
+    ----------
+    model : ModelProto
+    stored : list of dict of str to str
+        For each replacement, the name of the initializer of each of its parts, and of `BIAS`.
+    """
+
+    model: onnx.ModelProto
+    stored: list[Mapping[str, str]]
 
 
 def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx.ModelProto:
@@ -28,6 +45,11 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
     same order. The last of the new nodes keeps the name, the output and the documentation of the
     original. What a layer in a body stores is in the main graph, and its nodes are in the body.
     """
+    return rewrite_named(model, replacements).model
+
+
+def rewrite_named(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> Rewritten:
+    """Do the same as `rewrite`, and tell the names of what is stored."""
     chains = {index for r in replacements for use in r.layer.uses for index in use.chain}
     sources = {name for replacement in replacements for name in _replaced(replacement)}
     sources |= _read_alone(model, chains)
@@ -36,9 +58,11 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
     names = Names(model)
     built: dict[str, list[onnx.NodeProto]] = {}
     shared: dict[int, list[onnx.NodeProto]] = defaultdict(list)
+    stored: list[Mapping[str, str]] = []
     originals = all_nodes(model.graph)
     for replacement in replacements:
-        weights, before = _build(replacement, originals, names, built)
+        weights, before, its_names = _build(replacement, originals, names, built)
+        stored.append(its_names)
         # Uses in several bodies can all read what stands before the first of them.
         shared[min(use.place for use in replacement.layer.uses)] += before
         graph.initializer.extend(weights)
@@ -60,7 +84,7 @@ def rewrite(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> onnx
     _drop(graph.input, lambda item: item.name in gone)
     _drop(graph.value_info, lambda item: item.name in gone)
     _drop(graph.quantization_annotation, lambda item: item.tensor_name in gone)
-    return result
+    return Rewritten(result, stored)
 
 
 def add_functions(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
@@ -113,10 +137,19 @@ def _build(
     originals: Sequence[onnx.NodeProto],
     names: Names,
     built: dict[str, list[onnx.NodeProto]],
-) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
-    """Build the nodes of each use, in `built` by its output; return initializers and shared nodes.
+) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto], dict[str, str]]:
+    """Build the nodes of each use, in `built` by its output.
 
     Where another weight of a node was replaced, the last of its nodes is.
+
+    Returns
+    -------
+    list of TensorProto
+        Initializers.
+    list of NodeProto
+        Nodes that all uses share.
+    dict of str to str
+        Names of the initializers by the part that is stored.
     """
     layer = replacement.layer
     stored = {part: names.tensor(f"{layer.name}/{part}") for part in replacement.arrays}
@@ -125,6 +158,7 @@ def _build(
     bias: list[str] = []
     if replacement.bias is not None:
         bias = [names.tensor(f"{layer.name}/bias")]
+        stored[BIAS] = bias[0]
         initializers.append(_tensor(bias[0], replacement.bias))
     for use in layer.uses:
         *earlier, node = built.get(use.output, [originals[use.node]])
@@ -140,7 +174,7 @@ def _build(
         kept.input.extend(last.input)
         kept.attribute.extend(last.attribute)
         built[use.output] = [*earlier, *before, kept]
-    return initializers, shared
+    return initializers, shared, stored
 
 
 def _tensor(name: str, array: NDArray[Any]) -> onnx.TensorProto:

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.layers import Layer, find_layers, read_weight
@@ -17,7 +17,7 @@ from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.nodes import make_replacement
 from cobla_onnx.variants.low_rank.svd import factorize
 from cobla_onnx.variants.replacement import Replacement
-from cobla_onnx.variants.rewrite import rewrite
+from cobla_onnx.variants.rewrite import BIAS, rewrite, rewrite_named
 from tests.builders import FLOAT, differences, model_of, random_array, small_network
 
 
@@ -54,6 +54,31 @@ def test_nothing_but_the_factorised_node_changes():
     (kept,) = [node for node in result.graph.node if node.name == "conv2"]
     assert kept.metadata_props == model.graph.node[2].metadata_props
     assert list(kept.output) == ["y2"]
+
+
+def test_what_is_stored_is_told_by_its_names():
+    model = small_network()
+    first, second = replacements_of(model, "conv1", "conv2")
+    first = first.with_parts({}, random_array(16, seed=9))
+    result, stored = rewrite_named(model, [first, second])
+    tensors = {t.name: numpy_helper.to_array(t) for t in result.graph.initializer}
+    for each, names in zip((first, second), stored, strict=True):
+        wanted = dict(each.arrays) | ({} if each.bias is None else {BIAS: each.bias})
+        assert names.keys() == wanted.keys()
+        for part, array in wanted.items():
+            np.testing.assert_array_equal(tensors[names[part]], array)
+
+
+def test_other_values_are_stored_in_the_same_types():
+    (made,) = replacements_of(small_network(), "conv2")
+    part, array = next(iter(made.learnable.items()))
+    other = made.with_parts({part: array.astype(np.float64) + 1e-3}, None)
+    assert other.arrays[part].dtype == array.dtype
+    np.testing.assert_array_equal(other.arrays[part], (array.astype(np.float64) + 1e-3).astype("f"))
+    assert np.abs(other.dense() - made.dense()).max() > 0
+    assert other.bias is made.bias is None
+    with pytest.raises(ModelError, match="overflows float32"):
+        made.with_parts({part: np.full(array.shape, 1e300)}, None)
 
 
 def test_no_layer_chosen_gives_identical_bytes():

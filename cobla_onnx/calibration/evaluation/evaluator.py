@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -54,6 +55,8 @@ class Judge:
         The loss itself, on the selection split.
     followed : Probe
         The loss that decisions follow, on the same split; `selection` if it is the same loss.
+    follows : tuple of ModelProto and mapping of str to Measure
+        The original with the outputs of the loss that decisions follow, and how they are compared.
     """
 
     model: onnx.ModelProto
@@ -66,16 +69,16 @@ class Judge:
     compared: Compared | None = None
     selection: Probe = field(init=False)
     followed: Probe = field(init=False)
+    follows: tuple[onnx.ModelProto, Mapping[str, Measure]] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.compared is None:
             chooser = Chooser.of(self.model, self.loss, labelled=self.labels is not None)
             self.compared = look_at(self.model, self.dataset, self.batch, self.threads, chooser)
-        self._follows: tuple[onnx.ModelProto, Mapping[str, Measure]]
-        self._follows = self.model, self.compared.measures
+        self.follows = self.model, self.compared.measures
         self.selection = self.followed = self.on(self.dataset.selection)
         if any(value > 1.0 for value in self.temperatures.values()):
-            self._follows = soften(self.model, self.compared.measures, self.temperatures)
+            self.follows = soften(self.model, self.compared.measures, self.temperatures)
             self.followed = self.on(self.dataset.selection)
 
     @property
@@ -107,13 +110,23 @@ class Judge:
 
     def on(self, indices: Sequence[int]) -> Probe:
         """Open a probe of the loss that decisions follow."""
-        model, loss = self._follows
+        model, loss = self.follows
         labels = self.labels_of(indices)
         return Probe(model, self.layers, self.batches(indices), loss, self.threads, labels=labels)
 
+    def singly(self, indices: Sequence[int]) -> Probe:
+        """Open the same with each sample as a batch of its own, all of them."""
+        model, loss = self.follows
+        batches, labels = self.dataset.batches(indices, 1), None
+        if self.labels is not None:
+            labels = labels_of_batches(self.labels, self.dataset.groups(indices, 1))
+        return Probe(
+            model, self.layers, batches, loss, self.threads, limit=sys.maxsize, labels=labels
+        )
+
     def spread_on(self, indices: Sequence[int], pool: Pool) -> SpreadProbe:
         """Open a probe of the loss that decisions follow, over a pool."""
-        model, loss = self._follows
+        model, loss = self.follows
         labels = self.labels_of(indices)
         return SpreadProbe(pool, model, self.layers, self.batches(indices), loss, labels)
 

@@ -57,7 +57,9 @@ class Files:
     ] = None
     history: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE.csv", help="Write the steps of --objective loss as CSV."),
+        typer.Option(
+            metavar="FILE.csv", help="Write steps of --objective loss, passes of --distil."
+        ),
     ] = None
     plan_out: Annotated[
         Optional[Path],  # noqa: UP045

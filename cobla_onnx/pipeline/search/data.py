@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cobla_onnx.allocation import Constraint
+from cobla_onnx.calibration.evaluation.probe import Weights
 from cobla_onnx.calibration.evaluation.quality import Quality, measure_quality
+from cobla_onnx.distillation.distil import Distilled, distil
+from cobla_onnx.distillation.passes import Passes
+from cobla_onnx.distillation.record import Distillation
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.loss import search_by_loss
@@ -20,7 +24,14 @@ from cobla_onnx.variants.base import Approximation
 from cobla_onnx.variants.registry import require_family
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["Factors", "MeasuredFactors", "make_factors", "measure_factors", "search_by_data"]
+__all__ = [
+    "Factors",
+    "MeasuredFactors",
+    "distil_factors",
+    "make_factors",
+    "measure_factors",
+    "search_by_data",
+]
 
 
 def search_by_data(
@@ -65,13 +76,34 @@ class Factors:
     refitted : int
         How many of them were changed.
     loss_before : float or None
-        On the selection split before refit; None if there was none.
+        On the selection split before refit and distillation; None if there was neither.
+    distilled : Distilled or None
+        What they became afterwards; None if that was not asked for.
     """
 
     chosen: Sequence[ChosenLayer]
     approximations: Sequence[Approximation]
     refitted: int = 0
     loss_before: float | None = None
+    distilled: Distilled | None = None
+
+    def replacements(self) -> list[Replacement]:
+        """Return what is stored for the layers, in the order of `chosen`."""
+        if self.distilled is not None:
+            return list(self.distilled.replacements)
+        return [
+            require_family(entry.form.name).replace(entry.layer, entry.form, made)
+            for entry, made in zip(self.chosen, self.approximations, strict=True)
+        ]
+
+    def weights(self) -> Weights:
+        """Return weights and biases of the layers in the form that `Probe` takes."""
+        if self.distilled is None or not self.distilled.record.kept:
+            return replaced_weights(self.chosen, self.approximations)
+        return {
+            entry.index: (made.dense(), made.bias)
+            for entry, made in zip(self.chosen, self.distilled.replacements, strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -85,6 +117,7 @@ class MeasuredFactors:
     quality : Quality
     refitted : int
         Layers whose refit was kept.
+    distillation : Distillation or None
     """
 
     replacements: list[Replacement]
@@ -92,6 +125,7 @@ class MeasuredFactors:
     loss_before_refit: float
     quality: Quality
     refitted: int
+    distillation: Distillation | None = None
 
 
 def make_factors(finisher: Finisher, plan: Plan, refit: bool) -> Factors:
@@ -104,25 +138,45 @@ def make_factors(finisher: Finisher, plan: Plan, refit: bool) -> Factors:
     return Factors(chosen, *finisher.refitted(plan), loss)
 
 
+def distil_factors(
+    evidence: Evidence, factors: Factors, passes: Passes, seed: int, seconds: float | None
+) -> Factors:
+    """Let factors learn from the original's outputs; see `distil`."""
+    replacements = factors.replacements()
+    if not replacements:
+        return factors
+    context = evidence.context
+    distilled = distil(
+        evidence.judge,
+        replacements,
+        passes,
+        seed=seed,
+        seconds=seconds,
+        threads=min(context.threads, context.pool.runs_at_most),
+        progress=context.progress,
+    )
+    loss = factors.loss_before
+    if loss is None:
+        loss = evidence.judge.selection.loss(factors.weights())
+    return replace(factors, distilled=distilled, loss_before=loss)
+
+
 def measure_factors(evidence: Evidence, factors: Factors) -> MeasuredFactors:
     """Measure factors on the selection split."""
     selection = evidence.judge.selection
-    weights = replaced_weights(factors.chosen, factors.approximations)
     found = Shelf(
         {name: actual[name] for name in expected if name in actual}
-        for expected, actual in selection.outputs(weights)
+        for expected, actual in selection.outputs(factors.weights())
     )
     loss = float(selection.losses_of(zip(selection.expected, found, strict=True)).mean())
     quality = measure_quality(selection, zip(selection.expected, found, strict=True))
     # Users know the outputs, not the tensors that are measured in their place.
     output = evidence.measured.outputs.get(quality.output, quality.output)
     return MeasuredFactors(
-        [
-            require_family(entry.form.name).replace(entry.layer, entry.form, made)
-            for entry, made in zip(factors.chosen, factors.approximations, strict=True)
-        ],
+        factors.replacements(),
         loss,
         loss if factors.loss_before is None else factors.loss_before,
         replace(quality, output=output),
         factors.refitted,
+        None if factors.distilled is None else factors.distilled.record,
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -22,6 +22,9 @@ from cobla_onnx.variants.storage.tensor import (
     half_tensor,
     tensor_bytes,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["StoredPair", "pair_bytes", "stored_pair"]
 
@@ -52,6 +55,22 @@ class StoredPair(Pair):
     """
 
     tensors: Mapping[str, StoredTensor]
+
+    @property
+    def learnable(self) -> Mapping[str, NDArray[Any]]:
+        """Those of both tensors."""
+        return {
+            f"{factor}/{part}": array
+            for factor, tensor in self.tensors.items()
+            for part, array in tensor.learnable.items()
+        }
+
+    def _with_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> Self:
+        tensors = {
+            factor: tensor.with_arrays({part: arrays[f"{factor}/{part}"] for part in tensor.arrays})
+            for factor, tensor in self.tensors.items()
+        }
+        return replace(self, arrays=arrays, tensors=tensors)
 
     def dense(self) -> NDArray[Any]:
         """Multiply the decoded factors to the weight that they stand for."""

@@ -116,6 +116,11 @@ class FactorPair(Pair):
         ``first_factor`` and ``second_factor``.
     """
 
+    @property
+    def learnable(self) -> Mapping[str, NDArray[Any]]:
+        """Both factors."""
+        return self.arrays
+
     def dense(self) -> NDArray[Any]:
         """Multiply the factors to the weight that they stand for, shape ``layer.shape``."""
         first, second = self.arrays[FIRST], self.arrays[SECOND]

@@ -7,12 +7,13 @@ part i. So parts are concatenated, and never interleaved, when they are read bac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PLANES", "Count", "pack", "pack_rows", "packed_bytes"]
+__all__ = ["PLANES", "Count", "pack", "pack_rows", "packed_bytes", "unpack"]
 
 Count = TypeVar("Count", int, NDArray[np.int64])
 
@@ -37,6 +38,22 @@ def pack(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
     [[49, 194]]
     """
     return [plane[0] for plane in pack_rows(codes.reshape(1, -1), bits)]
+
+
+def unpack(planes: Sequence[NDArray[np.uint8]], bits: int, count: int) -> NDArray[np.uint8]:
+    """Return the codes that `pack` packed.
+
+    Examples
+    --------
+    >>> unpack([np.array([49, 194], np.uint8)], 4, 4).tolist()
+    [1, 2, 3, 12]
+    """
+    codes: NDArray[np.uint8] = np.zeros(count, np.uint8)
+    for plane, width in zip(planes, PLANES[bits], strict=True):
+        shifts = (width * np.arange(8 // width, dtype=np.uint8))[:, None]
+        fields = (plane >> shifts) & ((1 << width) - 1)
+        codes = np.asarray((codes << width) | fields.reshape(-1)[:count], np.uint8)
+    return codes
 
 
 def pack_rows(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:

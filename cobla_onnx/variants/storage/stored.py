@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -22,6 +22,9 @@ from cobla_onnx.variants.storage.tensor import (
     tensor_bytes,
 )
 from cobla_onnx.variants.tied import operand, with_transposes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["StoredWeight", "coded_weight", "half_weight", "stored_bytes"]
 
@@ -44,6 +47,14 @@ class StoredWeight(Replacement):
     """
 
     tensor: StoredTensor
+
+    @property
+    def learnable(self) -> Mapping[str, NDArray[Any]]:
+        """Those of the tensor."""
+        return self.tensor.learnable
+
+    def _with_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> Self:
+        return replace(self, arrays=arrays, tensor=self.tensor.with_arrays(arrays))
 
     def dense(self) -> NDArray[Any]:
         """Return the weight as it is decoded."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from cobla_onnx.variants.storage.decoding import (
     decoder_inputs,
     decoder_nodes,
 )
-from cobla_onnx.variants.storage.packing import Count, pack, packed_bytes
+from cobla_onnx.variants.storage.packing import PLANES, Count, pack, packed_bytes, unpack
 from cobla_onnx.variants.storage.precision import HALF
 
 __all__ = ["StoredTensor", "coded_tensor", "half_tensor", "tensor_bytes"]
@@ -67,6 +67,24 @@ class StoredTensor:
     bits: int
     arrays: Mapping[str, NDArray[Any]]
     values: NDArray[np.float32]
+
+    @property
+    def learnable(self) -> dict[str, NDArray[Any]]:
+        """What may take other values: scales while codes stay, or numbers in half precision."""
+        part = "half" if self.bits == HALF else "scale"
+        return {part: self.arrays[part]}
+
+    def with_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> StoredTensor:
+        """Return the same with other arrays of these names, and what is decoded from them."""
+        if self.bits == HALF:
+            values = arrays["half"].astype(np.float32)
+        elif self.bits == 8:
+            values = arrays["codes"].astype(np.float32) * arrays["scale"]
+        else:
+            planes = [arrays[f"plane_{number}"] for number in range(len(PLANES[self.bits]))]
+            codes = unpack(planes, self.bits, self.values.size).reshape(self.values.shape)
+            values = arrays["levels"][codes] * arrays["scale"]
+        return replace(self, arrays=arrays, values=values)
 
     def decode(
         self, stored: Mapping[str, str], label: str, names: Names

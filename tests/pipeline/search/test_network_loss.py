@@ -23,6 +23,7 @@ from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.allocation.sqp import Candidate, Scores, allocate_by_loss
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.data.dataset import Dataset, input_specs
+from cobla_onnx.calibration.evaluation import gradient_sessions
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.gradients import GradientProbe
 from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel
@@ -267,6 +268,17 @@ def blocked_network() -> onnx.ModelProto:
     k = np.array([max(size) if len(size) == 2 else 1], np.int64)
     model.graph.initializer.append(onnx.numpy_helper.from_array(k, "k"))
     return model
+
+
+def test_batches_of_too_many_shapes_are_left_out_of_the_gradient(monkeypatch):
+    """24 samples in batches of 8 but for the last one, and a graph for one shape alone."""
+    monkeypatch.setattr(gradient_sessions, "MOST_SHAPES", 1)
+    evidence = evidence_for(small_network(), 26)
+    samples = len(evidence.dataset.calibration)
+    assert samples % 8
+    assert evidence.gradients.left_out == 1
+    found = evidence.gradients.gradient({})
+    assert all(np.isfinite(weight).all() for weight, _ in found)
 
 
 def test_auto_falls_back_to_output_and_says_why():

@@ -7,17 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobla_onnx.variants.storage.packing import PLANES, pack, packed_bytes
-
-
-def unpack(planes: list[np.ndarray], bits: int, count: int) -> np.ndarray:
-    """Return the codes that were packed: the inverse of `pack`."""
-    codes = np.zeros(count, np.uint8)
-    for plane, width in zip(planes, PLANES[bits], strict=True):
-        shifts = (width * np.arange(8 // width, dtype=np.uint8))[:, None]
-        fields = (plane[None] >> shifts) & np.uint8((1 << width) - 1)
-        codes = (codes << width) | fields.reshape(-1)[:count]
-    return codes
+from cobla_onnx.variants.storage.packing import PLANES, pack, packed_bytes, unpack
 
 
 @given(bits=st.sampled_from(sorted(PLANES)), count=st.integers(0, 70), seed=st.integers(0, 99))

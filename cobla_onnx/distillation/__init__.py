@@ -1,0 +1,1 @@
+"""Distillation: what is stored for the layers learns from the outputs of the original."""

@@ -1,0 +1,133 @@
+"""The loss of a compressed model on samples, against the original's outputs, and its gradient.
+
+A step's samples are run in shards of a fixed size, each on one thread, and their gradients are
+added in order: the result is the same to the last bit whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cobla_onnx.allocation.problem import Float64
+from cobla_onnx.calibration.evaluation.evaluator import Judge
+from cobla_onnx.calibration.evaluation.gradient_sessions import (
+    MOST_SHAPES,
+    Differentiated,
+    GradientSessions,
+)
+from cobla_onnx.calibration.evaluation.probe import Probe, Weights
+from cobla_onnx.distillation.parameters import Flat, Parameters
+from cobla_onnx.runtime.pool import Pool
+from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.variants.replacement import Replacement
+
+__all__ = ["Lessons"]
+
+# Most samples that run at a time: convolutions of half as many take a third more time for each.
+SHARD = 16
+
+
+class Lessons:
+    """A `Task`: parameters of replacements, on the samples of a judge.
+
+    Parameters
+    ----------
+    judge : Judge
+    parameters : Parameters
+        Those without a derivative are taken out.
+    pool : Pool
+        Of threads; shards run over it.
+
+    Attributes
+    ----------
+    blocked : dict of str to str
+        Tensors that do not learn, since they have no derivative, and why.
+    left_out : int
+        Samples that are not learned from, since there are too many shapes.
+
+    Raises
+    ------
+    ModelError
+        If the model has no gradient graph.
+    """
+
+    def __init__(self, judge: Judge, parameters: Parameters, pool: Pool) -> None:
+        self._judge, self._parameters, self._pool = judge, parameters, pool
+        self._indices = {layer.name: index for index, layer in enumerate(judge.layers)}
+        self._single = judge.singly(judge.dataset.calibration)
+        self._shard = min(SHARD, judge.batch) if _joins(judge, self._single) else 1
+        self._sessions = GradientSessions(
+            parameters.rewritten.model, judge.follows[1], parameters.names, threads=1
+        )
+        self._learned = _of_common_shapes(self._single.batches)
+        self.left_out = len(self._single.batches) - len(self._learned)
+        self._sessions.open(_joined(self._single.batches, self._learned[: self._shard]), {})
+        self.blocked = dict(self._sessions.blocked)
+        parameters.keep(name for name in parameters.names if name not in self.blocked)
+
+    @property
+    def samples(self) -> int:
+        """Samples of the calibration split that are learned from."""
+        return len(self._learned)
+
+    def gradient(self, values: Flat, chosen: Sequence[int]) -> tuple[float, Flat]:
+        """Mean loss of some samples, and its derivatives."""
+        tensors = self._parameters.feeds(values)
+        loss, total = 0.0, np.zeros_like(values)
+
+        def differentiated(batch: tuple[Feeds, Feeds]) -> Differentiated:
+            return self._sessions.run(*batch, tensors)
+
+        for found in self._pool.map(differentiated, self._shards(chosen), self._pool.width):
+            loss += float(found.losses.sum())
+            total += self._parameters.gathered(found.gradients)
+        return loss / len(chosen), total / np.float32(len(chosen))
+
+    def held_back(self, values: Flat) -> Float64:
+        """Loss of each held-back sample, under the values as they are stored."""
+        replacements = self._parameters.replacements(values)
+        return self._judge.followed.losses(self.weights(replacements))
+
+    def stated(self, values: Flat) -> Float64:
+        """Loss itself of each held-back sample, where decisions follow another one."""
+        replacements = self._parameters.replacements(values)
+        return self._judge.selection.losses(self.weights(replacements))
+
+    def weights(self, replacements: Sequence[Replacement]) -> Weights:
+        """Weights that replacements stand for, and biases, as `Probe` takes them."""
+        return {self._indices[each.layer.name]: (each.dense(), each.bias) for each in replacements}
+
+    def _shards(self, chosen: Sequence[int]) -> Iterator[tuple[Feeds, Feeds]]:
+        """Read samples in shards whose graphs are open, each with its targets."""
+        places = [self._learned[number] for number in chosen]
+        for begin in range(0, len(places), self._shard):
+            shard = places[begin : begin + self._shard]
+            feeds = _joined(self._single.batches, shard)
+            self._sessions.open(feeds, {})
+            yield feeds, _joined(self._single.expected, shard)
+
+
+def _joins(judge: Judge, single: Probe) -> bool:
+    """Whether samples may run together: all outputs have a row for each."""
+    if judge.batch == 1 or not judge.dataset.uniform:
+        return False
+    first = single.expected[0]
+    return all(array.ndim and len(array) == 1 for array in first.values())
+
+
+def _of_common_shapes(samples: Sequence[Feeds]) -> list[int]:
+    """Return samples of the commonest shapes, as many as graphs are made for."""
+    shapes = [tuple(array.shape for array in feeds.values()) for feeds in samples]
+    common = {shape for shape, _ in Counter(shapes).most_common(MOST_SHAPES)}
+    return [number for number, shape in enumerate(shapes) if shape in common]
+
+
+def _joined(samples: Sequence[Feeds], chosen: Sequence[int]) -> Feeds:
+    """Put samples together along their first axes."""
+    parts = [samples[number] for number in chosen]
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,329 @@
+"""What is stored learns from the original's outputs, and is kept only where it helps others."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from cobla_onnx import Budget, compress
+from cobla_onnx.allocation import Choice
+from cobla_onnx.calibration.evaluation.loss import sample_losses
+from cobla_onnx.distillation import distil as distilling
+from cobla_onnx.distillation import training
+from cobla_onnx.distillation.distil import Distilled, distil
+from cobla_onnx.distillation.lessons import Lessons
+from cobla_onnx.distillation.parameters import Parameters
+from cobla_onnx.distillation.record import Distillation
+from cobla_onnx.errors import UsageError
+from cobla_onnx.graph.layers import read_weight
+from cobla_onnx.pipeline import max_drop, session
+from cobla_onnx.pipeline.search.data import Factors, distil_factors
+from cobla_onnx.pipeline.search.evidence import Evidence
+from cobla_onnx.report.charts import checkpoints_chart
+from cobla_onnx.runtime.pool import Pool, open_pool
+from cobla_onnx.runtime.session import open_session, run_session
+from cobla_onnx.variants.coded_factors.form import coded_name
+from cobla_onnx.variants.registry import require_family
+from cobla_onnx.variants.rewrite import rewrite
+from tests.builders import FLOAT, model_of, random_array, small_network
+from tests.cli.test_command import run_here
+from tests.pipeline.search.test_network_loss import evidence_for
+
+DATA = Path("models/digits_calibration.npz")
+SMALL = {"x": random_array(160, 3, 12, 12, seed=11)}
+
+
+@pytest.fixture(scope="module")
+def evidence() -> Evidence:
+    return evidence_for(small_network(), 200)
+
+
+@pytest.fixture(scope="module")
+def factors(evidence: Evidence) -> Factors:
+    choices = [Choice(0, int(layer.curves[0].levels[1])) for layer in evidence.analysis.curves]
+    chosen = evidence.finisher().chosen(evidence.analysis.plan(choices))
+    return Factors(chosen, [entry.approximation for entry in chosen])
+
+
+def of_model(evidence: Evidence, factors: Factors, pool: Pool) -> tuple[Parameters, Lessons]:
+    parameters = Parameters(evidence.judge.follows[0], factors.replacements())
+    return parameters, Lessons(evidence.judge, parameters, pool)
+
+
+def held_back_losses(evidence: Evidence, made: Distilled) -> np.ndarray:
+    """The loss that decisions follow, as a session of the rewritten model gives it."""
+    model, measures = evidence.judge.follows
+    session = open_session(rewrite(model, list(made.replacements)), 1)
+    probe = evidence.judge.followed
+    return np.concatenate(
+        [
+            sample_losses(measures, expected, run_session(session, feeds))
+            for feeds, expected in zip(probe.batches, probe.expected, strict=True)
+        ]
+    )
+
+
+def test_gradients_of_factors_and_biases_are_those_of_finite_differences(evidence, factors):
+    parameters, lessons = of_model(evidence, factors, Pool())
+    start, chosen = parameters.start(), range(11)
+    loss, gradient = lessons.gradient(start, chosen)
+    assert loss > 0
+    # Factors of two convolutions and a Gemm, and the biases of those that have one.
+    assert len(parameters.names) == 8
+    rng = np.random.default_rng(0)
+    for name, its in parameters.feeds(np.arange(len(start), dtype=np.float32)).items():
+        places = its.astype(int).reshape(-1)
+        direction = np.zeros_like(start)
+        direction[places] = rng.standard_normal(len(places)) * np.abs(start[places]).mean()
+        step = np.float32(3e-2)
+        above, below = (lessons.gradient(start + s * step * direction, chosen)[0] for s in (1, -1))
+        slope = (above - below) / (2 * float(step))
+        assert slope == pytest.approx(float(gradient @ direction), rel=0.03, abs=2e-4), name
+
+
+def test_the_gradient_is_the_same_on_any_number_of_threads(evidence, factors):
+    found = []
+    for threads in (1, 3):
+        with open_pool(threads) as pool:
+            parameters, lessons = of_model(evidence, factors, pool)
+            found.append(lessons.gradient(parameters.start(), range(30))[1].tobytes())
+    assert found[0] == found[1]
+
+
+def test_what_is_learned_lowers_the_loss_of_the_model_that_is_written(evidence, factors):
+    before = Distilled(factors.replacements(), Distillation(False))
+    made = distil(evidence.judge, factors.replacements(), 4)
+    record = made.record
+    assert record.kept
+    assert record.loss_after < record.loss_before - record.standard_error
+    assert held_back_losses(evidence, before).mean() == pytest.approx(record.loss_before, rel=1e-3)
+    assert held_back_losses(evidence, made).mean() == pytest.approx(record.loss_after, rel=1e-3)
+    assert record.checkpoints[0].held_back == record.loss_before
+    assert min(point.held_back for point in record.checkpoints) == record.loss_after
+    assert "kept" in record.text
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others(evidence, factors):
+    def learned(seed: int, threads: int) -> bytes:
+        made = distil(evidence.judge, factors.replacements(), 1, seed=seed, threads=threads)
+        return b"".join(a.tobytes() for each in made.replacements for a in each.arrays.values())
+
+    first = learned(0, 1)
+    assert learned(0, 2) == first
+    assert learned(1, 1) != first
+
+
+def test_what_gains_nothing_on_the_samples_held_back_leaves_all_as_it_was(
+    evidence, factors, monkeypatch
+):
+    """Trained to be as far from the original as it can."""
+    gradient = Lessons.gradient
+
+    def upwards(self: Lessons, values, chosen: Sequence[int]):
+        loss, found = gradient(self, values, chosen)
+        return loss, -found
+
+    monkeypatch.setattr(Lessons, "gradient", upwards)
+    given = factors.replacements()
+    made = distil(evidence.judge, given, 2)
+    assert not made.record.kept
+    assert all(old is new for old, new in zip(given, made.replacements, strict=True))
+    assert "in vain" in made.record.text or "not kept" in made.record.text
+
+
+@pytest.mark.parametrize("bits", [16, 8, 5])
+@pytest.mark.parametrize("scheme", ["stored", "channel"])
+def test_of_stored_bits_scales_learn_and_codes_stay(evidence, bits, scheme):
+    layer = next(layer for layer in evidence.analysis.layers if layer.name == "conv2")
+    name = "stored" if scheme == "stored" else coded_name(scheme, bits)
+    family = require_family(name)
+    form = next(form for form in family.forms(layer) if form.name == name)
+    level, weight = bits if scheme == "stored" else 6, read_weight(evidence.model, layer)
+    given = family.replace(layer, form, family.from_weights(layer, form, level, weight, None))
+    parameters = Parameters(evidence.judge.follows[0], [given])
+    lessons = Lessons(evidence.judge, parameters, Pool())
+    values = 1.1 * parameters.start()
+    (learned,) = parameters.replacements(values)
+    changed = {n for n, a in given.arrays.items() if not np.array_equal(a, learned.arrays[n])}
+    assert changed == set(given.learnable)
+    assert {n.rpartition("/")[2] for n in changed} == {"half" if bits == 16 else "scale"}
+    assert all(a.dtype == learned.arrays[n].dtype for n, a in given.arrays.items())
+    factor = 1.1 if scheme == "stored" else 1.1**2
+    np.testing.assert_allclose(learned.dense(), factor * given.dense(), rtol=5e-3, atol=1e-4)
+    # What is decoded from the arrays is what the loss is measured with.
+    found = held_back_losses(evidence, Distilled([learned], Distillation(False)))
+    np.testing.assert_allclose(lessons.held_back(values), found, rtol=1e-3, atol=1e-7)
+    loss, gradient = lessons.gradient(values, range(8))
+    more = lessons.gradient(1.01 * values, range(8))[0]
+    assert (more - loss) / 0.01 == pytest.approx(float(gradient @ values), rel=0.1)
+
+
+def test_bits_learn_within_the_budget_that_they_were_chosen_for(monkeypatch):
+    """Also where so little is lost that what is learned is within the noise."""
+    monkeypatch.setattr(distilling, "BETTER", -np.inf)
+    options = {"data": SMALL, "precision": "auto", "refit": False, "threads": 1}
+    found = compress(small_network(), Budget(mem=0.12), distil=2, solver="milp", **options)
+    assert found.report.budget["mem"].reached <= 0.12
+    record = found.report.calibration.distillation
+    assert record.kept
+    assert record.loss_after < record.loss_before
+    without = compress(small_network(), Budget(mem=0.12), solver="milp", **options)
+    assert found.plan == without.plan
+    assert found.report.budget["mem"].after == without.report.budget["mem"].after
+
+
+def test_what_makes_the_stated_loss_worse_is_not_kept(evidence, factors, monkeypatch):
+    """The loss that is followed gains, and that at temperature 1 would not."""
+    asked = []
+
+    def worse_after(self: Lessons, values):
+        asked.append(values)
+        return np.linspace(0.9, 1.1, 40) + len(asked)
+
+    monkeypatch.setattr(Lessons, "stated", worse_after)
+    made = distil(evidence.judge, factors.replacements(), 2)
+    assert made.record.loss_after < made.record.loss_before - made.record.standard_error
+    assert not made.record.kept
+    assert len(asked) == 2
+
+
+def test_time_that_is_up_ends_it(evidence, factors):
+    made = distil(evidence.judge, factors.replacements(), "auto", seconds=0.0)
+    assert made.record.steps == made.record.passes == 0
+    assert not made.record.kept
+
+
+def test_a_model_without_gradients_is_left_and_says_why():
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w"], ["h"], "hidden"),
+        onnx.helper.make_node("Det", ["h"], ["y"], "last"),
+    ]
+    weights = {"w": random_array(12, 12, seed=3)}
+    model = model_of(nodes, weights, {"x": ["N", 12, 12]}, ["y"], elem_type=FLOAT)
+    data = {"x": random_array(40, 12, 12, seed=4)}
+    found = compress(model, Budget(mem=0.6), data=data, distil=1, threads=1)
+    without = compress(model, Budget(mem=0.6), data=data, threads=1)
+    assert "Det" in found.report.calibration.distillation.reason
+    assert found.model.SerializeToString() == without.model.SerializeToString()
+    assert "not distilled: " in found.report.to_markdown()
+
+
+def test_samples_of_many_shapes_run_one_at_a_time_and_the_rarest_are_left_out():
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "w", "b"], ["h"], "conv", pads=[1, 1, 1, 1]),
+        onnx.helper.make_node("Relu", ["h"], ["r"]),
+        onnx.helper.make_node("GlobalAveragePool", ["r"], ["p"]),
+        onnx.helper.make_node("Flatten", ["p"], ["y"]),
+    ]
+    weights = {"w": random_array(24, 6, 3, 3, seed=1), "b": random_array(24, seed=2)}
+    model = model_of(nodes, weights, {"x": ["N", 6, "H", "W"]}, ["y"])
+    sizes = [6] * 12 + [8] * 12 + [9] * 6 + [7] * 6 + [5] * 2
+    data = [{"x": random_array(1, 6, s, s, seed=i)} for i, s in enumerate(sizes)]
+    found = compress(model, Budget(mem=0.4), data=data, distil=1, threads=1)
+    record = found.report.calibration.distillation
+    assert 0 < record.left_out <= 2
+    assert record.steps > 0
+
+
+def test_a_plan_learns_as_the_budget_that_made_it_did():
+    options = {"data": SMALL, "refit": False, "threads": 1, "distil": 2}
+    first = compress(small_network(), Budget(mem=0.3), solver="milp", **options)
+    assert first.report.calibration.distillation.kept
+    again = compress(small_network(), plan=first.plan, **options)
+    assert again.model.SerializeToString() == first.model.SerializeToString()
+    page = first.report.to_html()
+    assert "<dt>Distillation</dt><dd>distilled: " in page
+    assert "loss on the samples held back" in page
+    assert checkpoints_chart(first.report.calibration.distillation.checkpoints[:1]) is None
+    assert first.report.budget["mem"].reached <= 0.3
+    loss = first.report.calibration.loss
+    assert loss < first.report.calibration.loss_before_refit
+
+
+def test_the_smallest_model_that_is_good_enough_is_judged_after_it(monkeypatch):
+    """Of two budgets the smaller one is good enough, since all that is tried has learned."""
+    monkeypatch.setattr(max_drop, "COARSE", 3)
+    monkeypatch.setattr(max_drop, "FINE", 0)
+    tried = []
+
+    def learned(evidence, factors, *arguments):
+        tried.append(distil_factors(evidence, factors, *arguments))
+        return tried[-1]
+
+    monkeypatch.setattr(session, "distil_factors", learned)
+    options = {"data": SMALL, "refit": False, "solver": "milp", "threads": 1, "samples": 60}
+    calibration = compress(small_network(), max_drop=0.9, distil=1, **options).report.calibration
+    assert len(tried) == 2
+    assert calibration.distillation in [factors.distilled.record for factors in tried]
+    assert calibration.quality.drop <= 0.9
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"kept": True, "passes": 1, "loss_before": 0.5, "loss_after": 0.25, "samples": 40,
+          "standard_error": 0.01},
+         "distilled: 1 pass, held-back loss 0.5 → 0.25 (lower by 0.25, standard error 0.01) on 40 "
+         "samples, kept"),
+        ({"kept": True, "passes": 2, "loss_after": 0.25, "samples": 1},
+         "distilled: 2 passes, held-back loss infinite → 0.25 on 1 samples, kept"),
+        ({"kept": False, "passes": 2, "loss_before": 0.5, "loss_after": 0.49, "samples": 9,
+          "standard_error": 0.01},
+         "distilled: 2 passes, held-back loss 0.5 → 0.49 (lower by 0.01, standard error 0.01) on 9 "
+         "samples, not kept: not beyond the noise of the loss"),
+        ({"kept": False, "passes": 2, "loss_before": 0.5, "loss_after": 0.5, "samples": 9},
+         "distilled in vain: 2 passes, the 9 held-back samples lost no less"),
+        ({"kept": False, "reason": "no gradient"}, "not distilled: no gradient"),
+    ],
+)  # fmt: skip
+def test_what_it_did_is_told_in_a_line(given, text):
+    assert Distillation(**given).text == text
+
+
+def test_nothing_to_replace_is_nothing_to_learn(evidence):
+    factors = Factors([], [])
+    assert distil_factors(evidence, factors, 1, 0, None) is factors
+
+
+def test_the_command_says_what_it_did(tmp_path):
+    onnx.save(small_network(), tmp_path / "model.onnx")
+    np.savez(tmp_path / "data.npz", **SMALL)
+    done = run_here(
+        "compress", tmp_path / "model.onnx", tmp_path / "small.onnx", "--mem", 0.3,
+        "--data", tmp_path / "data.npz", "--no-refit", "--distil", 2, "--solver", "milp",
+        "--report", tmp_path / "r.json", "--threads", 1, "--history", tmp_path / "h.csv",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "distilled: " in " ".join(done.stdout.split())
+    told = json.loads((tmp_path / "r.json").read_text())["calibration"]["distillation"]
+    assert told["kept"] is True
+    assert len(told["checkpoints"]) == told["passes"] + 1
+    with (tmp_path / "h.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["stage"] for row in rows[:2]] == ["distil, start", "distil, rate 0.01"]
+    assert [float(row["selection_loss"]) for row in rows] == [
+        point["held_back"] for point in told["checkpoints"]
+    ]
+
+
+@pytest.mark.parametrize("passes", [0, -1, 1.5, "many", True])
+def test_a_number_of_passes_is_checked(demo_model, passes):
+    with pytest.raises(UsageError, match="give auto, or a whole number of at least 1"):
+        compress(demo_model, Budget(mem=0.5), data=DATA, distil=passes)
+
+
+def test_without_data_there_is_nothing_to_learn_from(demo_model):
+    with pytest.raises(UsageError, match=r"distil=.auto.: learns from .* give data= too"):
+        compress(demo_model, Budget(mem=0.5), distil="auto")
+
+
+def test_steps_are_of_as_many_samples_as_there_are(evidence, factors, monkeypatch):
+    monkeypatch.setattr(training, "BATCH", 1000)
+    made = distil(evidence.judge, factors.replacements(), 1)
+    assert made.record.steps == made.record.passes
