@@ -55,11 +55,11 @@ def advise(model: ModelSource, **options: Unpack[AdviseOptions]) -> Advice:
     Parameters
     ----------
     model : ModelProto or path
-    input_shapes, include, exclude, min_size, scheme, data, batch, memory_limit, images, labels
+    input_shapes, include, exclude, min_size, deduplicate, scheme, data, batch, memory_limit
         As those of `compress`.
     samples : int, optional
         At most 64 if it is not given.
-    loss, outputs, threads, progress
+    images, labels, loss, outputs, threads, progress
         As those of `compress`.
 
     Returns
