@@ -309,8 +309,8 @@ def test_macs_that_cannot_be_known_name_the_shape_to_give():
 
 
 def test_the_public_names_are_these():
-    names = ["Budget", "Plan", "Report", "Result", "compare", "compress", "gradient_graph"]
-    names += ["inspect", "sweep"]
+    names = ["Budget", "Plan", "Report", "Result", "advise", "compare", "compress"]
+    names += ["gradient_graph", "inspect", "sweep"]
     assert cobla_onnx.__all__ == names
     for name in cobla_onnx.__all__:
         assert getattr(cobla_onnx, name).__name__ == name
