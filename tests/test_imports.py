@@ -17,6 +17,7 @@ STOREYS = (
     ("options",),
     ("report",),
     ("latency",),
+    ("arithmetic",),
     ("plan",),
     ("variants",),
     ("calibration", "allocation"),

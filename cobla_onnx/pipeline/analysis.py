@@ -294,7 +294,7 @@ def _in_reach(
 
     def under(rule: RankRule) -> list[Candidate]:
         its = replace(asked, ranks=rule)
-        return [candidate(x, cost, its) for x, cost in zip(layers, costs, strict=True)]
+        return [candidate(x, cost, its.of(x)) for x, cost in zip(layers, costs, strict=True)]
 
     ranks = asked.ranks
     rules = [ranks, *(ranks.finer() if reach.refine and not ranks.complete else ())]

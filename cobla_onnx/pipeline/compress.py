@@ -92,6 +92,10 @@ def compress(
         In how many bits whole weights may be stored, beside what ranks save: none, any of
         `storage.precision.FORMATS`, or those given. The programme chooses for each layer; a layer
         has ranks or bits.
+    arithmetic : {'keep', 'int8', 'auto'}
+        ``int8``: after ranks and refit, nodes compute in 8 bits where they can, by
+        `onnxruntime.quantization`; their weights are stored so, too. Needs `data`, whose samples
+        give the ranges. ``auto``: only where a latency budget is met with less loss by it.
     rank_multiple : 'auto' or int
         Ranks are multiples of it. ``auto``: every rank under a budget of memory alone, else
         those that the CPU computes without waste; see `rank_rule`.
@@ -170,6 +174,11 @@ def compress(
         raise UsageError(
             f"{option_name('max_drop')}: is not combined with {option_name('latency')}; give "
             f"{option_name('mem')} or {option_name('mac')}"
+        )
+    if settings.arithmetic == "auto" and not timed:
+        raise UsageError(
+            f"{option_name('arithmetic', 'auto')}: is chosen by measured times; give "
+            f"{option_name('latency')}, or {option_name('arithmetic', 'int8')}"
         )
     asked = () if budget is None or plan is not None else (budget,)
     with open_session(

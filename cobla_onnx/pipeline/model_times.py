@@ -89,12 +89,18 @@ class ModelTimes:
         return self.analysis.with_times(total, variants, slower)
 
     def report(
-        self, compressed: onnx.ModelProto, plan: Plan, limit: float | None, predicted: float | None
+        self,
+        compressed: onnx.ModelProto,
+        plan: Plan | None,
+        limit: float | None,
+        predicted: float | None,
     ) -> tuple[LatencyReport, tuple[str, ...]]:
         """Time a result and its slowest layers; also return notes.
 
         Parameters
         ----------
+        plan : Plan, optional
+            Without one no layers are timed: those that compute in 8 bits are not, alone.
         limit : float, optional
             Largest fraction of the original's time.
         predicted : float, optional
@@ -105,7 +111,7 @@ class ModelTimes:
         BudgetError
             If the result takes longer than the limit allows, beyond the noise.
         """
-        search, analysis, notes = self.search, self.analysis, tuple[str, ...]()
+        search, notes = self.search, tuple[str, ...]()
         self.context.progress("time the result", 0, 1)
         if compressed is search.model:
             measured = search.unchanged()
@@ -114,12 +120,16 @@ class ModelTimes:
         else:
             measured, note = search.confirm(compressed, limit)
             notes = (note,) if note else ()
-        layers = slowest_layers(
-            search.model, analysis.layers, analysis.shapes, plan, search.profile, search.stopwatch
-        )
+        layers = [] if plan is None else self._slowest(plan)
         search.profile.keep()
         self.context.progress("time the result", 1, 1)
         return latency_report(measured, predicted, layers, search.stopwatch.threads), notes
+
+    def _slowest(self, plan: Plan) -> list[tuple[str, int, int]]:
+        search, analysis = self.search, self.analysis
+        return slowest_layers(
+            search.model, analysis.layers, analysis.shapes, plan, search.profile, search.stopwatch
+        )
 
 
 def search_by_latency(

@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget
+from cobla_onnx.arithmetic.nodes import WEIGHTED
 from cobla_onnx.calibration.batching import Batching, choose_batching
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.data.evidence import lack_of_evidence
@@ -207,14 +208,14 @@ def _analysed(
     analysis = analyse(
         model,
         Selection(settings.include, settings.exclude, settings.min_size),
-        Asked(settings.scheme, rule, tuple(bits)),
+        Asked(settings.scheme, rule, tuple(bits), _computed(settings)),
         context=context,
         input_shapes=shapes,
         macs_needed=needs.macs_needed or needs.times_needed,
         see=looking,
         weigh=weigh,
         reach=Reach(
-            needs.budgets,
+            _by_floats(needs.budgets, settings),
             refine,
             lambda error, found: explain(error, model, found, settings, tried),
         ),
@@ -223,6 +224,18 @@ def _analysed(
     if looking is None:
         return analysis
     return replace(analysis, notes=(*analysis.notes, *notes, *looking.notes))
+
+
+def _computed(settings: Settings) -> tuple[str, ...]:
+    """Operators that will compute in 8 bits, as far as that is known before the search."""
+    return WEIGHTED if settings.arithmetic == "int8" else ()
+
+
+def _by_floats(budgets: Sequence[Budget], settings: Settings) -> Sequence[Budget]:
+    """Return budgets without those of memory, if weights will be stored in 8 bits."""
+    if settings.arithmetic == "keep":
+        return budgets
+    return [replace(budget, mem=1.0) for budget in budgets]
 
 
 def _measured(

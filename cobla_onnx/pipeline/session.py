@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -43,8 +43,10 @@ from cobla_onnx.pipeline.search.data import (
     measure_factors,
     search_by_data,
 )
+from cobla_onnx.pipeline.search.eight_bits import EightBits, in_eight_bits
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.latency import Choose
+from cobla_onnx.pipeline.search.memory import EightBitMemory
 from cobla_onnx.pipeline.search.problem import Problem, SearchResult
 from cobla_onnx.pipeline.search.weights import search_by_weights
 from cobla_onnx.plan import Plan
@@ -55,6 +57,7 @@ from cobla_onnx.runtime.progress import Progress, tracked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.replacement import Replacement
+from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.variants.work import replacements_of
 
 __all__ = ["Session", "Solution"]
@@ -82,6 +85,8 @@ class Solution:
         Predicted fraction of the original's running time, with a latency budget.
     losses : SeparableError, optional
         The separable model of the measured loss, see `SearchResult`.
+    eight_bits : EightBits, optional
+        The model with these factors whose nodes compute in 8 bits, if that was asked for.
     """
 
     budget: Budget | None
@@ -94,6 +99,7 @@ class Solution:
     seconds: float
     predicted: float | None = None
     losses: SeparableError | None = None
+    eight_bits: EightBits | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,11 @@ class Session:
     def least_memory(self) -> float:
         """Least feasible fraction of memory, rounded up so that it is itself feasible."""
         (constraint,) = self.analysis.constraints(Budget(mem=1.0))
-        return least_fraction(constraint, self.analysis.curves)
+        least = least_fraction(constraint, self.analysis.curves)
+        if self.settings.arithmetic == "int8":
+            # About: budgets below the true one are refused when they are tried.
+            least *= self.eight_bit_memory.original / self.analysis.mem_total
+        return least
 
     def compress(self, budget: Budget | None, plan: Plan | None = None) -> Result:
         """Find ranks and factors for a budget, verify the result and report.
@@ -188,12 +198,16 @@ class Session:
         """
         started = time.perf_counter()
         found, plan, measured = self._decide(budget, plan)
-        spill, calibration = Spill(), None
+        spill, calibration, eight_bits = Spill(), None, None
         if self.evidence is None or measured is None:
             replacements = spill.replacements(self._replacements(plan))
         else:
             replacements = spill.replacements(measured.replacements)
             calibration = calibration_report(self.evidence, found, measured)
+            if self.settings.arithmetic == "int8":
+                eight_bits = self._quantised(self.evidence, budget, replacements)
+                quality = eight_bits.report.quality
+                calibration = replace(calibration, loss=eight_bits.report.loss, quality=quality)
         return Solution(
             budget,
             plan,
@@ -205,7 +219,16 @@ class Session:
             time.perf_counter() - started,
             None if found is None else found.predicted,
             None if found is None else found.losses,
+            eight_bits,
         )
+
+    def _quantised(
+        self, evidence: Evidence, budget: Budget | None, replacements: list[Replacement]
+    ) -> EightBits:
+        """Let the model with these replacements compute in 8 bits."""
+        model = rewrite(self.model, replacements) if replacements else self.model
+        limits = {} if budget is None else self.analysis.limits(replace(budget, latency=None))
+        return in_eight_bits(evidence, model, limits.get("mem"))
 
     def _decide(
         self, budget: Budget | None, plan: Plan | None
@@ -237,10 +260,23 @@ class Session:
         assert budget is not None
         try:
             if budget.latency is None or self.times is None:
-                return choose(self.analysis.constraints(budget))
+                return self._by_costs(budget, choose)
             return search_by_latency(self.times.search, self.analysis, budget, choose)
         except BudgetError as error:
             raise explain(error, self.model, self.analysis, self.settings, self.rule) from error
+
+    def _by_costs(self, budget: Budget, choose: Choose) -> SearchResult:
+        def search(limits: Budget) -> SearchResult:
+            return choose(self.analysis.constraints(limits))
+
+        if self.settings.arithmetic == "int8" and budget.mem is not None:
+            return self.eight_bit_memory.meet(budget, search)
+        return search(budget)
+
+    @cached_property
+    def eight_bit_memory(self) -> EightBitMemory:
+        """Counts the bytes of the model in 8 bits."""
+        return EightBitMemory(self.model, self.analysis)
 
     @property
     def _problem(self) -> Problem:

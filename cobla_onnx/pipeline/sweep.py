@@ -53,9 +53,9 @@ def sweep(
         As those of `compress`.
     memory_limit, images, labels, loss, outputs, refit, time_limit, seed, threads
         As those of `compress`.
-    precision, rank_multiple, provider, profile, measure_latency, workers, executor, dask, cache
+    precision, arithmetic, rank_multiple, provider, profile, measure_latency, workers, executor
         As those of `compress`.
-    progress
+    dask, cache, progress
         As those of `compress`.
 
     Returns
