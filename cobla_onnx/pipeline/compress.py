@@ -12,6 +12,7 @@ from cobla_onnx.pipeline.inputs import ModelSource
 from cobla_onnx.pipeline.max_drop import check_max_drop, smallest
 from cobla_onnx.pipeline.open_session import open_session
 from cobla_onnx.pipeline.result import Result
+from cobla_onnx.pipeline.timed import check_arithmetic
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.provenance import call_text
 from cobla_onnx.wording import either, option_name
@@ -175,11 +176,7 @@ def compress(
             f"{option_name('max_drop')}: is not combined with {option_name('latency')}; give "
             f"{option_name('mem')} or {option_name('mac')}"
         )
-    if settings.arithmetic == "auto" and not timed:
-        raise UsageError(
-            f"{option_name('arithmetic', 'auto')}: is chosen by measured times; give "
-            f"{option_name('latency')}, or {option_name('arithmetic', 'int8')}"
-        )
+    check_arithmetic(settings, timed)
     asked = () if budget is None or plan is not None else (budget,)
     with open_session(
         model,

@@ -8,20 +8,18 @@ from functools import partial
 
 import onnx
 
-from cobla_onnx.allocation import Budget
 from cobla_onnx.latency.layer_times import slowest_layers, time_layers
 from cobla_onnx.latency.profile import Conditions, Profile
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.build_report import latency_report
-from cobla_onnx.pipeline.search.latency import Choose, LatencySearch, example_feeds
-from cobla_onnx.pipeline.search.problem import SearchResult
+from cobla_onnx.pipeline.search.latency import LatencySearch, example_feeds
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import LatencyReport
 from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.providers import current_provider
 
-__all__ = ["ModelTimes", "open_profile", "search_by_latency"]
+__all__ = ["ModelTimes", "open_profile"]
 
 
 def open_profile(path: str | os.PathLike[str] | None, threads: int) -> Profile:
@@ -130,13 +128,3 @@ class ModelTimes:
         return slowest_layers(
             search.model, analysis.layers, analysis.shapes, plan, search.profile, search.stopwatch
         )
-
-
-def search_by_latency(
-    search: LatencySearch, analysis: Analysis, budget: Budget, choose: Choose
-) -> SearchResult:
-    """Choose ranks that meet a latency budget; see `LatencySearch.meet`."""
-    try:
-        return search.meet(analysis, budget, choose).result
-    finally:
-        search.profile.keep()

@@ -140,10 +140,15 @@ def open_session(
             times = None if profile is None else _times(proto, analysis, profile, settings, context)
             table = times.table() if times is not None and times_needed else analysis
             evidence = None if looking is None else looking.evidence(table)
-            seconds = time.perf_counter() - started
-            yield Session(
-                proto, table, settings, context, evidence, times, source, order, rule, seconds
-            )
+            session = Session(proto, table, settings, context, evidence, times, source, order, rule)
+            if times_needed:
+                # What a budget of MACs would choose from is measured end to end, too.
+                grid = _rule(settings, Needs(macs_needed=True), provider)
+                other = analysis.under(grid)
+                seen = None if looking is None else looking.evidence(other)
+                by_macs = replace(session, analysis=other, evidence=seen, rule=grid)
+                session = replace(session, by_macs=by_macs)
+            yield replace(session, seconds=time.perf_counter() - started)
         finally:
             if analysis.from_data is not None:
                 analysis.from_data.close()

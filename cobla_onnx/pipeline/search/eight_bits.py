@@ -18,6 +18,7 @@ from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.evaluation.quality import Quality, measure_quality
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.io.model_file import stored_bytes
+from cobla_onnx.graph.macs import infer_shapes, node_macs
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.sensitivity import spread_over
 from cobla_onnx.report.arithmetic import ArithmeticReport
@@ -30,8 +31,8 @@ __all__ = ["EightBits", "in_eight_bits", "stand_in_eight_bits"]
 # Most samples for histograms, which take a hundred times longer than the least and the largest.
 HISTOGRAM_SAMPLES = 32
 # A node is left in floating point where that takes back this share of what 8 bits lose, and more
-# than a standard error: it then runs two to three times longer.
-WORTH = 0.2
+# than a standard error; it then runs two to three times longer, so that it must have few MACs.
+WORTH, MOST_MACS = 0.2, 0.05
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def in_eight_bits(evidence: Evidence, model: onnx.ModelProto, most: int | None =
     """Let a model compute in 8 bits where it can.
 
     First all nodes with weights, and those between them, with ranges by each of the methods; then
-    the first and the last one are left in floating point where that takes back much of the loss.
+    the first and the last one are left in floating point where that takes back much of the loss
+    and costs little.
 
     Parameters
     ----------
@@ -125,7 +127,7 @@ class _Search:
         before = self._judge(self.source)
         method, ranges, best = self._by_ranges(weighted)
         left = list[int]()
-        for place in dict.fromkeys((weighted[-1], weighted[0])) if len(weighted) > 2 else ():
+        for place in self._cheap_ends(weighted):
             nodes = [node for node in weighted if node not in (*left, place)]
             other = self._with(ranges, nodes)
             self.candidates[f"{method}, without {self._shown(place)}"] = other.loss
@@ -150,6 +152,14 @@ class _Search:
         )
         self.evidence.context.progress("8-bit arithmetic", self.done, self.done)
         return EightBits(self.source, best.model, report)
+
+    def _cheap_ends(self, weighted: Sequence[int]) -> list[int]:
+        """Return the last and the first node, if there are others and they have few MACs."""
+        shapes = infer_shapes(self.source, self.evidence.analysis.input_shapes)
+        macs, _ = node_macs(self.source, shapes)
+        most = MOST_MACS * sum(macs.values())
+        ends = (weighted[-1], weighted[0]) if len(weighted) > 2 else ()
+        return [place for place in ends if macs.get(place, most + 1) <= most]
 
     def _by_ranges(self, weighted: Sequence[int]) -> tuple[Method, Ranges, _Judged]:
         found = list[tuple[Method, Ranges, _Judged]]()

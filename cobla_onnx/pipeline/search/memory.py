@@ -59,6 +59,11 @@ class EightBitMemory:
         """Bytes of the weights of the original in 8 bits."""
         return self.under(Plan(()))
 
+    def in_floats(self, share: float) -> float:
+        """About the share of floating-point weights that takes a share of all bytes in 8 bits."""
+        limit = self.analysis.limits(Budget(mem=share))["mem"]
+        return min(1.0, CLOSE * limit / self.original)
+
     def meet(self, budget: Budget, search: Callable[[Budget], SearchResult]) -> SearchResult:
         """Choose ranks for a budget with a memory limit.
 

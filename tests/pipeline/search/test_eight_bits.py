@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from cobla_onnx import Budget, compress
+from cobla_onnx import Budget, compress, sweep
 from cobla_onnx.errors import BudgetError, ModelError, UsageError, VerificationError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import find_layers
@@ -82,35 +82,39 @@ def test_what_computes_in_eight_bits_is_stored_in_no_others(data):
     assert (asked.of(conv).bits, asked.of(gemm).bits) == ((), (4,))
 
 
-@pytest.fixture
-def counted():
+def test_what_no_ranks_reach_is_refused_with_the_least():
     model = small_network()
     with open_session(model, Settings()) as session:
-        yield EightBitMemory(model, session.analysis), session
+        memory, choose = EightBitMemory(model, session.analysis), session.chooser(None)
 
+        def search(budget):
+            return choose(session.analysis.constraints(budget))
 
-def test_what_no_ranks_reach_is_refused_with_the_least(counted):
-    memory, session = counted
-    assert memory.original == memory.under(Plan(()))
-    with pytest.raises(BudgetError, match=r"mem=0.01.*least that was reached in 8 bits") as caught:
-        memory.meet(Budget(mem=0.01), lambda budget: session._search(budget, _weights(session)))
-    least = caught.value.least["mem"]
-    found = memory.meet(Budget(mem=least), lambda b: session._search(b, _weights(session)))
-    assert memory.under(found.plan(session.analysis)) <= least * session.analysis.mem_total
-
-
-def _weights(session):
-    return session._choose_by_weights
+        assert memory.original == memory.under(Plan(()))
+        with pytest.raises(BudgetError, match=r"mem=0.01.*least that was reached in 8") as caught:
+            memory.meet(Budget(mem=0.01), search)
+        least = caught.value.least["mem"]
+        found = memory.meet(Budget(mem=least), search)
+        total = session.analysis.mem_total
+    assert memory.under(found.plan(session.analysis)) <= least * total
 
 
 def test_no_more_bytes_are_spent_on_nodes_left_in_floating_point(data, monkeypatch):
     monkeypatch.setattr(eight_bits, "paired_gain", _always_better)
+    monkeypatch.setattr(eight_bits, "MOST_MACS", 1.0)
     with open_session(small_network(), Settings(data=data, arithmetic="int8")) as session:
         free = in_eight_bits(session.evidence, session.model)
         assert free.report.left == ("conv1", "fc")
         assert free.report.nodes == 1
         most = stored_bytes(free.model) - 1
         assert len(in_eight_bits(session.evidence, session.model, most).report.left) == 1
+
+
+def test_nodes_with_many_macs_compute_in_eight_bits_whatever_that_loses(data, monkeypatch):
+    monkeypatch.setattr(eight_bits, "paired_gain", _always_better)
+    with open_session(small_network(), Settings(data=data, arithmetic="int8")) as session:
+        # Of the MACs, conv1 has 62 200, the classifier 240.
+        assert in_eight_bits(session.evidence, session.model).report.left == ("fc",)
 
 
 def _always_better(before, after):
@@ -124,6 +128,8 @@ def test_samples_are_needed_and_times_for_auto(data):
         compress(small_network(), Budget(mac=0.5), arithmetic="int8")
     with pytest.raises(UsageError, match=r"arithmetic='auto'.*measured times; give latency"):
         compress(small_network(), Budget(mac=0.5), arithmetic="auto", data=data)
+    with pytest.raises(UsageError, match=r"measured times"):
+        sweep(small_network(), [Budget(latency=0.5), Budget(mac=0.5)], arithmetic="auto", data=data)
     assert values.memory_bytes("1KB") == 1000
 
 
