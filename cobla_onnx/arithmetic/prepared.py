@@ -67,6 +67,8 @@ class Prepared:
             graph.input.remove(value)
         for value in [v for v in graph.value_info if v.name not in tensors]:
             graph.value_info.remove(value)
+        for note in [n for n in graph.quantization_annotation if n.tensor_name not in tensors]:
+            graph.quantization_annotation.remove(note)
         sort_nodes(graph)
         return result
 

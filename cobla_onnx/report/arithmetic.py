@@ -23,8 +23,8 @@ class ArithmeticReport:
         Nodes that could, and compute in floating point since that loses less, by what they write.
     ranges : str
         How ranges of activations follow from the calibration samples.
-    candidates : dict of str to float
-        Losses on the selection split of all that was compared.
+    candidates : dict of str to (float or None)
+        Losses on the selection split of all that was compared; None where one is not finite.
     reduced : bool
         Whether weights are rounded to 7 bits, since sums of products saturate on this processor.
     loss_before, loss : float
@@ -36,7 +36,7 @@ class ArithmeticReport:
     carried: int
     left: tuple[str, ...]
     ranges: str
-    candidates: dict[str, float]
+    candidates: dict[str, float | None]
     reduced: bool
     loss_before: float
     loss: float

@@ -55,6 +55,9 @@ def test_every_pair_stands_where_it_belongs_and_the_rest_is_as_it_was():
     assert kept["conv1"].doc_string == "node documentation"
     assert kept["conv2"].metadata_props[0].value == "features.2"
     assert not [d for d in differences(model, result) if d.startswith("model.")]
+    # What was said about a tensor that is in no file any more is left out.
+    assert not result.graph.quantization_annotation
+    assert not {value.name for value in result.graph.value_info}
     stored = {tensor.name: tensor for tensor in result.graph.initializer}
     assert {stored[f"w{i}_quantized"].data_type for i in (1, 2, 3)} == {TensorProto.INT8}
     assert list(stored["w2_scale"].dims) == [24]

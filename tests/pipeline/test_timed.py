@@ -72,8 +72,14 @@ def test_where_eight_bits_are_fast_they_are_taken(data, processor):
     assert best.report.latency.predicted_ratio is None
     note = next(n for n in best.report.notes if "loses least" in n)
     assert "by MACs, then 8 bits" in note
+
+
+def test_eight_bits_that_are_fast_enough_by_themselves_leave_no_room_for_ranks(data, processor):
+    processor(eight_bits=0.5)
+    options = {"data": data, **OPTIONS}
     alone = compress(small_network(), Budget(latency=0.55), arithmetic="int8", **options)
     assert all(decision.scheme is None for decision in alone.plan.decisions)
+    assert alone.report.latency.ratio <= 0.55
 
 
 def test_where_they_are_slow_ranks_alone_are(data, processor):

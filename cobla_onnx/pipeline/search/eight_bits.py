@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -111,7 +112,8 @@ class _Judged:
 
     @property
     def loss(self) -> float:
-        return float(self.losses.mean())
+        loss = float(self.losses.mean())
+        return loss if math.isfinite(loss) else math.inf
 
 
 @dataclass
@@ -126,6 +128,12 @@ class _Search:
     def result(self, weighted: Sequence[int]) -> EightBits:
         before = self._judge(self.source)
         method, ranges, best = self._by_ranges(weighted)
+        if math.isinf(best.loss) and not math.isinf(before.loss):
+            raise VerificationError(
+                f"{option_name('arithmetic', 'int8')}: on the samples held back the model in 8 "
+                "bits gives outputs that are no numbers; nothing was written, give "
+                f"{option_name('arithmetic', 'keep')}"
+            )
         left = list[int]()
         for place in self._cheap_ends(weighted):
             nodes = [node for node in weighted if node not in (*left, place)]
@@ -143,7 +151,7 @@ class _Search:
             len(carried_nodes(self.source, chosen)),
             tuple(map(self._shown, sorted(left))),
             method,
-            self.candidates,
+            {name: None if math.isinf(loss) else loss for name, loss in self.candidates.items()},
             sums_saturate(),
             before.loss,
             best.loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 
@@ -150,19 +151,34 @@ def test_old_opsets_and_models_without_weights_for_it_are_refused(data):
         eight_bits.stand_in_eight_bits(halves)
 
 
-@pytest.mark.parametrize("fault", ["a missing scale", "a wrong type"])
-def test_what_onnxruntime_does_not_run_is_not_written(data, monkeypatch, fault):
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("a missing scale", "does not run the model in 8 bits"),
+        ("a wrong type", "does not run the model in 8 bits"),
+        ("no number", "gives outputs that are no numbers"),
+    ],
+)
+def test_what_does_not_run_or_gives_no_numbers_is_not_written(data, monkeypatch, fault, words):
     def broken(*args, **options):
         model = real(*args, **options)
         scale = next(t for t in model.graph.initializer if t.name.endswith("_scale"))
         if fault == "a missing scale":
             model.graph.initializer.remove(scale)
-        else:
+        elif fault == "a wrong type":
             scale.data_type = onnx.TensorProto.INT32
+        else:
+            model.graph.node.add(op_type="Log", input=["minus one"], output=["no number"])
+            made = next(node for node in model.graph.node if "logits" in node.output)
+            made.output[0] = "before"
+            model.graph.node.add(op_type="Add", input=["before", "no number"], output=["logits"])
+            model.graph.initializer.append(
+                onnx.numpy_helper.from_array(np.float32([-1.0]), "minus one")
+            )
         return model
 
     real = eight_bits.quantised
     monkeypatch.setattr(eight_bits, "quantised", broken)
-    with pytest.raises(VerificationError, match="does not run the model in 8 bits") as caught:
+    with pytest.raises(VerificationError, match=words) as caught:
         compress(small_network(), Budget(mac=1.0), data=data, arithmetic="int8", **QUICK)
     assert caught.value.exit_code == 5
