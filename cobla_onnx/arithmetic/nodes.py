@@ -7,10 +7,18 @@ from collections.abc import Collection, Iterable
 import onnx
 
 from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.io.model_file import constant_value, copy_without_initializers, is_weight
 from cobla_onnx.graph.protos import opset_of
 from cobla_onnx.wording import option_name
 
-__all__ = ["CARRIED", "WEIGHTED", "carried_nodes", "require_opset", "weighted_nodes"]
+__all__ = [
+    "CARRIED",
+    "WEIGHTED",
+    "carried_nodes",
+    "require_opset",
+    "weighted_nodes",
+    "with_stored_weights",
+]
 
 # Operators whose weights are stored in 8 bits; all have the weight as their second input.
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -54,6 +62,31 @@ def require_opset(model: onnx.ModelProto) -> None:
             'python -c "import onnx; m = onnx.version_converter.convert_version('
             "onnx.load('IN.onnx'), 17); onnx.save(m, 'LIFTED.onnx')\""
         )
+
+
+def with_stored_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model whose weights are initializers where they were in Constant nodes.
+
+    The quantiser stores nothing else in 8 bits. It is the model itself if there are none.
+    """
+    nodes = [node for node in model.graph.node if node.op_type in WEIGHTED]
+    read = {name for node in nodes for name in node.input[1:3]}
+    found = {}
+    for node in model.graph.node:
+        value = constant_value(node)
+        if value is not None and node.output[0] in read and is_weight(value):
+            found[node.output[0]] = value
+    if not found:
+        return model
+    result = copy_without_initializers(model, ())
+    kept = [node for node in result.graph.node if not found.keys() & set(node.output)]
+    del result.graph.node[:]
+    result.graph.node.extend(kept)
+    for name, value in found.items():
+        tensor = result.graph.initializer.add()
+        tensor.CopyFrom(value)
+        tensor.name = name
+    return result
 
 
 def weighted_nodes(model: onnx.ModelProto) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ from cobla_onnx.pipeline.search.data import (
     measure_factors,
     search_by_data,
 )
-from cobla_onnx.pipeline.search.eight_bits import EightBits, in_eight_bits
+from cobla_onnx.pipeline.search.eight_bits import EightBits, in_eight_bits, spared_outputs
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.latency import Choose
@@ -276,7 +276,8 @@ class Session:
         most = None
         if budget is not None and budget.mem is not None:
             most = self.analysis.limits(Budget(mem=budget.mem))["mem"]
-        return in_eight_bits(evidence, model, most)
+        spared = spared_outputs(self.model, self.analysis)
+        return in_eight_bits(evidence, model, most, spared)
 
     def _by_costs(self, budget: Budget, choose: Choose) -> SearchResult:
         def search(limits: Budget) -> SearchResult:

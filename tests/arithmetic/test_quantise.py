@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from cobla_onnx.arithmetic import saturation
-from cobla_onnx.arithmetic.nodes import carried_nodes, require_opset, weighted_nodes
+from cobla_onnx.arithmetic.nodes import (
+    carried_nodes,
+    require_opset,
+    weighted_nodes,
+    with_stored_weights,
+)
 from cobla_onnx.arithmetic.prepared import prepare
 from cobla_onnx.arithmetic.quantise import quantised
 from cobla_onnx.arithmetic.ranges import METHODS, calibrated, stand_in_ranges
@@ -168,6 +173,23 @@ def test_what_has_a_stored_weight_in_single_precision_can_compute_in_eight_bits(
     assert weighted_nodes(products()) == (0, 3)
     assert weighted_nodes(products(decoded=True)) == (4,)
     assert weighted_nodes(products(elem_type=TensorProto.FLOAT16)) == ()
+
+
+def test_weights_in_constant_nodes_are_stored_as_others_are():
+    model = small_network()
+    assert with_stored_weights(model) is model
+    (weight,) = (t for t in model.graph.initializer if t.name == "w2")
+    node = helper.make_node("Constant", [], ["w2"], "constant", value=weight)
+    model.graph.initializer.remove(weight)
+    model.graph.node.insert(0, node)
+    assert len(weighted_nodes(model)) == 2
+    stored = with_stored_weights(model)
+    assert len(weighted_nodes(stored)) == 3
+    assert stored_bytes(stored) == stored_bytes(model)
+    (feeds,) = batches(model, 1)
+    before, after = (run_session(open_session(m, 1), feeds)["logits"] for m in (model, stored))
+    np.testing.assert_array_equal(before, after)
+    assert "constant" in {node.name for node in model.graph.node}
 
 
 def test_a_node_goes_along_only_between_others():

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx
 
 from cobla_onnx.allocation.paired import paired_gain
 from cobla_onnx.allocation.problem import Float64
-from cobla_onnx.arithmetic.nodes import carried_nodes, require_opset, weighted_nodes
+from cobla_onnx.arithmetic.nodes import (
+    carried_nodes,
+    require_opset,
+    weighted_nodes,
+    with_stored_weights,
+)
 from cobla_onnx.arithmetic.prepared import Prepared, prepare
 from cobla_onnx.arithmetic.quantise import quantised
 from cobla_onnx.arithmetic.ranges import METHODS, Method, Ranges, calibrated, stand_in_ranges
@@ -19,7 +24,9 @@ from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.evaluation.quality import Quality, measure_quality
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.io.model_file import stored_bytes
+from cobla_onnx.graph.layers import Reason, find_layers
 from cobla_onnx.graph.macs import infer_shapes, node_macs
+from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.sensitivity import spread_over
 from cobla_onnx.report.arithmetic import ArithmeticReport
@@ -27,7 +34,7 @@ from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.runtime.temporary import Shelf
 from cobla_onnx.wording import option_name
 
-__all__ = ["EightBits", "in_eight_bits", "stand_in_eight_bits"]
+__all__ = ["EightBits", "in_eight_bits", "spared_outputs", "stand_in_eight_bits"]
 
 # Most samples for histograms, which take a hundred times longer than the least and the largest.
 HISTOGRAM_SAMPLES = 32
@@ -53,7 +60,12 @@ class EightBits:
     report: ArithmeticReport
 
 
-def in_eight_bits(evidence: Evidence, model: onnx.ModelProto, most: int | None = None) -> EightBits:
+def in_eight_bits(
+    evidence: Evidence,
+    model: onnx.ModelProto,
+    most: int | None = None,
+    spared: Collection[str] = (),
+) -> EightBits:
     """Let a model compute in 8 bits where it can.
 
     First all nodes with weights, and those between them, with ranges by each of the methods; then
@@ -68,6 +80,8 @@ def in_eight_bits(evidence: Evidence, model: onnx.ModelProto, most: int | None =
         In floating point, with the outputs of the original.
     most : int, optional
         Bytes of weights that the result may have.
+    spared : collection of str
+        What `spared_outputs` gives.
 
     Raises
     ------
@@ -76,22 +90,39 @@ def in_eight_bits(evidence: Evidence, model: onnx.ModelProto, most: int | None =
     VerificationError
         If onnxruntime does not run the result.
     """
-    weighted = _weighted(model)
+    model = with_stored_weights(model)
+    weighted = _weighted(model, spared)
     search = _Search(evidence, prepare(model, evidence.measured.model.graph.output), model, most)
     return search.result(weighted)
 
 
-def stand_in_eight_bits(model: onnx.ModelProto) -> onnx.ModelProto:
+def stand_in_eight_bits(model: onnx.ModelProto, spared: Collection[str] = ()) -> onnx.ModelProto:
     """Return a model that stores as many bytes and takes the same time, whatever its ranges."""
-    weighted = _weighted(model)
+    model = with_stored_weights(model)
+    weighted = _weighted(model, spared)
     prepared = prepare(model)
     nodes = (*weighted, *carried_nodes(model, weighted))
     return quantised(prepared, stand_in_ranges(prepared), nodes)
 
 
-def _weighted(model: onnx.ModelProto) -> tuple[int, ...]:
+def spared_outputs(model: onnx.ModelProto, analysis: Analysis) -> frozenset[str]:
+    """Return what layers write that options leave as they are: not in 8 bits either.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The original.
+    """
+    reasons = (Reason.EXCLUDED, Reason.TOO_SMALL)
+    names = {item.name for item in analysis.skipped if item.reason in reasons}
+    layers = [layer for layer in find_layers(model).layers if layer.name in names]
+    return frozenset(use.output for layer in layers for use in layer.uses)
+
+
+def _weighted(model: onnx.ModelProto, spared: Collection[str]) -> tuple[int, ...]:
     require_opset(model)
-    found = weighted_nodes(model)
+    nodes = model.graph.node
+    found = tuple(p for p in weighted_nodes(model) if nodes[p].output[0] not in spared)
     if not found:
         raise ModelError(
             f"{option_name('arithmetic', 'int8')}: the model has no Conv, ConvTranspose, Gemm or "

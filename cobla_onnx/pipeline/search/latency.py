@@ -26,7 +26,7 @@ from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.timing import Comparison, Stopwatch, compare
 from cobla_onnx.pipeline.analysis import Analysis
-from cobla_onnx.pipeline.search.eight_bits import stand_in_eight_bits
+from cobla_onnx.pipeline.search.eight_bits import spared_outputs, stand_in_eight_bits
 from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
@@ -168,7 +168,9 @@ class LatencySearch:
         if key not in self._entry["plans"]:
             replaced = [stand_in(*analysis.resolve(d)) for d in chosen]
             compressed = rewrite(self.model, replaced) if replaced else self.model
-            compressed = stand_in_eight_bits(compressed) if eight_bits else compressed
+            if eight_bits:
+                spared = spared_outputs(self.model, analysis)
+                compressed = stand_in_eight_bits(compressed, spared)
             self._entry["plans"][key] = asdict(self.compare(compressed))
         return Comparison(**self._entry["plans"][key])
 

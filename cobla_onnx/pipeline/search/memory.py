@@ -18,7 +18,7 @@ from cobla_onnx.allocation import Budget
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.pipeline.analysis import Analysis
-from cobla_onnx.pipeline.search.eight_bits import stand_in_eight_bits
+from cobla_onnx.pipeline.search.eight_bits import spared_outputs, stand_in_eight_bits
 from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.plan import Plan
 from cobla_onnx.variants.registry import stand_in
@@ -52,7 +52,11 @@ class EightBitMemory:
         chosen = [d for d in plan.decisions if d.scheme is not None]
         replaced = [stand_in(*self.analysis.resolve(d)) for d in chosen]
         model = rewrite(self.model, replaced) if replaced else self.model
-        return stored_bytes(stand_in_eight_bits(model))
+        return stored_bytes(stand_in_eight_bits(model, self._spared))
+
+    @cached_property
+    def _spared(self) -> frozenset[str]:
+        return spared_outputs(self.model, self.analysis)
 
     @cached_property
     def original(self) -> int:

@@ -83,6 +83,15 @@ def test_what_computes_in_eight_bits_is_stored_in_no_others(data):
     assert (asked.of(conv).bits, asked.of(gemm).bits) == ((), (4,))
 
 
+def test_what_options_leave_out_is_left_in_floating_point(data):
+    options = {"data": data, "arithmetic": "int8", "exclude": ["conv1"], **QUICK}
+    result = compress(small_network(), Budget(mem=0.5), **options)
+    stored = {tensor.name for tensor in result.model.graph.initializer}
+    assert {"w1", "b1", "w2_quantized", "w3_quantized"} <= stored
+    assert result.report.arithmetic.nodes == 2
+    assert result.report.budget["mem"].reached <= 0.5
+
+
 def test_what_no_ranks_reach_is_refused_with_the_least():
     model = small_network()
     with open_session(model, Settings()) as session:
