@@ -37,6 +37,7 @@ CARRIED = (
     "Relu",
     "Reshape",
     "Resize",
+    "Slice",
     "Split",
     "Squeeze",
     "Transpose",

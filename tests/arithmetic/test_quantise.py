@@ -204,6 +204,36 @@ def test_a_node_goes_along_only_between_others():
     assert carried_nodes(network, (0, 2)) == (1,)
 
 
+def test_a_shortcut_without_weights_stays_in_eight_bits():
+    """As in residual networks that halve the picture: every other pixel, padded channels, a sum."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], "first"),
+        helper.make_node("Slice", ["a", "starts", "ends", "axes", "steps"], ["s"], "half"),
+        helper.make_node("Pad", ["s", "pads"], ["p"], "channels"),
+        helper.make_node("Conv", ["a", "v"], ["b"], "second", strides=[2, 2]),
+        helper.make_node("Add", ["b", "p"], ["c"], "sum"),
+        helper.make_node("Conv", ["c", "u"], ["y"], "third"),
+    ]
+    weights = {
+        "w": random_array(4, 3, 1, 1, seed=1),
+        "v": random_array(8, 4, 1, 1, seed=2),
+        "u": random_array(2, 8, 1, 1, seed=3),
+        "starts": np.array([0, 0]),
+        "ends": np.array([8, 8]),
+        "axes": np.array([2, 3]),
+        "steps": np.array([2, 2]),
+        "pads": np.array([0, 2, 0, 0, 0, 2, 0, 0]),
+    }
+    model = model_of(nodes, weights, {"x": [1, 3, 8, 8]}, ["y"])
+    assert carried_nodes(model, weighted_nodes(model)) == (1, 2, 4)
+    result = in_eight_bits(model)
+    (feeds,) = batches(model, 1)
+    expected, found = (
+        run_session(open_session(m, 1, optimized=True), feeds)["y"] for m in (model, result)
+    )
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2**16), st.integers(2, 9), st.integers(1, 9))
 def test_rounding_of_a_product_stays_within_half_steps(seed, inputs, outputs):
