@@ -17,6 +17,7 @@ STOREYS = (
     ("options",),
     ("report",),
     ("latency", "distillation"),
+    ("arithmetic",),
     ("plan",),
     ("variants",),
     ("calibration", "allocation"),

@@ -34,6 +34,7 @@ else:
     Precision = Literal["keep", "auto"] | tuple[int, ...]
 
 __all__ = [
+    "ArithmeticName",
     "ImageFlags",
     "ObjectiveName",
     "Settings",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
+ArithmeticName: TypeAlias = Literal["keep", "int8", "auto"]
 
 # Which commands have an option.
 EVERY: tuple[Command, ...] = ("compress", "advise", "inspect", "sweep", "compare")
@@ -220,6 +222,13 @@ class Settings:
         "Weights and factors in fewer bits, where that loses less: auto, or e.g. 8,4.",
         "keep|auto|LIST",
     )
+    arithmetic: ArithmeticName = option(
+        SEARCH,
+        "speed",
+        "keep",
+        "--arithmetic",
+        "int8: compute in 8 bits what can be, with --data; auto: where --latency gains by it.",
+    )
     rank_multiple: RankMultiple = option(
         SEARCH,
         "speed",
@@ -321,6 +330,11 @@ class Settings:
             raise UsageError(
                 f"{option_name('outputs')}: says how data is compared; give {option_name('data')} "
                 "too"
+            )
+        if self.arithmetic != "keep" and self.data is None:
+            raise UsageError(
+                f"{option_name('arithmetic', self.arithmetic)}: ranges of 8-bit numbers follow "
+                f"from samples; give {option_name('data')} too"
             )
         check_batch(self.batch)
         check_passes(self.distil, self.data)

@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
 
 from cobla_onnx.options.declaring import Command
-from cobla_onnx.options.settings import ObjectiveName, options_of
+from cobla_onnx.options.settings import ArithmeticName, ObjectiveName, options_of
 from cobla_onnx.options.values import BatchSize
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class SearchOptions(AdviseOptions, total=False):
     distil: Passes | None
     time_limit: float | None
     precision: Precision
+    arithmetic: ArithmeticName
     rank_multiple: RankMultiple
     provider: str | None
     profile: str | os.PathLike[str] | None

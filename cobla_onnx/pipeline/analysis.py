@@ -134,20 +134,27 @@ class Analysis:
         """Turn a budget into hard integer constraints over the layers' choices."""
         return budget.constraints(self.curves, self.totals, self.saved)
 
-    def curves_under(self, rule: RankRule) -> tuple[LayerCurves, ...]:
-        """Curves with only the ranks that a rule allows, without layers that keep none."""
-        result = []
+    def under(self, rule: RankRule) -> Analysis:
+        """Return the analysis with only the ranks that a rule allows."""
+        kept, skipped = [], list(self.skipped)
         for each in self.variants:
+            layer, pairs = each.layer, []
             costs = LayerCosts(each.macs, self.shapes, self.folding)
-            kept = []
             for form, curve in zip(each.forms, each.curves.curves, strict=True):
                 family = require_family(form.name)
-                allowed = family.allowed(each.layer, form, curve.levels, costs, rule)
+                allowed = family.allowed(layer, form, curve.levels, costs, rule)
                 if len(allowed):
-                    kept.append(curve.only(np.isin(curve.levels, allowed)))
-            if kept:
-                result.append(replace(each.curves, curves=tuple(kept)))
-        return tuple(result)
+                    pairs.append((form, curve.only(np.isin(curve.levels, allowed))))
+            if pairs:
+                curves = replace(each.curves, curves=tuple(curve for _, curve in pairs))
+                kept.append(replace(each, curves=curves, forms=tuple(form for form, _ in pairs)))
+            else:
+                skipped.append(Skipped(layer.name, layer.op, Reason.NO_GAIN, "", layer.params))
+        return replace(self, variants=tuple(kept), skipped=tuple(skipped))
+
+    def curves_under(self, rule: RankRule) -> tuple[LayerCurves, ...]:
+        """Curves with only the ranks that a rule allows, without layers that keep none."""
+        return self.under(rule).curves
 
     def limits(self, budget: Budget) -> dict[str, int]:
         """Absolute limits of a budget, in bytes, MACs and nanoseconds."""
@@ -335,7 +342,7 @@ def _in_reach(
 
     def under(rule: RankRule) -> list[Candidate]:
         its = replace(asked, ranks=rule)
-        return [candidate(x, cost, its) for x, cost in zip(layers, costs, strict=True)]
+        return [candidate(x, cost, its.of(x)) for x, cost in zip(layers, costs, strict=True)]
 
     ranks = asked.ranks
     rules = [ranks, *(ranks.finer() if reach.refine and not ranks.complete else ())]

@@ -15,7 +15,7 @@ from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.data import MeasuredFactors
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.problem import SearchResult
-from cobla_onnx.plan import Decision, Plan
+from cobla_onnx.plan import Decision
 from cobla_onnx.report.costs import Cost, Sizes
 from cobla_onnx.report.model import (
     BudgetUse,
@@ -85,14 +85,14 @@ def make_report(session: Session, solution: Solution, outcome: Outcome) -> Repor
             "mac": _use(limits.get("mac"), analysis.mac_total, mac_after),
             "latency": _time_use(limits.get("latency"), outcome.latency),
         },
-        layers=_layers(analysis, plan),
+        layers=_layers(analysis, solution),
         solver=None if solution.allocation is None else _solver(solution.allocation),
         verification=outcome.verification,
         calibration=solution.calibration,
         seconds=outcome.seconds,
         seed=session.settings.seed,
         threads=session.context.threads,
-        unchanged=_unchanged(plan) and not analysis.mem_saved,
+        unchanged=_unchanged(solution) and not analysis.mem_saved,
         versions=versions(),
         notes=_notes(analysis, solution, outcome),
         latency=outcome.latency,
@@ -102,6 +102,7 @@ def make_report(session: Session, solution: Solution, outcome: Outcome) -> Repor
         history=solution.history,
         sizes=Sizes(session=outcome.constants),
         forecast=outcome.forecast,
+        arithmetic=None if solution.eight_bits is None else solution.eight_bits.report,
     )
 
 
@@ -117,8 +118,9 @@ def _reported_analysis(session: Session, solution: Solution) -> Analysis:
     return analysis
 
 
-def _unchanged(plan: Plan) -> bool:
-    return all(decision.scheme is None for decision in plan.decisions)
+def _unchanged(solution: Solution) -> bool:
+    plan = solution.plan
+    return solution.eight_bits is None and all(d.scheme is None for d in plan.decisions)
 
 
 def _notes(analysis: Analysis, solution: Solution, outcome: Outcome) -> tuple[str, ...]:
@@ -134,10 +136,10 @@ def _notes(analysis: Analysis, solution: Solution, outcome: Outcome) -> tuple[st
     return notes
 
 
-def _layers(analysis: Analysis, plan: Plan) -> tuple[LayerReport, ...]:
+def _layers(analysis: Analysis, solution: Solution) -> tuple[LayerReport, ...]:
     """Layers that may be compressed, then those that are skipped."""
-    unchanged = _unchanged(plan)
-    decisions = {decision.layer: decision for decision in plan.decisions}
+    unchanged = _unchanged(solution)
+    decisions = {decision.layer: decision for decision in solution.plan.decisions}
     layers = [
         _layer(analysis, index, decisions.get(layer.name, Decision(layer.name)), unchanged)
         for index, layer in enumerate(analysis.layers)

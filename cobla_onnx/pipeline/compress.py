@@ -12,6 +12,7 @@ from cobla_onnx.pipeline.inputs import ModelSource
 from cobla_onnx.pipeline.max_drop import check_max_drop, smallest
 from cobla_onnx.pipeline.open_session import open_session
 from cobla_onnx.pipeline.result import Result
+from cobla_onnx.pipeline.timed import check_arithmetic
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.provenance import call_text
 from cobla_onnx.wording import either, option_name
@@ -100,6 +101,10 @@ def compress(
         In how many bits whole weights may be stored, beside what ranks save: none, any of
         `storage.precision.FORMATS`, or those given. The programme chooses for each layer; a layer
         has ranks or bits.
+    arithmetic : {'keep', 'int8', 'auto'}
+        ``int8``: after ranks and refit, nodes compute in 8 bits where they can, by
+        `onnxruntime.quantization`; their weights are stored so, too. Needs `data`, whose samples
+        give the ranges. ``auto``: only where a latency budget is met with less loss by it.
     rank_multiple : 'auto' or int
         Ranks are multiples of it. ``auto``: every rank under a budget of memory alone, else
         those that the CPU computes without waste; see `rank_rule`.
@@ -179,6 +184,7 @@ def compress(
             f"{option_name('max_drop')}: is not combined with {option_name('latency')}; give "
             f"{option_name('mem')} or {option_name('mac')}"
         )
+    check_arithmetic(settings, timed)
     asked = () if budget is None or plan is not None else (budget,)
     with open_session(
         model,

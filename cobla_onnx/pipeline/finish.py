@@ -35,8 +35,10 @@ __all__ = ["finish"]
 def finish(session: Session, solution: Solution) -> Result:
     """Rewrite the model, count its costs again, verify it and report; see `Session.finish`."""
     started = time.perf_counter()
-    compressed = _rewritten(session, solution)
-    verification = _verified(session, solution, compressed)
+    rewritten = _rewritten(session, solution)
+    compressed = rewritten if solution.eight_bits is None else solution.eight_bits.model
+    _check_budget(session, solution, compressed)
+    verification = _verified(session, solution, rewritten)
     latency, of_time = _timed(session, solution, compressed)
     measured = () if session.evidence is None else session.evidence.measured.notes
     elsewhere = elsewhere_note(session.written, session.analysis, solution.budget)
@@ -64,7 +66,6 @@ def _rewritten(session: Session, solution: Solution) -> onnx.ModelProto:
     session.notify("rewrite", 0, 1)
     replacements = session.followed.for_writing(solution.replacements)
     compressed = rewrite(session.written, replacements) if replacements else session.written
-    _check_budget(session, solution, compressed)
     session.notify("rewrite", 1, 1)
     return compressed
 
@@ -85,10 +86,10 @@ def _check_budget(session: Session, solution: Solution, compressed: onnx.ModelPr
 
 
 def _verified(
-    session: Session, solution: Solution, compressed: onnx.ModelProto
+    session: Session, solution: Solution, rewritten: onnx.ModelProto
 ) -> Verification | None:
     """Verify the result on the samples held back, or on random inputs."""
-    if not solution.replacements:
+    if not solution.replacements and solution.eight_bits is None:
         return None
     evidence = session.evidence
     steps = 1 if evidence is None else _held_back_batches(evidence)
@@ -100,9 +101,10 @@ def _verified(
     session.notify("verify", 0, steps)
     verification = verify(
         session.written,
-        compressed,
+        rewritten,
         session.followed.for_writing(solution.replacements),
         session.analysis.input_shapes,
+        quantised=None if solution.eight_bits is None else solution.eight_bits.model,
         data=None if evidence is None else ("held-back", held_back),
         measures=None if evidence is None else evidence.judge.measures,
         taps=None if evidence is None else evidence.taps,
@@ -129,8 +131,9 @@ def _timed(
     if session.times is None:
         return None, ()
     limit = None if solution.budget is None else solution.budget.latency
+    plan = solution.plan if solution.eight_bits is None else None
     seen = session.followed.as_seen(compressed)
-    return session.times.report(seen, solution.plan, limit, solution.predicted)
+    return session.times.report(seen, plan, limit, solution.predicted)
 
 
 def _constants(session: Session, compressed: onnx.ModelProto) -> Cost:

@@ -67,7 +67,10 @@ def forecast(session: Session, solution: Solution) -> Forecast | None:
     budget, losses, evidence = solution.budget, solution.losses, session.evidence
     if budget is None or budget.mem is None or budget.latency is not None:
         return None
-    if session.settings.precision != "keep" or losses is None or evidence is None:
+    settings = session.settings
+    if settings.precision != "keep" or settings.arithmetic != "keep":
+        return None
+    if losses is None or evidence is None:
         return None
     assert solution.calibration is not None
     quality = solution.calibration.quality

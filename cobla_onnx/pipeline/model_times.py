@@ -8,20 +8,18 @@ from functools import partial
 
 import onnx
 
-from cobla_onnx.allocation import Budget
 from cobla_onnx.latency.layer_times import slowest_layers, time_layers
 from cobla_onnx.latency.profile import Conditions, Profile
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.build_report import latency_report
-from cobla_onnx.pipeline.search.latency import Choose, LatencySearch, example_feeds
-from cobla_onnx.pipeline.search.problem import SearchResult
+from cobla_onnx.pipeline.search.latency import LatencySearch, example_feeds
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import LatencyReport
 from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.providers import current_provider
 
-__all__ = ["ModelTimes", "open_profile", "search_by_latency"]
+__all__ = ["ModelTimes", "open_profile"]
 
 
 def open_profile(path: str | os.PathLike[str] | None, threads: int) -> Profile:
@@ -89,12 +87,18 @@ class ModelTimes:
         return self.analysis.with_times(total, variants, slower)
 
     def report(
-        self, compressed: onnx.ModelProto, plan: Plan, limit: float | None, predicted: float | None
+        self,
+        compressed: onnx.ModelProto,
+        plan: Plan | None,
+        limit: float | None,
+        predicted: float | None,
     ) -> tuple[LatencyReport, tuple[str, ...]]:
         """Time a result and its slowest layers; also return notes.
 
         Parameters
         ----------
+        plan : Plan, optional
+            Without one no layers are timed: those that compute in 8 bits are not, alone.
         limit : float, optional
             Largest fraction of the original's time.
         predicted : float, optional
@@ -105,7 +109,7 @@ class ModelTimes:
         BudgetError
             If the result takes longer than the limit allows, beyond the noise.
         """
-        search, analysis, notes = self.search, self.analysis, tuple[str, ...]()
+        search, notes = self.search, tuple[str, ...]()
         self.context.progress("time the result", 0, 1)
         if compressed is search.model:
             measured = search.unchanged()
@@ -114,19 +118,13 @@ class ModelTimes:
         else:
             measured, note = search.confirm(compressed, limit)
             notes = (note,) if note else ()
-        layers = slowest_layers(
-            search.model, analysis.layers, analysis.shapes, plan, search.profile, search.stopwatch
-        )
+        layers = [] if plan is None else self._slowest(plan)
         search.profile.keep()
         self.context.progress("time the result", 1, 1)
         return latency_report(measured, predicted, layers, search.stopwatch.threads), notes
 
-
-def search_by_latency(
-    search: LatencySearch, analysis: Analysis, budget: Budget, choose: Choose
-) -> SearchResult:
-    """Choose ranks that meet a latency budget; see `LatencySearch.meet`."""
-    try:
-        return search.meet(analysis, budget, choose).result
-    finally:
-        search.profile.keep()
+    def _slowest(self, plan: Plan) -> list[tuple[str, int, int]]:
+        search, analysis = self.search, self.analysis
+        return slowest_layers(
+            search.model, analysis.layers, analysis.shapes, plan, search.profile, search.stopwatch
+        )

@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget
+from cobla_onnx.arithmetic.nodes import WEIGHTED
 from cobla_onnx.calibration.batching import Batching, choose_batching
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.data.evidence import lack_of_evidence
@@ -151,8 +152,7 @@ def open_session(
                 times = _times(followed.model, analysis, profile, settings, context)
             table = times.table() if times is not None and times_needed else analysis
             evidence = None if looking is None else looking.evidence(table)
-            seconds = time.perf_counter() - started
-            yield Session(
+            session = Session(
                 single.model,
                 followed,
                 table,
@@ -163,8 +163,15 @@ def open_session(
                 source,
                 order,
                 rule,
-                seconds,
             )
+            if times_needed:
+                # What a budget of MACs would choose from is measured end to end, too.
+                grid = _rule(settings, Needs(macs_needed=True), provider)
+                other = analysis.under(grid)
+                seen = None if looking is None else looking.evidence(other)
+                by_macs = replace(session, analysis=other, evidence=seen, rule=grid)
+                session = replace(session, by_macs=by_macs)
+            yield replace(session, seconds=time.perf_counter() - started)
         finally:
             if analysis.from_data is not None:
                 analysis.from_data.close()
@@ -231,14 +238,14 @@ def _analysed(
     analysis = analyse(
         followed.model,
         Selection(settings.include, settings.exclude, settings.min_size),
-        Asked(settings.scheme, rule, tuple(bits)),
+        Asked(settings.scheme, rule, tuple(bits), _computed(settings)),
         context=context,
         input_shapes=shapes,
         macs_needed=needs.macs_needed or needs.times_needed,
         see=looking,
         weigh=weigh,
         reach=Reach(
-            needs.budgets,
+            _by_floats(needs.budgets, settings),
             refine,
             lambda error, found: explain(error, followed.original, found, settings, tried),
         ),
@@ -249,6 +256,18 @@ def _analysed(
     if looking is not None:
         notes = (*notes, *followed.notes, *looking.notes)
     return replace(analysis, notes=(*analysis.notes, *single.notes, *notes))
+
+
+def _computed(settings: Settings) -> tuple[str, ...]:
+    """Operators that will compute in 8 bits, as far as that is known before the search."""
+    return WEIGHTED if settings.arithmetic == "int8" else ()
+
+
+def _by_floats(budgets: Sequence[Budget], settings: Settings) -> Sequence[Budget]:
+    """Return budgets without those of memory, if weights will be stored in 8 bits."""
+    if settings.arithmetic == "keep":
+        return budgets
+    return [replace(budget, mem=1.0) for budget in budgets]
 
 
 def _measured(

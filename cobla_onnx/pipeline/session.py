@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -35,20 +35,22 @@ from cobla_onnx.pipeline.budget_errors import explain
 from cobla_onnx.pipeline.build_report import calibration_report
 from cobla_onnx.pipeline.finish import finish
 from cobla_onnx.pipeline.forecast import bit_curves
-from cobla_onnx.pipeline.model_times import ModelTimes, search_by_latency
+from cobla_onnx.pipeline.model_times import ModelTimes
 from cobla_onnx.pipeline.result import Result
 from cobla_onnx.pipeline.search.data import (
-    Factors,
-    MeasuredFactors,
     distil_factors,
     make_factors,
     measure_factors,
     search_by_data,
 )
+from cobla_onnx.pipeline.search.eight_bits import EightBits, in_eight_bits, spared_outputs
 from cobla_onnx.pipeline.search.evidence import Evidence
+from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.latency import Choose
+from cobla_onnx.pipeline.search.memory import EightBitMemory
 from cobla_onnx.pipeline.search.problem import Problem, SearchResult
 from cobla_onnx.pipeline.search.weights import search_by_weights
+from cobla_onnx.pipeline.timed import solve_in_time
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import CalibrationReport
 from cobla_onnx.runtime.context import RunContext
@@ -57,6 +59,7 @@ from cobla_onnx.runtime.progress import Progress, tracked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.replacement import Replacement
+from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.variants.work import replacements_of
 
 __all__ = ["Session", "Solution"]
@@ -84,6 +87,10 @@ class Solution:
         Predicted fraction of the original's running time, with a latency budget.
     losses : SeparableError, optional
         The separable model of the measured loss, see `SearchResult`.
+    eight_bits : EightBits, optional
+        The model with these factors whose nodes compute in 8 bits, if that was asked for.
+    session : Session, optional
+        The one whose layers the plan is of, where a session has others for its ways.
     """
 
     budget: Budget | None
@@ -96,6 +103,8 @@ class Solution:
     seconds: float
     predicted: float | None = None
     losses: SeparableError | None = None
+    eight_bits: EightBits | None = None
+    session: Session | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,9 @@ class Session:
         Decides the candidate ranks.
     seconds : float
         Time that the analysis took.
+    by_macs : Session or None
+        With a latency budget: the layers as a budget of MACs would have them, without the table of
+        times.
     """
 
     given: onnx.ModelProto
@@ -136,6 +148,7 @@ class Session:
     order: Order = field(default_factory=dict, repr=False)
     rule: RankRule = EVERY_RANK
     seconds: float = 0.0
+    by_macs: Session | None = field(default=None, repr=False)
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -170,7 +183,11 @@ class Session:
     def least_memory(self) -> float:
         """Least feasible fraction of memory, rounded up so that it is itself feasible."""
         (constraint,) = self.analysis.constraints(Budget(mem=1.0))
-        return least_fraction(constraint, self.analysis.curves)
+        least = least_fraction(constraint, self.analysis.curves)
+        if self.settings.arithmetic == "int8":
+            # About: budgets below the true one are refused when they are tried.
+            least *= self.eight_bit_memory.original / self.analysis.mem_total
+        return least
 
     def compress(self, budget: Budget | None, plan: Plan | None = None) -> Result:
         """Find ranks and factors for a budget, verify the result and report.
@@ -190,7 +207,7 @@ class Session:
             If a given plan is over the budget.
         VerificationError
         """
-        return finish(self, solution)
+        return finish(solution.session or self, solution)
 
     def solve(self, budget: Budget | None, plan: Plan | None = None) -> Solution:
         """Find ranks, unless a plan gives them, and factors.
@@ -203,13 +220,63 @@ class Session:
             If the plan does not fit the model.
         """
         started = time.perf_counter()
-        found, plan, measured = self._decide(budget, plan)
-        spill, calibration = Spill(), None
-        if self.evidence is None or measured is None:
+        finisher = None if self.evidence is None else self.evidence.finisher()
+        if plan is not None:
+            return self.completed(budget, None, plan, finisher, started)
+        assert budget is not None
+        try:
+            if budget.latency is not None and self.times is not None:
+                return solve_in_time(self, budget)
+            found = self._by_costs(budget, self.chooser(finisher))
+        except BudgetError as error:
+            raise explain(error, self.written, self.analysis, self.settings, self.rule) from error
+        return self.completed(budget, found, found.plan(self.analysis), finisher, started)
+
+    def computing(self, arithmetic: Literal["keep", "int8"]) -> Session:
+        """Return the session in one arithmetic, where several were asked for."""
+        return replace(self, settings=replace(self.settings, arithmetic=arithmetic))
+
+    def chooser(self, finisher: Finisher | None) -> Choose:
+        """Return what chooses ranks within constraints.
+
+        Parameters
+        ----------
+        finisher : Finisher or None
+            Of this session's evidence; None without data.
+        """
+        if self.evidence is None or finisher is None or self.objective == "weights":
+            return self._choose_by_weights
+        return partial(search_by_data, self._problem, self.evidence, finisher)
+
+    def completed(
+        self,
+        budget: Budget | None,
+        found: SearchResult | None,
+        plan: Plan,
+        finisher: Finisher | None,
+        started: float,
+    ) -> Solution:
+        """Make the factors of a plan, and let nodes compute in 8 bits if that was asked for."""
+        spill, calibration, eight_bits = Spill(), None, None
+        if self.evidence is None or finisher is None:
             replacements = spill.replacements(_as_planned(plan, self._replacements(plan)))
         else:
+            factors = make_factors(finisher, plan, self.settings.refit)
+            if self.settings.distil is not None:
+                factors = distil_factors(
+                    self.evidence,
+                    factors,
+                    self.settings.distil,
+                    self.settings.seed,
+                    self.settings.time_limit,
+                )
+            measured = measure_factors(self.evidence, factors)
             replacements = spill.replacements(_as_planned(plan, measured.replacements))
             calibration = calibration_report(self.evidence, found, measured)
+            if self.settings.arithmetic == "int8":
+                eight_bits = self._quantised(self.evidence, budget, replacements)
+                quality = eight_bits.report.quality
+                calibration = replace(calibration, loss=eight_bits.report.loss, quality=quality)
         return Solution(
             budget,
             plan,
@@ -221,51 +288,34 @@ class Session:
             time.perf_counter() - started,
             None if found is None else found.predicted,
             None if found is None else found.losses,
+            eight_bits,
+            self,
         )
 
-    def _decide(
-        self, budget: Budget | None, plan: Plan | None
-    ) -> tuple[SearchResult | None, Plan, MeasuredFactors | None]:
-        """Find ranks, unless a plan gives them, and factors if they are made from data."""
-        if self.evidence is not None:
-            found, plan, factors = self._decide_by_data(self.evidence, budget, plan)
-            if self.settings.distil is not None:
-                # The finisher, and what it kept, are gone by now.
-                factors = distil_factors(
-                    self.evidence,
-                    factors,
-                    self.settings.distil,
-                    self.settings.seed,
-                    self.settings.time_limit,
-                )
-            return found, plan, measure_factors(self.evidence, factors)
-        if plan is not None:
-            return None, plan, None
-        found = self._search(budget, self._choose_by_weights)
-        return found, found.plan(self.analysis), None
+    def _quantised(
+        self, evidence: Evidence, budget: Budget | None, replacements: list[Replacement]
+    ) -> EightBits:
+        """Let the model with these replacements compute in 8 bits."""
+        made = self.followed.for_writing(replacements)
+        model = rewrite(self.written, made) if made else self.written
+        most = None
+        if budget is not None and budget.mem is not None:
+            most = self.analysis.limits(Budget(mem=budget.mem))["mem"]
+        spared = spared_outputs(self.model, self.analysis)
+        return in_eight_bits(evidence, model, most, spared)
 
-    def _decide_by_data(
-        self, evidence: Evidence, budget: Budget | None, plan: Plan | None
-    ) -> tuple[SearchResult | None, Plan, Factors]:
-        # The finisher ends with this call: what it keeps is as large as the weights.
-        finisher = evidence.finisher()
-        found = None
-        if plan is None:
-            by_data = partial(search_by_data, self._problem, evidence, finisher)
-            weights_alone = self.objective == "weights"
-            found = self._search(budget, self._choose_by_weights if weights_alone else by_data)
-            plan = found.plan(self.analysis)
-        return found, plan, make_factors(finisher, plan, self.settings.refit)
+    def _by_costs(self, budget: Budget, choose: Choose) -> SearchResult:
+        def search(limits: Budget) -> SearchResult:
+            return choose(self.analysis.constraints(limits))
 
-    def _search(self, budget: Budget | None, choose: Choose) -> SearchResult:
-        """Choose ranks for a budget, by measured times where it limits them."""
-        assert budget is not None
-        try:
-            if budget.latency is None or self.times is None:
-                return choose(self.analysis.constraints(budget))
-            return search_by_latency(self.times.search, self.analysis, budget, choose)
-        except BudgetError as error:
-            raise explain(error, self.written, self.analysis, self.settings, self.rule) from error
+        if self.settings.arithmetic == "int8" and budget.mem is not None:
+            return self.eight_bit_memory.meet(budget, search)
+        return search(budget)
+
+    @cached_property
+    def eight_bit_memory(self) -> EightBitMemory:
+        """Counts the bytes of the model in 8 bits."""
+        return EightBitMemory(self.model, self.analysis)
 
     @property
     def _problem(self) -> Problem:

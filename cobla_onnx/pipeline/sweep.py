@@ -17,6 +17,7 @@ from cobla_onnx.options.signatures import SearchOptions, takes_options
 from cobla_onnx.pipeline.inputs import ModelSource
 from cobla_onnx.pipeline.open_session import open_session
 from cobla_onnx.pipeline.session import Session
+from cobla_onnx.pipeline.timed import check_arithmetic
 from cobla_onnx.report.amounts import budget_name
 from cobla_onnx.report.sweep import Sweep, SweepPoint
 from cobla_onnx.wording import either, option_name
@@ -53,11 +54,11 @@ def sweep(
         As those of `compress`.
     samples, batch, memory_limit, images, labels, loss, outputs, refit, distil, time_limit
         As those of `compress`.
-    precision, rank_multiple, provider, profile, measure_latency, seed, threads, workers
+    precision, arithmetic, rank_multiple, provider, profile, measure_latency, seed, threads
         As those of `compress`.
-    executor, dask, cache
+    workers, executor
         As those of `compress`.
-    progress
+    dask, cache, progress
         As those of `compress`.
 
     Returns
@@ -90,6 +91,7 @@ def sweep(
     timed = any(budget.latency is not None for budget in wanted)
     measured = options.get("measure_latency", False) or timed
     settings = Settings.of("sweep", options, measure_latency=measured)
+    check_arithmetic(settings, all(budget.latency is not None for budget in wanted))
     folder = None if out_dir is None else _folder(Path(out_dir))
     macs_needed = any(budget.mac is not None for budget in wanted)
     with ExitStack() as stack:

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import onnx
+import onnxruntime
 
 from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.batching import TapLimit
@@ -79,6 +80,7 @@ def verify(
     replacements: Sequence[Replacement],
     shapes: Mapping[str, Shape],
     *,
+    quantised: onnx.ModelProto | None = None,
     data: tuple[str, Callable[[], Iterable[Feeds]]] | None = None,
     measures: Mapping[str, Measure] | None = None,
     taps: TapLimit | None = None,
@@ -92,6 +94,9 @@ def verify(
     ----------
     shapes : mapping of str to tuple
         Shapes of the model's inputs, as far as known.
+    quantised : ModelProto, optional
+        The compressed model with nodes that compute in 8 bits. The rewrite is proved without them;
+        it is this one whose outputs are compared, optimised as users run it. Needs data.
     data : tuple of str and callable, optional
         Name of the data, and a function that returns a fresh iterator over its batches. Without
         data, random inputs are used. The rewrite is checked on the first batches.
@@ -110,7 +115,7 @@ def verify(
         If the checker or onnxruntime rejects the compressed model, or the new nodes do
         not compute what their dense weight would.
     """
-    notes = check_model(original, compressed)
+    notes = check_model(original, quantised or compressed)
     session = open_session(original, threads)
     if data is None:
         proof, reference, unknown = runnable_feeds(session, shapes, seed, known_words(original))
@@ -140,7 +145,10 @@ def verify(
             comparison.add(expected, actual, feed, _samples(feed))
         samples = sum(_samples(feed) for feed in proof)
     else:
-        samples = _compare(comparison, original, compressed, data[1](), threads, progress)
+        # Without optimisations, 8-bit nodes compute in floating point between their pairs.
+        optimized = quantised is not None or _small(original)
+        second = open_session(quantised or compressed, threads, optimized=optimized)
+        samples = _compare(comparison, original, second, data[1](), threads, progress)
     name = "random" if data is None else data[0]
     for output in original.graph.output:
         if not any(output.name in result for result in results):
@@ -157,21 +165,24 @@ def varying_outputs(model: onnx.ModelProto, feeds: Feeds) -> frozenset[str]:
     return frozenset(name for name in names if found.cause(name) is not None)
 
 
+def _small(original: onnx.ModelProto) -> bool:
+    """Whether models are optimised, as users run them: weights in fewer bits are decoded once.
+
+    Large ones are not, since both sessions would hold a second copy of the weights.
+    """
+    return stored_bytes(original) < BY_FILE
+
+
 def _compare(
     comparison: Comparison,
     original: onnx.ModelProto,
-    compressed: onnx.ModelProto,
+    second: onnxruntime.InferenceSession,
     batches: Iterable[Feeds],
     threads: int,
     progress: Callable[[int], None],
 ) -> int:
     """Accumulate over all batches; return the number of samples."""
-    # Optimised, as users run them: weights in fewer bits are decoded once. Large models are not,
-    # since both sessions would hold a second copy of the weights.
-    small = stored_bytes(original) < BY_FILE
-    first, second = (
-        open_session(model, threads, optimized=small) for model in (original, compressed)
-    )
+    first = open_session(original, threads, optimized=_small(original))
     samples = 0
     for number, feeds in enumerate(batches):
         progress(number)

@@ -31,6 +31,7 @@ def to_markdown(report: Report) -> str:
         *_left_alone(report),
         *_verification(report),
         *_calibration(report),
+        *_arithmetic(report),
         *_latency(report),
         *_list("## Notes", [_plain(note, 600) for note in report.notes]),
         *_environment(report),
@@ -164,6 +165,14 @@ def _calibration(report: Report) -> list[str]:
         f"{percent_text(seen.quality.before)} → {percent_text(seen.quality.after)}.",
         *([] if learned is None else [f"{_plain(learned.text, 600)}."]),
     ]
+
+
+def _arithmetic(report: Report) -> list[str]:
+    said = report.arithmetic
+    if said is None:
+        return []
+    left = [_code(name, 80) for name in said.left]
+    return ["## 8-bit arithmetic", said.text + ".", *_list("In floating point:", left)]
 
 
 def _latency(report: Report) -> list[str]:

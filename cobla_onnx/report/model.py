@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
 from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.distillation.record import Distillation
+from cobla_onnx.report.arithmetic import ArithmeticReport
 from cobla_onnx.report.costs import Cost, Sizes
 from cobla_onnx.report.serialise import Exported
 
@@ -316,6 +317,7 @@ class Report(Exported):
     history: tuple[Step, ...] = ()
     sizes: Sizes = field(default_factory=Sizes)
     forecast: Forecast | None = None
+    arithmetic: ArithmeticReport | None = None
 
     @property
     def has_bits(self) -> bool:

@@ -174,6 +174,10 @@ def _verdict(report: Report) -> list[Any]:
         )
         for output in check.outputs:
             lines.append(f"  {safe_text(output.name)}: {output_text(output)}")
+    if report.arithmetic is not None:
+        lines.append(report.arithmetic.text)
+        names = [safe_text(name, 80) for name in report.arithmetic.left]
+        lines += [f"  in floating point: {', '.join(names)}"] if names else []
     if report.unchanged:
         lines.append("the budgets are met as it is: the model is copied unchanged")
     lines.extend(f"note: {safe_text(note, 300)}" for note in report.notes)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from cobla_onnx.allocation import LayerCurves, VariantCurve
 from cobla_onnx.allocation.problem import Float64
@@ -65,11 +66,19 @@ class Asked:
         Which ranks to consider.
     bits : tuple of int
         In how many bits weights may be stored; none for as they are.
+    computed : tuple of str
+        Operators that will compute in 8 bits, whose weights are stored so then, and not in `bits`.
     """
 
     scheme: str
     ranks: RankRule
     bits: tuple[int, ...] = ()
+    computed: tuple[str, ...] = ()
+
+    def of(self, layer: Layer) -> Asked:
+        """Return what is asked for one layer."""
+        single = layer.type == layer.stored_type == TensorProto.FLOAT
+        return replace(self, bits=()) if single and layer.op in self.computed else self
 
 
 @dataclass(frozen=True)

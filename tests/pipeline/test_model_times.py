@@ -6,11 +6,12 @@ import pytest
 
 from cobla_onnx import Budget
 from cobla_onnx.errors import BudgetError
+from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.pipeline.build_report import latency_report
-from cobla_onnx.pipeline.model_times import ModelTimes, open_profile, search_by_latency
-from cobla_onnx.pipeline.search.problem import Problem
-from cobla_onnx.pipeline.search.weights import search_by_weights
+from cobla_onnx.pipeline.model_times import ModelTimes, open_profile
+from cobla_onnx.pipeline.session import Session
+from cobla_onnx.pipeline.timed import solve_in_time
 from cobla_onnx.runtime.context import RunContext
 from tests.latency.fakes import FakeStopwatch
 from tests.pipeline.test_session import MACS, three_products
@@ -38,15 +39,11 @@ def test_the_prediction_is_reported_as_it_is_given(times):
 def test_what_was_measured_is_kept_where_the_budget_is_refused(times, tmp_path):
     """Whole models save a fifth of what their layers promise."""
     analysis = times.table()
-    problem = Problem(analysis, "milp", "weights")
+    settings = Settings(solver="milp", objective="weights", measure_latency=True)
+    session = Session(times.search.model, analysis, settings, RunContext(), times=times)
     before = (tmp_path / "p.json").read_text()
     with pytest.raises(BudgetError, match="fastest of"):
-        search_by_latency(
-            times.search,
-            analysis,
-            Budget(latency=0.5),
-            lambda constraints: search_by_weights(problem, constraints),
-        )
+        solve_in_time(session, Budget(latency=0.5))
     assert len((tmp_path / "p.json").read_text()) > len(before)
     kept = open_profile(tmp_path / "p.json", 1)
     assert kept.to_json() == times.search.profile.to_json()

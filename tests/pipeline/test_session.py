@@ -22,7 +22,7 @@ from cobla_onnx.errors import BudgetError
 from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.open_session import open_session
-from cobla_onnx.pipeline.search.latency import LatencySearch
+from cobla_onnx.pipeline.search.latency import LatencySearch, Way, fast_enough
 from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.pipeline.session import Session
 from tests.builders import model_of, random_array
@@ -130,17 +130,18 @@ def test_what_is_told_of_a_latency_budget_is_of_the_round_that_gave_the_answer(m
     times = {16: 0.7, 20: 0.9}
     rounds = iter([answer(16, 0.3), answer(20, 0.2), answer(20, 0.2)])
 
-    def under(self: LatencySearch, analysis: object, plan: Any) -> Comparison:
+    def under(self: LatencySearch, analysis: object, plan: Any, eight_bits: bool) -> Comparison:
         (rank,) = [d.rank for d in plan.decisions if d.rank]
         ratio = times[rank]
         return Comparison((1.0,) * 3, (ratio,) * 3, ratio, ratio, ratio, 9)
 
     monkeypatch.setattr(LatencySearch, "under", under)
     with opened(None) as session:
-        found = session.times.search.meet(
-            session.analysis, Budget(latency=0.8), lambda constraints: next(rounds)
-        )
+        (proxy,) = session.analysis.constraints(Budget(latency=0.8))
+        way = Way("a way", session.analysis, proxy, (), lambda constraints: next(rounds))
+        tried = session.times.search.tried(way, Budget(latency=0.8))
+    found = fast_enough(tried, 0.8)
+    assert found is not None
     assert found.result.candidates == (0.3,)
     assert found.allocation.choices[0] == Choice(0, 16)
-    assert found.result.predicted == found.predicted
-    assert [step.number for step in found.result.history] == [16, 20, 20]
+    assert [step.number for entry in tried for step in entry.result.history] == [16, 20]

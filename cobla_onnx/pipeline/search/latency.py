@@ -1,9 +1,9 @@
 """Choose ranks so that the whole model, as measured, meets a latency budget.
 
-The table of layer times ignores interactions between layers: caches, layouts, fused operators.
-So the whole model is timed under the plan that the table gives. The ratio of actual to predicted
-saving corrects the table, and the allocation is repeated; once a plan is fast enough, the next
-target comes from a curve through all plans timed so far.
+What stands for the time while ranks are chosen, a table of layer times or MACs, ignores what
+layers do to each other: caches, layouts, fused operators. So the whole model is timed under the
+plan that it gives. The ratio of actual to predicted saving corrects the next limit; once a plan is
+fast enough, it comes from a curve through all plans timed so far.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import onnx
 import scipy
 
 from cobla_onnx.allocation import Allocation, Budget, Constraint
-from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.timing import Comparison, Stopwatch, compare
 from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.search.eight_bits import spared_outputs, stand_in_eight_bits
 from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
@@ -34,7 +34,7 @@ from cobla_onnx.variants.registry import stand_in
 from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.wording import option_name
 
-__all__ = ["Found", "LatencySearch", "example_feeds"]
+__all__ = ["Choose", "Found", "LatencySearch", "Way", "example_feeds", "fast_enough", "too_slow"]
 
 # Most allocations in a row, each with the table corrected by the measurements so far.
 ROUNDS = 6
@@ -55,9 +55,39 @@ Choose = Callable[[Sequence[Constraint]], SearchResult]
 
 
 @dataclass(frozen=True)
+class Way:
+    """How plans are chosen that are then timed.
+
+    Attributes
+    ----------
+    name : str
+        For the report.
+    analysis : Analysis
+    proxy : Constraint
+        The cost that stands for the time while ranks are chosen, with the most of it that the
+        budget allows by itself: the table of layer times, or MACs. The table is wrong where layers
+        are so small that what is between them counts, and MACs are wrong where they cost
+        differently; so both are tried.
+    others : tuple of Constraint
+    choose : callable
+        Returns the best allocation within constraints.
+    eight_bits : bool
+        Whether nodes compute in 8 bits after that.
+    """
+
+    name: str
+    analysis: Analysis
+    proxy: Constraint
+    others: tuple[Constraint, ...]
+    choose: Choose
+    eight_bits: bool = False
+
+
+@dataclass(frozen=True)
 class Found:
     """A result, its predicted fraction of the original's time, and the measured one."""
 
+    way: Way
     result: SearchResult
     predicted: float
     measured: Comparison
@@ -127,68 +157,67 @@ class LatencySearch:
         )
         return compare(np.repeat(times, 2, axis=1))
 
-    def under(self, analysis: Analysis, plan: Plan) -> Comparison:
-        """Time the original and the model under a plan in turn, with random factors."""
+    def under(self, analysis: Analysis, plan: Plan, eight_bits: bool = False) -> Comparison:
+        """Time the original and the model under a plan in turn, with random factors.
+
+        With `eight_bits`, its nodes compute so, in ranges of no meaning.
+        """
         chosen = [d for d in plan.decisions if d.scheme is not None]
         key = hashlib.sha256(Plan(tuple(chosen)).to_json().encode()).hexdigest()[:16]
+        key += " in 8 bits" if eight_bits else ""
         if key not in self._entry["plans"]:
-            compressed = rewrite(self.model, [stand_in(*analysis.resolve(d)) for d in chosen])
+            replaced = [stand_in(*analysis.resolve(d)) for d in chosen]
+            compressed = rewrite(self.model, replaced) if replaced else self.model
+            if eight_bits:
+                spared = spared_outputs(self.model, analysis)
+                compressed = stand_in_eight_bits(compressed, spared)
             self._entry["plans"][key] = asdict(self.compare(compressed))
         return Comparison(**self._entry["plans"][key])
 
-    def meet(self, analysis: Analysis, budget: Budget, choose: Choose) -> Found:
-        """Choose ranks until the measured time meets the budget.
+    def tried(self, way: Way, budget: Budget) -> list[Found]:
+        """Choose ranks until the measured time is close to the budget.
 
         Parameters
         ----------
-        analysis : Analysis
-            With layer times, see `time_layers`.
+        way : Way
         budget : Budget
             With a latency limit.
-        choose : callable
-            Returns the best allocation within constraints.
 
         Returns
         -------
-        Found
-            Its history is that of all rounds; all else is of the round that gave the answer.
-
-        Raises
-        ------
-        BudgetError
-            If no plan that was tried is fast enough; names the fastest.
+        list of Found
+            All plans that were timed.
         """
         limit = budget.latency
         assert limit is not None
-        *others, latency = analysis.constraints(budget)
-        wanted, tried = _corrected(latency, 1.0), list[Found]()
-        history = list[Step]()
+        proxy = way.proxy
+        alone = self.under(way.analysis, Plan(()), way.eight_bits).ratio if way.eight_bits else 1.0
+        aims, found = _Aims(proxy, limit, alone), list[Found]()
+        wanted = aims.first()
         for _ in range(ROUNDS):
             try:
-                result = choose([*others, wanted])
+                result = way.choose([*way.others, wanted])
             except BudgetError as error:
-                if "latency" not in error.least:
+                if proxy.name not in error.least:
                     raise
                 # The table may be wrong: try its fastest plan before refusing the budget.
-                wanted = replace(latency, limit=math.ceil(error.least["latency"] * latency.total))
-                result = choose([*others, wanted])
-            history += result.history
+                wanted = replace(proxy, limit=math.ceil(error.least[proxy.name] * proxy.total))
+                result = way.choose([*way.others, wanted])
             choices = result.allocation.choices
-            if any(choices == found.allocation.choices for found in tried):
+            if any(choices == earlier.allocation.choices for earlier in found):
                 break
-            tried.append(self._try(analysis, latency, result))
-            ratio = tried[-1].measured.ratio
+            found.append(self._try(way, aims, result))
+            ratio = found[-1].measured.ratio
             if CLOSE * limit <= ratio <= limit or not any(choices):
                 break
-            wanted = _aimed(latency, limit, tried)
-        best = _best(tried, limit, self.stopwatch.threads)
-        answer = replace(best.result, history=tuple(history), predicted=best.predicted)
-        return replace(best, result=answer)
+            wanted = aims.next(found)
+        return found
 
-    def _try(self, analysis: Analysis, latency: Constraint, result: SearchResult) -> Found:
+    def _try(self, way: Way, aims: _Aims, result: SearchResult) -> Found:
         choices = result.allocation.choices
-        predicted = latency.cost(analysis.curves, choices) / latency.total
-        return Found(result, predicted, self.under(analysis, analysis.plan(choices)))
+        predicted = aims.predicted(way.proxy.cost(way.analysis.curves, choices))
+        plan = result.plan(way.analysis)
+        return Found(way, result, predicted, self.under(way.analysis, plan, way.eight_bits))
 
     def confirm(self, compressed: onnx.ModelProto, limit: float) -> tuple[Comparison, str]:
         """Time the result itself, twice if the first time is over the limit.
@@ -228,53 +257,91 @@ def _model_key(model: onnx.ModelProto, feeds: Feeds) -> str:
     return digest.hexdigest()[:16]
 
 
-def _corrected(latency: Constraint, scale: float) -> Constraint:
-    """Tighten the limit on predicted time, assuming `scale` of the predicted saving is realised.
+@dataclass(frozen=True)
+class _Aims:
+    """Limits of what stands for the time, so that the measured time should meet its own.
 
-    This equals scaling all savings of the table, with the limit changed instead.
+    Attributes
+    ----------
+    proxy : Constraint
+    limit : float
+        Fraction of the original's time.
+    alone : float
+        That of the model without any ranks: in 8 bits, it is not 1.
     """
-    allowed = AIM * latency.limit if latency.limit < latency.total else latency.limit
-    limit = math.floor(latency.total - (latency.total - allowed) / scale)
-    return replace(latency, limit=min(limit, latency.total))
+
+    proxy: Constraint
+    limit: float
+    alone: float
+
+    def predicted(self, cost: int) -> float:
+        """Fraction of the original's time that a cost stands for."""
+        return self.alone * cost / self.proxy.total if self.proxy.total else self.alone
+
+    def _of(self, predicted: float) -> Constraint:
+        share = predicted / self.alone
+        within = min(math.floor(share * self.proxy.total), self.proxy.limit)
+        return replace(self.proxy, limit=within)
+
+    def first(self) -> Constraint:
+        """Trust what stands for the time."""
+        return self._saving(1.0)
+
+    def _saving(self, scale: float) -> Constraint:
+        """Assume that `scale` of the predicted saving is realised."""
+        allowed = AIM * self.limit if self.limit < self.alone else self.limit
+        return self._of(self.alone - (self.alone - allowed) / scale)
+
+    def next(self, tried: Sequence[Found]) -> Constraint:
+        """Correct by what was measured.
+
+        While no plan is fast enough, from the saving of the last one; then from the monotone curve
+        through all plans and the model without any, well between the nearest plans on either side.
+        """
+        if not any(found.measured.ratio <= self.limit for found in tried):
+            return self._saving(self._scale(tried[-1]))
+        promised = {found.measured.ratio: found.predicted for found in tried}
+        promised[self.alone] = self.alone
+        ratios = sorted(promised)
+        low = promised[max(ratio for ratio in ratios if ratio <= self.limit)]
+        above = [ratio for ratio in ratios if ratio > self.limit]
+        high = promised[min(above)] if above else self.alone
+        least, most = sorted((low + INSIDE * (high - low), high - INSIDE * (high - low)))
+        if len(ratios) < 2:
+            return self._of(least)
+        curve = scipy.interpolate.PchipInterpolator(ratios, [promised[ratio] for ratio in ratios])
+        return self._of(min(max(float(curve(AIM * self.limit)), least), most))
+
+    def _scale(self, found: Found) -> float:
+        """Return the ratio of actual to predicted saving."""
+        promised, saved = self.alone - found.predicted, self.alone - found.measured.ratio
+        if promised <= 0:
+            return 1.0
+        return min(max(saved / promised, LEAST_SCALE), MOST_SCALE)
 
 
-def _aimed(latency: Constraint, limit: float, tried: Sequence[Found]) -> Constraint:
-    """Limit the predicted time so that the measured time should meet the limit.
+def fast_enough(tried: Sequence[Found], limit: float) -> Found | None:
+    """Return the slowest plan that is fast enough, since it loses least; None if there is none.
 
-    While no plan is fast enough, from the saving of the last one; then from the monotone curve
-    through all plans and the original, well between the nearest plans on either side.
+    A plan that is so within the noise only says so.
     """
-    if not any(found.measured.ratio <= limit for found in tried):
-        return _corrected(latency, _scale(tried[-1]))
-    promised = {found.measured.ratio: found.predicted for found in tried} | {1.0: 1.0}
-    ratios = sorted(promised)
-    curve = scipy.interpolate.PchipInterpolator(ratios, [promised[ratio] for ratio in ratios])
-    low = promised[max(ratio for ratio in ratios if ratio <= limit)]
-    high = promised[min((ratio for ratio in ratios if ratio > limit), default=1.0)]
-    least, most = sorted((low + INSIDE * (high - low), high - INSIDE * (high - low)))
-    aim = min(max(float(curve(AIM * limit)), least), most)
-    return replace(latency, limit=math.floor(aim * latency.total))
-
-
-def _scale(found: Found) -> float:
-    """Return the ratio of actual to predicted saving."""
-    promised, saved = 1.0 - found.predicted, 1.0 - found.measured.ratio
-    if promised <= 0:
-        return 1.0
-    return min(max(saved / promised, LEAST_SCALE), MOST_SCALE)
-
-
-def _best(tried: Sequence[Found], limit: float, threads: int) -> Found:
-    """Return the slowest plan that is fast enough, since it loses least."""
     met = [found for found in tried if found.measured.ratio <= limit]
     if met:
         return max(met, key=lambda found: found.measured.ratio)
-    fastest = min(tried, key=lambda found: found.measured.ratio)
+    fastest = min(tried, key=lambda found: found.measured.ratio, default=None)
+    if fastest is None:
+        return None
     measured = fastest.measured
     if measured.low <= limit and measured.ratio <= limit * (1 + NOISE):
         noted = fastest.allocation.noting(_within_noise(limit, measured))
         return replace(fastest, result=replace(fastest.result, allocation=noted))
-    raise BudgetError(
+    return None
+
+
+def too_slow(tried: Sequence[Found], limit: float, threads: int) -> BudgetError:
+    """Refuse a budget that no plan meets; names the fastest."""
+    measured = min((found.measured for found in tried), key=lambda measured: measured.ratio)
+    return BudgetError(
         f"{option_name('latency', limit)}: the fastest of {len(tried)} plans takes "
         f"{measured.ratio:.3f} of the original's time ({measured.low:.3f} to {measured.high:.3f}, "
         f"{threads} threads)",

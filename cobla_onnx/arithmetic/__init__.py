@@ -1,0 +1,1 @@
+"""Nodes that compute in 8 bits, between QuantizeLinear and DequantizeLinear."""

@@ -1,0 +1,140 @@
+"""Which nodes of a model can compute in 8 bits, and which of the others go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import onnx
+
+from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.io.model_file import constant_value, copy_without_initializers, is_weight
+from cobla_onnx.graph.protos import opset_of
+from cobla_onnx.wording import option_name
+
+__all__ = [
+    "CARRIED",
+    "WEIGHTED",
+    "carried_nodes",
+    "require_opset",
+    "weighted_nodes",
+    "with_stored_weights",
+]
+
+# Operators whose weights are stored in 8 bits; all have the weight as their second input.
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Operators that onnxruntime computes in 8 bits, or that move numbers without computing.
+CARRIED = (
+    "Add",
+    "AveragePool",
+    "Clip",
+    "Concat",
+    "Flatten",
+    "GlobalAveragePool",
+    "LeakyRelu",
+    "MaxPool",
+    "Mul",
+    "Pad",
+    "Relu",
+    "Reshape",
+    "Resize",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+)
+# DequantizeLinear has a scale for each channel from it on.
+BY_CHANNEL = 13
+
+
+def require_opset(model: onnx.ModelProto) -> None:
+    """Refuse a model whose operators cannot have a scale for each channel.
+
+    Raises
+    ------
+    ModelError
+        With the command that lifts it.
+    """
+    found = opset_of(model)
+    if found < BY_CHANNEL:
+        raise ModelError(
+            f"{option_name('arithmetic', 'int8')}: the model has opset {found}, and weights in 8 "
+            f"bits have a scale for each channel from {BY_CHANNEL} on; lift it by "
+            'python -c "import onnx; m = onnx.version_converter.convert_version('
+            "onnx.load('IN.onnx'), 17); onnx.save(m, 'LIFTED.onnx')\""
+        )
+
+
+def with_stored_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model whose weights are initializers where they were in Constant nodes.
+
+    The quantiser stores nothing else in 8 bits. It is the model itself if there are none.
+    """
+    nodes = [node for node in model.graph.node if node.op_type in WEIGHTED]
+    read = {name for node in nodes for name in node.input[1:3]}
+    found = {}
+    for node in model.graph.node:
+        value = constant_value(node)
+        if value is not None and node.output[0] in read and is_weight(value):
+            found[node.output[0]] = value
+    if not found:
+        return model
+    result = copy_without_initializers(model, ())
+    kept = [node for node in result.graph.node if not found.keys() & set(node.output)]
+    del result.graph.node[:]
+    result.graph.node.extend(kept)
+    for name, value in found.items():
+        tensor = result.graph.initializer.add()
+        tensor.CopyFrom(value)
+        tensor.name = name
+    return result
+
+
+def weighted_nodes(model: onnx.ModelProto) -> tuple[int, ...]:
+    """Return the places of the nodes that can compute in 8 bits with a stored weight.
+
+    The weight must be an initializer in single precision: what a layer's weight in fewer bits is
+    decoded from stays as it is, and so does the layer.
+    """
+    floats = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    return tuple(
+        place
+        for place, node in enumerate(model.graph.node)
+        if node.domain in ("", "ai.onnx")
+        and node.op_type in WEIGHTED
+        and node.input[1] in floats
+        and node.input[0] not in floats
+    )
+
+
+def carried_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[int, ...]:
+    """Return the places of nodes between those that compute in 8 bits, which go with them.
+
+    All that such a node reads is in 8 bits already, and something in 8 bits reads what it writes:
+    no pair of QuantizeLinear and DequantizeLinear is added for it alone.
+    """
+    nodes = model.graph.node
+    stored = {tensor.name for tensor in model.graph.initializer}
+    stored |= {node.output[0] for node in nodes if node.op_type == "Constant"}
+    narrow = {name for place in weighted for name in nodes[place].output}
+    found = []
+    for place, node in enumerate(nodes):
+        if node.op_type not in CARRIED or node.domain not in ("", "ai.onnx"):
+            continue
+        read = [name for name in _data(node) if name not in stored]
+        if read and all(name in narrow for name in read):
+            narrow.update(node.output)
+            found.append(place)
+    wanted = {nodes[place].input[0] for place in weighted}
+    kept = []
+    for place in reversed(found):
+        if any(name in wanted for name in nodes[place].output):
+            wanted.update(_data(nodes[place]))
+            kept.append(place)
+    return tuple(reversed(kept))
+
+
+def _data(node: onnx.NodeProto) -> Iterable[str]:
+    """Inputs that hold numbers to compute with, not a shape, an axis or sizes."""
+    several = node.op_type in ("Add", "Concat", "Mul")
+    return [name for name in (node.input if several else node.input[:1]) if name]

@@ -1,0 +1,50 @@
+"""Let nodes of a model compute in 8 bits: onnxruntime's quantiser puts QDQ pairs around them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import onnx
+
+from cobla_onnx.arithmetic.nodes import CARRIED, WEIGHTED
+from cobla_onnx.arithmetic.prepared import Prepared, quietly
+from cobla_onnx.arithmetic.ranges import Ranges
+
+__all__ = ["quantised"]
+
+
+def quantised(
+    prepared: Prepared, ranges: Ranges, places: Collection[int], *, reduced: bool = False
+) -> onnx.ModelProto:
+    """Return a copy of the original in which the nodes at some places compute in 8 bits.
+
+    Activations are unsigned, weights signed with a scale for each output channel. Nodes of the
+    original keep their names, documentation and outputs, but for activations that onnxruntime's
+    quantiser takes into a range.
+
+    Parameters
+    ----------
+    places : collection of int
+        Of the nodes in the original; at least one.
+    reduced : bool
+        Round weights to 7 bits, for processors whose sums of 8-bit products saturate.
+    """
+    from onnxruntime.quantization import QDQQuantizer, QuantType
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(prepared.model)
+    with quietly():
+        quantizer = QDQQuantizer(
+            copy,
+            per_channel=True,
+            reduce_range=reduced,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8,
+            tensors_range=ranges,
+            nodes_to_quantize=prepared.named(sorted(places)),
+            nodes_to_exclude=[],
+            op_types_to_quantize=[*WEIGHTED, *CARRIED],
+            extra_options={},
+        )
+        made = quantizer.quantize_model()
+    return prepared.taken_back(made)

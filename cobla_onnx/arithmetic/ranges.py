@@ -1,0 +1,79 @@
+"""Ranges of a model's tensors, from calibration samples by onnxruntime's calibrators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from cobla_onnx.arithmetic.nodes import CARRIED, WEIGHTED
+from cobla_onnx.arithmetic.prepared import Prepared, in_a_file, quietly
+from cobla_onnx.runtime.session import Feeds
+
+__all__ = ["METHODS", "Method", "Ranges", "calibrated", "stand_in_ranges"]
+
+Method: TypeAlias = Literal["min-max", "entropy", "percentile"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Ranges: TypeAlias = Any
+"""`onnxruntime.quantization.TensorsData`."""
+
+
+class _OneBatch:
+    """Hands one batch to a calibrator, which keeps all tensors of what it is handed at a time."""
+
+    def __init__(self, feeds: Feeds) -> None:
+        self._feeds: Iterator[Feeds] = iter([feeds])
+
+    def get_next(self) -> Feeds | None:
+        """Return the batch, then None."""
+        return next(self._feeds, None)
+
+
+def calibrated(prepared: Prepared, batches: Iterable[Feeds], method: Method) -> Ranges:
+    """Run a model on samples and choose a range for each of its tensors.
+
+    Parameters
+    ----------
+    batches : iterable of dict
+        One after the other, so that tensors of one alone are held.
+    method : {'min-max', 'entropy', 'percentile'}
+        ``min-max``: all that was seen. ``entropy``: what loses least of the divergence between
+        the histogram and its rounded one. ``percentile``: all but one value in 100,000.
+    """
+    from onnxruntime.quantization import CalibrationMethod, create_calibrator
+
+    kinds = {
+        "min-max": CalibrationMethod.MinMax,
+        "entropy": CalibrationMethod.Entropy,
+        "percentile": CalibrationMethod.Percentile,
+    }
+    # The range of a tensor that is never negative begins at 0; percentiles are symmetric unless
+    # one says so.
+    extra = {"symmetric": False}
+    with in_a_file(prepared.model) as path, quietly():
+        calibrator = create_calibrator(
+            path,
+            [*WEIGHTED, *CARRIED],
+            augmented_model_path=str(path.with_name("augmented.onnx")),
+            calibrate_method=kinds[method],
+            use_external_data_format=len(list(path.parent.iterdir())) > 1,
+            extra_options=extra,
+        )
+        for feeds in batches:
+            calibrator.collect_data(_OneBatch(feeds))
+        found = calibrator.compute_data()
+        del calibrator
+    return found
+
+
+def stand_in_ranges(prepared: Prepared) -> Ranges:
+    """Return a range for every tensor, for models of which only bytes and times are asked."""
+    from onnxruntime.quantization import CalibrationMethod, TensorsData
+
+    names = dict.fromkeys(
+        name for node in prepared.model.graph.node for name in (*node.input, *node.output) if name
+    )
+    names.update(dict.fromkeys(value.name for value in prepared.model.graph.input))
+    low, high = np.array(-1.0, np.float32), np.array(1.0, np.float32)
+    return TensorsData(CalibrationMethod.MinMax, dict.fromkeys(names, (low, high)))

@@ -1,0 +1,249 @@
+"""Choose what computes in 8 bits, and in which ranges, by the loss on the samples held back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import onnx
+
+from cobla_onnx.allocation.paired import paired_gain
+from cobla_onnx.allocation.problem import Float64
+from cobla_onnx.arithmetic.nodes import (
+    carried_nodes,
+    require_opset,
+    weighted_nodes,
+    with_stored_weights,
+)
+from cobla_onnx.arithmetic.prepared import Prepared, prepare
+from cobla_onnx.arithmetic.quantise import quantised
+from cobla_onnx.arithmetic.ranges import METHODS, Method, Ranges, calibrated, stand_in_ranges
+from cobla_onnx.arithmetic.saturation import sums_saturate
+from cobla_onnx.calibration.evaluation.probe import Probe
+from cobla_onnx.calibration.evaluation.quality import Quality, measure_quality
+from cobla_onnx.errors import ModelError, VerificationError
+from cobla_onnx.graph.io.model_file import stored_bytes
+from cobla_onnx.graph.layers import Reason, find_layers
+from cobla_onnx.graph.macs import infer_shapes, node_macs
+from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.search.evidence import Evidence
+from cobla_onnx.pipeline.search.sensitivity import spread_over
+from cobla_onnx.report.arithmetic import ArithmeticReport
+from cobla_onnx.runtime.session import Feeds, open_session, run_session
+from cobla_onnx.runtime.temporary import Shelf
+from cobla_onnx.wording import option_name
+
+__all__ = ["EightBits", "in_eight_bits", "spared_outputs", "stand_in_eight_bits"]
+
+# Most samples for histograms, which take a hundred times longer than the least and the largest.
+HISTOGRAM_SAMPLES = 32
+# A node is left in floating point where that takes back this share of what 8 bits lose, and more
+# than a standard error; it then runs two to three times longer, so that it must have few MACs.
+WORTH, MOST_MACS = 0.2, 0.05
+
+
+@dataclass(frozen=True)
+class EightBits:
+    """A model whose nodes compute in 8 bits.
+
+    Attributes
+    ----------
+    source : ModelProto
+        The model in floating point.
+    model : ModelProto
+    report : ArithmeticReport
+    """
+
+    source: onnx.ModelProto
+    model: onnx.ModelProto
+    report: ArithmeticReport
+
+
+def in_eight_bits(
+    evidence: Evidence,
+    model: onnx.ModelProto,
+    most: int | None = None,
+    spared: Collection[str] = (),
+) -> EightBits:
+    """Let a model compute in 8 bits where it can.
+
+    First all nodes with weights, and those between them, with ranges by each of the methods; then
+    the first and the last one are left in floating point where that takes back much of the loss
+    and costs little.
+
+    Parameters
+    ----------
+    evidence : Evidence
+        Ranges are those of the calibration split, choices those of the selection split.
+    model : ModelProto
+        In floating point, with the outputs of the original.
+    most : int, optional
+        Bytes of weights that the result may have.
+    spared : collection of str
+        What `spared_outputs` gives.
+
+    Raises
+    ------
+    ModelError
+        If no node can compute in 8 bits.
+    VerificationError
+        If onnxruntime does not run the result.
+    """
+    model = with_stored_weights(model)
+    weighted = _weighted(model, spared)
+    search = _Search(evidence, prepare(model, evidence.measured.model.graph.output), model, most)
+    return search.result(weighted)
+
+
+def stand_in_eight_bits(model: onnx.ModelProto, spared: Collection[str] = ()) -> onnx.ModelProto:
+    """Return a model that stores as many bytes and takes the same time, whatever its ranges."""
+    model = with_stored_weights(model)
+    weighted = _weighted(model, spared)
+    prepared = prepare(model)
+    nodes = (*weighted, *carried_nodes(model, weighted))
+    return quantised(prepared, stand_in_ranges(prepared), nodes)
+
+
+def spared_outputs(model: onnx.ModelProto, analysis: Analysis) -> frozenset[str]:
+    """Return what layers write that options leave as they are: not in 8 bits either.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The original.
+    """
+    reasons = (Reason.EXCLUDED, Reason.TOO_SMALL)
+    names = {item.name for item in analysis.skipped if item.reason in reasons}
+    layers = [layer for layer in find_layers(model).layers if layer.name in names]
+    return frozenset(use.output for layer in layers for use in layer.uses)
+
+
+def _weighted(model: onnx.ModelProto, spared: Collection[str]) -> tuple[int, ...]:
+    require_opset(model)
+    nodes = model.graph.node
+    found = tuple(p for p in weighted_nodes(model) if nodes[p].output[0] not in spared)
+    if not found:
+        raise ModelError(
+            f"{option_name('arithmetic', 'int8')}: the model has no Conv, ConvTranspose, Gemm or "
+            "MatMul with a stored weight in single precision; give "
+            f"{option_name('arithmetic', 'keep')}, or {option_name('precision')} to store it in "
+            "fewer bits"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A model, its losses on the samples held back, and what else was measured there."""
+
+    model: onnx.ModelProto
+    losses: Float64
+    quality: Quality
+
+    @property
+    def loss(self) -> float:
+        loss = float(self.losses.mean())
+        return loss if math.isfinite(loss) else math.inf
+
+
+@dataclass
+class _Search:
+    evidence: Evidence
+    prepared: Prepared
+    source: onnx.ModelProto
+    most: int | None
+    candidates: dict[str, float] = field(default_factory=dict)
+    done: int = 0
+
+    def result(self, weighted: Sequence[int]) -> EightBits:
+        before = self._judge(self.source)
+        method, ranges, best = self._by_ranges(weighted)
+        if math.isinf(best.loss) and not math.isinf(before.loss):
+            raise VerificationError(
+                f"{option_name('arithmetic', 'int8')}: on the samples held back the model in 8 "
+                "bits gives outputs that are no numbers; nothing was written, give "
+                f"{option_name('arithmetic', 'keep')}"
+            )
+        left = list[int]()
+        for place in self._cheap_ends(weighted):
+            nodes = [node for node in weighted if node not in (*left, place)]
+            other = self._with(ranges, nodes)
+            self.candidates[f"{method}, without {self._shown(place)}"] = other.loss
+            gain = paired_gain(best.losses, other.losses)
+            fits = self.most is None or stored_bytes(other.model) <= self.most
+            lost = best.loss - before.loss
+            if fits and lost > 0 and gain.in_errors > 1 and gain.mean > WORTH * lost:
+                left.append(place)
+                best = other
+        chosen = [node for node in weighted if node not in left]
+        report = ArithmeticReport(
+            len(chosen),
+            len(carried_nodes(self.source, chosen)),
+            tuple(map(self._shown, sorted(left))),
+            method,
+            {name: None if math.isinf(loss) else loss for name, loss in self.candidates.items()},
+            sums_saturate(),
+            before.loss,
+            best.loss,
+            before.quality,
+            best.quality,
+        )
+        self.evidence.context.progress("8-bit arithmetic", self.done, self.done)
+        return EightBits(self.source, best.model, report)
+
+    def _cheap_ends(self, weighted: Sequence[int]) -> list[int]:
+        """Return the last and the first node, if there are others and they have few MACs."""
+        shapes = infer_shapes(self.source, self.evidence.analysis.input_shapes)
+        macs, _ = node_macs(self.source, shapes)
+        most = MOST_MACS * sum(macs.values())
+        ends = (weighted[-1], weighted[0]) if len(weighted) > 2 else ()
+        return [place for place in ends if macs.get(place, most + 1) <= most]
+
+    def _by_ranges(self, weighted: Sequence[int]) -> tuple[Method, Ranges, _Judged]:
+        found = list[tuple[Method, Ranges, _Judged]]()
+        for method in METHODS:
+            ranges = calibrated(self.prepared, self._batches(method), method)
+            judged = self._with(ranges, weighted)
+            self.candidates[method] = judged.loss
+            found.append((method, ranges, judged))
+        return min(found, key=lambda entry: entry[2].loss)
+
+    def _batches(self, method: Method) -> Iterator[Feeds]:
+        dataset, judge = self.evidence.dataset, self.evidence.judge
+        if method == "min-max":
+            return iter(judge.batches(dataset.calibration))
+        # All tensors of a batch are held at a time.
+        return dataset.batches(spread_over(dataset.calibration, HISTOGRAM_SAMPLES), 1)
+
+    def _with(self, ranges: Ranges, weighted: Sequence[int]) -> _Judged:
+        nodes = (*weighted, *carried_nodes(self.source, weighted))
+        return self._judge(quantised(self.prepared, ranges, nodes, reduced=sums_saturate()))
+
+    def _judge(self, model: onnx.ModelProto) -> _Judged:
+        self.done += 1
+        self.evidence.context.progress("8-bit arithmetic", self.done - 1, self.done)
+        probe, measured = self.evidence.judge.selection, self.evidence.measured
+        try:
+            outputs = Shelf(self._outputs(model, probe))
+        except ModelError as error:
+            raise VerificationError(
+                f"{option_name('arithmetic', 'int8')}: onnxruntime does not run the model in 8 "
+                f"bits: {error.message}; nothing was written, give "
+                f"{option_name('arithmetic', 'keep')}"
+            ) from error
+        losses = probe.losses_of(zip(probe.expected, outputs, strict=True))
+        quality = measure_quality(probe, zip(probe.expected, outputs, strict=True))
+        output = measured.outputs.get(quality.output, quality.output)
+        return _Judged(model, losses, replace(quality, output=output))
+
+    def _outputs(self, model: onnx.ModelProto, probe: Probe) -> Iterator[Feeds]:
+        threads = self.evidence.context.threads
+        session = open_session(model, threads, tuple(probe.measures), optimized=True)
+        for feeds, expected in zip(probe.batches, probe.expected, strict=True):
+            found = run_session(session, feeds)
+            yield {name: found[name] for name in expected if name in found}
+
+    def _shown(self, place: int) -> str:
+        node = self.source.graph.node[place]
+        return str(node.name or node.output[0])

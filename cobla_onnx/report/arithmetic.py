@@ -1,0 +1,56 @@
+"""What a report says of the nodes that compute in 8 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cobla_onnx.calibration.evaluation.quality import Quality
+
+__all__ = ["ArithmeticReport"]
+
+
+@dataclass(frozen=True)
+class ArithmeticReport:
+    """Nodes that compute in 8 bits, and what that loses on the samples held back.
+
+    Attributes
+    ----------
+    nodes : int
+        Nodes with stored weights that compute in 8 bits.
+    carried : int
+        Nodes between them without a weight, that go with them.
+    left : tuple of str
+        Nodes that could, and compute in floating point since that loses less, by what they write.
+    ranges : str
+        How ranges of activations follow from the calibration samples.
+    candidates : dict of str to (float or None)
+        Losses on the selection split of all that was compared; None where one is not finite.
+    reduced : bool
+        Whether weights are rounded to 7 bits, since sums of products saturate on this processor.
+    loss_before, loss : float
+        On the selection split, before and after: of the model in floating point, and of the result.
+    quality_before, quality : Quality
+    """
+
+    nodes: int
+    carried: int
+    left: tuple[str, ...]
+    ranges: str
+    candidates: dict[str, float | None]
+    reduced: bool
+    loss_before: float
+    loss: float
+    quality_before: Quality
+    quality: Quality
+
+    @property
+    def text(self) -> str:
+        """All of it in a sentence or two."""
+        nodes = f"{self.nodes} of {self.nodes + len(self.left)} nodes with weights"
+        before, after = self.quality_before, self.quality
+        reduced = ", weights in 7 bits, as sums saturate on this processor" if self.reduced else ""
+        return (
+            f"8-bit arithmetic: {nodes}, and {self.carried} between them; ranges by {self.ranges}"
+            f"{reduced}; loss on those held back {self.loss_before:.4g} before, {self.loss:.4g} "
+            f"after; {after.measure} {before.after:.4g} before, {after.after:.4g} after"
+        )

@@ -1,0 +1,193 @@
+"""8-bit arithmetic through the whole path: budgets, choices, the file, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from cobla_onnx import Budget, compress, sweep
+from cobla_onnx.errors import BudgetError, ModelError, UsageError, VerificationError
+from cobla_onnx.graph.io.model_file import stored_bytes
+from cobla_onnx.graph.layers import find_layers
+from cobla_onnx.options import Settings, values
+from cobla_onnx.pipeline.open_session import open_session
+from cobla_onnx.pipeline.search import eight_bits
+from cobla_onnx.pipeline.search.eight_bits import in_eight_bits
+from cobla_onnx.pipeline.search.memory import EightBitMemory
+from cobla_onnx.plan import Plan
+from cobla_onnx.report.arithmetic import ArithmeticReport
+from cobla_onnx.variants.base import Asked
+from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
+from tests.builders import random_array, small_network
+
+QUICK = {"solver": "milp", "refit": False, "threads": 1}
+
+
+@pytest.fixture
+def data():
+    return {"x": random_array(24, 3, 12, 12)}
+
+
+def test_ranks_are_chosen_then_nodes_compute_in_eight_bits(data, tmp_path):
+    result = compress(
+        small_network(), Budget(mac=0.6), data=data, arithmetic="int8", rank_multiple=1, **QUICK
+    )
+    report, said = result.report, result.report.arithmetic
+    assert isinstance(said, ArithmeticReport)
+    assert report.budget["mac"].reached <= 0.6
+    assert report.budget["mem"].after == stored_bytes(result.model)
+    assert report.budget["mem"].reached < 0.35
+    assert not report.unchanged
+    factors = sum(layer.decision == "factorised" for layer in report.layers)
+    assert factors
+    assert said.nodes + len(said.left) == 3 + factors
+    assert set(said.candidates) >= {"min-max", "entropy", "percentile"}
+    assert min(said.candidates.values()) == said.loss
+    assert report.calibration.loss == said.loss
+    assert report.calibration.quality == said.quality
+    assert report.verification.data == "held-back"
+    assert 0 < report.verification.rewrite_max_error <= 1e-4
+    assert 0 < report.verification.outputs[0].relative_l2 < 0.2
+    for text in (said.text, report.to_markdown(), report.to_html()):
+        assert "8-bit arithmetic" in text
+    result.save(tmp_path / "small.onnx")
+    written = onnx.load(tmp_path / "small.onnx")
+    assert sum(t.data_type == onnx.TensorProto.INT8 for t in written.graph.initializer) > 3
+
+
+@pytest.mark.parametrize(("limit", "ranks"), [(0.3, False), (0.24, True)])
+def test_a_memory_budget_counts_weights_in_eight_bits(data, limit, ranks):
+    """Three tenths are met without any ranks, and the model is verified all the same."""
+    result = compress(small_network(), Budget(mem=limit), data=data, arithmetic="int8", **QUICK)
+    report, plan = result.report, result.plan
+    assert any(decision.scheme is not None for decision in plan.decisions) == ranks
+    assert 0.85 * limit < report.budget["mem"].reached <= limit
+    assert stored_bytes(result.model) == report.budget["mem"].after
+    assert not report.unchanged
+    assert report.verification.samples == report.calibration.selection_samples
+
+
+def test_what_computes_in_eight_bits_is_stored_in_no_others(data):
+    """Bits are for what does not compute, such as tables, and for layers of other types."""
+    forms = {}
+    for arithmetic in ("keep", "int8"):
+        settings = Settings(data=data, arithmetic=arithmetic, precision="auto")
+        with open_session(small_network(), settings) as session:
+            curves = [curve for layer in session.analysis.curves for curve in layer.curves]
+        forms[arithmetic] = {curve.scheme for curve in curves}
+    assert "stored" in forms["keep"]
+    assert not {f for f in forms["int8"] if f == "stored" or "@" in f}
+    asked = Asked("auto", EVERY_RANK, (4,), ("Conv",))
+    conv, _, gemm = find_layers(small_network()).layers
+    assert (asked.of(conv).bits, asked.of(gemm).bits) == ((), (4,))
+
+
+def test_what_options_leave_out_is_left_in_floating_point(data):
+    options = {"data": data, "arithmetic": "int8", "exclude": ["conv1"], **QUICK}
+    result = compress(small_network(), Budget(mem=0.5), **options)
+    stored = {tensor.name for tensor in result.model.graph.initializer}
+    assert {"w1", "b1", "w2_quantized", "w3_quantized"} <= stored
+    assert result.report.arithmetic.nodes == 2
+    assert result.report.budget["mem"].reached <= 0.5
+
+
+def test_what_no_ranks_reach_is_refused_with_the_least():
+    model = small_network()
+    with open_session(model, Settings()) as session:
+        memory, choose = EightBitMemory(model, session.analysis), session.chooser(None)
+
+        def search(budget):
+            return choose(session.analysis.constraints(budget))
+
+        assert memory.original == memory.under(Plan(()))
+        with pytest.raises(BudgetError, match=r"mem=0.01.*least that was reached in 8") as caught:
+            memory.meet(Budget(mem=0.01), search)
+        least = caught.value.least["mem"]
+        found = memory.meet(Budget(mem=least), search)
+        total = session.analysis.mem_total
+    assert memory.under(found.plan(session.analysis)) <= least * total
+
+
+def test_no_more_bytes_are_spent_on_nodes_left_in_floating_point(data, monkeypatch):
+    monkeypatch.setattr(eight_bits, "paired_gain", _always_better)
+    monkeypatch.setattr(eight_bits, "MOST_MACS", 1.0)
+    with open_session(small_network(), Settings(data=data, arithmetic="int8")) as session:
+        free = in_eight_bits(session.evidence, session.model)
+        assert free.report.left == ("conv1", "fc")
+        assert free.report.nodes == 1
+        most = stored_bytes(free.model) - 1
+        assert len(in_eight_bits(session.evidence, session.model, most).report.left) == 1
+
+
+def test_nodes_with_many_macs_compute_in_eight_bits_whatever_that_loses(data, monkeypatch):
+    monkeypatch.setattr(eight_bits, "paired_gain", _always_better)
+    with open_session(small_network(), Settings(data=data, arithmetic="int8")) as session:
+        # Of the MACs, conv1 has 62 200, the classifier 240.
+        assert in_eight_bits(session.evidence, session.model).report.left == ("fc",)
+
+
+def _always_better(before, after):
+    from cobla_onnx.allocation.paired import PairedGain
+
+    return PairedGain(1e9, 0.1, len(before))
+
+
+def test_samples_are_needed_and_times_for_auto(data):
+    with pytest.raises(UsageError, match=r"arithmetic='int8'.*follow from samples; give data"):
+        compress(small_network(), Budget(mac=0.5), arithmetic="int8")
+    with pytest.raises(UsageError, match=r"arithmetic='auto'.*measured times; give latency"):
+        compress(small_network(), Budget(mac=0.5), arithmetic="auto", data=data)
+    with pytest.raises(UsageError, match=r"measured times"):
+        sweep(small_network(), [Budget(latency=0.5), Budget(mac=0.5)], arithmetic="auto", data=data)
+    assert values.memory_bytes("1KB") == 1000
+
+
+def test_old_opsets_and_models_without_weights_for_it_are_refused(data):
+    model = small_network()
+    model.opset_import[0].version = 12
+    with pytest.raises(ModelError, match="convert_version"):
+        compress(model, Budget(mac=0.9), data=data, arithmetic="int8", **QUICK)
+    halves = small_network()
+    halves.opset_import[0].version = 13
+    for node in halves.graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            halves.graph.node.add(
+                op_type="Identity", input=[node.input[1]], output=[f"{node.name}/w"]
+            )
+            node.input[1] = f"{node.name}/w"
+    with pytest.raises(ModelError, match="no Conv, ConvTranspose, Gemm or MatMul with a stored"):
+        eight_bits.stand_in_eight_bits(halves)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("a missing scale", "does not run the model in 8 bits"),
+        ("a wrong type", "does not run the model in 8 bits"),
+        ("no number", "gives outputs that are no numbers"),
+    ],
+)
+def test_what_does_not_run_or_gives_no_numbers_is_not_written(data, monkeypatch, fault, words):
+    def broken(*args, **options):
+        model = real(*args, **options)
+        scale = next(t for t in model.graph.initializer if t.name.endswith("_scale"))
+        if fault == "a missing scale":
+            model.graph.initializer.remove(scale)
+        elif fault == "a wrong type":
+            scale.data_type = onnx.TensorProto.INT32
+        else:
+            model.graph.node.add(op_type="Log", input=["minus one"], output=["no number"])
+            made = next(node for node in model.graph.node if "logits" in node.output)
+            made.output[0] = "before"
+            model.graph.node.add(op_type="Add", input=["before", "no number"], output=["logits"])
+            model.graph.initializer.append(
+                onnx.numpy_helper.from_array(np.float32([-1.0]), "minus one")
+            )
+        return model
+
+    real = eight_bits.quantised
+    monkeypatch.setattr(eight_bits, "quantised", broken)
+    with pytest.raises(VerificationError, match=words) as caught:
+        compress(small_network(), Budget(mac=1.0), data=data, arithmetic="int8", **QUICK)
+    assert caught.value.exit_code == 5

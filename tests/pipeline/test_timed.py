@@ -1,0 +1,119 @@
+"""Several ways to a latency budget: the one that loses least is taken, whichever it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from cobla_onnx import Budget, compress
+from cobla_onnx.errors import BudgetError
+from cobla_onnx.options import Settings
+from cobla_onnx.pipeline.open_session import open_session
+from cobla_onnx.pipeline.timed import solve_in_time
+from tests.builders import random_array, small_network
+from tests.latency.fakes import FakeStopwatch
+
+# MACs of the small network.
+WHOLE = 62208 + 124416 + 240
+
+
+class Processor(FakeStopwatch):
+    """Computes in 8 bits at a speed of its own, and knows layers alone as well as one says.
+
+    Attributes
+    ----------
+    eight_bits : float
+        Time of a model in 8 bits, as a share of that in floating point.
+    alone : function
+        Changes the time of a layer that is run alone.
+    """
+
+    eight_bits = 0.5
+    alone = staticmethod(lambda nanoseconds, model: nanoseconds)
+
+    def nanoseconds(self, model):
+        found = super().nanoseconds(model)
+        if len(model.graph.node) <= 2:
+            return self.alone(found, model)
+        narrow = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+        return found * (self.eight_bits if narrow else 1.0)
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Give the session this stopwatch, set up by keywords."""
+
+    def set_up(**attributes):
+        kind = type("Set", (Processor,), attributes)
+        make = lambda threads: kind(threads, whole=WHOLE, overhead=20.0)  # noqa: E731
+        monkeypatch.setattr("cobla_onnx.pipeline.open_session.Stopwatch", make)
+
+    return set_up
+
+
+OPTIONS = {"solver": "milp", "refit": False, "rank_multiple": 1, "threads": 1}
+
+
+@pytest.fixture
+def data():
+    return {"x": random_array(24, 3, 12, 12)}
+
+
+def test_where_eight_bits_are_fast_they_are_taken(data, processor):
+    processor(eight_bits=0.5)
+    options = {"data": data, **OPTIONS}
+    ranks = compress(small_network(), Budget(latency=0.45), **options)
+    best = compress(small_network(), Budget(latency=0.45), arithmetic="auto", **options)
+    for result in (ranks, best):
+        assert result.report.latency.ratio <= 0.45
+    assert ranks.report.arithmetic is None
+    assert best.report.arithmetic is not None
+    assert best.report.calibration.loss < ranks.report.calibration.loss
+    assert best.report.latency.layers == ()
+    assert best.report.latency.predicted_ratio is None
+    note = next(n for n in best.report.notes if "loses least" in n)
+    assert "by MACs, then 8 bits" in note
+
+
+def test_eight_bits_that_are_fast_enough_by_themselves_leave_no_room_for_ranks(data, processor):
+    processor(eight_bits=0.5)
+    options = {"data": data, **OPTIONS}
+    alone = compress(small_network(), Budget(latency=0.55), arithmetic="int8", **options)
+    assert all(decision.scheme is None for decision in alone.plan.decisions)
+    assert alone.report.latency.ratio <= 0.55
+
+
+def test_where_they_are_slow_ranks_alone_are(data, processor):
+    processor(eight_bits=1.4)
+    options = {"data": data, **OPTIONS}
+    found = compress(small_network(), Budget(latency=0.6), arithmetic="auto", **options).report
+    assert found.arithmetic is None
+    assert found.latency.ratio <= 0.6
+
+
+def test_no_way_that_is_fast_enough_is_refused_with_the_fastest(data, processor):
+    processor(eight_bits=1.4)
+    settings = Settings(data=data, arithmetic="int8", measure_latency=True, **OPTIONS)
+    session = open_session(
+        small_network(), settings, times_needed=True, budgets=[Budget(latency=0.05)]
+    )
+    with session as opened, pytest.raises(BudgetError, match="fastest of") as caught:
+        solve_in_time(opened, Budget(latency=0.05))
+    assert 0.05 < caught.value.least["latency"] < 1.4
+
+
+def _wrong(nanoseconds, model):
+    """The factors of the second convolution, alone, take long."""
+    second = any(24 in tensor.dims for tensor in model.graph.initializer)
+    return nanoseconds * (50 if second and len(model.graph.node) == 2 else 1)
+
+
+def test_a_table_that_is_wrong_does_not_cost_what_macs_keep(data, processor):
+    """The answer loses no more than that of a budget of MACs which takes as long."""
+    processor(alone=staticmethod(_wrong))
+    options = {"data": data, **OPTIONS}
+    timed = compress(small_network(), Budget(latency=0.75), **options).report
+    by_macs = compress(small_network(), Budget(mac=0.73), **options).report
+    assert timed.latency.ratio <= 0.75
+    assert timed.calibration.loss <= 1.02 * by_macs.calibration.loss
+    note = next(n for n in timed.notes if "loses least" in n)
+    assert note.startswith("ranks were chosen by MACs, as that loses least (by the table")
