@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cobla_onnx.allocation.paired import paired_gain
 from cobla_onnx.calibration.evaluation.evaluator import Judge
-from cobla_onnx.distillation.lessons import Lessons
+from cobla_onnx.distillation.lessons import Lessons, taught_by
 from cobla_onnx.distillation.parameters import Parameters
 from cobla_onnx.distillation.passes import Passes, learn
 from cobla_onnx.distillation.record import Distillation, finite
@@ -43,7 +43,7 @@ def distil(
     threads: int = 1,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Distilled:
-    """Lower the loss that decisions follow on the calibration split, as far as that helps others.
+    """Lower the loss on the calibration split, as far as that helps other samples.
 
     After Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network: what is
     stored for the layers, and their biases, take steps along the gradient of the divergence from
@@ -68,10 +68,11 @@ def distil(
         Called with (stage, done, total).
     """
     with open_pool(threads) as pool:
-        parameters = Parameters(judge.follows[0], replacements)
+        taught = taught_by(judge)
+        parameters = Parameters(taught[0], replacements)
         progress("distil", 0, 1)
         try:
-            lessons = Lessons(judge, parameters, pool)
+            lessons = Lessons(judge, taught, parameters, pool)
         except ModelError as error:
             return Distilled(replacements, Distillation(False, reason=error.in_flags()))
         start = parameters.start()

@@ -6,12 +6,16 @@ added in order: the result is the same to the last bit whatever the number of th
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
+import onnx
 
 from cobla_onnx.allocation.problem import Float64
+from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.gradient_sessions import (
     MOST_SHAPES,
@@ -24,10 +28,22 @@ from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["Lessons"]
+__all__ = ["Lessons", "Taught", "taught_by"]
+
+Taught: TypeAlias = tuple[onnx.ModelProto, Mapping[str, Measure]]
+"""The original, with the outputs of the loss that is learned, and how they are compared."""
 
 # Most samples that run at a time: convolutions of half as many take a third more time for each.
 SHARD = 16
+
+
+def taught_by(judge: Judge) -> Taught:
+    """Return the loss to learn: at a temperature between 1 and the one that decisions follow.
+
+    At 1 a few uncertain samples dominate. At the temperature of decisions the divergence that is
+    stated gets worse, since what is right about the most likely classes counts for too little.
+    """
+    return judge.softened({name: math.sqrt(t) for name, t in judge.temperatures.items()})
 
 
 class Lessons:
@@ -36,8 +52,9 @@ class Lessons:
     Parameters
     ----------
     judge : Judge
+    taught : Taught
     parameters : Parameters
-        Those without a derivative are taken out.
+        Of replacements in that model. Those without a derivative are taken out.
     pool : Pool
         Of threads; shards run over it.
 
@@ -54,13 +71,13 @@ class Lessons:
         If the model has no gradient graph.
     """
 
-    def __init__(self, judge: Judge, parameters: Parameters, pool: Pool) -> None:
+    def __init__(self, judge: Judge, taught: Taught, parameters: Parameters, pool: Pool) -> None:
         self._judge, self._parameters, self._pool = judge, parameters, pool
         self._indices = {layer.name: index for index, layer in enumerate(judge.layers)}
-        self._single = judge.singly(judge.dataset.calibration)
+        self._single = judge.singly(judge.dataset.calibration, *taught)
         self._shard = min(SHARD, judge.batch) if _joins(judge, self._single) else 1
         self._sessions = GradientSessions(
-            parameters.rewritten.model, judge.follows[1], parameters.names, threads=1
+            parameters.rewritten.model, taught[1], parameters.names, threads=1
         )
         self._learned = _of_common_shapes(self._single.batches)
         self.left_out = len(self._single.batches) - len(self._learned)

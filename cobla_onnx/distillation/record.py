@@ -23,7 +23,7 @@ class Checkpoint:
         Passes so far, from 0 for the state before the first one.
     stage : str
     loss : float or None
-        Mean over the pass of the loss that is followed, on the calibration split, each batch's
+        Mean over the pass of the loss that is learned, on the calibration split, each batch's
         before its step; None before the first pass.
     held_back : float or None
         Loss that is followed, on the selection split; None where it is not finite.

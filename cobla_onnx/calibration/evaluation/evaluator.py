@@ -75,10 +75,11 @@ class Judge:
         if self.compared is None:
             chooser = Chooser.of(self.model, self.loss, labelled=self.labels is not None)
             self.compared = look_at(self.model, self.dataset, self.batch, self.threads, chooser)
-        self.follows = self.model, self.compared.measures
+        self.follows = self.model, self.measures
         self.selection = self.followed = self.on(self.dataset.selection)
-        if any(value > 1.0 for value in self.temperatures.values()):
-            self.follows = soften(self.model, self.compared.measures, self.temperatures)
+        softened = self.softened(self.temperatures)
+        if softened[0] is not self.model:
+            self.follows = softened
             self.followed = self.on(self.dataset.selection)
 
     @property
@@ -114,9 +115,18 @@ class Judge:
         labels = self.labels_of(indices)
         return Probe(model, self.layers, self.batches(indices), loss, self.threads, labels=labels)
 
-    def singly(self, indices: Sequence[int]) -> Probe:
-        """Open the same with each sample as a batch of its own, all of them."""
-        model, loss = self.follows
+    def softened(
+        self, temperatures: Mapping[str, float]
+    ) -> tuple[onnx.ModelProto, Mapping[str, Measure]]:
+        """Return the original with outputs at these temperatures, and how they are compared."""
+        if all(value <= 1.0 for value in temperatures.values()):
+            return self.model, self.measures
+        return soften(self.model, self.measures, temperatures)
+
+    def singly(
+        self, indices: Sequence[int], model: onnx.ModelProto, loss: Mapping[str, Measure]
+    ) -> Probe:
+        """Open a probe of such a loss with each sample as a batch of its own, all of them."""
         batches, labels = self.dataset.batches(indices, 1), None
         if self.labels is not None:
             labels = labels_of_batches(self.labels, self.dataset.groups(indices, 1))
