@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx
 
@@ -95,20 +95,13 @@ def infer_shapes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> dict[st
 
 
 def infer_tensors(
-    model: onnx.ModelProto,
-    inputs: Mapping[str, Shape],
-    measured: Iterable[onnx.ValueInfoProto] = (),
+    model: onnx.ModelProto, inputs: Mapping[str, Shape]
 ) -> tuple[dict[str, Shape], dict[str, int]]:
     """Infer the shapes and types of all tensors by ONNX's own shape inference.
 
     The weights are not copied: a large one becomes an input of the same type and shape.
     Tensors of which nothing is known are left out; unknown axes are None. Those of bodies are
     among them, under the names that the main graph leaves free.
-
-    Parameters
-    ----------
-    measured : iterable of ValueInfoProto, optional
-        What is known of tensors of the main graph beside the inputs.
 
     Raises
     ------
@@ -118,7 +111,6 @@ def infer_tensors(
     skeleton = without_weights(model)
     graph = skeleton.graph
     del graph.value_info[:]
-    graph.value_info.extend(measured)
     for value in graph.input:
         if value.name in inputs:
             del value.type.tensor_type.shape.dim[:]
