@@ -1,11 +1,6 @@
 """The options of compression, each declared once: type, default, flag, limits and help text."""
 
-from cobla_onnx.options.settings import (
-    BatchSize,
-    ObjectiveName,
-    Settings,
-    check_batch,
-    memory_bytes,
-)
+from cobla_onnx.options.settings import ObjectiveName, Settings
+from cobla_onnx.options.values import BatchSize, check_batch, memory_bytes
 
 __all__ = ["BatchSize", "ObjectiveName", "Settings", "check_batch", "memory_bytes"]

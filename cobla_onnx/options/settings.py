@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from cobla_onnx.calibration.evaluation.output_choice import LossName, Outputs
 from cobla_onnx.errors import UsageError
 from cobla_onnx.options.declaring import Command, flag, option
+from cobla_onnx.options.values import BatchSize, check_batch, memory_bytes
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.wording import option_name
 
@@ -32,16 +32,12 @@ else:
     Precision = Literal["keep", "auto"] | tuple[int, ...]
 
 __all__ = [
-    "BatchSize",
     "ImageFlags",
     "ObjectiveName",
     "Settings",
-    "check_batch",
-    "memory_bytes",
     "options_of",
 ]
 
-BatchSize: TypeAlias = Literal["auto"] | int
 ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
 
 # Which commands have an option.
@@ -49,48 +45,6 @@ EVERY: tuple[Command, ...] = ("compress", "inspect", "sweep", "compare")
 ANALYSE: tuple[Command, ...] = ("compress", "inspect", "sweep")
 RUN: tuple[Command, ...] = ("compress", "sweep", "compare")
 SEARCH: tuple[Command, ...] = ("compress", "sweep")
-
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-
-
-def check_batch(batch: object) -> None:
-    """Check a number of samples that run at a time.
-
-    Raises
-    ------
-    UsageError
-        If it is neither ``auto`` nor a whole number of at least 1.
-    """
-    if batch != "auto" and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
-        raise UsageError(
-            f"{option_name('batch', batch)}: give auto, or a whole number of at least 1"
-        )
-
-
-def memory_bytes(limit: int | str | None) -> int | None:
-    """Bytes of a limit such as ``2GB``, ``1500MB`` or ``2000000000``.
-
-    Raises
-    ------
-    UsageError
-        If it is not one.
-
-    Examples
-    --------
-    >>> memory_bytes("1.5GB"), memory_bytes("2 GiB"), memory_bytes(100)
-    (1500000000, 2147483648, 100)
-    """
-    if limit is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(limit).strip().lower(), re.ASCII)
-    size = int(float(found[1]) * UNITS.get(found[2], 0)) if found else 0
-    if not size:
-        raise UsageError(
-            f"{option_name('memory_limit', limit)}: is not a number of bytes; write e.g. 2GB, "
-            "1500MB or 2000000000"
-        )
-    return size
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
 
 from cobla_onnx.options.declaring import Command
-from cobla_onnx.options.settings import BatchSize, ObjectiveName, options_of
+from cobla_onnx.options.settings import ObjectiveName, options_of
+from cobla_onnx.options.values import BatchSize
 
 if TYPE_CHECKING:
     from cobla_onnx.calibration.data.labels import Labels
