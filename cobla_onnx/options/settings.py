@@ -216,6 +216,14 @@ class Settings:
         "Weights and factors in fewer bits, where that loses less: auto, or e.g. 8,4.",
         "keep|auto|LIST",
     )
+    storage: Literal["auto", "cast", "qdq"] = option(
+        SEARCH,
+        "search",
+        "auto",
+        "--storage",
+        "cast: fewer bits are decoded as the model opens; qdq: 8 bits by DequantizeLinear, for "
+        "products in 8 bits; auto: cast, 4 bits as UINT4 from opset 21 on.",
+    )
     rank_multiple: RankMultiple = option(
         SEARCH,
         "speed",

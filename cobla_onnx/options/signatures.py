@@ -58,6 +58,7 @@ class SearchOptions(InspectOptions, total=False):
     refit: bool
     time_limit: float | None
     precision: Precision
+    storage: Literal["auto", "cast", "qdq"]
     rank_multiple: RankMultiple
     provider: str | None
     profile: str | os.PathLike[str] | None

@@ -92,6 +92,10 @@ def compress(
         In how many bits whole weights may be stored, beside what ranks save: none, any of
         `storage.precision.FORMATS`, or those given. The programme chooses for each layer; a layer
         has ranks or bits.
+    storage : {'auto', 'cast', 'qdq'}
+        How codes are decoded. ``cast``: by operators that every opset has, from which onnxruntime
+        computes the weight when it opens the model. ``auto``: the same, with 4 bits as UINT4 from
+        opset 21 on. ``qdq``: 8 bits by DequantizeLinear, what has no such form as with ``auto``.
     rank_multiple : 'auto' or int
         Ranks are multiples of it. ``auto``: every rank under a budget of memory alone, else
         those that the CPU computes without waste; see `rank_rule`.

@@ -20,6 +20,7 @@ from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import LatencyReport
 from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.providers import current_provider
+from cobla_onnx.variants.writing import Storage
 
 __all__ = ["ModelTimes", "open_profile", "search_by_latency"]
 
@@ -62,6 +63,7 @@ class ModelTimes:
         stopwatch: Stopwatch,
         seed: int,
         context: RunContext,
+        storage: Storage = "auto",
     ) -> ModelTimes:
         """Prepare to time a model on random inputs.
 
@@ -71,7 +73,7 @@ class ModelTimes:
             If onnxruntime does not load or run it.
         """
         feeds = example_feeds(model, analysis.input_shapes, stopwatch.threads, seed)
-        return cls(analysis, LatencySearch(model, feeds, profile, stopwatch), context)
+        return cls(analysis, LatencySearch(model, feeds, profile, stopwatch, storage), context)
 
     def table(self) -> Analysis:
         """Return the analysis with times, without layers that would not be faster."""
@@ -84,6 +86,7 @@ class ModelTimes:
             search.profile,
             search.stopwatch,
             partial(self.context.progress, "time layers"),
+            search.storage,
         )
         search.profile.keep()
         return self.analysis.with_times(total, variants, slower)
@@ -115,7 +118,13 @@ class ModelTimes:
             measured, note = search.confirm(compressed, limit)
             notes = (note,) if note else ()
         layers = slowest_layers(
-            search.model, analysis.layers, analysis.shapes, plan, search.profile, search.stopwatch
+            search.model,
+            analysis.layers,
+            analysis.shapes,
+            plan,
+            search.profile,
+            search.stopwatch,
+            storage=search.storage,
         )
         search.profile.keep()
         self.context.progress("time the result", 1, 1)

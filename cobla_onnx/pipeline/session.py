@@ -9,7 +9,7 @@ A session keeps nothing of a budget: what belongs to one is in the `Solution`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -56,6 +56,7 @@ from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.work import replacements_of
+from cobla_onnx.variants.writing import Writing
 
 __all__ = ["Session", "Solution"]
 
@@ -190,9 +191,9 @@ class Session:
         found, plan, measured = self._decide(budget, plan)
         spill, calibration = Spill(), None
         if self.evidence is None or measured is None:
-            replacements = spill.replacements(self._replacements(plan))
+            replacements = spill.replacements(self._written(self._replacements(plan)))
         else:
-            replacements = spill.replacements(measured.replacements)
+            replacements = spill.replacements(self._written(measured.replacements))
             calibration = calibration_report(self.evidence, found, measured)
         return Solution(
             budget,
@@ -252,6 +253,11 @@ class Session:
     def _choose_by_weights(self, constraints: Sequence[Constraint]) -> SearchResult:
         self.notify("allocate", 0, 1)
         return search_by_weights(self._problem, constraints)
+
+    def _written(self, made: Iterable[Replacement]) -> Iterator[Replacement]:
+        """Choose how codes are written."""
+        writing = Writing.into(self.model, self.settings.storage)
+        return (replacement.written(writing) for replacement in made)
 
     def _replacements(self, plan: Plan) -> Iterator[Replacement]:
         """Approximate the weights of the chosen layers over the pool; yield them one by one."""

@@ -53,7 +53,9 @@ def sweep(
         As those of `compress`.
     memory_limit, images, labels, loss, outputs, refit, time_limit, seed, threads
         As those of `compress`.
-    precision, rank_multiple, provider, profile, measure_latency, workers, executor, dask, cache
+    precision, storage, rank_multiple, provider, profile, measure_latency
+        As those of `compress`.
+    workers, executor, dask, cache
         As those of `compress`.
     progress
         As those of `compress`.

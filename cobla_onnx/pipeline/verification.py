@@ -22,7 +22,7 @@ from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.macs import Shape, infer_shapes
 from cobla_onnx.graph.varying import varying_tensors
 from cobla_onnx.graph.words import known_words
-from cobla_onnx.pipeline.proof import prove_rewrite
+from cobla_onnx.pipeline.proof import prove_optimized, prove_rewrite
 from cobla_onnx.report.model import Verification
 from cobla_onnx.runtime.session import Feeds, first_line, open_session, run_session, runnable_feeds
 from cobla_onnx.text import quoted
@@ -125,6 +125,7 @@ def verify(
     rewrite_error, network_error, more = prove_rewrite(
         original, compressed, replacements, proof, results, threads, varying, taps
     )
+    more += prove_optimized(original, compressed, replacements, proof, results, threads, taps)
     if measures is None:
         measures = measures_on(original, list(zip(proof, reference, strict=True)))
     comparison = Comparison(measures, varying)

@@ -32,6 +32,7 @@ from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
 from cobla_onnx.variants.registry import stand_in
 from cobla_onnx.variants.rewrite import rewrite
+from cobla_onnx.variants.writing import Storage, Writing
 from cobla_onnx.wording import option_name
 
 __all__ = ["Found", "LatencySearch", "example_feeds"]
@@ -93,12 +94,15 @@ class LatencySearch:
         Inputs of one run.
     profile : Profile
     stopwatch : Stopwatch
+    storage : {'auto', 'cast', 'qdq'}
+        How fewer bits are written.
     """
 
     model: onnx.ModelProto
     feeds: Feeds
     profile: Profile
     stopwatch: Stopwatch
+    storage: Storage = "auto"
 
     @cached_property
     def _entry(self) -> dict[str, Any]:
@@ -130,9 +134,12 @@ class LatencySearch:
     def under(self, analysis: Analysis, plan: Plan) -> Comparison:
         """Time the original and the model under a plan in turn, with random factors."""
         chosen = [d for d in plan.decisions if d.scheme is not None]
-        key = hashlib.sha256(Plan(tuple(chosen)).to_json().encode()).hexdigest()[:16]
+        text = Plan(tuple(chosen)).to_json() + " qdq" * (self.storage == "qdq")
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
         if key not in self._entry["plans"]:
-            compressed = rewrite(self.model, [stand_in(*analysis.resolve(d)) for d in chosen])
+            writing = Writing.into(self.model, self.storage)
+            made = [stand_in(*analysis.resolve(d)).written(writing) for d in chosen]
+            compressed = rewrite(self.model, made)
             self._entry["plans"][key] = asdict(self.compare(compressed))
         return Comparison(**self._entry["plans"][key])
 

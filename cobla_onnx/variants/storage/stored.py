@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from cobla_onnx.variants.storage.tensor import (
     half_tensor,
     tensor_bytes,
 )
+from cobla_onnx.variants.writing import DEQUANTIZE, FUSED, Writing
 
 __all__ = ["StoredWeight", "coded_weight", "half_weight", "stored_bytes"]
 
@@ -43,6 +44,21 @@ class StoredWeight(Replacement):
     """
 
     tensor: StoredTensor
+
+    @property
+    def nibbles(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the parts that are UINT4."""
+        return self.tensor.nibbles
+
+    @property
+    def optimized_tolerance(self) -> float | None:
+        """Tolerance of products in 8 bits, if the weight is dequantised."""
+        return FUSED if self.tensor.way == DEQUANTIZE else None
+
+    def written(self, writing: Writing) -> StoredWeight:
+        """Choose the types and the operators of the tensor."""
+        tensor = self.tensor.written(writing)
+        return replace(self, tensor=tensor, arrays=tensor.arrays)
 
     def dense(self) -> NDArray[Any]:
         """Return the weight as it is decoded."""
