@@ -23,6 +23,8 @@ __all__ = ["Decision", "FactorsFrom", "Plan"]
 FactorsFrom: TypeAlias = Literal["data", "weights"]
 # How messages name what writes a plan.
 PLAN_OUT = either(python="Plan.save()", command="--plan-out")
+# The second one has numbers of bits; plans without them are still written as the first.
+VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class Plan:
             else {"layer": d.layer, **_written(d)}
             for d in self.decisions
         ]
-        head: dict[str, Any] = {"version": 1}
+        # Readers of the first version do not know bits, and have to say so.
+        head: dict[str, Any] = {"version": 2 if any("bits" in entry for entry in layers) else 1}
         if self.factors != "data":
             head["factors"] = self.factors
         return json.dumps({**head, "layers": layers}, indent=2)
@@ -120,8 +123,8 @@ class Plan:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"plan: is not JSON ({error}); write one with {PLAN_OUT}") from error
-        if not isinstance(content, dict) or content.get("version") != 1:
-            raise UsageError(f'plan: has no "version": 1; write one with {PLAN_OUT}')
+        if not isinstance(content, dict) or _whole(content.get("version")) not in VERSIONS:
+            raise UsageError(f'plan: has no "version" of 1 or 2; write one with {PLAN_OUT}')
         _check_names("plan", content, ("$schema", "version", "factors", "layers"))
         factors = content.get("factors", "data")
         if factors not in get_args(FactorsFrom):
@@ -181,7 +184,7 @@ def _decision(number: int, entry: Any) -> Decision:
     where += f", {quoted(entry['layer'])}"
     scheme, keep = entry.get("scheme"), entry.get("keep", False)
     level = _level(scheme)
-    rank, folded = entry.get(level), entry.get("folded", False)
+    rank, folded = _whole(entry.get(level)), entry.get("folded", False)
     # Whole weights have no factors to fold.
     known = ("layer", "keep", "scheme", level, *(("folded",) if level == "rank" else ()), "bits")
     _check_names(where, entry, tuple(dict.fromkeys(known)))
@@ -193,14 +196,15 @@ def _decision(number: int, entry: Any) -> Decision:
         raise UsageError(f'{where}: "scheme" is {_json(scheme)}; allowed are {allowed}')
     if "bits" in entry:
         _check_bits(where, entry["bits"])
-    if level in entry and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise UsageError(f'{where}: "{level}" is {_json(rank)}; write a whole number of at least 1')
+    if level in entry and (rank is None or rank < 1):
+        given = _json(entry[level])
+        raise UsageError(f'{where}: "{level}" is {given}; write a whole number of at least 1')
     if keep:
         return Decision(entry["layer"])
     if scheme is None or rank is None:
         raise UsageError(f'{where}: needs "scheme" and "{level}", or "keep": true')
     if level != "bits" and "bits" in entry:
-        scheme = coded_name(scheme, entry["bits"])
+        scheme = coded_name(scheme, int(entry["bits"]))
     return Decision(entry["layer"], scheme, rank, folded)
 
 
@@ -215,7 +219,7 @@ def _written(decision: Decision) -> dict[str, Any]:
 
 
 def _check_bits(where: str, bits: Any) -> None:
-    if not isinstance(bits, int) or bits not in FORMATS:
+    if _whole(bits) not in FORMATS:
         allowed = ", ".join(map(str, FORMATS))
         raise UsageError(f'{where}: "bits" is {_json(bits)}; allowed are {allowed}')
 
@@ -235,6 +239,14 @@ def _level(scheme: Any) -> str:
 
     found = family_of(scheme) if isinstance(scheme, str) else None
     return "rank" if found is None else found.level
+
+
+def _whole(value: Any) -> int | None:
+    """Return a number that is whole, as JSON has it: 3.0 is, true is not; else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    # Neither infinity nor NaN, which Python's reader takes, is one.
+    return int(value) if isinstance(value, int) or value.is_integer() else None
 
 
 def _json(value: Any) -> str:

@@ -28,9 +28,16 @@ GOOD = [
     {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 3, "bits": 4}]},
     {"version": 1, "layers": [{"layer": "a", "scheme": "stored", "bits": 4}]},
     {"version": 1, "layers": [{"layer": "a", "scheme": "matrix", "rank": 3, "folded": True}]},
+    {"version": 2, "layers": [{"layer": "a", "scheme": "channel", "rank": 3, "bits": 4}]},
+    {"version": 2, "layers": [{"layer": "a", "scheme": "channel", "rank": 3}]},
+    # A whole number in JSON, whose schemas do not tell it from 3.
+    {"version": 1.0, "layers": [{"layer": "a", "scheme": "channel", "rank": 3.0, "bits": 4.0}]},
+    {"version": 1, "layers": [{"layer": "a", "scheme": "rows", "bits": 8.0}]},
 ]
 BAD = [
-    ({"version": 2, "layers": []}, 'no "version": 1'),
+    ({"version": 3, "layers": []}, 'no "version" of 1 or 2'),
+    ({"version": True, "layers": []}, 'no "version" of 1 or 2'),
+    ({"layers": []}, 'no "version" of 1 or 2'),
     ({"version": 1}, 'no list "layers"'),
     ({"version": 1, "layers": {}}, 'no list "layers"'),
     ({"version": 1, "factors": "none", "layers": []}, '"factors" is "none"; allowed are data, w'),
@@ -52,6 +59,18 @@ BAD = [
     (
         {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": "8"}]},
         '"rank" is "8"; write a whole number',
+    ),
+    (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 3.5}]},
+        '"rank" is 3.5; write a whole number',
+    ),
+    (
+        {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": True}]},
+        '"rank" is true; write a whole number',
+    ),
+    (
+        {"version": 2, "layers": [{"layer": "a", "scheme": "stored", "bits": 4.5}]},
+        '"bits" is 4.5; allowed are 2, 3, 4, 5, 6, 8, 16',
     ),
     (
         {"version": 1, "layers": [{"layer": "a", "scheme": "channel", "rank": 8, "bits": 7}]},
@@ -99,7 +118,20 @@ def test_the_schema_is_one_and_knows_the_schemes():
 @pytest.mark.parametrize("content", GOOD)
 def test_schema_and_reader_take(content):
     jsonschema.validate(content, SCHEMA)
-    Plan.from_json(json.dumps(content))
+    plan = Plan.from_json(json.dumps(content))
+    written = json.loads(plan.to_json())
+    jsonschema.validate(written, SCHEMA)
+    # Readers of the first version, which know no bits, must not take what has some.
+    assert written["version"] == (2 if plan.bits else 1)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert "." not in plan.to_json()
+
+
+@pytest.mark.parametrize("rank", ["NaN", "Infinity", "1e999"])
+def test_what_is_no_number_is_no_rank(rank):
+    text = f'{{"version": 1, "layers": [{{"layer": "a", "scheme": "channel", "rank": {rank}}}]}}'
+    with pytest.raises(errors.UsageError, match="write a whole number"):
+        Plan.from_json(text)
 
 
 @pytest.mark.parametrize(("content", "message"), BAD)

@@ -19,6 +19,7 @@ from cobla_onnx.latency.single_layer import layer_key, micro_graph
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.variants.base import LayerVariants
+from cobla_onnx.variants.writing import Storage
 
 __all__ = ["interpolated", "measure_layer", "sampled", "slowest_layers", "time_layers"]
 
@@ -67,6 +68,7 @@ def measure_layer(
     shapes: Mapping[str, Shape],
     profile: Profile,
     stopwatch: Stopwatch,
+    storage: Storage = "auto",
 ) -> tuple[int, list[int]] | None:
     """Return the time of a layer as it is and in the given forms, over all its uses.
 
@@ -86,11 +88,11 @@ def measure_layer(
     if len(known) < len(keys):
         return None
     for key, use in zip(known, layer.uses, strict=True):
-        _measure_use(model, layer, use, key, forms, shapes, profile, stopwatch)
+        _measure_use(model, layer, use, key, forms, shapes, profile, stopwatch, storage)
     tables = [profile.layers[key] for key in known]
     return (
         sum(table[WHOLE] for table in tables),
-        [sum(table[f"{scheme}@{rank}"] for table in tables) for scheme, rank in forms],
+        [sum(table[_form_key(form, storage)] for table in tables) for form in forms],
     )
 
 
@@ -103,19 +105,26 @@ def _measure_use(
     shapes: Mapping[str, Shape],
     profile: Profile,
     stopwatch: Stopwatch,
+    storage: Storage,
 ) -> None:
     table = profile.layers.setdefault(key, {})
-    missing = [form for form in forms if f"{form[0]}@{form[1]}" not in table]
+    missing = [form for form in forms if _form_key(form, storage) not in table]
     if not missing and WHOLE in table:
         return
     alone = micro_graph(model, layer, use, shapes)
-    models = [alone.model, *(alone.replaced(scheme, rank) for scheme, rank in missing)]
+    models = [alone.model, *(alone.replaced(*form, storage) for form in missing)]
     times = stopwatch.times(models, None, seconds=SECONDS, least=LEAST, most=MOST)
     medians = np.nanmedian(times, axis=0)
     whole = table.setdefault(WHOLE, max(round(1e9 * float(medians[0])), 1))
-    for (scheme, rank), median in zip(missing, medians[1:], strict=True):
+    for form, median in zip(missing, medians[1:], strict=True):
         # By the ratio, so that all forms of a layer stay comparable.
-        table[f"{scheme}@{rank}"] = max(round(whole * float(median / medians[0])), 1)
+        table[_form_key(form, storage)] = max(round(whole * float(median / medians[0])), 1)
+
+
+def _form_key(form: Form, storage: Storage) -> str:
+    """Describe a form in a profile; what is decoded when the model opens takes the same time."""
+    scheme, level = form
+    return f"{scheme}@{level}" + " qdq" * (storage == "qdq")
 
 
 def time_layers(
@@ -125,6 +134,7 @@ def time_layers(
     profile: Profile,
     stopwatch: Stopwatch,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    storage: Storage = "auto",
 ) -> tuple[tuple[LayerVariants, ...], tuple[Skipped, ...]]:
     """Give every candidate level its time; leave out those that are not faster.
 
@@ -132,6 +142,8 @@ def time_layers(
     ----------
     shapes : mapping of str to Shape
         Of the model's tensors, as far as known.
+    storage : {'auto', 'cast', 'qdq'}
+        How fewer bits are written.
 
     Returns
     -------
@@ -145,7 +157,7 @@ def time_layers(
     for index, each in enumerate(variants):
         progress(index, len(variants))
         layer = each.layer
-        timed = _timed(model, layer, each.curves, shapes, profile, stopwatch)
+        timed = _timed(model, layer, each.curves, shapes, profile, stopwatch, storage)
         places = [] if timed is None else [i for i, c in enumerate(timed.curves) if len(c.levels)]
         if timed is None or not places:
             unknown = "read in several ways" if layer.readings else "shapes not known"
@@ -165,10 +177,11 @@ def _timed(
     shapes: Mapping[str, Shape],
     profile: Profile,
     stopwatch: Stopwatch,
+    storage: Storage,
 ) -> LayerCurves | None:
     """Put times on the curves of a layer; ranks that are not faster are left out."""
     forms = [(curve.scheme, rank) for curve in curves.curves for rank in sampled(curve.levels)]
-    measured = measure_layer(model, layer, forms, shapes, profile, stopwatch)
+    measured = measure_layer(model, layer, forms, shapes, profile, stopwatch, storage)
     if measured is None:
         return None
     whole, times = measured
@@ -190,6 +203,7 @@ def slowest_layers(
     profile: Profile,
     stopwatch: Stopwatch,
     count: int = 10,
+    storage: Storage = "auto",
 ) -> list[tuple[str, int, int]]:
     """Return the slowest of the layers that may be replaced, before and after a plan.
 
@@ -210,7 +224,7 @@ def slowest_layers(
         decision, after = decisions.get(layer.name, Decision(layer.name)), before
         if not decision.folded and decision.scheme is not None and decision.rank is not None:
             form = (decision.scheme, decision.rank)
-            found = measure_layer(model, layer, [form], shapes, profile, stopwatch)
+            found = measure_layer(model, layer, [form], shapes, profile, stopwatch, storage)
             assert found is not None
             after = found[1][0]
         result.append((layer.name, before, after))

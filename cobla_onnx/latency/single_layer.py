@@ -23,6 +23,7 @@ from cobla_onnx.graph.operators.recurrent import LENGTHS, InputWeight, StateWeig
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.variants.registry import forms_of, stand_in
 from cobla_onnx.variants.rewrite import rewrite
+from cobla_onnx.variants.writing import Storage, Writing
 
 __all__ = ["MicroGraph", "layer_key", "micro_graph"]
 
@@ -88,9 +89,10 @@ class MicroGraph:
     model: onnx.ModelProto
     layer: Layer
 
-    def replaced(self, scheme: str, level: int) -> onnx.ModelProto:
+    def replaced(self, scheme: str, level: int, storage: Storage = "auto") -> onnx.ModelProto:
         """Return the model with random numbers in place of the layer's replacement."""
-        return rewrite(self.model, [stand_in(self.layer, forms_of(self.layer)[scheme], level)])
+        made = stand_in(self.layer, forms_of(self.layer)[scheme], level)
+        return rewrite(self.model, [made.written(Writing.into(self.model, storage))])
 
 
 def micro_graph(

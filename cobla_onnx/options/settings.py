@@ -229,6 +229,14 @@ class Settings:
         "--arithmetic",
         "int8: compute in 8 bits what can be, with --data; auto: where --latency gains by it.",
     )
+    storage: Literal["auto", "cast", "qdq"] = option(
+        SEARCH,
+        "search",
+        "auto",
+        "--storage",
+        "cast: fewer bits are decoded as the model opens; qdq: 8 bits by DequantizeLinear, for "
+        "products in 8 bits; auto: cast, 4 bits as UINT4 from opset 21 on.",
+    )
     rank_multiple: RankMultiple = option(
         SEARCH,
         "speed",

@@ -67,6 +67,7 @@ class SearchOptions(AdviseOptions, total=False):
     time_limit: float | None
     precision: Precision
     arithmetic: ArithmeticName
+    storage: Literal["auto", "cast", "qdq"]
     rank_multiple: RankMultiple
     provider: str | None
     profile: str | os.PathLike[str] | None

@@ -105,6 +105,10 @@ def compress(
         ``int8``: after ranks and refit, nodes compute in 8 bits where they can, by
         `onnxruntime.quantization`; their weights are stored so, too. Needs `data`, whose samples
         give the ranges. ``auto``: only where a latency budget is met with less loss by it.
+    storage : {'auto', 'cast', 'qdq'}
+        How codes are decoded. ``cast``: by operators that every opset has, from which onnxruntime
+        computes the weight when it opens the model. ``auto``: the same, with 4 bits as UINT4 from
+        opset 21 on. ``qdq``: 8 bits by DequantizeLinear, what has no such form as with ``auto``.
     rank_multiple : 'auto' or int
         Ranks are multiples of it. ``auto``: every rank under a budget of memory alone, else
         those that the CPU computes without waste; see `rank_rule`.

@@ -45,7 +45,8 @@ def finish(session: Session, solution: Solution) -> Result:
     constants = _constants(session, compressed)
     seconds = session.seconds + solution.seconds + time.perf_counter() - started
     told = forecast(session, solution)
-    notes = (*measured, *of_time, *elsewhere, *([] if told is None else [forecast_note(told)]))
+    told_of = [] if told is None else [forecast_note(told)]
+    notes = (*measured, *of_time, *elsewhere, *told_of, *_not_dequantized(session, solution))
     outcome = Outcome(
         stored_bytes(compressed), verification, latency, notes, seconds, constants, told
     )
@@ -83,6 +84,18 @@ def _check_budget(session: Session, solution: Solution, compressed: onnx.ModelPr
                 f"{option_name(name)}: the plan costs {cost}, the budget allows {limit}; "
                 "lower its ranks or raise the budget"
             )
+
+
+def _not_dequantized(session: Session, solution: Solution) -> tuple[str, ...]:
+    """Say so if DequantizeLinear was asked for, and no layer reads it."""
+    made = solution.replacements
+    asked = session.settings.storage == "qdq" and made
+    if not asked or any(r.optimized_tolerance is not None for r in made):
+        return ()
+    return (
+        f"{option_name('storage', 'qdq')}: no layer is dequantised: none is in 8 bits with one "
+        "scale, or (from opset 13 on) one along an axis; all are written as with auto",
+    )
 
 
 def _verified(

@@ -18,6 +18,7 @@ from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import LatencyReport
 from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.providers import current_provider
+from cobla_onnx.variants.writing import Storage
 
 __all__ = ["ModelTimes", "open_profile"]
 
@@ -60,6 +61,7 @@ class ModelTimes:
         stopwatch: Stopwatch,
         seed: int,
         context: RunContext,
+        storage: Storage = "auto",
     ) -> ModelTimes:
         """Prepare to time a model on random inputs.
 
@@ -69,7 +71,7 @@ class ModelTimes:
             If onnxruntime does not load or run it.
         """
         feeds = example_feeds(model, analysis.input_shapes, stopwatch.threads, seed)
-        return cls(analysis, LatencySearch(model, feeds, profile, stopwatch), context)
+        return cls(analysis, LatencySearch(model, feeds, profile, stopwatch, storage), context)
 
     def table(self) -> Analysis:
         """Return the analysis with times, without layers that would not be faster."""
@@ -82,6 +84,7 @@ class ModelTimes:
             search.profile,
             search.stopwatch,
             partial(self.context.progress, "time layers"),
+            search.storage,
         )
         search.profile.keep()
         return self.analysis.with_times(total, variants, slower)
@@ -126,5 +129,11 @@ class ModelTimes:
     def _slowest(self, plan: Plan) -> list[tuple[str, int, int]]:
         search, analysis = self.search, self.analysis
         return slowest_layers(
-            search.model, analysis.layers, analysis.shapes, plan, search.profile, search.stopwatch
+            search.model,
+            analysis.layers,
+            analysis.shapes,
+            plan,
+            search.profile,
+            search.stopwatch,
+            storage=search.storage,
         )

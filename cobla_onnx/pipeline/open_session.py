@@ -195,7 +195,9 @@ def _times(
     context: RunContext,
 ) -> ModelTimes:
     stopwatch = Stopwatch(context.threads)
-    return ModelTimes.of(model, analysis, profile, stopwatch, settings.seed, context)
+    return ModelTimes.of(
+        model, analysis, profile, stopwatch, settings.seed, context, settings.storage
+    )
 
 
 def _looking(

@@ -61,6 +61,7 @@ from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.variants.work import replacements_of
+from cobla_onnx.variants.writing import Writing
 
 __all__ = ["Session", "Solution"]
 
@@ -259,7 +260,7 @@ class Session:
         """Make the factors of a plan, and let nodes compute in 8 bits if that was asked for."""
         spill, calibration, eight_bits = Spill(), None, None
         if self.evidence is None or finisher is None:
-            replacements = spill.replacements(_as_planned(plan, self._replacements(plan)))
+            replacements = spill.replacements(self._written(plan, self._replacements(plan)))
         else:
             factors = make_factors(finisher, plan, self.settings.refit)
             if self.settings.distil is not None:
@@ -271,7 +272,7 @@ class Session:
                     self.settings.time_limit,
                 )
             measured = measure_factors(self.evidence, factors)
-            replacements = spill.replacements(_as_planned(plan, measured.replacements))
+            replacements = spill.replacements(self._written(plan, measured.replacements))
             calibration = calibration_report(self.evidence, found, measured)
             if self.settings.arithmetic == "int8":
                 eight_bits = self._quantised(self.evidence, budget, replacements)
@@ -327,6 +328,11 @@ class Session:
     def _choose_by_weights(self, constraints: Sequence[Constraint]) -> SearchResult:
         self.notify("allocate", 0, 1)
         return search_by_weights(self._problem, constraints)
+
+    def _written(self, plan: Plan, made: Iterable[Replacement]) -> Iterator[Replacement]:
+        """Choose how codes are written, and fold what is folded in the plan."""
+        writing = Writing.into(self.model, self.settings.storage)
+        return (replacement.written(writing) for replacement in _as_planned(plan, made))
 
     def _replacements(self, plan: Plan) -> Iterator[Replacement]:
         """Approximate the weights of the chosen layers over the pool; yield them one by one."""

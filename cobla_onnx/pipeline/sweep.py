@@ -54,9 +54,9 @@ def sweep(
         As those of `compress`.
     samples, batch, memory_limit, images, labels, loss, outputs, refit, distil, time_limit
         As those of `compress`.
-    precision, arithmetic, rank_multiple, provider, profile, measure_latency, seed, threads
+    precision, arithmetic, storage, rank_multiple, provider, profile, measure_latency
         As those of `compress`.
-    workers, executor
+    seed, threads, workers, executor
         As those of `compress`.
     dask, cache, progress
         As those of `compress`.

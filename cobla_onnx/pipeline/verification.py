@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -23,7 +24,7 @@ from cobla_onnx.graph.io.model_file import stored_bytes, without_weights
 from cobla_onnx.graph.macs import Shape, infer_shapes
 from cobla_onnx.graph.varying import varying_tensors
 from cobla_onnx.graph.words import known_words
-from cobla_onnx.pipeline.proof import prove_rewrite
+from cobla_onnx.pipeline.proof import prove_optimized, prove_rewrite
 from cobla_onnx.report.model import Verification
 from cobla_onnx.runtime.session import (
     BY_FILE,
@@ -125,18 +126,12 @@ def verify(
         proof = list(itertools.islice(data[1](), PROVED_BATCHES))
         reference = [run_session(session, feed) for feed in proof]
     del session
-    try:
-        session = open_session(compressed, threads)
-        results = [run_session(session, feed) for feed in proof]
-    except ModelError as error:
-        raise VerificationError(
-            f"the rewritten model fails: {error.message}; nothing written"
-        ) from error
-    del session
+    results = _results(compressed, proof, threads)
     varying = varying_outputs(original, proof[0])
     rewrite_error, network_error, more = prove_rewrite(
         original, compressed, replacements, proof, results, threads, varying, taps
     )
+    more += prove_optimized(original, compressed, replacements, proof, results, threads, taps)
     if measures is None:
         measures = measures_on(original, list(zip(proof, reference, strict=True)))
     comparison = Comparison(measures, varying)
@@ -163,6 +158,25 @@ def varying_outputs(model: onnx.ModelProto, feeds: Feeds) -> frozenset[str]:
     found = varying_tensors(model, shapes)
     names = (value.name for value in model.graph.output)
     return frozenset(name for name in names if found.cause(name) is not None)
+
+
+def _results(
+    compressed: onnx.ModelProto, proof: Sequence[Feeds], threads: int
+) -> list[dict[str, Any]]:
+    """Run the rewritten model.
+
+    Raises
+    ------
+    VerificationError
+        If onnxruntime does not run it.
+    """
+    try:
+        session = open_session(compressed, threads)
+        return [run_session(session, feed) for feed in proof]
+    except ModelError as error:
+        raise VerificationError(
+            f"the rewritten model fails: {error.message}; nothing written"
+        ) from error
 
 
 def _small(original: onnx.ModelProto) -> bool:

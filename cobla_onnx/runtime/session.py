@@ -200,9 +200,16 @@ def _add_weights(
             data_location=onnx.TensorProto.EXTERNAL,
         )
         contiguous = np.ascontiguousarray(array)
+        if contiguous.nbytes != tensor_bytes(stub):
+            # A type of less than a byte, which numpy unpacks, and onnxruntime reads as it is.
+            raw = onnx.numpy_helper.from_array(contiguous).raw_data
+            contiguous = np.frombuffer(raw, np.uint8)
+            if file is None:
+                stub.ClearField("data_location")
+                stub.raw_data = raw
+                continue
         entries: dict[str, object] = {"location": "held in memory"}
-        # Not types of less than a byte, which numpy unpacks.
-        if file is not None and contiguous.nbytes == tensor_bytes(stub):
+        if file is not None:
             place = file.seek(-(-file.tell() // PAGE) * PAGE)
             file.write(array_bytes(contiguous))
             entries = {"location": WEIGHTS, "offset": place, "length": contiguous.nbytes}

@@ -15,6 +15,7 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.names import Names
+from cobla_onnx.variants.writing import Writing
 from cobla_onnx.wording import either
 
 if TYPE_CHECKING:
@@ -42,6 +43,20 @@ class Replacement(ABC):
     layer: Layer
     arrays: Mapping[str, NDArray[Any]]
     bias: NDArray[Any] | None
+
+    @property
+    def nibbles(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the arrays that hold two numbers of a UINT4 tensor in a byte, by part."""
+        return {}
+
+    @property
+    def optimized_tolerance(self) -> float | None:
+        """The same as `tolerance` once onnxruntime has optimised the nodes; None if it is that."""
+        return None
+
+    def written(self, writing: Writing) -> Replacement:
+        """Return the same as it is written into a model."""
+        return self
 
     @property
     def nbytes(self) -> int:

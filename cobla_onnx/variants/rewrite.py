@@ -153,7 +153,10 @@ def _build(
     """
     layer = replacement.layer
     stored = {part: names.tensor(f"{layer.name}/{part}") for part in replacement.arrays}
-    initializers = [_tensor(stored[part], array) for part, array in replacement.arrays.items()]
+    initializers = [
+        _tensor(stored[part], array, replacement.nibbles.get(part))
+        for part, array in replacement.arrays.items()
+    ]
     shared, operands = replacement.shared(stored, names)
     bias: list[str] = []
     if replacement.bias is not None:
@@ -177,10 +180,23 @@ def _build(
     return initializers, shared, stored
 
 
-def _tensor(name: str, array: NDArray[Any]) -> onnx.TensorProto:
-    """Return an initializer; one that is a mapped file stays there."""
-    mapped = mapped_tensor(name, array)
-    return mapped or onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+def _tensor(
+    name: str, array: NDArray[Any], nibbles: tuple[int, ...] | None = None
+) -> onnx.TensorProto:
+    """Return an initializer; one that is a mapped file stays there.
+
+    Parameters
+    ----------
+    nibbles : tuple of int, optional
+        Shape of a UINT4 tensor whose bytes the array has.
+    """
+    tensor = mapped_tensor(name, array)
+    tensor = tensor or onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+    if nibbles is not None:
+        tensor.data_type = onnx.TensorProto.UINT4
+        del tensor.dims[:]
+        tensor.dims.extend(nibbles)
+    return tensor
 
 
 def _read_alone(model: onnx.ModelProto, nodes: Collection[int]) -> set[str]:

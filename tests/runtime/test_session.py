@@ -38,6 +38,24 @@ def mixed_model():
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
+@pytest.mark.parametrize("by_file_from", [1, 1 << 40])
+@pytest.mark.parametrize("kind", [TensorProto.INT4, TensorProto.UINT4])
+def test_types_of_less_than_a_byte_are_read_as_they_are(monkeypatch, kind, by_file_from):
+    monkeypatch.setattr(runtime, "BY_FILE", by_file_from)
+    values = np.random.default_rng(3).integers(0, 8, (61, 51))
+    node = helper.make_node("Cast", ["q"], ["y"], to=TensorProto.FLOAT)
+    graph = helper.make_graph(
+        [node],
+        "packed",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor("q", kind, [61, 51], values.ravel().tolist())],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    found = runtime.run_session(runtime.open_session(model, 1), {})
+    np.testing.assert_array_equal(found["y"], values)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="mapped files cannot be deleted")
 @pytest.mark.parametrize("optimized", [False, True])
 def test_weights_in_a_file_are_those_in_memory(monkeypatch, tmp_path, optimized):

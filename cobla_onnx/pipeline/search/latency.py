@@ -32,6 +32,7 @@ from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
 from cobla_onnx.variants.registry import stand_in
 from cobla_onnx.variants.rewrite import rewrite
+from cobla_onnx.variants.writing import Storage, Writing
 from cobla_onnx.wording import option_name
 
 __all__ = ["Choose", "Found", "LatencySearch", "Way", "example_feeds", "fast_enough", "too_slow"]
@@ -123,12 +124,15 @@ class LatencySearch:
         Inputs of one run.
     profile : Profile
     stopwatch : Stopwatch
+    storage : {'auto', 'cast', 'qdq'}
+        How fewer bits are written.
     """
 
     model: onnx.ModelProto
     feeds: Feeds
     profile: Profile
     stopwatch: Stopwatch
+    storage: Storage = "auto"
 
     @cached_property
     def _entry(self) -> dict[str, Any]:
@@ -163,10 +167,11 @@ class LatencySearch:
         With `eight_bits`, its nodes compute so, in ranges of no meaning.
         """
         chosen = [d for d in plan.decisions if d.scheme is not None]
-        key = hashlib.sha256(Plan(tuple(chosen)).to_json().encode()).hexdigest()[:16]
-        key += " in 8 bits" if eight_bits else ""
+        key = Plan(tuple(chosen)).to_json() + " qdq" * (self.storage == "qdq")
+        key = hashlib.sha256(key.encode()).hexdigest()[:16] + " in 8 bits" * eight_bits
         if key not in self._entry["plans"]:
-            replaced = [stand_in(*analysis.resolve(d)) for d in chosen]
+            writing = Writing.into(self.model, self.storage)
+            replaced = [stand_in(*analysis.resolve(d)).written(writing) for d in chosen]
             compressed = rewrite(self.model, replaced) if replaced else self.model
             if eight_bits:
                 spared = spared_outputs(self.model, analysis)

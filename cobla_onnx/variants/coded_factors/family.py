@@ -19,7 +19,13 @@ from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.base import Asked, ErrorUnit, LayerCosts, Proposal, VariantFamily
 from cobla_onnx.variants.coded_factors.form import CodedScheme, coded_name
 from cobla_onnx.variants.coded_factors.from_data import PairsFromData
-from cobla_onnx.variants.coded_factors.pair import Alone, FromInputs, RoundedPair, round_pair
+from cobla_onnx.variants.coded_factors.pair import (
+    Alone,
+    FromInputs,
+    RoundedPair,
+    random_pair,
+    round_pair,
+)
 from cobla_onnx.variants.coded_factors.stored import StoredPair, pair_bytes, stored_pair
 from cobla_onnx.variants.coded_factors.units import PairsAlone, PairUnit
 from cobla_onnx.variants.low_rank.family import LowRankFamily
@@ -156,7 +162,9 @@ class CodedFactorsFamily(VariantFamily):
         return stored_pair(layer, approximation)
 
     def stand_in(self, layer: Layer, form: CodedScheme, level: int) -> Replacement:
-        """Return factors of random content: what is decoded when the model is opened."""
+        """Return random factors: codes that may be dequantised in every run, or decoded ones."""
+        if form.bits == 8:
+            return stored_pair(layer, random_pair(form.scheme, level))
         return FACTORS.stand_in(layer, form.scheme, level)
 
     def allowed(

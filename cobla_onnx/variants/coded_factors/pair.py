@@ -10,6 +10,7 @@ c_k^2 = b_k / sqrt m_k).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -28,11 +29,19 @@ from cobla_onnx.variants.low_rank.second_factor import (
 )
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 from cobla_onnx.variants.low_rank.weighted_svd import inputs_first
-from cobla_onnx.variants.storage.coding import Coded
+from cobla_onnx.variants.storage.coding import INTEGERS, Coded
 from cobla_onnx.variants.storage.precision import HALF, in_half
 from cobla_onnx.variants.storage.rounding import round_weight
 
-__all__ = ["Alone", "FromInputs", "FromOutputs", "RoundedPair", "Target", "round_pair"]
+__all__ = [
+    "Alone",
+    "FromInputs",
+    "FromOutputs",
+    "RoundedPair",
+    "Target",
+    "random_pair",
+    "round_pair",
+]
 
 
 @dataclass(frozen=True)
@@ -182,6 +191,24 @@ def round_pair(form: CodedScheme, factors: Factorization, target: Target) -> Rou
         rows.append(its_rows)
     first = replace(first, scales=(first.scales * np.stack(rescaled)).astype(np.float32))
     second = round_weight(np.stack(rows), np.stack(moments), bits)
+    return RoundedPair(scheme, _decoded(scheme, first, second), None, first, second)
+
+
+def random_pair(scheme: Scheme, rank: int) -> RoundedPair:
+    """Return factors in 8 bits of random content, which keep the size of numbers about as it is."""
+    groups, rows, columns = scheme.matrix_shape()
+    if not scheme.inputs_first:
+        rows, columns = columns, rows
+    generator = np.random.default_rng(0)
+
+    def numbers(outputs: int, size: int) -> Coded:
+        codes = generator.integers(0, 256, (groups, outputs, size), np.uint8)
+        # The standard deviation of the integers, which are as likely.
+        scale = np.float32(math.sqrt(12 / size) / 256)
+        return Coded(codes, INTEGERS, np.full((groups, outputs), scale, np.float32))
+
+    first = numbers(rank, rows)
+    second = numbers(columns // scheme.offsets, rank * scheme.offsets)
     return RoundedPair(scheme, _decoded(scheme, first, second), None, first, second)
 
 

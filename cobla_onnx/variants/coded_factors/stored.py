@@ -22,6 +22,7 @@ from cobla_onnx.variants.storage.tensor import (
     half_tensor,
     tensor_bytes,
 )
+from cobla_onnx.variants.writing import DEQUANTIZE, FUSED, Writing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,6 +73,23 @@ class StoredPair(Pair):
         }
         return replace(self, arrays=arrays, tensors=tensors)
 
+    @property
+    def nibbles(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the parts that are UINT4."""
+        found = {factor: tensor.nibbles for factor, tensor in self.tensors.items()}
+        return {f"{f}/{part}": shape for f, each in found.items() for part, shape in each.items()}
+
+    @property
+    def optimized_tolerance(self) -> float | None:
+        """Tolerance of products in 8 bits, if a factor is dequantised."""
+        dequantized = any(tensor.way == DEQUANTIZE for tensor in self.tensors.values())
+        return FUSED if dequantized else None
+
+    def written(self, writing: Writing) -> StoredPair:
+        """Choose the types and the operators of both factors."""
+        tensors = {factor: tensor.written(writing) for factor, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, arrays=_arrays(tensors))
+
     def dense(self) -> NDArray[Any]:
         """Multiply the decoded factors to the weight that they stand for."""
         left, right = self.scheme.unfold(self.tensors[FIRST].values, self.tensors[SECOND].values)
@@ -108,7 +126,9 @@ def stored_pair(layer: Layer, pair: RoundedPair) -> StoredPair:
         scales = scheme.fold(*arranged(scheme, pair.first.each_scale(), pair.second.each_scale()))
         made = [coded_tensor(*each) for each in zip(codes, levels, scales, strict=True)]
     tensors = dict(zip((FIRST, SECOND), made, strict=True))
-    arrays = {
-        f"{f}/{part}": a for f, tensor in tensors.items() for part, a in tensor.arrays.items()
-    }
-    return StoredPair(layer, arrays, narrowed_bias(layer, pair.bias), scheme, tensors)
+    bias = narrowed_bias(layer, pair.bias)
+    return StoredPair(layer, _arrays(tensors), bias, scheme, tensors)
+
+
+def _arrays(tensors: Mapping[str, StoredTensor]) -> dict[str, NDArray[Any]]:
+    return {f"{f}/{part}": a for f, tensor in tensors.items() for part, a in tensor.arrays.items()}

@@ -2,8 +2,8 @@
 
 Only operators that every opset has are used: Cast, Mul, Floor, Sub, Add, Concat, Slice, Gather and
 Reshape. All of their inputs are constants, so that onnxruntime computes the weight once, when it
-opens the model, and runs what it would have run. DequantizeLinear, which says the same in one
-node, it computes in every run.
+opens the model, and runs what it would have run. Codes of 4 bits may also stand in a type of their
+own (``nibbles``), which Cast reads: half the time of opening, and less memory meanwhile.
 
 From IR version 8 and opset 10 on the nodes are the body of a function of the model, of which each
 weight has one node (`decoder`); before that they stand in the graph (`decoder_nodes`).
@@ -38,24 +38,28 @@ DOMAIN = OWN_DOMAIN
 """Domain of the functions."""
 
 
-def decoder_inputs(bits: int) -> list[str]:
+def decoder_inputs(bits: int, nibbles: bool = False) -> list[str]:
     """Names of what a decoder reads.
 
     ``scale``: of a shape that broadcasts over the weight's. With 8 bits, ``codes``: int8, in the
     shape of the weight. With fewer, ``plane_0``, ...: uint8 arrays as `pack` makes them;
     ``levels``: the table; ``shape``: the weight's, int64; ``count``: number of its elements, int64
-    of shape (1,).
+    of shape (1,). With `nibbles` (4 bits), ``codes``: UINT4, in the shape of the weight, and
+    ``levels``.
     """
+    if nibbles:
+        return ["codes", "levels", "scale"]
     if bits == 8:
         return ["codes", "scale"]
     planes = [f"plane_{number}" for number in range(len(PLANES[bits]))]
     return [*planes, "levels", "scale", "shape", "count"]
 
 
-def decoder(bits: int, opset: int) -> onnx.FunctionProto:
+def decoder(bits: int, opset: int, nibbles: bool = False) -> onnx.FunctionProto:
     """Make the function that decodes a weight, called ``Decode{bits}``; from opset 10 on."""
-    inputs = decoder_inputs(bits)
-    nodes = decoder_nodes(bits, opset, dict(zip(inputs, inputs, strict=True)), "weight", str, 0)
+    inputs = decoder_inputs(bits, nibbles)
+    by_name = dict(zip(inputs, inputs, strict=True))
+    nodes = decoder_nodes(bits, opset, by_name, "weight", str, 0, nibbles)
     imports = [helper.make_opsetid("", opset)]
     return helper.make_function(DOMAIN, f"Decode{bits}", inputs, ["weight"], nodes, imports)
 
@@ -67,6 +71,7 @@ def decoder_nodes(
     output: str,
     unique: Callable[[str], str],
     count: int,
+    nibbles: bool = False,
 ) -> list[onnx.NodeProto]:
     """Make the nodes that decode a weight.
 
@@ -80,13 +85,17 @@ def decoder_nodes(
         Makes a name unique among the tensors of the graph.
     count : int
         Number of the weight's elements; used below opset 10, where it is an attribute.
+    nibbles : bool
+        Whether codes of 4 bits stand in UINT4.
     """
     body = Body(unique)
-    shaped = (
-        body.add("Cast", [inputs["codes"]], to=TensorProto.FLOAT)
-        if bits == 8
-        else body.looked_up(bits, opset, inputs, count)
-    )
+    if nibbles:
+        index = body.add("Cast", [inputs["codes"]], to=TensorProto.INT32)
+        shaped = body.add("Gather", [inputs["levels"], index])
+    elif bits == 8:
+        shaped = body.add("Cast", [inputs["codes"]], to=TensorProto.FLOAT)
+    else:
+        shaped = body.looked_up(bits, opset, inputs, count)
     body.nodes.append(helper.make_node("Mul", [shaped, inputs["scale"]], [output]))
     return body.nodes
 

@@ -22,6 +22,7 @@ from cobla_onnx.variants.storage.tensor import (
     tensor_bytes,
 )
 from cobla_onnx.variants.tied import operand, with_transposes
+from cobla_onnx.variants.writing import DEQUANTIZE, FUSED, Writing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -55,6 +56,21 @@ class StoredWeight(Replacement):
 
     def _with_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> Self:
         return replace(self, arrays=arrays, tensor=self.tensor.with_arrays(arrays))
+
+    @property
+    def nibbles(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the parts that are UINT4."""
+        return self.tensor.nibbles
+
+    @property
+    def optimized_tolerance(self) -> float | None:
+        """Tolerance of products in 8 bits, if the weight is dequantised."""
+        return FUSED if self.tensor.way == DEQUANTIZE else None
+
+    def written(self, writing: Writing) -> StoredWeight:
+        """Choose the types and the operators of the tensor."""
+        tensor = self.tensor.written(writing)
+        return replace(self, tensor=tensor, arrays=tensor.arrays)
 
     def dense(self) -> NDArray[Any]:
         """Return the weight as it is decoded."""

@@ -22,8 +22,24 @@ from cobla_onnx.variants.storage.decoding import (
     decoder_inputs,
     decoder_nodes,
 )
-from cobla_onnx.variants.storage.packing import PLANES, Count, pack, packed_bytes, unpack
+from cobla_onnx.variants.storage.packing import (
+    PLANES,
+    Count,
+    pack,
+    packed_bytes,
+    paired,
+    unpack,
+)
 from cobla_onnx.variants.storage.precision import HALF
+from cobla_onnx.variants.writing import (
+    DEQUANTIZE,
+    NIBBLES,
+    PLANES_WAY,
+    Way,
+    Writing,
+    dequantizes_axis,
+    takes_nibbles,
+)
 
 __all__ = ["StoredTensor", "coded_tensor", "half_tensor", "tensor_bytes"]
 
@@ -59,14 +75,41 @@ class StoredTensor:
     ----------
     bits : int
     arrays : mapping of str to array
-        Those of `decoder_inputs`, or ``half``.
+        Those of `decoder_inputs`, or ``half``; to be dequantised, ``codes`` and ``scale``.
     values : float32 array
         The tensor as it is decoded.
+    way : {'planes', 'nibbles', 'dequantize'}
+        How it is written, see `writing`.
+    axis : int
+        That of the scales, where it is dequantised.
     """
 
     bits: int
     arrays: Mapping[str, NDArray[Any]]
     values: NDArray[np.float32]
+    way: Way = PLANES_WAY
+    axis: int = 0
+
+    @property
+    def nibbles(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the arrays that hold two numbers of a UINT4 tensor in a byte."""
+        return {"codes": self.values.shape} if self.way == NIBBLES else {}
+
+    def written(self, writing: Writing) -> StoredTensor:
+        """Return the tensor as it is written into a model."""
+        if self.bits == 8:
+            axis = dequantizes_axis(writing, self.arrays["scale"].shape)
+            if axis is None:
+                return self
+            # Of a single scale: without an axis, which opsets before 13 do not have.
+            scale = self.arrays["scale"].reshape(-1 if self.arrays["scale"].size > 1 else ())
+            arrays = {**self.arrays, "scale": scale}
+            return replace(self, arrays=arrays, way=DEQUANTIZE, axis=axis)
+        if self.bits == 4 and takes_nibbles(writing):
+            codes = paired(self.arrays["plane_0"], self.values.size)
+            kept = {part: self.arrays[part] for part in ("levels", "scale")}
+            return replace(self, arrays={"codes": codes, **kept}, way=NIBBLES)
+        return self
 
     @property
     def learnable(self) -> dict[str, NDArray[Any]]:
@@ -103,19 +146,22 @@ class StoredTensor:
         if self.bits == HALF:
             cast = helper.make_node("Cast", [stored["half"]], [result], name, to=TensorProto.FLOAT)
             return [cast], result
-        wanted = decoder_inputs(self.bits)
+        if self.way == DEQUANTIZE:
+            along: dict[str, Any] = {"axis": self.axis} if self.arrays["scale"].ndim else {}
+            inputs = [stored["codes"], stored["scale"]]
+            return [helper.make_node("DequantizeLinear", inputs, [result], name, **along)], result
+        nibbles = self.way == NIBBLES
+        wanted = decoder_inputs(self.bits, nibbles)
         if names.takes_functions:
-            function = names.function(decoder(self.bits, names.opset))
+            function = names.function(decoder(self.bits, names.opset, nibbles))
             inputs = [stored[part] for part in wanted]
             return [helper.make_node(function, inputs, [result], name, domain=DOMAIN)], result
 
         def unique(part: str) -> str:
             return names.tensor(f"{label}/{part}")
 
-        count = self.values.size
-        nodes = decoder_nodes(
-            self.bits, names.opset, {part: stored[part] for part in wanted}, result, unique, count
-        )
+        count, given = self.values.size, {part: stored[part] for part in wanted}
+        nodes = decoder_nodes(self.bits, names.opset, given, result, unique, count, nibbles)
         for node in nodes:
             node.name = names.node(f"{label}/decode")
         return nodes, result
