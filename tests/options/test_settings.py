@@ -114,7 +114,7 @@ def test_the_table_of_the_readme_has_their_choices():
     for field in options_of("compress"):
         if typing.get_origin(hints[field.name]) is typing.Literal:
             choices[field.metadata["flag"].name] = typing.get_args(hints[field.name])
-    assert len(choices) == 6
+    assert len(choices) == 7
     assert {flag: said[flag] for flag in choices} == {
         flag: "\\|".join(names) for flag, names in choices.items()
     }
