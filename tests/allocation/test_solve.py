@@ -296,13 +296,13 @@ def test_zero_weights_cost_nothing_to_drop():
 @pytest.mark.parametrize("mac", [None, 0.8])
 def test_a_search_ends_where_the_next_digit_is_not_worth_it(monkeypatch, mac):
     """Layers of equal cost, as in a transformer: plans by the thousand are as good as the best."""
-    nodes = []
+    nodes, milp = [], scipy.optimize.milp
 
     def counted(*arguments, **options):
-        nodes.append(scipy.optimize.milp(*arguments, **options))
+        nodes.append(milp(*arguments, **options))
         return nodes[-1]
 
-    monkeypatch.setattr("cobla_onnx.allocation.knapsack.milp", counted)
+    monkeypatch.setattr(scipy.optimize, "milp", counted)
     generator = np.random.default_rng(0)
     layers = []
     for number in range(18):

@@ -22,7 +22,6 @@ from tests.builders import random_array, small_network
 
 def scripted() -> onnx.ModelProto:
     """Nested functions, one of them also called in a branch; weights are given to the calls."""
-    pytest.importorskip("onnxscript")
     network = importlib.import_module("tests.scripted").network
     model = network.to_model_proto()
     arrays = {"w": weight(1), "v": weight(2), "u": weight(4), "b": random_array(SIZE, seed=3)}
