@@ -1,5 +1,5 @@
 # ruff: noqa: F821, SIM108
-"""Functions in onnxscript, which reads the source of this module; skipped where that is not there."""
+"""Functions in onnxscript, which reads the source of this module; skipped without it."""
 
 import pytest
 

@@ -9,6 +9,7 @@ from cobla_onnx.errors import BudgetError
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.pipeline.build_report import latency_report
+from cobla_onnx.pipeline.branches import Followed
 from cobla_onnx.pipeline.model_times import ModelTimes, open_profile
 from cobla_onnx.pipeline.session import Session
 from cobla_onnx.pipeline.timed import solve_in_time
@@ -40,7 +41,9 @@ def test_what_was_measured_is_kept_where_the_budget_is_refused(times, tmp_path):
     """Whole models save a fifth of what their layers promise."""
     analysis = times.table()
     settings = Settings(solver="milp", objective="weights", measure_latency=True)
-    session = Session(times.search.model, analysis, settings, RunContext(), times=times)
+    model = times.search.model
+    followed = Followed(model, model)
+    session = Session(model, followed, analysis, settings, RunContext(), times=times)
     before = (tmp_path / "p.json").read_text()
     with pytest.raises(BudgetError, match="fastest of"):
         solve_in_time(session, Budget(latency=0.5))
