@@ -92,6 +92,9 @@ class Solution:
         The model with these factors whose nodes compute in 8 bits, if that was asked for.
     session : Session, optional
         The one whose layers the plan is of, where a session has others for its ways.
+    others : tuple of Solution
+        Those of other ways to a latency budget, by loss: for when this one, finished and timed
+        again, takes too long.
     """
 
     budget: Budget | None
@@ -106,6 +109,7 @@ class Solution:
     losses: SeparableError | None = None
     eight_bits: EightBits | None = None
     session: Session | None = field(default=None, repr=False, compare=False)
+    others: tuple[Solution, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,10 +209,19 @@ class Session:
         Raises
         ------
         BudgetError
-            If a given plan is over the budget.
+            If a given plan is over the budget, or all of the solution's ways take too long.
         VerificationError
         """
-        return finish(solution.session or self, solution)
+        try:
+            return finish(solution.session or self, solution)
+        except BudgetError as error:
+            if not solution.others:
+                raise
+            following, *others = solution.others
+            if following.allocation is not None:
+                note = f"not the plan that loses least, of which {error.in_flags()}"
+                following = replace(following, allocation=following.allocation.noting(note))
+        return self.finish(replace(following, others=tuple(others)))
 
     def solve(self, budget: Budget | None, plan: Plan | None = None) -> Solution:
         """Find ranks, unless a plan gives them, and factors.

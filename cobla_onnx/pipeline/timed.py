@@ -83,11 +83,13 @@ def solve_in_time(session: Session, budget: Budget) -> Solution:
             solutions.append((best, made.completed(budget, told, plan, finisher, started)))
     if not solutions:
         raise too_slow(tried, budget.latency, search.stopwatch.threads) if tried else refused[0]
-    best, solution = min(solutions, key=lambda entry: _loss(entry[1]))
-    if len(solutions) > 1 and solution.allocation is not None:
-        noted = solution.allocation.noting(_note(best, solutions))
-        solution = replace(solution, allocation=noted)
-    return replace(solution, seconds=time.perf_counter() - started)
+    solutions.sort(key=lambda entry: _loss(entry[1]))
+    seconds = time.perf_counter() - started
+    first, *others = (replace(solution, seconds=seconds) for _, solution in solutions)
+    if others and first.allocation is not None:
+        noted = first.allocation.noting(_note(solutions[0][0], solutions))
+        first = replace(first, allocation=noted)
+    return replace(first, others=tuple(others))
 
 
 def _sessions(session: Session) -> Iterator[Session]:

@@ -7,6 +7,7 @@ import pytest
 from cobla_onnx import Budget, compress
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.options import Settings
+from cobla_onnx.pipeline import session
 from cobla_onnx.pipeline.open_session import open_session
 from cobla_onnx.pipeline.timed import solve_in_time
 from tests.builders import random_array, small_network
@@ -56,6 +57,26 @@ OPTIONS = {"solver": "milp", "refit": False, "rank_multiple": 1, "threads": 1}
 @pytest.fixture
 def data():
     return {"x": random_array(24, 3, 12, 12)}
+
+
+def test_where_the_finished_model_takes_too_long_the_next_best_is_taken(
+    data, processor, monkeypatch
+):
+    processor(eight_bits=0.5)
+    made = session.finish
+
+    def busy(its, solution):
+        if solution.eight_bits is not None:
+            raise BudgetError("latency=0.45: the result takes 0.6 of the original's time")
+        return made(its, solution)
+
+    monkeypatch.setattr(session, "finish", busy)
+    options = {"data": data, "arithmetic": "auto", **OPTIONS}
+    report = compress(small_network(), Budget(latency=0.45), **options).report
+    assert report.arithmetic is None
+    assert report.latency.ratio <= 0.45
+    (note,) = [note for note in report.notes if note.startswith("not the plan that loses least")]
+    assert "takes 0.6 of the original's time" in note
 
 
 def test_where_eight_bits_are_fast_they_are_taken(data, processor):
@@ -116,4 +137,4 @@ def test_a_table_that_is_wrong_does_not_cost_what_macs_keep(data, processor):
     assert timed.latency.ratio <= 0.75
     assert timed.calibration.loss <= 1.02 * by_macs.calibration.loss
     note = next(n for n in timed.notes if "loses least" in n)
-    assert note.startswith("ranks were chosen by MACs, as that loses least (by the table")
+    assert note.startswith("ranks were chosen by MACs, as that loses least (by MACs")
