@@ -177,17 +177,18 @@ class _Search:
                 left.append(place)
                 best = other
         chosen = [node for node in weighted if node not in left]
+        losses = self.candidates.items()
         report = ArithmeticReport(
-            len(chosen),
-            len(carried_nodes(self.source, chosen)),
-            tuple(map(self._shown, sorted(left))),
-            method,
-            {name: None if math.isinf(loss) else loss for name, loss in self.candidates.items()},
-            sums_saturate(),
-            before.loss,
-            best.loss,
-            before.quality,
-            best.quality,
+            nodes=len(chosen),
+            carried=len(carried_nodes(self.source, chosen)),
+            left=tuple(map(self._shown, sorted(left))),
+            ranges=method,
+            candidates={name: None if math.isinf(loss) else loss for name, loss in losses},
+            reduced=sums_saturate(),
+            loss_before=before.loss,
+            loss=best.loss,
+            quality_before=before.quality,
+            quality=best.quality,
         )
         self.evidence.context.progress("8-bit arithmetic", self.done, self.done)
         return EightBits(self.source, best.model, report)
