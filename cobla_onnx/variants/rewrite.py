@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from cobla_onnx.graph.bodies import all_nodes, body_graphs
 from cobla_onnx.graph.index import GraphIndex
 from cobla_onnx.graph.io.external import mapped_tensor
-from cobla_onnx.graph.io.model_file import copy_without_initializers, subgraphs
+from cobla_onnx.graph.io.model_file import copy_without_initializers
+from cobla_onnx.graph.tensors import subgraphs
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement
 

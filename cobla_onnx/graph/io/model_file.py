@@ -25,14 +25,11 @@ from cobla_onnx.text import safe_text
 
 __all__ = [
     "bytes_in",
-    "constant_value",
     "copy_without_initializers",
     "is_weight",
     "load_in_order",
     "load_model",
     "stored_bytes",
-    "subgraphs",
-    "tensor_bytes",
     "unique_name",
     "without_weights",
     "write_atomically",
