@@ -14,6 +14,7 @@ from cobla_onnx.graph.bodies import all_nodes, body_graphs
 from cobla_onnx.graph.index import GraphIndex
 from cobla_onnx.graph.io.external import mapped_tensor
 from cobla_onnx.graph.io.model_file import copy_without_initializers
+from cobla_onnx.graph.protos import copied_node
 from cobla_onnx.graph.tensors import subgraphs
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement
@@ -111,8 +112,7 @@ def _replaced_nodes(
     inside = [inner for body in body_graphs([node]) for inner in body.node]
     if not any(name in built for inner in inside for name in inner.output):
         return [node]
-    result = onnx.NodeProto()
-    result.CopyFrom(node)
+    result = copied_node(node)
     for body, original in zip(subgraphs(result), subgraphs(node), strict=True):
         nodes = [new for inner in original.node for new in _replaced_nodes(inner, built)]
         del body.node[:]
@@ -168,8 +168,7 @@ def _build(
         *earlier, node = built.get(use.output, [originals[use.node]])
         rest = bias or node.input[2:]
         *before, last = replacement.nodes(node, use, operands, rest, names)
-        kept = onnx.NodeProto()
-        kept.CopyFrom(node)
+        kept = copied_node(node)
         kept.op_type = last.op_type
         # Of a function of the model; other nodes are of the original's, whose bytes stay.
         if last.domain:
