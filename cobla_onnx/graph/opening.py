@@ -15,7 +15,12 @@ import onnx
 from cobla_onnx.graph.bodies import body_graphs, defined_names
 from cobla_onnx.graph.functions import with_open_functions
 from cobla_onnx.graph.index import GraphIndex, Origin
-from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight, unique_name
+from cobla_onnx.graph.io.model_file import (
+    add_initializers,
+    copy_without_initializers,
+    is_weight,
+    unique_name,
+)
 from cobla_onnx.graph.operators.base import operators_of_node
 from cobla_onnx.graph.protos import copied_node
 from cobla_onnx.graph.tensors import subgraphs
@@ -141,18 +146,12 @@ def _constants_of_layers(index: GraphIndex) -> tuple[set[str], set[int], bool]:
 
 
 def _move_initializers(model: onnx.ModelProto, names: set[str]) -> None:
-    graph = model.graph
-    for body in list(body_graphs(graph.node)):
+    for body in list(body_graphs(model.graph.node)):
         inputs = {value.name for value in body.input}
         moved = [t for t in body.initializer if t.name in names and t.name not in inputs]
         if not moved:
             continue
-        graph.initializer.extend(moved)
-        if model.ir_version < 4:
-            # Before IR version 4 every initializer is also an input of the graph.
-            graph.input.extend(
-                onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in moved
-            )
+        add_initializers(model, moved)
         gone = {tensor.name for tensor in moved}
         kept = [tensor for tensor in body.initializer if tensor.name not in gone]
         values = [value for value in body.value_info if value.name not in gone]
