@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterable
 import onnx
 
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph.io.model_file import constant_value, copy_without_initializers, is_weight
+from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight
 from cobla_onnx.graph.protos import opset_of
+from cobla_onnx.graph.tensors import constant_value
 from cobla_onnx.wording import option_name
 
 __all__ = [

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 import onnx
 
-from cobla_onnx.graph.io.model_file import subgraphs
-from cobla_onnx.graph.tensors import tensor_array
+from cobla_onnx.graph.tensors import subgraphs, tensor_array
 
 __all__ = ["cast_model", "cast_tensor"]
 

@@ -11,8 +11,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from cobla_onnx.graph.io.model_file import subgraphs
 from cobla_onnx.graph.layers import attributes
+from cobla_onnx.graph.tensors import subgraphs
 
 __all__ = ["known_values"]
 

@@ -25,6 +25,7 @@ from cobla_onnx.autodiff.prepare import Prepared, Substitutes
 from cobla_onnx.autodiff.vjp import NoRuleError, Step, find_rule
 from cobla_onnx.autodiff.vjp.registry import Sizes
 from cobla_onnx.graph.macs import infer_tensors
+from cobla_onnx.graph.protos import copied_node
 
 __all__ = ["Contracted", "MaskedWeight", "through_factors", "write_mask_gradients"]
 
@@ -117,8 +118,7 @@ def through_factors(masks: Sequence[MaskedWeight]) -> Substitutes:
             shape = np.array(mask.mask_shape(use), np.int64)
             result.constants.append(onnx.numpy_helper.from_array(shape, f"{masked}/shape"))
             spread = f"{masked}/mask"
-            second = onnx.NodeProto()
-            second.CopyFrom(use[1])
+            second = copied_node(use[1])
             second.input[list(second.input).index(between)] = masked
             result.nodes[second.output[0]] = [
                 use[0],
@@ -198,16 +198,14 @@ def _beside(
     found: Backward,
 ) -> tuple[str, str, Sizes]:
     """Write z and t for a layer that runs with its weight; return them and their shape."""
-    first, second = onnx.NodeProto(), use[1]
-    first.CopyFrom(use[0])
+    first, second = copied_node(use[0]), use[1]
     between = g.name(f"{mask.weight}/between")
     place = list(second.input).index(use[0].output[0])
     first.output[0] = first.name = between
     shapes = {**forward.shapes, mask.first: mask.first_shape, mask.second: mask.second_shape}
     shapes[between] = _shape(forward, first, shapes)
     g.nodes.append(first)
-    apart = onnx.NodeProto()
-    apart.CopyFrom(second)
+    apart = copied_node(second)
     apart.input[place] = between
     step = Step.of(
         apart,

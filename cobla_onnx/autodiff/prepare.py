@@ -25,11 +25,11 @@ from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.io.model_file import (
     MAPPED_FROM,
     copy_without_initializers,
-    tensor_bytes,
     unique_name,
 )
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.macs import Shape, fixed_input_shapes, infer_tensors
+from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.runtime.session import first_line, open_session, random_feeds, run_session
 
 __all__ = ["OPSET", "Prepared", "Substitutes", "prepare"]

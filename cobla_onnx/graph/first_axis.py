@@ -14,8 +14,9 @@ from typing import Literal, TypeAlias
 
 import onnx
 
-from cobla_onnx.graph.io.model_file import constant_value, without_weights
+from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.layers import attributes
+from cobla_onnx.graph.tensors import constant_value
 
 __all__ = ["FirstAxis", "first_axes"]
 

@@ -11,6 +11,7 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.bodies import all_nodes, body_graphs
 from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight, without_weights
 from cobla_onnx.graph.operators.base import operators_of_node
+from cobla_onnx.graph.protos import copied_node
 from cobla_onnx.graph.tensors import constant_value
 from cobla_onnx.text import quoted
 
@@ -147,7 +148,7 @@ def _store_once(graph: onnx.GraphProto, before: Collection[str]) -> None:
         kept.append(node)
     if not same:
         return
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+    copies = [copied_node(node) for node in kept]
     del graph.node[:]
     graph.node.extend(copies)
     for node in all_nodes(graph):

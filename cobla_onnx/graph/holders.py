@@ -8,9 +8,9 @@ from collections.abc import Collection
 import onnx
 
 from cobla_onnx.graph.index import GraphIndex
-from cobla_onnx.graph.io.model_file import bytes_in, constant_value, is_weight
+from cobla_onnx.graph.io.model_file import bytes_in, is_weight
 from cobla_onnx.graph.sizes import table_bytes, tensor_bytes
-from cobla_onnx.graph.tensors import subgraphs
+from cobla_onnx.graph.tensors import constant_value, subgraphs
 
 __all__ = ["bytes_elsewhere"]
 

@@ -9,9 +9,10 @@ import onnx
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.bodies import all_nodes, body_graphs, placed_nodes
 from cobla_onnx.graph.index import node_label
-from cobla_onnx.graph.io.model_file import constant_value, without_weights
+from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.operators.base import Shape, elements, operator_of, operators_of_node
+from cobla_onnx.graph.tensors import constant_value
 from cobla_onnx.text import quoted
 from cobla_onnx.wording import either, option_name
 

@@ -15,8 +15,14 @@ import onnx
 from cobla_onnx.graph.bodies import body_graphs, defined_names
 from cobla_onnx.graph.functions import with_open_functions
 from cobla_onnx.graph.index import GraphIndex, Origin
-from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight, unique_name
+from cobla_onnx.graph.io.model_file import (
+    add_initializers,
+    copy_without_initializers,
+    is_weight,
+    unique_name,
+)
 from cobla_onnx.graph.operators.base import operators_of_node
+from cobla_onnx.graph.protos import copied_node
 from cobla_onnx.graph.tensors import subgraphs
 
 __all__ = ["opened", "renamed"]
@@ -140,18 +146,12 @@ def _constants_of_layers(index: GraphIndex) -> tuple[set[str], set[int], bool]:
 
 
 def _move_initializers(model: onnx.ModelProto, names: set[str]) -> None:
-    graph = model.graph
-    for body in list(body_graphs(graph.node)):
+    for body in list(body_graphs(model.graph.node)):
         inputs = {value.name for value in body.input}
         moved = [t for t in body.initializer if t.name in names and t.name not in inputs]
         if not moved:
             continue
-        graph.initializer.extend(moved)
-        if model.ir_version < 4:
-            # Before IR version 4 every initializer is also an input of the graph.
-            graph.input.extend(
-                onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in moved
-            )
+        add_initializers(model, moved)
         gone = {tensor.name for tensor in moved}
         kept = [tensor for tensor in body.initializer if tensor.name not in gone]
         values = [value for value in body.value_info if value.name not in gone]
@@ -165,8 +165,7 @@ def _move_nodes(graph: onnx.GraphProto, index: GraphIndex, chosen: set[int]) -> 
     moved: dict[int, list[onnx.NodeProto]] = defaultdict(list)
     gone: set[str] = set()
     for number in sorted(chosen):
-        node = onnx.NodeProto()
-        node.CopyFrom(index.nodes[number])
+        node = copied_node(index.nodes[number])
         node.name = index.labels[number]
         moved[index.place(number)].append(node)
         gone.update(node.output)
@@ -176,7 +175,7 @@ def _move_nodes(graph: onnx.GraphProto, index: GraphIndex, chosen: set[int]) -> 
         kept = [node for node in body.node if gone.isdisjoint(node.output)]
         if len(kept) == len(body.node):
             continue
-        copies = [_copy(node) for node in kept]
+        copies = [copied_node(node) for node in kept]
         values = [value for value in body.value_info if value.name not in gone]
         del body.node[:], body.value_info[:]
         body.node.extend(copies)
@@ -184,7 +183,7 @@ def _move_nodes(graph: onnx.GraphProto, index: GraphIndex, chosen: set[int]) -> 
     nodes = []
     for place, node in enumerate(graph.node):
         nodes += _sorted(moved.get(place, []))
-        nodes.append(_copy(node))
+        nodes.append(copied_node(node))
     del graph.node[:]
     graph.node.extend(nodes)
 
@@ -198,10 +197,4 @@ def _sorted(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         made -= {name for node in ready for name in node.output}
         result += ready
         nodes = [node for node in nodes if not any(node is each for each in ready)]
-    return result
-
-
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    result = onnx.NodeProto()
-    result.CopyFrom(node)
     return result

@@ -1,4 +1,4 @@
-"""Read the fields of protobuf messages, in old and new versions of protobuf, and of models."""
+"""Read and copy protobuf messages, in old and new versions of protobuf, and nodes and models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import Message
 
-__all__ = ["copy_fields", "is_repeated", "opset_of"]
+__all__ = ["copied_node", "copy_fields", "is_repeated", "opset_of"]
 
 
 def is_repeated(field: Any) -> bool:
@@ -29,6 +29,13 @@ def copy_fields(source: Message, target: Message, leave_out: Collection[str]) ->
             getattr(target, field.name).CopyFrom(value)
         else:
             setattr(target, field.name, value)
+
+
+def copied_node(node: onnx.NodeProto) -> onnx.NodeProto:
+    """Return a copy of a node, which can be changed."""
+    result = onnx.NodeProto()
+    result.CopyFrom(node)
+    return result
 
 
 def opset_of(model: onnx.ModelProto) -> int:

@@ -13,6 +13,7 @@ import onnx
 from cobla_onnx.graph.bodies import body_graphs, node_label
 from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.graph.operators.base import operators_of_node
+from cobla_onnx.graph.protos import copied_node
 
 __all__ = ["branching", "settled"]
 
@@ -66,8 +67,7 @@ def _in_place(
 ) -> Iterable[onnx.NodeProto]:
     """Yield the nodes of a branch under the names that they have as layers."""
     for index, inner in enumerate(branch.node):
-        node = onnx.NodeProto()
-        node.CopyFrom(inner)
+        node = copied_node(inner)
         node.name = f"{label}.{name}/{node_label(inner, index)}"
         yield node
     for output, value in zip(holder.output, branch.output, strict=False):

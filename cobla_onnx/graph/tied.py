@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from cobla_onnx.graph.inventory import Layer
+from cobla_onnx.graph.operators.gather import Lookup
+from cobla_onnx.graph.operators.product import Product
 
 __all__ = ["Steps", "tied"]
 
@@ -18,7 +20,7 @@ Steps = Sequence[tuple[str, tuple[int, ...]]]
 """What moves the elements of a weight on its way to its nodes; see `Origin.steps`."""
 
 # Kinds of operators that read matrices.
-KINDS = ("lookup", "product")
+KINDS = (Lookup.kind, Product.kind)
 
 
 def tied(
@@ -59,7 +61,7 @@ def _together(its: Sequence[tuple[Layer, str, Steps]], shape: tuple[int, ...]) -
         turns = [turn == (1, 0) for step, turn in steps if step == "Transpose"]
         transposed = sum(turns) % 2 == 1
         # A lookup along columns would count them, and not the rows.
-        if kind not in KINDS or len(turns) < len(steps) or (kind == "lookup" and transposed):
+        if kind not in KINDS or len(turns) < len(steps) or (kind == Lookup.kind and transposed):
             return None
         readings.append(replace(layer, bias=None, transposed=transposed))
     uses = sorted((use for each in readings for use in each.uses), key=lambda use: use.node)

@@ -20,6 +20,7 @@ from cobla_onnx.graph.macs import Shape
 from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.graph.operators.gather import Lookup
 from cobla_onnx.graph.operators.recurrent import LENGTHS, InputWeight, StateWeight
+from cobla_onnx.graph.protos import copied_node
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.variants.registry import forms_of, stand_in
 from cobla_onnx.variants.rewrite import rewrite
@@ -99,8 +100,7 @@ def micro_graph(
     model: onnx.ModelProto, layer: Layer, use: Use, shapes: Mapping[str, Shape]
 ) -> MicroGraph:
     """Cut one use of a layer out of a model; `layer_key` must know its shapes."""
-    node = onnx.NodeProto()
-    node.CopyFrom(all_nodes(model.graph)[use.node])
+    node = copied_node(all_nodes(model.graph)[use.node])
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     weight_name = "weight"
     node.input[layer.weight_input] = weight_name

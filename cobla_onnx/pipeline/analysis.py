@@ -135,11 +135,11 @@ class Analysis:
         return budget.constraints(self.curves, self.totals, self.saved)
 
     def under(self, rule: RankRule) -> Analysis:
-        """Return the analysis with only the ranks that a rule allows."""
+        """Return the analysis with only the ranks that a rule allows, and layers that have any."""
         kept, skipped = [], list(self.skipped)
         for each in self.variants:
             layer, pairs = each.layer, []
-            costs = LayerCosts(each.macs, self.shapes, self.folding)
+            costs = self._costs(each)
             for form, curve in zip(each.forms, each.curves.curves, strict=True):
                 family = require_family(form.name)
                 allowed = family.allowed(layer, form, curve.levels, costs, rule)
@@ -151,10 +151,6 @@ class Analysis:
             else:
                 skipped.append(Skipped(layer.name, layer.op, Reason.NO_GAIN, "", layer.params))
         return replace(self, variants=tuple(kept), skipped=tuple(skipped))
-
-    def curves_under(self, rule: RankRule) -> tuple[LayerCurves, ...]:
-        """Curves with only the ranks that a rule allows, without layers that keep none."""
-        return self.under(rule).curves
 
     def limits(self, budget: Budget) -> dict[str, int]:
         """Absolute limits of a budget, in bytes, MACs and nanoseconds."""
@@ -169,12 +165,12 @@ class Analysis:
         layer = variants.layer
         if choice is None:
             return Decision(layer.name)
-        form, costs = (
-            variants.forms[choice.curve],
-            LayerCosts(variants.macs, self.shapes, self.folding),
-        )
+        form, costs = variants.forms[choice.curve], self._costs(variants)
         folded = require_family(form.name).folds(layer, form, choice.level, costs)
         return Decision(layer.name, form.name, choice.level, folded)
+
+    def _costs(self, variants: LayerVariants) -> LayerCosts:
+        return LayerCosts(variants.macs, self.shapes, self.folding)
 
     def resolve(self, decision: Decision) -> tuple[Layer, Form, int]:
         """Look up the layer, form and level of a decision to replace a layer.

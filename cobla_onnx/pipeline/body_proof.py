@@ -24,6 +24,7 @@ from cobla_onnx.graph.operators.gather import Lookup
 from cobla_onnx.graph.operators.product import Product
 from cobla_onnx.graph.operators.transposed_convolution import TransposedConvolution
 from cobla_onnx.graph.order import sort_nodes
+from cobla_onnx.graph.protos import copied_node
 from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.replacement import Replacement
@@ -221,8 +222,7 @@ def append_slice(
         if node is None or name in copied:
             continue
         copied.update(node.output)
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
+        copy = copied_node(node)
         copy.name = ""
         for place, made in enumerate(node.output):
             copy.output[place] = renamed.get(made, made)

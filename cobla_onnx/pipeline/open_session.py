@@ -153,16 +153,16 @@ def open_session(
             table = times.table() if times is not None and times_needed else analysis
             evidence = None if looking is None else looking.evidence(table)
             session = Session(
-                single.model,
-                followed,
-                table,
-                settings,
-                context,
-                evidence,
-                times,
-                source,
-                order,
-                rule,
+                given=single.model,
+                followed=followed,
+                analysis=table,
+                settings=settings,
+                context=context,
+                evidence=evidence,
+                times=times,
+                source=source,
+                order=order,
+                rule=rule,
             )
             if times_needed:
                 # What a budget of MACs would choose from is measured end to end, too.

@@ -91,7 +91,8 @@ class Solution:
     eight_bits : EightBits, optional
         The model with these factors whose nodes compute in 8 bits, if that was asked for.
     session : Session, optional
-        The one whose layers the plan is of, where a session has others for its ways.
+        The one whose layers the plan is of: a latency budget has one for each way of choosing
+        (see `solve_in_time`), and its answer is finished by that one.
     others : tuple of Solution
         Those of other ways to a latency budget, by loss: for when this one, finished and timed
         again, takes too long.
@@ -119,7 +120,7 @@ class Session:
     Attributes
     ----------
     given : ModelProto
-        The model as it was opened.
+        The model as it was read, but constants that it stored more than once are stored once.
     followed : Followed
         The model as it is written, and as the data sees it.
     analysis : Analysis
@@ -292,18 +293,18 @@ class Session:
                 quality = eight_bits.report.quality
                 calibration = replace(calibration, loss=eight_bits.report.loss, quality=quality)
         return Solution(
-            budget,
-            plan,
-            None if found is None else found.allocation,
-            replacements,
-            spill,
-            calibration,
-            () if found is None else found.history,
-            time.perf_counter() - started,
-            None if found is None else found.predicted,
-            None if found is None else found.losses,
-            eight_bits,
-            self,
+            budget=budget,
+            plan=plan,
+            allocation=None if found is None else found.allocation,
+            replacements=replacements,
+            spill=spill,
+            calibration=calibration,
+            history=() if found is None else found.history,
+            seconds=time.perf_counter() - started,
+            predicted=None if found is None else found.predicted,
+            losses=None if found is None else found.losses,
+            eight_bits=eight_bits,
+            session=self,
         )
 
     def _quantised(

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.io.external import PAGE, external_place, is_external, open_external
-from cobla_onnx.graph.io.model_file import copy_without_initializers, tensor_bytes
+from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.macs import MOST_ELEMENTS, Shape
+from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.runtime.machine import return_freed_memory
 from cobla_onnx.runtime.part_errors import part_error

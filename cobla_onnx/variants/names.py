@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import onnx
 
-from cobla_onnx.graph.io.model_file import subgraphs, unique_name
+from cobla_onnx.graph.io.model_file import unique_name
 from cobla_onnx.graph.protos import opset_of
+from cobla_onnx.graph.tensors import subgraphs
 
 __all__ = ["SLICE_BY_INPUTS", "Names"]
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import Layer, Use
+from cobla_onnx.graph.protos import copied_node
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.writing import Writing
@@ -170,8 +171,7 @@ def own_node(
     rest : sequence of str
         The inputs after the first two.
     """
-    result = onnx.NodeProto()
-    result.CopyFrom(node)
+    result = copied_node(node)
     del result.input[2:]
     result.input.extend(rest)
     result.input[weight_input] = weight

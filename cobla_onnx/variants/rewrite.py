@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from cobla_onnx.graph.bodies import all_nodes, body_graphs
 from cobla_onnx.graph.index import GraphIndex
 from cobla_onnx.graph.io.external import mapped_tensor
-from cobla_onnx.graph.io.model_file import copy_without_initializers, subgraphs
+from cobla_onnx.graph.io.model_file import add_initializers, copy_without_initializers
+from cobla_onnx.graph.protos import copied_node
+from cobla_onnx.graph.tensors import subgraphs
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement
 
@@ -65,12 +67,7 @@ def rewrite_named(model: onnx.ModelProto, replacements: Sequence[Replacement]) -
         stored.append(its_names)
         # Uses in several bodies can all read what stands before the first of them.
         shared[min(use.place for use in replacement.layer.uses)] += before
-        graph.initializer.extend(weights)
-        if model.ir_version < 4:
-            # Before IR version 4 every initializer is also an input of the graph.
-            graph.input.extend(
-                onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in weights
-            )
+        add_initializers(result, weights)
     add_functions(result, names.functions)
     # A layer's weight is read by the layer alone (see `find_layers`), so all before it goes.
     dead = chains | {i for i, node in enumerate(model.graph.node) if set(node.output) & sources}
@@ -110,8 +107,7 @@ def _replaced_nodes(
     inside = [inner for body in body_graphs([node]) for inner in body.node]
     if not any(name in built for inner in inside for name in inner.output):
         return [node]
-    result = onnx.NodeProto()
-    result.CopyFrom(node)
+    result = copied_node(node)
     for body, original in zip(subgraphs(result), subgraphs(node), strict=True):
         nodes = [new for inner in original.node for new in _replaced_nodes(inner, built)]
         del body.node[:]
@@ -167,8 +163,7 @@ def _build(
         *earlier, node = built.get(use.output, [originals[use.node]])
         rest = bias or node.input[2:]
         *before, last = replacement.nodes(node, use, operands, rest, names)
-        kept = onnx.NodeProto()
-        kept.CopyFrom(node)
+        kept = copied_node(node)
         kept.op_type = last.op_type
         # Of a function of the model; other nodes are of the original's, whose bytes stay.
         if last.domain:

@@ -9,9 +9,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cobla_onnx.errors import ModelError, UsageError
-from cobla_onnx.graph.io.model_file import load_model, stored_bytes, tensor_bytes
+from cobla_onnx.graph.io.model_file import load_model, stored_bytes
 from cobla_onnx.graph.layers import Reason, find_layers, read_weight
 from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
+from cobla_onnx.graph.sizes import tensor_bytes
 from tests.builders import FLOAT, model_of, random_array, small_network
 
 

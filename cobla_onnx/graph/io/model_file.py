@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,15 +24,13 @@ from cobla_onnx.graph.tensors import all_tensors, constant_value, subgraphs
 from cobla_onnx.text import safe_text
 
 __all__ = [
+    "add_initializers",
     "bytes_in",
-    "constant_value",
     "copy_without_initializers",
     "is_weight",
     "load_in_order",
     "load_model",
     "stored_bytes",
-    "subgraphs",
-    "tensor_bytes",
     "unique_name",
     "without_weights",
     "write_atomically",
@@ -194,6 +192,16 @@ def copy_without_initializers(model: onnx.ModelProto, names: Collection[str]) ->
     copy_fields(model.graph, result.graph, ("initializer",))
     result.graph.initializer.extend(t for t in model.graph.initializer if t.name not in names)
     return result
+
+
+def add_initializers(model: onnx.ModelProto, tensors: Sequence[onnx.TensorProto]) -> None:
+    """Let the main graph of a model store more tensors."""
+    model.graph.initializer.extend(tensors)
+    if model.ir_version < 4:
+        # Before IR version 4 every initializer is also an input of the graph.
+        model.graph.input.extend(
+            onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in tensors
+        )
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:

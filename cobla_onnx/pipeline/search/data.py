@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from cobla_onnx.allocation import Constraint
 from cobla_onnx.calibration.evaluation.probe import Weights
-from cobla_onnx.calibration.evaluation.quality import Quality, measure_quality
+from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.distillation.distil import Distilled, distil
 from cobla_onnx.distillation.passes import Passes
 from cobla_onnx.distillation.record import Distillation
@@ -168,15 +168,13 @@ def measure_factors(evidence: Evidence, factors: Factors) -> MeasuredFactors:
         {name: actual[name] for name in expected if name in actual}
         for expected, actual in selection.outputs(factors.weights())
     )
-    loss = float(selection.losses_of(zip(selection.expected, found, strict=True)).mean())
-    quality = measure_quality(selection, zip(selection.expected, found, strict=True))
-    # Users know the outputs, not the tensors that are measured in their place.
-    output = evidence.measured.outputs.get(quality.output, quality.output)
+    losses, quality = evidence.judged(found)
+    loss = float(losses.mean())
     return MeasuredFactors(
         factors.replacements(),
         loss,
         loss if factors.loss_before is None else factors.loss_before,
-        replace(quality, output=output),
+        quality,
         factors.refitted,
         None if factors.distilled is None else factors.distilled.record,
     )

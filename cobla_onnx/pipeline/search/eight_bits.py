@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import onnx
 
@@ -21,7 +21,7 @@ from cobla_onnx.arithmetic.quantise import quantised
 from cobla_onnx.arithmetic.ranges import METHODS, Method, Ranges, calibrated, stand_in_ranges
 from cobla_onnx.arithmetic.saturation import sums_saturate
 from cobla_onnx.calibration.evaluation.probe import Probe
-from cobla_onnx.calibration.evaluation.quality import Quality, measure_quality
+from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import Reason, find_layers
@@ -177,17 +177,18 @@ class _Search:
                 left.append(place)
                 best = other
         chosen = [node for node in weighted if node not in left]
+        losses = self.candidates.items()
         report = ArithmeticReport(
-            len(chosen),
-            len(carried_nodes(self.source, chosen)),
-            tuple(map(self._shown, sorted(left))),
-            method,
-            {name: None if math.isinf(loss) else loss for name, loss in self.candidates.items()},
-            sums_saturate(),
-            before.loss,
-            best.loss,
-            before.quality,
-            best.quality,
+            nodes=len(chosen),
+            carried=len(carried_nodes(self.source, chosen)),
+            left=tuple(map(self._shown, sorted(left))),
+            ranges=method,
+            candidates={name: None if math.isinf(loss) else loss for name, loss in losses},
+            reduced=sums_saturate(),
+            loss_before=before.loss,
+            loss=best.loss,
+            quality_before=before.quality,
+            quality=best.quality,
         )
         self.evidence.context.progress("8-bit arithmetic", self.done, self.done)
         return EightBits(self.source, best.model, report)
@@ -223,19 +224,15 @@ class _Search:
     def _judge(self, model: onnx.ModelProto) -> _Judged:
         self.done += 1
         self.evidence.context.progress("8-bit arithmetic", self.done - 1, self.done)
-        probe, measured = self.evidence.judge.selection, self.evidence.measured
         try:
-            outputs = Shelf(self._outputs(model, probe))
+            outputs = Shelf(self._outputs(model, self.evidence.judge.selection))
         except ModelError as error:
             raise VerificationError(
                 f"{option_name('arithmetic', 'int8')}: onnxruntime does not run the model in 8 "
                 f"bits: {error.message}; nothing was written, give "
                 f"{option_name('arithmetic', 'keep')}"
             ) from error
-        losses = probe.losses_of(zip(probe.expected, outputs, strict=True))
-        quality = measure_quality(probe, zip(probe.expected, outputs, strict=True))
-        output = measured.outputs.get(quality.output, quality.output)
-        return _Judged(model, losses, replace(quality, output=output))
+        return _Judged(model, *self.evidence.judged(outputs))
 
     def _outputs(self, model: onnx.ModelProto, probe: Probe) -> Iterator[Feeds]:
         threads = self.evidence.context.threads

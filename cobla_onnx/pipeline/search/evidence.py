@@ -16,11 +16,13 @@ from functools import cached_property, partial
 import onnx
 
 from cobla_onnx.allocation import Choice, Constraint, LayerCurves
+from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.gradients import GradientProbe
 from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel
+from cobla_onnx.calibration.evaluation.quality import Quality, measure_quality
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.crossfit import CrossFit
@@ -36,6 +38,7 @@ from cobla_onnx.pipeline.search.sensitivity import (
 )
 from cobla_onnx.runtime.cache import Arrays, digest, fetch
 from cobla_onnx.runtime.context import RunContext
+from cobla_onnx.runtime.temporary import Shelf
 from cobla_onnx.variants.base import Approximation
 from cobla_onnx.variants.from_data import FromData
 from cobla_onnx.variants.work import weight_curves
@@ -84,6 +87,27 @@ class Evidence:
         """Makes approximations from the calibration split."""
         assert self.analysis.from_data is not None
         return self.analysis.from_data
+
+    def judged(self, outputs: Shelf) -> tuple[Float64, Quality]:
+        """Compare outputs on the samples held back with those of the original.
+
+        Parameters
+        ----------
+        outputs : Shelf
+            Batch by batch, as `judge.selection` has them.
+
+        Returns
+        -------
+        float64 array, shape (samples,)
+            The loss as it is stated.
+        Quality
+        """
+        probe = self.judge.selection
+        losses = probe.losses_of(zip(probe.expected, outputs, strict=True))
+        quality = measure_quality(probe, zip(probe.expected, outputs, strict=True))
+        # Users know the outputs, not the tensors that are measured in their place.
+        output = self.measured.outputs.get(quality.output, quality.output)
+        return losses, replace(quality, output=output)
 
     def finisher(self) -> Finisher:
         """Return a maker of factors for one budget: it keeps the plans that it has judged."""

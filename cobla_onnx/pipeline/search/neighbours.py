@@ -111,7 +111,7 @@ def _on_grid(
     analysis: Analysis, losses: SeparableError, budget: Budget, rule: RankRule
 ) -> Choices | None:
     """Solve the problem with only the ranks that a rule allows."""
-    layers = analysis.curves_under(rule)
+    layers = analysis.under(rule).curves
     index = {layer.name: i for i, layer in enumerate(analysis.curves)}
     places = []
     for layer in layers:

@@ -30,6 +30,7 @@ from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.graph.operators.gather import LookupPatch
+from cobla_onnx.graph.operators.product import Product
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.shrinkage import shrink
 from cobla_onnx.variants.low_rank.svd import Float64
@@ -144,7 +145,7 @@ def _products(seen: Seen, layer: Layer, *, by_rows: bool) -> Float64 | None:
 
 
 def _is_product(reading: Layer) -> bool:
-    return operator_of(reading).kind == "product"
+    return operator_of(reading).kind == Product.kind
 
 
 def _reads_rows(reading: Layer) -> bool:
