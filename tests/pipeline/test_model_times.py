@@ -8,8 +8,8 @@ from cobla_onnx import Budget
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.analysis import analyse
-from cobla_onnx.pipeline.build_report import latency_report
 from cobla_onnx.pipeline.branches import Followed
+from cobla_onnx.pipeline.build_report import latency_report
 from cobla_onnx.pipeline.model_times import ModelTimes, open_profile
 from cobla_onnx.pipeline.session import Session
 from cobla_onnx.pipeline.timed import solve_in_time
