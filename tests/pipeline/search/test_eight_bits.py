@@ -56,6 +56,20 @@ def test_ranks_are_chosen_then_nodes_compute_in_eight_bits(data, tmp_path):
     assert sum(t.data_type == onnx.TensorProto.INT8 for t in written.graph.initializer) > 3
 
 
+def test_weights_in_external_data_are_stored_in_eight_bits(data, tmp_path):
+    model = small_network()
+    onnx.save(model, tmp_path / "given.onnx")
+    place = tmp_path / "external.onnx"
+    onnx.save(model, place, save_as_external_data=True, location="data.bin", size_threshold=0)
+    made = [
+        compress(path, Budget(mem=0.4), data=data, arithmetic="int8", **QUICK)
+        for path in (tmp_path / "given.onnx", place)
+    ]
+    for result, name in zip(made, "ab", strict=True):
+        result.save(tmp_path / f"{name}.onnx", external_data="never")
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
 @pytest.mark.parametrize(("limit", "ranks"), [(0.3, False), (0.24, True)])
 def test_a_memory_budget_counts_weights_in_eight_bits(data, limit, ranks):
     """Three tenths are met without any ranks, and the model is verified all the same."""
