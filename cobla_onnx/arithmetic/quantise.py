@@ -9,6 +9,8 @@ import onnx
 from cobla_onnx.arithmetic.nodes import CARRIED, WEIGHTED
 from cobla_onnx.arithmetic.prepared import Prepared, quietly
 from cobla_onnx.arithmetic.ranges import Ranges
+from cobla_onnx.graph.io.external import is_external, read_external
+from cobla_onnx.text import quoted
 
 __all__ = ["quantised"]
 
@@ -33,6 +35,9 @@ def quantised(
 
     copy = onnx.ModelProto()
     copy.CopyFrom(prepared.model)
+    # The quantiser saves its copy in another folder, where no external data is.
+    for tensor in filter(is_external, copy.graph.initializer):
+        read_external(tensor, f"tensor {quoted(tensor.name)}")
     with quietly():
         quantizer = QDQQuantizer(
             copy,

@@ -76,14 +76,20 @@ class Lessons:
         self._indices = {layer.name: index for index, layer in enumerate(judge.layers)}
         self._single = judge.singly(judge.dataset.calibration, *taught)
         self._shard = min(SHARD, judge.batch) if _joins(judge, self._single) else 1
-        self._sessions = GradientSessions(
-            parameters.rewritten.model, taught[1], parameters.names, threads=1
-        )
         self._learned = _of_common_shapes(self._single.batches)
         self.left_out = len(self._single.batches) - len(self._learned)
-        self._sessions.open(_joined(self._single.batches, self._learned[: self._shard]), {})
+        self._sessions = self._opened(taught)
         self.blocked = dict(self._sessions.blocked)
-        parameters.keep(name for name in parameters.names if name not in self.blocked)
+        parameters.keep([name for name in parameters.names if name not in self.blocked])
+        if self.blocked and parameters.names:
+            # What has no derivative stays a constant: as an input it would have to be given.
+            self._sessions = self._opened(taught)
+
+    def _opened(self, taught: Taught) -> GradientSessions:
+        names = self._parameters.names
+        sessions = GradientSessions(self._parameters.rewritten.model, taught[1], names, threads=1)
+        sessions.open(_joined(self._single.batches, self._learned[: self._shard]), {})
+        return sessions
 
     @property
     def samples(self) -> int:

@@ -172,6 +172,15 @@ class Analysis:
     def _costs(self, variants: LayerVariants) -> LayerCosts:
         return LayerCosts(variants.macs, self.shapes, self.folding)
 
+    def taking(self, plan: Plan) -> Plan:
+        """Return a plan without layers that it keeps and that are left alone anyway.
+
+        Other options propose other layers: a plan made with bits names those without ranks.
+        """
+        left = {item.name for item in self.skipped} - {layer.name for layer in self.layers}
+        taken = [d for d in plan.decisions if d.scheme is not None or d.layer not in left]
+        return replace(plan, decisions=tuple(taken))
+
     def resolve(self, decision: Decision) -> tuple[Layer, Form, int]:
         """Look up the layer, form and level of a decision to replace a layer.
 
@@ -205,6 +214,8 @@ class Analysis:
                 return index
         close = difflib.get_close_matches(name, [layer.name for layer in self.layers], 3)
         hint = f"did you mean {', '.join(close)}?" if close else "see the names in the report"
+        left = {item.name: f"it is left alone: {item}" for item in self.skipped}
+        hint = left.get(name, hint)
         raise UsageError(f"plan: there is no layer {name!r} to compress; {hint}")
 
     def curve(self, decision: Decision) -> VariantCurve | None:

@@ -237,7 +237,7 @@ class Session:
         started = time.perf_counter()
         finisher = None if self.evidence is None else self.evidence.finisher()
         if plan is not None:
-            return self.completed(budget, None, plan, finisher, started)
+            return self.completed(budget, None, self.analysis.taking(plan), finisher, started)
         assert budget is not None
         try:
             if budget.latency is not None and self.times is not None:

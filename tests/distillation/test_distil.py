@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.pipeline import max_drop, session
 from cobla_onnx.pipeline.search.data import Factors, distil_factors
 from cobla_onnx.pipeline.search.evidence import Evidence
+from cobla_onnx.plan import Decision
 from cobla_onnx.report.charts import checkpoints_chart
 from cobla_onnx.runtime.pool import Pool, open_pool
 from cobla_onnx.runtime.session import open_session, run_session
@@ -34,6 +36,7 @@ from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import FLOAT, model_of, random_array, small_network
 from tests.cli.test_command import run_here
 from tests.pipeline.search.test_network_loss import evidence_for
+from tests.recurrent_models import sequence_model
 
 DATA = Path("models/digits_calibration.npz")
 SMALL = {"x": random_array(160, 3, 12, 12, seed=11)}
@@ -214,6 +217,19 @@ def test_a_model_without_gradients_is_left_and_says_why():
     assert "Det" in found.report.calibration.distillation.reason
     assert found.model.SerializeToString() == without.model.SerializeToString()
     assert "not distilled: " in found.report.to_markdown()
+
+
+def test_layers_behind_one_without_a_derivative_learn_and_those_before_it_stay():
+    model = sequence_model("GRU")
+    data = {"x": random_array(40, 12, 24, seed=4)}
+    options = {"data": data, "precision": "auto", "refit": False, "threads": 1}
+    plan = compress(model, Budget(mem=0.5), **options).plan
+    last = Decision("after", "stored", 4)
+    plan = replace(plan, decisions=(*(d for d in plan.decisions if d.layer != "after"), last))
+    record = compress(model, plan=plan, distil=2, **options).report.calibration.distillation
+    # The scales of its columns.
+    assert record.parameters == 5
+    assert record.steps > 0
 
 
 def test_samples_of_many_shapes_run_one_at_a_time_and_the_rarest_are_left_out():

@@ -34,6 +34,7 @@ __all__ = [
     "is_external",
     "mapped_tensor",
     "open_external",
+    "read_external",
     "true_place",
 ]
 
@@ -177,6 +178,20 @@ def external_bytes(tensor: onnx.TensorProto, label: str) -> NDArray[np.uint8]:
         return np.empty(0, np.uint8)
     with open_external(tensor, label) as file:
         return np.memmap(file, np.uint8, "r", offset, (length,))
+
+
+def read_external(tensor: onnx.TensorProto, label: str) -> None:
+    """Bring a tensor's external data into the model.
+
+    Raises
+    ------
+    ModelError
+        If the file may not or cannot be read.
+    """
+    data = external_bytes(tensor, label).tobytes()
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+    tensor.raw_data = data
 
 
 def mapped_tensor(name: str, array: NDArray[Any]) -> onnx.TensorProto | None:

@@ -16,7 +16,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cobla_onnx.errors import ModelError, UsageError, WriteError
 from cobla_onnx.graph.check.structure import check_structure
-from cobla_onnx.graph.io.external import external_bytes, is_external, open_external, true_place
+from cobla_onnx.graph.io.external import is_external, open_external, read_external, true_place
 from cobla_onnx.graph.order import Order, sort_nodes
 from cobla_onnx.graph.protos import copy_fields
 from cobla_onnx.graph.sizes import table_bytes, tensor_bytes
@@ -117,10 +117,7 @@ def _bind_external(model: onnx.ModelProto, folder: Path) -> None:
                 f"{held.label}: tensors outside the main graph hold over 2 GB, which is not "
                 "supported; make them initializers of the main graph"
             )
-        data = external_bytes(tensor, held.label).tobytes()
-        tensor.ClearField("external_data")
-        tensor.ClearField("data_location")
-        tensor.raw_data = data
+        read_external(tensor, held.label)
 
 
 def _note_place(tensor: onnx.TensorProto, base: str) -> None:

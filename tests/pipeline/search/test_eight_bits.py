@@ -15,11 +15,11 @@ from cobla_onnx.pipeline.open_session import open_session
 from cobla_onnx.pipeline.search import eight_bits
 from cobla_onnx.pipeline.search.eight_bits import in_eight_bits
 from cobla_onnx.pipeline.search.memory import EightBitMemory
-from cobla_onnx.plan import Plan
+from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.report.arithmetic import ArithmeticReport
 from cobla_onnx.variants.base import Asked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
-from tests.builders import random_array, small_network
+from tests.builders import model_of, random_array, small_network
 
 QUICK = {"solver": "milp", "refit": False, "threads": 1}
 
@@ -54,6 +54,36 @@ def test_ranks_are_chosen_then_nodes_compute_in_eight_bits(data, tmp_path):
     result.save(tmp_path / "small.onnx")
     written = onnx.load(tmp_path / "small.onnx")
     assert sum(t.data_type == onnx.TensorProto.INT8 for t in written.graph.initializer) > 3
+
+
+def test_weights_in_external_data_are_stored_in_eight_bits(data, tmp_path):
+    model = small_network()
+    onnx.save(model, tmp_path / "given.onnx")
+    place = tmp_path / "external.onnx"
+    onnx.save(model, place, save_as_external_data=True, location="data.bin", size_threshold=0)
+    made = [
+        compress(path, Budget(mem=0.4), data=data, arithmetic="int8", **QUICK)
+        for path in (tmp_path / "given.onnx", place)
+    ]
+    for result, name in zip(made, "ab", strict=True):
+        result.save(tmp_path / f"{name}.onnx", external_data="never")
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_a_plan_that_keeps_what_is_no_layer_in_eight_bits_is_taken(data):
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "w"], ["a"], "depthwise", group=3),
+        onnx.helper.make_node("Conv", ["a", "v"], ["y"], "mixing"),
+    ]
+    weights = {"w": random_array(3, 1, 3, 3), "v": random_array(16, 3, 3, 3)}
+    model = model_of(nodes, weights, {"x": ["N", 3, 12, 12]}, ["y"])
+    plan = Plan((Decision("depthwise"), Decision("mixing", "channel", 2)))
+    found = compress(model, plan=plan, data=data, arithmetic="int8", **QUICK)
+    assert found.plan.decisions == plan.decisions[1:]
+    assert found.report.budget["mac"].after < found.report.budget["mac"].before
+    cut = Plan((Decision("depthwise", "stored", 8),))
+    with pytest.raises(UsageError, match="to compress; it is left alone: "):
+        compress(model, plan=cut, data=data, arithmetic="int8", **QUICK)
 
 
 @pytest.mark.parametrize(("limit", "ranks"), [(0.3, False), (0.24, True)])
