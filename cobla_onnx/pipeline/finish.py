@@ -80,6 +80,11 @@ def _check_budget(session: Session, solution: Solution, compressed: onnx.ModelPr
     for name, limit in analysis.limits(replace(budget, latency=None)).items():
         cost = reached[name]
         if cost is None or cost > limit:
+            if solution.eight_bits is not None and solution.allocation is not None:
+                raise BudgetError(
+                    f"{option_name(name)}: with nodes in 8 bits the result costs {cost}, more than "
+                    f"the search had counted, and the budget allows {limit}; raise the budget"
+                )
             raise BudgetError(
                 f"{option_name(name)}: the plan costs {cost}, the budget allows {limit}; "
                 "lower its ranks or raise the budget"
