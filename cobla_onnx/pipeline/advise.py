@@ -137,12 +137,11 @@ def _advice(session: Session) -> Advice:
     }
     outlooks = tuple(_outlooks(constraints, levers))
     suggestions = tuple(_suggestions(session, outlooks))
-    macs = {x.name: m for x, m in zip(analysis.layers, analysis.macs, strict=True) if m}
     by_operator: Counter[str] = Counter()
     macs_by_operator: Counter[str] = Counter()
-    for layer in analysis.layers:
+    for layer, macs in zip(analysis.layers, analysis.macs, strict=True):
         by_operator[layer.op] += layer.stored_bytes
-        macs_by_operator[layer.op] += macs.get(layer.name, 0)
+        macs_by_operator[layer.op] += macs or 0
     return Advice(
         input=None if session.source is None else str(session.source),
         mem_total=analysis.mem_total,
@@ -203,10 +202,8 @@ def _suggestions(session: Session, outlooks: tuple[Outlook, ...]) -> Iterable[Su
     data = f"--data {shlex.quote(str(session.settings.data))}"
     safe = _smallest(outlooks, "mem", "both", HARDLY)
     small = _smallest(outlooks, "mem", "both", VISIBLY)
-    wanted = {"that hardly shows": safe, "that shows, before refit": small}
-    if small is safe:
-        del wanted["that shows, before refit"]
-    for how, found in wanted.items():
+    further = None if small is safe else small
+    for how, found in (("that hardly shows", safe), ("that shows, before refit", further)):
         if found is not None:
             yield Suggestion(
                 f"cobla-onnx {source} OUT.onnx --mem {found.kept:g} --precision auto {data}",
@@ -243,6 +240,6 @@ def _limiting(
         if choice is not None
     }
     total = sum(lost.values())
-    bytes_of = {layer.name: layer.stored_bytes for layer in session.analysis.layers}
+    bytes_of = {layer.name: layer.stored_bytes for layer in analysis.layers}
     most = sorted(lost, key=lambda name: -lost[name])[:NAMED]
     return tuple(LayerShare(name, lost[name] / total, bytes_of[name]) for name in most if total)

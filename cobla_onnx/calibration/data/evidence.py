@@ -15,22 +15,25 @@ FEW = 3
 
 def all_alike(dataset: Dataset) -> str:
     """Say in what way all samples are the same, such as ``all samples are zeros``; else nothing."""
-    different, zeros = _different(dataset, 1)
-    if different > 1:
-        return ""
-    return "all samples are zeros" if zeros else "all samples are the same"
+    return _likeness(*_different(dataset, 1))
 
 
 def lack_of_evidence(dataset: Dataset) -> tuple[str, ...]:
     """Return a note where the dataset has hardly any different samples, else none."""
-    different, _ = _different(dataset, FEW)
+    different, zeros = _different(dataset, FEW)
     if different > FEW:
         return ()
-    what = all_alike(dataset) or f"there are only {different} different samples"
+    what = _likeness(different, zeros) or f"there are only {different} different samples"
     return (
         f"{what}: that is too little to judge by, and no loss or error here says anything "
         "about other data; give more data",
     )
+
+
+def _likeness(different: int, zeros: bool) -> str:
+    if different > 1:
+        return ""
+    return "all samples are zeros" if zeros else "all samples are the same"
 
 
 def _different(dataset: Dataset, enough: int) -> tuple[int, bool]:
