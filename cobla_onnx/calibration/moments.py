@@ -18,7 +18,13 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.batching import TapLimit
-from cobla_onnx.calibration.positions import LEAST, NUMBERS, choose_positions, sample_seeds
+from cobla_onnx.calibration.positions import (
+    LEAST,
+    NUMBERS,
+    choose_positions,
+    enough_positions,
+    sample_seeds,
+)
 from cobla_onnx.calibration.sums import Moment, MomentSum
 from cobla_onnx.graph.operators.patches import Patch
 from cobla_onnx.graph.subgraph import prefix
@@ -47,6 +53,9 @@ ALL_UNITS = 1 << 30
 # Batches that are summed as one unit of work. Sums of units are added in order, so that the
 # result does not depend on how units are distributed.
 BATCHES_PER_UNIT = 2
+# Vectors for each of their entries, over all samples, that a second moment is made from: what is
+# fitted under it has an excess error of about 1 / `VECTORS`.
+VECTORS = 128
 
 
 class MomentStore:
@@ -170,6 +179,7 @@ class _Unit:
     model: Shared
     patches: tuple[Patch, ...]
     batches: list[Feeds]
+    samples: int | None
 
 
 def _add_up(unit: _Unit) -> list[MomentSum]:
@@ -180,7 +190,8 @@ def _add_up(unit: _Unit) -> list[MomentSum]:
         values, seeds = taps.run(feeds), sample_seeds(feeds)
         for patch, total in zip(unit.patches, sums, strict=True):
             data = values[patch.data]
-            chosen = choose_positions(patch, data, seeds)
+            most = None if unit.samples is None else enough_positions(patch, unit.samples, VECTORS)
+            chosen = choose_positions(patch, data, seeds, most)
             phases, done = patch.phases(data, chosen.index), 0
             for vectors in patch.vectors(data, chosen.index, chosen.each):
                 its = None if phases is None else phases[done : done + vectors.shape[2]]
@@ -207,6 +218,7 @@ def collect_moments(
     limit: int = LIMIT,
     together: int = ALL_UNITS,
     taps: TapLimit | None = None,
+    samples: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MomentStore:
     """Accumulate the second moment of each patch over all batches.
@@ -225,11 +237,13 @@ def collect_moments(
         Most bytes of sums held by all units on this machine.
     taps : TapLimit, optional
         Limits the tensors that are read from a run.
+    samples : int, optional
+        Number of samples of which the vectors of each are to be enough together.
     """
     store = MomentStore()
     wanted = []
     for patch in dict.fromkeys(patches):
-        found = None if cache is None else cache.get("moment", _patch_key(key, patch))
+        found = None if cache is None else cache.get("moment", _patch_key(key, patch, samples))
         if found is None:
             wanted.append(patch)
         else:
@@ -240,7 +254,7 @@ def collect_moments(
     shared = pool.share(model)
     for number, group in enumerate(groups):
         progress(number, len(groups))
-        units = (_Unit(shared, tuple(group), part) for part in parts_of(batches()))
+        units = (_Unit(shared, tuple(group), part, samples) for part in parts_of(batches()))
         sums: list[MomentSum] = []
         for found_sums in pool.map(_add_up, units, _units_at_a_time(pool, group, together)):
             for total, more in zip(sums, found_sums, strict=False):
@@ -250,7 +264,7 @@ def collect_moments(
             moment = total.moment()
             store.put(patch, moment)
             if cache is not None:
-                cache.put("moment", _patch_key(key, patch), _arrays(moment))
+                cache.put("moment", _patch_key(key, patch, samples), _arrays(moment))
     progress(len(groups), len(groups))
     return store
 
@@ -277,8 +291,8 @@ def _moment(arrays: Arrays) -> Moment:
     return Moment(arrays["second"], arrays["mean"], count, arrays["effective"], share)
 
 
-def _patch_key(key: str, patch: Patch) -> str:
-    return digest("moment", key, patch, BATCHES_PER_UNIT, NUMBERS, LEAST, "effective")
+def _patch_key(key: str, patch: Patch, samples: int | None) -> str:
+    return digest("moment", key, patch, BATCHES_PER_UNIT, NUMBERS, LEAST, samples, VECTORS)
 
 
 def _units_at_a_time(pool: Pool, patches: Sequence[Patch], together: int) -> int | None:

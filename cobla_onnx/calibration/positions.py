@@ -3,11 +3,12 @@
 Neighbouring positions of a large image or a long sequence are nearly the same. Of each sample as
 many positions are used as make `NUMBERS` numbers, but at least `LEAST`: one at random from each
 of as many equal stretches. The seed is the content of the sample, so that the choice does not
-depend on batch, thread or order.
+depend on batch, thread or order. Of many samples, fewer of each are enough.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from numpy.typing import NDArray
 
 from cobla_onnx.graph.operators.patches import Patch
 
-__all__ = ["LEAST", "NUMBERS", "Chosen", "choose_positions", "sample_seeds"]
+__all__ = ["LEAST", "NUMBERS", "Chosen", "choose_positions", "enough_positions", "sample_seeds"]
 
 # Numbers in the vectors of a sample, over all groups, and the least number of its vectors.
 NUMBERS, LEAST = 1 << 21, 1024
+# Least number of a sample's vectors where there are many samples.
+LEAST_OF_MANY = 64
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ def _content(arrays: Sequence[NDArray[Any]]) -> int:
         else:
             seed = zlib.crc32(np.ascontiguousarray(array).data, seed)
     return seed
+
+
+def enough_positions(patch: Patch, samples: int, vectors: int) -> int:
+    """Return how many of a sample's vectors give `vectors` for each entry of one, over all."""
+    return max(LEAST_OF_MANY, math.ceil(vectors * patch.size / samples))
 
 
 def choose_positions(

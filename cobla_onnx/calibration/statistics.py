@@ -57,10 +57,12 @@ class Seen:
         remain whose second factor moves over a single position.
     importance : mapping of str to float64 array, optional
         Weights of a layer's outputs, by the layer's name; see `heads`.
-    limit, together : int
-        Most bytes of second moments in one unit of work, and in all units together.
+    sums : int
+        Most bytes of second moments in all units of work together; one holds at most half.
     taps : TapLimit, optional
         For the tensors that are read from a run.
+    samples : int, optional
+        Their number; of many, fewer vectors of each are seen, by others with `in_others` too.
 
     Attributes
     ----------
@@ -81,9 +83,9 @@ class Seen:
         progress: Callable[[int, int], None] = lambda done, total: None,
         wide: int = WIDE,
         importance: Mapping[str, NDArray[np.float64]] | None = None,
-        limit: int = LIMIT,
-        together: int = ALL_UNITS,
+        sums: int = ALL_UNITS,
         taps: TapLimit | None = None,
+        samples: int | None = None,
     ) -> None:
         self.model, self.cache, self.kept = model, cache, KEPT
         self._made: dict[Callable[[Seen], Any], Any] = {}
@@ -94,9 +96,9 @@ class Seen:
             pool=pool,
             wide=wide,
             importance=importance,
-            limit=limit,
-            together=together,
+            sums=sums,
             taps=taps,
+            samples=samples,
         )
         self.key = digest(key, wide)
         self._patches = {layer.name: _patches(model, layer, wide) for layer in layers}
@@ -111,9 +113,10 @@ class Seen:
             cache=cache,
             key=self.key,
             progress=progress,
-            limit=limit,
-            together=together,
+            limit=min(LIMIT, sums // 2),
+            together=min(ALL_UNITS, sums),
             taps=taps,
+            samples=samples,
         )
 
     def once(self, make: Callable[[Seen], Made]) -> Made:

@@ -25,7 +25,6 @@ from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel, meas
 from cobla_onnx.calibration.evaluation.output_choice import resolve_outputs
 from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.heads import importances
-from cobla_onnx.calibration.moments import ALL_UNITS, LIMIT
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.duplicates import Deduplicated, deduplicated
 from cobla_onnx.graph.io.digest import model_content
@@ -346,9 +345,9 @@ class _Looking:
             key=key,
             progress=partial(self.context.progress, "second moments"),
             importance=importances(self.measured.model, layers, self.compared.curvatures),
-            limit=min(LIMIT, self.batching.sums // 2),
-            together=min(ALL_UNITS, self.batching.sums),
+            sums=self.batching.sums,
             taps=self.batching.taps,
+            samples=len(samples),
         )
 
     @property

@@ -155,6 +155,25 @@ def test_moments_do_not_depend_on_batches_or_groups():
         np.testing.assert_allclose(found.second, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_many_samples_need_few_positions_of_each_and_parts_of_them_the_same_ones():
+    model = conv_model((3, 3))
+    layer = only_layer(model)
+    data = random_array(6, *data_for(model, batch=1)["x"].shape[1:-2], 20, 20)
+    positions = 18 * 18
+
+    def seen(samples: int | None) -> Seen:
+        return Seen(model, [layer], lambda: [{"x": data}], samples=samples)
+
+    assert seen(None).moment(layer).count == 6 * positions
+    many = seen(10_000)
+    assert many.moment(layer).count == 6 * 64
+    half = many.in_others([layer], lambda: [{"x": data[:3]}])
+    other = many.in_others([layer], lambda: [{"x": data[3:]}])
+    rest = many.without(half).moment(layer)
+    assert rest.count == 3 * 64
+    np.testing.assert_allclose(rest.second, other.moment(layer).second, rtol=1e-9, atol=1e-12)
+
+
 def test_uses_of_a_shared_weight_are_seen_together():
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"], "one"),

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from cobla_onnx.calibration.patches import patch_of
-from cobla_onnx.calibration.positions import choose_positions, sample_seeds
+from cobla_onnx.calibration.positions import (
+    LEAST_OF_MANY,
+    choose_positions,
+    enough_positions,
+    sample_seeds,
+)
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.calibration.sums import MomentSum
 from cobla_onnx.graph.layers import find_layers, read_weight
@@ -97,6 +102,17 @@ def test_few_of_many_positions_give_the_moment_and_do_not_depend_on_the_batch(mo
     every = np.concatenate(list(patch.vectors(data)), axis=2)[0]
     whole, some = (v @ v.T / v.shape[1] for v in (every, together))
     assert np.linalg.norm(whole - some) < 0.2 * np.linalg.norm(whole)
+
+
+@given(size=st.integers(1, 30), samples=st.integers(1, 10_000), vectors=st.integers(1, 200))
+def test_many_samples_give_enough_positions_together(size, samples, vectors):
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "product")
+    model = model_of([node], {"w": random_array(size, 2)}, {"x": ["N", 9, size]}, ["y"])
+    (layer,) = find_layers(model).layers
+    each = enough_positions(patch_of(model, layer, layer.uses[0]), samples, vectors)
+    assert each >= LEAST_OF_MANY
+    assert samples * each >= vectors * size
+    assert each == LEAST_OF_MANY or samples * (each - 1) < vectors * size
 
 
 @given(most=st.integers(1, 150), side=st.integers(1, 12), count=st.integers(1, 3))

@@ -8,7 +8,6 @@ matter yet, so that each layer's weight can be decided when the samples are ther
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -19,7 +18,12 @@ from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store
 from cobla_onnx.calibration.evaluation.probe import Weights
 from cobla_onnx.calibration.moments import parts_of
 from cobla_onnx.calibration.patches import finite_outputs, patch_of
-from cobla_onnx.calibration.positions import Chosen, choose_positions, sample_seeds
+from cobla_onnx.calibration.positions import (
+    Chosen,
+    choose_positions,
+    enough_positions,
+    sample_seeds,
+)
 from cobla_onnx.calibration.sums import Joint, JointSum
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.graph.subgraph import expose, reached_from
@@ -42,9 +46,9 @@ Sums: TypeAlias = tuple[JointSum, JointSum]
 Seeded: TypeAlias = tuple[tuple[Feeds, Feeds], tuple[int, ...]]
 """A batch's tensors in the original and in the compressed model, and its samples' seeds."""
 
-# Vectors for each of a layer's inputs that a regression gets, over all samples, and the least
-# number of a sample's: the excess error of least squares is about 1 / `VECTORS`.
-VECTORS, LEAST_VECTORS = 32, 64
+# Vectors for each of a layer's inputs that a regression gets, over all samples: the excess error
+# of least squares is about 1 / `VECTORS`.
+VECTORS = 32
 
 
 class Walk:
@@ -146,7 +150,7 @@ class Walk:
         right = original.taps([*crossing[0], use.output])
         left = compressed.taps([*crossing[1], use.data], weights)
         patch = patch_of(self._model, layer, use)
-        most = max(LEAST_VECTORS, math.ceil(VECTORS * patch.size / self._samples))
+        most = enough_positions(patch, self._samples, VECTORS)
 
         def add_up(part: list[Seeded]) -> tuple[JointSum, list[list[Feeds]]]:
             total: JointSum | None = None
