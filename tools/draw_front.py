@@ -75,7 +75,7 @@ def draw(points: Mapping[str, list[tuple[float, float]]], model: str, figure: st
         axes.set_xlabel(f"bytes of {model}'s weights that are left")
         axes.set_ylabel(f"{figure} with the original")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="lower center")
         file = io.BytesIO()
         chart.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
