@@ -177,7 +177,8 @@ def table(products: Sequence[Measured]) -> str:
         pairs = [np.interp(at, *np.transpose(points)) for points in (apart, shared)]
         for name, errors in zip(("separate", "shared where better"), pairs, strict=True):
             rows.append(f"| {what}, {name} | " + " | ".join(f"{e:.3g}" for e in errors) + " |")
-        gains = 1 - pairs[1] / pairs[0]
+        # The sums of both ways are rounded differently where nothing is gained.
+        gains = np.maximum(1 - pairs[1] / pairs[0], 0.0)
         rows.append(f"| {what}, less by | " + " | ".join(f"{gain:.1%}" for gain in gains) + " |")
     return "\n".join(rows)
 
