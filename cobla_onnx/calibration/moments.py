@@ -254,6 +254,8 @@ def collect_moments(
     shared = pool.share(model)
     for number, group in enumerate(groups):
         progress(number, len(groups))
+        # The session of the group before, and what it keeps for a run.
+        shared.rest()
         units = (_Unit(shared, tuple(group), part, samples) for part in parts_of(batches()))
         sums: list[MomentSum] = []
         for found_sums in pool.map(_add_up, units, _units_at_a_time(pool, group, together)):

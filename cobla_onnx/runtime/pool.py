@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from cobla_onnx.errors import UsageError
+from cobla_onnx.runtime.machine import return_freed_memory
 from cobla_onnx.runtime.processes import interrupts_wait, open_processes
 from cobla_onnx.runtime.providers import (
     CPU,
@@ -180,6 +181,9 @@ class Pool:
             else:
                 run = function if self.inside else partial(_run_outside, function)
                 yield from self._mapped(self._executor, run, units, at_most or 2 * self.width)
+        if self.inside:
+            # Of what the units have freed, the C library keeps most, and for each thread apart.
+            return_freed_memory()
 
     def _mapped(
         self,

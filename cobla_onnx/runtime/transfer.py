@@ -74,6 +74,10 @@ class _Memory:
                 self._values.popitem(last=False)
             return found
 
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
 
 _worker_memory = _Memory(KEPT_SHARED)
 
@@ -109,6 +113,11 @@ class Shared:
         key = (self._token, make.__module__, make.__qualname__, *arguments)
         result: Value = self._memory.get(key, lambda: make(self.value(), *arguments))
         return result
+
+    def rest(self) -> None:
+        """Drop what was built from it in the process that shares it."""
+        if self._memory is not _worker_memory:
+            self._memory.clear()
 
     def __getstate__(self) -> tuple[str, Path | bytes]:
         with self._lock:

@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_info
 from cobla_onnx import Budget, compress
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.runtime.pool import Pool, choose_pool, executor_pool, open_pool
-from cobla_onnx.runtime.transfer import Carried
+from cobla_onnx.runtime.transfer import Carried, Shared
 from tests.cli.test_command import COMMAND
 
 
@@ -364,3 +364,15 @@ def test_an_interrupted_command_leaves_nothing(demo_model, tmp_path):
     assert "Traceback" not in errors
     assert not out.exists()
     assert list(temporary.glob("cobla-onnx*")) == []
+
+
+def test_what_was_built_is_dropped_where_it_is_shared_and_kept_by_workers():
+    shared = Shared([1, 2], None)
+    built = shared.built(list)
+    assert shared.built(list) is built
+    shared.rest()
+    assert shared.built(list) is not built
+    received = pickle.loads(pickle.dumps(shared))
+    built = received.built(list)
+    received.rest()
+    assert received.built(list) is built == [1, 2]

@@ -16,7 +16,13 @@ from cobla_onnx.calibration.data.labels import labels_of_batches
 from cobla_onnx.calibration.evaluation.choosing import Chooser, Compared, look_at
 from cobla_onnx.calibration.evaluation.output_choice import LossName
 from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
-from cobla_onnx.calibration.evaluation.probe import Probe, Weights
+from cobla_onnx.calibration.evaluation.probe import (
+    KEPT_OUTPUTS,
+    Pair,
+    Probe,
+    Weights,
+    whole_weights,
+)
 from cobla_onnx.calibration.evaluation.temperature import soften
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.runtime.cache import digest
@@ -57,6 +63,8 @@ class Judge:
         The loss that decisions follow, on the same split; `selection` if it is the same loss.
     follows : tuple of ModelProto and mapping of str to Measure
         The original with the outputs of the loss that decisions follow, and how they are compared.
+    whole : sequence of (array, array or None)
+        The layers' own weights and biases, which all probes share.
     """
 
     model: onnx.ModelProto
@@ -70,11 +78,13 @@ class Judge:
     selection: Probe = field(init=False)
     followed: Probe = field(init=False)
     follows: tuple[onnx.ModelProto, Mapping[str, Measure]] = field(init=False)
+    whole: Sequence[Pair] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.compared is None:
             chooser = Chooser.of(self.model, self.loss, labelled=self.labels is not None)
             self.compared = look_at(self.model, self.dataset, self.batch, self.threads, chooser)
+        self.whole = whole_weights(self.model, self.layers)
         self.follows = self.model, self.measures
         self.selection = self.followed = self.on(self.dataset.selection)
         softened = self.softened(self.temperatures)
@@ -112,8 +122,7 @@ class Judge:
     def on(self, indices: Sequence[int]) -> Probe:
         """Open a probe of the loss that decisions follow."""
         model, loss = self.follows
-        labels = self.labels_of(indices)
-        return Probe(model, self.layers, self.batches(indices), loss, self.threads, labels=labels)
+        return self._probe(model, loss, self.batches(indices), self.labels_of(indices))
 
     def softened(
         self, temperatures: Mapping[str, float]
@@ -130,15 +139,26 @@ class Judge:
         batches, labels = self.dataset.batches(indices, 1), None
         if self.labels is not None:
             labels = labels_of_batches(self.labels, self.dataset.groups(indices, 1))
-        return Probe(
-            model, self.layers, batches, loss, self.threads, limit=sys.maxsize, labels=labels
-        )
+        return self._probe(model, loss, batches, labels, limit=sys.maxsize)
+
+    def _probe(
+        self,
+        model: onnx.ModelProto,
+        loss: Mapping[str, Measure],
+        batches: Iterable[Feeds],
+        labels: Sequence[NDArray[np.int64]] | None,
+        limit: int = KEPT_OUTPUTS,
+    ) -> Probe:
+        layers, whole = self.layers, self.whole
+        return Probe(model, layers, batches, loss, self.threads, limit, labels, whole)
 
     def spread_on(self, indices: Sequence[int], pool: Pool) -> SpreadProbe:
         """Open a probe of the loss that decisions follow, over a pool."""
         model, loss = self.follows
         labels = self.labels_of(indices)
-        return SpreadProbe(pool, model, self.layers, self.batches(indices), loss, labels)
+        return SpreadProbe(
+            pool, model, self.layers, self.batches(indices), loss, labels, self.whole
+        )
 
     def scores(self, weights: Weights) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Losses on the selection split: the one that decisions follow, and the loss itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -39,6 +39,11 @@ class _Origin:
     batches: Shelf
     loss: LossName | Mapping[str, Measure]
     labels: Sequence[NDArray[np.int64]] | None
+    whole: Sequence[Pair] | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Other processes have the model, and read its weights.
+        return {**vars(self), "whole": None}
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,15 @@ class _Unit:
 
 def _open(origin: _Origin) -> Probe:
     # One thread, as everywhere in a unit of work: several units run at a time.
-    loss, labels = origin.loss, origin.labels
-    probe = Probe(origin.model, origin.layers, origin.batches, loss, 1, labels=labels)
+    probe = Probe(
+        origin.model,
+        origin.layers,
+        origin.batches,
+        origin.loss,
+        1,
+        labels=origin.labels,
+        whole=origin.whole,
+    )
     probe.rest()
     return probe
 
@@ -76,7 +88,7 @@ class SpreadProbe:
     Parameters
     ----------
     pool : Pool
-    model, layers, batches, loss, labels
+    model, layers, batches, loss, labels, whole
         As for `Probe`. Nothing is run before a loss is asked for.
     """
 
@@ -88,10 +100,12 @@ class SpreadProbe:
         batches: Iterable[Feeds],
         loss: LossName | Mapping[str, Measure],
         labels: Sequence[NDArray[np.int64]] | None = None,
+        whole: Sequence[Pair] | None = None,
     ) -> None:
         self._pool = pool
         self._layers = layers
-        self._origin = pool.share(_Origin(model, layers, _bounded(batches), loss, labels))
+        origin = _Origin(model, layers, _bounded(batches), loss, labels, whole)
+        self._origin = pool.share(origin)
 
     def original(self) -> tuple[float, int]:
         """Mean loss of the original, and the number of samples on which losses are measured."""

@@ -21,7 +21,7 @@ from cobla_onnx.graph.subgraph import expose
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.runtime.temporary import Shelf
 
-__all__ = ["KEPT_OUTPUTS", "Pair", "Probe", "Weights"]
+__all__ = ["KEPT_OUTPUTS", "Pair", "Probe", "Weights", "whole_weights"]
 
 Pair: TypeAlias = "tuple[NDArray[Any], NDArray[Any] | None]"
 """A layer's weight and bias, or the derivatives; None for no bias, or an unchanged one."""
@@ -35,6 +35,14 @@ KEPT_OUTPUTS = 1 << 28
 # its constants: convolutions then keep their blocked layout, and take half the time. Smaller models
 # run in less time than a session takes to open; of larger ones no further copy is made.
 CONSTANT = 1 << 20, 1 << 28
+
+
+def whole_weights(model: onnx.ModelProto, layers: Sequence[Layer]) -> list[Pair]:
+    """Read the layers' own weights and biases; of weights inside of the model they are copies."""
+    return [
+        (np.ascontiguousarray(read_weight(model, layer)), read_bias(model, layer))
+        for layer in layers
+    ]
 
 
 class Probe:
@@ -52,6 +60,8 @@ class Probe:
     threads : int
     labels : sequence of int64 array, optional
         Labels of each batch, used in place of the original's most likely classes, see `one_hot`.
+    whole : sequence of (array, array or None), optional
+        The `whole_weights` of the layers, for several probes to share; otherwise they are read.
 
     Attributes
     ----------
@@ -78,16 +88,17 @@ class Probe:
         threads: int,
         limit: int = KEPT_OUTPUTS,
         labels: Sequence[NDArray[np.int64]] | None = None,
+        whole: Sequence[Pair] | None = None,
     ) -> None:
         self.exposed = exposed = expose(model, layers, as_inputs=True)
         self.layers = layers
         self._names = list(zip(exposed.weights, exposed.biases, strict=True))
         self._original: Feeds = {}
-        for layer, (weight, bias) in zip(layers, self._names, strict=True):
-            self._original[weight] = np.ascontiguousarray(read_weight(model, layer))
-            stored = read_bias(model, layer)
-            if bias is not None and stored is not None:
-                self._original[bias] = stored
+        pairs = whole_weights(model, layers) if whole is None else whole
+        for (weight, bias), (own, own_bias) in zip(self._names, pairs, strict=True):
+            self._original[weight] = own
+            if bias is not None and own_bias is not None:
+                self._original[bias] = own_bias
         self._threads = threads
         self._session: onnxruntime.InferenceSession | None = None
         size = sum(array.nbytes for array in self._original.values())

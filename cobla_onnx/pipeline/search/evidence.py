@@ -23,7 +23,6 @@ from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.gradients import GradientProbe
 from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel
 from cobla_onnx.calibration.evaluation.quality import Quality, measure_quality
-from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.finishing import Finisher
@@ -194,11 +193,7 @@ class Evidence:
             found = self.analysis.layers[layer], self.analysis.forms[layer][curve]
             return self.from_data.approximate(*found, ranks)
 
-        whole = [
-            (read_weight(self.model, layer), read_bias(self.model, layer))
-            for layer in self.analysis.layers
-        ]
-        return Path(whole, approximate)
+        return Path(self.judge.whole, approximate)
 
     @cached_property
     def weight_curves(self) -> tuple[LayerCurves, ...]:

@@ -17,11 +17,14 @@ from cobla_onnx import Budget, Plan, compress, sweep
 from cobla_onnx.allocation import OutputError, WeightError, allocate
 from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.calibration.data.dataset import Dataset, input_specs
+from cobla_onnx.calibration.evaluation.evaluator import Judge
+from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.pipeline.analysis import Analysis, analyse
 from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.neighbours import neighbours
 from cobla_onnx.pipeline.search.rivals import Rivals
+from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR
 from tests.builders import model_of, random_array, small_network
@@ -219,3 +222,19 @@ def test_no_result_is_dominated_by_another_beyond_the_noise(demo_model, tmp_path
             if other is not point and other.mem <= point.mem and other.mac <= point.mac:
                 by_chance = ttest_rel(losses, fewer, alternative="greater").pvalue
                 assert by_chance > 0.01, (point.budget, other.budget)
+
+
+def test_probes_of_one_model_share_its_weights():
+    # Each held a copy of all weights: of a model of 100 MB half a gigabyte, beside the model.
+    model, layers, data = small_network(), analysed().layers, random_array(24, 3, 12, 12)
+    dataset = Dataset("test", ({"x": row[None]} for row in data), input_specs(model))
+    judge = Judge(model, layers, dataset, 8, "mse", 1)
+    loss = judge.measures
+    others = [judge.on(dataset.calibration), judge.singly(dataset.selection, model, loss)]
+    for name, array in judge.selection.feeds({}).items():
+        assert all(probe.feeds({})[name] is array for probe in others)
+    spread = judge.spread_on(dataset.calibration, Pool())
+    own = SpreadProbe(Pool(), model, layers, judge.batches(dataset.calibration), loss)
+    assert spread.original() == own.original()
+    candidate = (1, [(0.5 * judge.whole[1][0], None)])
+    assert list(spread.mean_losses([candidate])) == list(own.mean_losses([candidate]))
