@@ -115,6 +115,11 @@ class Judge:
         labels = self.labels_of(indices)
         return Probe(model, self.layers, self.batches(indices), loss, self.threads, labels=labels)
 
+    def stated_on(self, indices: Sequence[int]) -> Probe:
+        """Open a probe of the loss itself."""
+        batches, labels = self.batches(indices), self.labels_of(indices)
+        return Probe(self.model, self.layers, batches, self.measures, self.threads, labels=labels)
+
     def softened(
         self, temperatures: Mapping[str, float]
     ) -> tuple[onnx.ModelProto, Mapping[str, Measure]]:
