@@ -10,6 +10,7 @@ import numpy as np
 
 from cobla_onnx.allocation.paired import paired_gain
 from cobla_onnx.calibration.evaluation.evaluator import Judge
+from cobla_onnx.distillation.augmentation import Augmentation
 from cobla_onnx.distillation.lessons import Lessons, Split, Taught, taught_by
 from cobla_onnx.distillation.parameters import Flat, Parameters
 from cobla_onnx.distillation.passes import Choice, Passes, choose
@@ -55,6 +56,7 @@ def distil(
     passes: Passes,
     parts: Callable[[], Sequence[Part]],
     *,
+    augmentation: Augmentation | None = None,
     seed: int = 0,
     seconds: float | None = None,
     threads: int = 1,
@@ -78,8 +80,10 @@ def distil(
         Over the calibration split; ``auto`` tries more of them as long as that helps.
     parts : callable
         Makes the parts; no sample judges twice. It is only called if something can learn.
+    augmentation : Augmentation, optional
+        How samples vary each time that they are learned from.
     seed : int
-        Of the order of the samples.
+        Of the order of the samples, and of their variants.
     seconds : float, optional
         Time that it may take.
     threads : int
@@ -90,7 +94,7 @@ def distil(
     clock = Clock(seconds)
     with open_pool(threads) as pool:
         progress("distil", 0, 1)
-        learner = _Learner(judge, taught_by(judge), pool, seed, clock, progress)
+        learner = _Learner(judge, taught_by(judge, augmentation, seed), pool, seed, clock, progress)
         try:
             own = learner.of(replacements, "distil")
         except ModelError as error:

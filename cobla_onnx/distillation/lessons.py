@@ -24,9 +24,10 @@ from cobla_onnx.calibration.evaluation.gradient_sessions import (
     GradientSessions,
 )
 from cobla_onnx.calibration.evaluation.probe import Probe, Weights
+from cobla_onnx.distillation.augmentation import Augmentation
 from cobla_onnx.distillation.parameters import Flat, Parameters
 from cobla_onnx.runtime.pool import Pool
-from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.variants.replacement import Replacement
 
 __all__ = ["Lessons", "Split", "Taught", "taught_by"]
@@ -51,25 +52,33 @@ class Taught:
         How these are compared.
     single : Probe
         Has each sample of the calibration split as a batch of its own.
+    augmentation : Augmentation, optional
+        How samples vary each time that they are learned from; the original says anew what is
+        right for each variant.
+    seed : int
+        Of the variants.
     """
 
     model: onnx.ModelProto
     measures: Mapping[str, Measure]
     single: Probe
+    augmentation: Augmentation | None = None
+    seed: int = 0
 
 
 # Most samples that run at a time: convolutions of half as many take a third more time for each.
 SHARD = 16
 
 
-def taught_by(judge: Judge) -> Taught:
+def taught_by(judge: Judge, augmentation: Augmentation | None = None, seed: int = 0) -> Taught:
     """Return the loss to learn: at a temperature between 1 and the one that decisions follow.
 
     At 1 a few uncertain samples dominate. At the temperature of decisions the divergence that is
     stated gets worse, since what is right about the most likely classes counts for too little.
     """
     softened = judge.softened({name: math.sqrt(t) for name, t in judge.temperatures.items()})
-    return Taught(*softened, judge.singly(judge.dataset.calibration, *softened))
+    single = judge.singly(judge.dataset.calibration, *softened)
+    return Taught(*softened, single, augmentation, seed)
 
 
 class Lessons:
@@ -115,7 +124,11 @@ class Lessons:
             same = judge.followed is judge.selection
             self._stated = self._followed if same else judge.stated_on(split.judged)
         self._indices = {layer.name: index for index, layer in enumerate(judge.layers)}
-        self._single = taught.single
+        self._single, self._augmentation = taught.single, taught.augmentation
+        self._variants = np.random.default_rng(taught.seed)
+        self._original = None
+        if self._augmentation is not None:
+            self._original = open_session(taught.model, 1, optimized=True, part="the original")
         self._shard = min(SHARD, judge.batch) if _joins(judge, self._single) else 1
         wanted = judge.dataset.calibration if split is None else split.learned
         places = {sample: place for place, sample in enumerate(judge.dataset.calibration)}
@@ -147,7 +160,10 @@ class Lessons:
         loss, total = 0.0, np.zeros_like(values)
 
         def differentiated(batch: tuple[Feeds, Feeds]) -> Differentiated:
-            return self._sessions.run(*batch, tensors)
+            feeds, expected = batch
+            if self._original is not None:
+                expected = self._single.targets(feeds, run_session(self._original, feeds))
+            return self._sessions.run(feeds, expected, tensors)
 
         for found in self._pool.map(differentiated, self._shards(chosen), self._pool.width):
             loss += float(found.losses.sum())
@@ -179,6 +195,8 @@ class Lessons:
             shard = places[begin : begin + self._shard]
             feeds = _joined(self._single.batches, shard)
             self._sessions.open(feeds, {})
+            if self._augmentation is not None:
+                feeds = self._augmentation.vary(feeds, self._variants)
             yield feeds, _joined(self._single.expected, shard)
 
 

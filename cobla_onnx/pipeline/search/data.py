@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from cobla_onnx.allocation import Constraint
 from cobla_onnx.calibration.evaluation.probe import Weights
 from cobla_onnx.calibration.evaluation.quality import Quality
+from cobla_onnx.distillation.augmentation import Augmentation
 from cobla_onnx.distillation.distil import Distilled, distil
 from cobla_onnx.distillation.record import Distillation
 from cobla_onnx.options import Settings
@@ -153,6 +154,7 @@ def distil_factors(
         replacements,
         settings.distil,
         lambda: evidence.crossfit(finisher).parts(plan, settings.refit),
+        augmentation=None if settings.augment is None else Augmentation.of(settings.augment),
         seed=settings.seed,
         seconds=settings.time_limit,
         threads=min(context.threads, context.pool.runs_at_most),
