@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+import numpy as np
 
 from cobla_onnx.allocation.paired import paired_gain
 from cobla_onnx.calibration.evaluation.evaluator import Judge
-from cobla_onnx.distillation.lessons import Lessons, taught_by
-from cobla_onnx.distillation.parameters import Parameters
-from cobla_onnx.distillation.passes import Passes, learn
-from cobla_onnx.distillation.record import Distillation, finite
-from cobla_onnx.distillation.training import Trainer
+from cobla_onnx.distillation.augmentation import Augmentation
+from cobla_onnx.distillation.lessons import Lessons, Split, Taught, taught_by
+from cobla_onnx.distillation.parameters import Flat, Parameters
+from cobla_onnx.distillation.passes import Choice, Passes, choose
+from cobla_onnx.distillation.record import Distillation, Trial, finite
+from cobla_onnx.distillation.training import Clock, Trainer
 from cobla_onnx.errors import ModelError
-from cobla_onnx.runtime.pool import open_pool
+from cobla_onnx.runtime.pool import Pool, open_pool
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["Distilled", "distil"]
+__all__ = ["Distilled", "Part", "distil"]
 
-# Standard errors by which the best state must gain, after Breiman et al. 1984, Classification and
-# Regression Trees, section 3.4.3. Two refuse what is better on thousands of other images, since the
-# divergence of fifty samples is dominated by a few of them.
+# Standard errors by which what was tried must gain, after Breiman et al. 1984, Classification and
+# Regression Trees, section 3.4.3.
 BETTER = 1.0
 # Standard errors by which the loss itself may look worse, where decisions follow another one.
 TOLERANCE = 1.0
+# Standard errors by which the held-back samples may lose: they look worse than they are, since
+# plan and refit were chosen by them. Beyond that the training went wrong.
+WRONG = 3.0
+# Part of the time for trials; the training takes about as long as one of them on all parts.
+FOR_TRIALS = 0.5
+# Times that a training that exploded is begun again with half of its rate.
+MOST_UNDONE = 4
+
+
+class Part(NamedTuple):
+    """Replacements of the same plan that were made from some samples, and others that judge."""
+
+    split: Split
+    replacements: Sequence[Replacement]
 
 
 class Distilled(NamedTuple):
@@ -37,7 +54,9 @@ def distil(
     judge: Judge,
     replacements: Sequence[Replacement],
     passes: Passes,
+    parts: Callable[[], Sequence[Part]],
     *,
+    augmentation: Augmentation | None = None,
     seed: int = 0,
     seconds: float | None = None,
     threads: int = 1,
@@ -47,9 +66,10 @@ def distil(
 
     After Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network: what is
     stored for the layers, and their biases, take steps along the gradient of the divergence from
-    the original's outputs. The state with the least loss on the samples held back is the answer if
-    it gains there beyond the noise, and if the loss that is stated, where it is another one, is not
-    higher beyond it; otherwise the replacements are those that were given.
+    the original's outputs. How many, at which rate and whether at all, is found on parts of the
+    samples (cross-fitting): what learned from one part must gain on the other beyond the noise, in
+    the loss that decisions follow, and the loss that is stated must not be higher beyond it. Then
+    the replacements learn so from the whole calibration split.
 
     Parameters
     ----------
@@ -57,9 +77,13 @@ def distil(
     replacements : sequence of Replacement
         Of layers of the judge.
     passes : 'auto' or int
-        Over the calibration split; ``auto`` goes on as long as the held-back loss falls.
+        Over the calibration split; ``auto`` tries more of them as long as that helps.
+    parts : callable
+        Makes the parts; no sample judges twice. It is only called if something can learn.
+    augmentation : Augmentation, optional
+        How samples vary each time that they are learned from.
     seed : int
-        Of the order of the samples.
+        Of the order of the samples, and of their variants.
     seconds : float, optional
         Time that it may take.
     threads : int
@@ -67,48 +91,120 @@ def distil(
     progress : callable
         Called with (stage, done, total).
     """
+    clock = Clock(seconds)
     with open_pool(threads) as pool:
-        taught = taught_by(judge)
-        parameters = Parameters(taught[0], replacements)
         progress("distil", 0, 1)
+        learner = _Learner(judge, taught_by(judge, augmentation, seed), pool, seed, clock, progress)
         try:
-            lessons = Lessons(judge, taught, parameters, pool)
+            own = learner.of(replacements, "distil")
         except ModelError as error:
             return Distilled(replacements, Distillation(False, reason=error.in_flags()))
-        start = parameters.start()
-        if not start.size:
-            reason = next(iter(lessons.blocked.values()), "no layer stores anything that can learn")
+        if not own.trainer.first.values.size:
+            reasons = own.lessons.blocked.values()
+            reason = next(iter(reasons), "no layer stores anything that can learn")
             return Distilled(replacements, Distillation(False, reason=reason))
+        halves = [learner.of(part.replacements, "distil, trials", part.split) for part in parts()]
+        if not halves:
+            reason = "too few samples to judge what is learned; give more"
+            return Distilled(replacements, Distillation(False, reason=reason))
+        tried = list[Trial]()
+        trainers = [each.trainer for each in halves]
+        choice = choose(trainers, passes, own.trainer.steps_of_pass, tried.append)
+        end = None
+        if choice is not None and _gains(halves, choice):
+            end = _trained(own.trainer, choice)
+    record = replace(
+        _record_of([*trainers, own.trainer], choice),
+        kept=end is not None,
+        left_out=own.lessons.left_out,
+        seconds=clock.elapsed,
+        trials=tuple(tried),
+    )
+    return Distilled(replacements if end is None else own.parameters.replacements(end), record)
+
+
+class _Learning(NamedTuple):
+    """Replacements that learn: their numbers, the samples, and what makes the steps."""
+
+    parameters: Parameters
+    lessons: Lessons
+    trainer: Trainer
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """Lets replacements of one model learn, from all samples or a part of them."""
+
+    judge: Judge
+    taught: Taught
+    pool: Pool
+    seed: int
+    clock: Clock
+    progress: Callable[[str, int, int], None]
+
+    def of(
+        self, replacements: Sequence[Replacement], stage: str, split: Split | None = None
+    ) -> _Learning:
+        """Make what trains replacements; raise ModelError if there is no gradient graph."""
+        parameters = Parameters(self.taught.model, replacements)
+        lessons = Lessons(self.judge, self.taught, parameters, self.pool, split)
         trainer = Trainer(
             lessons,
-            start,
+            parameters.start(),
             parameters.sizes(),
-            seed=seed,
-            seconds=seconds,
-            progress=lambda loss, done, total: progress(
-                f"distil: held-back loss {loss:.4g}", done, total
+            clock=self.clock,
+            share=1.0 if split is None else FOR_TRIALS,
+            seed=self.seed,
+            progress=lambda loss, done, total: self.progress(
+                f"{stage}: held-back loss {loss:.4g}", done, total
             ),
         )
-        rate = learn(trainer, passes)
-    gain, kept = trainer.gain, False
-    if trainer.gain.in_errors > BETTER:
-        stated = paired_gain(
-            *(lessons.stated(each.values) for each in (trainer.first, trainer.best))
-        )
-        kept = stated.in_errors > -TOLERANCE
+        return _Learning(parameters, lessons, trainer)
+
+
+def _record_of(trainers: Sequence[Trainer], choice: Choice | None) -> Distillation:
+    """Tell what was tried, and the training of the last trainer."""
     record = Distillation(
-        kept=kept,
-        passes=trainer.passes,
-        steps=trainer.steps,
-        rate=rate,
-        undone=trainer.undone,
-        parameters=start.size,
-        loss_before=finite(trainer.first.loss),
-        loss_after=finite(trainer.best.loss),
-        standard_error=finite(gain.standard_error),
-        samples=gain.samples,
-        seconds=trainer.elapsed,
-        checkpoints=tuple(trainer.checkpoints),
-        left_out=lessons.left_out,
+        kept=False,
+        steps=sum(each.steps for each in trainers),
+        undone=sum(each.undone for each in trainers),
+        parameters=trainers[-1].first.values.size,
+        checkpoints=tuple(trainers[-1].checkpoints),
     )
-    return Distilled(parameters.replacements(trainer.best.values) if kept else replacements, record)
+    if choice is None:
+        return record
+    return replace(
+        record,
+        passes=choice.passes,
+        rate=choice.rate,
+        loss_before=finite(choice.before),
+        loss_after=finite(choice.after),
+        standard_error=finite(choice.gain.standard_error),
+        samples=choice.gain.samples,
+    )
+
+
+def _gains(halves: Sequence[_Learning], choice: Choice) -> bool:
+    """Whether what was tried gains beyond the noise, and loses nothing of the stated loss."""
+    if not choice.gain.in_errors > BETTER:
+        return False
+    before, after = (
+        np.concatenate(
+            [each.lessons.stated(state.values) for each, state in zip(halves, ends, strict=True)]
+        )
+        for ends in ([each.trainer.first for each in halves], choice.states)
+    )
+    return paired_gain(before, after).in_errors > -TOLERANCE
+
+
+def _trained(trainer: Trainer, choice: Choice) -> Flat | None:
+    """Train as it was chosen, with less of a rate if it explodes; None if it went wrong."""
+    rate = choice.rate
+    for _ in range(1 + MOST_UNDONE):
+        state = trainer.cycle(choice.passes, rate)
+        if state is not None:
+            gain = paired_gain(trainer.first.losses, state.losses).in_errors
+            # One that was cut short, where the rate is still high, was not what was tried.
+            return state.values if gain > (-WRONG if state.whole else 0.0) else None
+        rate /= 2
+    return None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -23,31 +24,65 @@ from cobla_onnx.calibration.evaluation.gradient_sessions import (
     GradientSessions,
 )
 from cobla_onnx.calibration.evaluation.probe import Probe, Weights
+from cobla_onnx.distillation.augmentation import Augmentation
 from cobla_onnx.distillation.parameters import Flat, Parameters
 from cobla_onnx.runtime.pool import Pool
-from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["Lessons", "Taught", "taught_by"]
+__all__ = ["Lessons", "Split", "Taught", "taught_by"]
 
-Taught: TypeAlias = tuple[onnx.ModelProto, Mapping[str, Measure]]
-"""The original, with the outputs of the loss that is learned, and how they are compared."""
+
+class Split(NamedTuple):
+    """Samples of the dataset: those that are learned from, and those that judge."""
+
+    learned: Sequence[int]
+    judged: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What is learned.
+
+    Attributes
+    ----------
+    model : ModelProto
+        The original, with the outputs of the loss that is learned.
+    measures : dict of str to Measure
+        How these are compared.
+    single : Probe
+        Has each sample of the calibration split as a batch of its own.
+    augmentation : Augmentation, optional
+        How samples vary each time that they are learned from; the original says anew what is
+        right for each variant.
+    seed : int
+        Of the variants.
+    """
+
+    model: onnx.ModelProto
+    measures: Mapping[str, Measure]
+    single: Probe
+    augmentation: Augmentation | None = None
+    seed: int = 0
+
 
 # Most samples that run at a time: convolutions of half as many take a third more time for each.
 SHARD = 16
 
 
-def taught_by(judge: Judge) -> Taught:
+def taught_by(judge: Judge, augmentation: Augmentation | None = None, seed: int = 0) -> Taught:
     """Return the loss to learn: at a temperature between 1 and the one that decisions follow.
 
     At 1 a few uncertain samples dominate. At the temperature of decisions the divergence that is
     stated gets worse, since what is right about the most likely classes counts for too little.
     """
-    return judge.softened({name: math.sqrt(t) for name, t in judge.temperatures.items()})
+    softened = judge.softened({name: math.sqrt(t) for name, t in judge.temperatures.items()})
+    single = judge.singly(judge.dataset.calibration, *softened)
+    return Taught(*softened, single, augmentation, seed)
 
 
 class Lessons:
-    """A `Task`: parameters of replacements, on the samples of a judge.
+    """A `Task`: parameters of replacements, on samples of a judge.
 
     Parameters
     ----------
@@ -57,6 +92,9 @@ class Lessons:
         Of replacements in that model. Those without a derivative are taken out.
     pool : Pool
         Of threads; shards run over it.
+    split : Split, optional
+        Samples to learn from, out of the calibration split, and those that judge; the splits of
+        the dataset by default.
 
     Attributes
     ----------
@@ -71,13 +109,31 @@ class Lessons:
         If the model has no gradient graph.
     """
 
-    def __init__(self, judge: Judge, taught: Taught, parameters: Parameters, pool: Pool) -> None:
-        self._judge, self._parameters, self._pool = judge, parameters, pool
+    def __init__(
+        self,
+        judge: Judge,
+        taught: Taught,
+        parameters: Parameters,
+        pool: Pool,
+        split: Split | None = None,
+    ) -> None:
+        self._parameters, self._pool = parameters, pool
+        self._followed, self._stated = judge.followed, judge.selection
+        if split is not None:
+            self._followed = judge.on(split.judged)
+            same = judge.followed is judge.selection
+            self._stated = self._followed if same else judge.stated_on(split.judged)
         self._indices = {layer.name: index for index, layer in enumerate(judge.layers)}
-        self._single = judge.singly(judge.dataset.calibration, *taught)
+        self._single, self._augmentation = taught.single, taught.augmentation
+        self._variants = np.random.default_rng(taught.seed)
+        self._original = None
+        if self._augmentation is not None:
+            self._original = open_session(taught.model, 1, optimized=True, part="the original")
         self._shard = min(SHARD, judge.batch) if _joins(judge, self._single) else 1
-        self._learned = _of_common_shapes(self._single.batches)
-        self.left_out = len(self._single.batches) - len(self._learned)
+        wanted = judge.dataset.calibration if split is None else split.learned
+        places = {sample: place for place, sample in enumerate(judge.dataset.calibration)}
+        self._learned = _of_common_shapes(self._single.batches, [places[s] for s in wanted])
+        self.left_out = len(wanted) - len(self._learned)
         self._sessions = self._opened(taught)
         self.blocked = dict(self._sessions.blocked)
         parameters.keep([name for name in parameters.names if name not in self.blocked])
@@ -87,13 +143,15 @@ class Lessons:
 
     def _opened(self, taught: Taught) -> GradientSessions:
         names = self._parameters.names
-        sessions = GradientSessions(self._parameters.rewritten.model, taught[1], names, threads=1)
+        sessions = GradientSessions(
+            self._parameters.rewritten.model, taught.measures, names, threads=1
+        )
         sessions.open(_joined(self._single.batches, self._learned[: self._shard]), {})
         return sessions
 
     @property
     def samples(self) -> int:
-        """Samples of the calibration split that are learned from."""
+        """Samples that are learned from."""
         return len(self._learned)
 
     def gradient(self, values: Flat, chosen: Sequence[int]) -> tuple[float, Flat]:
@@ -102,7 +160,10 @@ class Lessons:
         loss, total = 0.0, np.zeros_like(values)
 
         def differentiated(batch: tuple[Feeds, Feeds]) -> Differentiated:
-            return self._sessions.run(*batch, tensors)
+            feeds, expected = batch
+            if self._original is not None:
+                expected = self._single.targets(feeds, run_session(self._original, feeds))
+            return self._sessions.run(feeds, expected, tensors)
 
         for found in self._pool.map(differentiated, self._shards(chosen), self._pool.width):
             loss += float(found.losses.sum())
@@ -110,14 +171,18 @@ class Lessons:
         return loss / len(chosen), total / np.float32(len(chosen))
 
     def held_back(self, values: Flat) -> Float64:
-        """Loss of each held-back sample, under the values as they are stored."""
-        replacements = self._parameters.replacements(values)
-        return self._judge.followed.losses(self.weights(replacements))
+        """Loss of each sample that judges, under the values as they are stored."""
+        return self._judged(self._followed, values)
 
     def stated(self, values: Flat) -> Float64:
-        """Loss itself of each held-back sample, where decisions follow another one."""
-        replacements = self._parameters.replacements(values)
-        return self._judge.selection.losses(self.weights(replacements))
+        """Loss itself of each sample that judges, where decisions follow another one."""
+        return self._judged(self._stated, values)
+
+    def _judged(self, probe: Probe, values: Flat) -> Float64:
+        found = probe.losses(self.weights(self._parameters.replacements(values)))
+        # Sessions hold the memory of their largest run: those of other tasks are open, too.
+        probe.rest()
+        return found
 
     def weights(self, replacements: Sequence[Replacement]) -> Weights:
         """Weights that replacements stand for, and biases, as `Probe` takes them."""
@@ -130,6 +195,8 @@ class Lessons:
             shard = places[begin : begin + self._shard]
             feeds = _joined(self._single.batches, shard)
             self._sessions.open(feeds, {})
+            if self._augmentation is not None:
+                feeds = self._augmentation.vary(feeds, self._variants)
             yield feeds, _joined(self._single.expected, shard)
 
 
@@ -141,11 +208,11 @@ def _joins(judge: Judge, single: Probe) -> bool:
     return all(array.ndim and len(array) == 1 for array in first.values())
 
 
-def _of_common_shapes(samples: Sequence[Feeds]) -> list[int]:
-    """Return samples of the commonest shapes, as many as graphs are made for."""
-    shapes = [tuple(array.shape for array in feeds.values()) for feeds in samples]
-    common = {shape for shape, _ in Counter(shapes).most_common(MOST_SHAPES)}
-    return [number for number, shape in enumerate(shapes) if shape in common]
+def _of_common_shapes(samples: Sequence[Feeds], places: Sequence[int]) -> list[int]:
+    """Return those places where samples have the commonest shapes, as many as graphs are made."""
+    shapes = {place: tuple(a.shape for a in samples[place].values()) for place in places}
+    common = {shape for shape, _ in Counter(shapes.values()).most_common(MOST_SHAPES)}
+    return [place for place in places if shapes[place] in common]
 
 
 def _joined(samples: Sequence[Feeds], chosen: Sequence[int]) -> Feeds:

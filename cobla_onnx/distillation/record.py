@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["Checkpoint", "Distillation", "finite"]
+__all__ = ["Checkpoint", "Distillation", "Trial", "finite"]
 
 
 def finite(value: float) -> float | None:
@@ -14,14 +14,36 @@ def finite(value: float) -> float | None:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A cycle of training on a part of the samples.
+
+    Attributes
+    ----------
+    part : int
+        From 1.
+    passes : int
+    rate : float
+    loss : float or None
+        Mean loss that is followed, at the end, on the samples of the other part; None if it
+        exploded, or was not made to its end.
+    """
+
+    part: int
+    passes: int
+    rate: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """The state after one pass.
+    """The state after one pass of the training on all of the calibration split.
 
     Attributes
     ----------
     number : int
         Passes so far, from 0 for the state before the first one.
     stage : str
+        ``start`` or ``training``.
     loss : float or None
         Mean over the pass of the loss that is learned, on the calibration split, each batch's
         before its step; None before the first pass.
@@ -40,33 +62,39 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a distillation did; losses are those that decisions follow, on the held-back samples.
+    """What a distillation did.
+
+    Its losses are those that decisions follow, where each half of the calibration split is judged
+    under what was made, and then learned, from the other half: no choice before has seen it.
 
     Attributes
     ----------
     kept : bool
-        Whether what was learned is in the result: if the loss that decisions follow gains beyond
-        the noise, and the loss itself is not worse beyond it.
+        Whether what was learned is in the result: if in the trials the loss that decisions follow
+        gains beyond the noise, and the loss itself is not worse beyond it.
     passes : int
-        Over the calibration split, those of the trials of rates among them.
+        Of the trial that gained most, and of the training on the whole calibration split if it did
+        so beyond the noise; 0 if no trial came to its end.
     steps : int
+        All, those of the trials among them.
     rate : float
         Largest step, as a fraction of a tensor's root mean square.
     undone : int
-        Times that it went back to the best state with half of the rate.
+        Trainings that exploded.
     parameters : int
         Numbers that learned.
     loss_before, loss_after : float or None
-        Means before, and in the best state; None where they are not finite.
+        Means over the samples of the trials, before and after; None where they are not finite.
     standard_error : float or None
         Of their difference, over the paired samples; None for a single one.
     samples : int
-        Held-back samples.
+        That judged the trials.
     left_out : int
         Samples of the calibration split that were not learned from: of too many shapes.
     seconds : float
+    trials : tuple of Trial
     checkpoints : tuple of Checkpoint
-        One for each pass.
+        One for each pass over the whole calibration split; none if the trials gained nothing.
     reason : str
         Why nothing was tried; empty otherwise.
     """
@@ -83,6 +111,7 @@ class Distillation:
     samples: int = 0
     left_out: int = 0
     seconds: float = 0.0
+    trials: tuple[Trial, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
     reason: str = ""
 
@@ -91,12 +120,25 @@ class Distillation:
         """What it did, in a line."""
         if self.reason:
             return f"not distilled: {self.reason}"
-        passes = f"{self.passes} pass{'' if self.passes == 1 else 'es'}"
         before, after = self.loss_before, self.loss_after
+        if not self.passes:
+            return "not distilled: no trial came to a good end; give it more time"
+        passes = f"{self.passes} pass{'' if self.passes == 1 else 'es'} at a rate of {self.rate:g}"
         if after is None or (before is not None and before <= after):
-            return f"distilled in vain: {passes}, the {self.samples} held-back samples lost no less"
-        change = f"held-back loss {'infinite' if before is None else f'{before:.4g}'} → {after:.4g}"
+            return f"not distilled: in trials, {self.samples} samples not learned from lost no less"
+        change = f"{'infinite' if before is None else f'{before:.4g}'} → {after:.4g}"
         if before is not None and self.standard_error is not None:
             change += f" (lower by {before - after:.2g}, standard error {self.standard_error:.2g})"
-        outcome = "kept" if self.kept else "not kept: not beyond the noise of the loss"
-        return f"distilled: {passes}, {change} on {self.samples} samples, {outcome}"
+        what = "distilled" if self.kept else "not distilled"
+        outcome = "" if self.kept else self._refused
+        return (
+            f"{what}: {passes}; in trials, the loss on {self.samples} samples not learned from "
+            f"went {change}{outcome}"
+        )
+
+    @property
+    def _refused(self) -> str:
+        """Why what gained in trials is not in the result."""
+        if self.checkpoints:
+            return "; but the training on all samples ended early, or went wrong"
+        return ", not beyond the noise of the loss"

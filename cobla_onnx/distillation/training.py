@@ -1,30 +1,28 @@
-"""Train from the best state so far, and undo what explodes."""
+"""Train in a cycle of Adam, and notice what explodes."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
-from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.distillation.adam import Adam
 from cobla_onnx.distillation.parameters import Flat
 from cobla_onnx.distillation.record import Checkpoint, finite
 
-__all__ = ["State", "Task", "Trainer", "one_cycle"]
+__all__ = ["Clock", "State", "Task", "Trainer", "one_cycle"]
 
 # Samples of a step.
 BATCH = 32
 # Part of a cycle in which the rate rises.
 WARM_UP = 0.1
-# Factor on the best held-back loss from which on a state counts as exploded, and times that a
-# cycle is begun again with half of its rate.
-EXPLODED, MOST_UNDONE = 2.0, 4
+# Factor on the first held-back loss from which on a state counts as exploded.
+EXPLODED = 2.0
 
 
 class Task(Protocol):
@@ -33,27 +31,57 @@ class Task(Protocol):
     Attributes
     ----------
     samples : int
-        Of the calibration split.
+        That are learned from.
     """
 
     @property
     def samples(self) -> int: ...  # noqa: D102
 
     def gradient(self, values: Flat, chosen: Sequence[int]) -> tuple[float, Flat]:
-        """Mean loss of some samples of the calibration split, and its derivatives."""
+        """Mean loss of some of the samples, and its derivatives."""
         ...
 
     def held_back(self, values: Flat) -> Float64:
-        """Loss of each sample that is held back."""
+        """Loss of each sample that judges, which are others."""
         ...
+
+
+@dataclass
+class Clock:
+    """Time since it was made, and when it is up.
+
+    Attributes
+    ----------
+    limit : float, optional
+        Seconds after which no further step is made.
+    """
+
+    limit: float | None = None
+    _begun: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._begun
+
+    def is_up(self, share: float = 1.0) -> bool:
+        """Whether this share of the limit is over."""
+        return self.limit is not None and self.elapsed >= share * self.limit
 
 
 @dataclass(frozen=True)
 class State:
-    """Values of all parameters, and the loss of each held-back sample under them."""
+    """Values of all parameters, and the loss of each sample that judges under them.
+
+    Attributes
+    ----------
+    whole : bool
+        Whether the cycle that ended here was made to its end.
+    """
 
     values: Flat
     losses: Float64
+    whole: bool = True
 
     @property
     def loss(self) -> float:
@@ -62,26 +90,30 @@ class State:
 
 
 class Trainer:
-    """Runs cycles of Adam, and remembers the state with the least held-back loss.
+    """Runs cycles of Adam, each from the first state.
 
     Parameters
     ----------
     task : Task
     start, sizes : float32 array, shape (parameters,)
         Values, and the root mean square of the tensor of each.
+    clock : Clock
+    share : float
+        Of the clock's time, after which no further step is made.
     seed : int
-        Of the order of the samples.
-    seconds : float, optional
-        Time after which no further step is made.
+        Of the order of the samples, in each cycle anew.
     progress : callable
-        Called with the least held-back loss so far, and with steps done and planned.
+        Called with the loss of the samples that judge, and with steps done and planned.
 
     Attributes
     ----------
-    first, best : State
-    passes, steps, undone : int
+    first : State
+    steps, undone : int
         See `Distillation`.
+    interrupted : bool
+        Whether Ctrl-C has ended a cycle; no further step is made.
     checkpoints : list of Checkpoint
+        Of the last cycle.
     """
 
     def __init__(
@@ -90,94 +122,94 @@ class Trainer:
         start: Flat,
         sizes: Flat,
         *,
+        clock: Clock | None = None,
+        share: float = 1.0,
         seed: int = 0,
-        seconds: float | None = None,
         progress: Callable[[float, int, int], None] = lambda loss, done, total: None,
     ) -> None:
-        self._task, self._sizes, self._progress = task, sizes, progress
-        self._order = np.random.default_rng(seed)
-        self._begun, self._seconds = time.perf_counter(), seconds
+        self.task, self._sizes, self._progress = task, sizes, progress
+        self._clock, self._share, self._seed = clock or Clock(), share, seed
         self._batch = min(BATCH, task.samples)
-        self._planned = 0
-        self.first = self.best = State(start.copy(), task.held_back(start))
-        self.passes = self.steps = self.undone = 0
+        self.first = State(start.copy(), task.held_back(start))
+        self.steps = self.undone = 0
+        self.interrupted = False
         self.checkpoints: list[Checkpoint] = []
-        self._note("start", None, self.first)
 
     @property
     def steps_of_pass(self) -> int:
         """Steps of one pass; what does not fill a batch waits for the next pass."""
-        return self._task.samples // self._batch
+        return self.task.samples // self._batch
 
     @property
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._begun
+    def is_over(self) -> bool:
+        """Whether its share of the time is up, or Ctrl-C was pressed."""
+        return self.interrupted or self._clock.is_up(self._share)
 
-    @property
-    def out_of_time(self) -> bool:
-        """Whether the time is up."""
-        return self._seconds is not None and self.elapsed >= self._seconds
-
-    @property
-    def gain(self) -> PairedGain:
-        """Gain of the best state over the first one, on the samples held back."""
-        return paired_gain(self.first.losses, self.best.losses)
-
-    def cycle(self, stage: str, begin: State, passes: int, rate: float) -> State:
+    def cycle(self, passes: int, rate: float) -> State | None:
         """Make some passes in which the rate rises quickly to its greatest value, then falls to 0.
 
-        Where a loss or a gradient is not finite, or the held-back loss gets far above the best
-        one, the rest of the passes begins anew at the best state with half of the rate.
+        Where time is up, or Ctrl-C is pressed, the cycle ends where it is.
 
         Returns
         -------
-        State
-            The last one that was sound; the best one is remembered.
+        State or None
+            The last one. None if a loss or a gradient was not finite, or the loss of the samples
+            that judge got far above the first one.
         """
-        state, undone = begin, 0
-        end = self.passes + passes
-        while self.passes < end and undone <= MOST_UNDONE and not self.out_of_time:
-            found = self._run(stage, state, end - self.passes, rate)
-            if found is not None:
-                return found
-            state, rate = self.best, rate / 2
-            undone += 1
-            self.undone += 1
-        return state
-
-    def _run(self, stage: str, state: State, passes: int, rate: float) -> State | None:
-        """Make a cycle; None if it exploded. A pass that did so counts all the same."""
-        values, adam = state.values.copy(), Adam(self._sizes)
-        total, done = passes * self.steps_of_pass, 0
-        planned = self.steps + total
-        for _ in range(passes):
-            order, losses = self._order.permutation(self._task.samples), list[float]()
-            self.passes += 1
-            for number in range(self.steps_of_pass):
-                chosen = order[number * self._batch : (number + 1) * self._batch]
-                loss, gradient = self._task.gradient(values, chosen.tolist())
-                if not (math.isfinite(loss) and np.isfinite(gradient).all()):
-                    return None
-                values += adam.step(gradient, rate * one_cycle(done / total))
-                losses.append(loss)
-                done, self.steps = done + 1, self.steps + 1
-                self._progress(self.best.loss, self.steps, planned)
-                if self.out_of_time:
-                    break
-            state = State(values.copy(), self._task.held_back(values))
-            self._note(stage, float(np.mean(losses)), state)
-            if math.isnan(state.loss) or state.loss > EXPLODED * self.best.loss:
-                return None
-            if state.loss < self.best.loss:
-                self.best = state
-            if self.out_of_time:
+        self.checkpoints = []
+        self._note(0, None, self.first)
+        state, adam = replace(self.first, whole=False), Adam(self._sizes)
+        order, done = np.random.default_rng(self._seed), 0
+        for number in range(1, passes + 1):
+            if self.is_over:
                 break
+            try:
+                values, loss, done = self._pass(state.values, adam, order, rate, done, passes)
+            except FloatingPointError:
+                self.undone += 1
+                return None
+            state = State(values, self.task.held_back(values), done == passes * self.steps_of_pass)
+            self._note(number, loss, state)
+            # Not "greater": a loss that is no number has exploded, too.
+            if not state.loss <= EXPLODED * self.first.loss:
+                self.undone += 1
+                return None
         return state
 
-    def _note(self, stage: str, loss: float | None, state: State) -> None:
+    def _pass(
+        self,
+        values: Flat,
+        adam: Adam,
+        order: np.random.Generator,
+        rate: float,
+        done: int,
+        passes: int,
+    ) -> tuple[Flat, float, int]:
+        """Make one pass; raise FloatingPointError on what is not finite."""
+        values, losses, total = values.copy(), list[float](), passes * self.steps_of_pass
+        samples = order.permutation(self.task.samples)
+        for number in range(self.steps_of_pass):
+            chosen = samples[number * self._batch : (number + 1) * self._batch]
+            try:
+                loss, gradient = self.task.gradient(values, chosen.tolist())
+            except KeyboardInterrupt:
+                self.interrupted = True
+                break
+            if not (math.isfinite(loss) and np.isfinite(gradient).all()):
+                raise FloatingPointError
+            values += adam.step(gradient, rate * one_cycle(done / total))
+            losses.append(loss)
+            done, self.steps = done + 1, self.steps + 1
+            self._progress(self.checkpoints[-1].held_back or math.nan, done, total)
+            if self.is_over:
+                break
+        return values, float(np.mean(losses)) if losses else math.nan, done
+
+    def _note(self, number: int, loss: float | None, state: State) -> None:
+        mean = None if loss is None else finite(loss)
+        stage = "training" if number else "start"
         self.checkpoints.append(
-            Checkpoint(self.passes, stage, loss, finite(state.loss), self.elapsed)
+            Checkpoint(number, stage, mean, finite(state.loss), self._clock.elapsed)
         )
 
 

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from cobla_onnx.calibration.evaluation.output_choice import LossName, Outputs
 from cobla_onnx.errors import UsageError
 from cobla_onnx.options.declaring import Command, flag, option
-from cobla_onnx.options.values import BatchSize, check_batch, check_passes, memory_bytes
+from cobla_onnx.options.values import (
+    BatchSize,
+    check_augment,
+    check_batch,
+    check_passes,
+    memory_bytes,
+)
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.wording import option_name
 
@@ -205,6 +211,14 @@ class Settings:
         "help.",
         "auto|N",
     )
+    augment: str | None = option(
+        SEARCH,
+        "data",
+        None,
+        "--augment",
+        "With --distil: images may be flipped left to right, and moved by N pixels.",
+        "flip,crop:N",
+    )
     time_limit: float | None = option(
         SEARCH,
         "search",
@@ -346,6 +360,7 @@ class Settings:
             )
         check_batch(self.batch)
         check_passes(self.distil, self.data)
+        check_augment(self.augment, self.distil, self.labels)
         memory_bytes(self.memory_limit)
         if self.profile is not None and not self.measure_latency:
             raise UsageError(

@@ -64,6 +64,7 @@ class SearchOptions(AdviseOptions, total=False):
     objective: ObjectiveName
     refit: bool
     distil: Passes | None
+    augment: str | None
     time_limit: float | None
     precision: Precision
     arithmetic: ArithmeticName

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from cobla_onnx.errors import UsageError
 from cobla_onnx.wording import option_name
 
-__all__ = ["BatchSize", "check_batch", "check_passes", "memory_bytes"]
+__all__ = ["BatchSize", "check_augment", "check_batch", "check_passes", "memory_bytes"]
 
 BatchSize: TypeAlias = Literal["auto"] | int
 
@@ -42,6 +42,29 @@ def check_passes(passes: object, data: object) -> None:
         raise UsageError(
             f"{option_name('distil', passes)}: learns from the original's outputs on samples; "
             f"give {option_name('data')} too"
+        )
+
+
+def check_augment(augment: str | None, distil: object, labels: object) -> None:
+    """Check how images may vary, None for not at all.
+
+    Raises
+    ------
+    UsageError
+        If it is not known, nothing learns, or there are labels.
+    """
+    if augment is None:
+        return
+    # Importing it takes a second, which the help has not.
+    from cobla_onnx.distillation.augmentation import Augmentation
+
+    Augmentation.of(augment)
+    what = option_name("augment", augment)
+    if distil is None:
+        raise UsageError(f"{what}: is for what learns; give {option_name('distil', 'auto')} too")
+    if labels is not None:
+        raise UsageError(
+            f"{what}: labels would not follow the images; leave out it or {option_name('labels')}"
         )
 
 

@@ -91,9 +91,12 @@ def compress(
         Refit factors to the inputs that they get after compression; needs data.
     distil : 'auto' or int, optional
         Let what is stored for the layers, and their biases, learn from the original's outputs on
-        the samples afterwards: in so many passes over them, or as long as the loss on the
-        samples held back falls. The state with the least loss there is kept if it gains beyond
-        the noise. Needs data, and gains most with a thousand samples or more.
+        the samples afterwards: in so many passes over them, or as long as that helps. It is kept
+        if, in trials on halves of the samples, the other half gains beyond the noise.
+        Needs data, and gains most with a thousand samples or more.
+    augment : str, optional
+        ``flip``, ``crop:N`` or both, as ``flip,crop:4``: in distillation, images are exchanged left
+        and right and moved by up to N pixels, at random; the original says anew what is right.
     time_limit : float, optional
         Seconds that the search by the network's loss, and distillation, may take each. The
         result then depends on the machine's speed.

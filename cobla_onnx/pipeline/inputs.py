@@ -18,6 +18,7 @@ from cobla_onnx.calibration.data.dataset import Dataset, input_specs
 from cobla_onnx.calibration.data.labels import Labels, align_labels, read_labels
 from cobla_onnx.calibration.data.readers import open_data
 from cobla_onnx.calibration.evaluation.targets import IGNORED
+from cobla_onnx.distillation.augmentation import Augmentation
 from cobla_onnx.errors import DataError, ModelError, PartError, WriteError
 from cobla_onnx.graph.check.structure import check_structure
 from cobla_onnx.graph.io.external import is_external
@@ -120,6 +121,9 @@ def open_samples(model: onnx.ModelProto, settings: Settings) -> Iterator[Dataset
     with open_data(
         settings.data, specs, samples=settings.samples, images=settings.images
     ) as dataset:
+        if settings.augment is not None:
+            # What cannot vary is refused before the work.
+            Augmentation.of(settings.augment).images(dataset.shapes())
         yield dataset
 
 

@@ -277,14 +277,7 @@ class Session:
             replacements = spill.replacements(self._written(plan, self._replacements(plan)))
         else:
             factors = make_factors(finisher, plan, self.settings.refit)
-            if self.settings.distil is not None:
-                factors = distil_factors(
-                    self.evidence,
-                    factors,
-                    self.settings.distil,
-                    self.settings.seed,
-                    self.settings.time_limit,
-                )
+            factors = distil_factors(self.evidence, finisher, plan, factors, self.settings)
             measured = measure_factors(self.evidence, factors)
             replacements = spill.replacements(self._written(plan, measured.replacements))
             calibration = calibration_report(self.evidence, found, measured)

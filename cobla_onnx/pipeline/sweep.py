@@ -52,7 +52,7 @@ def sweep(
         See `Result.save`.
     solver, objective, input_shapes, include, exclude, min_size, deduplicate, scheme, data
         As those of `compress`.
-    samples, batch, memory_limit, images, labels, loss, outputs, refit, distil, time_limit
+    samples, batch, memory_limit, images, labels, loss, outputs, refit, distil, augment, time_limit
         As those of `compress`.
     precision, arithmetic, storage, rank_multiple, provider, profile, measure_latency
         As those of `compress`.

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cobla_onnx.distillation import distil as distilling
 from cobla_onnx.distillation import passes
 from cobla_onnx.distillation.adam import Adam
-from cobla_onnx.distillation.passes import learn
-from cobla_onnx.distillation.training import MOST_UNDONE, Trainer, one_cycle
+from cobla_onnx.distillation.passes import choose
+from cobla_onnx.distillation.training import Trainer, one_cycle
 
 
 @dataclass
@@ -52,69 +53,85 @@ def trainer(bowl: Bowl, **options) -> Trainer:
     return Trainer(bowl, start, np.full(5, 2.0, np.float32), **options)
 
 
-def test_a_cycle_gets_there_and_the_best_state_is_remembered():
+def test_a_cycle_gets_there_and_begins_anew_each_time():
     made = trainer(Bowl())
-    made.cycle("one", made.first, 40, 0.03)
-    assert made.best.loss < 0.02 * made.first.loss
-    np.testing.assert_allclose(made.best.values, 1, atol=0.1)
-    assert made.gain.mean > 0
-    assert made.best.loss == min(point.held_back for point in made.checkpoints if point.held_back)
-    assert made.passes == 40
+    end = made.cycle(40, 0.03)
+    assert end.whole
+    assert end.loss < 0.02 * made.first.loss
+    np.testing.assert_allclose(end.values, 1, atol=0.1)
+    assert made.checkpoints[0].held_back == made.first.loss
+    assert made.checkpoints[-1].held_back == end.loss
+    assert [point.number for point in made.checkpoints] == list(range(41))
     assert made.steps == 80
+    assert made.cycle(40, 0.03).values.tobytes() == end.values.tobytes()
 
 
 def test_every_sample_is_seen_once_in_a_pass_and_orders_differ():
     bowl = Bowl()
-    made = trainer(bowl)
-    made.cycle("one", made.first, 2, 0.01)
+    trainer(bowl).cycle(2, 0.01)
     passes_seen = [bowl.seen[0] + bowl.seen[1], bowl.seen[2] + bowl.seen[3]]
     assert [sorted(order) for order in passes_seen] == [list(range(64))] * 2
     assert passes_seen[0] != passes_seen[1]
 
 
-def test_a_gradient_that_is_not_finite_is_undone_with_half_of_the_rate():
-    made = trainer(Bowl(spoilt=frozenset([5])))
-    state = made.cycle("one", made.first, 30, 0.03)
+@pytest.mark.parametrize(
+    ("bowl", "rate"), [(Bowl(spoilt=frozenset([5])), 0.03), (Bowl(cliff=40.0), 10.0)]
+)
+def test_what_is_not_finite_or_far_above_the_start_has_no_end(bowl, rate):
+    made = trainer(bowl)
+    assert made.cycle(30, rate) is None
     assert made.undone == 1
-    assert np.isfinite(state.values).all()
-    assert made.best.loss < 0.1 * made.first.loss
+    assert made.steps < 60
 
 
-def test_gradients_that_are_never_finite_end_at_the_start():
-    made = trainer(Bowl(spoilt=frozenset(range(1000))))
-    assert made.cycle("one", made.first, 30, 0.03) is made.first
-    assert made.undone == MOST_UNDONE + 1
-    assert made.best is made.first
+def test_a_training_that_explodes_is_begun_again_with_half_of_its_rate():
+    tried = choose([trainer(Bowl())], 20, 2)
+    made = trainer(Bowl(spoilt=frozenset([5])))
+    assert distilling._trained(made, tried) is not None
+    assert made.undone == 1
+    hopeless = trainer(Bowl(spoilt=frozenset(range(1000))))
+    assert distilling._trained(hopeless, tried) is None
+    assert hopeless.undone == 1 + distilling.MOST_UNDONE
 
 
-def test_a_state_that_exploded_is_undone():
-    """At this rate the first pass is thrown far beyond the cliff."""
-    made = trainer(Bowl(cliff=40.0))
-    made.cycle("one", made.first, 30, 10.0)
-    assert made.undone > 0
-    assert np.isfinite(made.best.losses).all()
-    assert made.best.loss <= made.first.loss
+def test_a_training_that_goes_wrong_for_the_held_back_samples_is_not_kept():
+    tried = choose([trainer(Bowl())], 20, 2)
+
+    class Slope(Bowl):
+        """What it learns leads uphill, by less than an explosion."""
+
+        def held_back(self, values):
+            return 1 + 0.5 * np.linspace(0.9, 1.1, 20) * float(values.mean() < 1.9)
+
+    assert distilling._trained(trainer(Slope()), tried) is None
 
 
-def test_the_rate_is_tried_and_one_that_explodes_is_not_taken():
-    made = trainer(Bowl())
-    rate = learn(made, 16)
-    assert rate in passes.RATES
-    assert made.best.loss < made.first.loss
-    worse = trainer(Bowl(spoilt=frozenset(range(1, 5))))
-    assert learn(worse, 8) < passes.RATES[0]
+def test_a_rate_is_chosen_that_does_not_explode():
+    tried = []
+    found = choose([trainer(Bowl()), trainer(Bowl())], 16, 2, tried.append)
+    assert found.rate in passes.RATES
+    assert found.gain.mean > 0
+    assert found.before - found.after == pytest.approx(found.gain.mean)
+    # Each rate on the first part, the best of them on the second one.
+    assert [trial.part for trial in tried] == [1] * (len(tried) - 1) + [2]
+    least = min(trial.loss for trial in tried if trial.part == 1)
+    assert least == next(trial.loss for trial in tried if trial.rate == found.rate)
+    worse = choose([trainer(Bowl(spoilt=frozenset(range(1, 3))))], 8, 2)
+    assert worse.rate < passes.RATES[passes.USUAL]
+    assert choose([trainer(Bowl(spoilt=frozenset(range(1000))))], 8, 2) is None
 
 
 def test_cycles_get_longer_as_long_as_they_gain():
-    made = trainer(Bowl())
-    learn(made, "auto")
-    stages = [point.stage for point in made.checkpoints]
-    first, second = stages.count("cycle 1"), stages.count("cycle 2")
-    assert first * made.steps_of_pass >= passes.FIRST_STEPS
-    assert second == 2 * first
+    tried = []
+    found = choose([trainer(Bowl())], "auto", 2, tried.append)
+    longest = max(trial.passes for trial in tried)
+    first = tried[0].passes
+    assert first * 2 >= passes.FIRST_STEPS
+    assert longest >= 2 * first
+    assert found.passes in (longest, longest // 2)
 
 
-def test_an_interrupt_keeps_the_best_so_far():
+def test_an_interrupt_ends_a_cycle_and_what_comes_after_it():
     class Interrupted(Bowl):
         def gradient(self, values, chosen):
             if self.asked == 50:
@@ -122,9 +139,15 @@ def test_an_interrupt_keeps_the_best_so_far():
             return super().gradient(values, chosen)
 
     made = trainer(Interrupted())
-    learn(made, 100)
+    tried = choose([trainer(Bowl())], 100, 2)
+    end = made.cycle(100, 0.03)
     assert made.steps == 50
-    assert made.best.loss < made.first.loss
+    assert not end.whole
+    assert made.is_over
+    again = trainer(Interrupted())
+    # What was cut short is kept since it gains on the samples held back.
+    assert distilling._trained(again, tried) is not None
+    assert choose([trainer(Interrupted())], 100, 2) is None
 
 
 @given(st.floats(0, 0.99))

@@ -124,6 +124,11 @@ class Judge:
         model, loss = self.follows
         return self._probe(model, loss, self.batches(indices), self.labels_of(indices))
 
+    def stated_on(self, indices: Sequence[int]) -> Probe:
+        """Open a probe of the loss itself."""
+        batches, labels = self.batches(indices), self.labels_of(indices)
+        return Probe(self.model, self.layers, batches, self.measures, self.threads, labels=labels)
+
     def softened(
         self, temperatures: Mapping[str, float]
     ) -> tuple[onnx.ModelProto, Mapping[str, Measure]]:

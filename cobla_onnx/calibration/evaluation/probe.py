@@ -129,7 +129,7 @@ class Probe:
                     if isinstance(loss, str)
                     else dict(loss)
                 )
-            kept = self._targets(feeds, outputs, None if labels is None else labels[number])
+            kept = self.targets(feeds, outputs, None if labels is None else labels[number])
             limit -= sum(value.nbytes for value in (*kept.values(), *feeds.values()))
             self.batches.append(feeds)
             self.expected.append(kept)
@@ -137,8 +137,10 @@ class Probe:
             if limit < 0:
                 break
 
-    def _targets(self, feeds: Feeds, outputs: Feeds, labels: NDArray[np.int64] | None) -> Feeds:
-        """Return the targets of a batch."""
+    def targets(
+        self, feeds: Feeds, outputs: Feeds, labels: NDArray[np.int64] | None = None
+    ) -> Feeds:
+        """Return the targets of a batch, from the original's outputs and labels, if given."""
         kept = {name: outputs[name] for name in self.measures}
         for name, measure in self.measures.items():
             given = labels if measure.labelled else None

@@ -10,17 +10,22 @@ import numpy as np
 from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.probe import Probe
+from cobla_onnx.distillation.distil import Part
+from cobla_onnx.distillation.lessons import Split
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.pipeline.search.finishing import Finisher
+from cobla_onnx.pipeline.search.refit import replacements_for
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.base import Approximate, Approximation, Form
 from cobla_onnx.variants.from_data import FromData
 
-__all__ = ["CrossFit"]
+__all__ = ["LEAST", "CrossFit"]
 
 # The held-back samples and two halves.
 PARTS = 3
+# Least samples in each half for a comparison to mean anything.
+LEAST = 8
 
 
 @dataclass
@@ -69,6 +74,30 @@ class CrossFit:
                 losses = self._on_half(plan, number - 1) if number else self._held_back(plan)
                 self._losses[plan, number] = losses
         return np.concatenate([self._losses[plan, number] for number in range(parts)])
+
+    def parts(self, plan: Plan, refit: bool) -> list[Part]:
+        """Make a plan's replacements from each half, for the other one to judge.
+
+        None if the halves are too small to mean anything.
+
+        Parameters
+        ----------
+        refit : bool
+            Whether they are refitted, to their half; what the selection split decides, it decides.
+        """
+        if min(map(len, self.halves)) < LEAST:
+            return []
+        if plan.factors == "data":
+            self._collect({d.layer for d in plan.decisions if d.scheme is not None})
+        return [self._part(plan, refit, number) for number in range(len(self.halves))]
+
+    def _part(self, plan: Plan, refit: bool, number: int) -> Part:
+        learned, judged = self.halves[number], self.halves[1 - number]
+        chosen = self.finisher.chosen(plan, self._of_half(number))
+        made: Sequence[Approximation] = [entry.approximation for entry in chosen]
+        if refit and plan.factors == "data":
+            made, _ = self.finisher.refitted_to(learned, chosen, "refit to a half")
+        return Part(Split(learned, judged), replacements_for(chosen, made))
 
     def _held_back(self, plan: Plan) -> Float64:
         found = self.finisher.held_back(plan)

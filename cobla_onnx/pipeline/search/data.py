@@ -8,20 +8,20 @@ from dataclasses import dataclass, replace
 from cobla_onnx.allocation import Constraint
 from cobla_onnx.calibration.evaluation.probe import Weights
 from cobla_onnx.calibration.evaluation.quality import Quality
+from cobla_onnx.distillation.augmentation import Augmentation
 from cobla_onnx.distillation.distil import Distilled, distil
-from cobla_onnx.distillation.passes import Passes
 from cobla_onnx.distillation.record import Distillation
+from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.loss import search_by_loss
 from cobla_onnx.pipeline.search.output import search_by_output
 from cobla_onnx.pipeline.search.problem import Problem, SearchResult
-from cobla_onnx.pipeline.search.refit import ChosenLayer, replaced_weights
+from cobla_onnx.pipeline.search.refit import ChosenLayer, replaced_weights, replacements_for
 from cobla_onnx.pipeline.search.rivals import Rivals
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.temporary import Shelf
 from cobla_onnx.variants.base import Approximation
-from cobla_onnx.variants.registry import require_family
 from cobla_onnx.variants.replacement import Replacement
 
 __all__ = [
@@ -91,10 +91,7 @@ class Factors:
         """Return what is stored for the layers, in the order of `chosen`."""
         if self.distilled is not None:
             return list(self.distilled.replacements)
-        return [
-            require_family(entry.form.name).replace(entry.layer, entry.form, made)
-            for entry, made in zip(self.chosen, self.approximations, strict=True)
-        ]
+        return replacements_for(self.chosen, self.approximations)
 
     def weights(self) -> Weights:
         """Return weights and biases of the layers in the form that `Probe` takes."""
@@ -139,9 +136,15 @@ def make_factors(finisher: Finisher, plan: Plan, refit: bool) -> Factors:
 
 
 def distil_factors(
-    evidence: Evidence, factors: Factors, passes: Passes, seed: int, seconds: float | None
+    evidence: Evidence,
+    finisher: Finisher,
+    plan: Plan,
+    factors: Factors,
+    settings: Settings,
 ) -> Factors:
-    """Let factors learn from the original's outputs; see `distil`."""
+    """Let the factors of a plan learn from the original's outputs, if asked for; see `distil`."""
+    if settings.distil is None:
+        return factors
     replacements = factors.replacements()
     if not replacements:
         return factors
@@ -149,9 +152,11 @@ def distil_factors(
     distilled = distil(
         evidence.judge,
         replacements,
-        passes,
-        seed=seed,
-        seconds=seconds,
+        settings.distil,
+        lambda: evidence.crossfit(finisher).parts(plan, settings.refit),
+        augmentation=None if settings.augment is None else Augmentation.of(settings.augment),
+        seed=settings.seed,
+        seconds=settings.time_limit,
         threads=min(context.threads, context.pool.runs_at_most),
         progress=context.progress,
     )

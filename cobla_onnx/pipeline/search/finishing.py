@@ -96,12 +96,19 @@ class Finisher:
     def refitted(self, plan: Plan) -> tuple[Sequence[Approximation], int]:
         """Refit a plan's layers, once for each plan; also return how many were changed."""
         if plan not in self._refitted:
-            self._refitted[plan] = refit_layers(
-                self.model,
-                self.chosen(plan),
-                lambda: self.judge.batches(self.judge.dataset.calibration),
-                self.judge.followed,
-                threads=self.context.threads,
-                progress=partial(self.context.progress, "refit"),
-            )
+            samples = self.judge.dataset.calibration
+            self._refitted[plan] = self.refitted_to(samples, self.chosen(plan))
         return self._refitted[plan]
+
+    def refitted_to(
+        self, samples: Sequence[int], chosen: Sequence[ChosenLayer], stage: str = "refit"
+    ) -> tuple[Sequence[Approximation], int]:
+        """Refit layers to some samples, as far as the selection split loses less."""
+        return refit_layers(
+            self.model,
+            chosen,
+            lambda: self.judge.batches(samples),
+            self.judge.followed,
+            threads=self.context.threads,
+            progress=partial(self.context.progress, stage),
+        )

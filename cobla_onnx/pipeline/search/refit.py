@@ -34,8 +34,9 @@ from cobla_onnx.variants.low_rank.shrinkage import shrink_joint
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.low_rank.weighted_svd import inputs_first
 from cobla_onnx.variants.registry import require_family
+from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["ChosenLayer", "refit_layers", "replaced_weights"]
+__all__ = ["ChosenLayer", "refit_layers", "replaced_weights", "replacements_for"]
 
 # Strengths of the ridge towards the original weight; that with the least held-back error is used.
 RIDGES = (0.1, 0.01)
@@ -209,6 +210,16 @@ def replaced_weights(
         dtype = onnx.helper.tensor_dtype_to_np_dtype(entry.layer.type)
         found[entry.index] = np.asarray(made.weight, dtype), made.bias
     return found
+
+
+def replacements_for(
+    chosen: Sequence[ChosenLayer], approximations: Sequence[Approximation]
+) -> list[Replacement]:
+    """Return what is stored for each chosen layer."""
+    return [
+        require_family(entry.form.name).replace(entry.layer, entry.form, made)
+        for entry, made in zip(chosen, approximations, strict=True)
+    ]
 
 
 class _Refit:

@@ -19,7 +19,7 @@ from cobla_onnx.allocation import Allocation, Constraint, LayerCurves, WeightErr
 from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.pipeline.analysis import Analysis
-from cobla_onnx.pipeline.search.crossfit import CrossFit
+from cobla_onnx.pipeline.search.crossfit import LEAST, CrossFit
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import Rival
@@ -33,8 +33,6 @@ PROMISING, PLACES = 0.5, 2
 # Standard errors by which it must be better on all samples to be taken, after Breiman et al.
 # 1984, Classification and Regression Trees, section 3.4.3.
 BETTER = 1.0
-# Least samples in each half for a comparison to mean anything.
-LEAST = 8
 
 
 class Settled(NamedTuple):
