@@ -25,8 +25,6 @@ __all__ = ["Distilled", "Part", "distil"]
 # Standard errors by which what was tried must gain, after Breiman et al. 1984, Classification and
 # Regression Trees, section 3.4.3.
 BETTER = 1.0
-# Standard errors by which the loss itself may look worse, where decisions follow another one.
-TOLERANCE = 1.0
 # Standard errors by which the held-back samples may lose: they look worse than they are, since
 # plan and refit were chosen by them. Beyond that the training went wrong.
 WRONG = 3.0
@@ -185,7 +183,11 @@ def _record_of(trainers: Sequence[Trainer], choice: Choice | None) -> Distillati
 
 
 def _gains(halves: Sequence[_Learning], choice: Choice) -> bool:
-    """Whether what was tried gains beyond the noise, and loses nothing of the stated loss."""
+    """Whether what was tried gains beyond the noise, and the stated loss is no higher.
+
+    The two differ where decisions follow a divergence at a temperature: samples that were learned
+    by heart gain by it on others, too, and lose at temperature 1.
+    """
     if not choice.gain.in_errors > BETTER:
         return False
     before, after = (
@@ -194,7 +196,7 @@ def _gains(halves: Sequence[_Learning], choice: Choice) -> bool:
         )
         for ends in ([each.trainer.first for each in halves], choice.states)
     )
-    return paired_gain(before, after).in_errors > -TOLERANCE
+    return paired_gain(before, after).in_errors >= 0
 
 
 def _trained(trainer: Trainer, choice: Choice) -> Flat | None:
