@@ -94,21 +94,21 @@ def flags(command: str) -> dict[str, typing.Any]:
     }
 
 
-def readme_options() -> dict[str, str]:
-    """Return flags of README's table with what it says of their values."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def documented_options() -> dict[str, str]:
+    """Return flags of the documentation's table with what it says of their values."""
+    text = (ROOT / "docs/commands/compress.md").read_text(encoding="utf-8")
     table = text.partition("<!-- options -->")[2].partition("<!-- end of options -->")[0]
     cells = re.findall(r"^\| (`--.*?) \| ", table, re.MULTILINE)
     spans = [span for cell in cells for span in re.findall(r"`([^`]*)`", cell)]
     return {flag: value for flag, _, value in (span.partition(" ") for span in spans)}
 
 
-def test_the_table_of_the_readme_has_the_options_of_the_main_command():
-    assert set(readme_options()) == set(flags("compress"))
+def test_the_table_of_options_has_the_options_of_the_main_command():
+    assert set(documented_options()) == set(flags("compress"))
 
 
-def test_the_table_of_the_readme_has_their_choices():
-    said = readme_options()
+def test_the_table_of_options_has_their_choices():
+    said = documented_options()
     hints = typing.get_type_hints(Settings)
     choices = {"--external-data": typing.get_args(ExternalData)}
     for field in options_of("compress"):
