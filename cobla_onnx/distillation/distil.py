@@ -66,8 +66,8 @@ def distil(
     stored for the layers, and their biases, take steps along the gradient of the divergence from
     the original's outputs. How many, at which rate and whether at all, is found on parts of the
     samples (cross-fitting): what learned from one part must gain on the other beyond the noise, in
-    the loss that decisions follow, and the loss that is stated must not be higher beyond it. Then
-    the replacements learn so from the whole calibration split.
+    the loss that decisions follow, and the loss that is stated must not be higher. Then the
+    replacements learn so from the whole calibration split.
 
     Parameters
     ----------
