@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.data.fitting import InputSpec, check_shape, converted
+from cobla_onnx.calibration.data.implied import implied, tell_implied
 from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.graph.first_axis import FirstAxis, first_axes
 from cobla_onnx.runtime.cache import digest
@@ -147,6 +148,8 @@ class Dataset:
         self._joins = self.rows == 1 and all(s.shape and s.shape[0] is None for s in specs)
         # Rows that do not yet fill a batch, by input.
         self._rest: list[list[NDArray[Any]]] = [[] for _ in specs]
+        # Names of inputs that records lacked.
+        self._implied: dict[str, None] = {}
         for record in records:
             if not self._add(record, limit):
                 break
@@ -258,6 +261,9 @@ class Dataset:
 
     def _add(self, record: Record, limit: int | None) -> bool:
         """Check and keep a record; return whether more are wanted."""
+        made = implied(record, self._specs)
+        self._implied |= dict.fromkeys(made)
+        record = {**record, **made}
         self._refuse_missing(record)
         arrays = [self._checked(spec, record) for spec in self._specs]
         extra = sorted(set(record) - {spec.name for spec in self._specs})
@@ -293,6 +299,8 @@ class Dataset:
         self._rest = [[array[full:].copy()] if len(array) > full else [] for array in joined]
 
     def _tell_what_was_taken(self, specs: Sequence[InputSpec]) -> None:
+        if self._implied:
+            self.notes += (tell_implied(list(self._implied)),)
         left = len(self._rest[0][0]) if self._rest and self._rest[0] else 0
         if left:
             self.notes += (f"{left} rows at the end do not fill a batch of {self.rows}",)
