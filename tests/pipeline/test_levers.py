@@ -7,6 +7,7 @@ import pytest
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.options import Settings
+from cobla_onnx.pipeline.layer_losses import layer_losses
 from cobla_onnx.pipeline.levers import levers_of, losses_of
 from cobla_onnx.pipeline.open_session import open_session
 from tests.builders import random_array, small_network
@@ -35,3 +36,9 @@ def test_both_has_all_curves_of_the_others_with_their_losses(data):
                 found = lever.losses.curve(index, number)
                 assert found.shape == curve.errors.shape
                 assert (np.diff(found) <= 0).all()
+
+
+def test_a_model_without_layers_has_no_losses():
+    settings = Settings(exclude=["*"], precision="auto")
+    with open_session(small_network(), settings, comparing=True) as session:
+        assert layer_losses(session).layers == ()
