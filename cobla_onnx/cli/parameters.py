@@ -148,7 +148,9 @@ FORMS: dict[Any, _Form] = {
     os.PathLike[str]: _Form(Path),
     Literal["auto"]: _Form(str, read=parsing.whole_or_auto),
     Mapping[str, Sequence[int]]: _Form(str, repeated=True, read=parsing.input_shapes),
-    Sequence[str]: _Form(str, repeated=True, read=_texts),
+    # Outputs; before names of layers, which are sequences alone.
+    Mapping[str, str]: _Form(str, repeated=True, read=_texts),
+    Sequence[str]: _Form(str, repeated=True, read=parsing.layer_names),
     tuple[float, ...]: _Form(str, read=parsing.numbers),
     tuple[int, ...]: _Form(str, read=parsing.word_or_wholes),
     **{plain: _Form(plain) for plain in (str, bool, int, float)},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cobla_onnx.errors import UsageError
@@ -14,6 +16,7 @@ __all__ = [
     "fraction",
     "image_options",
     "input_shapes",
+    "layer_names",
     "numbers",
     "spread",
     "whole_or_auto",
@@ -39,6 +42,34 @@ def input_shapes(option: str, entries: list[str]) -> dict[str, tuple[int, ...]]:
             )
         shapes[name] = tuple(int(part) for part in parts)
     return shapes
+
+
+def layer_names(option: str, entries: list[str]) -> tuple[str, ...]:
+    """Return names and patterns of layers; ``@FILE`` stands for those in a file.
+
+    They are its lines, or in a ``.csv`` the first column below its heading, as `inspect` writes
+    it. A layer whose own name begins with ``@`` is written ``[@]name``.
+    """
+    found: list[str] = []
+    for entry in entries:
+        found.extend(_from_file(option, Path(entry[1:])) if entry.startswith("@") else [entry])
+    return tuple(found)
+
+
+def _from_file(option: str, path: Path) -> list[str]:
+    shown = f"{option} @{path}"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            if path.suffix.lower() == ".csv":
+                names = [row[0] for row in csv.reader(file) if row][1:]
+            else:
+                names = file.read().splitlines()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{shown}: cannot be read ({error}); give a file of names") from error
+    names = [name for name in names if name.strip()]
+    if not names:
+        raise UsageError(f"{shown}: names no layer; give one in each line")
+    return names
 
 
 def whole_or_auto(option: str, text: str) -> Literal["auto"] | int:

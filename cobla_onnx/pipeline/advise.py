@@ -8,30 +8,22 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cobla_onnx.allocation import (
-    Budget,
-    Constraint,
-    LayerCurves,
-    OutputError,
-    SeparableError,
-    WeightError,
-    allocate,
-)
-from cobla_onnx.allocation.bound import Front, least_losses
+from cobla_onnx.allocation import Budget, Constraint, allocate
+from cobla_onnx.allocation.bound import Front
 from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.options import Settings
 from cobla_onnx.options.signatures import AdviseOptions, takes_options
 from cobla_onnx.pipeline.inputs import ModelSource
+from cobla_onnx.pipeline.levers import Lever, levers_of, losses_of
 from cobla_onnx.pipeline.open_session import open_session
 from cobla_onnx.pipeline.session import Session
 from cobla_onnx.report.advice import Advice, LayerShare, Outlook, Suggestion
-from cobla_onnx.variants.registry import FAMILIES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -86,55 +78,12 @@ def advise(model: ModelSource, **options: Unpack[AdviseOptions]) -> Advice:
         return _advice(session)
 
 
-@dataclass(frozen=True)
-class _Lever:
-    """Some families of variants, with the loss of each of their curves.
-
-    Attributes
-    ----------
-    layers : list of LayerCurves
-        Only those for which one of the families has a curve.
-    losses : SeparableError
-    """
-
-    layers: list[LayerCurves]
-    losses: SeparableError
-
-    def front(self, constraint: Constraint) -> Front:
-        """Return the least loss at every fraction of a resource."""
-        losses = [
-            [self.losses.curve(index, number) for number in range(len(layer.curves))]
-            for index, layer in enumerate(self.layers)
-        ]
-        return least_losses(self.layers, losses, constraint, points=1000)
-
-
-def _lever(session: Session, losses: SeparableError, families: Collection[str]) -> _Lever:
-    layers, kept = [], []
-    for index, layer in enumerate(session.analysis.curves):
-        numbers = [k for k, curve in enumerate(layer.curves) if curve.family in families]
-        if numbers:
-            layers.append(replace(layer, curves=tuple(layer.curves[k] for k in numbers)))
-            kept.append([losses.curve(index, k) for k in numbers])
-    return _Lever(layers, OutputError(kept))
-
-
 def _advice(session: Session) -> Advice:
     analysis, evidence = session.analysis, session.evidence
     known = analysis.mac_total is not None
     constraints = analysis.constraints(Budget(mem=1.0, mac=1.0 if known else None))
-    losses: SeparableError = WeightError(analysis.curves)
-    samples = 0
-    if evidence is not None and analysis.layers:
-        measured = evidence.sensitivity(constraints[:1])
-        losses, samples = measured.objective(), measured.samples
-    bits = {name for name, family in FAMILIES.items() if family.level == "bits"}
-    unrounded = {name for name, family in FAMILIES.items() if not family.needs_bits}
-    levers = {
-        "ranks": _lever(session, losses, unrounded),
-        "bits": _lever(session, losses, bits),
-        "both": _lever(session, losses, set(FAMILIES)),
-    }
+    losses, samples = losses_of(session, constraints)
+    levers = levers_of(session, losses)
     outlooks = tuple(_outlooks(constraints, levers))
     suggestions = tuple(_suggestions(session, outlooks))
     by_operator: Counter[str] = Counter()
@@ -158,7 +107,7 @@ def _advice(session: Session) -> Advice:
     )
 
 
-def _outlooks(constraints: Iterable[Constraint], levers: dict[str, _Lever]) -> Iterable[Outlook]:
+def _outlooks(constraints: Iterable[Constraint], levers: dict[str, Lever]) -> Iterable[Outlook]:
     for constraint in constraints:
         resource: Literal["mem", "mac"] = "mem" if constraint.name == "mem" else "mac"
         fronts = {name: lever.front(constraint) for name, lever in levers.items()}
@@ -224,7 +173,7 @@ def _suggestions(session: Session, outlooks: tuple[Outlook, ...]) -> Iterable[Su
 
 
 def _limiting(
-    session: Session, lever: _Lever, outlooks: tuple[Outlook, ...]
+    session: Session, lever: Lever, outlooks: tuple[Outlook, ...]
 ) -> tuple[LayerShare, ...]:
     """Name the layers that lose most at the smallest budget that is hardly to be noticed."""
     found = _smallest(outlooks, "mem", "both", HARDLY)

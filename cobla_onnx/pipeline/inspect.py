@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,14 +12,16 @@ from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.problem import VariantCurve
 from cobla_onnx.graph.holders import bytes_elsewhere
-from cobla_onnx.graph.layers import Skipped
+from cobla_onnx.graph.layers import Reason, Skipped
 from cobla_onnx.options import Settings
 from cobla_onnx.options.signatures import InspectOptions, takes_options
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.inputs import ModelSource
+from cobla_onnx.pipeline.layer_losses import layer_losses
 from cobla_onnx.pipeline.open_session import open_session
 from cobla_onnx.pipeline.session import Session
 from cobla_onnx.report.inspection import InspectedLayer, InspectedScheme, Inspection, LeftAlone
+from cobla_onnx.variants.registry import FAMILIES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,6 +32,8 @@ __all__ = ["inspect"]
 @takes_options("inspect")
 def inspect(
     model: ModelSource,
+    *,
+    sensitivity: bool = False,
     **options: Unpack[InspectOptions],
 ) -> Inspection:
     """Look at what could be done to a model; nothing is changed or written.
@@ -36,6 +41,9 @@ def inspect(
     Parameters
     ----------
     model : ModelProto or path
+    sensitivity : bool
+        Also predict, by the curves that `advise` has, what each layer loses for the bytes that it
+        gives, by ranks and by bits.
     input_shapes, include, exclude, min_size, deduplicate, scheme, data, samples, batch, memory_limit, images, threads, progress
         As those of `compress`. With data, spectra are those of the layers' outputs.
 
@@ -57,12 +65,30 @@ def inspect(
     >>> found.least["mem"] < 0.05
     True
     """  # noqa: E501
-    with open_session(model, Settings.of("inspect", options)) as session:
-        return _inspection(session)
+    settings = Settings.of("inspect", options, precision="auto" if sensitivity else "keep")
+    with open_session(model, settings, comparing=sensitivity) as session:
+        found = _inspection(session)
+        if sensitivity:
+            found = replace(found, sensitivity=layer_losses(session))
+    return found
+
+
+def _by_ranks(analysis: Analysis) -> Analysis:
+    """Return what is found where no fewer bits are there to be compared."""
+    kept, skipped = [], list(analysis.skipped)
+    for each in analysis.variants:
+        layer, pairs = each.layer, list(zip(each.forms, each.curves.curves, strict=True))
+        pairs = [(form, curve) for form, curve in pairs if not FAMILIES[curve.family].needs_bits]
+        if pairs:
+            forms, curves = zip(*pairs, strict=True)
+            kept.append(replace(each, forms=forms, curves=replace(each.curves, curves=curves)))
+        else:
+            skipped.append(Skipped(layer.name, layer.op, Reason.NO_GAIN, "", layer.params))
+    return replace(analysis, variants=tuple(kept), skipped=tuple(skipped))
 
 
 def _inspection(session: Session) -> Inspection:
-    analysis = session.analysis
+    analysis = _by_ranks(session.analysis)
     layers = [
         InspectedLayer(
             layer.name,

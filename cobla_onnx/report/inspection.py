@@ -10,6 +10,7 @@ import numpy as np
 
 from cobla_onnx.graph.operators.base import operator_names
 from cobla_onnx.report.amounts import count_text, elsewhere_text
+from cobla_onnx.report.sensitivity import Sensitivity
 from cobla_onnx.report.serialise import Exported
 from cobla_onnx.text import safe_text, short_names
 
@@ -99,6 +100,8 @@ class Inspection(Exported):
     measured_by : {'weights', 'outputs'}
         Whether the spectra are singular values of weights or, with data, of outputs.
     notes : tuple of str
+    sensitivity : Sensitivity or None
+        If it was asked for.
     """
 
     input: str | None
@@ -111,6 +114,7 @@ class Inspection(Exported):
     input_shapes: dict[str, tuple[int | None, ...] | None]
     measured_by: str
     notes: tuple[str, ...]
+    sensitivity: Sensitivity | None = None
 
     def __rich__(self) -> RenderableType:
         return _render(self)
@@ -184,6 +188,8 @@ def _render(found: Inspection) -> RenderableType:
             *lines[3:],
         ]
         return Group(*map(Text, lines))
+    if found.sensitivity is not None:
+        return Group(table, *map(Text, lines), Text(""), found.sensitivity)
     return Group(table, *map(Text, lines))
 
 

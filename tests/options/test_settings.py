@@ -38,7 +38,7 @@ class More(Settings):
 def one_more(monkeypatch):
     """Make commands from the table with the new option; what they open tells its value."""
 
-    def opened(model, settings):
+    def opened(model, settings, **_):
         raise UsageError(f"toy is {settings.toy}")
 
     pipeline = importlib.import_module("cobla_onnx.pipeline.inspect")
@@ -146,7 +146,7 @@ def test_functions_have_the_options_of_the_table(command):
         if name in wanted
     }
     assert list(found.items()) == list(wanted.items())
-    own = {"budget", "max_drop", "plan", "budgets", "out_dir", "external_data"}
+    own = {"budget", "max_drop", "plan", "budgets", "out_dir", "external_data", "sensitivity"}
     assert set(signature.parameters) - set(wanted) <= {"model", "first", "second"} | own
 
 

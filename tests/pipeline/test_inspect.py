@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -10,8 +12,10 @@ import pytest
 from onnx import helper, parser
 
 from cobla_onnx import Budget, compress, errors, inspect
+from cobla_onnx.cli.parsing import layer_names
 from cobla_onnx.graph.inventory import Reason
 from cobla_onnx.report.inspection import sparkline
+from cobla_onnx.report.sensitivity import COLUMNS
 from tests.builders import model_of, random_array, small_network
 from tests.cli.test_command import ROOT, run, run_here
 
@@ -133,3 +137,88 @@ def test_a_refusal_says_why_no_layer_can_be_cut(nodes, stored, reasons):
         whole (float[{rank}] x) => (float[{out}] y) <{stored}> {{ {nodes} }}""")
     with pytest.raises(errors.BudgetError, match=reasons):
         compress(model, Budget(mem=0.7))
+
+
+SAMPLES = {"x": random_array(24, 3, 12, 12, seed=5)}
+
+
+@pytest.fixture(scope="module")
+def sensitive():
+    return inspect(small_network(), data=SAMPLES, sensitivity=True, threads=1)
+
+
+def test_layers_are_in_the_order_of_their_loss_for_each_byte(sensitive):
+    found = sensitive.sensitivity
+    assert found.measured_by == "loss"
+    assert found.samples > 0
+    assert {layer.name for layer in found.layers} == {layer.name for layer in sensitive.layers}
+    losses = [-1.0 if x.ranks is None else x.ranks.per_megabyte for x in found.layers]
+    assert losses == sorted(losses, reverse=True)
+    assert max(losses) > 0
+    for layer in found.layers:
+        for lever in ("ranks", "bits"):
+            one = getattr(layer, lever)
+            if one is not None:
+                assert layer.bytes - one.saved <= found.kept[lever] * layer.bytes
+                assert one.per_megabyte == pytest.approx(1e6 * one.loss / one.saved)
+
+
+def test_the_loss_of_a_layer_without_data_is_its_weight_error():
+    """By the spectrum that inspect shows: the energy beyond the rank."""
+    found = inspect(small_network(), include=["conv2"], sensitivity=True, threads=1)
+    (layer,), (inspected,) = found.sensitivity.layers, found.layers
+    assert found.sensitivity.measured_by == "weights"
+    name, rank = layer.ranks.variant.split()
+    (scheme,) = [one for one in inspected.schemes if one.name == name]
+    values = np.array(scheme.singular_values)
+    beyond = (values[int(rank) :] ** 2).sum() / (values**2).sum()
+    assert layer.ranks.loss == pytest.approx(beyond, rel=1e-2)
+
+
+@pytest.mark.parametrize("data", [None, SAMPLES])
+def test_all_else_is_as_without_sensitivities(data):
+    plain = inspect(small_network(), data=data, threads=1)
+    more = inspect(small_network(), data=data, threads=1, sensitivity=True)
+    assert plain.sensitivity is None
+    assert replace(more, sensitivity=None) == plain
+
+
+def test_the_csv_says_what_to_exclude(tmp_path):
+    model, table, few = (tmp_path / name for name in ("m.onnx", "layers.csv", "few.csv"))
+    network = small_network()
+    for node in network.graph.node:
+        # A name with all that a CSV has to quote.
+        node.name = node.name.replace("conv2", '@a, "b"[0]/*')
+    onnx.save(network, model)
+    done = run_here("inspect", model, "--csv", table)
+    assert (done.returncode, "--sensitivity" in done.stderr) == (2, True)
+    done = run_here("inspect", model, "--sensitivity", "--csv", table, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.reader(table.read_text().splitlines()))
+    assert tuple(rows[0]) == COLUMNS
+    names = [layer["name"] for layer in json.loads(done.stdout)["sensitivity"]["layers"]]
+    assert [row[0] for row in rows[1:]] == names
+    assert '@a, "b"[0]/*' in names
+    few.write_text("".join(table.read_text().splitlines(keepends=True)[:3]))
+    left = json.loads(run_here("inspect", model, "--exclude", f"@{few}", "--json").stdout)
+    assert {layer["name"] for layer in left["layers"]} == set(names[2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"layer\n", "names no layer"),
+        ("a.txt", b"\xff", "cannot be read"),
+        ("b", None, ""),
+    ],
+)
+def test_a_file_of_names_that_cannot_be_used_is_refused(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(errors.UsageError, match=f"--exclude @.*{message}"):
+        layer_names("--exclude", [f"@{tmp_path / name}"])
+
+
+def test_names_stand_for_themselves_and_files_for_their_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo*\n")
+    assert layer_names("--exclude", ["[@]x", f"@{tmp_path / 'a.txt'}"]) == ("[@]x", "one", "two*")
