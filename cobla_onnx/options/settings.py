@@ -115,20 +115,10 @@ class Settings:
         "NAME:D,D",
     )
     include: Sequence[str] = option(
-        ANALYSE,
-        "layers",
-        (),
-        "--include",
-        "Only layers of this name, or that match, or of a file.",
-        "GLOB|@FILE",
+        ANALYSE, "layers", (), "--include", "Only layers that match, or of a file.", "GLOB|@FILE"
     )
     exclude: Sequence[str] = option(
-        ANALYSE,
-        "layers",
-        (),
-        "--exclude",
-        "Leave layers of this name, or that match, or of a file.",
-        "GLOB|@FILE",
+        ANALYSE, "layers", (), "--exclude", "Leave layers that match, or of a file.", "GLOB|@FILE"
     )
     min_size: int = option(
         ANALYSE, "layers", 0, "--min-size", "Leave layers with fewer weights.", "N", minimum=0
