@@ -108,12 +108,14 @@ def distil(
         tried = list[Trial]()
         trainers = [each.trainer for each in halves]
         choice = choose(trainers, passes, own.trainer.steps_of_pass, tried.append)
-        end = None
-        if choice is not None and _gains(halves, choice):
-            end = _trained(own.trainer, choice)
+        end, loses = None, False
+        if choice is not None and choice.gain.in_errors > BETTER:
+            loses = _loses(halves, choice)
+            end = None if loses else _trained(own.trainer, choice)
     record = replace(
         _record_of([*trainers, own.trainer], choice),
         kept=end is not None,
+        stated_loss_is_higher=loses,
         left_out=own.lessons.left_out,
         seconds=clock.elapsed,
         trials=tuple(tried),
@@ -182,21 +184,20 @@ def _record_of(trainers: Sequence[Trainer], choice: Choice | None) -> Distillati
     )
 
 
-def _gains(halves: Sequence[_Learning], choice: Choice) -> bool:
-    """Whether what was tried gains beyond the noise, and the stated loss is no higher.
+def _loses(halves: Sequence[_Learning], choice: Choice) -> bool:
+    """Whether the stated loss got higher on the samples that judged.
 
-    The two differ where decisions follow a divergence at a temperature: samples that were learned
-    by heart gain by it on others, too, and lose at temperature 1.
+    It differs from the one that gained where decisions follow a divergence at a temperature:
+    samples that were learned by heart gain by that on others, too, and lose at temperature 1.
     """
-    if not choice.gain.in_errors > BETTER:
-        return False
     before, after = (
         np.concatenate(
             [each.lessons.stated(state.values) for each, state in zip(halves, ends, strict=True)]
         )
         for ends in ([each.trainer.first for each in halves], choice.states)
     )
-    return paired_gain(before, after).in_errors >= 0
+    # Not "less": a loss that is no number is refused, too.
+    return not paired_gain(before, after).in_errors >= 0
 
 
 def _trained(trainer: Trainer, choice: Choice) -> Flat | None:

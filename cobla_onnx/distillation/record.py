@@ -71,7 +71,7 @@ class Distillation:
     ----------
     kept : bool
         Whether what was learned is in the result: if in the trials the loss that decisions follow
-        gains beyond the noise, and the loss itself is not worse beyond it.
+        gains beyond the noise, and the stated loss is no higher.
     passes : int
         Of the trial that gained most, and of the training on the whole calibration split if it did
         so beyond the noise; 0 if no trial came to its end.
@@ -89,6 +89,8 @@ class Distillation:
         Of their difference, over the paired samples; None for a single one.
     samples : int
         That judged the trials.
+    stated_loss_is_higher : bool
+        Whether the trials gained beyond the noise, and it was not kept since the stated loss rose.
     left_out : int
         Samples of the calibration split that were not learned from: of too many shapes.
     seconds : float
@@ -109,6 +111,7 @@ class Distillation:
     loss_after: float | None = None
     standard_error: float | None = None
     samples: int = 0
+    stated_loss_is_higher: bool = False
     left_out: int = 0
     seconds: float = 0.0
     trials: tuple[Trial, ...] = ()
@@ -141,4 +144,6 @@ class Distillation:
         """Why what gained in trials is not in the result."""
         if self.checkpoints:
             return "; but the training on all samples ended early, or went wrong"
+        if self.stated_loss_is_higher:
+            return "; but the stated loss on them rose"
         return ", not beyond the noise of the loss"

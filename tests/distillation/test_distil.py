@@ -157,6 +157,27 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(evidence, fac
     assert learned(1, 1) != first
 
 
+@pytest.mark.parametrize("stated", [0.0, 5.0, np.nan])
+def test_what_gains_is_not_kept_if_the_stated_loss_rises(evidence, factors, monkeypatch, stated):
+    """The loss that decisions follow gains in all cases; the stated one is made to rise."""
+    before = []
+
+    def told(self: Lessons, values):
+        # Both halves are asked for their beginnings first.
+        before.append(values)
+        return np.full(8, 1.0 if len(before) <= 2 else 1.0 + stated)
+
+    monkeypatch.setattr(Lessons, "stated", told)
+    given = factors.replacements()
+    made = distil(evidence.judge, given, 4, parts_of(evidence, factors))
+    assert made.record.loss_after < made.record.loss_before
+    assert made.record.kept == (stated == 0)
+    assert made.record.stated_loss_is_higher == (stated != 0)
+    if stated:
+        assert all(old is new for old, new in zip(given, made.replacements, strict=True))
+        assert made.record.text.endswith("but the stated loss on them rose")
+
+
 def test_what_gains_nothing_on_the_samples_held_back_leaves_all_as_it_was(
     evidence, factors, monkeypatch
 ):
@@ -340,6 +361,10 @@ def test_the_smallest_model_that_is_good_enough_is_judged_after_it(monkeypatch):
           "samples": 9, "checkpoints": (Checkpoint(0, "start", None, 0.1, 0.0),)},
          "not distilled: 2 passes at a rate of 0.01; in trials, the loss on 9 samples not learned "
          "from went 0.5 → 0.25; but the training on all samples ended early, or went wrong"),
+        ({"kept": False, "passes": 2, "rate": 0.01, "loss_before": 0.5, "loss_after": 0.25,
+          "samples": 9, "stated_loss_is_higher": True},
+         "not distilled: 2 passes at a rate of 0.01; in trials, the loss on 9 samples not learned "
+         "from went 0.5 → 0.25; but the stated loss on them rose"),
         ({"kept": False, "passes": 2, "loss_before": 0.5, "loss_after": 0.5, "samples": 9},
          "not distilled: in trials, 9 samples not learned from lost no less"),
         ({"kept": False}, "not distilled: no trial came to a good end; give it more time"),
