@@ -253,11 +253,7 @@ def table(
     page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
 ) -> None:
     """Print the tables in Markdown, or put them between the markers of a page."""
-    text = print_tables(field.read(results))
-    if page is None:
-        print(text)
-    else:
-        field.write_between(page, text, BEGIN, END)
+    field.publish(print_tables(field.read(results)), page, BEGIN, END)
 
 
 def print_tables(rows: Mapping[str, Row]) -> str:

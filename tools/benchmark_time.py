@@ -21,7 +21,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -30,7 +30,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import field
-from benchmark_precision import NAMES, Folders, open_subject
+from benchmark_precision import NAMES, Folders, Subject, open_subject
 from benchmark_tasks import ROOT, TASKS
 from field_data import NoData
 
@@ -154,11 +154,6 @@ def one_pass(model: Path, data: Path, threads: int) -> float:
     return seconds
 
 
-def rows_of(names: list[str], threads: list[int]) -> Iterator[tuple[str, int, str]]:
-    """Yield models, numbers of threads and methods; those of a model follow each other."""
-    return itertools.product(names, threads, METHODS)
-
-
 def key_of(name: str, threads: int, method: str) -> str:
     """Name a row of the results."""
     return f"{name} | {threads} | {method}"
@@ -186,19 +181,23 @@ def run(
 ) -> None:
     """Measure what is not measured yet; the machine should do nothing else."""
     folders = Folders(assets, wheels, models, results.with_suffix(".data"))
-    names = [name for name in NAMES if any(part in name for part in only.split(","))]
-    for name, count, method in rows_of(names, [int(each) for each in threads.split(",")]):
-        key = key_of(name, count, method)
-        if key in field.read(results):
+    counts = [int(each) for each in threads.split(",")]
+    for name in NAMES:
+        if not any(part in name for part in only.split(",")):
             continue
-        try:
-            subject = open_subject(name, folders)
-        except NoData as error:
-            print(f"{name}: left out, {error}", file=sys.stderr)
-            continue
-        row = measure(subject.model, subject.data, method, count, limit)
-        field.write(results, field.read(results) | {key: row})
-        print(f"{key}: {row}", file=sys.stderr, flush=True)
+        subject: Subject | None = None
+        for count, method in itertools.product(counts, METHODS):
+            key = key_of(name, count, method)
+            if key in field.read(results):
+                continue
+            try:
+                subject = subject or open_subject(name, folders)
+            except NoData as error:
+                print(f"{name}: left out, {error}", file=sys.stderr)
+                break
+            row = measure(subject.model, subject.data, method, count, limit)
+            field.write(results, field.read(results) | {key: row})
+            print(f"{key}: {row}", file=sys.stderr, flush=True)
 
 
 def measure(model: Path, data: Path, method: str, threads: int, limit: float) -> dict[str, Any]:
@@ -210,7 +209,6 @@ def measure(model: Path, data: Path, method: str, threads: int, limit: float) ->
         row = field.run_child([*map(str, command)], limit)
         if row["exit_code"] == 0:
             row |= json.loads(out.read_text(encoding="utf-8"))
-            row["model_mb"] = model.stat().st_size / 1e6
     return row
 
 
@@ -220,11 +218,7 @@ def table(
     page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
 ) -> None:
     """Print the table in Markdown, or put it between the markers of a page."""
-    text = print_table(field.read(results))
-    if page is None:
-        print(text)
-    else:
-        field.write_between(page, text, BEGIN, END)
+    field.publish(print_table(field.read(results)), page, BEGIN, END)
 
 
 def print_table(rows: Mapping[str, Any]) -> str:

@@ -198,15 +198,14 @@ def table(
     page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
 ) -> None:
     """Print the table in Markdown, or put it between the markers of a page."""
-    text = print_table(read(results))
+    publish(print_table(read(results)), page, BEGIN, END)
+
+
+def publish(text: str, page: Path | None, begin: str, end: str) -> None:
+    """Print a text, or put it between two markers of a page, in place of what is there."""
     if page is None:
         print(text)
         return
-    write_between(page, text, BEGIN, END)
-
-
-def write_between(page: Path, text: str, begin: str, end: str) -> None:
-    """Put a text between two markers of a page, in place of what is there."""
     before, begun, rest = page.read_text(encoding="utf-8").partition(begin)
     _, ended, after = rest.partition(end)
     if not begun or not ended:
