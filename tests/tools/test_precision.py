@@ -6,27 +6,17 @@ import json
 import sys
 
 import numpy as np
-import onnx
 import pytest
 import typer
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.builders import random_array, small_network
+from tests.builders import random_array
 
 
 @pytest.fixture
-def tool(tools, monkeypatch, tmp_path):
-    """The tool, with a small model as the only one, and its data in a folder."""
-    tool = tools("benchmark_precision")
-    monkeypatch.setattr(tool, "NAMES", ("small",))
-    monkeypatch.setattr(tool, "FIELD", ("small",))
-    monkeypatch.setattr(tool.field, "TASKS", (tool.field.Task("small", "classes"),))
-    folder = tmp_path / "models"
-    folder.mkdir()
-    onnx.save(small_network(), folder / "small.onnx")
-    for seed, part in enumerate(("calibration", "test")):
-        np.savez(folder / f"small_{part}.npz", x=random_array(40, 3, 12, 12, seed=seed))
-    return tool
+def tool(precision):
+    """The tool, with a small model as the only one."""
+    return precision
 
 
 def judged(agreement: float, mem: float = 0.5, seed: int = 0) -> dict[str, object]:

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
-import onnx
 import pytest
-
-from tests.builders import random_array, small_network
 
 
 @pytest.fixture
-def tool(tools, monkeypatch, tmp_path):
-    """The tool, with a small model as the only one, and its data in a folder."""
-    tool = tools("benchmark_time")
-    precision = tools("benchmark_precision")
-    monkeypatch.setattr(tool, "NAMES", ("small",))
-    monkeypatch.setattr(precision, "FIELD", ("small",))
-    monkeypatch.setattr(precision.field, "TASKS", (precision.field.Task("small", "classes"),))
-    monkeypatch.setattr(tool, "open_subject", precision.open_subject)
-    folder = tmp_path / "models"
-    folder.mkdir()
-    onnx.save(small_network(), folder / "small.onnx")
-    for seed, part in enumerate(("calibration", "test")):
-        np.savez(folder / f"small_{part}.npz", x=random_array(40, 3, 12, 12, seed=seed))
-    return tool
+def tool(tools, precision):
+    """The tool, which takes its models from the other benchmark."""
+    return tools("benchmark_time")
 
 
 def test_seconds_belong_to_the_stage_that_was_named_last(tool, monkeypatch):
