@@ -26,6 +26,7 @@ import onnx
 import typer
 from numpy.typing import NDArray
 
+from cobla_onnx.allocation.bound import lower_hull
 from cobla_onnx.calibration.data.dataset import input_specs
 from cobla_onnx.calibration.data.readers import open_data
 from cobla_onnx.calibration.statistics import Seen
@@ -47,20 +48,13 @@ Points: TypeAlias = "list[tuple[float, float]]"
 
 
 def hull(points: Points) -> Points:
-    """Return the corners of the lower convex hull."""
-    found: Points = []
+    """Return the corners of the lower convex hull, as far as it falls."""
+    falling: Points = []
     for x, y in sorted(points):
-        if found and y >= found[-1][1]:
-            continue
-        while len(found) > 1 and _above(found[-2], found[-1], (x, y)):
-            found.pop()
-        found.append((x, y))
-    return found
-
-
-def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    """Whether b lies on or above the line from a to c."""
-    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+        if not falling or y < falling[-1][1]:
+            falling.append((x, y))
+    found = lower_hull(*np.transpose(falling))
+    return list(zip(*(each.tolist() for each in found), strict=True))
 
 
 def added(hulls: Sequence[Points]) -> Points:

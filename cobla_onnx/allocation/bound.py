@@ -17,7 +17,7 @@ from cobla_onnx.allocation.budget import Constraint
 from cobla_onnx.allocation.knapsack import LossCurves
 from cobla_onnx.allocation.problem import Float64, LayerCurves
 
-__all__ = ["Front", "least_losses"]
+__all__ = ["Front", "least_losses", "lower_hull"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def least_losses(
         for curve, loss in zip(layer.curves, losses[number], strict=True):
             savings.append(whole - constraint.costs(curve).astype(np.float64))
             costs.append(loss[curve.levels])
-        steps = _hull(np.concatenate(savings), np.concatenate(costs))
+        steps = lower_hull(np.concatenate(savings), np.concatenate(costs))
         saved.append(np.diff(steps[0]))
         lost.append(np.diff(steps[1]))
     gains, prices = np.concatenate(saved), np.concatenate(lost)
@@ -74,7 +74,7 @@ def least_losses(
     return Front(tuple(float(x) for x in kept[chosen]), tuple(float(y) for y in values[chosen]))
 
 
-def _hull(savings: Float64, losses: Float64) -> tuple[Float64, Float64]:
+def lower_hull(savings: Float64, losses: Float64) -> tuple[Float64, Float64]:
     """Lower convex hull of loss against saving, from nothing saved to most saved."""
     hull: list[tuple[float, float]] = []
     for x, y in sorted(zip(savings.tolist(), losses.tolist(), strict=True)):
