@@ -18,6 +18,7 @@ from cobla_onnx.allocation import Budget, Constraint, allocate
 from cobla_onnx.allocation.bound import Front
 from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.options import Settings
+from cobla_onnx.options.flags import typed_options
 from cobla_onnx.options.signatures import AdviseOptions, takes_options
 from cobla_onnx.pipeline.inputs import ModelSource
 from cobla_onnx.pipeline.levers import Lever, levers_of, losses_of
@@ -138,17 +139,11 @@ def _smallest(
 
 def _suggestions(session: Session, outlooks: tuple[Outlook, ...]) -> Iterable[Suggestion]:
     source = "IN.onnx" if session.source is None else shlex.quote(str(session.source))
+    options = typed_options(session.settings, "advise", "compress")
     if session.evidence is None:
-        yield Suggestion(
-            f"cobla-onnx advise {source} --data SAMPLES",
-            "samples of what the model sees, without labels, tell what is lost",
-        )
-        yield Suggestion(
-            f"cobla-onnx {source} OUT.onnx --mem 0.26 --precision auto",
-            "about 8 bits for each weight, which most models hardly notice",
-        )
+        yield from _blind(source, options, outlooks)
         return
-    data = f"--data {shlex.quote(str(session.settings.data))}"
+    data = f"{options} --data {shlex.quote(str(session.settings.data))}".lstrip()
     safe = _smallest(outlooks, "mem", "both", HARDLY)
     small = _smallest(outlooks, "mem", "both", VISIBLY)
     further = None if small is safe else small
@@ -169,6 +164,25 @@ def _suggestions(session: Session, outlooks: tuple[Outlook, ...]) -> Iterable[Su
     yield Suggestion(
         f"cobla-onnx {source} OUT.onnx --max-drop 1% --precision auto {data}",
         "the smallest model that keeps 99 % of the answers, measured",
+    )
+
+
+def _blind(source: str, options: str, outlooks: tuple[Outlook, ...]) -> Iterable[Suggestion]:
+    """Suggest what can be done without data."""
+    yield Suggestion(
+        f"cobla-onnx advise {source}{options} --data SAMPLES",
+        "samples of what the model sees, without labels, tell what is lost",
+    )
+    within = [x for x in outlooks if x.resource == "mem" and x.both is not None]
+    if not within:
+        return
+    kept, reason = 0.26, "about 8 bits for each weight, which most models hardly notice"
+    if min(x.kept for x in within) > kept:
+        # Bytes that nothing compresses stand in the way.
+        kept = (_smallest(outlooks, "mem", "both", HARDLY) or within[0]).kept
+        reason = "the smallest of these budgets that hardly changes a weight"
+    yield Suggestion(
+        f"cobla-onnx {source} OUT.onnx --mem {kept:g} --precision auto{options}", reason
     )
 
 

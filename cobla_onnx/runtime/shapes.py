@@ -14,7 +14,7 @@ from cobla_onnx.graph.settling import branching, settled
 from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.runtime.session import measured_shapes
 from cobla_onnx.text import quoted
-from cobla_onnx.wording import option_name
+from cobla_onnx.wording import in_flags, option_name
 
 __all__ = ["model_costs"]
 
@@ -33,14 +33,15 @@ def model_costs(
         return shapes, macs, _of_bodies(model, macs, unknown)
     open_inputs = [n for n, shape in known.items() if None in shape]
     if open_inputs:
+        example = {n: ["?" if d is None else d for d in known[n]] for n in open_inputs}
         if needed:
-            example = {n: ["?" if d is None else d for d in known[n]] for n in open_inputs}
             raise UsageError(
                 f"{option_name('mac')}: the MACs of {len(unknown)} nodes are not known, "
                 f"{unknown[0]!r} among them, since axes of the input are open; fill in the ? of "
                 f"{option_name('input_shapes', example)}"
             )
-        return shapes, None, ("MACs are not known; give --input-shape to count them",)
+        wanted = in_flags(option_name("input_shapes", example))
+        return shapes, None, (f"MACs are not known; to count them fill in the ? of {wanted}",)
     try:
         shapes.update(_measured(model, known, unknown, threads))
     except ModelError as error:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shlex
 
 import numpy as np
+import onnx
 import pytest
 
 from cobla_onnx import Budget, advise, compress
+from cobla_onnx.calibration.data.images import ImageOptions
 from cobla_onnx.report.advice import Advice
 from tests.builders import model_of, random_array, small_network
 
@@ -89,3 +91,50 @@ def test_a_model_without_layers_has_no_outlook():
     found = advise(model, threads=1)
     assert found.outlooks == ()
     assert found.bytes_by_operator == {}
+
+
+def test_commands_have_the_options_of_layers_and_data(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="pip install '.[images]'")
+    (tmp_path / "photos").mkdir()
+    for number in range(6):
+        pixels = (random_array(12, 12, 3, seed=number) * 60 + 128).clip(0, 255).astype(np.uint8)
+        image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "model.onnx").write_bytes(small_network().SerializeToString())
+    found = advise(
+        tmp_path / "model.onnx",
+        data=tmp_path / "photos",
+        images=ImageOptions(scale=1 / 255, mean=(0.5,), channel_order="bgr"),
+        exclude=("conv*1",),
+        deduplicate=False,
+        input_shapes={"x": (1, 3, 12, 12)},
+        outputs={"logits": "classes"},
+        threads=1,
+    )
+    for suggestion in found.suggestions:
+        assert (
+            "--input-shape x:1,3,12,12 --exclude 'conv*1' --no-deduplicate --mean 0.5 "
+            f"--scale {1 / 255!r} --channel-order bgr --output logits=classes --data "
+        ) in suggestion.command
+        words = shlex.split(suggestion.command)
+        told = words[words.index("--input-shape") :]
+        assert told[-2:] == ["--data", str(tmp_path / "photos")]
+    assert not any("pixels go in" in note for note in found.notes)
+
+
+def test_without_data_no_budget_out_of_reach_is_suggested():
+    # Half of the bytes are read by an operator that nothing compresses.
+    model = small_network()
+    before = advise(model, threads=1)
+    assert "--mem 0.26 " in before.suggestions[1].command
+    size = before.mem_total // 4
+    values = random_array(size)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(values, "table"))
+    model.graph.node.append(onnx.helper.make_node("ReduceMax", ["table"], ["most"]))
+    model.graph.output.append(onnx.ValueInfoProto(name="most"))
+    found = advise(model, threads=1)
+    words = shlex.split(found.suggestions[1].command)
+    kept = float(words[words.index("--mem") + 1])
+    reachable = {each.kept for each in found.outlooks if each.both is not None}
+    assert kept in reachable
+    assert kept > 0.5
+    compress(model, Budget(mem=kept), precision="auto", threads=1)

@@ -68,6 +68,11 @@ class ImageOptions:
                 f"write e.g. {EXAMPLE}"
             )
 
+    @property
+    def as_they_are(self) -> bool:
+        """Whether pixels keep their values."""
+        return set(self.mean) == {0.0} and set(self.std) == {1.0} and self.scale == 1.0
+
 
 def find_images(folder: Path) -> tuple[list[str], tuple[str, ...]]:
     """Find the images in and below a folder, following links to other folders.
@@ -159,7 +164,7 @@ def _check_type(spec: InputSpec, options: ImageOptions) -> None:
             f"input {spec.name!r}: is {spec.dtype}, and how to convert pixels to that is not "
             "known; give an .npz of the model's inputs"
         )
-    if set(options.mean) != {0.0} or set(options.std) != {1.0} or options.scale != 1.0:
+    if not options.as_they_are:
         raise UsageError(
             f"{CHANNEL_OPTIONS}: input {spec.name!r} is uint8 and gets pixels as they are; "
             "leave these options out"

@@ -133,6 +133,11 @@ def _open_images(
         source_names=pictures,
     )
     dataset.notes += notes
+    if specs[0].dtype.kind == "f" and options.as_they_are:
+        dataset.notes += (
+            f"{folder}: pixels go in as they are, from 0 to 255; for a model that takes 0 to 1 "
+            "give --scale 0.00392157, for others --mean and --std too",
+        )
     return dataset
 
 

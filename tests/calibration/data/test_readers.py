@@ -340,14 +340,31 @@ def test_what_lies_beside_pictures(tmp_path):
     (folder / "sub" / "up").symlink_to("..")
     for name in ("._z.png", "Thumbs.db", ".DS_Store"):
         (folder / name).write_text("no image")
-    with open_data(folder, [IMAGE]) as dataset:
+    unit = ImageOptions(scale=1 / 255)
+    with open_data(folder, [IMAGE], images=unit) as dataset:
         assert dataset.names == ("linked/b.png", "sub/deep/p.png", "z.png")
         assert dataset.notes == ()
     (folder / "lost.png").symlink_to("nowhere.png")
-    with open_data(folder, [IMAGE], samples=2) as dataset:
+    with open_data(folder, [IMAGE], images=unit, samples=2) as dataset:
         assert dataset.names == ("linked/b.png", "z.png")
         assert dataset.source_names == ("linked/b.png", "sub/deep/p.png", "z.png")
         assert dataset.notes == (f"{folder}/lost.png: is a link that leads nowhere; left out",)
+
+
+def test_pixels_that_nobody_scaled_are_noted(tmp_path):
+    pytest.importorskip("PIL")
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name, 8, 8)
+    for images in (None, ImageOptions(), ImageOptions(channel_order="bgr")):
+        with open_data(tmp_path, [IMAGE], images=images) as dataset:
+            (note,) = dataset.notes
+            assert "from 0 to 255; for a model that takes 0 to 1 give --scale 0.00392157" in note
+    for images in (ImageOptions(scale=0.5), ImageOptions(std=(2.0,)), ImageOptions((1.0, 2.0, 0))):
+        with open_data(tmp_path, [IMAGE], images=images) as dataset:
+            assert dataset.notes == ()
+    spec = InputSpec("image", np.dtype(np.uint8), (None, 8, 8, 3))
+    with open_data(tmp_path, [spec], images=ImageOptions(layout="nhwc")) as dataset:
+        assert dataset.notes == ()
 
 
 def test_pixels_for_inputs_of_integers(tmp_path):
