@@ -30,7 +30,7 @@ class _OneBatch:
         return next(self._feeds, None)
 
 
-def calibrated(prepared: Prepared, batches: Iterable[Feeds], method: Method) -> Ranges:
+def calibrated(prepared: Prepared, batches: Iterable[Feeds], method: Method) -> Ranges | None:
     """Run a model on samples and choose a range for each of its tensors.
 
     Parameters
@@ -40,6 +40,12 @@ def calibrated(prepared: Prepared, batches: Iterable[Feeds], method: Method) -> 
     method : {'min-max', 'entropy', 'percentile'}
         ``min-max``: all that was seen. ``entropy``: what loses least of the divergence between
         the histogram and its rounded one. ``percentile``: all but one value in 100,000.
+
+    Returns
+    -------
+    TensorsData or None
+        None where values are too far apart for a histogram, such as those of masks that take
+        away the largest number from what is not to count.
     """
     from onnxruntime.quantization import CalibrationMethod, create_calibrator
 
@@ -60,11 +66,18 @@ def calibrated(prepared: Prepared, batches: Iterable[Feeds], method: Method) -> 
             use_external_data_format=len(list(path.parent.iterdir())) > 1,
             extra_options=extra,
         )
-        for feeds in batches:
-            calibrator.collect_data(_OneBatch(feeds))
-        found = calibrator.compute_data()
-        del calibrator
-    return found
+        try:
+            # Such values overflow, too, before numpy refuses them.
+            with np.errstate(over="ignore", invalid="ignore"):
+                for feeds in batches:
+                    calibrator.collect_data(_OneBatch(feeds))
+                return calibrator.compute_data()
+        except ValueError:
+            if method == "min-max":
+                raise
+            return None
+        finally:
+            del calibrator
 
 
 def stand_in_ranges(prepared: Prepared) -> Ranges:

@@ -205,6 +205,9 @@ class _Search:
         found = list[tuple[Method, Ranges, _Judged]]()
         for method in METHODS:
             ranges = calibrated(self.prepared, self._batches(method), method)
+            if ranges is None:
+                self.candidates[method] = math.inf
+                continue
             judged = self._with(ranges, weighted)
             self.candidates[method] = judged.loss
             found.append((method, ranges, judged))

@@ -221,3 +221,23 @@ def test_what_does_not_run_or_gives_no_numbers_is_not_written(data, monkeypatch,
     with pytest.raises(VerificationError, match=words) as caught:
         compress(small_network(), Budget(mac=1.0), data=data, arithmetic="int8", **QUICK)
     assert caught.value.exit_code == 5
+
+
+def test_masks_that_take_away_the_largest_number_leave_ranges_of_min_max():
+    # As transformers' exporters write attention masks: no histogram holds these and the rest.
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w"], ["scores"]),
+        onnx.helper.make_node("Mul", ["mask", "lowest"], ["taken"]),
+        onnx.helper.make_node("Add", ["scores", "taken"], ["left"]),
+        onnx.helper.make_node("Softmax", ["left"], ["weights"]),
+        onnx.helper.make_node("MatMul", ["weights", "v"], ["y"]),
+    ]
+    lowest = np.array(np.finfo(np.float32).min, np.float32)
+    weights = {"w": random_array(16, 16), "v": random_array(16, 8, seed=1), "lowest": lowest}
+    model = model_of(nodes, weights, {"x": ["N", 16], "mask": ["N", 16]}, ["y"])
+    mask = (np.arange(16) >= np.random.default_rng(2).integers(8, 16, (24, 1))).astype(np.float32)
+    data = {"x": random_array(24, 16), "mask": mask}
+    report = compress(model, Budget(mem=0.6), data=data, arithmetic="int8", **QUICK).report
+    assert report.arithmetic.ranges == "min-max"
+    assert report.arithmetic.candidates["percentile"] is None
+    assert np.isfinite(report.arithmetic.loss)
