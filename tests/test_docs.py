@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import run_recipes
 from tools.run_recipes import PAGES as RECIPES
 from tools.run_recipes import Block, missing, read_blocks, run_block, run_page
 
@@ -88,6 +89,34 @@ def test_blocks_of_recipes_are_found():
     assert missing(Block(("json", "no-such-command"), "sh", "", None)) == ["no-such-command"]
     found = {page.stem for page in RECIPES if read_blocks(page.read_text(encoding="utf-8"))}
     assert {"quantise", "simplify", "pytorch", "make", "factors", "inspect", "sweep"} <= found
+    assert {"detector", "sentences", "unknown", "olive", "optimum"} <= found
+
+
+def test_blocks_are_saved_and_find_what_they_need(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_recipes, "ASSETS", tmp_path / "assets")
+    monkeypatch.delenv("COBLA_ONNX_MINUTES", raising=False)
+    page, folder = tmp_path / "page.md", tmp_path / "run"
+    folder.mkdir()
+    page.write_text(
+        "<!-- file: a.json -->\n\n```json\n{}\n```\n\n```json\nno block\n```\n\n"
+        "<!-- needs: some.txt -->\n\n```sh\ncat a.json some.txt\nls\n```\n\n"
+        "<!-- needs: minutes -->\n\n```sh\necho long\n```\n"
+    )
+    results, lacking = run_page(page, folder)
+    assert [printed for _, printed in results] == [""]
+    assert lacking == ["some.txt", "minutes"]
+    (tmp_path / "assets" / "texts").mkdir(parents=True)
+    (tmp_path / "assets" / "texts" / "some.txt").write_text("text\n")
+    monkeypatch.setenv("COBLA_ONNX_MINUTES", "1")
+    again = tmp_path / "again"
+    again.mkdir()
+    results, lacking = run_page(page, again)
+    assert [printed for _, printed in results] == [
+        "",
+        "{}\ntext\na.json\nmodels\nsome.txt\ntools\n",
+        "long\n",
+    ]
+    assert lacking == []
 
 
 def figures(text: str) -> tuple[str, list[float]]:
