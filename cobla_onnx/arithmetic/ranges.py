@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -30,7 +30,12 @@ class _OneBatch:
         return next(self._feeds, None)
 
 
-def calibrated(prepared: Prepared, batches: Iterable[Feeds], method: Method) -> Ranges | None:
+def calibrated(
+    prepared: Prepared,
+    batches: Iterable[Feeds],
+    method: Method,
+    operators: Collection[str] = (*WEIGHTED, *CARRIED),
+) -> Ranges | None:
     """Run a model on samples and choose a range for each of its tensors.
 
     Parameters
@@ -40,6 +45,8 @@ def calibrated(prepared: Prepared, batches: Iterable[Feeds], method: Method) -> 
     method : {'min-max', 'entropy', 'percentile'}
         ``min-max``: all that was seen. ``entropy``: what loses least of the divergence between
         the histogram and its rounded one. ``percentile``: all but one value in 100,000.
+    operators : collection of str
+        Those whose tensors are wanted. What others compute may lie too far apart for a histogram.
 
     Returns
     -------
@@ -60,7 +67,7 @@ def calibrated(prepared: Prepared, batches: Iterable[Feeds], method: Method) -> 
     with in_a_file(prepared.model) as path, quietly():
         calibrator = create_calibrator(
             path,
-            [*WEIGHTED, *CARRIED],
+            sorted(operators),
             augmented_model_path=str(path.with_name("augmented.onnx")),
             calibrate_method=kinds[method],
             use_external_data_format=len(list(path.parent.iterdir())) > 1,

@@ -105,6 +105,22 @@ def test_the_same_ranges_come_from_one_batch_or_many():
     assert first["r1"][0] >= 0
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_values_too_far_apart_have_no_histogram(method):
+    nodes = [
+        helper.make_node("Mul", ["x", "lowest"], ["far"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    lowest = np.array(np.finfo(np.float32).min, np.float32)
+    model = model_of(
+        nodes, {"w": random_array(4, 4), "lowest": lowest}, {"x": [2, 4]}, ["y", "far"]
+    )
+    feeds = [{"x": np.full((2, 4), sign, np.float32)} for sign in (0.9, -0.9)]
+    found = calibrated(prepare(model), feeds, method)
+    assert (found is None) == (method != "min-max")
+    assert calibrated(prepare(model), feeds, method, ["MatMul"]) is not None
+
+
 def test_a_range_without_meaning_has_the_same_nodes_and_bytes():
     model = small_network()
     prepared = prepare(model)

@@ -203,8 +203,10 @@ class _Search:
 
     def _by_ranges(self, weighted: Sequence[int]) -> tuple[Method, Ranges, _Judged]:
         found = list[tuple[Method, Ranges, _Judged]]()
+        nodes = (*weighted, *carried_nodes(self.source, weighted))
+        operators = {self.source.graph.node[place].op_type for place in nodes}
         for method in METHODS:
-            ranges = calibrated(self.prepared, self._batches(method), method)
+            ranges = calibrated(self.prepared, self._batches(method), method, operators)
             if ranges is None:
                 self.candidates[method] = math.inf
                 continue
