@@ -91,8 +91,8 @@ def test_blocks_of_recipes_are_found():
 
 
 def figures(text: str) -> tuple[str, list[float]]:
-    """Part a text into its words and its numbers that stand by themselves."""
-    numbers = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?=%|\s)")
+    """Part a text into its words and its numbers that stand by themselves, or before a unit."""
+    numbers = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?=[kMG]?(?:%|\s))")
     return " ".join(numbers.sub("#", text).split()), [float(n) for n in numbers.findall(text)]
 
 
