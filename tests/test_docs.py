@@ -120,8 +120,8 @@ def test_blocks_are_saved_and_find_what_they_need(tmp_path, monkeypatch):
 
 
 def figures(text: str) -> tuple[str, list[float]]:
-    """Part a text into its words and its numbers that stand by themselves."""
-    numbers = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?=%|\s)")
+    """Part a text into its words and its numbers that stand by themselves, or before a unit."""
+    numbers = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?=[kMG]?(?:%|\s))")
     return " ".join(numbers.sub("#", text).split()), [float(n) for n in numbers.findall(text)]
 
 

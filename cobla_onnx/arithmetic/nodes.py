@@ -13,6 +13,7 @@ from cobla_onnx.graph.tensors import constant_value
 from cobla_onnx.wording import option_name
 
 __all__ = [
+    "BY_CHANNEL",
     "CARRIED",
     "WEIGHTED",
     "carried_nodes",

@@ -144,6 +144,10 @@ def _layers(analysis: Analysis, solution: Solution) -> tuple[LayerReport, ...]:
         _layer(analysis, index, decisions.get(layer.name, Decision(layer.name)), unchanged)
         for index, layer in enumerate(analysis.layers)
     ]
+    layers = [
+        replace(layer, predicted_loss=loss)
+        for layer, loss in zip(layers, _predicted_losses(analysis, solution), strict=True)
+    ]
     layers.extend(
         LayerReport(
             name=item.name,
@@ -161,6 +165,30 @@ def _layers(analysis: Analysis, solution: Solution) -> tuple[LayerReport, ...]:
         for item in analysis.skipped
     )
     return tuple(layers)
+
+
+def _predicted_losses(analysis: Analysis, solution: Solution) -> list[float | None]:
+    """Return what the objective has for each layer alone; None where it has nothing for it.
+
+    Without data the curves' errors are the objective. For given choices there is none, nor for
+    factors of the weights alone where the objective is of those made from data.
+    """
+    plan, losses, found = solution.plan, solution.losses, dict[str, float]()
+    if solution.allocation is None or (plan.factors == "weights" and losses is not None):
+        return [None] * len(analysis.layers)
+    index = {layer.name: number for number, layer in enumerate(analysis.layers)}
+    for decision in plan.decisions:
+        curve = None if decision.scheme is None else analysis.curve(decision)
+        if curve is None:
+            continue
+        place, level = index[decision.layer], analysis.resolve(decision)[2]
+        if losses is None:
+            found[decision.layer] = float(curve.errors[level])
+        else:
+            curves = analysis.curves[place].curves
+            number = next(k for k, other in enumerate(curves) if other is curve)
+            found[decision.layer] = float(losses.curve(place, number)[level])
+    return [found.get(layer.name) for layer in analysis.layers]
 
 
 def calibration_report(

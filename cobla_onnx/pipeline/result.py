@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from cobla_onnx.report.model import Report
 from cobla_onnx.report.provenance import command_text
 from cobla_onnx.runtime.providers import execution_provider
 from cobla_onnx.runtime.session import open_session
+from cobla_onnx.runtime.temporary import temporary_folder
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.wording import option_name
 
@@ -79,17 +80,35 @@ class Result:
         VerificationError
             If the file on disk differs from the verified model.
         """
+        before = _on_disk(self.source)
+        self._write(path, external_data, self._check)
+        file, zipped = map(Cost, before, _on_disk(Path(path)))
+        sizes = replace(self.report.sizes, file=file, zipped=zipped)
+        self.report = replace(self.report, output=os.fspath(path), sizes=sizes)
+
+    def file_bytes(self, external_data: ExternalData = "auto") -> int:
+        """Count the bytes that `save` would write, external data among them.
+
+        They depend on names and sizes alone, and are counted in a temporary folder.
+        """
+        with temporary_folder("size") as folder:
+            path = folder / "model.onnx"
+            self._write(path, external_data, lambda written: None)
+            return bytes_of(files_of(path))
+
+    def _write(
+        self,
+        path: str | os.PathLike[str],
+        external_data: ExternalData,
+        check: Callable[[Path], None],
+    ) -> None:
         if self._external and external_data == "auto":
             external_data = "always"
-        before = _on_disk(self.source)
         plain = self.report.unchanged and not self._external and external_data != "always"
         if self.source is not None and plain:
             write_atomically(path, self.source.read_bytes())
         else:
-            save_model(self.model, path, external_data, self._check)
-        file, zipped = map(Cost, before, _on_disk(Path(path)))
-        sizes = replace(self.report.sizes, file=file, zipped=zipped)
-        self.report = replace(self.report, output=os.fspath(path), sizes=sizes)
+            save_model(self.model, path, external_data, check)
 
     def _check(self, written: Path) -> None:
         model, order = load_in_order(written)

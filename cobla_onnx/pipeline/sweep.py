@@ -7,25 +7,29 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.errors import BudgetError, UsageError, WriteError
+from cobla_onnx.graph.io.disk import bytes_of, files_of
+from cobla_onnx.graph.io.model_file import write_atomically
 from cobla_onnx.graph.io.save import ExternalData
 from cobla_onnx.options import Settings
 from cobla_onnx.options.signatures import SearchOptions, takes_options
+from cobla_onnx.pipeline.alternatives import alternatives
 from cobla_onnx.pipeline.inputs import ModelSource
 from cobla_onnx.pipeline.open_session import open_session
 from cobla_onnx.pipeline.session import Session
 from cobla_onnx.pipeline.timed import check_arithmetic
 from cobla_onnx.report.amounts import budget_name
 from cobla_onnx.report.sweep import Sweep, SweepPoint
+from cobla_onnx.report.sweep_page import check_page
 from cobla_onnx.wording import either, option_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["sweep"]
+__all__ = ["sweep", "writable_folder"]
 
 
 @takes_options("sweep")
@@ -34,6 +38,8 @@ def sweep(
     budgets: Iterable[Budget],
     *,
     out_dir: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
+    compare_with: Literal["onnxruntime"] | None = None,
     external_data: ExternalData = "auto",
     **options: Unpack[SearchOptions],
 ) -> Sweep:
@@ -47,7 +53,14 @@ def sweep(
     model : ModelProto or path
     budgets : iterable of Budget
     out_dir : path, optional
-        A folder for the models, named by their budgets; it is made if it is missing.
+        A folder for the models, named by their budgets, with ``front.csv`` and ``front.svg``; it
+        is made if it is missing.
+    report : path, optional
+        An ``.html`` page with the front; beside each model in `out_dir` its own page, to which it
+        has links. See `Sweep.save_report`.
+    compare_with : {'onnxruntime'}, optional
+        Onnxruntime's quantisers make models with the same data, which are points beside those of
+        the budgets, measured on the same samples; those that fail say why. Needs data.
     external_data : {'auto', 'always', 'never'}
         See `Result.save`.
     solver, objective, input_shapes, include, exclude, min_size, deduplicate, scheme, data
@@ -91,8 +104,11 @@ def sweep(
     timed = any(budget.latency is not None for budget in wanted)
     measured = options.get("measure_latency", False) or timed
     settings = Settings.of("sweep", options, measure_latency=measured)
+    _check_comparable(settings, compare_with)
     check_arithmetic(settings, all(budget.latency is not None for budget in wanted))
-    folder = None if out_dir is None else _folder(Path(out_dir))
+    if report is not None:
+        check_page(Path(report))
+    folder = None if out_dir is None else writable_folder(Path(out_dir))
     macs_needed = any(budget.mac is not None for budget in wanted)
     with ExitStack() as stack:
         try:
@@ -114,18 +130,62 @@ def sweep(
             except KeyboardInterrupt:
                 raise _interrupted(points, folder) from None
         session.notify("sweep", len(wanted), len(wanted))
-        chosen = session.objective
-    if refusal is not None and all(point.refused for point in points):
-        raise _none_within_reach(refusal)
-    source = None if session.source is None else str(session.source)
-    return Sweep(source, chosen, _with_front(points))
+        if refusal is not None and all(point.refused for point in points):
+            raise _none_within_reach(refusal)
+        if compare_with is not None:
+            try:
+                points += alternatives(session, folder, _stem(session), external_data)
+            except KeyboardInterrupt:
+                raise _interrupted(points, folder) from None
+        found = _found(session, points)
+    if folder is not None:
+        found.save_csv(folder / "front.csv")
+        write_atomically(folder / "front.svg", found.to_svg().encode())
+    if report is not None:
+        found.save_report(report)
+    return found
+
+
+def _check_comparable(settings: Settings, other: str | None) -> None:
+    if other not in (None, "onnxruntime"):
+        raise UsageError(
+            f"{option_name('compare_with', other)}: is not known; give "
+            f"{option_name('compare_with', 'onnxruntime')}"
+        )
+    if other is not None and settings.data is None:
+        raise UsageError(
+            f"{option_name('compare_with', other)}: others are measured on the same samples as our "
+            f"results; give {option_name('data')} too"
+        )
+
+
+def _found(session: Session, points: Sequence[SweepPoint]) -> Sweep:
+    source = session.source
+    return Sweep(
+        None if source is None else str(source),
+        session.objective,
+        _with_front(points),
+        None if source is None else bytes_of(files_of(source)),
+    )
+
+
+def _stem(session: Session) -> str:
+    """Return how names of models' files begin."""
+    return "model" if session.source is None else session.source.stem
 
 
 def _none_within_reach(last: BudgetError) -> BudgetError:
     return BudgetError(f"no budget of the sweep is within reach: {last.message}")
 
 
-def _folder(path: Path) -> Path:
+def writable_folder(path: Path) -> Path:
+    """Make a folder if it is missing.
+
+    Raises
+    ------
+    WriteError
+        If it cannot be made or written to.
+    """
     shown = option_name("out_dir", path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -151,8 +211,7 @@ def _point(
     report = result.report
     file = None
     if folder is not None:
-        stem = "model" if session.source is None else session.source.stem
-        file = folder / f"{stem}-{budget_name(budget).replace(' ', '-')}.onnx"
+        file = folder / f"{_stem(session)}-{budget_name(budget).replace(' ', '-')}.onnx"
         result.save(file, external_data=external_data)
         report = result.report
     calibration = report.calibration
@@ -167,6 +226,7 @@ def _point(
         plan=result.plan,
         report=report,
         file=None if file is None else str(file),
+        file_bytes=result.file_bytes(external_data) if file is None else report.sizes.file.after,
     )
 
 

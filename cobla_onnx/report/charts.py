@@ -17,8 +17,13 @@ __all__ = [
     "Sparkline",
     "Tick",
     "checkpoints_chart",
+    "decades",
     "front_chart",
     "history_chart",
+    "log_scale",
+    "polyline",
+    "round_numbers",
+    "scale",
     "sparkline",
 ]
 
@@ -100,7 +105,7 @@ def _area(corners: Sequence[tuple[int, float, float, float]]) -> str:
     for _, begin, end, y in corners:
         points += [(begin, y), (end, y)]
     points.append((corners[-1][2], float(SPARK_HEIGHT)))
-    return _points(points)
+    return polyline(points)
 
 
 def front_chart(
@@ -113,18 +118,18 @@ def front_chart(
     # Three decades below the result: the line starts at 0, which a logarithm cannot show.
     low = min(value, max(min(positive), value / 1e3))
     high = max(*positive, value)
-    across = _scale(min(front.kept), 1.0, LEFT, WIDTH - RIGHT)
-    up = _log_scale(low, high, HEIGHT - BOTTOM, TOP)
+    across = scale(min(front.kept), 1.0, LEFT, WIDTH - RIGHT)
+    up = log_scale(low, high, HEIGHT - BOTTOM, TOP)
     points = [(across(x), up(y)) for x, y in zip(front.kept, front.losses, strict=True) if y >= low]
     marks = [Mark(across(reached), up(value), f"this model: {value:.3g}", "here")]
     if limit is not None and limit > min(front.kept):
         marks.append(Mark(across(limit), HEIGHT - BOTTOM, "budget", "limit"))
     fifths = [fifth / 5 for fifth in range(6) if min(front.kept) <= fifth / 5]
     return Chart(
-        _points(points),
+        polyline(points),
         tuple(marks),
         tuple(Tick(round(across(x), 1), f"{100 * x:.0f} %") for x in fifths),
-        _decades(low, high, up),
+        decades(low, high, up),
         f"{name} kept",
         "objective",
         f"Least objective at every share of {name} kept; this model keeps {100 * reached:.1f} %.",
@@ -152,19 +157,19 @@ def _losses_chart(
     losses = [loss for _, loss, _ in points]
     low, high = min(losses), max(losses)
     first, last = points[0][0], points[-1][0]
-    across = _scale(first, last, LEFT, WIDTH - RIGHT)
+    across = scale(first, last, LEFT, WIDTH - RIGHT)
     wide = low > 0 and high / low > 20
     if wide:
-        up = _log_scale(low, high, HEIGHT - BOTTOM, TOP)
-        ticks = _decades(low, high, up)
+        up = log_scale(low, high, HEIGHT - BOTTOM, TOP)
+        ticks = decades(low, high, up)
     else:
-        up = _scale(low, high, HEIGHT - BOTTOM, TOP)
-        ticks = tuple(Tick(round(up(y), 1), f"{y:.3g}") for y in _nice(low, high))
+        up = scale(low, high, HEIGHT - BOTTOM, TOP)
+        ticks = tuple(Tick(round(up(y), 1), f"{y:.3g}") for y in round_numbers(low, high))
     number, best, stage = min(points, key=lambda point: point[1])
     mark = Mark(across(number), up(best), f"{stage}: {best:.3g}", "here")
-    numbers = _nice(first, last)
+    numbers = round_numbers(first, last)
     return Chart(
-        _points([(across(number), up(loss)) for number, loss, _ in points]),
+        polyline([(across(number), up(loss)) for number, loss, _ in points]),
         (mark,),
         tuple(Tick(round(across(x), 1), f"{x:.0f}") for x in numbers if x == round(x)),
         ticks,
@@ -174,21 +179,24 @@ def _losses_chart(
     )
 
 
-def _points(points: Sequence[tuple[float, float]]) -> str:
+def polyline(points: Sequence[tuple[float, float]]) -> str:
+    """Write points as an SVG polyline has them."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
+def scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
+    """Map numbers from `low` to `high` to drawing units from `begin` to `end`."""
     span = high - low or 1.0
     return lambda value: begin + (value - low) / span * (end - begin)
 
 
-def _log_scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
-    inner = _scale(math.log10(low), math.log10(high), begin, end)
+def log_scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
+    """Map the logarithms of positive numbers."""
+    inner = scale(math.log10(low), math.log10(high), begin, end)
     return lambda value: inner(math.log10(value))
 
 
-def _decades(low: float, high: float, up: Callable[[float], float]) -> tuple[Tick, ...]:
+def decades(low: float, high: float, up: Callable[[float], float]) -> tuple[Tick, ...]:
     """Ticks at powers of ten, at most six; at the ends if there are too few."""
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
     values = [10.0**n for n in range(first, last + 1, max(1, math.ceil((last - first) / 5)))]
@@ -197,7 +205,7 @@ def _decades(low: float, high: float, up: Callable[[float], float]) -> tuple[Tic
     return tuple(Tick(round(up(y), 1), f"{y:.2g}") for y in values)
 
 
-def _nice(low: float, high: float) -> list[float]:
+def round_numbers(low: float, high: float) -> list[float]:
     """Return about five round numbers between two numbers."""
     if high <= low:
         return [low]

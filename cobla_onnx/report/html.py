@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,14 @@ from cobla_onnx.report.charts import (
     sparkline,
 )
 from cobla_onnx.report.costs import Cost
+from cobla_onnx.report.in_words import in_words
 from cobla_onnx.report.model import BudgetUse, LayerReport, Report
 from cobla_onnx.text import safe_text, short_names
 
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["to_frame", "to_html"]
+__all__ = ["template", "to_frame", "to_html"]
 
 OBJECTIVES = {
     "weights": "the relative squared error of the weights, summed over layers",
@@ -84,7 +85,7 @@ class Meter:
 def to_html(report: Report) -> str:
     """Return the page."""
     charts = [(title, chart) for title, chart in _charts(report) if chart is not None]
-    return _template().render(
+    return template("report.html").render(
         report=report,
         title=safe_text(report.input or "a model in memory", 120),
         latency=report.to_dict().get("latency"),
@@ -99,6 +100,7 @@ def to_html(report: Report) -> str:
         objective=None if report.solver is None else _objective(report.solver.objective),
         agreement=_agreement(report),
         charts=charts,
+        paragraphs=in_words(report),
     )
 
 
@@ -111,8 +113,9 @@ def to_frame(report: Report) -> str:
     )
 
 
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
+@cache
+def template(name: str) -> jinja2.Template:
+    """Return a template of this package, with the filters ``name``, ``count`` and ``percent``."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -123,7 +126,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters.update(name=safe_text, count=count_text, percent=percent_text)
-    return environment.get_template("report.html")
+    return environment.get_template(name)
 
 
 def _meter(name: str, use: BudgetUse) -> Meter:

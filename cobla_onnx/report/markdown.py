@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
 from cobla_onnx.report.amounts import count_text, kind_text, percent_text, rank_text
 from cobla_onnx.report.costs import Cost
+from cobla_onnx.report.in_words import in_words
 from cobla_onnx.report.model import Report
 from cobla_onnx.text import safe_text, short_names
 
@@ -25,6 +26,7 @@ def to_markdown(report: Report) -> str:
         f"# Compression report: {_code(report.input or 'a model in memory', 120)}",
         _totals(report),
         *_solver(report),
+        *_in_words(report),
         "## Layers",
         *([] if report.unchanged else [f"{report.layer_counts}."]),
         _layers(report),
@@ -91,6 +93,15 @@ def _solver(report: Report) -> list[str]:
             f"(gap {100 * solver.gap:.2f} %)"
         )
     return [text + "."]
+
+
+def _in_words(report: Report) -> list[str]:
+    blocks = ["## In words"]
+    for paragraph in in_words(report):
+        blocks.append(f"**{paragraph.title}.** {_plain(paragraph.text, 2000)}")
+        lines = [f"* {_plain(line, 300)}" for line in paragraph.lines]
+        blocks += ["\n".join(lines)] if lines else []
+    return blocks
 
 
 def _layers(report: Report) -> str:

@@ -71,7 +71,8 @@ class LayerReport:
     ``factorised`` or ``stored in fewer bits``. ``rank`` is that of its factors, None if it has
     none; ``bits`` are those of each number that is stored, None for as the model has them.
     ``folded``: the factors are multiplied out when a session opens, so that the layer has the MACs
-    that it had.
+    that it had. ``predicted_loss`` is what the objective has for the layer alone, before refit;
+    None if it was not computed.
     """
 
     name: str
@@ -88,6 +89,7 @@ class LayerReport:
     spectrum: Spectrum | None = None
     bits: int | None = None
     folded: bool = False
+    predicted_loss: float | None = None
 
     @property
     def replaced(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ __all__ = ["check_plot", "draw"]
 COSTS = {"mem": "memory kept", "mac": "MACs kept", "latency": "latency kept"}
 FORMATS = (".svg", ".png")
 # Colour-blind safe (Okabe and Ito, 2008).
-ON_FRONT, OTHER = "#0072B2", "#999999"
+ON_FRONT, DOMINATED, OTHERS = "#0072B2", "#999999", "#CC79A7"
+MARKERS = "Ds^vP"
 
 
 def check_plot(path: Path) -> None:
@@ -58,15 +59,14 @@ def draw(found: Sweep, path: Path) -> bytes:
 
     points = [point for point in found.points if not point.refused]
     costs = [name for name in COSTS if all(getattr(p, name) is not None for p in points)]
-    measured = points[0].quality
-    rows = ["loss", *([measured.measure] if measured else [])]
+    rows = ["loss", *([found.measure] if found.measure else [])]
     with matplotlib.rc_context({"svg.hashsalt": "cobla-onnx", "font.size": 9}):
         figure = Figure(figsize=(3.8 * len(costs), 2.8 * len(rows)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(len(rows), len(costs), squeeze=False)
         for row, quantity in enumerate(rows):
             for column, cost in enumerate(costs):
-                _panel(axes[row][column], points, cost, quantity)
+                _panel(axes[row][column], found, cost, quantity)
         axes[0][0].legend(frameon=False)
         file = io.BytesIO()
         kind = path.suffix.removeprefix(".")
@@ -75,21 +75,25 @@ def draw(found: Sweep, path: Path) -> bytes:
     return file.getvalue()
 
 
-def _panel(axes: Any, points: Sequence[SweepPoint], cost: str, quantity: str) -> None:
+def _panel(axes: Any, found: Sweep, cost: str, quantity: str) -> None:
     def value(point: SweepPoint) -> float:
-        if quantity == "loss" or point.quality is None:
-            return point.loss or 0.0
-        return point.quality.after
+        other = None if quantity == "loss" else found.quality_of(point)
+        return (point.loss or 0.0) if other is None else other
 
-    for chosen, colour, marker, label in (
-        (True, ON_FRONT, "o", "Pareto front"),
-        (False, OTHER, "x", "dominated"),
+    points = [point for point in found.points if not point.refused]
+    for wanted, colour, marker, label in (
+        ((True, True), ON_FRONT, "o", "Pareto front"),
+        ((True, False), DOMINATED, "x", "dominated"),
     ):
-        shown = sorted((getattr(p, cost), value(p)) for p in points if p.front is chosen)
+        shown = sorted((getattr(p, cost), value(p)) for p in points if (p.ours, p.front) == wanted)
         if shown:
             x, y = zip(*shown, strict=True)
-            line = "-" if chosen and cost == "mem" else "none"
+            line = "-" if wanted[1] and cost == "mem" else "none"
             axes.plot(x, y, color=colour, marker=marker, linestyle=line, label=label)
+    others = [point for point in points if not point.ours]
+    for point, marker in zip(others, itertools.cycle(MARKERS), strict=False):
+        place = getattr(point, cost), value(point)
+        axes.plot(*place, color=OTHERS, marker=marker, linestyle="none", label=point.name)
     axes.set_xlabel(COSTS[cost])
     axes.set_ylabel(quantity)
     axes.grid(alpha=0.3)

@@ -146,7 +146,8 @@ def test_functions_have_the_options_of_the_table(command):
         if name in wanted
     }
     assert list(found.items()) == list(wanted.items())
-    own = {"budget", "max_drop", "plan", "budgets", "out_dir", "external_data", "sensitivity"}
+    own = {"budget", "max_drop", "plan", "budgets", "external_data", "sensitivity"}
+    own |= {"out_dir", "report", "compare_with"}
     assert set(signature.parameters) - set(wanted) <= {"model", "first", "second"} | own
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -36,6 +37,8 @@ def test_each_point_is_what_compress_gives(found):
         assert alone.plan == point.plan
         assert alone.report.calibration == point.report.calibration
         written = onnx.load(point.file)
+        assert point.file_bytes == Path(point.file).stat().st_size
+        assert point.method == "cobla-onnx"
         assert written.SerializeToString() == alone.model.SerializeToString()
         assert stored_bytes(written) <= point.budget.mem * stored_bytes(small_network())
         assert point.mem == alone.report.budget["mem"].reached
@@ -109,6 +112,22 @@ def test_csv_and_json_hold_the_points(found):
     assert content["points"][1]["report"]["schema_version"] == 1
 
 
+def test_the_folder_has_the_table_and_the_chart_of_the_front(found):
+    folder = Path(found.points[1].file).parent
+    assert (folder / "front.csv").read_text() == found.to_csv()
+    assert (folder / "front.svg").read_text() == found.to_svg()
+
+
+def test_bytes_of_the_file_are_counted_where_none_is_kept(found, tmp_path):
+    budget = found.points[1].budget
+    (point,) = sweep(small_network(), [budget], data=DATA, threads=1, solver="milp").points
+    assert point.file is None
+    assert point.file_bytes == found.points[1].file_bytes
+    onnx.save(small_network(), tmp_path / "in.onnx")
+    again = sweep(tmp_path / "in.onnx", [Budget(mem=1.0)], threads=1)
+    assert again.points[0].file_bytes == again.file_bytes == (tmp_path / "in.onnx").stat().st_size
+
+
 def test_plots_are_the_same_again_and_refused_where_they_cannot_be(found, tmp_path, monkeypatch):
     for kind, start in (("svg", b"<?xml"), ("png", b"\x89PNG")):
         path = tmp_path / f"plot.{kind}"
@@ -157,6 +176,8 @@ def test_the_command(tmp_path):
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "out of reach" in done.stdout
     assert sorted(p.name for p in folder.iterdir()) == [
+        "front.csv",
+        "front.svg",
         "in-mem-0.75-mac-0.9.onnx",
         "in-mem-0.9-mac-0.9.onnx",
     ]
@@ -166,6 +187,8 @@ def test_the_command(tmp_path):
         ([], 2, "no budget"),
         (["--mem", "0.5", "--plot", tmp_path / "p.pdf"], 2, ".svg or .png"),
         (["--mem", "0.5", "--csv", tmp_path / "in.onnx"], 2, "a model's path"),
+        (["--mem", "0.5", "--report", tmp_path / "p.md"], 2, "a name that ends in .html"),
+        (["--mem", "0.5", "--compare-with", "onnxruntime"], 2, "give --data too"),
         (["--mem", "0.01"], 4, "no budget of the sweep is within reach"),
     ):
         done = run_here("sweep", tmp_path / "in.onnx", *arguments)

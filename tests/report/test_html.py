@@ -16,7 +16,7 @@ from cobla_onnx.report.model import Spectrum
 from tests.builders import small_network
 from tests.report.reports import HOSTILE, full_report, small_report
 
-VOID = {"meta", "link", "line", "circle", "polyline", "polygon", "br"}
+VOID = {"meta", "link", "line", "polyline", "polygon", "br"}
 
 
 class Strict(HTMLParser):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
@@ -30,7 +31,9 @@ def sweep(
     ] = None,
     out_dir: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FOLDER", help="Write the models there."),
+        typer.Option(
+            metavar="FOLDER", help="Write the models there, with front.csv and front.svg."
+        ),
     ] = None,
     csv: Annotated[
         Optional[Path],  # noqa: UP045
@@ -39,6 +42,16 @@ def sweep(
     plot: Annotated[
         Optional[list[Path]],  # noqa: UP045
         typer.Option(metavar="FILE", help="Draw the points, as .svg or .png; repeatable."),
+    ] = None,
+    report: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE.html", help="Write a page of the front; with --out-dir one of each model."
+        ),
+    ] = None,
+    compare_with: Annotated[
+        Optional[Literal["onnxruntime"]],  # noqa: UP045
+        typer.Option(help="With --data: points of its quantisers, measured on the same samples."),
     ] = None,
     *,
     options: parameters.Given,
@@ -56,11 +69,20 @@ def sweep(
         from cobla_onnx.report.sweep_plot import check_plot
 
         check_plot(path)
+    if report is not None:
+        from cobla_onnx.report.sweep_page import check_page
+
+        check_page(report)
     from cobla_onnx.allocation import Budget
     from cobla_onnx.pipeline.result import check_written
     from cobla_onnx.pipeline.sweep import sweep as run
+    from cobla_onnx.pipeline.sweep import writable_folder
 
-    check_written([input], [("--csv", csv), *(("--plot", path) for path in plot or ())])
+    if out_dir is not None:
+        # Other files may go there, too.
+        writable_folder(out_dir)
+    plots = [("--plot", path) for path in plot or ()]
+    check_written([input], [("--csv", csv), ("--report", report), *plots])
     combined = itertools.product(*(values or (None,) for values in grid))
     budgets = [Budget(mem=m, mac=c, latency=t) for m, c, t in combined]
     with terminal.progress(shown.quiet, shown.verbose) as progress:
@@ -68,6 +90,7 @@ def sweep(
             input,
             budgets,
             out_dir=out_dir,
+            compare_with=compare_with,
             external_data=external_data,
             **options,
             progress=progress,
@@ -76,4 +99,6 @@ def sweep(
         found.save_csv(csv)
     for path in plot or ():
         found.save_plot(path)
+    if report is not None:
+        found.save_report(report, sys.argv)
     terminal.result(found, json=shown.json, quiet=shown.quiet)

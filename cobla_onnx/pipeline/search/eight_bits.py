@@ -20,7 +20,6 @@ from cobla_onnx.arithmetic.prepared import Prepared, prepare
 from cobla_onnx.arithmetic.quantise import quantised
 from cobla_onnx.arithmetic.ranges import METHODS, Method, Ranges, calibrated, stand_in_ranges
 from cobla_onnx.arithmetic.saturation import sums_saturate
-from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.io.model_file import stored_bytes
@@ -30,8 +29,7 @@ from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.sensitivity import spread_over
 from cobla_onnx.report.arithmetic import ArithmeticReport
-from cobla_onnx.runtime.session import Feeds, open_session, run_session
-from cobla_onnx.runtime.temporary import Shelf
+from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.wording import option_name
 
 __all__ = ["EightBits", "in_eight_bits", "spared_outputs", "stand_in_eight_bits"]
@@ -230,21 +228,13 @@ class _Search:
         self.done += 1
         self.evidence.context.progress("8-bit arithmetic", self.done - 1, self.done)
         try:
-            outputs = Shelf(self._outputs(model, self.evidence.judge.selection))
+            return _Judged(model, *self.evidence.judged_model(model))
         except ModelError as error:
             raise VerificationError(
                 f"{option_name('arithmetic', 'int8')}: onnxruntime does not run the model in 8 "
                 f"bits: {error.message}; nothing was written, give "
                 f"{option_name('arithmetic', 'keep')}"
             ) from error
-        return _Judged(model, *self.evidence.judged(outputs))
-
-    def _outputs(self, model: onnx.ModelProto, probe: Probe) -> Iterator[Feeds]:
-        threads = self.evidence.context.threads
-        session = open_session(model, threads, tuple(probe.measures), optimized=True)
-        for feeds, expected in zip(probe.batches, probe.expected, strict=True):
-            found = run_session(session, feeds)
-            yield {name: found[name] for name in expected if name in found}
 
     def _shown(self, place: int) -> str:
         node = self.source.graph.node[place]

@@ -9,7 +9,7 @@ divergence itself is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -37,6 +37,7 @@ from cobla_onnx.pipeline.search.sensitivity import (
 )
 from cobla_onnx.runtime.cache import Arrays, digest, fetch
 from cobla_onnx.runtime.context import RunContext
+from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.runtime.temporary import Shelf
 from cobla_onnx.variants.base import Approximation
 from cobla_onnx.variants.from_data import FromData
@@ -107,6 +108,34 @@ class Evidence:
         # Users know the outputs, not the tensors that are measured in their place.
         output = self.measured.outputs.get(quality.output, quality.output)
         return losses, replace(quality, output=output)
+
+    def judged_model(self, model: onnx.ModelProto) -> tuple[Float64, Quality]:
+        """Run a model, optimised, on the samples held back and compare it with the original.
+
+        Parameters
+        ----------
+        model : ModelProto
+            With the inputs of the original, and the measured tensors.
+
+        Returns
+        -------
+        float64 array, shape (samples,)
+            See `judged`.
+        Quality
+
+        Raises
+        ------
+        ModelError
+            If onnxruntime does not run it.
+        """
+        return self.judged(Shelf(self._outputs(model)))
+
+    def _outputs(self, model: onnx.ModelProto) -> Iterator[Feeds]:
+        probe = self.judge.selection
+        session = open_session(model, self.context.threads, tuple(probe.measures), optimized=True)
+        for feeds, expected in zip(probe.batches, probe.expected, strict=True):
+            found = run_session(session, feeds)
+            yield {name: found[name] for name in expected if name in found}
 
     def finisher(self) -> Finisher:
         """Return a maker of factors for one budget: it keeps the plans that it has judged."""
