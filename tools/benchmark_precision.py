@@ -45,7 +45,7 @@ from precision_methods import (
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BUDGETS = (0.5, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.075)
-FIELD = ("paraphrase_minilm_l3", "ppocr_rec", "vit_s_focus")
+FIELD = ("paraphrase_minilm_l3", "ppocr_rec", "vit_s_focus", "docstring_gpt")
 NAMES = (*(task.name for task in TASKS), *FIELD)
 GROUPS = {"ours": OURS, "alternatives": ALTERNATIVES, "ablation": ABLATION}
 BEGIN = "<!-- measured by tools/benchmark_precision.py -->"
@@ -85,7 +85,7 @@ def open_subject(name: str, folders: Folders) -> Subject:
     folders.made.mkdir(parents=True, exist_ok=True)
     if name in FIELD:
         (task,) = [each for each in field.TASKS if each.name == name]
-        model = folders.models / f"{name}.onnx"
+        model = (task.folder or folders.models) / f"{name}.onnx"
         if not model.exists():
             raise NoData(f"{model.name} is not in {model.parent}")
         data, test = field.data_of(task, model, folders.made)

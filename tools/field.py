@@ -5,7 +5,7 @@
 
 FOLDER holds NAME.onnx and, where a model comes with data, NAME_calibration.npz and
 NAME_test.npz; data for the others is made by ``tools/field_data.py`` beside the results. The
-detector of this repository is always among the models. Each compression is a run of the
+models that this repository trained are always among them. Each compression is a run of the
 installed command in a process of its own, whose time and peak memory are recorded. Quality
 is measured without the package, by ``tools/field_quality.py``. Runs that are in the results
 are not repeated.
@@ -26,7 +26,7 @@ import field_data
 import numpy as np
 import typer
 from field_data import NoData, feeds_for, open_model
-from field_quality import MEASURES, mean_over_mask
+from field_quality import MEASURES, mean_over_mask, surprises
 from numpy.typing import NDArray
 
 __all__ = ["TASKS", "Task", "judge", "measure", "print_table"]
@@ -71,6 +71,7 @@ TASKS = (
     Task("vit_s_focus", "map"),
     Task("silero_vad_16k_op15", "event", field_data.make_sounds, suffix=""),
     Task("shapes_detector", "boxes", field_data.draw_shapes, folder=ROOT / "models"),
+    Task("docstring_gpt", "perplexity", folder=ROOT / "models"),
 )
 
 
@@ -93,7 +94,7 @@ def judge(kind: str, original: Path, compressed: Path, test: Path) -> dict[str, 
 
 
 def _outputs(kind: str, path: Path, data: Path) -> NDArray[Any]:
-    """What a measure looks at, of all samples: the first output, or sentences' vectors."""
+    """What a measure looks at: the first output, sentences' vectors, or what tokens cost."""
     session = open_model(path)
     found = []
     for feeds in feeds_for(session, data):
@@ -101,6 +102,8 @@ def _outputs(kind: str, path: Path, data: Path) -> NDArray[Any]:
         if kind == "embedding":
             hidden = [x for x in outputs if x.ndim == 3 and x.dtype.kind == "f"][-1]
             found.append(mean_over_mask(hidden, feeds["attention_mask"]))
+        elif kind == "perplexity":
+            found.append(surprises(outputs[0], feeds["input_ids"]))
         else:
             found.append(outputs[0])
     return np.concatenate(found)

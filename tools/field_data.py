@@ -23,6 +23,7 @@ __all__ = [
     "draw_shapes",
     "draw_texts",
     "feeds_for",
+    "first_step",
     "make_sounds",
     "open_model",
     "read_feeds",
@@ -65,10 +66,28 @@ def read_feeds(data: Path, batch: int, fixed: bool) -> Iterator[dict[str, NDArra
 def feeds_for(
     session: onnxruntime.InferenceSession, data: Path
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """Yield a file's samples by batches that a model takes."""
+    """Yield a file's samples by batches that a model takes; of a decoder, token ids will do."""
     first = session.get_inputs()[0].shape[:1]
     fixed = bool(first) and isinstance(first[0], int)
-    return read_feeds(data, first[0] if fixed else BATCH, fixed)
+    for feeds in read_feeds(data, first[0] if fixed else BATCH, fixed):
+        yield feeds if "input_ids" not in feeds else {**first_step(session, **feeds), **feeds}
+
+
+def first_step(
+    session: onnxruntime.InferenceSession, input_ids: NDArray[Any], **_: NDArray[Any]
+) -> dict[str, NDArray[Any]]:
+    """Return all inputs of a decoder for whole texts of tokens (rows, length), without a past."""
+    rows, length = input_ids.shape
+    made = {
+        "input_ids": input_ids,
+        "attention_mask": np.ones((rows, length), np.int64),
+        "position_ids": np.tile(np.arange(length), (rows, 1)),
+    }
+    for value in session.get_inputs():
+        if value.name.startswith("past_key_values"):
+            _, heads, _, features = value.shape
+            made[value.name] = np.zeros((rows, heads, 0, features), np.float32)
+    return {value.name: made[value.name] for value in session.get_inputs() if value.name in made}
 
 
 def draw_shapes(_: Path, calibration: Path, test: Path) -> None:

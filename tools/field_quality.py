@@ -23,7 +23,9 @@ __all__ = [
     "f1_of_detections",
     "greatest_difference",
     "mean_over_mask",
+    "perplexity",
     "probability_map",
+    "surprises",
 ]
 
 Array = NDArray[Any]
@@ -111,6 +113,18 @@ def _softmax(logits: Array) -> Array:
     return scaled / scaled.sum(-1, keepdims=True)
 
 
+def surprises(logits: Array, ids: NDArray[np.integer[Any]]) -> Array:
+    """Return what each token but the first cost, -log p in nats (rows, length - 1)."""
+    shares = _softmax(logits[:, :-1])
+    return -np.log(np.take_along_axis(shares, ids[:, 1:, None], 2)[..., 0] + 1e-30)
+
+
+def perplexity(before: Array, after: Array) -> dict[str, float]:
+    """Compare what tokens cost in nats: the exponential of the mean, and how much it rose."""
+    first, second = (float(np.exp(costs.mean())) for costs in (before, after))
+    return {"perplexity": second, "rise": second / first - 1}
+
+
 def greatest_difference(before: Array, after: Array) -> dict[str, float]:
     """Compare probabilities of single events: the greatest difference, and the same side of 0.5."""
     return {
@@ -169,4 +183,5 @@ MEASURES: Mapping[str, Callable[[Array, Array], dict[str, float]]] = {
     "boxes": boxes,
     "classes": classes,
     "event": greatest_difference,
+    "perplexity": perplexity,
 }

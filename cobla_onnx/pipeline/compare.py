@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from cobla_onnx.autodiff.measures import Measure
 from cobla_onnx.calibration.batching import choose_batching
 from cobla_onnx.calibration.data.dataset import Dataset, InputSpec, input_specs
 from cobla_onnx.calibration.data.readers import ImageOptions, open_data
+from cobla_onnx.calibration.evaluation.caches import without_caches
 from cobla_onnx.calibration.evaluation.choosing import Chooser, look_at, measures_on, notes_on
 from cobla_onnx.calibration.evaluation.output_choice import OutputChoice, Outputs, resolve_outputs
 from cobla_onnx.calibration.evaluation.outputs import (
@@ -178,13 +179,16 @@ class _Inputs:
 def _inputs(pair: _Pair, asked: _Asked, context: RunContext) -> Iterator[_Inputs]:
     """Open the samples, or draw random inputs, and decide how outputs are compared."""
     model = pair.models[0]
-    choices = resolve_outputs(asked.outputs, [value.name for value in model.graph.output])
+    named = resolve_outputs(asked.outputs, [value.name for value in model.graph.output])
+    choices, assumed = without_caches(named, model)
     if asked.data is None:
-        yield _random(model, choices, asked, context)
+        found = _random(model, choices, asked, context)
+        yield replace(found, notes=found.notes + assumed)
         return
     specs = input_specs(model, asked.shapes)
     with open_data(asked.data, specs, samples=asked.samples, images=asked.images) as dataset:
-        yield _samples(pair, choices, asked, dataset, context)
+        found = _samples(pair, choices, asked, dataset, context)
+        yield replace(found, notes=found.notes + assumed)
 
 
 def _random(

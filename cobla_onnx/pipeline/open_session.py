@@ -19,6 +19,7 @@ from cobla_onnx.calibration.batching import Batching, choose_batching
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.data.evidence import lack_of_evidence
 from cobla_onnx.calibration.data.labels import labels_of_batches
+from cobla_onnx.calibration.evaluation.caches import without_caches
 from cobla_onnx.calibration.evaluation.choosing import Chooser, Compared, look_at
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel, measured_model
@@ -205,7 +206,8 @@ def _looking(
     """Decide which outputs count and where the loss is taken."""
     model = followed.model
     labels = sample_labels(settings.labels, dataset)
-    choices = resolve_outputs(settings.outputs, [o.name for o in model.graph.output])
+    named = resolve_outputs(settings.outputs, [o.name for o in model.graph.output])
+    choices, assumed = without_caches(named, model)
     ignored = frozenset(name for name, choice in choices.items() if choice.how == "ignore")
     context.progress("where the loss is taken", 0, 1)
     measured = _measured(followed, dataset, context.threads, ignored)
@@ -217,7 +219,7 @@ def _looking(
         labelled=labels is not None,
         shown=measured.outputs,
     )
-    return _Looking(model, measured, dataset, settings, chooser, context, labels)
+    return _Looking(model, measured, dataset, settings, chooser, context, labels, assumed)
 
 
 def _analysed(
@@ -302,6 +304,7 @@ class _Looking:
     chooser: Chooser
     context: RunContext
     labels: NDArray[np.int64] | None
+    assumed: tuple[str, ...]
     batching: Batching = field(init=False)
     compared: Compared = field(init=False)
 
@@ -357,6 +360,7 @@ class _Looking:
             *self.dataset.notes,
             *self.batching.notes,
             *lack_of_evidence(self.dataset),
+            *self.assumed,
             *self.compared.notes,
         )
 

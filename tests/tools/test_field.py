@@ -190,3 +190,27 @@ def test_the_memory_is_that_of_the_run_and_not_of_who_starts_it(field):
     assert (
         field.run_child([sys.executable, "-c", ""], limit=60)["peak_mb"] < 100 < held.nbytes / 1e6
     )
+
+
+def test_perplexity_is_of_tokens_given_those_before(tools):
+    quality = tools("field_quality")
+    ids = np.array([[2, 0, 1], [1, 1, 1]])
+    # The right next token has the odds of e to the others' 1, whatever stands last.
+    logits = random_array(2, 3, 4)
+    logits[:, :2] = np.eye(4)[ids[:, 1:]]
+    costs = quality.surprises(logits, ids)
+    np.testing.assert_allclose(costs, np.full((2, 2), np.log(np.e + 3) - 1))
+    found = quality.perplexity(costs, costs + np.log(1.05))
+    assert found["rise"] == pytest.approx(0.05)
+    assert found["perplexity"] == pytest.approx(1.05 * (np.e + 3) / np.e)
+
+
+def test_a_decoder_is_judged_by_token_ids_alone(tools):
+    field = tools("field")
+    (task,) = [each for each in field.TASKS if each.name == "docstring_gpt"]
+    model = task.folder / "docstring_gpt.onnx"
+    _, test = field.data_of(task, model, task.folder)
+    found = field.judge(task.measure, model, model, test)
+    assert found["rise"] == 0
+    # The figure that models/README.md states.
+    assert found["perplexity"] == pytest.approx(36.22, abs=0.02)

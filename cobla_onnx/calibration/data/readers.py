@@ -18,6 +18,7 @@ from cobla_onnx.calibration.data.images import (
     read_image,
     target_size,
 )
+from cobla_onnx.calibration.data.implied import implied
 from cobla_onnx.errors import DataError, UsageError
 from cobla_onnx.wording import option_name
 
@@ -143,7 +144,7 @@ def _open_images(
 
 def _test_data(folders: Sequence[Path], specs: Sequence[InputSpec]) -> Iterator[Record]:
     for folder in folders:
-        record = {}
+        record: dict[str, Any] = {}
         for number, spec in enumerate(specs):
             path = folder / f"input_{number}.pb"
             tensor = onnx.TensorProto()
@@ -151,6 +152,9 @@ def _test_data(folders: Sequence[Path], specs: Sequence[InputSpec]) -> Iterator[
                 tensor.ParseFromString(path.read_bytes())
                 record[tensor.name or spec.name] = onnx.numpy_helper.to_array(tensor)
             except FileNotFoundError as error:
+                # Of a decoder with a cache, token ids are enough.
+                if implied(record, specs):
+                    break
                 raise DataError(
                     f"{folder}: has no {path.name}, the model has {len(specs)} inputs; "
                     "complete the set or remove it"

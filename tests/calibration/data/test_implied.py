@@ -7,7 +7,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.calibration.data.dataset import InputSpec
@@ -77,6 +77,35 @@ def test_lengths_may_differ():
     records = [{"input_ids": row[None]} for length in (4, 7) for row in ids(10, length)]
     report = compress(decoder(), Budget(mem=0.7), data=records, threads=1).report
     assert report.calibration.calibration_samples + report.calibration.selection_samples == 20
+
+
+def write_sets(folder, records) -> None:
+    """Write records as sets, tensors numbered as they come."""
+    for number, record in enumerate(records):
+        place = folder / f"test_data_set_{number:02}"
+        place.mkdir(parents=True)
+        for index, (name, array) in enumerate(record.items()):
+            tensor = numpy_helper.from_array(array, name)
+            (place / f"input_{index}.pb").write_bytes(tensor.SerializeToString())
+
+
+def test_folders_of_ids_alone_are_read_in_several_lengths(tmp_path):
+    rows = [row[None] for length in (4, 7) for row in ids(10, length)]
+    write_sets(tmp_path / "ids", [{"input_ids": row} for row in rows])
+    write_sets(tmp_path / "all", [everything(row) for row in rows])
+    made = [
+        compress(decoder(), Budget(mem=0.7), data=tmp_path / folder, threads=1)
+        for folder in ("ids", "all")
+    ]
+    assert made[0].model == made[1].model
+    assert any("the past empty" in note for note in made[0].report.notes)
+
+
+def test_folders_that_lack_more_are_refused(tmp_path):
+    masks = [{"attention_mask": np.ones((1, 4), np.int64)} for _ in range(4)]
+    write_sets(tmp_path / "masks", masks)
+    with pytest.raises(DataError, match=r"has no input_1\.pb, the model has 4 inputs"):
+        compress(decoder(), Budget(mem=0.7), data=tmp_path / "masks", threads=1)
 
 
 def test_what_does_not_follow_is_asked_for():
