@@ -90,19 +90,23 @@ class TapLimit:
     most: int
     tensors: Mapping[str, int]
 
-    def cut(self, items: Iterable[Item], read: Callable[[Item], str]) -> list[list[Item]]:
+    def cut(
+        self, items: Iterable[Item], read: Callable[[Item], str], times: int = 1
+    ) -> list[list[Item]]:
         """Split items, in their order, into groups that each stay within the limit.
 
         Parameters
         ----------
         read : callable
             Name of the tensor that an item reads. A tensor over the limit is a group of its own.
+        times : int
+            Tensors of this size that are read for each name.
         """
         groups: list[list[Item]] = []
         names: set[str] = set()
         for item in items:
             names.add(read(item))
-            size = sum(self.tensors.get(name, 0) for name in names)
+            size = times * sum(self.tensors.get(name, 0) for name in names)
             if not groups or (size > self.most and len(names) > 1):
                 groups.append([])
                 names = {read(item)}

@@ -21,6 +21,7 @@ from cobla_onnx.graph.settling import branching, settled
 from cobla_onnx.graph.subgraph import Exposed, expose
 from cobla_onnx.pipeline.body_proof import append_slice, checked, prove_in_bodies
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
+from cobla_onnx.runtime.temporary import owned
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.replacement import ROUNDING, Replacement
 from cobla_onnx.variants.rewrite import add_functions
@@ -257,7 +258,7 @@ def _check_layers(
     worst = 0.0
     results: list[dict[str, Any]] = []
     # Without layers in the main graph, the outputs of the network are still wanted.
-    for part in [outputs] if taps is None or not outputs else taps.cut(outputs, str):
+    for part in [outputs] if taps is None or not outputs else taps.cut(outputs, str, 2):
         shown = [*part, *(renamed[n] for n in part)]
         session = open_session(reference, threads, shown, dense, optimized=optimized)
         results = []
@@ -266,7 +267,7 @@ def _check_layers(
             errors = [checked(values, name, renamed[name], allowed[name]) for name in part]
             worst = max([worst, *errors])
             # Without the outputs of the layers, which are many.
-            results.append({name: value for name, value in values.items() if name in kept})
+            results.append(owned({name: v for name, v in values.items() if name in kept}))
     return worst, results
 
 

@@ -34,6 +34,7 @@ from cobla_onnx.runtime.session import (
     run_session,
     runnable_feeds,
 )
+from cobla_onnx.runtime.temporary import owned
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.replacement import Replacement
 
@@ -124,7 +125,7 @@ def verify(
             notes += (f"unknown input axes were set to {unknown} for verification",)
     else:
         proof = list(itertools.islice(data[1](), PROVED_BATCHES))
-        reference = [run_session(session, feed) for feed in proof]
+        reference = [owned(run_session(session, feed)) for feed in proof]
     del session
     results = _results(compressed, proof, threads)
     varying = varying_outputs(original, proof[0])
@@ -172,7 +173,7 @@ def _results(
     """
     try:
         session = open_session(compressed, threads)
-        return [run_session(session, feed) for feed in proof]
+        return [owned(run_session(session, feed)) for feed in proof]
     except ModelError as error:
         raise VerificationError(
             f"the rewritten model fails: {error.message}; nothing written"

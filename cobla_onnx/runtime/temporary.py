@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.runtime.processes import interrupts_wait
 
-__all__ = ["ArrayFile", "Place", "Shelf", "array_bytes", "temporary_folder"]
+__all__ = ["ArrayFile", "Place", "Shelf", "array_bytes", "owned", "temporary_folder"]
 
 # Bytes on a shelf that stay in memory.
 AT_HAND = 1 << 24
@@ -89,7 +89,7 @@ class Shelf(Sequence["dict[str, NDArray[Any]]"]):
         self._room -= sum(array.nbytes for array in batch.values())
         numbers = all(array.dtype.kind in "biuf" for array in batch.values())
         if self._room >= 0 or not numbers:
-            self._held.append(dict(batch))
+            self._held.append(owned(batch))
             return
         file = self._file = self._file or ArrayFile()
         self._held.append({name: file.put(array) for name, array in batch.items()})
@@ -113,6 +113,17 @@ class Shelf(Sequence["dict[str, NDArray[Any]]"]):
             return entry
         assert self._file is not None
         return self._file.get(entry)
+
+
+def owned(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy arrays whose memory belongs to something else; other values stay.
+
+    To be kept: one output of a run keeps all that its session has allocated for runs.
+    """
+    return {
+        name: value.copy() if isinstance(value, np.ndarray) and value.base is not None else value
+        for name, value in values.items()
+    }
 
 
 @contextlib.contextmanager

@@ -220,12 +220,13 @@ def test_samples_of_which_nothing_is_left_alone_are_mixed_in_any_unit():
     st.lists(st.sampled_from("abcdef"), max_size=12),
     st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 9)),
     st.integers(0, 20),
+    st.integers(1, 2),
 )
-def test_parts_read_no_more_than_they_may(items, tensors, most):
-    parts = TapLimit(most, tensors).cut(items, str)
+def test_parts_read_no_more_than_they_may(items, tensors, most, times):
+    parts = TapLimit(most, tensors).cut(items, str, times)
     assert [item for part in parts for item in part] == items
     assert all(
-        len(set(part)) == 1 or sum(tensors.get(name, 0) for name in set(part)) <= most
+        len(set(part)) == 1 or times * sum(tensors.get(name, 0) for name in set(part)) <= most
         for part in parts
     )
 

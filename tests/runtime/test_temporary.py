@@ -1,9 +1,24 @@
 import shutil
 import signal
 
+import numpy as np
 import pytest
 
-from cobla_onnx.runtime.temporary import temporary_folder
+from cobla_onnx.runtime.temporary import Shelf, owned, temporary_folder
+
+
+def test_what_a_shelf_keeps_holds_no_other_memory():
+    whole = np.zeros((1000, 8))
+    shelf = Shelf([{"x": whole[:2], "words": np.array(["a"])}])
+    assert all(array.base is None for array in shelf[0].values())
+    np.testing.assert_array_equal(shelf[0]["x"], whole[:2])
+
+
+def test_values_that_are_no_arrays_stay_as_they_are():
+    own, sequence = np.ones(3), [np.ones(2)]
+    kept = owned({"own": own, "sequence": sequence})
+    assert kept["own"] is own
+    assert kept["sequence"] is sequence
 
 
 def test_a_temporary_folder_goes_with_an_error():
