@@ -170,8 +170,22 @@ def unavoidable(second: Float64) -> Float64:
     ----------
     second : float64 array, shape (groups, size, size)
     """
-    upper = _Compensated(second).upper
-    return np.asarray(np.square(1.0 / np.einsum("gii->gi", upper)).sum(axis=1))
+    damped, _ = _damped_in_order(second)
+    # U^-1, which is triangular from the last column on, without an inverse.
+    lower = np.linalg.cholesky(damped[:, ::-1, ::-1])
+    return np.asarray(np.square(np.einsum("gii->gi", lower)).sum(axis=1))
+
+
+def _damped_in_order(second: Float64) -> tuple[Float64, NDArray[np.intp]]:
+    """Return a moment that has an inverse, in the order of rounding, and this order."""
+    energy = np.einsum("gii->g", second) / second.shape[1]
+    # Inputs that are all zero carry no information; then every weight counts alike.
+    added = np.where(energy > 0, DAMPING * energy, 1.0)
+    order = np.argsort(-np.einsum("gii->gi", second), axis=1, kind="stable")
+    damped = _reordered(_reordered(second, order, 2), order, 1)
+    diagonal = np.einsum("gii->gi", damped)
+    diagonal += added[:, None]
+    return damped, order
 
 
 def _better_rows(rows: Float64, second: Float64 | None, one: Coded, other: Coded) -> Coded:
@@ -198,13 +212,7 @@ class _Compensated:
     """
 
     def __init__(self, second: Float64) -> None:
-        size = second.shape[1]
-        energy = np.einsum("gii->g", second) / size
-        # Inputs that are all zero carry no information; then every weight counts alike.
-        added = np.where(energy > 0, DAMPING * energy, 1.0)
-        damped = second + added[:, None, None] * np.eye(size)
-        self._order = np.argsort(-np.einsum("gii->gi", damped), axis=1, kind="stable")
-        self._damped = _reordered(_reordered(damped, self._order, 2), self._order, 1)
+        self._damped, self._order = _damped_in_order(second)
         # With its transpose it makes the inverse of the damped moment.
         self.upper = np.linalg.cholesky(np.linalg.inv(self._damped)).swapaxes(1, 2)
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cobla_onnx.variants.storage.rounding import (
+    DAMPING,
     distortion,
     mean_squares,
     output_error,
@@ -112,3 +113,18 @@ def test_the_error_is_known_before_rounding(bits: int, seed: int) -> None:
     assert found == pytest.approx(expected, rel=0.25)
     # Most of it is made up for: inputs are correlated.
     assert found < 0.7 * output_error(round_weight(rows, None, bits), rows, second).sum()
+
+
+@given(seed=st.integers(0, 2**31))
+def test_what_no_other_input_makes_up_for_follows_from_the_inverse(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(2, 12, 40)) * rng.uniform(0.1, 3.0, (2, 12, 1))
+    second = vectors @ vectors.swapaxes(1, 2) / 40
+    damped = second + DAMPING * (np.einsum("gii->g", second) / 12)[:, None, None] * np.eye(12)
+    expected = []
+    for matrix in damped:
+        order = np.argsort(-np.diag(matrix), kind="stable")
+        # The energy of an input given those that come later.
+        rest = [matrix[np.ix_(order[j:], order[j:])] for j in range(12)]
+        expected.append(sum(1 / np.linalg.inv(its)[0, 0] for its in rest))
+    np.testing.assert_allclose(unavoidable(second), expected, rtol=1e-8)
