@@ -23,7 +23,7 @@ from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.macs import MOST_ELEMENTS, Shape
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import tensor_array
-from cobla_onnx.runtime.machine import return_freed_memory
+from cobla_onnx.runtime.machine import return_freed_memory, return_large_arrays
 from cobla_onnx.runtime.part_errors import part_error
 from cobla_onnx.runtime.providers import CPU, current_provider, memory_is_given_back
 from cobla_onnx.runtime.temporary import array_bytes, temporary_folder
@@ -86,7 +86,10 @@ def open_session(
     provider = current_provider()
     folder = _mapped_folder(model)
     large = [tensor for tensor in model.graph.initializer if _to_hand_over(tensor, folder)]
-    if memory_is_given_back() or sum(map(tensor_bytes, large)) >= TRIMMED:
+    trimmed = sum(map(tensor_bytes, large)) >= TRIMMED
+    if trimmed:
+        return_large_arrays()
+    if trimmed or memory_is_given_back():
         # What arrays and sessions before it have left is not used again by this one.
         return_freed_memory()
     light = copy_without_initializers(model, {t.name for t in large})

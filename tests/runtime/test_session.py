@@ -107,11 +107,15 @@ def test_a_session_of_many_weights_opens_in_memory_that_is_not_in_use(monkeypatc
     model = parser.parse_model(text.replace("'", '"') + "y = MatMul(x, w)}")
     weight = np.ones((32, 32), np.float32)
     model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
-    returned = []
+    returned: list[bool] = []
+    large: list[bool] = []
     monkeypatch.setattr(runtime, "return_freed_memory", lambda: returned.append(True))
+    monkeypatch.setattr(runtime, "return_large_arrays", lambda: large.append(True))
     monkeypatch.setattr(runtime, "memory_is_given_back", lambda: given_back)
     runtime.open_session(model, 1)
     assert bool(returned) is given_back
+    assert not large
     monkeypatch.setattr(runtime, "TRIMMED", weight.nbytes)
     runtime.open_session(model, 1)
     assert len(returned) == 1 + given_back
+    assert len(large) == 1
