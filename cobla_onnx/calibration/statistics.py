@@ -33,7 +33,7 @@ __all__ = ["Seen"]
 Made = TypeVar("Made")
 
 # Most bytes of decompositions that are kept for further ranks.
-KEPT = 1 << 28
+KEPT = 1 << 27
 
 
 class Seen:

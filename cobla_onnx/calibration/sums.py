@@ -22,6 +22,8 @@ __all__ = ["Joint", "JointSum", "Moment", "MomentSum"]
 SAME, SAME_IN_SINGLE = 1e-12, 1e-6
 # Largest numbers whose products, and sums of these, single precision holds.
 SINGLE = 1e-15, 1e15
+# Entries of a matrix that are converted at a time.
+BLOCK = 1 << 20
 # Adding a matrix of products to another takes about as long as the products of this many vectors.
 ADDING = 100
 
@@ -52,7 +54,8 @@ class Moment:
 
     def covariance(self) -> NDArray[np.float64]:
         """E[(x - E x) (x - E x)^T], for layers whose bias absorbs the mean."""
-        return self.second - self.mean[:, :, None] * self.mean[:, None, :]
+        squares = self.mean[:, :, None] * self.mean[:, None, :]
+        return np.subtract(self.second, squares, out=squares)
 
     def without(self, part: Moment) -> Moment:
         """Return the moment of the vectors that are not in `part`, by subtraction.
@@ -63,12 +66,13 @@ class Moment:
         if count <= 0:
             none = np.zeros_like(self.effective)
             return Moment(np.zeros_like(self.second), np.zeros_like(self.mean), 0, none)
-        second = (self.count * self.second - part.count * part.second) / count
+        second = self.count * self.second
+        second -= part.count * part.second
+        second /= count
         mean = (self.count * self.mean - part.count * part.mean) / count
         seen = np.einsum("gii->g", second) > SAME * np.einsum("gii->g", self.second)
-        return Moment(
-            second * seen[:, None, None], mean * seen[:, None], count, part.effective, self.share
-        )
+        second *= seen[:, None, None]
+        return Moment(second, mean * seen[:, None], count, part.effective, self.share)
 
 
 @dataclass(frozen=True)
@@ -203,14 +207,13 @@ class MomentSum:
         apart = block.shape[1] ** 2 >= ADDING * len(block) * len(starts) ** 2
         for start, end in spans if apart else [(0, block.shape[1])]:
             # Contiguous: numpy then uses the symmetric product.
-            wide = np.ascontiguousarray(block[:, start:end], np.float64)
-            factor = wide.astype(dtype, copy=False)
-            products = (factor @ factor.T).astype(np.float64, copy=False)
+            factor = np.ascontiguousarray(block[:, start:end], dtype)
+            products = factor @ factor.T
             second += products
-            total += wide.sum(axis=1)
-            squares = np.einsum("sp,sp->p", wide, wide)
+            total += block[:, start:end].sum(axis=1, dtype=np.float64)
+            squares = np.einsum("sp,sp->p", factor, factor, dtype=np.float64)
             self._fourth[group] += squares @ squares
-            own = float(np.vdot(products, products)) if apart else _spread(wide, squares, spans)
+            own = _squared_norm(products) if apart else _spread(factor, squares, spans)
             self._spread[group] += own
 
     def merge(self, other: MomentSum) -> None:
@@ -228,7 +231,7 @@ class MomentSum:
     def _second(self) -> NDArray[np.float64]:
         """Sum of the products, shape (groups, size, size)."""
         if self._parts is None:
-            return np.stack(self._blocks)
+            return self._blocks[0][None] if len(self._blocks) == 1 else np.stack(self._blocks)
         size = self._total.shape[1]
         result = np.zeros((1, size, size))
         for rows, block in zip(self._parts, self._blocks, strict=True):
@@ -287,6 +290,12 @@ class JointSum:
         self._cross = np.zeros((groups, outputs, size))
         self._total = np.zeros((groups, outputs))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums."""
+        groups, _, size = self._cross.shape
+        return self._cross.nbytes + 8 * groups * size**2
+
     def add(
         self,
         vectors: NDArray[Any],
@@ -328,15 +337,22 @@ def _type_of_products(array: NDArray[Any], exact: bool) -> type[np.floating[Any]
     return np.float32 if single else np.float64
 
 
+def _squared_norm(matrix: NDArray[Any]) -> float:
+    """Sum of the squares of all entries, in double precision without a copy of them all."""
+    rows = max(1, BLOCK // max(matrix.shape[1], 1))
+    parts = (matrix[at : at + rows].astype(np.float64) for at in range(0, len(matrix), rows))
+    return sum(float(np.vdot(part, part)) for part in parts)
+
+
 def _spread(
-    wide: NDArray[np.float64], squares: NDArray[np.float64], spans: Sequence[tuple[int, int]]
+    vectors: NDArray[Any], squares: NDArray[np.float64], spans: Sequence[tuple[int, int]]
 ) -> float:
     """Sum over samples of ||X X^T||^2, by the smaller of X X^T and X^T X."""
-    if len(spans) == wide.shape[1]:
+    if len(spans) == vectors.shape[1]:
         return float(squares @ squares)
     total = 0.0
     for start, end in spans:
-        part = np.ascontiguousarray(wide[:, start:end])
+        part = np.ascontiguousarray(vectors[:, start:end], np.float64)
         gram = part @ part.T if len(part) < end - start else part.T @ part
         total += float(np.vdot(gram, gram))
     return total

@@ -52,10 +52,13 @@ Result = TypeVar("Result", bound=_Noting)
 
 
 def _mapped(
-    work: Callable[[Unit], Result], units: Iterable[Unit], context: RunContext
+    work: Callable[[Unit], Result],
+    units: Iterable[Unit],
+    context: RunContext,
+    at_most: int | None = None,
 ) -> Iterator[Result]:
     """Yield ``work(unit)`` for each unit, over the pool; the cache takes over the notes."""
-    for made in context.pool.map(work, units):
+    for made in context.pool.map(work, units, at_most):
         if context.cache is not None:
             context.cache.notes += made.notes
         yield made
@@ -101,7 +104,9 @@ def measured_curves(
     order.sort(key=lambda c: max(p.most for p in c.proposals), reverse=True)
     tasks = [(c, family, its) for c in order for family, its in _by_family(c)]
     units = (_error_unit(model, c.layer, family, its, data, context) for c, family, its in tasks)
-    found = zip(tasks, _mapped(_measure, units, context), strict=True)
+    # Units that wait would hold the second moments of the largest layers.
+    at_most = None if data is None else context.pool.runs_at_most
+    found = zip(tasks, _mapped(_measure, units, context, at_most), strict=True)
     result: dict[str, list[tuple[Form, VariantCurve]]] = defaultdict(list)
     for (c, family, its), measured in tracked(
         found, len(tasks), partial(context.progress, "singular values")

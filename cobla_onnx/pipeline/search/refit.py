@@ -251,7 +251,8 @@ class _Refit:
         # The ridge is far above the rounding of single precision. Where the second factor moves
         # over several positions, its normal equations have none.
         exact = self._moves() or entry.layer.type == onnx.TensorProto.DOUBLE
-        joint, held_back = walk.joint(entry.layer, weights, pairing, exact)
+        shape = self._rows.shape
+        joint, held_back = walk.joint(entry.layer, weights, pairing, shape, exact)
         inputs = joint.inputs
         own_bias = old.bias is not None
         inner, cross = shrink_joint(

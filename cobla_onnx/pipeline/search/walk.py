@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import onnx
@@ -49,6 +50,8 @@ Seeded: TypeAlias = tuple[tuple[Feeds, Feeds], tuple[int, ...]]
 # Vectors for each of a layer's inputs that a regression gets, over all samples: the excess error
 # of least squares is about 1 / `VECTORS`.
 VECTORS = 32
+# Most bytes of sums in all units of work together, beside those of the units that are done.
+SUMS = 1 << 28
 
 
 class Walk:
@@ -102,26 +105,35 @@ class Walk:
         layer: Layer,
         weights: Weights,
         pairing: Sequence[Pairing],
+        shape: tuple[int, int, int],
         exact: bool,
     ) -> tuple[Joint, Joint]:
         """Moments of (inputs after compression, original outputs), over all uses of a layer.
 
         All samples are advanced to its first use. The second moments are of the samples held back.
-        `exact` is that of `JointSum`.
+
+        Parameters
+        ----------
+        pairing : sequence of callable
+            For each use.
+        shape : tuple of int
+            Groups, outputs and entries of the input vectors that `pairing` yields.
+        exact : bool
+            As for `JointSum`.
         """
         feeds = self._feeds(weights)
         places = self.place
-        sums: list[Sums] = []
+        sums: list[JointSum] = []
         for use, paired in zip(layer.uses, pairing, strict=True):
-            found, places = self._see(layer, use, paired, places, feeds, exact)
-            sums.append(found)
+            empty = partial(_empty_sum, shape, exact)
+            found, places = self._see(layer, use, paired, places, feeds, empty)
             if use is layer.uses[0]:
                 self.place = places
-        made, held_back = sums[0]
-        for more_made, more_held_back in sums[1:]:
-            made.merge(more_made)
-            held_back.merge(more_held_back)
-        return made.joint(), held_back.joint()
+            for total, more in zip(sums, found, strict=False):
+                total.merge(more)
+            sums = sums or list(found)
+        # Each sum is freed before the next moment is made of one: they may be large.
+        return sums.pop(0).joint(), sums.pop(0).joint()
 
     def _feeds(self, weights: Weights) -> dict[str, NDArray[Any]]:
         """Weights and biases of all chosen layers, by their input names in the exposed model."""
@@ -141,7 +153,7 @@ class Walk:
         paired: Pairing,
         places: tuple[Frontier, Frontier],
         weights: dict[str, NDArray[Any]],
-        exact: bool,
+        empty: Callable[[], JointSum],
     ) -> tuple[Sums, tuple[Frontier, Frontier]]:
         """Sum over the samples at one use; also return the frontiers before it."""
         original, compressed = places
@@ -153,22 +165,19 @@ class Walk:
         most = enough_positions(patch, self._samples, VECTORS)
 
         def add_up(part: list[Seeded]) -> tuple[JointSum, list[list[Feeds]]]:
-            total: JointSum | None = None
+            total = empty()
             moved = []
             for pair, seeds in part:
                 given, read = right.run(pair[0]), left.run(pair[1])
                 chosen = choose_positions(patch, read[use.data], seeds, most)
                 wanted = finite_outputs(given[use.output])
                 for vectors, outputs in paired(read[use.data], wanted, chosen):
-                    groups, size = vectors.shape[:2]
-                    total = total or JointSum(groups, size, outputs.shape[1], exact)
                     total.add(vectors, outputs, chosen.each, chosen.share)
                 values = zip((given, read), crossing, strict=True)
                 moved.append([{name: found[name] for name in names} for found, names in values])
-            assert total is not None
             return total, moved
 
-        totals: list[JointSum | None] = [None, None]
+        totals = empty(), empty()
         pairs = zip(original.batches(), compressed.batches(), strict=True)
         seeded = zip(pairs, self._seeds, strict=True)
         # Splits of the units, in their order.
@@ -176,24 +185,23 @@ class Walk:
         of_split = [number for number, count in enumerate(numbers) for _ in range(count)]
         with open_pool(self._threads) as pool:
             units = (part for split in self._split(seeded) for part in parts_of(split))
-            found_units = pool.map(add_up, units, self._threads)
+            at_once = max(1, min(self._threads, SUMS // totals[0].nbytes))
+            found_units = pool.map(add_up, units, at_once)
             for split, (found, moved) in zip(of_split, found_units, strict=True):
-                total = totals[split]
-                if total is None:
-                    totals[split] = found
-                else:
-                    total.merge(found)
+                totals[split].merge(found)
                 for batch in moved:
                     for store, values in zip(stores, batch, strict=True):
                         store.put(values)
-        made, held_back = totals
-        assert made is not None
-        assert held_back is not None
         moved_to = original.moved_to(stores[0]), compressed.moved_to(stores[1])
-        return (made, held_back), moved_to
+        return totals, moved_to
 
     def _split(self, batches: Iterable[Item]) -> Iterator[Iterable[Item]]:
         """Part what belongs to the calibration split's batches from what follows."""
         rest = iter(batches)
         yield itertools.islice(rest, self._made)
         yield rest
+
+
+def _empty_sum(shape: tuple[int, int, int], exact: bool) -> JointSum:
+    groups, outputs, size = shape
+    return JointSum(groups, size, outputs, exact)

@@ -25,13 +25,14 @@ __all__ = ["FLOOR", "shrink", "shrink_joint", "shrink_outputs", "shrinkage", "wi
 FLOOR = 1e-6
 
 
-def shrinkage(second: Float64, prior: Float64, effective: Float64, mean: Float64) -> Float64:
+def shrinkage(second: Float64, distance: Float64, effective: Float64, mean: Float64) -> Float64:
     """Return the weight of the prior, l, for each group.
 
     Parameters
     ----------
-    second, prior : float64 array, shape (groups, size, size)
-        With the same traces.
+    second : float64 array, shape (groups, size, size)
+    distance : float64 array, shape (groups,)
+        Squared distance of the prior, which has the same trace.
     effective : float64 array, shape (groups,)
         Effective number of independent vectors; where it is 0, the weight is 1.
     mean : float64 array, shape (groups, size)
@@ -44,8 +45,6 @@ def shrinkage(second: Float64, prior: Float64, effective: Float64, mean: Float64
     """
     traces, norms = np.einsum("gii->g", second), np.einsum("gij,gij->g", second, second)
     normal = traces**2 + norms - 2 * np.einsum("gi,gi->g", mean, mean) ** 2
-    apart = second - prior
-    distance = np.einsum("gij,gij->g", apart, apart)
     shares, certain = np.ones_like(traces), effective * distance
     np.divide(normal, certain, out=shares, where=certain > 0)
     return np.asarray(np.clip(shares, FLOOR, 1.0))
@@ -63,10 +62,14 @@ def shrink(second: Float64, effective: Float64, mean: Float64) -> tuple[Float64,
     """
     size = second.shape[1]
     level = np.einsum("gii->g", second) / size
-    prior = level[:, None, None] * np.eye(size)
-    shares = shrinkage(second, prior, effective, mean)
-    kept = (1 - shares)[:, None, None]
-    return kept * second + (1 - kept) * prior, shares
+    # Of the prior, level times the identity, which is never made: as large as the moment.
+    norms = np.einsum("gij,gij->g", second, second)
+    distance = np.maximum(norms - size * level**2, 0.0)
+    shares = shrinkage(second, distance, effective, mean)
+    drawn = (1 - shares)[:, None, None] * second
+    diagonal = np.einsum("gii->gi", drawn)
+    diagonal += (shares * level)[:, None]
+    return drawn, shares
 
 
 def shrink_joint(
@@ -114,7 +117,8 @@ def shrink_outputs(
     seen = (energies > 0) & (traces > 0)
     level = np.divide(energies, traces, out=np.ones_like(traces), where=seen)
     prior *= level[:, None, None]
-    shares = shrinkage(outputs, prior, effective, mean)
+    apart = outputs - prior
+    shares = shrinkage(outputs, np.einsum("gij,gij->g", apart, apart), effective, mean)
     kept = (1 - shares)[:, None, None]
     return kept * outputs + (1 - kept) * prior, shares
 
