@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Key, Value]):
-    """Results by key, the least recently used dropped first; the last one is always kept.
+    """Results by key, the least recently used dropped first.
 
     Parameters
     ----------
@@ -21,10 +21,12 @@ class Recent(Generic[Key, Value]):
         Bytes.
     size : callable
         Bytes of a result.
+    last : bool
+        Whether the last one is held whatever its size.
     """
 
-    def __init__(self, limit: int, size: Callable[[Value], int]) -> None:
-        self._limit, self._size = limit, size
+    def __init__(self, limit: int, size: Callable[[Value], int], last: bool = True) -> None:
+        self._limit, self._size, self._least = limit, size, int(last)
         # With sizes, which may take a walk over arrays; the most recently used at the end.
         self._held: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
 
@@ -46,6 +48,6 @@ class Recent(Generic[Key, Value]):
         self._held.pop(key, None)
         self._held[key] = value, self._size(value)
         held = sum(size for _, size in self._held.values())
-        while held > self._limit and len(self._held) > 1:
+        while held > self._limit and len(self._held) > self._least:
             held -= self._held.popitem(last=False)[1][1]
         return value

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from cobla_onnx.variants.recent import Recent
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), min_size=1))
-def test_the_last_are_held_within_the_limit(asked: list[tuple[int, int]]) -> None:
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 14)), min_size=1), st.booleans())
+def test_the_last_are_held_within_the_limit(asked: list[tuple[int, int]], last: bool) -> None:
     """Against a list in the order of use."""
-    recent: Recent[int, bytes] = Recent(12, len)
+    recent: Recent[int, bytes] = Recent(12, len, last)
     used: list[tuple[int, bytes]] = []
     for key, size in asked:
         expected = next((value for known, value in used if known == key), None)
@@ -21,7 +21,7 @@ def test_the_last_are_held_within_the_limit(asked: list[tuple[int, int]]) -> Non
         if expected is None:
             assert recent.put(key, value) is value
         used.append((key, value))
-        while expected is None and sum(len(held) for _, held in used) > 12 and len(used) > 1:
+        while expected is None and sum(len(held) for _, held in used) > 12 and len(used) > last:
             used.pop(0)
 
 

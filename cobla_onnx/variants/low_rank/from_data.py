@@ -136,7 +136,7 @@ class FactorsFromData:
     def __init__(self, seen: Seen) -> None:
         self._seen = seen
         self._solvers: Recent[tuple[str, str], Solver] = Recent(
-            seen.kept, lambda solver: solver.nbytes
+            seen.kept, lambda solver: solver.nbytes, last=False
         )
 
     def unit(
