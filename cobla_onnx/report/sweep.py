@@ -129,6 +129,11 @@ class Sweep(Exported):
         return tuple(point for point in self.points if point.front)
 
     @property
+    def made(self) -> tuple[SweepPoint, ...]:
+        """The points that have a model."""
+        return tuple(point for point in self.points if not point.refused)
+
+    @property
     def measure(self) -> str | None:
         """The measure of quality that all points have; ``drop`` if it is not the same for all.
 

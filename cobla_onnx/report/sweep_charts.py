@@ -77,7 +77,7 @@ class _Axis:
 
 def front_charts(found: Sweep) -> list[FrontChart]:
     """Return charts of what all points have: quality, then loss; against bytes, then time."""
-    points = [point for point in found.points if not point.refused]
+    points = found.made
     down = [_Axis("loss", lambda p: p.loss, lambda v: f"{v:.2g}", logarithmic=True)]
     if found.measure is not None:
         most = 1.0 if found.measure in ("accuracy", "agreement") else None

@@ -54,18 +54,17 @@ def to_html(found: Sweep, folder: Path, command: str | None = None) -> str:
     command : str, optional
         The command line that makes it again.
     """
-    reached = [point for point in found.points if not point.refused]
-    measured = next((p.quality for p in reached if p.quality is not None), None)
+    measured = next((p.quality for p in found.made if p.quality is not None), None)
     return template("sweep.html").render(
         title=safe_text(found.input or "a model in memory", 120),
         found=found,
         charts=front_charts(found),
-        points=[(point, _link(point, folder)) for point in reached],
+        points=[(point, _link(point, folder)) for point in found.made],
         refused=[point for point in found.points if point.refused],
         measured=measured,
         samples=_samples(measured, found.measure),
         compared=any(not point.ours for point in found.points),
-        timed=any(point.latency is not None for point in reached),
+        timed=any(point.latency is not None for point in found.made),
         command=command,
     )
 

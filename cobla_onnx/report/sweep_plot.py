@@ -57,8 +57,7 @@ def draw(found: Sweep, path: Path) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points = [point for point in found.points if not point.refused]
-    costs = [name for name in COSTS if all(getattr(p, name) is not None for p in points)]
+    costs = [name for name in COSTS if all(getattr(p, name) is not None for p in found.made)]
     rows = ["loss", *([found.measure] if found.measure else [])]
     with matplotlib.rc_context({"svg.hashsalt": "cobla-onnx", "font.size": 9}):
         figure = Figure(figsize=(3.8 * len(costs), 2.8 * len(rows)), layout="constrained")
@@ -80,17 +79,18 @@ def _panel(axes: Any, found: Sweep, cost: str, quantity: str) -> None:
         other = None if quantity == "loss" else found.quality_of(point)
         return (point.loss or 0.0) if other is None else other
 
-    points = [point for point in found.points if not point.refused]
     for wanted, colour, marker, label in (
         ((True, True), ON_FRONT, "o", "Pareto front"),
         ((True, False), DOMINATED, "x", "dominated"),
     ):
-        shown = sorted((getattr(p, cost), value(p)) for p in points if (p.ours, p.front) == wanted)
+        shown = sorted(
+            (getattr(p, cost), value(p)) for p in found.made if (p.ours, p.front) == wanted
+        )
         if shown:
             x, y = zip(*shown, strict=True)
             line = "-" if wanted[1] and cost == "mem" else "none"
             axes.plot(x, y, color=colour, marker=marker, linestyle=line, label=label)
-    others = [point for point in points if not point.ours]
+    others = [point for point in found.made if not point.ours]
     for point, marker in zip(others, itertools.cycle(MARKERS), strict=False):
         place = getattr(point, cost), value(point)
         axes.plot(*place, color=OTHERS, marker=marker, linestyle="none", label=point.name)
