@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,10 @@ import onnx
 from cobla_onnx.graph.io.model_file import copy_without_initializers, unique_name
 from cobla_onnx.graph.io.save import save_model
 from cobla_onnx.graph.order import sort_nodes
+from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import temporary_folder
 
-__all__ = ["Prepared", "in_a_file", "prepare", "quietly"]
+__all__ = ["Handed", "Prepared", "has_more_files", "in_a_file", "prepare", "quietly"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,22 @@ def in_a_file(model: onnx.ModelProto) -> Iterator[Path]:
         path = folder / "model.onnx"
         save_model(model, path, "auto", lambda written: None)
         yield path
+
+
+def has_more_files(path: Path) -> bool:
+    """Whether the weights of such a file are in another beside it, since they are too large."""
+    return any(file.suffix == ".data" for file in path.parent.iterdir())
+
+
+class Handed:
+    """Hands batches to onnxruntime's calibration, one at a time."""
+
+    def __init__(self, batches: Iterable[Feeds]) -> None:
+        self._batches: Iterator[Feeds] = iter(batches)
+
+    def get_next(self) -> Feeds | None:
+        """Return the next batch, None after the last."""
+        return next(self._batches, None)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import onnx
 
 from cobla_onnx.arithmetic.nodes import BY_CHANNEL
-from cobla_onnx.arithmetic.prepared import quietly
+from cobla_onnx.arithmetic.prepared import Handed, has_more_files, quietly
 from cobla_onnx.arithmetic.saturation import sums_saturate
 from cobla_onnx.errors import CoblaError, ModelError
 from cobla_onnx.graph.protos import opset_of
@@ -73,23 +73,12 @@ class Quantiser:
             raise ModelError(f"fails: {type(error).__name__}, {first_line(error)}") from error
 
 
-class _Reader:
-    """Hands samples to the calibration of `quantize_static`."""
-
-    def __init__(self, batches: Iterable[Feeds]) -> None:
-        self._batches: Iterator[Feeds] = iter(batches)
-
-    def get_next(self) -> Feeds | None:
-        """Return the next batch, None after the last."""
-        return next(self._batches, None)
-
-
 def _static_qdq(source: Path, target: Path, samples: Samples) -> None:
     """Quantise activations (uint8) and weights (int8, by channel), with ranges from samples."""
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    beside = _has_more_files(source)
+    beside = has_more_files(source)
     lifted, prepared = target.with_name("lifted.onnx"), target.with_name("prepared.onnx")
     quant_pre_process(
         _lifted(source, lifted), prepared, skip_symbolic_shape=True, save_as_external_data=beside
@@ -97,7 +86,7 @@ def _static_qdq(source: Path, target: Path, samples: Samples) -> None:
     quantize_static(
         prepared,
         target,
-        _Reader(samples()),
+        Handed(samples()),
         per_channel=True,
         # As onnxruntime advises for processors without 8-bit dot products.
         reduce_range=sums_saturate(),
@@ -119,7 +108,7 @@ def _dynamic(source: Path, target: Path, _: Samples) -> None:
         lifted,
         target,
         weight_type=QuantType.QUInt8 if convolutions else QuantType.QInt8,
-        use_external_data_format=_has_more_files(source),
+        use_external_data_format=has_more_files(source),
     )
 
 
@@ -132,7 +121,7 @@ def _matmul_nbits(bits: int, source: Path, target: Path, _: Samples) -> None:
     made = quantizer.model.model
     if not any(node.op_type == "MatMulNBits" for node in made.graph.node):
         raise ModelError("finds nothing to do: the model has no MatMul with a constant operand")
-    _save(made, target, _has_more_files(source))
+    _save(made, target, has_more_files(source))
 
 
 def _float16(source: Path, target: Path, _: Samples) -> None:
@@ -140,7 +129,7 @@ def _float16(source: Path, target: Path, _: Samples) -> None:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     made = convert_float_to_float16(onnx.load(source), keep_io_types=True)
-    _save(made, target, _has_more_files(source))
+    _save(made, target, has_more_files(source))
 
 
 def _lifted(source: Path, target: Path) -> Path:
@@ -148,13 +137,8 @@ def _lifted(source: Path, target: Path) -> Path:
     if opset_of(onnx.load(source, load_external_data=False)) >= BY_CHANNEL:
         return source
     made = onnx.version_converter.convert_version(onnx.load(source), BY_CHANNEL)
-    _save(made, target, _has_more_files(source))
+    _save(made, target, has_more_files(source))
     return target
-
-
-def _has_more_files(source: Path) -> bool:
-    """Whether the weights are in a file beside the model, since they are too large."""
-    return any(file.suffix == ".data" for file in source.parent.iterdir())
 
 
 def _save(model: Any, target: Path, beside: bool) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from cobla_onnx.arithmetic.nodes import CARRIED, WEIGHTED
-from cobla_onnx.arithmetic.prepared import Prepared, in_a_file, quietly
+from cobla_onnx.arithmetic.prepared import Handed, Prepared, has_more_files, in_a_file, quietly
 from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["METHODS", "Method", "Ranges", "calibrated", "stand_in_ranges"]
@@ -17,17 +17,6 @@ Method: TypeAlias = Literal["min-max", "entropy", "percentile"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Ranges: TypeAlias = Any
 """`onnxruntime.quantization.TensorsData`."""
-
-
-class _OneBatch:
-    """Hands one batch to a calibrator, which keeps all tensors of what it is handed at a time."""
-
-    def __init__(self, feeds: Feeds) -> None:
-        self._feeds: Iterator[Feeds] = iter([feeds])
-
-    def get_next(self) -> Feeds | None:
-        """Return the batch, then None."""
-        return next(self._feeds, None)
 
 
 def calibrated(
@@ -70,14 +59,15 @@ def calibrated(
             sorted(operators),
             augmented_model_path=str(path.with_name("augmented.onnx")),
             calibrate_method=kinds[method],
-            use_external_data_format=len(list(path.parent.iterdir())) > 1,
+            use_external_data_format=has_more_files(path),
             extra_options=extra,
         )
         try:
             # Such values overflow, too, before numpy refuses them.
             with np.errstate(over="ignore", invalid="ignore"):
                 for feeds in batches:
-                    calibrator.collect_data(_OneBatch(feeds))
+                    # One by one: it keeps all tensors of what it is handed at a time.
+                    calibrator.collect_data(Handed([feeds]))
                 return calibrator.compute_data()
         except ValueError:
             if method == "min-max":
