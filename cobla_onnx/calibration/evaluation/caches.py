@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import onnx
 
 from cobla_onnx.calibration.evaluation.output_choice import OutputChoice
+from cobla_onnx.calibration.evaluation.tracing import FLOATING
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.text import quoted
 
 __all__ = ["without_caches"]
-
-FLOATING = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
 
 def without_caches(
@@ -35,7 +34,7 @@ def without_caches(
     others = [
         value.name
         for value in model.graph.output
-        if value.type.tensor_type.elem_type in FLOATING
+        if value.type.tensor_type.elem_type in FLOATING.values()
         and value.name not in caches
         and choices.get(value.name, OutputChoice(value.name)).how != "ignore"
     ]

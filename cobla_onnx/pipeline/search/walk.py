@@ -123,9 +123,10 @@ class Walk:
         """
         feeds = self._feeds(weights)
         places = self.place
+        groups, outputs, size = shape
+        empty = partial(JointSum, groups, size, outputs, exact)
         sums: list[JointSum] = []
         for use, paired in zip(layer.uses, pairing, strict=True):
-            empty = partial(_empty_sum, shape, exact)
             found, places = self._see(layer, use, paired, places, feeds, empty)
             if use is layer.uses[0]:
                 self.place = places
@@ -200,8 +201,3 @@ class Walk:
         rest = iter(batches)
         yield itertools.islice(rest, self._made)
         yield rest
-
-
-def _empty_sum(shape: tuple[int, int, int], exact: bool) -> JointSum:
-    groups, outputs, size = shape
-    return JointSum(groups, size, outputs, exact)
