@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from cobla_onnx.allocation.sqp import Step
 from cobla_onnx.errors import UsageError, VerificationError, WriteError
 from cobla_onnx.graph.io.disk import bytes_of, files_of, zipped_bytes_of
 from cobla_onnx.graph.io.model_file import load_in_order, stored_bytes, write_atomically
-from cobla_onnx.graph.io.save import ExternalData, save_model
+from cobla_onnx.graph.io.save import ExternalData, save_model, saved_bytes
 from cobla_onnx.graph.order import restore_order
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.costs import Cost
@@ -25,7 +25,6 @@ from cobla_onnx.report.model import Report
 from cobla_onnx.report.provenance import command_text
 from cobla_onnx.runtime.providers import execution_provider
 from cobla_onnx.runtime.session import open_session
-from cobla_onnx.runtime.temporary import temporary_folder
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.wording import option_name
 
@@ -81,34 +80,30 @@ class Result:
             If the file on disk differs from the verified model.
         """
         before = _on_disk(self.source)
-        self._write(path, external_data, self._check)
+        copied = self._copied(external_data)
+        if copied is not None:
+            write_atomically(path, copied.read_bytes())
+        else:
+            save_model(self.model, path, self._apart(external_data), self._check)
         file, zipped = map(Cost, before, _on_disk(Path(path)))
         sizes = replace(self.report.sizes, file=file, zipped=zipped)
         self.report = replace(self.report, output=os.fspath(path), sizes=sizes)
 
     def file_bytes(self, external_data: ExternalData = "auto") -> int:
-        """Count the bytes that `save` would write, external data among them.
+        """Count the bytes that `save` would write, external data among them."""
+        copied = self._copied(external_data)
+        if copied is not None:
+            return copied.stat().st_size
+        return saved_bytes(self.model, self._apart(external_data))
 
-        They depend on names and sizes alone, and are counted in a temporary folder.
-        """
-        with temporary_folder("size") as folder:
-            path = folder / "model.onnx"
-            self._write(path, external_data, lambda written: None)
-            return bytes_of(files_of(path))
+    def _apart(self, external_data: ExternalData) -> ExternalData:
+        """Whether weights go into a file beside the model: where they were, too."""
+        return "always" if self._external and external_data == "auto" else external_data
 
-    def _write(
-        self,
-        path: str | os.PathLike[str],
-        external_data: ExternalData,
-        check: Callable[[Path], None],
-    ) -> None:
-        if self._external and external_data == "auto":
-            external_data = "always"
+    def _copied(self, external_data: ExternalData) -> Path | None:
+        """File of which the result is a copy, byte by byte; None if it is written anew."""
         plain = self.report.unchanged and not self._external and external_data != "always"
-        if self.source is not None and plain:
-            write_atomically(path, self.source.read_bytes())
-        else:
-            save_model(self.model, path, external_data, check)
+        return self.source if plain else None
 
     def _check(self, written: Path) -> None:
         model, order = load_in_order(written)

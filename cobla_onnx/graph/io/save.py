@@ -32,7 +32,7 @@ from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.text import quoted, safe_text
 from cobla_onnx.wording import option_name
 
-__all__ = ["ExternalData", "save_model"]
+__all__ = ["ExternalData", "save_model", "saved_bytes"]
 
 ExternalData: TypeAlias = Literal["auto", "always", "never"]
 # Smaller tensors stay in the model: a page each would cost more than it saves.
@@ -67,13 +67,53 @@ def save_model(
     target = Path(os.path.realpath(path))
     beside = _beside(model, external_data)
     if not beside:
-        mapped = any(map(is_external, model.graph.initializer))
-        whole = _copy(model, {}, "") if mapped else model
-        write_atomically(path, whole.SerializeToString(deterministic=True), check)
+        write_atomically(path, _whole(model).SerializeToString(deterministic=True), check)
         return
     with _data_file(model, beside, target) as (name, offsets):
         light = _copy(model, offsets, name)
         write_atomically(path, light.SerializeToString(deterministic=True), check)
+
+
+def saved_bytes(model: onnx.ModelProto, external_data: ExternalData, stem: str = "model") -> int:
+    """Count the bytes of the files that `save_model` would write, without writing them.
+
+    Parameters
+    ----------
+    external_data : {'auto', 'always', 'never'}
+    stem : str
+        Of the model's file: a data file has it in its name, which the model holds.
+
+    Raises
+    ------
+    UsageError
+        If 'never' is asked for and one file cannot hold the model.
+    """
+    beside = _beside(model, external_data)
+    if not beside:
+        return int(_whole(model).ByteSize())
+    offsets, end = _offsets(beside)
+    return int(_copy(model, offsets, _data_name(stem, "")).ByteSize()) + end
+
+
+def _whole(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model with all its weights inside."""
+    mapped = any(map(is_external, model.graph.initializer))
+    return _copy(model, {}, "") if mapped else model
+
+
+def _offsets(beside: list[onnx.TensorProto]) -> tuple[dict[str, int], int]:
+    """Place tensors in the data file, each on a page of its own; also return where they end."""
+    offsets: dict[str, int] = {}
+    end = 0
+    for tensor in beside:
+        offsets[tensor.name] = end + -end % PAGE
+        end = offsets[tensor.name] + tensor_bytes(tensor)
+    return offsets, end
+
+
+def _data_name(stem: str, digest: str) -> str:
+    """Name a data file by its content."""
+    return f"{stem[:100]}-{digest[:12]:0<12}.data"
 
 
 def _beside(model: onnx.ModelProto, external_data: ExternalData) -> list[onnx.TensorProto]:
@@ -137,17 +177,15 @@ def _data_file(
 ) -> Iterator[tuple[str, dict[str, int]]]:
     """Write the data file; remove it again if what follows fails and it was not there before."""
     digest = hashlib.sha256()
-    offsets: dict[str, int] = {}
+    offsets, _ = _offsets(beside)
     final = target
 
     def write(file: BinaryIO) -> None:
         position = 0
         for tensor in beside:
-            padding = bytes(-position % PAGE)
-            position += len(padding)
-            offsets[tensor.name] = position
+            padding = bytes(offsets[tensor.name] - position)
             data = _raw(tensor)
-            position += len(data)
+            position = offsets[tensor.name] + len(data)
             digest.update(padding)
             file.write(padding)
             for start in range(0, len(data), CHUNK):
@@ -161,7 +199,7 @@ def _data_file(
     try:
         write_atomically(temporary, write)
         made.append(temporary)
-        final = target.with_name(f"{target.stem[:100]}-{digest.hexdigest()[:12]}.data")
+        final = target.with_name(_data_name(target.stem, digest.hexdigest()))
         if final.exists():
             _same(final, digest.hexdigest())
         else:

@@ -224,3 +224,21 @@ def test_more_than_a_message_can_hold(tmp_path):
     written = onnx.load(out, load_external_data=False)
     elements = sum(int(np.prod(t.dims)) for t in written.graph.initializer)
     assert 4 * elements <= budget * size
+
+
+@pytest.mark.parametrize("external_data", ["auto", "always", "never"])
+@pytest.mark.parametrize("outside", [False, True])
+def test_bytes_are_counted_as_they_are_written(tmp_path, outside, external_data):
+    source = external_network(tmp_path) if outside else small_network()
+    result = compress(source, Budget(mem=0.6), threads=1)
+    counted = result.file_bytes(external_data)
+    target = tmp_path / "new" / "model.onnx"
+    target.parent.mkdir()
+    result.save(target, external_data=external_data)
+    assert counted == sum(path.stat().st_size for path in target.parent.iterdir())
+
+
+def test_bytes_of_a_copy_are_those_of_the_source(tmp_path):
+    path = tmp_path / "in.onnx"
+    onnx.save(small_network(), path)
+    assert compress(path, Budget(mem=1.0), threads=1).file_bytes() == path.stat().st_size
