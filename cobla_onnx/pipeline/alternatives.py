@@ -14,8 +14,8 @@ from cobla_onnx.arithmetic.quantisers import QUANTISERS, Quantiser
 from cobla_onnx.errors import CoblaError, ModelError
 from cobla_onnx.graph.io.disk import bytes_of, files_of
 from cobla_onnx.graph.io.model_file import load_model, stored_bytes
-from cobla_onnx.graph.io.save import ExternalData, save_model
-from cobla_onnx.graph.layers import all_inputs
+from cobla_onnx.graph.io.save import ExternalData, save_model, saved_bytes
+from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.session import Session
 from cobla_onnx.report.sweep import SweepPoint
@@ -50,13 +50,12 @@ def alternatives(
     assert evidence is not None
     measured = evidence.measured.model.graph.output
     prepared = prepare(session.written, measured)
-    with in_a_file(prepared.model) as source, temporary_folder("alternatives") as made:
+    with in_a_file(prepared.model) as source:
         maker = _Maker(session, evidence, prepared, source, external_data)
         for number, quantiser in enumerate(QUANTISERS):
             session.notify("compare with onnxruntime", number, len(QUANTISERS))
-            place = folder or made
-            target = place / f"{stem}-onnxruntime-{quantiser.slug}.onnx"
-            yield maker.point(quantiser, target, kept=folder is not None)
+            name = f"{stem}-onnxruntime-{quantiser.slug}.onnx"
+            yield maker.point(quantiser, None if folder is None else folder / name)
         session.notify("compare with onnxruntime", len(QUANTISERS), len(QUANTISERS))
 
 
@@ -68,14 +67,15 @@ class _Maker:
     source: Path
     external_data: ExternalData
 
-    def point(self, quantiser: Quantiser, target: Path, *, kept: bool) -> SweepPoint:
+    def point(self, quantiser: Quantiser, target: Path | None) -> SweepPoint:
+        """Return the point of a quantiser; its model is written to `target`, if that is given."""
         method = f"onnxruntime {quantiser.name}"
         try:
-            return self._measured(quantiser, method, target, kept)
+            return self._measured(quantiser, method, target)
         except CoblaError as error:
             return SweepPoint(None, method=method, refused=error.in_flags())
 
-    def _measured(self, quantiser: Quantiser, method: str, target: Path, kept: bool) -> SweepPoint:
+    def _measured(self, quantiser: Quantiser, method: str, target: Path | None) -> SweepPoint:
         dataset, judge = self.evidence.dataset, self.evidence.judge
         with temporary_folder("quantised") as folder:
             path = folder / "made.onnx"
@@ -86,7 +86,11 @@ class _Maker:
             if not (math.isfinite(loss) and math.isfinite(quality.after)):
                 raise ModelError("on the samples held back its outputs are no numbers")
             own = self._with_own_outputs(model)
-            save_model(own, target, self.external_data, lambda _: None)
+            if target is None:
+                size = saved_bytes(own, self.external_data)
+            else:
+                save_model(own, target, self.external_data, lambda _: None)
+                size = bytes_of(files_of(target))
             analysis = self.session.analysis
             return SweepPoint(
                 None,
@@ -96,30 +100,22 @@ class _Maker:
                 latency=self._latency(own),
                 loss=loss,
                 quality=quality,
-                file=str(target) if kept else None,
-                file_bytes=bytes_of(files_of(target)),
+                file=None if target is None else str(target),
+                file_bytes=size,
                 method=method,
             )
 
     def _with_own_outputs(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """Drop outputs at which only the loss is taken, and the nodes that make nothing else."""
+        """Drop outputs at which only the loss is taken, and what makes nothing else."""
         own = {value.name for value in self.prepared.original.graph.output}
-        graph = model.graph
-        outputs = [value for value in graph.output if value.name in own]
-        if len(outputs) == len(graph.output):
+        outputs = [value for value in model.graph.output if value.name in own]
+        if len(outputs) == len(model.graph.output):
             return model
-        del graph.output[:]
-        graph.output.extend(outputs)
-        read = {value.name for value in outputs}
-        nodes = []
-        for node in reversed(graph.node):
-            if not read.isdisjoint(node.output):
-                nodes.append(node)
-                read.update(all_inputs(node))
-        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(nodes)]
-        del graph.node[:]
-        graph.node.extend(kept)
-        return model
+        part = prefix(model, own)
+        # With types and shapes, which parts of a model do not declare.
+        del part.graph.output[:]
+        part.graph.output.extend(outputs)
+        return part
 
     def _latency(self, model: onnx.ModelProto) -> float | None:
         times = self.session.times
