@@ -143,8 +143,8 @@ class MomentSum:
     ) -> None:
         self._parts, self._exact = parts, exact
         # Products between different parts are 0.
-        self._blocks = (
-            [np.zeros((size, size)) for _ in range(groups)]
+        self._blocks: NDArray[np.float64] | list[NDArray[np.float64]] = (
+            np.zeros((groups, size, size))
             if parts is None
             else [np.zeros((len(part), len(part))) for part in parts]
         )
@@ -176,7 +176,9 @@ class MomentSum:
         """
         samples = vectors.shape[2] // each
         starts = np.arange(0, vectors.shape[2], each)
-        if self._parts is None:
+        if self._parts is None and len(vectors) > 1 and _apart(vectors.shape[1:], len(starts)):
+            self._add_groups(vectors, each)
+        elif self._parts is None:
             for group, block in enumerate(vectors):
                 self._add(group, self._blocks[group], self._total[group], block, starts)
         else:
@@ -204,7 +206,7 @@ class MomentSum:
         dtype = _type_of_products(block, self._exact)
         spans = list(itertools.pairwise([*starts.tolist(), block.shape[1]]))
         # The spread needs the products of each sample, and these add up to those of all.
-        apart = block.shape[1] ** 2 >= ADDING * len(block) * len(starts) ** 2
+        apart = _apart(block.shape, len(starts))
         for start, end in spans if apart else [(0, block.shape[1])]:
             # Contiguous: numpy then uses the symmetric product.
             factor = np.ascontiguousarray(block[:, start:end], dtype)
@@ -215,6 +217,21 @@ class MomentSum:
             self._fourth[group] += squares @ squares
             own = _squared_norm(products) if apart else _spread(factor, squares, spans)
             self._spread[group] += own
+
+    def _add_groups(self, vectors: NDArray[Any], each: int) -> None:
+        """Add the same of all groups in one go: those of a depthwise layer are many and small."""
+        assert isinstance(self._blocks, np.ndarray)
+        dtype = _type_of_products(vectors, self._exact, axis=(1, 2))
+        groups, size, _ = vectors.shape
+        # (groups, samples, size, each)
+        factors = np.moveaxis(vectors.reshape(groups, size, -1, each), 2, 1)
+        factors = np.ascontiguousarray(factors, dtype)
+        products = factors @ factors.swapaxes(2, 3)
+        self._blocks += products.sum(axis=1, dtype=np.float64)
+        self._total += vectors.sum(axis=2, dtype=np.float64)
+        self._spread += np.einsum("gnij,gnij->g", products, products, dtype=np.float64)
+        squares = np.einsum("gnsp,gnsp->gnp", factors, factors, dtype=np.float64)
+        self._fourth += np.einsum("gnp,gnp->g", squares, squares)
 
     def merge(self, other: MomentSum) -> None:
         """Add another sum."""
@@ -230,8 +247,9 @@ class MomentSum:
 
     def _second(self) -> NDArray[np.float64]:
         """Sum of the products, shape (groups, size, size)."""
-        if self._parts is None:
-            return self._blocks[0][None] if len(self._blocks) == 1 else np.stack(self._blocks)
+        if isinstance(self._blocks, np.ndarray):
+            return self._blocks
+        assert self._parts is not None
         size = self._total.shape[1]
         result = np.zeros((1, size, size))
         for rows, block in zip(self._parts, self._blocks, strict=True):
@@ -328,13 +346,21 @@ class JointSum:
         return Joint(inputs, self._cross / count, self._total / count)
 
 
-def _type_of_products(array: NDArray[Any], exact: bool) -> type[np.floating[Any]]:
-    """Return the type in which an array's products are taken."""
+def _apart(shape: tuple[int, ...], samples: int) -> bool:
+    """Whether products of vectors (size, positions) are taken of each sample by itself."""
+    size, positions = shape
+    return positions**2 >= ADDING * size * samples**2
+
+
+def _type_of_products(
+    array: NDArray[Any], exact: bool, axis: tuple[int, ...] | None = None
+) -> type[np.floating[Any]]:
+    """Return the type in which an array's products are taken; all others than `axis` are apart."""
     if exact:
         return np.float64
-    largest = max(float(array.max(initial=0.0)), -float(array.min(initial=0.0)))
-    single = largest == 0 or SINGLE[0] <= largest <= SINGLE[1]
-    return np.float32 if single else np.float64
+    largest = np.maximum(array.max(axis, initial=0.0), -array.min(axis, initial=0.0))
+    single = (largest == 0) | ((SINGLE[0] <= largest) & (largest <= SINGLE[1]))
+    return np.float32 if np.all(single) else np.float64
 
 
 def _squared_norm(matrix: NDArray[Any]) -> float:
