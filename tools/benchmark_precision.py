@@ -97,7 +97,7 @@ def open_subject(name: str, folders: Folders) -> Subject:
         bench = Bench(found, folders.assets, folders.wheels, 2)
     except FileNotFoundError as error:
         raise NoData(str(error)) from error
-    seen = folders.made / f"{_slug(name)}_calibration.npz"
+    seen = folders.made / f"{slug(name)}_calibration.npz"
     np.savez(seen, **{bench.input: bench.calibration})
     return Subject(bench.path, seen, lambda out: bench.figures(load_model(out)))
 
@@ -136,7 +136,7 @@ def held_bytes(model: Path) -> int:
         return stored_bytes(load_model(options.optimized_model_filepath))
 
 
-def latencies(subject: Subject, out: Path) -> dict[str, Any]:
+def latency_of(subject: Subject, out: Path, threads: int) -> dict[str, Any]:
     """Time a model against the original, run in turn on one sample."""
     from cobla_onnx.graph.io.model_file import load_model
     from cobla_onnx.latency.timing import Stopwatch, compare
@@ -144,11 +144,8 @@ def latencies(subject: Subject, out: Path) -> dict[str, Any]:
     models = [load_model(subject.model), load_model(out)]
     batch = next(iter(feeds_for(open_model(subject.model), subject.data)))
     feeds = {name: array[:1] for name, array in batch.items()}
-    found = {}
-    for threads in THREADS:
-        times = Stopwatch(threads).times(models, feeds, seconds=10, least=20, most=200)
-        found[str(threads)] = asdict(compare(times))
-    return found
+    times = Stopwatch(threads).times(models, feeds, seconds=10, least=20, most=200)
+    return asdict(compare(times))
 
 
 def chosen_methods(given: str) -> list[str]:
@@ -195,7 +192,8 @@ def key_of(name: str, method: str, budget: float | None) -> str:
     return f"{name} | {method} | {'as it is' if budget is None else f'{budget:g}'}"
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """Make a name for a file of any text."""
     return "".join(c if c.isalnum() or c == "." else "_" for c in text)
 
 
@@ -225,7 +223,7 @@ def run(
         subject: Subject | None = None
         for method, budget in entries(name, wanted, values, lambda: field.read(results)):
             key = key_of(name, method, budget)
-            row, out = field.read(results).get(key), folders.made / f"{_slug(key)}.onnx"
+            row, out = field.read(results).get(key), folders.made / f"{slug(key)}.onnx"
             timing = latency and (row is None or (_made(row) and "latency" not in row))
             failed = again and row is not None and not _made(row)
             if row is not None and not failed and not timing:
@@ -241,10 +239,10 @@ def run(
                 print(f"{key}: left out, {row['said'].strip()}", file=sys.stderr)
                 continue
             if timing and _made(row):
-                row["latency"] = latencies(subject, out)
+                row["latency"] = {str(each): latency_of(subject, out, each) for each in THREADS}
             # Others may have written meanwhile.
             field.write(results, field.read(results) | {key: row})
-            print(f"{key}: {_quality(row)}", file=sys.stderr, flush=True)
+            print(f"{key}: {quality_of(row)}", file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -284,7 +282,7 @@ def _budgets(rows: Mapping[tuple[str, str], Row]) -> list[str]:
             lines.append(_line(heading, cells))
 
     for method in methods:
-        add(method, _quality, method)
+        add(method, quality_of, method)
     for other in methods:
         if other != "auto":
             cells = [gap(*(_pairable(rows.get((m, c))) for m in ("auto", other))) for c in columns]
@@ -314,7 +312,7 @@ def _alternatives(rows: Mapping[tuple[str, str], Row]) -> list[str]:
         cells = [f"{row[part]:.3f}" if _made(row) else "" for part in ("mem", "file", "held")]
         budget = equal_bytes(row)
         other = rows.get(("auto", f"{budget:g}"), {}) if budget is not None else {}
-        cells += [_quality(row), _quality(other) if other else ""]
+        cells += [quality_of(row), quality_of(other) if other else ""]
         cells.append(gap(_pairable(other), _pairable(row)))
         cells += [_spent(row), _spent(other), _latency(row), _latency(other)]
         lines.append(_line(method, cells))
@@ -334,7 +332,7 @@ def _pairable(row: Row | None) -> Mapping[str, Any]:
     return row["quality"] if row and _made(row) else {}
 
 
-def _quality(row: Row) -> str:
+def quality_of(row: Row) -> str:
     """How well the model does, or why there is none."""
     if "stopped_after" in row:
         return "not finished"

@@ -10,6 +10,7 @@ that it needs is not installed; why stands on standard error.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ __all__ = ["ABLATION", "ALTERNATIVES", "METHODS", "OURS", "Method", "NotApplicab
 UNREACHABLE, NOT_APPLICABLE, NOT_INSTALLED = 4, 5, 6
 # Below it, onnxruntime's quantiser has no scales by channel.
 OPSET = 13
+HISTOGRAM_SAMPLES = 32
 
 Make = Callable[[Path, Path, Path, "float | None"], None]
 """Takes the model, the calibration data, where to write, and the budget."""
@@ -99,31 +101,57 @@ def ours(precision: str, switch_off: Callable[[], None] = nothing, **options: An
     return Method(make, budgeted=True)
 
 
-def static_qdq(model: Path, data: Path, out: Path, _: float | None) -> None:
-    """Quantise weights (int8, by channel) and activations (uint8) as onnxruntime advises."""
-    from field_data import feeds_for, open_model
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+def static_qdq_by(ranges: str) -> Make:
+    """Make a method that quantises weights (int8, by channel) and activations (uint8).
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.feeds = feeds_for(open_model(model), data)
+    As onnxruntime advises, with ranges by one of its calibrators, ``MinMax`` by default there.
+    Histograms are of the first samples alone: it holds all tensors of all samples for them.
+    """
 
-        def get_next(self) -> Any:
-            return next(self.feeds, None)
-
-    with tempfile.TemporaryDirectory() as folder:
-        raised, prepared = Path(folder) / "raised.onnx", Path(folder) / "prepared.onnx"
-        onnx.save(raise_opset(onnx.load(model)), raised)
-        quant_pre_process(raised, prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared,
-            out,
-            Reader(),
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
+    def make(model: Path, data: Path, out: Path, _: float | None) -> None:
+        from field_data import feeds_for, open_model
+        from onnxruntime.quantization import (
+            CalibrationDataReader,
+            CalibrationMethod,
+            QuantType,
+            quantize_static,
         )
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        class Reader(CalibrationDataReader):  # type: ignore[misc]
+            def __init__(self) -> None:
+                self.feeds = feeds_for(open_model(model), data)
+                if ranges != "MinMax":
+                    single = (
+                        {name: array[at : at + 1] for name, array in feeds.items()}
+                        for feeds in self.feeds
+                        for at in range(len(next(iter(feeds.values()))))
+                    )
+                    self.feeds = itertools.islice(single, HISTOGRAM_SAMPLES)
+
+            def get_next(self) -> Any:
+                return next(self.feeds, None)
+
+        with tempfile.TemporaryDirectory() as folder:
+            raised, prepared = Path(folder) / "raised.onnx", Path(folder) / "prepared.onnx"
+            onnx.save(raise_opset(onnx.load(model)), raised)
+            quant_pre_process(raised, prepared, skip_symbolic_shape=True)
+            quantize_static(
+                prepared,
+                out,
+                Reader(),
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=getattr(CalibrationMethod, ranges),
+                # A range that is never negative begins at 0.
+                extra_options={"CalibTensorRangeSymmetric": False},
+            )
+
+    return make
+
+
+static_qdq = static_qdq_by("MinMax")
 
 
 def dynamic(model: Path, _: Path, out: Path, __: float | None) -> None:

