@@ -137,21 +137,29 @@ def scan() -> onnx.ModelProto:
     return model_with(nodes, [VALUE("x", FLOAT, [5, 2, SIZE])], weights)
 
 
-def nested() -> onnx.ModelProto:
-    """An If in a Loop; a layer of the inner branches and one beside them."""
+def nested(constant: bool = False) -> onnx.ModelProto:
+    """An If in a Loop; a layer of the inner branches and one beside them.
+
+    With `constant`, their weights stand in Constant nodes of the bodies.
+    """
+
+    def held(name: str, seed: int) -> list[onnx.NodeProto]:
+        value = stored("", weight(seed))
+        return [NODE("Constant", [], [name], value=value)] if constant else []
 
     def branch(seed: int) -> onnx.GraphProto:
         return helper.make_graph(
-            [NODE("MatMul", ["a", "w"], ["out"], "inner")],
+            [*held("w", seed), NODE("MatMul", ["a", "w"], ["out"], "inner")],
             "branch",
             [],
             [VALUE("out", FLOAT, None)],
-            [stored("w", weight(seed))],
+            [] if constant else [stored("w", weight(seed))],
         )
 
     body = helper.make_graph(
         [
-            NODE("MatMul", ["state", "w"], ["a"], "step"),
+            *held("v", 3),
+            NODE("MatMul", ["state", "v"], ["a"], "step"),
             NODE("Greater", ["i", "zero"], ["later"]),
             NODE("If", ["later"], ["b"], "which", then_branch=branch(1), else_branch=branch(2)),
             NODE("Tanh", ["b"], ["next"]),
@@ -164,7 +172,7 @@ def nested() -> onnx.ModelProto:
         [stored("zero", np.array(0, np.int64))],
     )  # fmt: skip
     nodes = [NODE("Loop", ["count", "", "x"], ["y"], "loop", body=body)]
-    weights = {"count": np.array(3, np.int64), "w": weight(3)}
+    weights = {"count": np.array(3, np.int64)} | ({} if constant else {"v": weight(3)})
     return model_with(nodes, [VALUE("x", FLOAT, [2, SIZE])], weights)
 
 
@@ -197,6 +205,7 @@ MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "Loop": loop,
     "Scan": scan,
     "nested": nested,
+    "nested, constants": lambda: nested(constant=True),
     "function": lambda: calls(False),
     "function with a constant": lambda: calls(True),
 }

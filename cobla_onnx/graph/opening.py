@@ -171,7 +171,8 @@ def _move_nodes(graph: onnx.GraphProto, index: GraphIndex, chosen: set[int]) -> 
         gone.update(node.output)
     if not gone:
         return
-    for body in list(body_graphs(graph.node)):
+    # Inner bodies first: an outer one is made of copies of its nodes, which hold them.
+    for body in reversed(list(body_graphs(graph.node))):
         kept = [node for node in body.node if gone.isdisjoint(node.output)]
         if len(kept) == len(body.node):
             continue

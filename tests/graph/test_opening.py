@@ -32,6 +32,7 @@ LAYERS = {
         "loop.body/which.then_branch/inner",
     ],
 }
+LAYERS["nested, constants"] = LAYERS["nested"]
 
 
 def feeds_of(model: onnx.ModelProto, seed: int = 0) -> Feeds:
