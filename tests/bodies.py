@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.builders import FLOAT, random_array
+from tests.recurrent_models import recurrent_weights
 
 NODE, VALUE = helper.make_node, helper.make_tensor_value_info
 SIZE = 16
@@ -209,3 +210,36 @@ MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "function": lambda: calls(False),
     "function with a constant": lambda: calls(True),
 }
+
+
+def recurrent(op: str = "LSTM") -> onnx.ModelProto:
+    """A recurrent node in the branch of positive sums, whose first states are computed there."""
+    weights = recurrent_weights(op, SIZE, SIZE, 1)
+    states = ["h", "c"] if op == "LSTM" else ["h"]
+    then = helper.make_graph(
+        [
+            NODE("ReduceMean", ["x"], ["mean"], axes=[0], keepdims=0),
+            NODE("Unsqueeze", ["mean", "own"], ["h"]),
+            *([NODE("Neg", ["h"], ["c"])] if op == "LSTM" else []),
+            NODE(op, ["x", "W", "R", "B", "", *states], ["steps"], "cell", hidden_size=SIZE),
+            NODE("Squeeze", ["steps", "directions"], ["out"]),
+        ],
+        "then",
+        [],
+        [VALUE("out", FLOAT, None)],
+        [
+            stored("B", weights["B"]),
+            stored("own", np.array([0])),
+            stored("directions", np.array([1])),
+        ],
+    )  # fmt: skip
+    otherwise = helper.make_graph(
+        [NODE("Relu", ["x"], ["out"])], "else", [], [VALUE("out", FLOAT, None)]
+    )
+    nodes = [
+        NODE("ReduceSum", ["x"], ["sum"], keepdims=0),
+        NODE("Greater", ["sum", "zero"], ["positive"]),
+        NODE("If", ["positive"], ["y"], "choice", then_branch=then, else_branch=otherwise),
+    ]
+    kept = {name: weights[name] for name in "WR"} | {"zero": np.zeros((), np.float32)}
+    return model_with(nodes, [VALUE("x", FLOAT, [5, 2, SIZE])], kept)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -17,14 +17,25 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.evaluation.deviation import rounding_error
 from cobla_onnx.errors import VerificationError
 from cobla_onnx.graph.bodies import all_nodes
+from cobla_onnx.graph.index import GraphIndex, Origin
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.graph.operators.convolution import Convolution, geometry_of
 from cobla_onnx.graph.operators.gather import Lookup
 from cobla_onnx.graph.operators.product import Product
+from cobla_onnx.graph.operators.recurrent import (
+    BIASES,
+    GATES,
+    LENGTHS,
+    PEEPHOLES,
+    STATES,
+    InputWeight,
+    StateWeight,
+)
 from cobla_onnx.graph.operators.transposed_convolution import TransposedConvolution
 from cobla_onnx.graph.order import sort_nodes
 from cobla_onnx.graph.protos import copied_node
+from cobla_onnx.graph.tensors import subgraphs
 from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.replacement import Replacement
@@ -40,19 +51,23 @@ STEPS = 2
 DENSE, BIAS = "dense weight", "dense bias"
 
 
-def _for_convolution(layer: Layer, node: onnx.NodeProto) -> tuple[int, ...]:
+ShapeOf: TypeAlias = Callable[[str], tuple[int, ...]]
+"""Gives the shape of a stored weight as a node reads it, by the name of what it reads."""
+
+
+def _for_convolution(layer: Layer, node: onnx.NodeProto, _: ShapeOf) -> tuple[int, ...]:
     kernel = layer.shape[2:]
-    strides, dilations, _ = geometry_of(node, kernel)
+    strides, dilations = geometry_of(node, kernel)[:2]
     rows = zip(kernel, strides, dilations, strict=True)
     sizes = [(size - 1) * step + 1 + STEPS * stride for size, stride, step in rows]
     return (1, layer.shape[1] * layer.attributes["group"], *sizes)
 
 
-def _for_transposed(layer: Layer, node: onnx.NodeProto) -> tuple[int, ...]:
+def _for_transposed(layer: Layer, node: onnx.NodeProto, _: ShapeOf) -> tuple[int, ...]:
     return (1, layer.shape[0], *(SOME,) * len(layer.shape[2:]))
 
 
-def _for_product(layer: Layer, node: onnx.NodeProto) -> tuple[int, ...]:
+def _for_product(layer: Layer, node: onnx.NodeProto, _: ShapeOf) -> tuple[int, ...]:
     values, right = layer.attributes, layer.weight_input == 1
     turned = bool(values.get("transB" if right else "transA", 0))
     inner = layer.shape[-2] if right != turned else layer.shape[-1]
@@ -61,15 +76,22 @@ def _for_product(layer: Layer, node: onnx.NodeProto) -> tuple[int, ...]:
     return (*layer.shape[:-2], *((SOME, inner) if rows else (inner, SOME)))
 
 
-def _for_lookup(layer: Layer, node: onnx.NodeProto) -> tuple[int, ...]:
+def _for_lookup(layer: Layer, node: onnx.NodeProto, _: ShapeOf) -> tuple[int, ...]:
     return (1, SOME)
 
 
-EXAMPLES: dict[str, Callable[[Layer, onnx.NodeProto], tuple[int, ...]]] = {
+def _for_sequence(layer: Layer, node: onnx.NodeProto, shape_of: ShapeOf) -> tuple[int, ...]:
+    # Onnxruntime runs no others than those of layout 0: steps, samples, entries.
+    return (SOME, 1, shape_of(node.input[1])[-1])
+
+
+EXAMPLES: dict[str, Callable[[Layer, onnx.NodeProto, ShapeOf], tuple[int, ...]]] = {
     Convolution.kind: _for_convolution,
     TransposedConvolution.kind: _for_transposed,
     Product.kind: _for_product,
     Lookup.kind: _for_lookup,
+    InputWeight.kind: _for_sequence,
+    StateWeight.kind: _for_sequence,
 }
 """Shapes of data that a node can read, by the kind of its operator."""
 
@@ -99,9 +121,9 @@ def prove_in_bodies(
     inside = [replacement for replacement in replacements if replacement.layer.in_body]
     if not inside:
         return 0.0
-    nodes = all_nodes(original.graph)
+    index = GraphIndex(original)
     parts = _Parts.of(compressed)
-    return max(_check(original, parts, replacement, nodes, threads) for replacement in inside)
+    return max(_check(original, parts, replacement, index, threads) for replacement in inside)
 
 
 @dataclass(frozen=True)
@@ -118,20 +140,25 @@ class _Parts:
         return cls(producer, {t.name: t for t in model.graph.initializer}, model.functions)
 
     def constant(self, name: str) -> bool:
+        """Whether a tensor comes from constants alone, here through nodes without bodies."""
         node = self.producer.get(name)
-        return name in self.stored or (node is not None and node.op_type == "Constant")
+        if name in self.stored or node is None:
+            return name in self.stored
+        if not node.input or next(subgraphs(node), None) is not None:
+            return node.op_type == "Constant"
+        return all(self.constant(each) for each in node.input if each)
 
 
 def _check(
     original: onnx.ModelProto,
     parts: _Parts,
     replacement: Replacement,
-    nodes: Sequence[onnx.NodeProto],
+    index: GraphIndex,
     threads: int,
 ) -> float:
     """Run the nodes of one layer, old and new, as a model of their own."""
     layer = replacement.layer
-    generator = np.random.default_rng(0)
+    example = _Example(layer, index, np.random.default_rng(0))
     graph = onnx.GraphProto(name="one layer")
     weights: dict[str, NDArray[Any]] = {DENSE: replacement.dense()}
     if replacement.bias is not None:
@@ -139,21 +166,23 @@ def _check(
     feeds: dict[str, NDArray[Any]] = {}
     renamed: dict[str, str] = {}
     for use in (use for use in layer.uses if use.holder is not None):
-        node = nodes[use.node]
+        node, new = index.nodes[use.node], parts.producer[use.output]
         dense = graph.node.add()
-        dense.CopyFrom(node)
-        # Nodes of two bodies may have the same name.
-        dense.ClearField("name")
-        dense.input[layer.weight_input] = DENSE
+        dense.CopyFrom(_with_dense_weight(layer, node, new))
         if replacement.bias is not None:
             dense.input[2] = BIAS
-        feeds[use.data] = _data(layer, node, generator)
-        # A bias may be computed in the body, too.
-        others = [name for name in node.input[2:] if name and not parts.constant(name)]
-        feeds.update((name, _summand(layer, generator)) for name in others)
-        renamed[use.output] = f"{use.output} by new nodes"
+        feeds[use.data] = example.data(node)
+        # A bias may be computed in the body, too, and so may states.
+        others = enumerate(node.input[2:], 2)
+        feeds.update(
+            (name, example.other(node, place))
+            for place, name in others
+            if name and name != node.input[layer.weight_input] and not parts.constant(name)
+        )
+        renamed.update((name, f"{name} by new nodes") for name in node.output if name)
     present, copied = {*feeds, *weights}, set[str]()
-    for output in renamed:
+    inputs = {name for node in graph.node for name in node.input if name not in present}
+    for output in (*renamed, *sorted(inputs)):
         append_slice(graph, parts.producer, output, renamed, present, copied)
     sort_nodes(graph)
     read = {name for node in graph.node for name in node.input} - present
@@ -169,23 +198,62 @@ def _check(
     return max(checked(values, old, new, replacement.tolerance) for old, new in renamed.items())
 
 
-def _data(layer: Layer, node: onnx.NodeProto, generator: np.random.Generator) -> NDArray[Any]:
-    """Draw data that a node of a layer can read."""
-    operator = operator_of(layer)
-    shape = EXAMPLES[operator.kind](layer, node)
-    if operator.kind == Lookup.kind:
-        return generator.integers(0, layer.shape[0], shape)
-    return _normal(layer, shape, generator)
+def _with_dense_weight(layer: Layer, node: onnx.NodeProto, new: onnx.NodeProto) -> onnx.NodeProto:
+    """Return a layer's node with the dense weight, and `new` the last one of those in its place.
+
+    A recurrent node has two weights, and what is proved of one of them is proved beside what has
+    become of the other one.
+    """
+    kind = operator_of(layer).kind
+    dense = copied_node(new if kind == StateWeight.kind else node)
+    # Nodes of two bodies may have the same name.
+    dense.ClearField("name")
+    if kind == InputWeight.kind:
+        dense.input[StateWeight.weight_inputs[0]] = new.input[StateWeight.weight_inputs[0]]
+    dense.input[layer.weight_input] = DENSE
+    return dense
 
 
-def _summand(layer: Layer, generator: np.random.Generator) -> NDArray[Any]:
-    outputs = operator_of(layer).output_axis(layer)
-    return _normal(layer, (1 if outputs is None else outputs.size,), generator)
+@dataclass(frozen=True)
+class _Example:
+    """Draws what the nodes of a layer read."""
 
+    layer: Layer
+    index: GraphIndex
+    generator: np.random.Generator
 
-def _normal(layer: Layer, shape: tuple[int, ...], generator: np.random.Generator) -> NDArray[Any]:
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.type)
-    return generator.standard_normal(shape).astype(dtype)
+    def data(self, node: onnx.NodeProto) -> NDArray[Any]:
+        """Draw data."""
+        operator = operator_of(self.layer)
+        shape = EXAMPLES[operator.kind](self.layer, node, self._shape_of)
+        if operator.kind == Lookup.kind:
+            return self.generator.integers(0, self.layer.shape[0], shape)
+        return self._normal(shape)
+
+    def other(self, node: onnx.NodeProto, place: int) -> NDArray[Any]:
+        """Draw a bias, or what a recurrent node reads beside its data and weights."""
+        if operator_of(self.layer).kind in (InputWeight.kind, StateWeight.kind):
+            if place == LENGTHS:
+                return np.full(1, SOME, np.int32)
+            return self._normal(self._of_directions(node, place))
+        outputs = operator_of(self.layer).output_axis(self.layer)
+        return self._normal((1 if outputs is None else outputs.size,))
+
+    def _of_directions(self, node: onnx.NodeProto, place: int) -> tuple[int, ...]:
+        directions, _, hidden = self._shape_of(node.input[StateWeight.weight_inputs[0]])
+        if place in STATES:
+            return (directions, 1, hidden)
+        vectors = 2 * GATES[node.op_type] if place == BIASES else PEEPHOLES
+        return (directions, vectors * hidden)
+
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        found = self.index.origin(name)
+        assert isinstance(found, Origin), name
+        return found.shape
+
+    def _normal(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.layer.type)
+        return self.generator.standard_normal(shape).astype(dtype)
 
 
 def checked(values: Mapping[str, Any], dense: str, new: str, tolerance: float) -> float:

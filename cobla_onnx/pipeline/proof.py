@@ -147,9 +147,10 @@ def _prove_branches(
 
 def _found_again(model: onnx.ModelProto, replacements: Sequence[Replacement]) -> list[Replacement]:
     """Replacements of the layers, or of those of their uses, that a model has."""
-    made = {use.output: r for r in replacements for use in r.layer.uses}
+    # A recurrent node holds two layers.
+    made = {(use.output, r.layer.weight_input): r for r in replacements for use in r.layer.uses}
     layers = find_layers(model).layers
-    pairs = [(made.get(layer.uses[0].output), layer) for layer in layers]
+    pairs = [(made.get((x.uses[0].output, x.weight_input)), x) for x in layers]
     return [replace(r, layer=replace(x, bias=r.layer.bias)) for r, x in pairs if r is not None]
 
 

@@ -25,8 +25,9 @@ from cobla_onnx.variants.low_rank.nodes import make_replacement
 from cobla_onnx.variants.low_rank.svd import factorize
 from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.rewrite import rewrite
-from tests.bodies import MODELS, choice, loop
-from tests.graph.test_opening import feeds_of
+from cobla_onnx.variants.storage.stored import half_weight
+from tests.bodies import MODELS, choice, loop, recurrent
+from tests.graph.test_opening import feeds_of, outputs_of
 
 LEVELS = (
     onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -95,6 +96,41 @@ def test_a_wrong_factor_of_a_layer_in_a_body_is_found_also_where_its_branch_is_n
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
         with pytest.raises(VerificationError, match="differ from the dense weight"):
             prove_in_bodies(model, result, replacements, 1)
+
+
+@pytest.mark.parametrize("precision", ["keep", "auto"])
+@pytest.mark.parametrize("op", ["LSTM", "GRU", "RNN"])
+def test_both_weights_of_a_recurrent_node_in_a_branch_are_proved(op, precision):
+    model = recurrent(op)
+    mem = 0.8 if precision == "keep" else 0.3
+    result = compress(model, Budget(mem=mem), precision=precision, threads=1)
+    changed = {d.layer.rsplit("/")[-1] for d in result.plan.decisions if d.scheme}
+    assert changed == ({"W"} if precision == "keep" else {"W", "R"})
+    for seed in range(3):
+        before, after = (outputs_of(m, seed) for m in (model, result.model))
+        assert np.abs(after - before).max() < (0.6 if precision == "keep" else 0.25)
+
+
+@pytest.mark.parametrize("wrong", ["W", "R"])
+def test_a_wrong_weight_of_a_recurrent_node_in_a_branch_is_found(wrong):
+    model = opened(recurrent())
+    layers = {layer.name[-1]: layer for layer in find_layers(model).layers}
+    scheme = schemes_for(layers["W"])[0]
+    factors = factorize(scheme.matrix(read_weight(model, layers["W"])), 6)
+    pair = make_replacement(layers["W"], scheme, factors)
+    halved = half_weight(layers["R"], read_weight(model, layers["R"]), None)
+    replacements = [pair, halved]
+    result = rewrite(model, replacements)
+    assert prove_in_bodies(model, result, replacements, 1) < 1e-5
+    tensor = next(
+        t for t in result.graph.initializer if t.name.startswith(f"{layers[wrong].name}/")
+        and len(t.dims) > 1
+    )  # fmt: skip
+    array = numpy_helper.to_array(tensor).copy()
+    array.ravel()[:3] += 3
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    with pytest.raises(VerificationError, match="differ from the dense weight"):
+        prove_in_bodies(model, result, replacements, 1)
 
 
 @pytest.mark.parametrize("precision", ["keep", "auto"])

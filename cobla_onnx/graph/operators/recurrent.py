@@ -21,12 +21,24 @@ from cobla_onnx.graph.inventory import Layer, Reason, Refusal, Use
 from cobla_onnx.graph.operators.base import AGAIN, OutputAxis, Shape, check_axes, elements
 from cobla_onnx.graph.operators.patches import DensePatch, Patch, cut
 
-__all__ = ["LENGTHS", "InputWeight", "RecurrentPatch", "StateWeight"]
+__all__ = [
+    "BIASES",
+    "GATES",
+    "LENGTHS",
+    "PEEPHOLES",
+    "STATES",
+    "InputWeight",
+    "RecurrentPatch",
+    "StateWeight",
+]
 
 # Matrices that are stacked in a weight of each direction.
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
-# The input with the lengths of the sequences.
-LENGTHS = 4
+# Inputs beside data and weights: the biases of both products, the lengths of the sequences, and the
+# states before the first step.
+BIASES, LENGTHS, STATES = 3, 4, (5, 6)
+# Vectors of the state's size in the last input of an LSTM, the weights of its peepholes.
+PEEPHOLES = 3
 
 
 class _RecurrentWeight:
