@@ -7,6 +7,7 @@ import onnx
 import pytest
 
 from cobla_onnx import Budget, compress, sweep
+from cobla_onnx.allocation.paired import PairedGain
 from cobla_onnx.errors import BudgetError, ModelError, UsageError, VerificationError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import find_layers
@@ -157,9 +158,50 @@ def test_nodes_with_many_macs_compute_in_eight_bits_whatever_that_loses(data, mo
         assert in_eight_bits(session.evidence, session.model).report.left == ("fc",)
 
 
-def _always_better(before, after):
-    from cobla_onnx.allocation.paired import PairedGain
+@pytest.mark.parametrize("error", [0.1, 10.0])
+def test_biases_are_corrected_where_that_loses_less_beyond_the_noise(data, monkeypatch, error):
+    monkeypatch.setattr(eight_bits, "MOST_MACS", 0.0)
+    seen = []
 
+    def gain(before, after):
+        seen.append(float(before.mean() - after.mean()))
+        return PairedGain(1.0, error, len(before))
+
+    monkeypatch.setattr(eight_bits, "paired_gain", gain)
+    with open_session(small_network(), Settings(data=data, arithmetic="int8")) as session:
+        found = in_eight_bits(session.evidence, session.model)
+    said = found.report
+    loss = said.candidates[f"{said.ranges}, biases corrected"]
+    assert seen == [said.candidates[said.ranges] - loss]
+    better = error < 1
+    # conv2 has no bias, and gets none.
+    assert said.biases == (2 if better else 0)
+    assert said.loss == (loss if better else said.candidates[said.ranges])
+    assert ("2 biases corrected" in said.text) == better
+    assert stored_bytes(found.model) == stored_bytes(eight_bits.stand_in_eight_bits(session.model))
+    # What is proved is the model as it was.
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in found.source.graph.initializer}
+    np.testing.assert_array_equal(stored["b1"], random_array(16, seed=2))
+
+
+def test_nodes_that_options_leave_out_keep_their_biases(data, monkeypatch):
+    monkeypatch.setattr(eight_bits, "paired_gain", _always_better)
+    options = {"data": data, "arithmetic": "int8", "exclude": ["conv1"], **QUICK}
+    result = compress(small_network(), plan=Plan(()), **options)
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in result.model.graph.initializer}
+    np.testing.assert_array_equal(stored["b1"], random_array(16, seed=2))
+    assert result.report.arithmetic.biases == 1
+
+
+def test_without_biases_there_is_nothing_to_correct(data):
+    nodes = [onnx.helper.make_node("Conv", ["x", "w"], ["y"])]
+    model = model_of(nodes, {"w": random_array(8, 3, 3, 3)}, {"x": ["N", 3, 12, 12]}, ["y"])
+    said = compress(model, plan=Plan(()), data=data, arithmetic="int8", **QUICK).report.arithmetic
+    assert said.biases == 0
+    assert not [name for name in said.candidates if "biases" in name]
+
+
+def _always_better(before, after):
     return PairedGain(1e9, 0.1, len(before))
 
 
