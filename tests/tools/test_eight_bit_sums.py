@@ -47,3 +47,12 @@ def test_the_whole_model_is_measured_beside_the_sums(tools, tmp_path, monkeypatc
     assert len(found) == 3
     assert float(found[1]) < float(found[0])
     assert float(found[2]) > 0
+
+
+def test_an_old_model_is_lifted(tools):
+    tool = tools("eight_bit_sums")
+    model = small_network()
+    assert tool.lifted(model) is model
+    del model.opset_import[1:]
+    model.opset_import[0].version = 11
+    assert tool.lifted(model).opset_import[0].version == 13

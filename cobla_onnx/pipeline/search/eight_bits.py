@@ -224,8 +224,8 @@ class _Search:
         prepared = prepare(with_biases(self.source, biases), outputs)
         other = self._judge(self._quantised(prepared, ranges, chosen))
         self.candidates[f"{method}, biases corrected"] = other.loss
-        better = paired_gain(best.losses, other.losses).in_errors > 1
-        return (other, len(found)) if better else (best, 0)
+        # It costs nothing, so that it need not gain more than the noise.
+        return (other, len(found)) if other.loss < best.loss else (best, 0)
 
     def _cheap_ends(self, weighted: Sequence[int]) -> list[int]:
         """Return the last and the first node, if there are others and they have few MACs."""
