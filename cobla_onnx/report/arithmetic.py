@@ -23,6 +23,8 @@ class ArithmeticReport:
         Nodes that could, and compute in floating point since that loses less, by what they write.
     ranges : str
         How ranges of activations follow from the calibration samples.
+    biases : int
+        How many take back what 8 bits change on average; 0 where that gains nothing.
     candidates : dict of str to (float or None)
         Losses on the selection split of all that was compared; None where one is not finite.
     reduced : bool
@@ -36,6 +38,7 @@ class ArithmeticReport:
     carried: int
     left: tuple[str, ...]
     ranges: str
+    biases: int
     candidates: dict[str, float | None]
     reduced: bool
     loss_before: float
@@ -49,8 +52,10 @@ class ArithmeticReport:
         nodes = f"{self.nodes} of {self.nodes + len(self.left)} nodes with weights"
         before, after = self.quality_before, self.quality
         reduced = ", weights in 7 bits, as sums saturate on this processor" if self.reduced else ""
+        biases = f", {self.biases} biases corrected" if self.biases else ""
         return (
             f"8-bit arithmetic: {nodes}, and {self.carried} between them; ranges by {self.ranges}"
-            f"{reduced}; loss on those held back {self.loss_before:.4g} before, {self.loss:.4g} "
-            f"after; {after.measure} {before.after:.4g} before, {after.after:.4g} after"
+            f"{biases}{reduced}; loss on those held back {self.loss_before:.4g} before, "
+            f"{self.loss:.4g} after; {after.measure} {before.after:.4g} before, "
+            f"{after.after:.4g} after"
         )

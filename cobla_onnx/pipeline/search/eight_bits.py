@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx
 
 from cobla_onnx.allocation.paired import paired_gain
 from cobla_onnx.allocation.problem import Float64
+from cobla_onnx.arithmetic.biases import biased_nodes, corrected_biases, with_biases
 from cobla_onnx.arithmetic.nodes import (
     carried_nodes,
     require_opset,
@@ -36,6 +37,8 @@ __all__ = ["EightBits", "in_eight_bits", "spared_outputs", "stand_in_eight_bits"
 
 # Most samples for histograms, which take a hundred times longer than the least and the largest.
 HISTOGRAM_SAMPLES = 32
+# Samples over which the means of nodes are taken; each has as many values as a channel has places.
+BIAS_SAMPLES = 64
 # A node is left in floating point where that takes back this share of what 8 bits lose, and more
 # than a standard error; it then runs two to three times longer, so that it must have few MACs.
 WORTH, MOST_MACS = 0.2, 0.05
@@ -175,12 +178,14 @@ class _Search:
                 left.append(place)
                 best = other
         chosen = [node for node in weighted if node not in left]
+        best, corrected = self._corrected(method, ranges, best, weighted, chosen)
         losses = self.candidates.items()
         report = ArithmeticReport(
             nodes=len(chosen),
             carried=len(carried_nodes(self.source, chosen)),
             left=tuple(map(self._shown, sorted(left))),
             ranges=method,
+            biases=corrected,
             candidates={name: None if math.isinf(loss) else loss for name, loss in losses},
             reduced=sums_saturate(),
             loss_before=before.loss,
@@ -190,6 +195,37 @@ class _Search:
         )
         self.evidence.context.progress("8-bit arithmetic", self.done, self.done)
         return EightBits(self.source, best.model, report)
+
+    def _corrected(
+        self,
+        method: Method,
+        ranges: Ranges,
+        best: _Judged,
+        weighted: Sequence[int],
+        chosen: Sequence[int],
+    ) -> tuple[_Judged, int]:
+        """Correct biases, unless that loses more; also return how many were."""
+        found = biased_nodes(self.source, weighted)
+        if not found:
+            return best, 0
+        names = self.prepared.names
+        # All names stay, since nodes are looked up by them.
+        narrow = self._quantised(replace(self.prepared, given=frozenset()), ranges, chosen)
+        dataset, judge = self.evidence.dataset, self.evidence.judge
+        samples = spread_over(dataset.calibration, BIAS_SAMPLES)
+        biases = corrected_biases(
+            self.source,
+            narrow,
+            found,
+            {place: names[place] for place in found},
+            lambda: judge.batches(samples),
+        )
+        outputs = self.evidence.measured.model.graph.output
+        prepared = prepare(with_biases(self.source, biases), outputs)
+        other = self._judge(self._quantised(prepared, ranges, chosen))
+        self.candidates[f"{method}, biases corrected"] = other.loss
+        # It costs nothing, so that it need not gain more than the noise.
+        return (other, len(found)) if other.loss < best.loss else (best, 0)
 
     def _cheap_ends(self, weighted: Sequence[int]) -> list[int]:
         """Return the last and the first node, if there are others and they have few MACs."""
@@ -221,8 +257,13 @@ class _Search:
         return dataset.batches(spread_over(dataset.calibration, HISTOGRAM_SAMPLES), 1)
 
     def _with(self, ranges: Ranges, weighted: Sequence[int]) -> _Judged:
+        return self._judge(self._quantised(self.prepared, ranges, weighted))
+
+    def _quantised(
+        self, prepared: Prepared, ranges: Ranges, weighted: Sequence[int]
+    ) -> onnx.ModelProto:
         nodes = (*weighted, *carried_nodes(self.source, weighted))
-        return self._judge(quantised(self.prepared, ranges, nodes, reduced=sums_saturate()))
+        return quantised(prepared, ranges, nodes, reduced=sums_saturate())
 
     def _judge(self, model: onnx.ModelProto) -> _Judged:
         self.done += 1

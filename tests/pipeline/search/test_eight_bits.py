@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -155,6 +157,58 @@ def test_nodes_with_many_macs_compute_in_eight_bits_whatever_that_loses(data, mo
     with open_session(small_network(), Settings(data=data, arithmetic="int8")) as session:
         # Of the MACs, conv1 has 62 200, the classifier 240.
         assert in_eight_bits(session.evidence, session.model).report.left == ("fc",)
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Let models lose so many times what they do, of which the fifth has other biases."""
+
+    def set_up(factor):
+        def judge(its, model):
+            found = real(its, model)
+            return replace(found, losses=found.losses * factor) if its.done == 5 else found
+
+        real = eight_bits._Search._judge
+        monkeypatch.setattr(eight_bits._Search, "_judge", judge)
+        monkeypatch.setattr(eight_bits, "MOST_MACS", 0.0)
+
+    return set_up
+
+
+@pytest.mark.parametrize("factor", [0.01, 100.0])
+def test_biases_are_corrected_where_that_loses_less(data, judged, factor):
+    judged(factor)
+    with open_session(small_network(), Settings(data=data, arithmetic="int8")) as session:
+        found = in_eight_bits(session.evidence, session.model)
+    said = found.report
+    before, after = (said.candidates[said.ranges + end] for end in ("", ", biases corrected"))
+    better = factor < 1
+    assert (after < before) == better
+    assert said.loss == min(before, after)
+    # conv2 has no bias, and gets none.
+    assert said.biases == (2 if better else 0)
+    assert ("2 biases corrected" in said.text) == better
+    assert stored_bytes(found.model) == stored_bytes(eight_bits.stand_in_eight_bits(session.model))
+    # What is proved is the model as it was.
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in found.source.graph.initializer}
+    np.testing.assert_array_equal(stored["b1"], random_array(16, seed=2))
+
+
+def test_nodes_that_options_leave_out_keep_their_biases(data, judged):
+    judged(0.01)
+    options = {"data": data, "arithmetic": "int8", "exclude": ["conv1"], **QUICK}
+    result = compress(small_network(), plan=Plan(()), **options)
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in result.model.graph.initializer}
+    np.testing.assert_array_equal(stored["b1"], random_array(16, seed=2))
+    assert result.report.arithmetic.biases == 1
+
+
+def test_without_biases_there_is_nothing_to_correct(data):
+    nodes = [onnx.helper.make_node("Conv", ["x", "w"], ["y"])]
+    model = model_of(nodes, {"w": random_array(8, 3, 3, 3)}, {"x": ["N", 3, 12, 12]}, ["y"])
+    said = compress(model, plan=Plan(()), data=data, arithmetic="int8", **QUICK).report.arithmetic
+    assert said.biases == 0
+    assert not [name for name in said.candidates if "biases" in name]
 
 
 def _always_better(before, after):
