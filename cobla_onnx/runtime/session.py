@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -27,6 +27,7 @@ from cobla_onnx.runtime.machine import return_freed_memory, return_large_arrays
 from cobla_onnx.runtime.part_errors import part_error
 from cobla_onnx.runtime.providers import CPU, current_provider, memory_is_given_back
 from cobla_onnx.runtime.temporary import array_bytes, temporary_folder
+from cobla_onnx.runtime.watch import at_most
 from cobla_onnx.text import quoted, safe_text
 from cobla_onnx.wording import option_name
 
@@ -278,11 +279,10 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
     options = onnxruntime.RunOptions()
     if memory_is_given_back():
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-    timer = threading.Timer(RUN_LIMIT, setattr, (options, "terminate", True))
-    timer.daemon = True
-    timer.start()
     try:
-        return dict(zip(names, session.run(names, feeds, options) if names else (), strict=True))
+        with at_most(RUN_LIMIT, partial(setattr, options, "terminate", True)):
+            values = session.run(names, feeds, options) if names else ()
+        return dict(zip(names, values, strict=True))
     except Exception as error:
         shapes = {safe_text(name): list(value.shape) for name, value in feeds.items()}
         together = any(value.ndim and len(value) > 1 for value in feeds.values())
@@ -292,8 +292,6 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str
             f"{first_line(error)}; give inputs that it accepts, or "
             f"{option_name('input_shapes')} where they are random{advice}"
         ) from error
-    finally:
-        timer.cancel()
 
 
 def random_feeds(

@@ -1,0 +1,44 @@
+"""Runs that take too long are stopped, others are not."""
+
+import threading
+import time
+
+from cobla_onnx.runtime.watch import at_most
+
+
+def test_what_takes_too_long_is_told_once():
+    told = threading.Semaphore(0)
+    with at_most(0.05, told.release):
+        assert told.acquire(timeout=10)
+        assert not told.acquire(timeout=0.2)
+
+
+def test_what_ends_in_time_is_not_told():
+    told = threading.Event()
+    with at_most(0.1, told.set):
+        pass
+    assert not told.wait(0.3)
+
+
+def test_a_shorter_limit_is_kept_beside_a_longer_one():
+    late, early = threading.Event(), threading.Event()
+    with at_most(600, late.set), at_most(0.05, early.set):
+        assert early.wait(10)
+        assert not late.is_set()
+
+
+def test_limits_of_many_threads_are_kept_by_one():
+    told = []
+    before = threading.active_count()
+
+    def run(number):
+        with at_most(0.05 if number % 2 else 600, lambda: told.append(number)):
+            time.sleep(0.3)
+
+    threads = [threading.Thread(target=run, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    assert threading.active_count() <= before + len(threads) + 1
+    for thread in threads:
+        thread.join()
+    assert sorted(told) == [1, 3, 5, 7]
