@@ -156,10 +156,18 @@ class ConvPatch(DensePatch):
         """Entries of a vector."""
         return self.channels * math.prod(self.kernel)
 
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Entries of the data from the first to the last that the kernel meets, in each axis."""
+        pairs = zip(self.kernel, self.dilations, strict=True)
+        return tuple((length - 1) * step + 1 for length, step in pairs)
+
     def positions(self, data: NDArray[Any]) -> int:
-        """Vectors in a batch."""
-        windows = self._windows(data)
-        return math.prod(windows.shape[:1] + windows.shape[3 : 3 + len(self.kernel)])
+        """Vectors in a batch, from the shape of the data alone."""
+        sizes = data.shape[2:]
+        moves = zip(sizes, self._padding(sizes), self.spans, self.strides, strict=True)
+        steps = [(size + sum(pads) - span) // step + 1 for size, pads, span, step in moves]
+        return math.prod((len(data), *(max(each, 0) for each in steps)))
 
     def vectors(
         self, data: NDArray[Any], chosen: NDArray[np.int64] | None = None, each: int = 1
@@ -191,8 +199,7 @@ class ConvPatch(DensePatch):
     def _windows(self, data: NDArray[Any]) -> NDArray[Any]:
         padded = np.pad(data, [(0, 0), (0, 0), *self._padding(data.shape[2:])])
         axes = tuple(range(2, padded.ndim))
-        span = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
-        windows = np.lib.stride_tricks.sliding_window_view(padded, span, axis=axes)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, self.spans, axis=axes)
         steps = [slice(None, None, s) for s in self.strides]
         taps = [slice(None, None, d) for d in self.dilations]
         windows = windows[(slice(None), slice(None), *steps, *taps)]

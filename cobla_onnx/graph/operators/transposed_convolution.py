@@ -90,7 +90,7 @@ class TransposedPatch:
 
     def positions(self, data: NDArray[Any]) -> int:
         """Vectors in a batch: one for each position of the output."""
-        return self._plain.positions(self._spread_out(data))
+        return self._plain.positions(self._spread_out(data[:, :1]))
 
     def vectors(
         self, data: NDArray[Any], chosen: NDArray[np.int64] | None = None, each: int = 1
