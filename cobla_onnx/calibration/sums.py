@@ -155,6 +155,8 @@ class MomentSum:
         self._spread = np.zeros(groups)
         self._samples, self._squares = 0, 0
         self._fourth = np.zeros(groups)
+        # Whether any of these squares are of products in single precision.
+        self._single = not exact
 
     def add(
         self,
@@ -213,10 +215,15 @@ class MomentSum:
             products = factor @ factor.T
             second += products
             total += block[:, start:end].sum(axis=1, dtype=np.float64)
-            squares = np.einsum("sp,sp->p", factor, factor, dtype=np.float64)
+            squares = np.einsum("sp,sp->p", factor, factor).astype(np.float64)
             self._fourth[group] += squares @ squares
-            own = _squared_norm(products) if apart else _spread(factor, squares, spans)
-            self._spread[group] += own
+            if apart:
+                self._spread[group] += _squared_norm(products)
+            else:
+                # How much samples differ is needed to a few digits.
+                its = block.astype(_type_of_products(block, exact=False), copy=False)
+                self._spread[group] += _spread(its, squares, spans)
+                self._single |= its.dtype != np.float64
 
     def _add_groups(self, vectors: NDArray[Any], each: int) -> None:
         """Add the same of all groups in one go: those of a depthwise layer are many and small."""
@@ -244,6 +251,7 @@ class MomentSum:
         self._samples += other._samples
         self._squares += other._squares
         self._fourth += other._fourth
+        self._single |= other._single
 
     def _second(self) -> NDArray[np.float64]:
         """Sum of the products, shape (groups, size, size)."""
@@ -273,7 +281,7 @@ class MomentSum:
         normal = traces**2 + norms - 2 * np.einsum("gi,gi->g", mean, mean) ** 2
         sums = self._spread - self._squares * norms
         parts, repeated = self._samples, 1
-        same = SAME if self._exact else SAME_IN_SINGLE
+        same = SAME_IN_SINGLE if self._single else SAME
         if parts < 2 or bool(np.all(sums <= same * self._spread)):
             parts, repeated = self._count, max(self._samples, 1)
             sums = self._fourth - self._count * norms
@@ -378,7 +386,7 @@ def _spread(
         return float(squares @ squares)
     total = 0.0
     for start, end in spans:
-        part = np.ascontiguousarray(vectors[:, start:end], np.float64)
+        part = np.ascontiguousarray(vectors[:, start:end])
         gram = part @ part.T if len(part) < end - start else part.T @ part
-        total += float(np.vdot(gram, gram))
+        total += _squared_norm(gram)
     return total
