@@ -12,6 +12,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,13 @@ def choose_positions(
     each = each if most is None else min(each, most)
     if whole <= each:
         return Chosen(None, max(whole, 1), 1.0)
+    return Chosen(_drawn(tuple(seeds), whole, each), each, each / whole)
+
+
+# Layers that follow each other often read as many positions of the same samples.
+@lru_cache(maxsize=8)
+def _drawn(seeds: tuple[int, ...], whole: int, each: int) -> NDArray[np.int64]:
+    """Draw `each` of the `whole` positions of every sample; the array must not be changed."""
     # Ends of the stretches; an offset below each length is drawn.
     ends = np.arange(each + 1) * whole // each
     lengths = np.diff(ends)
@@ -105,4 +113,4 @@ def choose_positions(
     for number, seed in enumerate(seeds):
         draws = np.random.default_rng([seed, whole]).random(each)
         parts.append(number * whole + ends[:-1] + (draws * lengths).astype(np.int64))
-    return Chosen(np.concatenate(parts), each, each / whole)
+    return np.concatenate(parts)
