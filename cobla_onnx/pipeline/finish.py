@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["finish"]
 
+# Most samples in a batch on which the rewrite is checked: every position of a few tells what those
+# of many do, and neither model is optimised there.
+PROVED_TOGETHER = 4
+
 
 def finish(session: Session, solution: Solution) -> Result:
     """Rewrite the model, count its costs again, verify it and report; see `Session.finish`."""
@@ -116,6 +120,11 @@ def _verified(
         assert evidence is not None
         return evidence.judge.batches(evidence.dataset.selection)
 
+    def proved() -> Iterable[Feeds]:
+        assert evidence is not None
+        samples = evidence.dataset.selection
+        return evidence.dataset.batches(samples, min(evidence.judge.batch, PROVED_TOGETHER))
+
     session.notify("verify", 0, steps)
     verification = verify(
         session.written,
@@ -124,6 +133,7 @@ def _verified(
         session.analysis.input_shapes,
         quantised=None if solution.eight_bits is None else solution.eight_bits.model,
         data=None if evidence is None else ("held-back", held_back),
+        proved=None if evidence is None else proved,
         measures=None if evidence is None else evidence.judge.measures,
         taps=None if evidence is None else evidence.taps,
         seed=session.settings.seed,

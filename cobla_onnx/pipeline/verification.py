@@ -84,6 +84,7 @@ def verify(
     *,
     quantised: onnx.ModelProto | None = None,
     data: tuple[str, Callable[[], Iterable[Feeds]]] | None = None,
+    proved: Callable[[], Iterable[Feeds]] | None = None,
     measures: Mapping[str, Measure] | None = None,
     taps: TapLimit | None = None,
     seed: int = 0,
@@ -101,7 +102,10 @@ def verify(
         it is this one whose outputs are compared, optimised as users run it. Needs data.
     data : tuple of str and callable, optional
         Name of the data, and a function that returns a fresh iterator over its batches. Without
-        data, random inputs are used. The rewrite is checked on the first batches.
+        data, random inputs are used.
+    proved : callable, optional
+        The same of batches on the first of which the rewrite is checked, layer by layer; by default
+        those of `data`.
     measures : mapping of str to Measure, optional
         How outputs are compared; by default decided from the original's outputs.
     taps : TapLimit, optional
@@ -124,7 +128,7 @@ def verify(
         if any(None in (shape or (None,)) for shape in shapes.values()):
             notes += (f"unknown input axes were set to {unknown} for verification",)
     else:
-        proof = list(itertools.islice(data[1](), PROVED_BATCHES))
+        proof = list(itertools.islice((proved or data[1])(), PROVED_BATCHES))
         reference = [owned(run_session(session, feed)) for feed in proof]
     del session
     results = _results(compressed, proof, threads)
