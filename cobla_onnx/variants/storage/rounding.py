@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,20 +87,21 @@ def _rounded(
     together: _Compensated | None,
 ) -> Coded:
     """Round rows with the best of several scales for each."""
-    alone = (Coded(_nearest_codes(levels, rows, each), levels, each) for each in scales)
-    best = reduce(partial(_better_rows, rows, second), alone)
+    judged = partial(_Judged.of, rows, second)
+    alone = (judged(Coded(_nearest_codes(levels, rows, each), levels, each)) for each in scales)
+    best = reduce(_better_rows, alone)
     if together is None:
-        return best
-    near = [(factor * best.scales).astype(np.float32) for factor in NEAR]
+        return best.coded
+    near = [(factor * best.coded.scales).astype(np.float32) for factor in NEAR]
     # Small weights with all scales at once: column by column, calls take longer than numbers do.
     parts = [near] if rows.size <= TOGETHER else [[each] for each in near]
     compensated = (
-        Coded(codes, levels, each)
+        judged(Coded(codes, levels, each))
         for part in parts
         for codes, each in zip(together.codes(levels, rows, part), part, strict=True)
     )
     # What is rounded one by one takes part, so that the result is never worse than that.
-    return together.descended(reduce(partial(_better_rows, rows, second), compensated, best), rows)
+    return together.descended(reduce(_better_rows, compensated, best).coded, rows)
 
 
 def _sizes(rows: NDArray[Any], bits: int) -> Float64:
@@ -188,14 +189,27 @@ def _damped_in_order(second: Float64) -> tuple[Float64, NDArray[np.intp]]:
     return damped, order
 
 
-def _better_rows(rows: Float64, second: Float64 | None, one: Coded, other: Coded) -> Coded:
+class _Judged(NamedTuple):
+    """A weight in fewer bits, and the output error of each of its rows."""
+
+    coded: Coded
+    errors: Float64
+
+    @staticmethod
+    def of(rows: Float64, second: Float64 | None, coded: Coded) -> _Judged:
+        """Judge a weight."""
+        return _Judged(coded, output_error(coded, rows, second))
+
+
+def _better_rows(one: _Judged, other: _Judged) -> _Judged:
     """Take every row from the weight that leaves it less error."""
-    better = output_error(other, rows, second) < output_error(one, rows, second)
-    return Coded(
-        np.where(better[:, :, None], other.codes, one.codes),
-        one.levels,
-        np.where(better, other.scales, one.scales),
+    better = other.errors < one.errors
+    coded = Coded(
+        np.where(better[:, :, None], other.coded.codes, one.coded.codes),
+        one.coded.levels,
+        np.where(better, other.coded.scales, one.coded.scales),
     )
+    return _Judged(coded, np.where(better, other.errors, one.errors))
 
 
 def _nearest_codes(
