@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import shutil
 import tempfile
 import threading
@@ -16,10 +17,13 @@ from numpy.typing import NDArray
 
 from cobla_onnx.runtime.processes import interrupts_wait
 
-__all__ = ["ArrayFile", "Place", "Shelf", "array_bytes", "owned", "temporary_folder"]
+__all__ = ["ArrayFile", "Place", "Shelf", "SpareFiles", "array_bytes", "owned", "temporary_folder"]
 
 # Bytes on a shelf that stay in memory.
 AT_HAND = 1 << 24
+# Bytes from which on it takes less time to map an array than to read it, and multiples of bytes at
+# which such arrays begin.
+MAPPED, ALIGNMENT = 1 << 16, 64
 
 
 class Place(NamedTuple):
@@ -30,25 +34,56 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-class ArrayFile:
-    """Arrays in a temporary file, removed with this object or when it is closed."""
+class SpareFiles:
+    """Temporary files of arrays that nobody wants any more, for others to write over.
+
+    Pages that a file has already are written several times faster than new ones.
+    """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
-        self._finalizer = weakref.finalize(self, _close, self._file)
+        self._files: list[IO[bytes]] = []
+        weakref.finalize(self, _close_all, self._files)
+
+    def take(self) -> IO[bytes]:
+        """Return one of them, or a new one."""
+        # SIM115: closed with the object that it is given to, or with this one.
+        return self._files.pop() if self._files else tempfile.TemporaryFile()
+
+    def give_back(self, file: IO[bytes]) -> None:
+        """Keep a file for others."""
+        self._files.append(file)
+
+
+class ArrayFile:
+    """Arrays in a temporary file, removed with this object or when it is closed.
+
+    Parameters
+    ----------
+    spare : SpareFiles, optional
+        Where the file comes from, and goes back to when neither it nor one of its views is used.
+    """
+
+    def __init__(self, spare: SpareFiles | None = None) -> None:
+        self._file = tempfile.TemporaryFile() if spare is None else spare.take()  # noqa: SIM115
+        release = _close if spare is None else spare.give_back
+        self._finalizer = weakref.finalize(self, release, self._file)
         # Several threads may read; there is one place in the file for all of them.
         self._lock = threading.Lock()
+        self._end, self._flushed = 0, 0
 
     @property
     def size(self) -> int:
         """Bytes in it."""
-        return self._file.seek(0, 2)
+        return self._end
 
     def put(self, array: NDArray[Any]) -> Place:
         """Append an array."""
         with self._lock:
-            place = Place(self.size, array.dtype, array.shape)
+            step = ALIGNMENT if array.nbytes >= MAPPED else 1
+            place = Place(-(-self._end // step) * step, array.dtype, array.shape)
+            self._file.seek(place.offset)
             self._file.write(array_bytes(array))
+            self._end = place.offset + array.nbytes
         return place
 
     def get(self, place: Place) -> NDArray[Any]:
@@ -58,13 +93,42 @@ class ArrayFile:
             self._file.seek(place.offset)
             return np.fromfile(self._file, place.dtype, count).reshape(place.shape)
 
+    def view(self, place: Place) -> NDArray[Any]:
+        """Return an array that is read from the file as it is looked at, and cannot be changed.
+
+        A large one alone, which is then not copied.
+        """
+        nbytes = int(np.prod(place.shape)) * place.dtype.itemsize
+        if nbytes < MAPPED:
+            return self.get(place)
+        with self._lock:
+            if self._flushed < self._end:
+                self._file.flush()
+                self._flushed = self._end
+        begin = place.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        skipped = place.offset - begin
+        pages = mmap.mmap(
+            self._file.fileno(), skipped + nbytes, access=mmap.ACCESS_READ, offset=begin
+        )
+        array = np.frombuffer(pages, np.uint8, nbytes, skipped)
+        return np.asarray(_View(self, array.view(place.dtype).reshape(place.shape)))
+
     def clear(self) -> None:
         """Drop all batches."""
         self._file.truncate(0)
+        self._end, self._flushed = 0, 0
 
     def close(self) -> None:
         """Free the disk space; this happens by itself when the file is no longer used."""
         self._finalizer()
+
+
+class _View:
+    """An array of a file, which keeps the file from being written over."""
+
+    def __init__(self, file: ArrayFile, array: NDArray[Any]) -> None:
+        self._kept = file, array
+        self.__array_interface__ = array.__array_interface__
 
 
 class Shelf(Sequence["dict[str, NDArray[Any]]"]):
@@ -161,3 +225,8 @@ def _close(file: IO[bytes]) -> None:
     # On a full disk closing fails a second time, over what nobody wants any more.
     with contextlib.suppress(OSError):
         file.close()
+
+
+def _close_all(files: Iterable[IO[bytes]]) -> None:
+    for file in files:
+        _close(file)

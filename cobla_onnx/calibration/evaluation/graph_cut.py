@@ -9,7 +9,9 @@ and read at or after it. The next layer starts from there.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.macs import infer_shapes
 from cobla_onnx.graph.subgraph import make_value, prefix, reached_from
 from cobla_onnx.runtime.session import Feeds
-from cobla_onnx.runtime.temporary import ArrayFile, Place
+from cobla_onnx.runtime.temporary import ArrayFile, Place, SpareFiles
 
 __all__ = ["Frontier", "Store", "can_be_fed"]
 
@@ -36,10 +38,18 @@ def can_be_fed(values: Mapping[str, Any]) -> bool:
 
 
 class Store:
-    """Tensors of a sequence of batches, in an unnamed temporary file."""
+    """Tensors of a sequence of batches, in an unnamed temporary file.
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self._file = ArrayFile()
+    Parameters
+    ----------
+    limit : int
+        Most bytes.
+    spare : SpareFiles, optional
+        Gives the file, and gets it back.
+    """
+
+    def __init__(self, limit: int = LIMIT, spare: SpareFiles | None = None) -> None:
+        self._file = ArrayFile(spare)
         self._limit = limit
         self._places: list[dict[str, Place]] | None = []
 
@@ -59,11 +69,11 @@ class Store:
             return
         self._places.append({name: self._file.put(array) for name, array in values.items()})
 
-    def batches(self) -> Iterator[Feeds]:
-        """Yield the batches in order."""
+    def batches(self, begin: int = 0) -> Iterator[Feeds]:
+        """Yield the batches in order, from one of them on; their arrays cannot be changed."""
         assert self._places is not None
-        for places in self._places:
-            yield {name: self._file.get(place) for name, place in places.items()}
+        for places in self._places[begin:]:
+            yield {name: self._file.view(place) for name, place in places.items()}
 
 
 class Frontier:
@@ -82,7 +92,7 @@ class Frontier:
 
     def __init__(self, model: onnx.ModelProto, batches: Callable[[], Iterable[Feeds]]) -> None:
         self._model = model
-        self._batches = batches
+        self._batches: Callable[[int], Iterable[Feeds]] = partial(_from, batches)
         self._producer = {n: i for i, node in enumerate(model.graph.node) for n in node.output}
         self._last_reader = {
             name: i for i, node in enumerate(model.graph.node) for name in all_inputs(node)
@@ -96,9 +106,14 @@ class Frontier:
         self._given = {name: self._declared(name, value) for name, value in first.items()}
         self._start = self._batches, self._given
 
-    def batches(self) -> Iterator[Feeds]:
-        """Yield the live tensors of each batch, as inputs for `taps`."""
-        return iter(self._batches())
+    @property
+    def at_start(self) -> bool:
+        """Whether the samples are where they came in."""
+        return self._given is self._start[1]
+
+    def batches(self, begin: int = 0) -> Iterator[Feeds]:
+        """Yield the live tensors of each batch from one of them on, as inputs for `taps`."""
+        return iter(self._batches(begin))
 
     def crossing(self, node: int) -> list[str]:
         """Live tensors at the cut before a node, which lies after the present cut."""
@@ -129,7 +144,7 @@ class Frontier:
         try:
             return self._open(list(names), weights or {}, fed, threads)
         except ModelError:
-            if self._given is self._start[1]:
+            if self.at_start:
                 raise
         self._batches, self._given = self._start
         return self._open(list(names), weights or {}, fed, threads)
@@ -157,20 +172,28 @@ class Frontier:
             known = (None,) * array.ndim
         return make_value(name, array.dtype, known)
 
-    def moved_to(self, store: Store) -> Frontier:
-        """Return the frontier at the cut whose tensors are stored; itself if some are missing."""
+    def moved_to(self, store: Store, begin: int = 0) -> Frontier:
+        """Return the frontier at the cut whose tensors are stored; itself if some are missing.
+
+        Those of batches before `begin` are not asked for.
+        """
         if not store.whole:
             return self
-        return self.at(next(store.batches()), store.batches)
+        return self.at(next(store.batches(begin)), store.batches)
 
-    def at(self, first: Feeds, batches: Callable[[], Iterable[Feeds]] | None = None) -> Frontier:
+    def at(self, first: Feeds, batches: Callable[[int], Iterable[Feeds]] | None = None) -> Frontier:
         """Return the frontier at the cut to which the tensors of a first batch belong.
 
         Without `batches` it consists of this batch alone, and cannot go back to the inputs.
         """
         moved = copy.copy(self)
-        moved._batches = batches or (lambda: [first])
+        moved._batches = batches or (lambda begin: [first][begin:])
         moved._given = {name: self._declared(name, value) for name, value in first.items()}
         if batches is None:
             moved._start = moved._batches, moved._given
         return moved
+
+
+def _from(batches: Callable[[], Iterable[Feeds]], begin: int) -> Iterator[Feeds]:
+    """Yield the batches of a fresh iterator from one of them on."""
+    return itertools.islice(batches(), begin, None)
