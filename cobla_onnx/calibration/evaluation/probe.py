@@ -173,6 +173,15 @@ class Probe:
             [sample_losses(self.measures, expected, actual) for expected, actual in outputs]
         )
 
+    @property
+    def reopens(self) -> bool:
+        """Whether a session is opened for each set of weights."""
+        return self._bare is not None
+
+    def loss_of(self, outputs: Iterable[Feeds]) -> float:
+        """Mean loss of outputs of all batches that were made elsewhere."""
+        return float(self.losses_of(zip(self.expected, outputs, strict=True)).mean())
+
     def outputs(self, weights: Weights) -> Iterator[tuple[Feeds, Feeds]]:
         """Run batch by batch; yield the targets (`expected`) and the outputs."""
         run = self._with(self.feeds(weights))

@@ -97,18 +97,29 @@ class Finisher:
         """Refit a plan's layers, once for each plan; also return how many were changed."""
         if plan not in self._refitted:
             samples = self.judge.dataset.calibration
-            self._refitted[plan] = self.refitted_to(samples, self.chosen(plan))
+            known = self._held_back.get(plan)
+            before = None if known is None else float(known.mean())
+            self._refitted[plan] = self.refitted_to(samples, self.chosen(plan), before=before)
         return self._refitted[plan]
 
     def refitted_to(
-        self, samples: Sequence[int], chosen: Sequence[ChosenLayer], stage: str = "refit"
+        self,
+        samples: Sequence[int],
+        chosen: Sequence[ChosenLayer],
+        stage: str = "refit",
+        before: float | None = None,
     ) -> tuple[Sequence[Approximation], int]:
-        """Refit layers to some samples, as far as the selection split loses less."""
+        """Refit layers to some samples, as far as the selection split loses less.
+
+        `before` is the loss there before refit, if it is known.
+        """
+        # With the outputs that are compared, so that these follow from any layer on.
         return refit_layers(
-            self.model,
+            self.judge.follows[0],
             chosen,
             lambda: self.judge.batches(samples),
             self.judge.followed,
             threads=self.context.threads,
+            before=before,
             progress=partial(self.context.progress, stage),
         )

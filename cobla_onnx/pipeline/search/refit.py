@@ -12,19 +12,26 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.evaluation.probe import Pair, Probe, Weights
-from cobla_onnx.calibration.patches import WIDE, ReadPatch, has_products, read_patch_of
+from cobla_onnx.calibration.evaluation.graph_cut import Frontier
+from cobla_onnx.calibration.evaluation.probe import Pair, Probe
+from cobla_onnx.calibration.patches import (
+    WIDE,
+    ReadPatch,
+    finite_outputs,
+    has_products,
+    read_patch_of,
+)
 from cobla_onnx.calibration.positions import Chosen
 from cobla_onnx.calibration.sums import Joint
 from cobla_onnx.graph.layers import Layer, read_weight
-from cobla_onnx.pipeline.search.walk import VectorPair, Walk
+from cobla_onnx.pipeline.search.walk import Request, VectorPair, Walk
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.base import Approximation
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
@@ -82,6 +89,7 @@ def refit_layers(
     selection: Probe,
     *,
     threads: int,
+    before: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Approximation], int]:
     """Refit each layer in topological order, and keep refits where they help.
@@ -100,6 +108,8 @@ def refit_layers(
         Gives a fresh iterator over the calibration split.
     selection : Probe
         Has the samples of the selection split, and evaluates the loss there.
+    before : float, optional
+        The loss there before refit, if it is known.
 
     Returns
     -------
@@ -109,59 +119,88 @@ def refit_layers(
         How many layers were changed.
     """
     order = sorted(range(len(chosen)), key=lambda i: chosen[i].layer.uses[0].node)
-    current = [entry.approximation for entry in chosen]
-    weights = replaced_weights(chosen, current)
-    best = selection.loss(weights)
+    weights = replaced_weights(chosen, [entry.approximation for entry in chosen])
+    best = selection.loss(weights) if before is None else before
     selection.rest()
     layers = {entry.index: entry.layer for entry in chosen}
     walk = Walk(model, layers, batches, selection.batches, threads)
     able = [i for i in order if _refits(model, chosen[i]) and walk.is_moved(chosen[i].layer)]
+    work = _Work(chosen, walk, selection, [_Refit(model, chosen[i]) for i in able])
+    trial: Trial = [entry.approximation for entry in chosen], weights
     total, steps = max(len(able), 1), itertools.count()
 
     def advance() -> None:
         progress(next(steps), total)
 
     for section in _sections(able):
-        start = walk.place
+        place, trials = work.trials(section, trial, advance)
         least, answer = best, None
-        for trial in _trials(model, chosen, section, (current, weights), walk, advance):
-            if any(trial[0][position] is not current[position] for position in section):
-                loss = selection.loss(trial[1])
+        for found in trials:
+            if any(found[0][position] is not trial[0][position] for position in section):
+                loss = work.loss(place, found[1])
                 if loss < least:
-                    least, answer = loss, trial
+                    least, answer = loss, found
         selection.rest()
         if answer is None:
-            walk.place = start
+            walk.place = place
         else:
-            best, (current, weights) = least, answer
+            best, trial = least, answer
     progress(total, total)
-    kept = sum(made is not entry.approximation for made, entry in zip(current, chosen, strict=True))
-    return current, kept
+    made = zip(trial[0], chosen, strict=True)
+    return trial[0], sum(found is not entry.approximation for found, entry in made)
 
 
-def _trials(
-    model: onnx.ModelProto,
-    chosen: Sequence[ChosenLayer],
-    section: Sequence[int],
-    trial: Trial,
-    walk: Walk,
-    advance: Callable[[], None],
-) -> list[Trial]:
-    """Refit the layers of a section, each on what those before it became.
+@dataclass
+class _Work:
+    """What refits layers, section by section.
 
-    Of several layers each becomes the best of its candidates, where it gains; of a single one all
-    candidates are returned.
+    Attributes
+    ----------
+    chosen : sequence of ChosenLayer
+    walk : Walk
+    selection : Probe
+    ahead : list of _Refit
+        Of the layers that are still to be refitted, in their order.
     """
-    for position in section:
-        advance()
-        entry = chosen[position]
-        ranked = _Refit(model, entry).candidates(walk, trial[1])
-        if len(section) == 1:
-            return [_replaced(trial, position, entry, made) for _, made in ranked]
-        gain, made = ranked[0]
-        if gain > 0:
-            trial = _replaced(trial, position, entry, made)
-    return [trial]
+
+    chosen: Sequence[ChosenLayer]
+    walk: Walk
+    selection: Probe
+    ahead: list[_Refit]
+
+    def trials(
+        self, section: Sequence[int], trial: Trial, advance: Callable[[], None]
+    ) -> tuple[Frontier, list[Trial]]:
+        """Refit the layers of a section, each on what those before it became.
+
+        Of several layers each becomes the best of its candidates, where it gains; of a single one
+        all candidates are returned. Also returns the place of the walk before the first of them.
+        """
+        place = self.walk.place
+        for number, position in enumerate(section):
+            advance()
+            refit = self.ahead.pop(0)
+            # While the network chooses, a section is seen by itself: the next one reads the answer.
+            single = len(section) == 1
+            beside = len(self.ahead) if single else len(section) - number - 1
+            following = [each.request for each in self.ahead]
+            ranked = refit.candidates(self.walk.joint(refit.request, trial[1], following, beside))
+            entry = self.chosen[position]
+            if number == 0:
+                place = self.walk.place
+            if single:
+                return place, [_replaced(trial, position, entry, made) for _, made in ranked]
+            gain, made = ranked[0]
+            if gain > 0:
+                trial = _replaced(trial, position, entry, made)
+        return place, [trial]
+
+    def loss(self, place: Frontier, weights: dict[int, Pair]) -> float:
+        """Loss on the selection split, from a place of the walk on where that is faster."""
+        if place.at_start or not self.selection.reopens:
+            return self.selection.loss(weights)
+        names = self.selection.measures
+        return self.selection.loss_of(self.walk.outputs(place, weights, names))
 
 
 def _replaced(trial: Trial, position: int, entry: ChosenLayer, made: Approximation) -> Trial:
@@ -229,30 +268,46 @@ class _Refit:
     """
 
     def __init__(self, model: onnx.ModelProto, entry: ChosenLayer) -> None:
-        self._entry = entry
+        self._model, self._entry = model, entry
         self._family = require_family(entry.form.name)
         self._scheme = schemes_for(entry.layer)[0]
-        self._patches = [read_patch_of(model, entry.layer, use) for use in entry.layer.uses]
-        self._weight = read_weight(model, entry.layer)
         self._first: Float64 | None = None
-        self._rows = self._scheme.rows_of(self._weight).astype(np.float64)
         if _is_wide(model, entry):
-            self._first, last = inputs_first(entry.form, entry.approximation.factors)
-            self._rows = last.swapaxes(1, 2)
+            self._first = inputs_first(entry.form, entry.approximation.factors)[0]
 
-    def candidates(self, walk: Walk, weights: Weights) -> list[tuple[float, Approximation]]:
+    @cached_property
+    def request(self) -> Request:
+        """What is asked of the walk."""
+        layer = self._entry.layer
+        patches = [read_patch_of(self._model, layer, use) for use in layer.uses]
+        # The ridge is far above the rounding of single precision. Where the second factor moves
+        # over several positions, its normal equations have none.
+        exact = self._moves() or layer.type == onnx.TensorProto.DOUBLE
+        pairing = [partial(_paired, patch, self._first) for patch in patches]
+        groups, outputs, size = self._scheme.rows_of(np.broadcast_to(np.int8(0), layer.shape)).shape
+        if self._first is not None:
+            size = self._first.shape[2]
+        return Request(layer, pairing, (groups, outputs, size), exact)
+
+    @cached_property
+    def _rows(self) -> Float64:
+        """The weight from which the refit sets out, shape (groups, outputs, size)."""
+        if self._first is None:
+            weight = read_weight(self._model, self._entry.layer)
+            return self._scheme.rows_of(weight).astype(np.float64)
+        return inputs_first(self._entry.form, self._entry.approximation.factors)[1].swapaxes(1, 2)
+
+    def candidates(self, joints: tuple[Joint, Joint]) -> list[tuple[float, Approximation]]:
         """Refit the layer under each ridge; the best first, each with what it gains.
 
         By the error of the layer's outputs on the samples held back.
+
+        Parameters
+        ----------
+        joints : tuple of Joint
+            Over the calibration split, and over the samples held back.
         """
-        entry = self._entry
-        old = entry.approximation
-        pairing = [partial(_paired, patch, self._first) for patch in self._patches]
-        # The ridge is far above the rounding of single precision. Where the second factor moves
-        # over several positions, its normal equations have none.
-        exact = self._moves() or entry.layer.type == onnx.TensorProto.DOUBLE
-        shape = self._rows.shape
-        joint, held_back = walk.joint(entry.layer, weights, pairing, shape, exact)
+        old, (joint, held_back) = self._entry.approximation, joints
         inputs = joint.inputs
         own_bias = old.bias is not None
         inner, cross = shrink_joint(
@@ -323,6 +378,7 @@ def _paired(
     outputs = patch.outputs(output)
     if chosen.index is not None:
         outputs = outputs[:, :, chosen.index]
+    outputs = finite_outputs(outputs)
     done = 0
     for vectors in patch.vectors(data, chosen.index, chosen.each):
         read = vectors if first is None else first.swapaxes(1, 2) @ vectors.astype(np.float64)

@@ -74,9 +74,9 @@ def test_a_section_that_does_not_help_the_network_goes_back(
 
     joint = Walk.joint
 
-    def noticed(self, layer, *arguments):
-        found = joint(self, layer, *arguments)
-        seen.append((layer.name, found[0].inputs.second))
+    def noticed(self, request, *arguments):
+        found = joint(self, request, *arguments)
+        seen.append((request.layer.name, found[0].inputs.second))
         return found
 
     monkeypatch.setattr(Probe, "loss", refuse_the_first)
