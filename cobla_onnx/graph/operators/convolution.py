@@ -191,13 +191,20 @@ class ConvPatch(DensePatch):
         for part in cut(len(windows), self.group * self.size * per_sample, 1):
             yield windows[part].transpose(order).reshape(self.group, self.size, -1)
 
-    def outputs(self, output: NDArray[Any]) -> NDArray[Any]:
+    def outputs(
+        self, output: NDArray[Any], chosen: NDArray[np.int64] | None = None
+    ) -> NDArray[Any]:
         """Outputs at the positions of the patches, shape (groups, N / group, positions)."""
-        grouped = output.reshape(len(output), self.group, -1, math.prod(output.shape[2:]))
+        places = math.prod(output.shape[2:])
+        grouped = output.reshape(len(output), self.group, -1, places)
+        if chosen is not None:
+            # Of a large map this reads a few places alone, and copies the rest nowhere.
+            return grouped[chosen // places, :, :, chosen % places].transpose(1, 2, 0)
         return grouped.transpose(1, 2, 0, 3).reshape(self.group, grouped.shape[2], -1)
 
     def _windows(self, data: NDArray[Any]) -> NDArray[Any]:
-        padded = np.pad(data, [(0, 0), (0, 0), *self._padding(data.shape[2:])])
+        pads = self._padding(data.shape[2:])
+        padded = np.pad(data, [(0, 0), (0, 0), *pads]) if any(map(any, pads)) else data
         axes = tuple(range(2, padded.ndim))
         windows = np.lib.stride_tricks.sliding_window_view(padded, self.spans, axis=axes)
         steps = [slice(None, None, s) for s in self.strides]

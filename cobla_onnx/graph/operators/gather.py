@@ -113,6 +113,9 @@ class LookupPatch(DensePatch):
             hot[0, rows[part], np.arange(count)] = 1.0
             yield hot
 
-    def outputs(self, output: NDArray[Any]) -> NDArray[Any]:
+    def outputs(
+        self, output: NDArray[Any], chosen: NDArray[np.int64] | None = None
+    ) -> NDArray[Any]:
         """Rows that were read, shape (1, width, positions)."""
-        return output.reshape(-1, output.shape[-1]).T[None]
+        rows = output.reshape(-1, output.shape[-1])
+        return (rows if chosen is None else rows[chosen]).T[None]

@@ -82,8 +82,13 @@ class Patch(Protocol):
 class ReadPatch(Patch, Protocol):
     """What an operator reads whose outputs are products of it, with these outputs."""
 
-    def outputs(self, output: NDArray[Any]) -> NDArray[Any]:
-        """Outputs at the positions of the vectors, shape (groups, outputs, positions)."""
+    def outputs(
+        self, output: NDArray[Any], chosen: NDArray[np.int64] | None = None
+    ) -> NDArray[Any]:
+        """Outputs at the positions of the vectors, shape (groups, outputs, positions).
+
+        Those of `chosen` alone, as in `Patch.vectors`, if given.
+        """
         ...
 
 

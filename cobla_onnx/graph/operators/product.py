@@ -124,10 +124,13 @@ class ProductPatch(DensePatch):
         for part in cut(count, self.groups * self.size, each):
             yield stack[:, :, part if chosen is None else chosen[part]]
 
-    def outputs(self, output: NDArray[Any]) -> NDArray[Any]:
+    def outputs(
+        self, output: NDArray[Any], chosen: NDArray[np.int64] | None = None
+    ) -> NDArray[Any]:
         """Outputs at the positions of the vectors, shape (groups, outputs, positions)."""
         columns = self.output_columns and output.ndim > 1
-        return self._stack(output if output.ndim > 1 else output[None], columns)
+        stack = self._stack(output if output.ndim > 1 else output[None], columns)
+        return stack if chosen is None else stack[:, :, chosen]
 
     def _inputs(self, data: NDArray[Any]) -> NDArray[Any]:
         return self._stack(data if data.ndim > 1 else data[None], self.columns and data.ndim > 1)

@@ -104,9 +104,11 @@ class TransposedPatch:
             turned = np.flip(turned, tuple(range(1, 1 + len(self.kernel))))
             yield turned.reshape(1, self.size, -1)
 
-    def outputs(self, output: NDArray[Any]) -> NDArray[Any]:
+    def outputs(
+        self, output: NDArray[Any], chosen: NDArray[np.int64] | None = None
+    ) -> NDArray[Any]:
         """Outputs at the positions of the vectors, shape (1, outputs, positions)."""
-        return self._plain.outputs(output)
+        return self._plain.outputs(output, chosen)
 
     @property
     def parts(self) -> tuple[NDArray[np.int64], ...]:

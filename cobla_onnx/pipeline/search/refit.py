@@ -375,10 +375,7 @@ def _paired(
     chosen: Chosen,
 ) -> Iterator[VectorPair]:
     """Yield input vectors (through the first factor, if given) beside output vectors."""
-    outputs = patch.outputs(output)
-    if chosen.index is not None:
-        outputs = outputs[:, :, chosen.index]
-    outputs = finite_outputs(outputs)
+    outputs = finite_outputs(patch.outputs(output, chosen.index))
     done = 0
     for vectors in patch.vectors(data, chosen.index, chosen.each):
         read = vectors if first is None else first.swapaxes(1, 2) @ vectors.astype(np.float64)
