@@ -333,11 +333,11 @@ class JointSum:
 
         `each` and `share` are those of `MomentSum.add`.
         """
-        self._inputs.add(vectors, each, share)
         left, right = (
             array.astype(_type_of_products(array, self._exact), copy=False)
             for array in (outputs, vectors)
         )
+        self._inputs.add(right, each, share)
         self._cross += left @ right.swapaxes(1, 2)
         self._total += outputs.sum(axis=2, dtype=np.float64)
 
@@ -386,7 +386,8 @@ def _spread(
         return float(squares @ squares)
     total = 0.0
     for start, end in spans:
-        part = np.ascontiguousarray(vectors[:, start:end])
+        # The smaller product; the columns of a sample are a matrix as they lie there.
+        part = vectors[:, start:end]
         gram = part @ part.T if len(part) < end - start else part.T @ part
         total += _squared_norm(gram)
     return total
