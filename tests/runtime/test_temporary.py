@@ -4,7 +4,14 @@ import signal
 import numpy as np
 import pytest
 
-from cobla_onnx.runtime.temporary import Shelf, owned, temporary_folder
+from cobla_onnx.runtime.temporary import (
+    MAPPED,
+    ArrayFile,
+    Shelf,
+    SpareFiles,
+    owned,
+    temporary_folder,
+)
 
 
 def test_what_a_shelf_keeps_holds_no_other_memory():
@@ -39,3 +46,41 @@ def test_an_interrupt_waits_until_a_temporary_folder_is_gone(monkeypatch):
         (folder / "file").touch()
     assert not folder.exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("count", [0, 3, MAPPED // 8, MAPPED])
+def test_views_are_what_was_put_in_and_cannot_be_changed(count):
+    file = ArrayFile()
+    arrays = [np.arange(count, dtype=np.float64).reshape(1, -1), np.ones(5, np.int8)]
+    places = [file.put(array) for array in [*arrays, *arrays]]
+    for place, array in zip(places, [*arrays, *arrays], strict=True):
+        found = file.view(place)
+        assert found.dtype == array.dtype
+        np.testing.assert_array_equal(found, array)
+        np.testing.assert_array_equal(file.get(place), array)
+    if count * 8 >= MAPPED:
+        with pytest.raises(ValueError, match="read-only"):
+            file.view(places[0])[0, 0] = 1.0
+
+
+def test_a_file_is_written_over_when_nobody_looks_at_it():
+    spare = SpareFiles()
+    large = np.arange(MAPPED, dtype=np.float64)
+    first = ArrayFile(spare)
+    view = first.view(first.put(large))
+    raw = first._file
+    del first
+    # Its view is still in use.
+    second = ArrayFile(spare)
+    assert second._file is not raw
+    second.put(-large)
+    np.testing.assert_array_equal(view, large)
+    del view
+    third = ArrayFile(spare)
+    assert third._file is raw
+    assert third.size == 0
+    place = third.put(2 * large[:-1])
+    np.testing.assert_array_equal(third.view(place), 2 * large[:-1])
+    files = [raw, second._file]
+    del third, second, spare
+    assert all(file.closed for file in files)
