@@ -280,9 +280,8 @@ class _Refit:
         """What is asked of the walk."""
         layer = self._entry.layer
         patches = [read_patch_of(self._model, layer, use) for use in layer.uses]
-        # The ridge is far above the rounding of single precision. Where the second factor moves
-        # over several positions, its normal equations have none.
-        exact = self._moves() or layer.type == onnx.TensorProto.DOUBLE
+        # Ridge and shrinkage are far above the rounding of single precision.
+        exact = layer.type == onnx.TensorProto.DOUBLE
         pairing = [partial(_paired, patch, self._first) for patch in patches]
         groups, outputs, size = self._scheme.rows_of(np.broadcast_to(np.int8(0), layer.shape)).shape
         if self._first is not None:
@@ -327,12 +326,6 @@ class _Refit:
             # Another one, which does not keep what is multiplied out.
             found.append((gain, replace(made)))
         return sorted(found, key=lambda pair: -pair[0])
-
-    def _moves(self) -> bool:
-        """Whether some second factor moves over several positions."""
-        return isinstance(self._entry.approximation, LowRankWeight) and (
-            self._entry.approximation.scheme.offsets > 1
-        )
 
     def _fitted(self, inner: Float64, cross: Float64, ridge: float) -> Any:
         entry, old = self._entry, self._entry.approximation
