@@ -9,6 +9,7 @@ Layers that do not depend on each other, such as those that read one tensor, are
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from typing import Any, TypeAlias, TypeVar
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store
+from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store, can_be_fed
 from cobla_onnx.calibration.evaluation.probe import Weights
-from cobla_onnx.calibration.moments import parts_of
+from cobla_onnx.calibration.moments import Taps, parts_of
 from cobla_onnx.calibration.patches import Patch, patch_of
 from cobla_onnx.calibration.positions import (
     Chosen,
@@ -28,6 +29,7 @@ from cobla_onnx.calibration.positions import (
     sample_seeds,
 )
 from cobla_onnx.calibration.sums import Joint, JointSum
+from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.graph.subgraph import expose, reached_from
 from cobla_onnx.runtime.pool import open_pool
@@ -99,6 +101,28 @@ class _Sight:
         chosen = choose_positions(self.patch, data, seeds, self.most)
         for vectors, outputs in self.pairing(data, given[self.use.output], chosen):
             total.add(vectors, outputs, chosen.each, chosen.share)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What runs both models from where the samples are.
+
+    Attributes
+    ----------
+    original, compressed : Taps
+    shared : Taps, optional
+        Runs before them what is the same for both.
+    """
+
+    original: Taps
+    compressed: Taps
+    shared: Taps | None = None
+
+    def run(self, pair: tuple[Feeds, Feeds]) -> tuple[Feeds, Feeds]:
+        """Return the tensors of a batch in the original and in the compressed model."""
+        if self.shared is not None:
+            pair = (self.shared.run(pair[0]),) * 2
+        return self.original.run(pair[0]), self.compressed.run(pair[1])
 
 
 class Walk:
@@ -262,14 +286,14 @@ class Walk:
             compressed.crossing(sights[0].use.node),
         )
         stores = Store(spare=self._spare), Store(spare=self._spare)
-        right = original.taps([*crossing[0], *wanted])
-        left = compressed.taps([*crossing[1], *(sight.use.data for sight in sights)], weights)
+        reads = [sight.use.data for sight in sights]
+        parts = self._parts(places, ([*crossing[0], *wanted], [*crossing[1], *reads]), weights)
 
         def add_up(part: list[Seeded]) -> tuple[list[JointSum], list[list[Feeds]]]:
             totals = [sight.request.empty() for sight in sights]
             moved = []
             for pair, seeds in part:
-                given, read = right.run(pair[0]), left.run(pair[1])
+                given, read = parts.run(pair)
                 for sight, total in zip(sights, totals, strict=True):
                     sight.add(total, given, read, seeds)
                 values = zip((given, read), crossing, strict=True)
@@ -278,7 +302,10 @@ class Walk:
 
         totals = [[sight.request.empty(), sight.request.empty()] for sight in sights]
         size = sum(total[0].nbytes for total in totals)
-        pairs = zip(original.batches(), compressed.batches(), strict=True)
+        if original.at_start and compressed.at_start:
+            pairs: Iterable[tuple[Feeds, Feeds]] = ((feeds, feeds) for feeds in original.batches())
+        else:
+            pairs = zip(original.batches(), compressed.batches(), strict=True)
         seeded = zip(pairs, self._seeds, strict=True)
         # Splits of the units, in their order.
         numbers = (len(list(parts_of(split))) for split in self._split(self._seeds))
@@ -296,6 +323,24 @@ class Walk:
         if last:
             return totals, (original, compressed.moved_to(stores[1], self._made))
         return totals, (original.moved_to(stores[0]), compressed.moved_to(stores[1]))
+
+    def _parts(
+        self,
+        places: tuple[Frontier, Frontier],
+        names: tuple[Sequence[str], Sequence[str]],
+        weights: Mapping[str, NDArray[Any]],
+    ) -> _Parts:
+        """Open what leads to tensors of both models; before the first layer, one for both."""
+        original, compressed = places
+        if original.at_start and compressed.at_start:
+            begin = min(use.node for layer in self._layers.values() for use in layer.uses)
+            shared = original.taps(original.crossing(begin))
+            values = shared.run(next(original.batches()))
+            if can_be_fed(values):
+                with contextlib.suppress(ModelError):
+                    right = original.at(values).taps(names[0])
+                    return _Parts(right, compressed.at(values).taps(names[1], weights), shared)
+        return _Parts(original.taps(names[0]), compressed.taps(names[1], weights))
 
     def _split(self, batches: Iterable[Item]) -> Iterator[Iterable[Item]]:
         """Part what belongs to the calibration split's batches from what follows."""

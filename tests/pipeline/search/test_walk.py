@@ -81,9 +81,9 @@ def _request(layer) -> Request:
 REQUESTS = [_request(layer) for layer in LAYERS]
 
 
-def _walk(threads: int = 1) -> Walk:
+def _walk(threads: int = 1, first: int = 0) -> Walk:
     batches = _batches()
-    layers = dict(enumerate(LAYERS))
+    layers = dict(list(enumerate(LAYERS))[first:])
     return Walk(MODEL, layers, lambda: batches[:MADE], batches[MADE:], threads)
 
 
@@ -136,6 +136,23 @@ def test_the_samples_need_not_be_kept(monkeypatch):
     expected = _all(_walk(), beside=True)
     monkeypatch.setattr(walk, "Store", lambda **options: graph_cut.Store(0, **options))
     _assert_same(_all(_walk(), beside=True), expected)
+
+
+def test_what_comes_before_the_first_layer_is_the_same_for_both(monkeypatch):
+    """It runs once, for the original and the compressed model."""
+    opened = []
+    taps = graph_cut.Frontier.taps
+
+    def noticed(self, names, *arguments, **options):
+        opened.append(sorted(names))
+        return taps(self, names, *arguments, **options)
+
+    weights = _weights(1) | {0: (read_weight(MODEL, LAYERS[0]), None)}
+    expected = _walk().joint(REQUESTS[4], weights, REQUESTS[5:])
+    monkeypatch.setattr(graph_cut.Frontier, "taps", noticed)
+    found = _walk(first=1).joint(REQUESTS[4], weights, REQUESTS[5:])
+    assert opened == [["r"], ["d", "d"], ["joined", "joined"]]
+    _assert_same({"second": found}, {"second": expected})
 
 
 def test_a_place_that_was_left_gives_the_same_moments_again():
