@@ -164,6 +164,7 @@ class MomentSum:
         each: int = 1,
         share: float = 1.0,
         phases: NDArray[np.int64] | None = None,
+        dtype: type[np.floating[Any]] | None = None,
     ) -> None:
         """Add vectors of shape (groups, size, positions).
 
@@ -175,6 +176,8 @@ class MomentSum:
             Chosen fraction of all vectors.
         phases : int64 array, shape (positions,)
             Part to which each vector belongs, if there are parts.
+        dtype : type, optional
+            In which products are taken; by default as `exact` and the numbers want it.
         """
         samples = vectors.shape[2] // each
         starts = np.arange(0, vectors.shape[2], each)
@@ -182,14 +185,15 @@ class MomentSum:
             self._add_groups(vectors, each)
         elif self._parts is None:
             for group, block in enumerate(vectors):
-                self._add(group, self._blocks[group], self._total[group], block, starts)
+                self._add(group, self._blocks[group], self._total[group], block, starts, dtype)
         else:
             assert phases is not None
             for number, rows in enumerate(self._parts):
                 columns = np.flatnonzero(phases == number)
                 total = np.zeros(len(rows))
                 begins = np.searchsorted(columns, starts)
-                self._add(0, self._blocks[number], total, vectors[0][np.ix_(rows, columns)], begins)
+                block = vectors[0][np.ix_(rows, columns)]
+                self._add(0, self._blocks[number], total, block, begins, dtype)
                 self._total[0, rows] += total
         self._count += vectors.shape[2]
         self._positions += vectors.shape[2] / share
@@ -203,9 +207,10 @@ class MomentSum:
         total: NDArray[np.float64],
         block: NDArray[Any],
         starts: NDArray[np.int64],
+        dtype: type[np.floating[Any]] | None,
     ) -> None:
         """Add vectors as columns to sums; those of each sample begin at one of `starts`."""
-        dtype = _type_of_products(block, self._exact)
+        dtype = dtype or _type_of_products(block, self._exact)
         spans = list(itertools.pairwise([*starts.tolist(), block.shape[1]]))
         # The spread needs the products of each sample, and these add up to those of all.
         apart = _apart(block.shape, len(starts))
@@ -333,11 +338,9 @@ class JointSum:
 
         `each` and `share` are those of `MomentSum.add`.
         """
-        left, right = (
-            array.astype(_type_of_products(array, self._exact), copy=False)
-            for array in (outputs, vectors)
-        )
-        self._inputs.add(right, each, share)
+        types = [_type_of_products(array, self._exact) for array in (outputs, vectors)]
+        left, right = outputs.astype(types[0], copy=False), vectors.astype(types[1], copy=False)
+        self._inputs.add(right, each, share, dtype=types[1])
         self._cross += left @ right.swapaxes(1, 2)
         self._total += outputs.sum(axis=2, dtype=np.float64)
 

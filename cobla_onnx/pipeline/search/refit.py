@@ -145,6 +145,8 @@ def refit_layers(
             walk.place = place
         else:
             best, trial = least, answer
+        # The tensors there are kept no longer than they may be needed.
+        del place
     progress(total, total)
     made = zip(trial[0], chosen, strict=True)
     return trial[0], sum(found is not entry.approximation for found, entry in made)
@@ -176,7 +178,6 @@ class _Work:
         Of several layers each becomes the best of its candidates, where it gains; of a single one
         all candidates are returned. Also returns the place of the walk before the first of them.
         """
-        place = self.walk.place
         for number, position in enumerate(section):
             advance()
             refit = self.ahead.pop(0)
