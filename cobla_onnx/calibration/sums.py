@@ -226,7 +226,9 @@ class MomentSum:
                 self._spread[group] += _squared_norm(products)
             else:
                 # How much samples differ is needed to a few digits.
-                its = block.astype(_type_of_products(block, exact=False), copy=False)
+                its = factor
+                if dtype is np.float64:
+                    its = block.astype(_type_of_products(block, exact=False), copy=False)
                 self._spread[group] += _spread(its, squares, spans)
                 self._single |= its.dtype != np.float64
 

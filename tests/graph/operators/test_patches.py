@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from cobla_onnx.graph.operators.convolution import ConvPatch
+from cobla_onnx.graph.operators.gather import LookupPatch
 from cobla_onnx.graph.operators.patches import cut
+from cobla_onnx.graph.operators.product import ProductPatch
 from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import model_of, random_array
 
@@ -29,6 +31,27 @@ def test_a_weight_times_patches_is_the_convolution(group, stride, pads):
     rows = weight.reshape(group, 4 // group, -1)
     found = np.einsum("gos,gsp->gop", rows, vectors).reshape(4, 2, *expected.shape[2:])
     np.testing.assert_allclose(found.swapaxes(0, 1), expected, rtol=1e-4, atol=1e-5)
+    outputs = patch.outputs(expected)
+    np.testing.assert_allclose(outputs, np.einsum("gos,gsp->gop", rows, vectors), atol=1e-5)
+    chosen = np.flatnonzero(np.arange(patch.positions(x)) % 3 != 1)
+    np.testing.assert_array_equal(patch.outputs(expected, chosen), outputs[:, :, chosen])
+
+
+@pytest.mark.parametrize(
+    ("patch", "shape"),
+    [
+        (ProductPatch("x", False, (), 5, False), (2, 3, 7)),
+        (ProductPatch("x", False, (), 5, True), (2, 3, 7)),
+        (ProductPatch("x", False, (3,), 5, False), (2, 3, 4, 7)),
+        (LookupPatch("x", 9), (2, 3, 7)),
+        (ConvPatch("x", 2, 3, (1,), (1,), (1,), (0, 0)), (2, 8, 6)),
+    ],
+)
+def test_outputs_of_chosen_positions_are_some_of_all(patch, shape):
+    output = random_array(*shape)
+    every = patch.outputs(output)
+    chosen = np.arange(0, every.shape[2], 2)
+    np.testing.assert_array_equal(patch.outputs(output, chosen), every[:, :, chosen])
 
 
 @given(st.integers(0, 100), st.integers(1, 1 << 23), st.integers(1, 7))
