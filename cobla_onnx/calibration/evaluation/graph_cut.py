@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,7 +91,7 @@ class Frontier:
 
     def __init__(self, model: onnx.ModelProto, batches: Callable[[], Iterable[Feeds]]) -> None:
         self._model = model
-        self._batches: Callable[[int], Iterable[Feeds]] = partial(_from, batches)
+        self._batches = _from(batches)
         self._producer = {n: i for i, node in enumerate(model.graph.node) for n in node.output}
         self._last_reader = {
             name: i for i, node in enumerate(model.graph.node) for name in all_inputs(node)
@@ -194,6 +193,6 @@ class Frontier:
         return moved
 
 
-def _from(batches: Callable[[], Iterable[Feeds]], begin: int) -> Iterator[Feeds]:
-    """Yield the batches of a fresh iterator from one of them on."""
-    return itertools.islice(batches(), begin, None)
+def _from(batches: Callable[[], Iterable[Feeds]]) -> Callable[[int], Iterable[Feeds]]:
+    """Return what yields the batches of a fresh iterator from one of them on."""
+    return lambda begin: itertools.islice(batches(), begin, None)
