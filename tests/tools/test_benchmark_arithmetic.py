@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import onnx
 import pytest
+
+from cobla_onnx.errors import BudgetError
+from tests.builders import small_network
 
 
 @pytest.fixture
@@ -41,6 +47,50 @@ def test_ours_stands_beside_the_best_of_those_that_are_as_fast(tool):
     assert "| method | as it is | 0.5 | 0.3 |" in shown
     assert "| ours |  | 0.500: 90.0% / 0.1 | 0.300: 50.0% / 0.1 |" in shown
     assert "| ranks alone |  | 0.500: 70.0% / 0.1 | not reachable |" in shown
+
+
+def test_the_fastest_plan_stands_in_brackets_where_none_is_fast_enough(tool):
+    rows = {
+        (tool.BOTH, "0.3"): made(0.4, 0.5) | {"refused": "too slow"},
+        (tool.RANKS, "0.3"): made(0.45, 0.9) | {"refused": "too slow"},
+        ("static QDQ", tool.ALONE): made(0.39, 0.8),
+    }
+    # Beside it stands what takes no longer.
+    assert tool._beside(rows, "0.3") == "(static QDQ)"
+    assert "| ours |  | (0.400: 50.0% / 0.1) |" in tool.print_tables(rows_of(tool, rows))
+
+
+def test_a_task_without_classes_is_compared_by_what_samples_lose(tool):
+    better, worse = {"perplexity": 3.0, "losses": [0.1]}, {"perplexity": 9.0, "losses": [0.4]}
+    assert tool._lost(better) < tool._lost(worse)
+
+
+def test_models_whose_opset_is_too_old_are_lifted_for_all_methods(tool, tmp_path):
+    path = tmp_path / "old.onnx"
+    old = small_network()
+    old.opset_import[0].version = 12
+    onnx.save(old, path)
+    subject = tool.Subject(path, tmp_path, lambda out: {})
+    lifted = tool.with_scales(subject, "an old one", tmp_path)
+    assert onnx.load(lifted.model).opset_import[0].version >= 13
+    assert tool.with_scales(lifted, "an old one", tmp_path) == lifted
+
+
+def test_what_was_reached_is_made_where_the_latency_is_not(tool, tmp_path):
+    asked = []
+
+    class Session:
+        def compress(self, budget):
+            asked.append(budget.latency)
+            if budget.latency < 0.5:
+                raise BudgetError("too slow", {"latency": 0.5})
+            return SimpleNamespace(save=lambda path: path.touch())
+
+    row = tool.within(Session(), 0.25, tmp_path)
+    assert asked == [0.25, 0.5 * tool.NOISE]
+    assert row["refused"] == "too slow"
+    assert (tmp_path / "0.25.onnx").samefile(row["file"])
+    assert tool.within(Session(), 0.6, tmp_path) == {"file": str(tmp_path / "0.6.onnx")}
 
 
 @pytest.mark.parametrize(
