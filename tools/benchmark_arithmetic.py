@@ -5,6 +5,7 @@
     python tools/benchmark_arithmetic.py run results.json --assets ../shared --wheels . \
         --models FOLDER
     python tools/benchmark_arithmetic.py table results.json --write docs/benchmarks.md
+    python tools/benchmark_arithmetic.py short results.json --write docs/recipes/latency.md
 
 Models, samples and judges are those of ``tools/benchmark_precision.py`` (FOLDER is the one that
 this takes). A method makes its models in a process of its own, for all latencies from one analysis
@@ -20,7 +21,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 LATENCIES = (0.6, 0.45, 0.35, 0.25)
 BEGIN = "<!-- measured by tools/benchmark_arithmetic.py -->"
 END = "<!-- end of what tools/benchmark_arithmetic.py measured -->"
+SHORT_BEGIN = "<!-- shortened by tools/benchmark_arithmetic.py -->"
+SHORT_END = "<!-- end of what tools/benchmark_arithmetic.py shortened -->"
 # What is over a latency by so little was made for it.
 NOISE = 1.03
 
@@ -239,6 +242,48 @@ def table(
     field.publish(print_tables(field.read(results)), page, BEGIN, END)
 
 
+@app.command()
+def short(
+    results: Path,
+    page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
+) -> None:
+    """Print the best method of each model at each latency, or put the table into a page."""
+    field.publish(print_short(field.read(results)), page, SHORT_BEGIN, SHORT_END)
+
+
+def print_short(rows: Mapping[str, Row]) -> str:
+    """Return one table: what leaves most of the task, of what is as fast as a latency asks."""
+    keys = [key.split(" | ") for key in rows]
+    latencies = sorted({key[3] for key in keys if key[3] != ALONE}, key=float, reverse=True)
+    lines = [_line("model, threads", latencies), _line("---", ["---"] * len(latencies))]
+    for name, threads in itertools.product(NAMES, sorted({key[1] for key in keys})):
+        mine = {
+            (key[2], key[3]): rows[" | ".join(key)] for key in keys if key[:2] == [name, threads]
+        }
+        if mine:
+            cells = [_best(mine, latency) for latency in latencies]
+            lines.append(_line(f"{name}, {threads}", cells))
+    return "\n".join(lines)
+
+
+def _best(rows: Mapping[tuple[str, str], Row], latency: str) -> str:
+    found = _as_fast(rows, METHODS, latency, float(latency) * NOISE)
+    if not found:
+        return "none"
+    method, row = min(found, key=lambda entry: _lost(entry[1]["quality"]))
+    return f"{method}: {figure_of(row['quality'])}"
+
+
+def figure_of(quality: Mapping[str, Any]) -> str:
+    """Name one figure of a task: the agreement, or what its measure names first."""
+    if "agreement" in quality:
+        return f"{quality['agreement']:.1%}"
+    if "psnr_db" in quality:
+        return f"{quality['psnr_db']:.1f} dB"
+    name, value = next((n, v) for n, v in quality.items() if isinstance(v, float))
+    return f"{name.replace('_', ' ')} {value:.3f}"
+
+
 def print_tables(rows: Mapping[str, Row]) -> str:
     """Return a table for each model and number of threads."""
     parts = []
@@ -274,16 +319,23 @@ def _beside(rows: Mapping[tuple[str, str], Row], latency: str) -> str:
     most = float(latency) * NOISE
     if "refused" in ours:
         most = ours["latency"]["ratio"]
-    as_fast = [
-        (method, row)
-        for (method, column), row in rows.items()
-        if method in OTHERS and column in (ALONE, latency)
-        if "quality" in row and row["latency"]["ratio"] <= most
-    ]
+    as_fast = _as_fast(rows, OTHERS, latency, most)
     if not as_fast:
         return "no other is"
     method, best = min(as_fast, key=lambda entry: _lost(entry[1]["quality"]))
     return f"{gap(ours['quality'], best['quality'])} ({method})".strip()
+
+
+def _as_fast(
+    rows: Mapping[tuple[str, str], Row], methods: Collection[str], latency: str, most: float
+) -> list[tuple[str, Row]]:
+    """Return rows of methods, as they are or made for a latency, that take at most so long."""
+    return [
+        (method, row)
+        for (method, column), row in rows.items()
+        if method in methods and column in (ALONE, latency)
+        if "quality" in row and row["latency"]["ratio"] <= most
+    ]
 
 
 def _lost(quality: Mapping[str, Any]) -> float:

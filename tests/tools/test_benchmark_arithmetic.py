@@ -60,6 +60,24 @@ def test_the_fastest_plan_stands_in_brackets_where_none_is_fast_enough(tool):
     assert "| ours |  | (0.400: 50.0% / 0.1) |" in tool.print_tables(rows_of(tool, rows))
 
 
+def test_the_short_table_has_the_best_of_those_that_are_as_fast(tool):
+    rows = {
+        (tool.BOTH, "0.5"): made(0.5, 0.9),
+        (tool.RANKS, "0.5"): made(0.5, 0.7),
+        ("static QDQ", tool.ALONE): made(0.45, 0.95),
+        (tool.BOTH, "0.4"): made(0.4, 0.8),
+        (tool.BOTH, "0.2"): made(0.3, 0.5) | {"refused": "too slow"},
+    }
+    lines = tool.print_short(rows_of(tool, rows)).splitlines()
+    assert lines[0] == "| model, threads | 0.5 | 0.4 | 0.2 |"
+    assert lines[2] == "| small, 2 | static QDQ: 95.0% | ours: 80.0% | none |"
+
+
+def test_one_figure_stands_for_a_task(tool):
+    assert tool.figure_of({"loss": 0.1, "psnr_db": 23.04}) == "23.0 dB"
+    assert tool.figure_of({"same_ten": 0.9, "losses": [0.1]}) == "same ten 0.900"
+
+
 def test_a_task_without_classes_is_compared_by_what_samples_lose(tool):
     better, worse = {"perplexity": 3.0, "losses": [0.1]}, {"perplexity": 9.0, "losses": [0.4]}
     assert tool._lost(better) < tool._lost(worse)
