@@ -5,11 +5,14 @@
     python tools/benchmark_arithmetic.py run results.json --assets ../shared --wheels . \
         --models FOLDER
     python tools/benchmark_arithmetic.py table results.json --write docs/benchmarks.md
+    python tools/benchmark_arithmetic.py short results.json --write docs/recipes/latency.md
 
 Models, samples and judges are those of ``tools/benchmark_precision.py`` (FOLDER is the one that
 this takes). A method makes its models in a process of its own, for all latencies from one analysis
 where it takes any; then each is timed in turn with the original, by the same stopwatch for all,
-with as many threads as it was made for, and judged on the test samples. Rows that are in the
+with as many threads as it was made for, and judged on the test samples. Where no plan is fast
+enough, the fastest stands in its place, in brackets. Models whose opset has no scales by channel
+are lifted first, for all methods. Rows that are in the
 results are not measured again; the machine should do nothing else.
 """
 
@@ -18,10 +21,12 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import onnx
 import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -39,12 +44,14 @@ from benchmark_precision import (
 from benchmark_table import gap
 from benchmark_tasks import ROOT
 from field_data import NoData
-from precision_methods import dynamic, static_qdq_by
+from precision_methods import dynamic, raise_opset, static_qdq_by
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 LATENCIES = (0.6, 0.45, 0.35, 0.25)
 BEGIN = "<!-- measured by tools/benchmark_arithmetic.py -->"
 END = "<!-- end of what tools/benchmark_arithmetic.py measured -->"
+SHORT_BEGIN = "<!-- shortened by tools/benchmark_arithmetic.py -->"
+SHORT_END = "<!-- end of what tools/benchmark_arithmetic.py shortened -->"
 # What is over a latency by so little was made for it.
 NOISE = 1.03
 
@@ -56,27 +63,62 @@ Make = Callable[[Path, Path, Path, Sequence[float], int], Made]
 ALONE = "as it is"
 
 
-def swept(arithmetic: str) -> Make:
-    """Make a method of `cobla_onnx.sweep`, one analysis for all latencies."""
+def in_time(arithmetic: str) -> Make:
+    """Make a method of `--latency`, one analysis for all latencies.
+
+    What was timed and analysed is kept beside the folders of the methods, for those that share it.
+    """
 
     def make(
         model: Path, data: Path, folder: Path, latencies: Sequence[float], threads: int
     ) -> Made:
-        from cobla_onnx import Budget, sweep
-        from cobla_onnx.errors import BudgetError
+        from cobla_onnx import Budget
+        from cobla_onnx.options import Settings
+        from cobla_onnx.pipeline.open_session import open_session
 
-        budgets = [Budget(latency=latency) for latency in latencies]
-        options: dict[str, Any] = {"data": data, "threads": threads, "arithmetic": arithmetic}
-        try:
-            points = sweep(model, budgets, out_dir=folder, **options).points
-        except BudgetError as error:
-            return {f"{latency:g}": {"refused": str(error)} for latency in latencies}
-        return {
-            f"{latency:g}": {"file": point.file, "refused": point.refused}
-            for latency, point in zip(latencies, points, strict=True)
+        kept = folder.parent / model.stem
+        options = {
+            "data": data,
+            "threads": threads,
+            "arithmetic": arithmetic,
+            "profile": f"{kept}.{threads}.profile.json",
+            "cache": f"{kept}.cache",
         }
+        settings = Settings.of("sweep", options, measure_latency=True)
+        budgets = [Budget(latency=latency) for latency in latencies]
+        with open_session(model, settings, times_needed=True, budgets=budgets) as session:
+            return {f"{latency:g}": within(session, latency, folder) for latency in latencies}
 
     return make
+
+
+def within(session: Any, latency: float, folder: Path) -> Row:
+    """Compress to a latency; where no plan is so fast, to that of the fastest."""
+    from cobla_onnx import Budget
+    from cobla_onnx.errors import BudgetError
+
+    out, limit, refused = folder / f"{latency:g}.onnx", latency, list[str]()
+    for _ in range(2):
+        try:
+            session.compress(Budget(latency=limit)).save(out)
+        except BudgetError as error:
+            refused.append(str(error))
+            # The next measurement differs by the noise.
+            limit = min(NOISE * error.least.get("latency", 1.0), 1.0)
+        else:
+            return {"file": str(out)} | ({"refused": refused[0]} if refused else {})
+    return {"refused": "; ".join(refused)}
+
+
+def with_scales(subject: Subject, name: str, folder: Path) -> Subject:
+    """Lift a model whose opset has no scales by channel, for all methods alike."""
+    before = onnx.load(subject.model)
+    after = raise_opset(before)
+    if after is before:
+        return subject
+    lifted = folder / f"{slug(name)}_lifted.onnx"
+    onnx.save(after, lifted)
+    return replace(subject, model=lifted)
 
 
 def eight_bits(model: Path, data: Path, folder: Path, _: Sequence[float], threads: int) -> Made:
@@ -102,8 +144,8 @@ def other(method: Callable[[Path, Path, Path, float | None], None]) -> Make:
 
 RANKS, BOTH = "ranks alone", "ours"
 METHODS: Mapping[str, Make] = {
-    RANKS: swept("keep"),
-    BOTH: swept("auto"),
+    RANKS: in_time("keep"),
+    BOTH: in_time("auto"),
     "8 bits, ours": eight_bits,
     "static QDQ": other(static_qdq_by("MinMax")),
     "static QDQ, percentiles": other(static_qdq_by("Percentile")),
@@ -165,7 +207,7 @@ def run(
     threads: Annotated[str, typer.Option(help="Numbers of threads, comma separated.")] = "1,2",
     methods: Annotated[str, typer.Option(help="Names, semicolon separated; else all.")] = "",
     latencies: Annotated[str, typer.Option(help="Fractions, comma separated.")] = "",
-    limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 3600,
+    limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 14400,
 ) -> None:
     """Measure what is not measured yet."""
     values = [float(each) for each in latencies.split(",")] if latencies else list(LATENCIES)
@@ -180,7 +222,7 @@ def run(
             if any(key.startswith(begin) for key in field.read(results)):
                 continue
             try:
-                subject = subject or open_subject(name, folders)
+                subject = subject or with_scales(open_subject(name, folders), name, folders.made)
             except NoData as error:
                 print(f"{name}: left out, {error}", file=sys.stderr)
                 break
@@ -198,6 +240,48 @@ def table(
 ) -> None:
     """Print the tables in Markdown, or put them between the markers of a page."""
     field.publish(print_tables(field.read(results)), page, BEGIN, END)
+
+
+@app.command()
+def short(
+    results: Path,
+    page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
+) -> None:
+    """Print the best method of each model at each latency, or put the table into a page."""
+    field.publish(print_short(field.read(results)), page, SHORT_BEGIN, SHORT_END)
+
+
+def print_short(rows: Mapping[str, Row]) -> str:
+    """Return one table: what leaves most of the task, of what is as fast as a latency asks."""
+    keys = [key.split(" | ") for key in rows]
+    latencies = sorted({key[3] for key in keys if key[3] != ALONE}, key=float, reverse=True)
+    lines = [_line("model, threads", latencies), _line("---", ["---"] * len(latencies))]
+    for name, threads in itertools.product(NAMES, sorted({key[1] for key in keys})):
+        mine = {
+            (key[2], key[3]): rows[" | ".join(key)] for key in keys if key[:2] == [name, threads]
+        }
+        if mine:
+            cells = [_best(mine, latency) for latency in latencies]
+            lines.append(_line(f"{name}, {threads}", cells))
+    return "\n".join(lines)
+
+
+def _best(rows: Mapping[tuple[str, str], Row], latency: str) -> str:
+    found = _as_fast(rows, METHODS, latency, float(latency) * NOISE)
+    if not found:
+        return "none"
+    method, row = min(found, key=lambda entry: _lost(entry[1]["quality"]))
+    return f"{method}: {figure_of(row['quality'])}"
+
+
+def figure_of(quality: Mapping[str, Any]) -> str:
+    """Name one figure of a task: the agreement, or what its measure names first."""
+    if "agreement" in quality:
+        return f"{quality['agreement']:.1%}"
+    if "psnr_db" in quality:
+        return f"{quality['psnr_db']:.1f} dB"
+    name, value = next((n, v) for n, v in quality.items() if isinstance(v, float))
+    return f"{name.replace('_', ' ')} {value:.3f}"
 
 
 def print_tables(rows: Mapping[str, Row]) -> str:
@@ -233,36 +317,44 @@ def _beside(rows: Mapping[tuple[str, str], Row], latency: str) -> str:
     if "quality" not in ours:
         return ""
     most = float(latency) * NOISE
-    as_fast = [
-        (method, row)
-        for (method, column), row in rows.items()
-        if method in OTHERS and column in (ALONE, latency)
-        if "quality" in row and row["latency"]["ratio"] <= most
-    ]
+    if "refused" in ours:
+        most = ours["latency"]["ratio"]
+    as_fast = _as_fast(rows, OTHERS, latency, most)
     if not as_fast:
         return "no other is"
     method, best = min(as_fast, key=lambda entry: _lost(entry[1]["quality"]))
     return f"{gap(ours['quality'], best['quality'])} ({method})".strip()
 
 
+def _as_fast(
+    rows: Mapping[tuple[str, str], Row], methods: Collection[str], latency: str, most: float
+) -> list[tuple[str, Row]]:
+    """Return rows of methods, as they are or made for a latency, that take at most so long."""
+    return [
+        (method, row)
+        for (method, column), row in rows.items()
+        if method in methods and column in (ALONE, latency)
+        if "quality" in row and row["latency"]["ratio"] <= most
+    ]
+
+
 def _lost(quality: Mapping[str, Any]) -> float:
-    """What a model has lost of its task: agreement where there is any, else the first figure."""
+    """What a model has lost of its task: agreement where there is any, else the mean loss."""
     if "agreement" in quality:
         return -float(quality["agreement"])
-    if "loss" in quality:
-        return float(quality["loss"])
-    return -float(next(value for value in quality.values() if isinstance(value, float)))
+    return sum(quality["losses"]) / len(quality["losses"])
 
 
 def _cell(row: Row) -> str:
     """The measured time and the quality, or why there is neither."""
     if not row:
         return ""
-    if row.get("refused"):
-        return "not reachable"
     if "quality" not in row:
+        if "refused" in row:
+            return "not reachable"
         return "not finished" if "stopped_after" in row else "fails"
-    return f"{row['latency']['ratio']:.3f}: {quality_of(row)}"
+    shown = f"{row['latency']['ratio']:.3f}: {quality_of(row)}"
+    return f"({shown})" if "refused" in row else shown
 
 
 def _line(first: str, cells: Sequence[str]) -> str:

@@ -89,7 +89,7 @@ def open_subject(name: str, folders: Folders) -> Subject:
         if not model.exists():
             raise NoData(f"{model.name} is not in {model.parent}")
         data, test = field.data_of(task, model, folders.made)
-        return Subject(model, data, lambda out: field.judge(task.measure, model, out, test))
+        return Subject(model, data, lambda out: field.judge_samples(task.measure, model, out, test))
     from cobla_onnx.graph.io.model_file import load_model
 
     (found,) = [each for each in TASKS if each.name == name]

@@ -26,10 +26,10 @@ import field_data
 import numpy as np
 import typer
 from field_data import NoData, feeds_for, open_model
-from field_quality import MEASURES, mean_over_mask, surprises
+from field_quality import MEASURES, losses_by_sample, mean_over_mask, surprises
 from numpy.typing import NDArray
 
-__all__ = ["TASKS", "Task", "judge", "measure", "print_table"]
+__all__ = ["TASKS", "Task", "judge", "judge_samples", "measure", "print_table"]
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).with_name("cobla-onnx")
@@ -91,6 +91,13 @@ def data_of(task: Task, model: Path, made: Path) -> tuple[Path, Path]:
 def judge(kind: str, original: Path, compressed: Path, test: Path) -> dict[str, float]:
     """Compare two models on test data by a measure of `field_quality`."""
     return MEASURES[kind](_outputs(kind, original, test), _outputs(kind, compressed, test))
+
+
+def judge_samples(kind: str, original: Path, compressed: Path, test: Path) -> dict[str, Any]:
+    """Do the same, and tell what each sample loses, from which paired intervals are made."""
+    both = [_outputs(kind, path, test) for path in (original, compressed)]
+    losses = [float(f"{loss:.4g}") for loss in losses_by_sample(kind, *both)]
+    return MEASURES[kind](*both) | {"losses": losses}
 
 
 def _outputs(kind: str, path: Path, data: Path) -> NDArray[Any]:

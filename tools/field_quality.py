@@ -22,6 +22,7 @@ __all__ = [
     "embedding",
     "f1_of_detections",
     "greatest_difference",
+    "losses_by_sample",
     "mean_over_mask",
     "perplexity",
     "probability_map",
@@ -174,6 +175,25 @@ def f1_of_detections(first: Sequence[Detections], second: Sequence[Detections]) 
                 free[:, candidates.argmax()] = False
                 matched += 1
     return 2 * matched / max(1, total)
+
+
+def losses_by_sample(kind: str, before: Array, after: Array) -> list[float]:
+    """What each sample loses, by the measure of that name; 0 is the original's, more is worse.
+
+    Samples are those of the test data: sentences, lines of text, pictures, texts.
+    """
+    if kind == "perplexity":
+        return [float(rise) for rise in (after - before).mean(axis=1)]
+    if kind == "embedding":
+        return [1 - float(cosine) for cosine in (before * after).sum(1)]
+    of_one: Callable[[Array, Array], float] = {
+        "ctc": lambda a, b: ctc(a, b)["character_error"],
+        "map": lambda a, b: 1 - probability_map(a, b)["iou"],
+        "boxes": lambda a, b: 1 - boxes(a, b)["f1"],
+        "classes": lambda a, b: classes(a, b)["kl"],
+        "event": lambda a, b: greatest_difference(a, b)["greatest_difference"],
+    }[kind]
+    return [of_one(before[i : i + 1], after[i : i + 1]) for i in range(len(before))]
 
 
 MEASURES: Mapping[str, Callable[[Array, Array], dict[str, float]]] = {

@@ -166,9 +166,21 @@ def dynamic(model: Path, _: Path, out: Path, __: float | None) -> None:
 
 
 def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Bring a model to the opset that quantisers want, as their documentation advises."""
+    """Bring a model to the opset that quantisers want, as their documentation advises.
+
+    Operators that no opset has any more, at which the converter stops, are written out first.
+    """
+    from cobla_onnx.autodiff.legacy import replace_legacy
+
     (version,) = [each.version for each in model.opset_import if not each.domain]
-    return model if version >= OPSET else onnx.version_converter.convert_version(model, OPSET)
+    if version >= OPSET:
+        return model
+    lifted = onnx.ModelProto()
+    lifted.CopyFrom(model)
+    replace_legacy(lifted)
+    # From 4 on, initializers need not be inputs.
+    lifted.ir_version = max(lifted.ir_version, 4)
+    return onnx.version_converter.convert_version(lifted, OPSET)
 
 
 def matmul_nbits(bits: int) -> Make:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from onnx import TensorProto, helper
+
+from cobla_onnx.errors import BudgetError
+from tests.builders import small_network
 
 
 @pytest.fixture
@@ -41,6 +50,86 @@ def test_ours_stands_beside_the_best_of_those_that_are_as_fast(tool):
     assert "| method | as it is | 0.5 | 0.3 |" in shown
     assert "| ours |  | 0.500: 90.0% / 0.1 | 0.300: 50.0% / 0.1 |" in shown
     assert "| ranks alone |  | 0.500: 70.0% / 0.1 | not reachable |" in shown
+
+
+def test_the_fastest_plan_stands_in_brackets_where_none_is_fast_enough(tool):
+    rows = {
+        (tool.BOTH, "0.3"): made(0.4, 0.5) | {"refused": "too slow"},
+        (tool.RANKS, "0.3"): made(0.45, 0.9) | {"refused": "too slow"},
+        ("static QDQ", tool.ALONE): made(0.39, 0.8),
+    }
+    # Beside it stands what takes no longer.
+    assert tool._beside(rows, "0.3") == "(static QDQ)"
+    assert "| ours |  | (0.400: 50.0% / 0.1) |" in tool.print_tables(rows_of(tool, rows))
+
+
+def test_the_short_table_has_the_best_of_those_that_are_as_fast(tool):
+    rows = {
+        (tool.BOTH, "0.5"): made(0.5, 0.9),
+        (tool.RANKS, "0.5"): made(0.5, 0.7),
+        ("static QDQ", tool.ALONE): made(0.45, 0.95),
+        (tool.BOTH, "0.4"): made(0.4, 0.8),
+        (tool.BOTH, "0.2"): made(0.3, 0.5) | {"refused": "too slow"},
+    }
+    lines = tool.print_short(rows_of(tool, rows)).splitlines()
+    assert lines[0] == "| model, threads | 0.5 | 0.4 | 0.2 |"
+    assert lines[2] == "| small, 2 | static QDQ: 95.0% | ours: 80.0% | none |"
+
+
+def test_one_figure_stands_for_a_task(tool):
+    assert tool.figure_of({"loss": 0.1, "psnr_db": 23.04}) == "23.0 dB"
+    assert tool.figure_of({"same_ten": 0.9, "losses": [0.1]}) == "same ten 0.900"
+
+
+def test_a_task_without_classes_is_compared_by_what_samples_lose(tool):
+    better, worse = {"perplexity": 3.0, "losses": [0.1]}, {"perplexity": 9.0, "losses": [0.4]}
+    assert tool._lost(better) < tool._lost(worse)
+
+
+def test_models_whose_opset_is_too_old_are_lifted_for_all_methods(tool, tmp_path):
+    path = tmp_path / "old.onnx"
+    old = small_network()
+    old.opset_import[0].version = 12
+    onnx.save(old, path)
+    subject = tool.Subject(path, tmp_path, lambda out: {})
+    lifted = tool.with_scales(subject, "an old one", tmp_path)
+    assert onnx.load(lifted.model).opset_import[0].version >= 13
+    assert tool.with_scales(lifted, "an old one", tmp_path) == lifted
+
+
+def test_operators_that_no_opset_has_any_more_are_written_out(tools):
+    shape = [1, 3, 2, 2]
+    node = helper.make_node("ImageScaler", ["x"], ["y"], bias=[1.0, 2.0, 3.0], scale=2.0)
+    graph = helper.make_graph(
+        [node],
+        "old",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+    )
+    old = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 7)], ir_version=3)
+    lifted = tools("precision_methods").raise_opset(old)
+    assert lifted.opset_import[0].version == 13
+    assert old.graph.node[0].op_type == "ImageScaler"
+    session = onnxruntime.InferenceSession(lifted.SerializeToString())
+    (found,) = session.run(None, {"x": np.ones(shape, np.float32)})
+    assert found[0, :, 0, 0].tolist() == [3, 4, 5]
+
+
+def test_what_was_reached_is_made_where_the_latency_is_not(tool, tmp_path):
+    asked = []
+
+    class Session:
+        def compress(self, budget):
+            asked.append(budget.latency)
+            if budget.latency < 0.5:
+                raise BudgetError("too slow", {"latency": 0.5})
+            return SimpleNamespace(save=lambda path: path.touch())
+
+    row = tool.within(Session(), 0.25, tmp_path)
+    assert asked == [0.25, 0.5 * tool.NOISE]
+    assert row["refused"] == "too slow"
+    assert (tmp_path / "0.25.onnx").samefile(row["file"])
+    assert tool.within(Session(), 0.6, tmp_path) == {"file": str(tmp_path / "0.6.onnx")}
 
 
 @pytest.mark.parametrize(

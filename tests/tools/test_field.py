@@ -214,3 +214,23 @@ def test_a_decoder_is_judged_by_token_ids_alone(tools):
     assert found["rise"] == 0
     # The figure that models/README.md states.
     assert found["perplexity"] == pytest.approx(36.22, abs=0.02)
+
+
+def test_what_samples_lose_is_nothing_where_nothing_changed(tools):
+    found = tools("field_quality")
+    rng = np.random.default_rng(0)
+    outputs = {
+        "embedding": found.mean_over_mask(rng.normal(size=(6, 4, 8)), np.ones((6, 4))),
+        "ctc": rng.random((6, 5, 7)),
+        "map": rng.random((6, 1, 4, 4)),
+        "classes": rng.normal(size=(6, 3)),
+        "event": rng.random((6, 1)),
+        "perplexity": rng.random((6, 9)),
+    }
+    for kind, before in outputs.items():
+        assert found.losses_by_sample(kind, before, before) == pytest.approx([0.0] * 6, abs=1e-6)
+        after = before.copy()
+        after[2] = before[2] + 1 if kind == "perplexity" else -before[2]
+        losses = found.losses_by_sample(kind, before, after)
+        assert losses[2] > 0.01
+        assert losses[:2] + losses[3:] == pytest.approx([0.0] * 5, abs=1e-6)
