@@ -105,7 +105,8 @@ class Ours:
         plan = search_by_data(problem, self.evidence, finisher, constraints).plan(self.analysis)
         if self.name in DISTILLED:
             varied = self.bench.task.augment if DISTILLED[self.name] else None
-            settings = Settings(distil="auto", augment=varied)
+            seen = {self.bench.input: self.bench.calibration}
+            settings = Settings(data=seen, distil="auto", augment=varied)
             factors = make_factors(finisher, plan, True)
             factors = distil_factors(self.evidence, finisher, plan, factors, settings)
             made = measure_factors(self.evidence, factors)

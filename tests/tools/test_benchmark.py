@@ -85,6 +85,7 @@ def test_a_repeated_line_replaces_the_first(tools, tmp_path):
     assert [x["loss"] for x in benchmark.read(tmp_path / "r.jsonl")] == [0.25]
 
 
+@pytest.mark.slow
 def test_what_is_distilled_learns_from_as_many_samples_as_are_asked_for(tools, tmp_path):
     benchmark = tools("benchmark")
     paths = tmp_path / "r.jsonl", Path(), Path()
