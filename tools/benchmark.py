@@ -21,7 +21,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +72,7 @@ class Method:
 
 
 class Ours:
-    """cobla-onnx with data, before and after refit, from one analysis."""
+    """cobla-onnx with data, before and after refit, or distilled, from one analysis."""
 
     def __init__(self, bench: Bench, analysis: Any, dataset: Any, name: str) -> None:
         from cobla_onnx.calibration.evaluation.evaluator import Judge
@@ -89,14 +89,30 @@ class Ours:
 
     def __call__(self, budget: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
         """Yield both variants."""
-        from cobla_onnx.pipeline.search.data import make_factors, measure_factors, search_by_data
+        from cobla_onnx.options import Settings
+        from cobla_onnx.pipeline.search.data import (
+            distil_factors,
+            make_factors,
+            measure_factors,
+            search_by_data,
+        )
         from cobla_onnx.pipeline.search.problem import Problem
         from cobla_onnx.variants.rewrite import rewrite
 
         constraints = self.analysis.constraints(budget)
         finisher = self.evidence.finisher()
-        problem = Problem(self.analysis, "slsqp", OBJECTIVES[self.name])
+        problem = Problem(self.analysis, "slsqp", OBJECTIVES.get(self.name, "output"))
         plan = search_by_data(problem, self.evidence, finisher, constraints).plan(self.analysis)
+        if self.name in DISTILLED:
+            varied = self.bench.task.augment if DISTILLED[self.name] else None
+            seen = {self.bench.input: self.bench.calibration}
+            settings = Settings(data=seen, distil="auto", augment=varied)
+            factors = make_factors(finisher, plan, True)
+            factors = distil_factors(self.evidence, finisher, plan, factors, settings)
+            made = measure_factors(self.evidence, factors)
+            print(made.distillation and made.distillation.text, file=sys.stderr, flush=True)
+            yield "", rewrite(self.bench.model, made.replacements)
+            return
         for variant, refit in zip(VARIANTS[self.name], (False, True), strict=True):
             made = measure_factors(self.evidence, make_factors(finisher, plan, refit))
             yield variant, rewrite(self.bench.model, made.replacements)
@@ -194,6 +210,8 @@ METHODS: Mapping[str, tuple[str, bool, Callable[..., Choices] | None]] = {
     "ours, data-free": ("auto", False, data_free),
     "ours": ("auto", True, None),
     "ours, loss": ("auto", True, None),
+    "ours, distilled": ("auto", True, None),
+    "ours, distilled with variants": ("auto", True, None),
 }
 """Schemes that a method may use, whether it sees the data, and its rule."""
 
@@ -202,7 +220,9 @@ VARIANTS = {
     "ours, loss": ("ours, loss, without refit", "ours, loss"),
 }
 """What a method yields besides itself."""
-OBJECTIVES: dict[str, Any] = {"ours": "output", "ours, loss": "loss"}
+OBJECTIVES: dict[str, Any] = {"ours, loss": "loss"}
+DISTILLED = {"ours, distilled": False, "ours, distilled with variants": True}
+"""Methods with `distil="auto"`, and whether images vary."""
 
 
 def prepare(bench: Bench, name: str) -> Any:
@@ -229,10 +249,12 @@ def measure(
     paths: tuple[Path, ...],
     threads: int,
     suffix: str = "",
+    samples: int = 0,
 ) -> None:
     """Measure one method on one task at all budgets; append a line for each.
 
-    `suffix` is put behind the names of the method and its variants.
+    `suffix` is put behind the names of the method and its variants. `samples` is how many a
+    method may see, other than the task says.
     """
     from cobla_onnx import Budget
     from cobla_onnx.errors import BudgetError
@@ -241,6 +263,8 @@ def measure(
 
     results, assets, wheels = paths
     task = next(task for task in TASKS if task.name == task_name)
+    if samples:
+        task = replace(task, calibration=samples)
     bench = Bench(task, assets, wheels, threads)
     with one_thread:
         started = time.perf_counter()
@@ -261,6 +285,11 @@ def measure(
             except BudgetError as error:
                 for label in VARIANTS.get(name, (name,)):
                     append(results, row | {"method": label + suffix, "unreachable": str(error)})
+
+
+def of_samples(samples: int) -> str:
+    """What follows a method's name if it sees so many samples; 0: as many as the task says."""
+    return f", {samples} samples" if samples else ""
 
 
 def timed(
@@ -332,6 +361,7 @@ def run(
     methods: Annotated[str, typer.Option(help="Names of methods, semicolon separated.")] = "",
     budgets: Annotated[str, typer.Option(help="Fractions, comma separated.")] = "",
     kinds: Annotated[str, typer.Option(help="mem, mac or both.")] = "mem,mac",
+    samples: Annotated[int, typer.Option(help="That a method may see; 0: as the task says.")] = 0,
     threads: int = 2,
 ) -> None:
     """Measure what is not measured yet."""
@@ -342,17 +372,22 @@ def run(
         for name in METHODS:
             if methods and name not in methods.split(";"):
                 continue
+            if not methods and name in DISTILLED:
+                continue
+            if name in DISTILLED and DISTILLED[name] and task.augment is None:
+                continue
             done = {(r["task"], r["method"], r["kind"], r["value"]) for r in read(results)}
             wanted = [(k, v) for k in kinds.split(",") for v in values]
             if name in ("VBMF", "Gavish-Donoho"):
                 wanted = [("none", 0.0)]
-            wanted = [w for w in wanted if (task.name, name, *w) not in done]
+            wanted = [w for w in wanted if (task.name, name + of_samples(samples), *w) not in done]
             if not wanted:
                 continue
             print(f"{task.name}: {name}, {len(wanted)} budgets", file=sys.stderr, flush=True)
+            paths = results, assets, wheels
             process = multiprocessing.get_context("spawn").Process(
                 target=measure,
-                args=(task.name, name, wanted, (results, assets, wheels), threads),
+                args=(task.name, name, wanted, paths, threads, of_samples(samples), samples),
             )
             process.start()
             process.join()
@@ -363,8 +398,11 @@ def run(
 @app.command()
 def table(results: Path) -> None:
     """Print the tables in markdown."""
+    rows = read(results)
     methods = [variant for name in METHODS for variant in VARIANTS.get(name, (name,))]
-    print_tables(read(results), [task.name for task in TASKS], methods)
+    # Those that saw another number of samples.
+    methods = list(dict.fromkeys([*methods, *(row["method"] for row in rows)]))
+    print_tables(rows, [task.name for task in TASKS], methods)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class Task:
     images: Callable[[Path], tuple[NDArray[np.float32], NDArray[np.int64] | None]]
     calibration: int
     batch: int = 16
+    augment: str | None = None
 
 
 def imagenet(size: int, prepare: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Any:
@@ -86,8 +87,9 @@ TASKS = (
         "models/squeezenet1.1_fp32.onnx",
         imagenet(224, lambda x: channels_first(caffe(x))),
         256,
+        augment="flip,crop:8",
     ),
-    Task("ResNet-20", "models/cifar_resnet20-12fca82f.onnx", cifar, 256, 64),
+    Task("ResNet-20", "models/cifar_resnet20-12fca82f.onnx", cifar, 256, 64, "flip,crop:2"),
     Task(
         "MobileNetV1 0.25",
         "models/mobilenet_v1_0.25_128_quant.onnx",

@@ -155,6 +155,7 @@ class _Learner:
             clock=self.clock,
             share=1.0 if split is None else FOR_TRIALS,
             seed=self.seed,
+            each_pass=split is None,
             progress=lambda loss, done, total: self.progress(
                 f"{stage}: held-back loss {loss:.4g}", done, total
             ),

@@ -102,6 +102,9 @@ class Trainer:
         Of the clock's time, after which no further step is made.
     seed : int
         Of the order of the samples, in each cycle anew.
+    each_pass : bool
+        Whether the samples that judge do so after each pass, or at the end of a cycle alone:
+        there may be as many of them as of those that are learned from.
     progress : callable
         Called with the loss of the samples that judge, and with steps done and planned.
 
@@ -125,10 +128,12 @@ class Trainer:
         clock: Clock | None = None,
         share: float = 1.0,
         seed: int = 0,
+        each_pass: bool = True,
         progress: Callable[[float, int, int], None] = lambda loss, done, total: None,
     ) -> None:
         self.task, self._sizes, self._progress = task, sizes, progress
         self._clock, self._share, self._seed = clock or Clock(), share, seed
+        self._each_pass = each_pass
         self._batch = min(BATCH, task.samples)
         self.first = State(start.copy(), task.held_back(start))
         self.steps = self.undone = 0
@@ -159,15 +164,17 @@ class Trainer:
         self.checkpoints = []
         self._note(0, None, self.first)
         state, adam = replace(self.first, whole=False), Adam(self._sizes)
-        order, done = np.random.default_rng(self._seed), 0
+        order, done, values = np.random.default_rng(self._seed), 0, state.values
         for number in range(1, passes + 1):
             if self.is_over:
                 break
             try:
-                values, loss, done = self._pass(state.values, adam, order, rate, done, passes)
+                values, loss, done = self._pass(values, adam, order, rate, done, passes)
             except FloatingPointError:
                 self.undone += 1
                 return None
+            if not (self._each_pass or number == passes or self.is_over):
+                continue
             state = State(values, self.task.held_back(values), done == passes * self.steps_of_pass)
             self._note(number, loss, state)
             # Not "greater": a loss that is no number has exploded, too.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,14 +62,19 @@ def test_tables_have_as_many_cells_as_columns(tools, tmp_path, capsys):
     benchmark = tools("benchmark")
     names = [v for n in benchmark.METHODS for v in benchmark.VARIANTS.get(n, (n,))]
     generator = np.random.default_rng(0)
-    for name in names:
+    for name in (*names, "ours" + benchmark.of_samples(40)):
         for value in (0.5, 0.3):
             line = row(name, generator.random(20), generator.random(20) < 0.5)
             benchmark.append(tmp_path / "r.jsonl", line | {"value": value})
     benchmark.table(tmp_path / "r.jsonl")
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("|")]
     assert {line.count("|") for line in lines} == {4}
-    for name in (*names, "*ours less BALF's, 95 %*", "*loss less output, 95 %*"):
+    for name in (
+        *names,
+        "ours, 40 samples",
+        "*ours less BALF's, 95 %*",
+        "*loss less output, 95 %*",
+    ):
         assert any(line.startswith(f"| {name} |") for line in lines)
 
 
@@ -77,6 +83,21 @@ def test_a_repeated_line_replaces_the_first(tools, tmp_path):
     for loss in (0.5, 0.25):
         benchmark.append(tmp_path / "r.jsonl", row("ours", np.array([loss]), None))
     assert [x["loss"] for x in benchmark.read(tmp_path / "r.jsonl")] == [0.25]
+
+
+@pytest.mark.slow
+def test_what_is_distilled_learns_from_as_many_samples_as_are_asked_for(tools, tmp_path):
+    benchmark = tools("benchmark")
+    paths = tmp_path / "r.jsonl", Path(), Path()
+    for name in ("ours", "ours, distilled"):
+        benchmark.measure("digits", name, [("mem", 0.1)], paths, 1, benchmark.of_samples(150), 150)
+    found = {line["method"]: line for line in benchmark.read(paths[0])}
+    assert set(found) == {
+        "ours, without refit, 150 samples", "ours, 150 samples", "ours, distilled, 150 samples"
+    }  # fmt: skip
+    refitted, distilled = (found[f"{n}, 150 samples"] for n in ("ours", "ours, distilled"))
+    assert distilled["mem"] == refitted["mem"]
+    assert distilled["loss"] != refitted["loss"]
 
 
 SWITCHED = """

@@ -22,6 +22,10 @@ __all__ = ["Window", "input_gradient", "same_pads", "weight_gradient"]
 WIDE = 32
 # Elements up to which the matrix of all patches may be built: 256 MB in float32.
 PATCHES = 1 << 26
+# Positions from which a product for each sample beats one over all, for which channels come first.
+POSITIONS = 64
+# Rows of the matrix of patches up to which they are joined in one product.
+NARROW = 32
 
 
 @dataclass(frozen=True)
@@ -142,8 +146,84 @@ def weight_gradient(
     """Write dE/dw of a convolution, of shape (O, C / group, *kernel).
 
     A matrix product over batch and positions: dw[o, c, k] = sum over n and p of
-    dy[n, o, p] x[n, c, s p + d k - b]. With the channels in front, the shifted inputs are
-    blocks of whole rows.
+    dy[n, o, p] x[n, c, s p + d k - b].
+    """
+    positions, group = math.prod(y_shape[2:]), window.group
+    read, written = x_shape[1] // group, y_shape[1] // group
+    # The products of all samples are to be smaller than what they are made of.
+    if positions >= POSITIONS and positions * (read + written) > read * written:
+        if written < read and math.prod(window.strides) == 1:
+            return _by_sample_of_output(g, x, x_shape, dy, y_shape, window)
+        return _by_sample(g, x, x_shape, dy, y_shape, window)
+    return _over_batch(g, x, x_shape, dy, y_shape, window)
+
+
+def _by_sample(g: Emitter, x: str, x_shape: Sizes, dy: str, y_shape: Sizes, window: Window) -> str:
+    """Write it as a product for each sample and offset of the kernel, over shifted inputs."""
+    channels, *inputs = x_shape[1:]
+    begins, ends = [0, 0, *window.begins], [0, 0, *window.ends(inputs, y_shape[2:])]
+    moved = g.frame(x, x_shape, begins, ends)
+    shifted = _shifts(g, moved, window, y_shape[2:])
+    group, offsets = window.group, len(shifted)
+    positions = math.prod(y_shape[2:])
+    shape = (y_shape[1], channels // group, *window.kernel)
+    rows = _split(g, dy, y_shape[1], positions, group)
+    if group == 1 and 1 < offsets * channels <= NARROW:
+        patches = _split(g, g.concat(shifted, 1), offsets * channels, positions, group)
+        product = _products(g, rows, patches, group)
+        split = g.reshape(product, [shape[0], offsets, shape[1]])
+        return g.reshape(g.transpose(split, [0, 2, 1]), shape)
+    products = [
+        _products(g, rows, _split(g, part, channels, positions, group), group) for part in shifted
+    ]
+    return _by_offset(g, products, shape)
+
+
+def _by_sample_of_output(
+    g: Emitter, x: str, x_shape: Sizes, dy: str, y_shape: Sizes, window: Window
+) -> str:
+    """Write the same over shifted gradients, which there are fewer of, for strides of 1.
+
+    With q = p + d k - b, dw[o, c, k] = sum over n and q of dy[n, o, q - d k + b] x[n, c, q].
+    """
+    inputs, outputs = x_shape[2:], y_shape[2:]
+    reach = [(k - 1) * d for k, d in zip(window.kernel, window.dilations, strict=True)]
+    begins = [r - b for r, b in zip(reach, window.begins, strict=True)]
+    ends = [r - e for r, e in zip(reach, window.ends(inputs, outputs), strict=True)]
+    moved = g.frame(dy, y_shape, [0, 0, *begins], [0, 0, *ends])
+    group, positions = window.group, math.prod(inputs)
+    columns = _split(g, x, x_shape[1], positions, group)
+    # The first cut is that of the last offset.
+    shifted = reversed(_shifts(g, moved, window, inputs))
+    products = [
+        _products(g, _split(g, part, y_shape[1], positions, group), columns, group)
+        for part in shifted
+    ]
+    return _by_offset(g, products, (y_shape[1], x_shape[1] // group, *window.kernel))
+
+
+def _split(g: Emitter, a: str, channels: int, positions: int, group: int) -> str:
+    """Write a tensor of all samples as matrices of channels by positions, one for each group."""
+    return g.reshape(a, [-1, *[group][group == 1 :], channels // group, positions])
+
+
+def _products(g: Emitter, rows: str, columns: str, group: int) -> str:
+    """Multiply matrices over positions, and add up those of all samples."""
+    rank = 3 if group == 1 else 4
+    # onnxruntime fuses the swap into the product.
+    return g.sum(g.matmul(rows, g.swap(columns, rank)), [0])
+
+
+def _by_offset(g: Emitter, products: Sequence[str], shape: Sizes) -> str:
+    """Put the derivatives by the weights at each offset of the kernel together."""
+    last = [g.reshape(product, [*shape[:2], 1]) for product in products]
+    return g.reshape(g.concat(last, 2), shape)
+
+
+def _over_batch(g: Emitter, x: str, x_shape: Sizes, dy: str, y_shape: Sizes, window: Window) -> str:
+    """Write it as one product over batch and positions.
+
+    With the channels in front, the shifted inputs are blocks of whole rows.
     """
     batch, channels, *inputs = x_shape
     outputs = y_shape[1]
@@ -161,8 +241,7 @@ def weight_gradient(
     wide = channels // group >= WIDE or group > 1
     if group == 1 and not (wide and offsets * channels * positions <= PATCHES):
         products = [g.op("Gemm", rows, part, transB=1) for part in shifted]
-        last = [g.reshape(product, [*shape[:2], 1]) for product in products]
-        return g.reshape(g.concat(last, 2), shape)
+        return _by_offset(g, products, shape)
     patches = g.concat(shifted, len(each) - 2)
     if group == 1:
         product = g.op("Gemm", rows, patches, transB=1)
