@@ -23,7 +23,7 @@ from cobla_onnx.allocation.budget import Constraint, unreachable
 from cobla_onnx.allocation.dynamic import solve_programme
 from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves
 
-__all__ = ["KnapsackSolution", "LossCurves", "knapsack"]
+__all__ = ["KnapsackSolution", "LossCurves", "knapsack", "solved"]
 
 LossCurves: TypeAlias = Sequence[Sequence[Float64]]
 """Loss of each layer under each of its curves, at levels 0 to the whole layer's."""
@@ -154,11 +154,28 @@ def knapsack(
     BudgetError
         If the constraints cannot be met together; names the least feasible fraction.
     """
+    found = solved(layers, losses, constraints, relative_gap=relative_gap)
+    if found is None:
+        raise _together(layers, constraints)
+    return found
+
+
+def solved(
+    layers: Sequence[LayerCurves],
+    losses: LossCurves,
+    constraints: Sequence[Constraint],
+    *,
+    relative_gap: float = RELATIVE_GAP,
+) -> KnapsackSolution | None:
+    """Do the same; return None where the constraints cannot be met together.
+
+    To name the least feasible fraction, `knapsack` solves a further problem, exactly.
+    """
     table = _table(layers, losses, constraints)
     assign = _assignment(table, len(layers))
     prices = _prices(table, assign)
     if prices is None:
-        raise _together(layers, constraints)
+        return None
     reduced, bound = _reduced(table, prices, len(layers))
     search = _Search(lambda found: _loss(found, layers, losses), relative_gap, bound)
     search.add(_incumbent(table, prices, layers, constraints))
@@ -173,7 +190,7 @@ def knapsack(
         candidates = table[reduced <= search.distance]
         search.add(*_branch(candidates, layers, constraints, relative_gap))
     if search.best is None:
-        raise _together(layers, constraints)
+        return None
     multipliers = {
         c.name: float(price * c.total / room)
         for c, price, room in zip(constraints, prices, table.rooms, strict=True)

@@ -122,15 +122,19 @@ def verify(
         not compute what their dense weight would.
     """
     notes = check_model(original, quantised or compressed)
-    session = open_session(original, threads)
+    reference: Sequence[Feeds] = ()
     if data is None:
+        session = open_session(original, threads)
         proof, reference, unknown = runnable_feeds(session, shapes, seed, known_words(original))
         if any(None in (shape or (None,)) for shape in shapes.values()):
             notes += (f"unknown input axes were set to {unknown} for verification",)
+        del session
     else:
         proof = list(itertools.islice((proved or data[1])(), PROVED_BATCHES))
-        reference = [owned(run_session(session, feed)) for feed in proof]
-    del session
+        if measures is None:
+            session = open_session(original, threads)
+            reference = [owned(run_session(session, feed)) for feed in proof]
+            del session
     results = _results(compressed, proof, threads)
     varying = varying_outputs(original, proof[0])
     rewrite_error, network_error, more = prove_rewrite(

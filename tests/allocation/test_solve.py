@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 
 from cobla_onnx.allocation import Budget, Choice, LayerCurves, WeightError, allocate
 from cobla_onnx.allocation.blocks import active_schemes
-from cobla_onnx.allocation.knapsack import knapsack
+from cobla_onnx.allocation.knapsack import knapsack, solved
 from cobla_onnx.allocation.objective import Masks, masks_of
 from cobla_onnx.allocation.resources import known_costs
 from cobla_onnx.allocation.slsqp import Effort, relax
@@ -91,6 +91,22 @@ def test_agrees_with_brute_force(seed, mem, mac, which):
         for constraint in constraints:
             assert constraint.cost(layers, result.choices) <= constraint.limit
             assert proof.reached[constraint.name] == constraint.cost(layers, result.choices)
+
+
+@pytest.mark.parametrize("gap", [1e-3, 5e-3])
+@pytest.mark.parametrize("kept", [0.2, 0.6, 0.9])
+def test_a_solution_is_within_the_gap_of_its_bound_or_there_is_none(kept, gap):
+    layers = layers_of(3, 6, 12)
+    constraints = Budget(mem=kept, mac=0.95 * kept).constraints(layers, totals(layers))
+    errors = WeightError(layers)
+    losses = [[errors.curve(i, k) for k in range(len(x.curves))] for i, x in enumerate(layers)]
+    found = solved(layers, losses, constraints, relative_gap=gap)
+    if found is None:
+        with pytest.raises(BudgetError):
+            knapsack(layers, losses, constraints, relative_gap=gap)
+        return
+    assert all(c.cost(layers, found.choices) <= c.limit for c in constraints)
+    assert found.value - found.lower_bound <= gap * found.value + 1e-9
 
 
 @given(st.integers(0, 10_000))

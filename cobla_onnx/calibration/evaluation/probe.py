@@ -69,6 +69,8 @@ class Probe:
         How each output is compared.
     samples : int
         Number of samples measured.
+    unchanged : float64 array, shape (samples,)
+        Loss of every sample with the layers' own weights, from the runs that gave the targets.
     labelled : bool
         Whether the targets are given labels, not the original's classes.
     layers : sequence of Layer
@@ -109,9 +111,9 @@ class Probe:
             else None
         )
         self.batches, self.expected = Shelf(), Shelf()
-        self.samples = 0
         self.labelled = labels is not None
-        self._keep(batches, loss, limit, labels)
+        self.unchanged = self._keep(batches, loss, limit, labels)
+        self.samples = len(self.unchanged)
 
     def _keep(
         self,
@@ -119,8 +121,10 @@ class Probe:
         loss: LossName | Mapping[str, Measure],
         limit: int,
         labels: Sequence[NDArray[np.int64]] | None,
-    ) -> None:
+    ) -> NDArray[np.float64]:
+        """Keep inputs and targets of the samples; return their losses under the own weights."""
         run = self._with(self._original)
+        losses = [np.zeros(0)]
         for number, feeds in enumerate(batches):
             outputs = run(feeds)
             if not self.expected:
@@ -133,9 +137,10 @@ class Probe:
             limit -= sum(value.nbytes for value in (*kept.values(), *feeds.values()))
             self.batches.append(feeds)
             self.expected.append(kept)
-            self.samples += len(sample_losses(self.measures, kept, kept))
+            losses.append(sample_losses(self.measures, kept, outputs))
             if limit < 0:
                 break
+        return np.concatenate(losses)
 
     def targets(
         self, feeds: Feeds, outputs: Feeds, labels: NDArray[np.int64] | None = None

@@ -18,11 +18,10 @@ from cobla_onnx.allocation import (
     LayerCurves,
     OutputError,
     SeparableError,
-    allocate,
 )
+from cobla_onnx.allocation.knapsack import RELATIVE_GAP, solved
 from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.allocation.solve import relative_gap
-from cobla_onnx.errors import BudgetError
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.runtime.machine import convolution_block
 from cobla_onnx.runtime.providers import CPU, current_provider
@@ -32,6 +31,9 @@ __all__ = ["neighbours"]
 
 # Limits that are tried on the other budget, as fractions of the answer's cost there.
 SHARES = (0.95, 0.9)
+# Relative gap at which branch and bound of a problem with two limits stops: its answers are judged
+# on samples, and a fifth of the gap takes five times as long.
+NEAR = 5e-3
 
 Choices = tuple["Choice | None", ...]
 
@@ -100,11 +102,15 @@ def _other_limits(
 def _solved(
     layers: Sequence[LayerCurves], losses: SeparableError, constraints: Sequence[Constraint]
 ) -> Choices | None:
-    try:
-        return allocate(layers, losses, constraints, solver="milp").choices
-    except BudgetError:
-        # No choices meet the additional limit as well.
+    """Solve a problem; None where no choices meet the additional limit as well."""
+    if not layers:
         return None
+    curves = [
+        [losses.curve(i, k) for k in range(len(layer.curves))] for i, layer in enumerate(layers)
+    ]
+    gap = RELATIVE_GAP if len(constraints) == 1 else NEAR
+    found = solved(layers, curves, constraints, relative_gap=gap)
+    return None if found is None else found.choices
 
 
 def _on_grid(
