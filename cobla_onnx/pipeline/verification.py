@@ -131,10 +131,7 @@ def verify(
         del session
     else:
         proof = list(itertools.islice((proved or data[1])(), PROVED_BATCHES))
-        if measures is None:
-            session = open_session(original, threads)
-            reference = [owned(run_session(session, feed)) for feed in proof]
-            del session
+        reference = _runs(original, proof, threads) if measures is None else ()
     results = _results(compressed, proof, threads)
     varying = varying_outputs(original, proof[0])
     rewrite_error, network_error, more = prove_rewrite(
@@ -161,6 +158,12 @@ def verify(
     return Verification(name, samples, rewrite_error, network_error, comparison.results(), notes)
 
 
+def _runs(model: onnx.ModelProto, batches: Iterable[Feeds], threads: int) -> list[Feeds]:
+    """Outputs of a model on batches."""
+    session = open_session(model, threads)
+    return [owned(run_session(session, feed)) for feed in batches]
+
+
 def varying_outputs(model: onnx.ModelProto, feeds: Feeds) -> frozenset[str]:
     """Outputs whose shape may depend on the data, not only on the shapes of the inputs."""
     shapes = infer_shapes(model, {name: value.shape for name, value in feeds.items()})
@@ -180,8 +183,7 @@ def _results(
         If onnxruntime does not run it.
     """
     try:
-        session = open_session(compressed, threads)
-        return [owned(run_session(session, feed)) for feed in proof]
+        return _runs(compressed, proof, threads)
     except ModelError as error:
         raise VerificationError(
             f"the rewritten model fails: {error.message}; nothing written"

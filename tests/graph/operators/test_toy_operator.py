@@ -43,8 +43,8 @@ class Rows(DensePatch):
         for part in cut(len(rows), self.size, each):
             yield rows[part].T[None]
 
-    def outputs(self, output: np.ndarray) -> np.ndarray:
-        return output.T[None]
+    def outputs(self, output: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
+        return output.T[None] if chosen is None else output[chosen].T[None]
 
 
 class Einsum:
