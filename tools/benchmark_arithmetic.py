@@ -33,16 +33,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 import field
 from benchmark_precision import (
     NAMES,
+    SHARED,
+    Assets,
     Folders,
+    Models,
+    Only,
     Row,
     Subject,
+    Wheels,
     latency_of,
     open_subject,
     quality_of,
     slug,
 )
 from benchmark_table import gap
-from benchmark_tasks import ROOT
 from field_data import NoData
 from precision_methods import dynamic, raise_opset, static_qdq_by
 
@@ -199,11 +203,10 @@ def measure(
 @app.command()
 def run(
     results: Path,
-    assets: Annotated[Path, typer.Option(help="Folder with models/ and data/.")] = ROOT
-    / "../shared",
-    wheels: Annotated[Path, typer.Option(help="Folder with wheels that hold models.")] = Path(),
-    models: Annotated[Path, typer.Option(help="Folder of field models and data.")] = Path(),
-    only: Annotated[str, typer.Option(help="Names of models, or parts, comma separated.")] = "",
+    assets: Assets = SHARED,
+    wheels: Wheels = Path(),
+    models: Models = Path(),
+    only: Only = "",
     threads: Annotated[str, typer.Option(help="Numbers of threads, comma separated.")] = "1,2",
     methods: Annotated[str, typer.Option(help="Names, semicolon separated; else all.")] = "",
     latencies: Annotated[str, typer.Option(help="Fractions, comma separated.")] = "",

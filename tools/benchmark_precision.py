@@ -54,6 +54,13 @@ THREADS = (1, 2)
 
 Row = dict[str, Any]
 
+# Options of all benchmarks of these models.
+SHARED = ROOT / "../shared"
+Assets = Annotated[Path, typer.Option(help="Folder with models/ and data/.")]
+Wheels = Annotated[Path, typer.Option(help="Folder with wheels that hold models.")]
+Models = Annotated[Path, typer.Option(help="Folder of field models and data.")]
+Only = Annotated[str, typer.Option(help="Names of models, or parts, comma separated.")]
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -200,11 +207,10 @@ def slug(text: str) -> str:
 @app.command()
 def run(
     results: Path,
-    assets: Annotated[Path, typer.Option(help="Folder with models/ and data/.")] = ROOT
-    / "../shared",
-    wheels: Annotated[Path, typer.Option(help="Folder with wheels that hold models.")] = Path(),
-    models: Annotated[Path, typer.Option(help="Folder of field models and data.")] = Path(),
-    only: Annotated[str, typer.Option(help="Names of models, or parts, comma separated.")] = "",
+    assets: Assets = SHARED,
+    wheels: Wheels = Path(),
+    models: Models = Path(),
+    only: Only = "",
     methods: Annotated[
         str, typer.Option(help="ours, alternatives, ablation or names, semicolon separated.")
     ] = "ours;alternatives",

@@ -30,8 +30,18 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import field
-from benchmark_precision import NAMES, Folders, Subject, open_subject
-from benchmark_tasks import ROOT, TASKS
+from benchmark_precision import (
+    NAMES,
+    SHARED,
+    Assets,
+    Folders,
+    Models,
+    Only,
+    Subject,
+    Wheels,
+    open_subject,
+)
+from benchmark_tasks import TASKS
 from field_data import NoData
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -171,11 +181,10 @@ def one(method: str, model: Path, data: Path, threads: int, row: Path) -> None:
 @app.command()
 def run(
     results: Path,
-    assets: Annotated[Path, typer.Option(help="Folder with models/ and data/.")] = ROOT
-    / "../shared",
-    wheels: Annotated[Path, typer.Option(help="Folder with wheels that hold models.")] = Path(),
-    models: Annotated[Path, typer.Option(help="Folder of field models and data.")] = Path(),
-    only: Annotated[str, typer.Option(help="Names of models, or parts, comma separated.")] = "",
+    assets: Assets = SHARED,
+    wheels: Wheels = Path(),
+    models: Models = Path(),
+    only: Only = "",
     threads: Annotated[str, typer.Option(help="Numbers of threads, comma separated.")] = "2,1",
     limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 3600,
 ) -> None:

@@ -71,7 +71,7 @@ def blocks(model: onnx.ModelProto) -> Iterator[Attention]:
         shapes = [n for n in graph.node if n.op_type == "Concat" and n.name.startswith(block)]
         constants = [made[name] for node in shapes for name in node.input if name in made]
         sizes = [n.attribute[0].t for n in constants if n.op_type == "Constant"]
-        width = next(iter(sizes[-1:])) and int(numpy_helper.to_array(sizes[-1]).ravel()[0])
+        width = int(numpy_helper.to_array(sizes[-1]).ravel()[0])
         counts = {int(numpy_helper.to_array(size).ravel()[0]) for size in sizes} - {width}
         weights = {part: stored[node.input[1]] for part, node in nodes.items()}
         heads = min(c for c in counts if c > 0 and width % c == 0 and width // c in counts)

@@ -20,11 +20,9 @@ import onnx
 import typer
 from onnx import TensorProto, helper, numpy_helper
 
-from cobla_onnx.arithmetic.nodes import BY_CHANNEL
 from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.graph.macs import Shape, fixed_input_shapes, infer_shapes
-from cobla_onnx.graph.protos import opset_of
 from cobla_onnx.latency.single_layer import layer_key, micro_graph
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.pipeline.search.eight_bits import stand_in_eight_bits
@@ -33,6 +31,7 @@ from cobla_onnx.runtime.session import Feeds
 
 sys.path.insert(0, str(Path(__file__).parent))
 from benchmark_tasks import ROOT, TASKS, find_model
+from precision_methods import raise_opset
 
 
 class Effort(TypedDict):
@@ -112,13 +111,6 @@ def sums(model: onnx.ModelProto, stopwatch: Stopwatch) -> tuple[float, float, fl
     return floats, narrow, edges
 
 
-def lifted(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Bring a model to an opset in which it can compute in 8 bits."""
-    if opset_of(model) >= BY_CHANNEL:
-        return model
-    return onnx.version_converter.convert_version(model, BY_CHANNEL)
-
-
 def main(
     name: Annotated[str, typer.Argument(help="Of a model of tools/benchmark_tasks.py.")],
     assets: Annotated[Path, typer.Option(help="Folder with models/.")] = ROOT / "../shared",
@@ -127,7 +119,7 @@ def main(
 ) -> None:
     """Print what the sums predict of the model in 8 bits, and what is measured."""
     (task,) = [task for task in TASKS if task.name == name]
-    model, stopwatch = lifted(load_model(find_model(task, assets, wheels))), Stopwatch(threads)
+    model, stopwatch = raise_opset(load_model(find_model(task, assets, wheels))), Stopwatch(threads)
     floats, narrow, edges = sums(model, stopwatch)
     feeds = example_feeds(model, fixed_input_shapes(model, {}), threads, 0)
     before, after = fastest(stopwatch, [model, stand_in_eight_bits(model)], WHOLE, feeds)

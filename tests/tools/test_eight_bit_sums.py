@@ -52,7 +52,7 @@ def test_the_whole_model_is_measured_beside_the_sums(tools, tmp_path, monkeypatc
 def test_an_old_model_is_lifted(tools):
     tool = tools("eight_bit_sums")
     model = small_network()
-    assert tool.lifted(model) is model
+    assert tool.raise_opset(model) is model
     del model.opset_import[1:]
     model.opset_import[0].version = 11
-    assert tool.lifted(model).opset_import[0].version == 13
+    assert tool.raise_opset(model).opset_import[0].version == 13
