@@ -12,6 +12,10 @@ from contextlib import contextmanager
 
 __all__ = ["at_most"]
 
+# Seconds between two looks at the clock, and what one may be late by before the process counts as
+# having been stopped, by Ctrl-Z or a debugger, which is no time that a run took.
+LOOK, STOPPED = 1.0, 1.0
+
 
 class _Watch:
     """Calls back for those entries whose time is over."""
@@ -48,7 +52,7 @@ class _Watch:
             while True:
                 left = self._next - time.monotonic()
                 if left > 0:
-                    self._changed.wait(min(left, threading.TIMEOUT_MAX))
+                    self._rest(left)
                     continue
                 now = time.monotonic()
                 for entry, (end, late) in list(self._entries.items()):
@@ -56,6 +60,18 @@ class _Watch:
                         del self._entries[entry]
                         late()
                 self._next = min((end for end, _ in self._entries.values()), default=float("inf"))
+
+    def _rest(self, left: float) -> None:
+        """Wait for a look's time or for a change; what the process was stopped for is no delay."""
+        if not self._entries:
+            self._changed.wait(min(left, threading.TIMEOUT_MAX))
+            return
+        end = time.monotonic() + min(left, LOOK)
+        self._changed.wait(min(left, LOOK))
+        lost = time.monotonic() - end
+        if lost > STOPPED:
+            self._entries = {key: (at + lost, late) for key, (at, late) in self._entries.items()}
+            self._next += lost
 
 
 _watch = _Watch()

@@ -1,7 +1,13 @@
 """Runs that take too long are stopped, others are not."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+
+import pytest
 
 from cobla_onnx.runtime.watch import at_most
 
@@ -42,3 +48,30 @@ def test_limits_of_many_threads_are_kept_by_one():
     for thread in threads:
         thread.join()
     assert sorted(told) == [1, 3, 5, 7]
+
+
+STOPPED = """
+import threading
+from cobla_onnx.runtime.watch import at_most
+
+told = threading.Event()
+with at_most(2, told.set):
+    print("running", flush=True)
+    input()
+    print("late" if told.is_set() else "in time", flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="this system stops no processes")
+def test_the_time_that_the_process_was_stopped_is_no_time_of_a_run():
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout.readline() == "running\n"
+        os.kill(child.pid, signal.SIGSTOP)
+        time.sleep(3)
+        os.kill(child.pid, signal.SIGCONT)
+        # As long as the clock is looked at again after that.
+        time.sleep(0.2)
+        told, _ = child.communicate("\n")
+    assert told == "in time\n"
