@@ -26,7 +26,9 @@ from cobla_onnx.report.sweep import Sweep, SweepPoint
 __all__ = ["FrontChart", "Label", "Place", "front_charts"]
 
 # Labels beside points: about as wide as their letters, and a line high.
-LETTER, LINE = 6.4, 14.0
+LETTER, LINE = 7.5, 14.0
+# Half of a point with what is free around it, and how far below it a line of text is based.
+POINT, BASELINE = 6.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _places(
     points: Sequence[SweepPoint], at: Sequence[tuple[float, float]], x: _Axis, y: _Axis
 ) -> tuple[Place, ...]:
     """Place points, those of other methods with their names beside them."""
-    taken: list[tuple[float, float, float]] = []
+    taken = [(left - POINT, left + POINT, top + BASELINE) for left, top in at]
     found = []
     for point, (left, top) in sorted(zip(points, at, strict=True), key=lambda entry: entry[1][1]):
         kind = ("front" if point.front else "dominated") if point.ours else "other"
@@ -147,11 +149,11 @@ def _places(
 
 
 def _label(text: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> Label:
-    """Put a name to the side where there is room, below the names that are in its way."""
+    """Put a name to the side where there is room, below the names and points in its way."""
     width = LETTER * len(text)
     before = x + 10 + width > WIDTH
     begin = x - 10 - width if before else x + 10
-    line = y + 4
+    line = y + BASELINE
 
     def in_the_way(other: tuple[float, float, float]) -> bool:
         first, last, height = other
