@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.lapack import dtrtri
 
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.storage.coding import INTEGERS, SAMPLED, Coded, fit_levels, nearest
@@ -174,9 +175,15 @@ def unavoidable(second: Float64) -> Float64:
     second : float64 array, shape (groups, size, size)
     """
     damped, _ = _damped_in_order(second)
-    # U^-1, which is triangular from the last column on, without an inverse.
-    lower = np.linalg.cholesky(damped[:, ::-1, ::-1])
-    return np.asarray(np.square(np.einsum("gii->gi", lower)).sum(axis=1))
+    return np.asarray(np.square(np.einsum("gii->gi", _reversed_factor(damped))).sum(axis=1))
+
+
+def _reversed_factor(damped: Float64) -> Float64:
+    """Return U^-1 for the upper triangular U with U^T U the inverse, rows and columns reversed.
+
+    So reversed it is the Cholesky factor of the reversed moment, and no inverse is needed.
+    """
+    return np.linalg.cholesky(damped[:, ::-1, ::-1])
 
 
 def _damped_in_order(second: Float64) -> tuple[Float64, NDArray[np.intp]]:
@@ -230,7 +237,8 @@ class _Compensated:
     def __init__(self, second: Float64) -> None:
         self._damped, self._order = _damped_in_order(second)
         # With its transpose it makes the inverse of the damped moment.
-        self.upper = np.linalg.cholesky(np.linalg.inv(self._damped)).swapaxes(1, 2)
+        inverses = [dtrtri(each, lower=1)[0] for each in _reversed_factor(self._damped)]
+        self.upper = np.ascontiguousarray(np.stack(inverses)[:, ::-1, ::-1])
 
     def codes(
         self, levels: NDArray[np.float32], rows: Float64, scales: Sequence[NDArray[np.float32]]
