@@ -15,8 +15,11 @@ from cobla_onnx.wording import option_name
 __all__ = [
     "BY_CHANNEL",
     "CARRIED",
+    "MOVED",
+    "PASSED",
     "WEIGHTED",
     "carried_nodes",
+    "data_inputs",
     "require_opset",
     "weighted_nodes",
     "with_stored_weights",
@@ -30,8 +33,10 @@ CARRIED = (
     "AveragePool",
     "Clip",
     "Concat",
+    "Dropout",
     "Flatten",
     "GlobalAveragePool",
+    "Identity",
     "LeakyRelu",
     "MaxPool",
     "Mul",
@@ -45,6 +50,12 @@ CARRIED = (
     "Transpose",
     "Unsqueeze",
 )
+# Those of them that onnxruntime leaves out as it opens the model, pairs of equal ranges on either
+# side together.
+PASSED = ("Dropout", "Identity")
+# Those that onnxruntime's quantiser gives a range of its own on either side, although they hand on
+# the numbers that they read.
+MOVED = ("Concat", *PASSED)
 # DequantizeLinear has a scale for each channel from it on.
 BY_CHANNEL = 13
 
@@ -123,7 +134,7 @@ def carried_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[in
     for place, node in enumerate(nodes):
         if node.op_type not in CARRIED or node.domain not in ("", "ai.onnx"):
             continue
-        read = [name for name in _data(node) if name not in stored]
+        read = [name for name in data_inputs(node) if name not in stored]
         if read and all(name in narrow for name in read):
             narrow.update(node.output)
             found.append(place)
@@ -131,12 +142,12 @@ def carried_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[in
     kept = []
     for place in reversed(found):
         if any(name in wanted for name in nodes[place].output):
-            wanted.update(_data(nodes[place]))
+            wanted.update(data_inputs(nodes[place]))
             kept.append(place)
     return tuple(reversed(kept))
 
 
-def _data(node: onnx.NodeProto) -> Iterable[str]:
+def data_inputs(node: onnx.NodeProto) -> Iterable[str]:
     """Inputs that hold numbers to compute with, not a shape, an axis or sizes."""
     several = node.op_type in ("Add", "Concat", "Mul")
     return [name for name in (node.input if several else node.input[:1]) if name]

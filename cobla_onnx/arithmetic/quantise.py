@@ -6,9 +6,9 @@ from collections.abc import Collection
 
 import onnx
 
-from cobla_onnx.arithmetic.nodes import CARRIED, WEIGHTED
+from cobla_onnx.arithmetic.nodes import CARRIED, PASSED, WEIGHTED
 from cobla_onnx.arithmetic.prepared import Prepared, quietly
-from cobla_onnx.arithmetic.ranges import Ranges
+from cobla_onnx.arithmetic.ranges import Ranges, with_common_ranges
 from cobla_onnx.graph.io.external import is_external, read_external
 from cobla_onnx.text import quoted
 
@@ -38,6 +38,8 @@ def quantised(
     # The quantiser saves its copy in another folder, where no external data is.
     for tensor in filter(is_external, copy.graph.initializer):
         read_external(tensor, f"tensor {quoted(tensor.name)}")
+    nodes = prepared.model.graph.node
+    computing = [place for place in sorted(places) if nodes[place].op_type not in PASSED]
     with quietly():
         quantizer = QDQQuantizer(
             copy,
@@ -45,10 +47,10 @@ def quantised(
             reduce_range=reduced,
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
-            tensors_range=ranges,
-            nodes_to_quantize=prepared.named(sorted(places)),
+            tensors_range=with_common_ranges(ranges, prepared.model, places),
+            nodes_to_quantize=prepared.named(computing),
             nodes_to_exclude=[],
-            op_types_to_quantize=[*WEIGHTED, *CARRIED],
+            op_types_to_quantize=sorted({*WEIGHTED, *CARRIED} - {*PASSED}),
             extra_options={},
         )
         made = quantizer.quantize_model()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
+import onnx
 
-from cobla_onnx.arithmetic.nodes import CARRIED, WEIGHTED
+from cobla_onnx.arithmetic.nodes import CARRIED, MOVED, WEIGHTED, data_inputs
 from cobla_onnx.arithmetic.prepared import Handed, Prepared, has_more_files, in_a_file, quietly
 from cobla_onnx.runtime.session import Feeds
 
-__all__ = ["METHODS", "Method", "Ranges", "calibrated", "stand_in_ranges"]
+__all__ = ["METHODS", "Method", "Ranges", "calibrated", "stand_in_ranges", "with_common_ranges"]
 
 Method: TypeAlias = Literal["min-max", "entropy", "percentile"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -85,5 +87,42 @@ def stand_in_ranges(prepared: Prepared) -> Ranges:
         name for node in prepared.model.graph.node for name in (*node.input, *node.output) if name
     )
     names.update(dict.fromkeys(value.name for value in prepared.model.graph.input))
-    low, high = np.array(-1.0, np.float32), np.array(1.0, np.float32)
-    return TensorsData(CalibrationMethod.MinMax, dict.fromkeys(names, (low, high)))
+    # No two alike, as in a real model: to go from one range to another takes time.
+    highest = np.linspace(1, 2, len(names), dtype=np.float32)
+    found = {name: (-high, high) for name, high in zip(names, highest, strict=True)}
+    return TensorsData(CalibrationMethod.MinMax, found)
+
+
+def with_common_ranges(ranges: Ranges, model: onnx.ModelProto, places: Collection[int]) -> Ranges:
+    """Give one range to what nodes only move, before and after.
+
+    In ranges of their own, numbers would be rounded again on their way through Concat, number by
+    number in one thread; so they are copied, and rounded once. A tensor that something else reads,
+    too, keeps its own.
+
+    Parameters
+    ----------
+    ranges : TensorsData
+    model : ModelProto
+    places : collection of int
+        Of the nodes that compute in 8 bits or go with them.
+    """
+    from onnxruntime.quantization import TensorsData
+    from onnxruntime.quantization.calibrate import TensorData
+
+    graph = model.graph
+    readers = Counter(name for node in graph.node for name in node.input)
+    readers.update(value.name for value in graph.output)
+    together: dict[str, frozenset[str]] = {}
+    for node in (graph.node[place] for place in sorted(places)):
+        if node.op_type in MOVED:
+            names = [name for name in data_inputs(node) if readers[name] == 1]
+            known = [name for name in (*names, node.output[0]) if name in ranges]
+            group = frozenset[str]().union(*(together.get(name, {name}) for name in known))
+            together.update(dict.fromkeys(group, group))
+    found = dict(ranges.items())
+    for group in set(together.values()):
+        lowest, highest = zip(*(ranges[name].range_value for name in group), strict=True)
+        common = TensorData(lowest=np.min(lowest), highest=np.max(highest))
+        found.update(dict.fromkeys(group, common))
+    return TensorsData(ranges.calibration_method, found)

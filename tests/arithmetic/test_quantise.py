@@ -18,7 +18,12 @@ from cobla_onnx.arithmetic.nodes import (
 )
 from cobla_onnx.arithmetic.prepared import prepare
 from cobla_onnx.arithmetic.quantise import quantised
-from cobla_onnx.arithmetic.ranges import METHODS, calibrated, stand_in_ranges
+from cobla_onnx.arithmetic.ranges import (
+    METHODS,
+    calibrated,
+    stand_in_ranges,
+    with_common_ranges,
+)
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.order import is_sorted
@@ -248,6 +253,62 @@ def test_a_shortcut_without_weights_stays_in_eight_bits():
         run_session(open_session(m, 1, optimized=True), feeds)["y"] for m in (model, result)
     )
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def branches(read_twice: bool) -> onnx.ModelProto:
+    """Two convolutions side by side, the second ten times as large, joined and dropped out."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], "one"),
+        helper.make_node("Conv", ["x", "v"], ["b"], "two"),
+        helper.make_node("Concat", ["a", "b"], ["c"], "join", axis=1),
+        helper.make_node("Dropout", ["c"], ["d"], "drop"),
+        helper.make_node("Conv", ["d", "u"], ["y"], "last"),
+        *[helper.make_node("Conv", ["a", "t"], ["z"], "again")] * read_twice,
+    ]
+    weights = {
+        "w": random_array(4, 3, 1, 1, seed=1),
+        "v": 10 * random_array(4, 3, 1, 1, seed=2),
+        "u": random_array(2, 8, 1, 1, seed=3),
+    }
+    if read_twice:
+        weights["t"] = random_array(2, 4, 1, 1, seed=4)
+    return model_of(nodes, weights, {"x": [1, 3, 8, 8]}, ["y", "z"][: 1 + read_twice])
+
+
+def test_what_is_only_moved_is_rounded_once():
+    """Or it would be rounded to the scale of one branch, and again to that of both together."""
+    for read_twice in (False, True):
+        model = branches(read_twice)
+        assert carried_nodes(model, weighted_nodes(model)) == (2, 3)
+        result = in_eight_bits(model)
+        stored = {t.name: onnx.numpy_helper.to_array(t) for t in result.graph.initializer}
+        scales = {name: float(stored[f"{name}_scale"]) for name in "abcd"}
+        assert scales["b"] == scales["c"] == scales["d"]
+        # What another node reads keeps the range that is its own.
+        assert scales["a"] < 0.5 * scales["b"] if read_twice else scales["a"] == scales["b"]
+        (feeds,) = batches(model, 1)
+        expected, found = (
+            run_session(open_session(m, 1, optimized=True), feeds) for m in (model, result)
+        )
+        for name in expected:
+            error = np.abs(found[name] - expected[name]).max()
+            assert error < 0.1 * np.abs(expected[name]).max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_common_ranges_hold_what_each_of_them_held(method):
+    model = branches(False)
+    prepared = prepare(model)
+    before = calibrated(prepared, batches(model), method)
+    after = with_common_ranges(before, prepared.model, (0, 1, 2, 3, 4))
+    lowest, highest = after["c"].range_value
+    for name in "abcd":
+        assert after[name].range_value == (lowest, highest)
+        assert lowest <= before[name].range_value[0]
+        assert highest >= before[name].range_value[1]
+    for name in ("x", "y"):
+        assert after[name].range_value == before[name].range_value
+    assert with_common_ranges(before, prepared.model, (0, 1, 4))["a"] is before["a"]
 
 
 @settings(max_examples=12, deadline=None)
