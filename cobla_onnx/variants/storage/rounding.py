@@ -183,7 +183,7 @@ def _reversed_factor(damped: Float64) -> Float64:
 
     So reversed it is the Cholesky factor of the reversed moment, and no inverse is needed.
     """
-    return np.linalg.cholesky(damped[:, ::-1, ::-1])
+    return np.asarray(np.linalg.cholesky(damped[:, ::-1, ::-1]))
 
 
 def _damped_in_order(second: Float64) -> tuple[Float64, NDArray[np.intp]]:
