@@ -48,6 +48,7 @@ from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.latency import Choose
 from cobla_onnx.pipeline.search.memory import EightBitMemory
+from cobla_onnx.pipeline.search.output import sketch_by_output
 from cobla_onnx.pipeline.search.problem import Problem, SearchResult
 from cobla_onnx.pipeline.search.weights import search_by_weights
 from cobla_onnx.pipeline.timed import solve_in_time
@@ -262,6 +263,13 @@ class Session:
         if self.evidence is None or finisher is None or self.objective == "weights":
             return self._choose_by_weights
         return partial(search_by_data, self._problem, self.evidence, finisher)
+
+    @property
+    def sketcher(self) -> Choose | None:
+        """What chooses about the same in no time; None where choosing takes none."""
+        if self.evidence is None or self.objective == "weights":
+            return None
+        return partial(sketch_by_output, self._problem, self.evidence)
 
     def completed(
         self,

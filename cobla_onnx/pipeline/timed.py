@@ -117,7 +117,8 @@ def _way(session: Session, budget: Budget, choose: Choose) -> Way:
         proxy = constraints.pop("latency")
         proxy, name = replace(proxy, limit=proxy.total), "the table of layer times"
     name += ", then 8 bits" if eight_bits else ""
-    return Way(name, analysis, proxy, tuple(constraints.values()), choose, eight_bits)
+    others = tuple(constraints.values())
+    return Way(name, analysis, proxy, others, choose, eight_bits, session.sketcher)
 
 
 def _loss(solution: Solution) -> float:

@@ -138,3 +138,34 @@ def test_a_table_that_is_wrong_does_not_cost_what_macs_keep(data, processor):
     assert timed.calibration.loss <= 1.02 * by_macs.calibration.loss
     note = next(n for n in timed.notes if "loses least" in n)
     assert note.startswith("ranks were chosen by MACs, as that loses least (by MACs")
+
+
+def test_a_budget_that_takes_many_measurements_takes_few_searches(data, processor, monkeypatch):
+    """The limit is found with sketches, which measure no loss at what they choose."""
+    processor(nanoseconds=lambda self, model: Processor.nanoseconds(self, model) ** 0.3)
+    calls = {"search": 0, "sketch": 0}
+
+    def counted(kind, name):
+        function = getattr(kind, name)
+
+        def call(*args):
+            calls[name.split("_")[0]] += 1
+            return function(*args)
+
+        monkeypatch.setattr(kind, name, call)
+
+    counted(session, "search_by_data")
+    counted(session, "sketch_by_output")
+    found = compress(small_network(), Budget(latency=0.7), data=data, **OPTIONS).report
+    assert found.latency.ratio <= 0.7
+    # By the table and by MACs.
+    assert 2 <= calls["search"] <= 4
+    assert calls["sketch"] > calls["search"]
+
+
+def test_a_budget_out_of_reach_takes_no_search(data, processor, monkeypatch):
+    processor(nanoseconds=lambda self, model: 1e6 + Processor.nanoseconds(self, model))
+    monkeypatch.setattr(session, "search_by_data", lambda *args: pytest.fail("a search"))
+    with pytest.raises(BudgetError, match="fastest of") as caught:
+        compress(small_network(), Budget(latency=0.5), data=data, **OPTIONS)
+    assert 0.8 < caught.value.least["latency"] < 1

@@ -39,6 +39,8 @@ __all__ = ["Choose", "Found", "LatencySearch", "Way", "example_feeds", "fast_eno
 
 # Most allocations in a row, each with the table corrected by the measurements so far.
 ROUNDS = 6
+# Most of those that follow where a sketch has found the limit.
+FINAL = 3
 # A plan is close enough if it uses at least this fraction of the limit.
 CLOSE = 0.98
 # Fraction of the limit that is aimed at, since the next measurement differs by the noise.
@@ -74,6 +76,9 @@ class Way:
         Returns the best allocation within constraints.
     eight_bits : bool
         Whether nodes compute in 8 bits after that.
+    sketch : callable, optional
+        Returns in no time about what `choose` returns; which limit stands for the time is found
+        with it, so that `choose` is called a few times and not for each of the measurements.
     """
 
     name: str
@@ -82,14 +87,19 @@ class Way:
     others: tuple[Constraint, ...]
     choose: Choose
     eight_bits: bool = False
+    sketch: Choose | None = None
 
 
 @dataclass(frozen=True)
 class Found:
-    """A result, its predicted fraction of the original's time, and the measured one."""
+    """A result, its predicted fraction of the original's time, and the measured one.
+
+    ``wanted`` is the limit of what stands for the time that it was chosen within.
+    """
 
     way: Way
     result: SearchResult
+    wanted: Constraint
     predicted: float
     measured: Comparison
 
@@ -191,38 +201,52 @@ class LatencySearch:
         Returns
         -------
         list of Found
-            All plans that were timed.
+            All plans that were timed, or those alone that `Way.choose` gave if one of them is
+            fast enough.
         """
         limit = budget.latency
         assert limit is not None
-        proxy = way.proxy
         alone = self.under(way.analysis, Plan(()), way.eight_bits).ratio if way.eight_bits else 1.0
-        aims, found = _Aims(proxy, limit, alone), list[Found]()
-        wanted = aims.first()
-        for _ in range(ROUNDS):
+        aims = _Aims(way.proxy, limit, alone)
+        if way.sketch is None:
+            return self._tuned(way, way.choose, aims, aims.first(), ROUNDS)
+        sketched = self._tuned(way, way.sketch, aims, aims.first(), ROUNDS)
+        near = fast_enough(sketched, limit)
+        if near is None:
+            return sketched
+        found = self._tuned(way, way.choose, aims, near.wanted, FINAL)
+        return found if fast_enough(found, limit) else [*found, *sketched]
+
+    def _tuned(
+        self, way: Way, choose: Choose, aims: _Aims, wanted: Constraint, rounds: int
+    ) -> list[Found]:
+        """Choose and time plans, from a first limit of what stands for the time on."""
+        found = list[Found]()
+        for _ in range(rounds):
             try:
-                result = way.choose([*way.others, wanted])
+                result = choose([*way.others, wanted])
             except BudgetError as error:
-                if proxy.name not in error.least:
+                if wanted.name not in error.least:
                     raise
                 # The table may be wrong: try its fastest plan before refusing the budget.
-                wanted = replace(proxy, limit=math.ceil(error.least[proxy.name] * proxy.total))
-                result = way.choose([*way.others, wanted])
+                wanted = replace(wanted, limit=math.ceil(error.least[wanted.name] * wanted.total))
+                result = choose([*way.others, wanted])
             choices = result.allocation.choices
             if any(choices == earlier.allocation.choices for earlier in found):
                 break
-            found.append(self._try(way, aims, result))
+            found.append(self._try(way, aims, result, wanted))
             ratio = found[-1].measured.ratio
-            if CLOSE * limit <= ratio <= limit or not any(choices):
+            if CLOSE * aims.limit <= ratio <= aims.limit or not any(choices):
                 break
             wanted = aims.next(found)
         return found
 
-    def _try(self, way: Way, aims: _Aims, result: SearchResult) -> Found:
+    def _try(self, way: Way, aims: _Aims, result: SearchResult, wanted: Constraint) -> Found:
         choices = result.allocation.choices
         predicted = aims.predicted(way.proxy.cost(way.analysis.curves, choices))
         plan = result.plan(way.analysis)
-        return Found(way, result, predicted, self.under(way.analysis, plan, way.eight_bits))
+        measured = self.under(way.analysis, plan, way.eight_bits)
+        return Found(way, result, wanted, predicted, measured)
 
     def confirm(self, compressed: onnx.ModelProto, limit: float) -> tuple[Comparison, str]:
         """Time the result itself, twice if the first time is over the limit.

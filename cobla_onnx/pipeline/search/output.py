@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cobla_onnx.allocation import Allocation, Choice, Constraint, OutputError, allocate
+from cobla_onnx.allocation import Allocation, Choice, Constraint, LayerCurves, OutputError, allocate
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.neighbours import neighbours
 from cobla_onnx.pipeline.search.problem import Problem, SearchResult
 from cobla_onnx.pipeline.search.rivals import Rivals
 
-__all__ = ["search_by_output"]
+__all__ = ["search_by_output", "sketch_by_output"]
 
 # Most allocations in a row, each after measuring the points that the last one chose.
 ROUNDS = 4
@@ -36,9 +36,8 @@ def search_by_output(
     """
     analysis, progress = problem.analysis, evidence.context.progress
     curves = analysis.curves
-    whole: tuple[Choice | None, ...] = (None,) * len(curves)
-    if all(c.cost(curves, whole) <= c.limit for c in constraints):
-        errors = OutputError([[c.errors for c in layer.curves] for layer in curves])
+    errors = _nothing_to_do(curves, constraints)
+    if errors is not None:
         return SearchResult(allocate(curves, errors, constraints, solver=problem.solver)), errors
     sensitivity = evidence.sensitivity(constraints)
     rounds: list[tuple[OutputError, Allocation]] = []
@@ -61,3 +60,29 @@ def search_by_output(
         losses=losses,
     )
     return result, losses
+
+
+def sketch_by_output(
+    problem: Problem, evidence: Evidence, constraints: Sequence[Constraint]
+) -> SearchResult:
+    """Choose ranks by the losses that are measured already, none at what is chosen.
+
+    Raises
+    ------
+    BudgetError
+        If the constraints cannot be met.
+    """
+    curves = problem.analysis.curves
+    losses = _nothing_to_do(curves, constraints) or evidence.sensitivity(constraints).objective()
+    allocation = allocate(curves, losses, constraints, solver=problem.solver)
+    return SearchResult(allocation, losses=losses)
+
+
+def _nothing_to_do(
+    curves: Sequence[LayerCurves], constraints: Sequence[Constraint]
+) -> OutputError | None:
+    """Return any loss if the model is within the constraints as it is; else None."""
+    whole: tuple[Choice | None, ...] = (None,) * len(curves)
+    if any(c.cost(curves, whole) > c.limit for c in constraints):
+        return None
+    return OutputError([[c.errors for c in layer.curves] for layer in curves])
