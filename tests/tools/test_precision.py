@@ -146,10 +146,10 @@ def test_without_compensation_the_inputs_do_not_matter(tools, monkeypatch):
         if name.startswith("cobla_onnx.") and hasattr(module, "round_weight"):
             monkeypatch.setattr(module, "round_weight", rounding.round_weight)
     rows, mixed = random_array(1, 6, 20, seed=0), random_array(20, 50, seed=1)
-    second = (mixed @ mixed.T)[None].astype(np.float64)
-    compensated = from_data.round_weight(rows, second, 3).codes
+    inputs = rounding.Compensation((mixed @ mixed.T)[None].astype(np.float64))
+    compensated = from_data.round_weight(rows, inputs, 3).codes
     tools("precision_methods").no_compensation()
-    nearest = from_data.round_weight(rows, second, 3).codes
+    nearest = from_data.round_weight(rows, inputs, 3).codes
     np.testing.assert_array_equal(nearest, from_data.round_weight(rows, None, 3).codes)
     assert (nearest != compensated).any()
 

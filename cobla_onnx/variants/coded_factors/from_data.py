@@ -40,6 +40,9 @@ class PairsFromData:
         self._made: Recent[tuple[str, str, int], RoundedPair] = Recent(
             seen.kept, lambda made: made.weight.nbytes + made.factors.left.nbytes
         )
+        self._targets: Recent[tuple[str, str], Target] = Recent(
+            seen.kept // 2, lambda made: made.nbytes, last=False
+        )
 
     def spectra(
         self, layer: Layer, ranks: Sequence[tuple[Scheme, int]], weight: Carried
@@ -65,7 +68,9 @@ class PairsFromData:
         result = {}
         with one_thread:
             solver = self._factors.solver(layer, form.scheme, weight, max(ranks))
-            target = self._target(layer, form.scheme, weight)
+            target = self._targets.once(
+                (layer.name, form.scheme.name), lambda: self._target(layer, form.scheme, weight)
+            )
             for rank in ranks:
                 made = round_pair(form, solver.factorize(rank), target)
                 made = self._with_bias(layer, weight, made)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +32,7 @@ from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 from cobla_onnx.variants.low_rank.weighted_svd import inputs_first
 from cobla_onnx.variants.storage.coding import INTEGERS, Coded
 from cobla_onnx.variants.storage.precision import HALF, in_half
-from cobla_onnx.variants.storage.rounding import round_weight
+from cobla_onnx.variants.storage.rounding import Compensation, round_weight
 
 __all__ = [
     "Alone",
@@ -66,12 +67,17 @@ class Target(Protocol):
 
     Attributes
     ----------
-    own : float64 array, shape (groups, rows, rows), or None
-        Second moment of what the first factor reads; None where every error counts alike.
+    own : Compensation or None
+        For the second moment of what the first factor reads; None where every error counts alike.
+    nbytes : int
+        Bytes that it holds.
     """
 
     @property
-    def own(self) -> Float64 | None: ...  # noqa: D102
+    def own(self) -> Compensation | None: ...  # noqa: D102
+
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
 
     def seen(self, group: int, left: Float64, right: Float64) -> tuple[Float64, Float64]:
         """Second moment of a first factor's outputs, and their product with the layer's outputs.
@@ -104,10 +110,15 @@ class FromInputs:
         stack = inputs_first_matrix(scheme, weight)
         self._split, self._cross = split_moments(scheme, stack, second)
 
+    @cached_property
+    def own(self) -> Compensation:
+        """For the moment of the first factor's inputs, summed over positions."""
+        return Compensation(np.asarray(np.einsum("gajbj->gab", self._split)))
+
     @property
-    def own(self) -> Float64:
-        """Moment of the first factor's inputs, summed over positions."""
-        return np.asarray(np.einsum("gajbj->gab", self._split))
+    def nbytes(self) -> int:
+        """Bytes of the moments."""
+        return self._split.nbytes + self._cross.nbytes + self.own.nbytes
 
     def seen(self, group: int, left: Float64, right: Float64) -> tuple[Float64, Float64]:
         """Follow the inputs through the first factor."""
@@ -134,6 +145,11 @@ class FromOutputs:
         """Not known."""
         return None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the moment."""
+        return self._outputs.nbytes
+
     def seen(self, group: int, left: Float64, right: Float64) -> tuple[Float64, Float64]:
         """Follow the outputs back through the second factor."""
         weighted = right if self._importance is None else right * self._importance[group]
@@ -158,6 +174,11 @@ class Alone:
     def own(self) -> None:
         """Every error counts alike."""
         return None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return self._stack.nbytes
 
     def seen(self, group: int, left: Float64, right: Float64) -> tuple[Float64, Float64]:
         """Take the products of the first factor's columns with each other and with the matrix."""
@@ -190,7 +211,7 @@ def round_pair(form: CodedScheme, factors: Factorization, target: Target) -> Rou
         moments.append(moment)
         rows.append(its_rows)
     first = replace(first, scales=(first.scales * np.stack(rescaled)).astype(np.float32))
-    second = round_weight(np.stack(rows), np.stack(moments), bits)
+    second = round_weight(np.stack(rows), Compensation(np.stack(moments)), bits)
     return RoundedPair(scheme, _decoded(scheme, first, second), None, first, second)
 
 

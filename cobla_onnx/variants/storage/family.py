@@ -20,7 +20,7 @@ from cobla_onnx.variants.low_rank.matricisation import has_layout, layout_of
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.storage.bits_family import BitsFamily, between
 from cobla_onnx.variants.storage.from_data import CodesFromData, RoundedWeight, rounded
-from cobla_onnx.variants.storage.rounding import distortion, mean_squares, unavoidable
+from cobla_onnx.variants.storage.rounding import Compensation, distortion, mean_squares, unavoidable
 from cobla_onnx.variants.storage.stored import (
     StoredWeight,
     coded_weight,
@@ -126,7 +126,7 @@ class StorageFamily(BitsFamily):
         importance: Float64 | None,
     ) -> RoundedWeight:
         """Round a weight under the moment of its inputs."""
-        return rounded(layer, weight, level, second)
+        return rounded(layer, weight, level, Compensation(second))
 
     def replace(self, layer: Layer, form: Any, approximation: RoundedWeight) -> StoredWeight:
         """Store the codes, or half precision."""

@@ -19,7 +19,7 @@ from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.recent import Recent
 from cobla_onnx.variants.storage.coding import Coded
 from cobla_onnx.variants.storage.precision import HALF, in_half
-from cobla_onnx.variants.storage.rounding import round_weight
+from cobla_onnx.variants.storage.rounding import Compensation, round_weight
 
 __all__ = ["CodesFromData", "RoundedWeight", "rounded"]
 
@@ -47,12 +47,14 @@ class RoundedWeight:
         return replace(self, bias=bias)
 
 
-def rounded(layer: Layer, weight: NDArray[Any], bits: int, second: Float64 | None) -> RoundedWeight:
-    """Round a weight: under a second moment, or every number by itself."""
+def rounded(
+    layer: Layer, weight: NDArray[Any], bits: int, inputs: Compensation | None
+) -> RoundedWeight:
+    """Round a weight: under a second moment of its inputs, or every number by itself."""
     if bits == HALF:
         return RoundedWeight(None, in_half(weight).astype(np.float32), None)
     scheme = layout_of(layer)
-    coded = round_weight(scheme.rows_of(weight), second, bits)
+    coded = round_weight(scheme.rows_of(weight), inputs, bits)
     return RoundedWeight(coded, scheme.weight_of(coded.dense()), None)
 
 
@@ -71,6 +73,9 @@ class CodesFromData:
         self._made: Recent[tuple[str, int], RoundedWeight] = Recent(
             seen.kept, lambda made: made.weight.nbytes
         )
+        self._inputs: Recent[str, Compensation] = Recent(
+            seen.kept // 2, lambda made: made.nbytes, last=False
+        )
 
     def moment(self, layer: Layer, weight: NDArray[Any]) -> Float64 | None:
         """Moment of a layer's inputs; None if there is none."""
@@ -88,8 +93,15 @@ class CodesFromData:
 
     def _in(self, layer: Layer, bits: int) -> RoundedWeight:
         weight = read_weight(self._seen.model, layer)
-        made = rounded(layer, weight, bits, self.moment(layer, weight))
+        made = rounded(layer, weight, bits, self._compensation(layer, weight))
         return replace(made, bias=self._bias(layer, weight, made))
+
+    def _compensation(self, layer: Layer, weight: NDArray[Any]) -> Compensation | None:
+        if self._seen.is_wide(layer):
+            return None
+        return self._inputs.once(
+            layer.name, lambda: Compensation(layer_moment(self._seen, layer, weight))
+        )
 
     def _bias(self, layer: Layer, weight: NDArray[Any], made: RoundedWeight) -> Float64 | None:
         """Bias that keeps the mean of the output."""

@@ -24,7 +24,14 @@ from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.storage.coding import INTEGERS, SAMPLED, Coded, fit_levels, nearest
 from cobla_onnx.variants.storage.precision import HALF, in_half
 
-__all__ = ["distortion", "mean_squares", "output_error", "round_weight", "unavoidable"]
+__all__ = [
+    "Compensation",
+    "distortion",
+    "mean_squares",
+    "output_error",
+    "round_weight",
+    "unavoidable",
+]
 
 # Fraction of the mean energy of an input that is added to each. GPTQ adds 0.01; moments of the
 # calibration data are shrunk already, by as much as they are uncertain.
@@ -44,14 +51,14 @@ FITTED, INTEGER = (0.8, 0.9, 1.0, 1.1, 1.2), (0.85, 0.9, 0.95, 1.0)
 NEAR = (0.9, 1.0, 1.1)
 
 
-def round_weight(rows: NDArray[Any], second: Float64 | None, bits: int) -> Coded:
+def round_weight(rows: NDArray[Any], inputs: Compensation | None, bits: int) -> Coded:
     """Round the rows of a weight.
 
     Parameters
     ----------
     rows : array, shape (groups, outputs, size)
-    second : float64 array, shape (groups, size, size), optional
-        Second moment of the inputs; without it every weight is rounded to its nearest level.
+    inputs : Compensation, optional
+        For their second moment; without it every weight is rounded to its nearest level.
     bits : int
         2 to 6, or 8.
 
@@ -61,7 +68,6 @@ def round_weight(rows: NDArray[Any], second: Float64 | None, bits: int) -> Coded
     """
     sizes = _sizes(rows, bits)
     levels = INTEGERS if bits == 8 else fit_levels(_normalised(rows, sizes), 1 << bits)
-    together = None if second is None else _Compensated(second)
     groups, outputs, size = rows.shape
     step = max(1, AT_ONCE // max(groups * size, 1))
     parts = []
@@ -72,7 +78,7 @@ def round_weight(rows: NDArray[Any], second: Float64 | None, bits: int) -> Coded
             for factor in (INTEGER if bits == 8 else FITTED)
         ]
         wide = rows[:, some].astype(np.float64)
-        parts.append(_rounded(wide, levels, scales, second, together))
+        parts.append(_rounded(wide, levels, scales, inputs))
     return Coded(
         np.concatenate([part.codes for part in parts], axis=1),
         levels,
@@ -84,14 +90,13 @@ def _rounded(
     rows: Float64,
     levels: NDArray[np.float32],
     scales: Sequence[NDArray[np.float32]],
-    second: Float64 | None,
-    together: _Compensated | None,
+    inputs: Compensation | None,
 ) -> Coded:
     """Round rows with the best of several scales for each."""
-    judged = partial(_Judged.of, rows, second)
+    judged = partial(_Judged.of, rows, None if inputs is None else inputs.second)
     alone = (judged(Coded(_nearest_codes(levels, rows, each), levels, each)) for each in scales)
     best = reduce(_better_rows, alone)
-    if together is None:
+    if inputs is None:
         return best.coded
     near = [(factor * best.coded.scales).astype(np.float32) for factor in NEAR]
     # Small weights with all scales at once: column by column, calls take longer than numbers do.
@@ -99,10 +104,10 @@ def _rounded(
     compensated = (
         judged(Coded(codes, levels, each))
         for part in parts
-        for codes, each in zip(together.codes(levels, rows, part), part, strict=True)
+        for codes, each in zip(inputs.codes(levels, rows, part), part, strict=True)
     )
     # What is rounded one by one takes part, so that the result is never worse than that.
-    return together.descended(reduce(_better_rows, compensated, best).coded, rows)
+    return inputs.descended(reduce(_better_rows, compensated, best).coded, rows)
 
 
 def _sizes(rows: NDArray[Any], bits: int) -> Float64:
@@ -227,18 +232,29 @@ def _nearest_codes(
     return nearest(levels, _unscaled(rows, scales)).astype(np.uint8)
 
 
-class _Compensated:
-    """Rounds the weights of a row together, under a second moment.
+class Compensation:
+    """Rounds the weights of a row together, under a second moment of its inputs.
 
-    Columns are the leading axis here, in the order in which they are rounded, so that each of
-    them lies together in memory; and rows are divided by their scales.
+    What this takes from the moment is made once, for all numbers of bits and all weights. Columns
+    are the leading axis here, in the order in which they are rounded, so that each of them lies
+    together in memory; and rows are divided by their scales.
+
+    Parameters
+    ----------
+    second : float64 array, shape (groups, size, size)
     """
 
     def __init__(self, second: Float64) -> None:
+        self.second = second
         self._damped, self._order = _damped_in_order(second)
         # With its transpose it makes the inverse of the damped moment.
         inverses = [dtrtri(each, lower=1)[0] for each in _reversed_factor(self._damped)]
         self.upper = np.ascontiguousarray(np.stack(inverses)[:, ::-1, ::-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the moment, and of what was made of it."""
+        return self.second.nbytes + self._damped.nbytes + self.upper.nbytes
 
     def codes(
         self, levels: NDArray[np.float32], rows: Float64, scales: Sequence[NDArray[np.float32]]

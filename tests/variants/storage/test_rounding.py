@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cobla_onnx.variants.storage.rounding import (
     DAMPING,
+    Compensation,
     distortion,
     mean_squares,
     output_error,
@@ -39,7 +40,7 @@ def test_rounding_together_is_no_worse_than_one_by_one(
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(groups, outputs, size)).astype(np.float32)
     second = correlated(rng, groups, size)
-    together, alone = round_weight(rows, second, bits), round_weight(rows, None, bits)
+    together, alone = round_weight(rows, Compensation(second), bits), round_weight(rows, None, bits)
     # The damping lets it prefer a little less error of the weights.
     slack = 0.002 * np.einsum("gii->", second) / size * output_error(alone, rows, None).sum()
     better = output_error(together, rows, second).sum()
@@ -53,7 +54,7 @@ def test_the_stated_error_is_that_of_the_outputs(bits: int, seed: int) -> None:
     inputs = rng.normal(size=(2, 12, 50)) * np.linspace(0.1, 2, 12)[:, None]
     rows = rng.normal(size=(2, 3, 12)).astype(np.float32)
     second = inputs @ inputs.swapaxes(1, 2) / 50
-    coded = round_weight(rows, second, bits)
+    coded = round_weight(rows, Compensation(second), bits)
     outputs = (coded.dense().astype(np.float64) - rows) @ inputs
     measured = np.square(outputs).mean(axis=2)
     np.testing.assert_allclose(output_error(coded, rows, second), measured, rtol=1e-6, atol=1e-12)
@@ -63,7 +64,10 @@ def test_the_stated_error_is_that_of_the_outputs(bits: int, seed: int) -> None:
 def test_more_bits_leave_less(bits: int) -> None:
     rng = np.random.default_rng(0)
     rows, second = rng.normal(size=(1, 16, 64)), correlated(rng, 1, 64)
-    errors = [output_error(round_weight(rows, second, b), rows, second).sum() for b in (bits, 3)]
+    errors = [
+        output_error(round_weight(rows, Compensation(second), b), rows, second).sum()
+        for b in (bits, 3)
+    ]
     assert (errors[0] < errors[1]) == (bits > 3)
     # About 6 dB for every bit.
     energy = np.einsum("gos,gst,got->", rows, second, rows)
@@ -78,7 +82,8 @@ def test_rows_of_zeros_and_inputs_of_zeros(bits: int) -> None:
     second = np.zeros((2, 10, 10))
     second[0, :4, :4] = np.eye(4)
     for moment in (second, np.zeros_like(second), None):
-        dense = round_weight(rows, moment, bits).dense()
+        inputs = None if moment is None else Compensation(moment)
+        dense = round_weight(rows, inputs, bits).dense()
         assert np.isfinite(dense).all()
         assert not dense[0, 1].any()
         assert not dense[1].any()
@@ -97,8 +102,10 @@ def test_groups_are_rounded_by_themselves(bits: int, seed: int) -> None:
     """With given levels; those of the layer are fitted to all groups."""
     rng = np.random.default_rng(seed)
     rows, second = rng.normal(size=(1, 3, 12)), correlated(rng, 1, 12)
-    one = round_weight(rows, second, bits)
-    both = round_weight(np.repeat(rows, 2, axis=0), np.repeat(second, 2, axis=0), bits)
+    one = round_weight(rows, Compensation(second), bits)
+    both = round_weight(
+        np.repeat(rows, 2, axis=0), Compensation(np.repeat(second, 2, axis=0)), bits
+    )
     np.testing.assert_array_equal(both.codes[0], both.codes[1])
     assert one.codes.shape == both.codes[:1].shape
 
@@ -109,7 +116,7 @@ def test_the_error_is_known_before_rounding(bits: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows, second = rng.normal(size=(2, 30, 64)), correlated(rng, 2, 64)
     expected = distortion(rows, bits) * (mean_squares(rows) * unavoidable(second)[:, None]).sum()
-    found = output_error(round_weight(rows, second, bits), rows, second).sum()
+    found = output_error(round_weight(rows, Compensation(second), bits), rows, second).sum()
     assert found == pytest.approx(expected, rel=0.25)
     # Most of it is made up for: inputs are correlated.
     assert found < 0.7 * output_error(round_weight(rows, None, bits), rows, second).sum()
