@@ -20,6 +20,7 @@ __all__ = [
     "WEIGHTED",
     "carried_nodes",
     "data_inputs",
+    "dynamic_nodes",
     "require_opset",
     "weighted_nodes",
     "with_stored_weights",
@@ -56,6 +57,8 @@ PASSED = ("Dropout", "Identity")
 # Those that onnxruntime's quantiser gives a range of its own on either side, although they hand on
 # the numbers that they read.
 MOVED = ("Concat", *PASSED)
+# Share of matrix products among the nodes with weights from which on ranges are those of each run.
+PRODUCTS = 0.9
 # DequantizeLinear has a scale for each channel from it on.
 BY_CHANNEL = 13
 
@@ -145,6 +148,27 @@ def carried_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[in
             wanted.update(data_inputs(nodes[place]))
             kept.append(place)
     return tuple(reversed(kept))
+
+
+def dynamic_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[int, ...]:
+    """Return the matrix products of a model that is made of them; else none.
+
+    What a transformer computes lies far apart, differently for every input: the range that a
+    sample has by itself loses less than one for all samples, and onnxruntime's product of such is
+    quicker. Convolutions of such inputs are slow. A Gemm that stays as it is, or that is more than
+    a product and a sum, is against it, since onnxruntime's quantiser writes them all out.
+    """
+    nodes = model.graph.node
+    products = tuple(place for place in weighted if nodes[place].op_type in ("MatMul", "Gemm"))
+    if len(products) < PRODUCTS * len(weighted):
+        return ()
+    gemms = {place for place, node in enumerate(nodes) if node.op_type == "Gemm"}
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+    for place in gemms:
+        values = {a.name: onnx.helper.get_attribute_value(a) for a in nodes[place].attribute}
+        if any(values.get(name, usual) != usual for name, usual in plain.items()):
+            return ()
+    return products if gemms <= set(products) else ()
 
 
 def data_inputs(node: onnx.NodeProto) -> Iterable[str]:

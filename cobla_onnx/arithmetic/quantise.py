@@ -12,7 +12,7 @@ from cobla_onnx.arithmetic.ranges import Ranges, with_common_ranges
 from cobla_onnx.graph.io.external import is_external, read_external
 from cobla_onnx.text import quoted
 
-__all__ = ["quantised"]
+__all__ = ["quantised", "quantised_at_run_time"]
 
 
 def quantised(
@@ -33,16 +33,11 @@ def quantised(
     """
     from onnxruntime.quantization import QDQQuantizer, QuantType
 
-    copy = onnx.ModelProto()
-    copy.CopyFrom(prepared.model)
-    # The quantiser saves its copy in another folder, where no external data is.
-    for tensor in filter(is_external, copy.graph.initializer):
-        read_external(tensor, f"tensor {quoted(tensor.name)}")
     nodes = prepared.model.graph.node
     computing = [place for place in sorted(places) if nodes[place].op_type not in PASSED]
     with quietly():
         quantizer = QDQQuantizer(
-            copy,
+            _copy(prepared),
             per_channel=True,
             reduce_range=reduced,
             weight_qType=QuantType.QInt8,
@@ -55,3 +50,55 @@ def quantised(
         )
         made = quantizer.quantize_model()
     return prepared.taken_back(made)
+
+
+def quantised_at_run_time(
+    prepared: Prepared, places: Collection[int], *, reduced: bool = False
+) -> onnx.ModelProto:
+    """Return a copy of the original in which matrix products compute in 8 bits, in ranges of a run.
+
+    Parameters
+    ----------
+    places : collection of int
+        What `dynamic_nodes` gives, or some of it.
+    reduced : bool
+        See `quantised`.
+    """
+    from onnxruntime.quantization import QuantizationMode, QuantType
+    from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+
+    nodes = prepared.model.graph.node
+    # A Gemm becomes a product and a sum first.
+    names = [
+        prepared.names[place] + "_MatMul" * (nodes[place].op_type == "Gemm")
+        for place in sorted(places)
+    ]
+    with quietly():
+        quantizer = ONNXQuantizer(
+            _copy(prepared),
+            per_channel=True,
+            reduce_range=reduced,
+            mode=QuantizationMode.IntegerOps,
+            static=False,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8,
+            tensors_range=None,
+            nodes_to_quantize=names,
+            nodes_to_exclude=[],
+            op_types_to_quantize=["MatMul"],
+            extra_options={
+                "MatMulConstBOnly": True,
+                "DefaultTensorType": onnx.TensorProto.FLOAT,
+            },
+        )
+        made = quantizer.quantize_model()
+    return prepared.taken_back(made)
+
+
+def _copy(prepared: Prepared) -> onnx.ModelProto:
+    """Copy the model with its weights: the quantiser saves it in a folder without external data."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(prepared.model)
+    for tensor in filter(is_external, copy.graph.initializer):
+        read_external(tensor, f"tensor {quoted(tensor.name)}")
+    return copy

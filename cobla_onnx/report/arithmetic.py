@@ -20,9 +20,10 @@ class ArithmeticReport:
     carried : int
         Nodes between them without a weight, that go with them.
     left : tuple of str
-        Nodes that could, and compute in floating point since that loses less, by what they write.
+        Nodes that could, and compute in floating point, by what they write.
     ranges : str
-        How ranges of activations follow from the calibration samples.
+        How ranges of activations follow from the calibration samples; ``dynamic`` where every run
+        takes those of its own numbers.
     biases : int
         How many take back what 8 bits change on average; 0 where that gains nothing.
     candidates : dict of str to (float or None)
@@ -53,9 +54,12 @@ class ArithmeticReport:
         before, after = self.quality_before, self.quality
         reduced = ", weights in 7 bits, as sums saturate on this processor" if self.reduced else ""
         biases = f", {self.biases} biases corrected" if self.biases else ""
+        ranges = "of each run" if self.ranges == "dynamic" else f"by {self.ranges}"
+        # Outputs that may be classes or values are told by what lost most, which need not be one.
+        also = "" if after.measure == before.measure else f"{after.measure} "
         return (
-            f"8-bit arithmetic: {nodes}, and {self.carried} between them; ranges by {self.ranges}"
+            f"8-bit arithmetic: {nodes}, and {self.carried} between them; ranges {ranges}"
             f"{biases}{reduced}; loss on those held back {self.loss_before:.4g} before, "
-            f"{self.loss:.4g} after; {after.measure} {before.after:.4g} before, "
-            f"{after.after:.4g} after"
+            f"{self.loss:.4g} after; {before.measure} {before.after:.4g} before, "
+            f"{also}{after.after:.4g} after"
         )

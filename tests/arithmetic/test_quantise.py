@@ -12,12 +12,13 @@ from onnx import TensorProto, helper
 from cobla_onnx.arithmetic import saturation
 from cobla_onnx.arithmetic.nodes import (
     carried_nodes,
+    dynamic_nodes,
     require_opset,
     weighted_nodes,
     with_stored_weights,
 )
 from cobla_onnx.arithmetic.prepared import prepare
-from cobla_onnx.arithmetic.quantise import quantised
+from cobla_onnx.arithmetic.quantise import quantised, quantised_at_run_time
 from cobla_onnx.arithmetic.ranges import (
     METHODS,
     calibrated,
@@ -309,6 +310,57 @@ def test_common_ranges_hold_what_each_of_them_held(method):
     for name in ("x", "y"):
         assert after[name].range_value == before[name].range_value
     assert with_common_ranges(before, prepared.model, (0, 1, 4))["a"] is before["a"]
+
+
+def perceptron(**attributes) -> onnx.ModelProto:
+    """A product, two plain Gemms, the second with a transposed weight, and a product of inputs."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "one"),
+        helper.make_node("Relu", ["a"], ["r"], "relu"),
+        helper.make_node("Gemm", ["r", "v", "b"], ["c"], "two"),
+        helper.make_node("Gemm", ["c", "u"], ["d"], "three", transB=1, **attributes),
+        helper.make_node("Transpose", ["d"], ["t"], "turn"),
+        helper.make_node("MatMul", ["d", "t"], ["y"], "inner"),
+    ]
+    weights = {
+        "w": random_array(6, 8, seed=1),
+        "v": random_array(8, 8, seed=2),
+        "b": random_array(8, seed=3),
+        "u": random_array(5, 8, seed=4),
+    }
+    return model_of(nodes, weights, {"x": [4, 6]}, ["y"])
+
+
+def test_matrix_products_take_the_range_of_each_run():
+    model = perceptron()
+    weighted = weighted_nodes(model)
+    assert dynamic_nodes(model, weighted) == weighted == (0, 2, 3)
+    before = model.SerializeToString()
+    result = quantised_at_run_time(prepare(model), weighted)
+    assert model.SerializeToString() == before
+    onnx.checker.check_model(result)
+    assert is_sorted(result.graph)
+    kinds = [node.op_type for node in result.graph.node]
+    assert kinds.count("MatMulInteger") == 3
+    # The product of two activations.
+    assert kinds.count("MatMul") == 1
+    stored = {tensor.name: tensor for tensor in result.graph.initializer}
+    assert stored["w_quantized"].data_type == TensorProto.INT8
+    assert list(stored["w_scale"].dims) == [8]
+    assert not {"w", "v", "u"} & set(stored)
+    # However large a run's numbers are: no range is stored.
+    for scale in (1e-3, 1.0, 1e3):
+        feeds = {"x": (scale * random_array(4, 6)).astype(np.float32)}
+        expected, found = (run_session(open_session(m, 1), feeds)["y"] for m in (model, result))
+        assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_what_is_no_chain_of_plain_products_has_ranges_of_samples():
+    for model in (small_network(), perceptron(alpha=2.0), perceptron(transA=1)):
+        assert dynamic_nodes(model, weighted_nodes(model)) == ()
+    # A Gemm that stays in floating point would be written out as well.
+    assert dynamic_nodes(perceptron(), (0,)) == ()
+    assert dynamic_nodes(perceptron(), ()) == ()
 
 
 @settings(max_examples=12, deadline=None)

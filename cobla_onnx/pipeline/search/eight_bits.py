@@ -13,12 +13,13 @@ from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.arithmetic.biases import biased_nodes, corrected_biases, with_biases
 from cobla_onnx.arithmetic.nodes import (
     carried_nodes,
+    dynamic_nodes,
     require_opset,
     weighted_nodes,
     with_stored_weights,
 )
 from cobla_onnx.arithmetic.prepared import Prepared, prepare
-from cobla_onnx.arithmetic.quantise import quantised
+from cobla_onnx.arithmetic.quantise import quantised, quantised_at_run_time
 from cobla_onnx.arithmetic.ranges import METHODS, Method, Ranges, calibrated, stand_in_ranges
 from cobla_onnx.arithmetic.saturation import sums_saturate
 from cobla_onnx.calibration.evaluation.quality import Quality
@@ -69,9 +70,9 @@ def in_eight_bits(
 ) -> EightBits:
     """Let a model compute in 8 bits where it can.
 
-    First all nodes with weights, and those between them, with ranges by each of the methods; then
-    the first and the last one are left in floating point where that takes back much of the loss
-    and costs little.
+    First all nodes with weights, and those between them, with ranges by each of the methods, or of
+    each run where nearly all of them are matrix products; then the first and the last one are left
+    in floating point where that takes back much of the loss and costs little.
 
     Parameters
     ----------
@@ -102,6 +103,9 @@ def stand_in_eight_bits(model: onnx.ModelProto, spared: Collection[str] = ()) ->
     model = with_stored_weights(model)
     weighted = _weighted(model, spared)
     prepared = prepare(model)
+    products = dynamic_nodes(model, weighted)
+    if products:
+        return quantised_at_run_time(prepared, products)
     nodes = (*weighted, *carried_nodes(model, weighted))
     return quantised(prepared, stand_in_ranges(prepared), nodes)
 
@@ -159,7 +163,10 @@ class _Search:
 
     def result(self, weighted: Sequence[int]) -> EightBits:
         before = self._judge(self.source)
-        method, ranges, best = self._by_ranges(weighted)
+        products = dynamic_nodes(self.source, weighted)
+        slow = set(weighted) - set(products or weighted)
+        weighted = products or weighted
+        method, ranges, best = self._dynamic(products) if products else self._by_ranges(weighted)
         if math.isinf(best.loss) and not math.isinf(before.loss):
             raise VerificationError(
                 f"{option_name('arithmetic', 'int8')}: on the samples held back the model in 8 "
@@ -178,12 +185,14 @@ class _Search:
                 left.append(place)
                 best = other
         chosen = [node for node in weighted if node not in left]
-        best, corrected = self._corrected(method, ranges, best, weighted, chosen)
+        corrected = 0
+        if ranges is not None:
+            best, corrected = self._corrected(method, ranges, best, weighted, chosen)
         losses = self.candidates.items()
         report = ArithmeticReport(
             nodes=len(chosen),
-            carried=len(carried_nodes(self.source, chosen)),
-            left=tuple(map(self._shown, sorted(left))),
+            carried=0 if products else len(carried_nodes(self.source, chosen)),
+            left=tuple(map(self._shown, sorted({*left, *slow}))),
             ranges=method,
             biases=corrected,
             candidates={name: None if math.isinf(loss) else loss for name, loss in losses},
@@ -235,6 +244,11 @@ class _Search:
         ends = (weighted[-1], weighted[0]) if len(weighted) > 2 else ()
         return [place for place in ends if macs.get(place, most + 1) <= most]
 
+    def _dynamic(self, products: Sequence[int]) -> tuple[Method, None, _Judged]:
+        judged = self._with(None, products)
+        self.candidates["dynamic"] = judged.loss
+        return "dynamic", None, judged
+
     def _by_ranges(self, weighted: Sequence[int]) -> tuple[Method, Ranges, _Judged]:
         found = list[tuple[Method, Ranges, _Judged]]()
         nodes = (*weighted, *carried_nodes(self.source, weighted))
@@ -256,12 +270,14 @@ class _Search:
         # All tensors of a batch are held at a time.
         return dataset.batches(spread_over(dataset.calibration, HISTOGRAM_SAMPLES), 1)
 
-    def _with(self, ranges: Ranges, weighted: Sequence[int]) -> _Judged:
+    def _with(self, ranges: Ranges | None, weighted: Sequence[int]) -> _Judged:
         return self._judge(self._quantised(self.prepared, ranges, weighted))
 
     def _quantised(
-        self, prepared: Prepared, ranges: Ranges, weighted: Sequence[int]
+        self, prepared: Prepared, ranges: Ranges | None, weighted: Sequence[int]
     ) -> onnx.ModelProto:
+        if ranges is None:
+            return quantised_at_run_time(prepared, weighted, reduced=sums_saturate())
         nodes = (*weighted, *carried_nodes(self.source, weighted))
         return quantised(prepared, ranges, nodes, reduced=sums_saturate())
 

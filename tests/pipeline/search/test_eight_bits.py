@@ -58,6 +58,28 @@ def test_ranks_are_chosen_then_nodes_compute_in_eight_bits(data, tmp_path):
     assert sum(t.data_type == onnx.TensorProto.INT8 for t in written.graph.initializer) > 3
 
 
+def test_a_model_of_matrix_products_takes_the_ranges_of_each_run():
+    nodes, weights = [], {}
+    for number in range(3):
+        read, written = ("x", "ab", "ac")[number], ("ab", "ac", "y")[number]
+        nodes.append(onnx.helper.make_node("MatMul", [read, f"w{number}"], [f"m{number}"]))
+        nodes.append(onnx.helper.make_node("Tanh", [f"m{number}"], [written]))
+        weights[f"w{number}"] = random_array(48, 48, seed=number) / 5
+    model = model_of(nodes, weights, {"x": ["N", 48]}, ["y"])
+    data = {"x": random_array(40, 48, seed=9)}
+    for budget in (Budget(mac=0.7), Budget(mem=0.27), Budget(mem=0.2)):
+        result = compress(model, budget, data=data, arithmetic="int8", rank_multiple=1, **QUICK)
+        report, said = result.report, result.report.arithmetic
+        assert (said.ranges, said.carried, said.biases) == ("dynamic", 0, 0)
+        assert set(said.candidates) >= {"dynamic"}
+        assert not set(said.candidates) & {"min-max", "entropy", "percentile"}
+        assert "ranges of each run" in said.text
+        assert report.budget["mem"].after == stored_bytes(result.model)
+        assert all(use.reached <= use.limit for use in report.budget.values() if use.limit)
+        kinds = [node.op_type for node in result.model.graph.node]
+        assert kinds.count("MatMulInteger") == said.nodes >= 3
+
+
 def test_weights_in_external_data_are_stored_in_eight_bits(data, tmp_path):
     model = small_network()
     onnx.save(model, tmp_path / "given.onnx")
@@ -284,7 +306,8 @@ def test_masks_that_take_away_the_largest_number_disturb_no_ranges():
         onnx.helper.make_node("Mul", ["mask", "lowest"], ["taken"]),
         onnx.helper.make_node("Add", ["scores", "taken"], ["left"]),
         onnx.helper.make_node("Softmax", ["left"], ["weights"]),
-        onnx.helper.make_node("MatMul", ["weights", "v"], ["y"]),
+        # Not plain, so that ranges are those of the samples.
+        onnx.helper.make_node("Gemm", ["weights", "v"], ["y"], alpha=2.0),
     ]
     lowest = np.array(np.finfo(np.float32).min, np.float32)
     weights = {"w": random_array(16, 16), "v": random_array(16, 8, seed=1), "lowest": lowest}
