@@ -135,3 +135,17 @@ def test_what_no_other_input_makes_up_for_follows_from_the_inverse(seed: int) ->
         rest = [matrix[np.ix_(order[j:], order[j:])] for j in range(12)]
         expected.append(sum(1 / np.linalg.inv(its)[0, 0] for its in rest))
     np.testing.assert_allclose(unavoidable(second), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_rows_below_the_normal_numbers_are_zeros(bits: int) -> None:
+    """Processors multiply such numbers a hundred times slower."""
+    rows = np.random.default_rng(0).normal(size=(1, 6, 20)).astype(np.float32)
+    rows[0, 2] *= np.float32(1e-42)
+    moment = Compensation(np.eye(20)[None])
+    for inputs in (moment, None):
+        dense = round_weight(rows, inputs, bits).dense()
+        assert not dense[0, 2].any()
+        assert np.abs(dense[dense != 0]).min() > np.finfo(np.float32).tiny
+        others = [0, 1, 3, 4, 5]
+        assert np.abs(dense[0, others] - rows[0, others]).max() < 2.0**-bits * 8
