@@ -263,7 +263,8 @@ def print_short(rows: Mapping[str, Row]) -> str:
         mine = {
             (key[2], key[3]): rows[" | ".join(key)] for key in keys if key[:2] == [name, threads]
         }
-        if mine:
+        # Of what was not made for any latency, nothing can be said here.
+        if any(column != ALONE for _, column in mine):
             cells = [_best(mine, latency) for latency in latencies]
             lines.append(_line(f"{name}, {threads}", cells))
     return "\n".join(lines)

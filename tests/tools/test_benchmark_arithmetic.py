@@ -74,6 +74,9 @@ def test_the_short_table_has_the_best_of_those_that_are_as_fast(tool):
     lines = tool.print_short(rows_of(tool, rows)).splitlines()
     assert lines[0] == "| model, threads | 0.5 | 0.4 | 0.2 |"
     assert lines[2] == "| small, 2 | static QDQ: 95.0% | ours: 80.0% | none |"
+    # What was made for no latency has no line.
+    alone = {("static QDQ", tool.ALONE): made(0.45, 0.95)}
+    assert len(tool.print_short(rows_of(tool, alone)).splitlines()) == 2
 
 
 def test_one_figure_stands_for_a_task(tool):
