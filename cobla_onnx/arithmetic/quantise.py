@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import onnx
 
@@ -31,25 +32,19 @@ def quantised(
     reduced : bool
         Round weights to 7 bits, for processors whose sums of 8-bit products saturate.
     """
-    from onnxruntime.quantization import QDQQuantizer, QuantType
+    from onnxruntime.quantization import QDQQuantizer
 
     nodes = prepared.model.graph.node
     computing = [place for place in sorted(places) if nodes[place].op_type not in PASSED]
-    with quietly():
-        quantizer = QDQQuantizer(
-            _copy(prepared),
-            per_channel=True,
-            reduce_range=reduced,
-            weight_qType=QuantType.QInt8,
-            activation_qType=QuantType.QUInt8,
-            tensors_range=with_common_ranges(ranges, prepared.model, places),
-            nodes_to_quantize=prepared.named(computing),
-            nodes_to_exclude=[],
-            op_types_to_quantize=sorted({*WEIGHTED, *CARRIED} - {*PASSED}),
-            extra_options={},
-        )
-        made = quantizer.quantize_model()
-    return prepared.taken_back(made)
+    return _run(
+        QDQQuantizer,
+        prepared,
+        prepared.named(computing),
+        [*WEIGHTED, *CARRIED],
+        tensors_range=with_common_ranges(ranges, prepared.model, places),
+        reduce_range=reduced,
+        extra_options={},
+    )
 
 
 def quantised_at_run_time(
@@ -64,7 +59,7 @@ def quantised_at_run_time(
     reduced : bool
         See `quantised`.
     """
-    from onnxruntime.quantization import QuantizationMode, QuantType
+    from onnxruntime.quantization import QuantizationMode
     from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
 
     nodes = prepared.model.graph.node
@@ -73,25 +68,40 @@ def quantised_at_run_time(
         prepared.names[place] + "_MatMul" * (nodes[place].op_type == "Gemm")
         for place in sorted(places)
     ]
+    return _run(
+        ONNXQuantizer,
+        prepared,
+        names,
+        ["MatMul"],
+        mode=QuantizationMode.IntegerOps,
+        static=False,
+        tensors_range=None,
+        reduce_range=reduced,
+        extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+    )
+
+
+def _run(
+    quantizer: Callable[..., Any],
+    prepared: Prepared,
+    names: Sequence[str],
+    operators: Sequence[str],
+    **options: Any,
+) -> onnx.ModelProto:
+    """Let one of onnxruntime's quantisers work on some nodes of a copy; take back what it made."""
+    from onnxruntime.quantization import QuantType
+
     with quietly():
-        quantizer = ONNXQuantizer(
+        made = quantizer(
             _copy(prepared),
             per_channel=True,
-            reduce_range=reduced,
-            mode=QuantizationMode.IntegerOps,
-            static=False,
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
-            tensors_range=None,
             nodes_to_quantize=names,
             nodes_to_exclude=[],
-            op_types_to_quantize=["MatMul"],
-            extra_options={
-                "MatMulConstBOnly": True,
-                "DefaultTensorType": onnx.TensorProto.FLOAT,
-            },
-        )
-        made = quantizer.quantize_model()
+            op_types_to_quantize=operators,
+            **options,
+        ).quantize_model()
     return prepared.taken_back(made)
 
 

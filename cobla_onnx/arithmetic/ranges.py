@@ -15,8 +15,8 @@ from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["METHODS", "Method", "Ranges", "calibrated", "stand_in_ranges", "with_common_ranges"]
 
-Method: TypeAlias = Literal["min-max", "entropy", "percentile", "dynamic"]
-METHODS: tuple[Method, ...] = get_args(Method)[:3]
+Method: TypeAlias = Literal["min-max", "entropy", "percentile"]
+METHODS: tuple[Method, ...] = get_args(Method)
 Ranges: TypeAlias = Any
 """`onnxruntime.quantization.TensorsData`."""
 

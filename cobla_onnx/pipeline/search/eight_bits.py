@@ -104,10 +104,18 @@ def stand_in_eight_bits(model: onnx.ModelProto, spared: Collection[str] = ()) ->
     weighted = _weighted(model, spared)
     prepared = prepare(model)
     products = dynamic_nodes(model, weighted)
-    if products:
-        return quantised_at_run_time(prepared, products)
-    nodes = (*weighted, *carried_nodes(model, weighted))
-    return quantised(prepared, stand_in_ranges(prepared), nodes)
+    ranges = None if products else stand_in_ranges(prepared)
+    return _narrow(prepared, ranges, products or weighted)
+
+
+def _narrow(
+    prepared: Prepared, ranges: Ranges | None, places: Sequence[int], *, reduced: bool = False
+) -> onnx.ModelProto:
+    """Let nodes compute in 8 bits in given ranges, or without any in those of each run."""
+    if ranges is None:
+        return quantised_at_run_time(prepared, places, reduced=reduced)
+    nodes = (*places, *carried_nodes(prepared.original, places))
+    return quantised(prepared, ranges, nodes, reduced=reduced)
 
 
 def spared_outputs(model: onnx.ModelProto, analysis: Analysis) -> frozenset[str]:
@@ -207,7 +215,7 @@ class _Search:
 
     def _corrected(
         self,
-        method: Method,
+        method: str,
         ranges: Ranges,
         best: _Judged,
         weighted: Sequence[int],
@@ -244,13 +252,13 @@ class _Search:
         ends = (weighted[-1], weighted[0]) if len(weighted) > 2 else ()
         return [place for place in ends if macs.get(place, most + 1) <= most]
 
-    def _dynamic(self, products: Sequence[int]) -> tuple[Method, None, _Judged]:
+    def _dynamic(self, products: Sequence[int]) -> tuple[str, None, _Judged]:
         judged = self._with(None, products)
         self.candidates["dynamic"] = judged.loss
         return "dynamic", None, judged
 
-    def _by_ranges(self, weighted: Sequence[int]) -> tuple[Method, Ranges, _Judged]:
-        found = list[tuple[Method, Ranges, _Judged]]()
+    def _by_ranges(self, weighted: Sequence[int]) -> tuple[str, Ranges, _Judged]:
+        found = list[tuple[str, Ranges, _Judged]]()
         nodes = (*weighted, *carried_nodes(self.source, weighted))
         operators = {self.source.graph.node[place].op_type for place in nodes}
         for method in METHODS:
@@ -276,10 +284,7 @@ class _Search:
     def _quantised(
         self, prepared: Prepared, ranges: Ranges | None, weighted: Sequence[int]
     ) -> onnx.ModelProto:
-        if ranges is None:
-            return quantised_at_run_time(prepared, weighted, reduced=sums_saturate())
-        nodes = (*weighted, *carried_nodes(self.source, weighted))
-        return quantised(prepared, ranges, nodes, reduced=sums_saturate())
+        return _narrow(prepared, ranges, weighted, reduced=sums_saturate())
 
     def _judge(self, model: onnx.ModelProto) -> _Judged:
         self.done += 1

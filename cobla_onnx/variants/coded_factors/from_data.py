@@ -16,7 +16,6 @@ from cobla_onnx.variants.coded_factors.pair import (
     FromInputs,
     FromOutputs,
     RoundedPair,
-    Target,
     round_pair,
 )
 from cobla_onnx.variants.low_rank.from_data import FactorsFromData, SpectraUnit, layer_moment
@@ -40,7 +39,7 @@ class PairsFromData:
         self._made: Recent[tuple[str, str, int], RoundedPair] = Recent(
             seen.kept, lambda made: made.weight.nbytes + made.factors.left.nbytes
         )
-        self._targets: Recent[tuple[str, str], Target] = Recent(
+        self._targets: Recent[tuple[str, str], FromInputs | FromOutputs] = Recent(
             seen.kept // 2, lambda made: made.nbytes, last=False
         )
 
@@ -77,7 +76,9 @@ class PairsFromData:
                 result[rank] = self._made.put((layer.name, form.name, rank), made)
         return result
 
-    def _target(self, layer: Layer, scheme: Scheme, weight: NDArray[Any]) -> Target:
+    def _target(
+        self, layer: Layer, scheme: Scheme, weight: NDArray[Any]
+    ) -> FromInputs | FromOutputs:
         moment = layer_moment(self.seen, layer, weight)
         if not self.seen.is_wide(layer):
             return FromInputs(scheme, weight, moment)

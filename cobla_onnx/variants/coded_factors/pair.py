@@ -69,15 +69,10 @@ class Target(Protocol):
     ----------
     own : Compensation or None
         For the second moment of what the first factor reads; None where every error counts alike.
-    nbytes : int
-        Bytes that it holds.
     """
 
     @property
     def own(self) -> Compensation | None: ...  # noqa: D102
-
-    @property
-    def nbytes(self) -> int: ...  # noqa: D102
 
     def seen(self, group: int, left: Float64, right: Float64) -> tuple[Float64, Float64]:
         """Second moment of a first factor's outputs, and their product with the layer's outputs.
@@ -174,11 +169,6 @@ class Alone:
     def own(self) -> None:
         """Every error counts alike."""
         return None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight."""
-        return self._stack.nbytes
 
     def seen(self, group: int, left: Float64, right: Float64) -> tuple[Float64, Float64]:
         """Take the products of the first factor's columns with each other and with the matrix."""

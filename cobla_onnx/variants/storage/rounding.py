@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -239,9 +239,9 @@ def _nearest_codes(
 class Compensation:
     """Rounds the weights of a row together, under a second moment of its inputs.
 
-    What this takes from the moment is made once, for all numbers of bits and all weights. Columns
-    are the leading axis here, in the order in which they are rounded, so that each of them lies
-    together in memory; and rows are divided by their scales.
+    What this takes from the moment is made once, when the first weight is rounded, for all numbers
+    of bits and all weights. Columns are the leading axis here, in the order in which they are
+    rounded, so that each of them lies together in memory; and rows are divided by their scales.
 
     Parameters
     ----------
@@ -250,15 +250,29 @@ class Compensation:
 
     def __init__(self, second: Float64) -> None:
         self.second = second
-        self._damped, self._order = _damped_in_order(second)
-        # With its transpose it makes the inverse of the damped moment.
-        inverses = [dtrtri(each, lower=1)[0] for each in _reversed_factor(self._damped)]
-        self.upper = np.ascontiguousarray(np.stack(inverses)[:, ::-1, ::-1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the moment, and of what was made of it."""
-        return self.second.nbytes + self._damped.nbytes + self.upper.nbytes
+        """Bytes of the moment, and of what is made of it: as many again, twice."""
+        return 3 * self.second.nbytes
+
+    @cached_property
+    def _in_order(self) -> tuple[Float64, NDArray[np.intp]]:
+        return _damped_in_order(self.second)
+
+    @property
+    def _damped(self) -> Float64:
+        return self._in_order[0]
+
+    @property
+    def _order(self) -> NDArray[np.intp]:
+        return self._in_order[1]
+
+    @cached_property
+    def upper(self) -> Float64:
+        """With its transpose it makes the inverse of the damped moment."""
+        inverses = [dtrtri(each, lower=1)[0] for each in _reversed_factor(self._damped)]
+        return np.ascontiguousarray(np.stack(inverses)[:, ::-1, ::-1])
 
     def codes(
         self, levels: NDArray[np.float32], rows: Float64, scales: Sequence[NDArray[np.float32]]
