@@ -37,7 +37,6 @@ from benchmark_precision import (
     Assets,
     Folders,
     Models,
-    Only,
     Row,
     Subject,
     Wheels,
@@ -206,11 +205,11 @@ def run(
     assets: Assets = SHARED,
     wheels: Wheels = Path(),
     models: Models = Path(),
-    only: Only = "",
+    only: field.Only = "",
     threads: Annotated[str, typer.Option(help="Numbers of threads, comma separated.")] = "1,2",
     methods: Annotated[str, typer.Option(help="Names, semicolon separated; else all.")] = "",
     latencies: Annotated[str, typer.Option(help="Fractions, comma separated.")] = "",
-    limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 14400,
+    limit: field.Limit = 14400,
 ) -> None:
     """Measure what is not measured yet."""
     values = [float(each) for each in latencies.split(",")] if latencies else list(LATENCIES)
@@ -239,7 +238,7 @@ def run(
 @app.command()
 def table(
     results: Path,
-    page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
+    page: field.Page = None,
 ) -> None:
     """Print the tables in Markdown, or put them between the markers of a page."""
     field.publish(print_tables(field.read(results)), page, BEGIN, END)
@@ -248,7 +247,7 @@ def table(
 @app.command()
 def short(
     results: Path,
-    page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
+    page: field.Page = None,
 ) -> None:
     """Print the best method of each model at each latency, or put the table into a page."""
     field.publish(print_short(field.read(results)), page, SHORT_BEGIN, SHORT_END)
@@ -258,7 +257,7 @@ def print_short(rows: Mapping[str, Row]) -> str:
     """Return one table: what leaves most of the task, of what is as fast as a latency asks."""
     keys = [key.split(" | ") for key in rows]
     latencies = sorted({key[3] for key in keys if key[3] != ALONE}, key=float, reverse=True)
-    lines = [_line("model, threads", latencies), _line("---", ["---"] * len(latencies))]
+    lines = [field.line("model, threads", latencies), field.line("---", ["---"] * len(latencies))]
     for name, threads in itertools.product(NAMES, sorted({key[1] for key in keys})):
         mine = {
             (key[2], key[3]): rows[" | ".join(key)] for key in keys if key[:2] == [name, threads]
@@ -266,7 +265,7 @@ def print_short(rows: Mapping[str, Row]) -> str:
         # Of what was not made for any latency, nothing can be said here.
         if any(column != ALONE for _, column in mine):
             cells = [_best(mine, latency) for latency in latencies]
-            lines.append(_line(f"{name}, {threads}", cells))
+            lines.append(field.line(f"{name}, {threads}", cells))
     return "\n".join(lines)
 
 
@@ -304,14 +303,17 @@ def print_tables(rows: Mapping[str, Row]) -> str:
 
 def _table(rows: Mapping[tuple[str, str], Row]) -> list[str]:
     latencies = sorted({key[1] for key in rows if key[1] != ALONE}, key=float, reverse=True)
-    lines = [_line("method", [ALONE, *latencies]), _line("---", ["---"] * (1 + len(latencies)))]
+    lines = [
+        field.line("method", [ALONE, *latencies]),
+        field.line("---", ["---"] * (1 + len(latencies))),
+    ]
     for method in METHODS:
         cells = [_cell(rows.get((method, column), {})) for column in (ALONE, *latencies)]
         if any(cells):
-            lines.append(_line(method, cells))
+            lines.append(field.line(method, cells))
     beside = [_beside(rows, latency) for latency in latencies]
     if any(beside):
-        lines.append(_line("*ours less the best other as fast, 95 %*", ["", *beside]))
+        lines.append(field.line("*ours less the best other as fast, 95 %*", ["", *beside]))
     return lines
 
 
@@ -359,10 +361,6 @@ def _cell(row: Row) -> str:
         return "not finished" if "stopped_after" in row else "fails"
     shown = f"{row['latency']['ratio']:.3f}: {quality_of(row)}"
     return f"({shown})" if "refused" in row else shown
-
-
-def _line(first: str, cells: Sequence[str]) -> str:
-    return f"| {first} | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

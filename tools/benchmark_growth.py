@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -92,7 +92,7 @@ def pairs() -> list[tuple[int, int]]:
 @app.command()
 def run(
     results: Path,
-    limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 1800,
+    limit: field.Limit = 1800,
 ) -> None:
     """Measure what is not measured yet."""
     for layers, samples in pairs():
@@ -107,7 +107,7 @@ def run(
 @app.command()
 def table(
     results: Path,
-    page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
+    page: field.Page = None,
 ) -> None:
     """Print the tables in Markdown, or put them between the markers of a page."""
     field.publish(print_tables(field.read(results)), page, BEGIN, END)
@@ -134,7 +134,7 @@ def _table(head: str, rows: list[tuple[int, Row]]) -> str:
         ["seconds of the processor", *("-" if s is None else f"{s:.1f}" for s in seconds)],
         ["of which each adds, ms", "", *_added([count for count, _ in rows], seconds)],
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(field.line(first, cells) for first, *cells in lines)
 
 
 def _added(counts: list[int], seconds: list[float | None]) -> list[str]:

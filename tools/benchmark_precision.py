@@ -59,7 +59,6 @@ SHARED = ROOT / "../shared"
 Assets = Annotated[Path, typer.Option(help="Folder with models/ and data/.")]
 Wheels = Annotated[Path, typer.Option(help="Folder with wheels that hold models.")]
 Models = Annotated[Path, typer.Option(help="Folder of field models and data.")]
-Only = Annotated[str, typer.Option(help="Names of models, or parts, comma separated.")]
 
 
 @dataclass(frozen=True)
@@ -210,12 +209,12 @@ def run(
     assets: Assets = SHARED,
     wheels: Wheels = Path(),
     models: Models = Path(),
-    only: Only = "",
+    only: field.Only = "",
     methods: Annotated[
         str, typer.Option(help="ours, alternatives, ablation or names, semicolon separated.")
     ] = "ours;alternatives",
     budgets: Annotated[str, typer.Option(help="Fractions, comma separated.")] = "",
-    limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 3600,
+    limit: field.Limit = 3600,
     again: Annotated[bool, typer.Option(help="Repeat runs that failed.")] = False,
     latency: Annotated[bool, typer.Option(help="Time models; the machine must be quiet.")] = False,
 ) -> None:
@@ -254,7 +253,7 @@ def run(
 @app.command()
 def table(
     results: Path,
-    page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
+    page: field.Page = None,
 ) -> None:
     """Print the tables in Markdown, or put them between the markers of a page."""
     field.publish(print_tables(field.read(results)), page, BEGIN, END)
@@ -280,12 +279,16 @@ def _budgets(rows: Mapping[tuple[str, str], Row]) -> list[str]:
     """Table of the methods that take a budget, at those of `BUDGETS` that there are."""
     methods = [m for m in METHODS if METHODS[m].budgeted]
     columns = [f"{b:g}" for b in BUDGETS if any((m, f"{b:g}") in rows for m in methods)]
-    lines = [_line("method", columns), _line("---", ["---"] * len(columns))] if columns else []
+    lines = (
+        [field.line("method", columns), field.line("---", ["---"] * len(columns))]
+        if columns
+        else []
+    )
 
     def add(heading: str, show: Callable[[Row], str], method: str) -> None:
         cells = [show(rows[method, c]) if (method, c) in rows else "" for c in columns]
         if any(cells):
-            lines.append(_line(heading, cells))
+            lines.append(field.line(heading, cells))
 
     for method in methods:
         add(method, quality_of, method)
@@ -293,7 +296,7 @@ def _budgets(rows: Mapping[tuple[str, str], Row]) -> list[str]:
         if other != "auto":
             cells = [gap(*(_pairable(rows.get((m, c))) for m in ("auto", other))) for c in columns]
             if any(cells):
-                lines.append(_line(f"*auto less {other}, 95 %*", cells))
+                lines.append(field.line(f"*auto less {other}, 95 %*", cells))
     for method in OURS:
         add(f"*CPU s / peak MB, {method}*", _spent, method)
     add(
@@ -310,7 +313,7 @@ def _alternatives(rows: Mapping[tuple[str, str], Row]) -> list[str]:
     """Table of what has the bytes that it has, each beside `auto` at as many."""
     heads = ("bytes", "file", "held", "its figures", "auto's at these bytes", "auto less it, 95 %")
     heads = (*heads, "CPU s / peak MB", "auto's", "time with 1, 2 threads", "auto's")
-    lines = [_line("alternative", heads), _line("---", ["---"] * len(heads))]
+    lines = [field.line("alternative", heads), field.line("---", ["---"] * len(heads))]
     for method in ALTERNATIVES:
         row = rows.get((method, "as it is"))
         if row is None:
@@ -321,12 +324,8 @@ def _alternatives(rows: Mapping[tuple[str, str], Row]) -> list[str]:
         cells += [quality_of(row), quality_of(other) if other else ""]
         cells.append(gap(_pairable(other), _pairable(row)))
         cells += [_spent(row), _spent(other), _latency(row), _latency(other)]
-        lines.append(_line(method, cells))
+        lines.append(field.line(method, cells))
     return lines if len(lines) > 2 else []
-
-
-def _line(first: str, cells: Sequence[str]) -> str:
-    return f"| {first} | " + " | ".join(cells) + " |"
 
 
 def _made(row: Row) -> bool:

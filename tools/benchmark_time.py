@@ -36,7 +36,6 @@ from benchmark_precision import (
     Assets,
     Folders,
     Models,
-    Only,
     Subject,
     Wheels,
     open_subject,
@@ -184,9 +183,9 @@ def run(
     assets: Assets = SHARED,
     wheels: Wheels = Path(),
     models: Models = Path(),
-    only: Only = "",
+    only: field.Only = "",
     threads: Annotated[str, typer.Option(help="Numbers of threads, comma separated.")] = "2,1",
-    limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 3600,
+    limit: field.Limit = 3600,
 ) -> None:
     """Measure what is not measured yet; the machine should do nothing else."""
     folders = Folders(assets, wheels, models, results.with_suffix(".data"))
@@ -224,7 +223,7 @@ def measure(model: Path, data: Path, method: str, threads: int, limit: float) ->
 @app.command()
 def table(
     results: Path,
-    page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
+    page: field.Page = None,
 ) -> None:
     """Print the table in Markdown, or put it between the markers of a page."""
     field.publish(print_table(field.read(results)), page, BEGIN, END)
@@ -236,7 +235,7 @@ def print_table(rows: Mapping[str, Any]) -> str:
     lines = [heads, ["---"] * len(heads)]
     for key, row in rows.items():
         lines.append([*key.split(" | "), *_cells(row)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(field.line(first, cells) for first, *cells in lines)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -38,6 +38,11 @@ BEGIN, END = "<!-- measured by tools/field.py -->", "<!-- end of what tools/fiel
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+# Options of all benchmarks that keep their rows in a file.
+Only = Annotated[str, typer.Option(help="Names of models, or parts, comma separated.")]
+Limit = Annotated[float, typer.Option(help="Seconds after which a run is stopped.")]
+Page = Annotated[Path | None, typer.Option("--write", help="Page with the markers.")]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -173,9 +178,9 @@ def write(results: Path, rows: Mapping[str, Any]) -> None:
 def run(
     results: Path,
     models: Annotated[Path, typer.Option(help="Folder of models and their data.")] = Path(),
-    only: Annotated[str, typer.Option(help="Names of models, or parts, comma separated.")] = "",
+    only: Only = "",
     budgets: Annotated[str, typer.Option(help="For example mem=0.8,mac=0.7.")] = "",
-    limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped.")] = 1800,
+    limit: Limit = 1800,
     again: Annotated[bool, typer.Option(help="Repeat runs that failed.")] = False,
 ) -> None:
     """Measure what is not measured yet."""
@@ -205,7 +210,7 @@ def run(
 @app.command()
 def table(
     results: Path,
-    page: Annotated[Path | None, typer.Option("--write", help="Page with the markers.")] = None,
+    page: Page = None,
 ) -> None:
     """Print the table in Markdown, or put it between the markers of a page."""
     publish(print_table(read(results)), page, BEGIN, END)
@@ -223,6 +228,11 @@ def publish(text: str, page: Path | None, begin: str, end: str) -> None:
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
+def line(first: str, cells: Sequence[str]) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join([first, *cells])} |"
+
+
 def print_table(rows: Mapping[str, dict[str, Any]]) -> str:
     """Return the rows as a Markdown table, models in the order of `TASKS`."""
     lines = [
@@ -232,7 +242,7 @@ def print_table(rows: Mapping[str, dict[str, Any]]) -> str:
     names = [task.name for task in TASKS]
     for key in sorted(rows, key=lambda key: _place(names, key)):
         name, budget = key.split(maxsplit=1)
-        lines.append(f"| {name} | `{budget}` | " + " | ".join(_cells(rows[key])) + " |")
+        lines.append(line(name, [f"`{budget}`", *_cells(rows[key])]))
     return "\n".join(lines)
 
 
