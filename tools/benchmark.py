@@ -74,13 +74,13 @@ class Method:
 class Ours:
     """cobla-onnx with data, before and after refit, or distilled, from one analysis."""
 
-    def __init__(self, bench: Bench, analysis: Any, dataset: Any, name: str) -> None:
+    def __init__(self, bench: Bench, analysis: Any, dataset: Any, name: str, seed: int) -> None:
         from cobla_onnx.calibration.evaluation.evaluator import Judge
         from cobla_onnx.calibration.evaluation.measured_model import MeasuredModel
         from cobla_onnx.pipeline.search.evidence import Evidence
         from cobla_onnx.runtime.context import RunContext
 
-        self.bench, self.analysis, self.name = bench, analysis, name
+        self.bench, self.analysis, self.name, self.seed = bench, analysis, name, seed
         judge = Judge(
             bench.model, analysis.layers, dataset, bench.task.batch, "auto", bench.threads
         )
@@ -106,7 +106,7 @@ class Ours:
         if self.name in DISTILLED:
             varied = self.bench.task.augment if DISTILLED[self.name] else None
             seen = {self.bench.input: self.bench.calibration}
-            settings = Settings(data=seen, distil="auto", augment=varied)
+            settings = Settings(data=seen, distil="auto", augment=varied, seed=self.seed)
             factors = make_factors(finisher, plan, True)
             factors = distil_factors(self.evidence, finisher, plan, factors, settings)
             made = measure_factors(self.evidence, factors)
@@ -225,8 +225,8 @@ DISTILLED = {"ours, distilled": False, "ours, distilled with variants": True}
 """Methods with `distil="auto"`, and whether images vary."""
 
 
-def prepare(bench: Bench, name: str) -> Any:
-    """Analyse the model as a method needs it."""
+def prepare(bench: Bench, name: str, seed: int = 0) -> Any:
+    """Analyse the model as a method needs it; a seed is for those that learn."""
     from cobla_onnx.calibration.data.dataset import input_specs
     from cobla_onnx.calibration.data.readers import open_data
 
@@ -238,7 +238,7 @@ def prepare(bench: Bench, name: str) -> Any:
     if name == "COBLA 2018":
         return Original(bench, analysis, dataset)
     if rule is None:
-        return Ours(bench, analysis, dataset, name)
+        return Ours(bench, analysis, dataset, name, seed)
     return Method(bench, analysis, rule, sees)
 
 
@@ -250,11 +250,12 @@ def measure(
     threads: int,
     suffix: str = "",
     samples: int = 0,
+    seed: int = 0,
 ) -> None:
     """Measure one method on one task at all budgets; append a line for each.
 
     `suffix` is put behind the names of the method and its variants. `samples` is how many a
-    method may see, other than the task says.
+    method may see, other than the task says, and `seed` orders those that it learns from.
     """
     from cobla_onnx import Budget
     from cobla_onnx.errors import BudgetError
@@ -268,7 +269,7 @@ def measure(
     bench = Bench(task, assets, wheels, threads)
     with one_thread:
         started = time.perf_counter()
-        method = prepare(bench, name)
+        method = prepare(bench, name, seed)
         analysis_seconds = time.perf_counter() - started
         for kind, value in wanted:
             row: dict[str, Any] = {"task": task.name, "method": name, "kind": kind, "value": value}
@@ -287,9 +288,9 @@ def measure(
                     append(results, row | {"method": label + suffix, "unreachable": str(error)})
 
 
-def of_samples(samples: int) -> str:
+def of_samples(samples: int, seed: int = 0) -> str:
     """What follows a method's name if it sees so many samples; 0: as many as the task says."""
-    return f", {samples} samples" if samples else ""
+    return (f", {samples} samples" if samples else "") + (f", seed {seed}" if seed else "")
 
 
 def timed(
@@ -362,6 +363,7 @@ def run(
     budgets: Annotated[str, typer.Option(help="Fractions, comma separated.")] = "",
     kinds: Annotated[str, typer.Option(help="mem, mac or both.")] = "mem,mac",
     samples: Annotated[int, typer.Option(help="That a method may see; 0: as the task says.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what learns: the order of its samples.")] = 0,
     threads: int = 2,
 ) -> None:
     """Measure what is not measured yet."""
@@ -376,18 +378,19 @@ def run(
                 continue
             if name in DISTILLED and DISTILLED[name] and task.augment is None:
                 continue
+            suffix = of_samples(samples, seed)
             done = {(r["task"], r["method"], r["kind"], r["value"]) for r in read(results)}
             wanted = [(k, v) for k in kinds.split(",") for v in values]
             if name in ("VBMF", "Gavish-Donoho"):
                 wanted = [("none", 0.0)]
-            wanted = [w for w in wanted if (task.name, name + of_samples(samples), *w) not in done]
+            wanted = [w for w in wanted if (task.name, name + suffix, *w) not in done]
             if not wanted:
                 continue
             print(f"{task.name}: {name}, {len(wanted)} budgets", file=sys.stderr, flush=True)
             paths = results, assets, wheels
             process = multiprocessing.get_context("spawn").Process(
                 target=measure,
-                args=(task.name, name, wanted, paths, threads, of_samples(samples), samples),
+                args=(task.name, name, wanted, paths, threads, suffix, samples, seed),
             )
             process.start()
             process.join()
