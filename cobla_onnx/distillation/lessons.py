@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["Lessons", "Split", "Taught", "taught_by"]
+__all__ = ["Lessons", "Split", "Taught", "joined", "mean_of", "taught_by"]
 
 
 class Split(NamedTuple):
@@ -98,6 +98,12 @@ class Lessons:
 
     Attributes
     ----------
+    taught, parameters, pool
+        As given.
+    learned : list of int
+        Places in the calibration split of the samples that are learned from.
+    width : int
+        Samples that run at a time.
     blocked : dict of str to str
         Tensors that do not learn, since they have no derivative, and why.
     left_out : int
@@ -117,7 +123,7 @@ class Lessons:
         pool: Pool,
         split: Split | None = None,
     ) -> None:
-        self._parameters, self._pool = parameters, pool
+        self.taught, self.parameters, self.pool = taught, parameters, pool
         self._followed, self._stated = judge.followed, judge.selection
         if split is not None:
             self._followed = judge.on(split.judged)
@@ -129,11 +135,11 @@ class Lessons:
         self._original = None
         if self._augmentation is not None:
             self._original = open_session(taught.model, 1, optimized=True, part="the original")
-        self._shard = min(SHARD, judge.batch) if _joins(judge, self._single) else 1
+        self.width = min(SHARD, judge.batch) if _joins(judge, self._single) else 1
         wanted = judge.dataset.calibration if split is None else split.learned
         places = {sample: place for place, sample in enumerate(judge.dataset.calibration)}
-        self._learned = _of_common_shapes(self._single.batches, [places[s] for s in wanted])
-        self.left_out = len(wanted) - len(self._learned)
+        self.learned = _of_common_shapes(self._single.batches, [places[s] for s in wanted])
+        self.left_out = len(wanted) - len(self.learned)
         self._sessions = self._opened(taught)
         self.blocked = dict(self._sessions.blocked)
         parameters.keep([name for name in parameters.names if name not in self.blocked])
@@ -142,22 +148,21 @@ class Lessons:
             self._sessions = self._opened(taught)
 
     def _opened(self, taught: Taught) -> GradientSessions:
-        names = self._parameters.names
+        names = self.parameters.names
         sessions = GradientSessions(
-            self._parameters.rewritten.model, taught.measures, names, threads=1
+            self.parameters.rewritten.model, taught.measures, names, threads=1
         )
-        sessions.open(_joined(self._single.batches, self._learned[: self._shard]), {})
+        sessions.open(joined(self._single.batches, self.learned[: self.width]), {})
         return sessions
 
     @property
     def samples(self) -> int:
         """Samples that are learned from."""
-        return len(self._learned)
+        return len(self.learned)
 
     def gradient(self, values: Flat, chosen: Sequence[int]) -> tuple[float, Flat]:
         """Mean loss of some samples, and its derivatives."""
-        tensors = self._parameters.feeds(values)
-        loss, total = 0.0, np.zeros_like(values)
+        tensors = self.parameters.feeds(values)
 
         def differentiated(batch: tuple[Feeds, Feeds]) -> Differentiated:
             feeds, expected = batch
@@ -165,10 +170,8 @@ class Lessons:
                 expected = self._single.targets(feeds, run_session(self._original, feeds))
             return self._sessions.run(feeds, expected, tensors)
 
-        for found in self._pool.map(differentiated, self._shards(chosen), self._pool.width):
-            loss += float(found.losses.sum())
-            total += self._parameters.gathered(found.gradients)
-        return loss / len(chosen), total / np.float32(len(chosen))
+        found = self.pool.map(differentiated, self._shards(chosen), self.pool.width)
+        return mean_of(found, self.parameters, len(chosen))
 
     def held_back(self, values: Flat) -> Float64:
         """Loss of each sample that judges, under the values as they are stored."""
@@ -179,7 +182,7 @@ class Lessons:
         return self._judged(self._stated, values)
 
     def _judged(self, probe: Probe, values: Flat) -> Float64:
-        found = probe.losses(self.weights(self._parameters.replacements(values)))
+        found = probe.losses(self.weights(self.parameters.replacements(values)))
         # Sessions hold the memory of their largest run: those of other tasks are open, too.
         probe.rest()
         return found
@@ -190,14 +193,25 @@ class Lessons:
 
     def _shards(self, chosen: Sequence[int]) -> Iterator[tuple[Feeds, Feeds]]:
         """Read samples in shards whose graphs are open, each with its targets."""
-        places = [self._learned[number] for number in chosen]
-        for begin in range(0, len(places), self._shard):
-            shard = places[begin : begin + self._shard]
-            feeds = _joined(self._single.batches, shard)
+        places = [self.learned[number] for number in chosen]
+        for begin in range(0, len(places), self.width):
+            shard = places[begin : begin + self.width]
+            feeds = joined(self._single.batches, shard)
             self._sessions.open(feeds, {})
             if self._augmentation is not None:
                 feeds = self._augmentation.vary(feeds, self._variants)
-            yield feeds, _joined(self._single.expected, shard)
+            yield feeds, joined(self._single.expected, shard)
+
+
+def mean_of(
+    shards: Iterable[Differentiated], parameters: Parameters, samples: int
+) -> tuple[float, Flat]:
+    """Mean loss of samples, and its derivatives, out of the sums over shards, in their order."""
+    loss, total = 0.0, np.zeros(parameters.size, np.float32)
+    for found in shards:
+        loss += float(found.losses.sum())
+        total += parameters.gathered(found.gradients)
+    return loss / samples, total / np.float32(samples)
 
 
 def _joins(judge: Judge, single: Probe) -> bool:
@@ -215,7 +229,7 @@ def _of_common_shapes(samples: Sequence[Feeds], places: Sequence[int]) -> list[i
     return [place for place in places if shapes[place] in common]
 
 
-def _joined(samples: Sequence[Feeds], chosen: Sequence[int]) -> Feeds:
+def joined(samples: Sequence[Feeds], chosen: Sequence[int]) -> Feeds:
     """Put samples together along their first axes."""
     parts = [samples[number] for number in chosen]
     if len(parts) == 1:

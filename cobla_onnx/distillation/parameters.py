@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,10 +70,26 @@ class Parameters:
                     self._tensors.append(_Tensor(number, part, name, place, array))
                     begin = place.stop
 
+    def of(self, names: Collection[str]) -> Parameters:
+        """Return those of these names alone, in the same model."""
+        part = copy.copy(self)
+        part.keep([name for name in self.names if name in set(names)])
+        return part
+
+    def places(self, names: Collection[str]) -> NDArray[np.intp]:
+        """Where the numbers of tensors of these names are, in the order in which they are."""
+        wanted = [np.arange(t.place.start, t.place.stop) for t in self._tensors if t.name in names]
+        return np.concatenate(wanted) if wanted else np.zeros(0, np.intp)
+
     @property
     def names(self) -> list[str]:
         """Names of the tensors."""
         return [tensor.name for tensor in self._tensors]
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are."""
+        return self._tensors[-1].place.stop if self._tensors else 0
 
     def start(self) -> Flat:
         """Return their present values."""

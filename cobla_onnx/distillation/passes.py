@@ -10,22 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
 from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.distillation.record import Trial, finite
-from cobla_onnx.distillation.training import State, Trainer
+from cobla_onnx.distillation.training import State
 
-__all__ = ["Choice", "Passes", "choose"]
+__all__ = ["Choice", "Cycles", "Passes", "choose"]
 
 Passes: TypeAlias = Literal["auto"] | int
 """A number of passes over the samples, or as many as help."""
 
 # Relative rates (see `Adam`), and the place of the one that is tried first.
-RATES, USUAL = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4), 1
+RATES, USUAL = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4), 3
 # Least steps of the first cycle without a number of passes, and least passes; each cycle after it
 # is twice as long.
 FIRST_STEPS, FIRST_PASSES, MOST_CYCLES = 100, 2, 4
@@ -62,11 +62,29 @@ class Choice:
         return np.concatenate([state.losses for state in self.states])
 
 
+class Cycles(Protocol):
+    """Learns from a part of the samples, in cycles that all begin with its first state."""
+
+    @property
+    def first(self) -> State: ...  # noqa: D102
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further step is made."""
+        ...
+
+    def cycle(self, passes: int, rate: float) -> State | None:
+        """Make a cycle; None if it exploded."""
+        ...
+
+
 class _Trials:
     """Cycles on each part, none of which is made twice."""
 
-    def __init__(self, trainers: Sequence[Trainer], note: Callable[[Trial], None]) -> None:
-        self.trainers, self._note = trainers, note
+    def __init__(
+        self, stage: str, trainers: Sequence[Cycles], note: Callable[[Trial], None]
+    ) -> None:
+        self.stage, self.trainers, self._note = stage, trainers, note
         self._known: dict[tuple[int, int, float], State | None] = {}
 
     def end(self, part: int, passes: int, rate: float) -> State | None:
@@ -79,7 +97,7 @@ class _Trials:
                 found = None
             self._known[key] = found
             loss = None if found is None else finite(found.loss)
-            self._note(Trial(part + 1, passes, rate, loss))
+            self._note(Trial(self.stage, part + 1, passes, rate, loss))
         return self._known[key]
 
     def loss(self, part: int, passes: int, rate: float) -> float:
@@ -106,7 +124,8 @@ class _Trials:
 
 
 def choose(
-    trainers: Sequence[Trainer],
+    stage: str,
+    trainers: Sequence[Cycles],
     passes: Passes,
     steps_of_pass: int,
     note: Callable[[Trial], None] = lambda trial: None,
@@ -115,14 +134,16 @@ def choose(
 
     Parameters
     ----------
-    trainers : sequence of Trainer
+    stage : str
+        Which one it is, see `Stage`.
+    trainers : sequence of Cycles
     passes : 'auto' or int
     steps_of_pass : int
         Of the training that is to follow, on the samples of all parts.
     note : callable
         Called with each trial.
     """
-    trials = _Trials(trainers, note)
+    trials = _Trials(stage, trainers, note)
     least = max(FIRST_PASSES, math.ceil(FIRST_STEPS / steps_of_pass))
     first = least if passes == "auto" else passes
     rate = _best_rate(trials, first)

@@ -13,9 +13,9 @@ import numpy as np
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.distillation.adam import Adam
 from cobla_onnx.distillation.parameters import Flat
-from cobla_onnx.distillation.record import Checkpoint, finite
+from cobla_onnx.distillation.record import NETWORK, Checkpoint, finite
 
-__all__ = ["Clock", "State", "Task", "Trainer", "one_cycle"]
+__all__ = ["Clock", "State", "Task", "Trainer", "one_cycle", "steps_of_pass"]
 
 # Samples of a step.
 BATCH = 32
@@ -142,8 +142,8 @@ class Trainer:
 
     @property
     def steps_of_pass(self) -> int:
-        """Steps of one pass; what does not fill a batch waits for the next pass."""
-        return self.task.samples // self._batch
+        """Steps of one pass."""
+        return steps_of_pass(self.task.samples)
 
     @property
     def is_over(self) -> bool:
@@ -214,10 +214,15 @@ class Trainer:
 
     def _note(self, number: int, loss: float | None, state: State) -> None:
         mean = None if loss is None else finite(loss)
-        stage = "training" if number else "start"
+        stage = NETWORK if number else "start"
         self.checkpoints.append(
             Checkpoint(number, stage, mean, finite(state.loss), self._clock.elapsed)
         )
+
+
+def steps_of_pass(samples: int) -> int:
+    """Steps of a pass over so many samples; what does not fill a batch waits for the next pass."""
+    return samples // min(BATCH, samples)
 
 
 def one_cycle(done: float) -> float:

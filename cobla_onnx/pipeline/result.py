@@ -141,8 +141,8 @@ class Result:
         Columns: ``step``, ``stage``, ``loss`` (that the search follows, on the calibration
         split), ``selection_loss`` (where masks are 0 or 1), ``mem``, ``mac`` and ``latency``
         (fractions of the original, for the budgets that were set), ``seconds``. After them comes a
-        line for each pass of a distillation, whose stages begin with ``distil``; the selection
-        loss there is the one that is followed, too.
+        line for each block and pass of a distillation, whose stages begin with ``distil``; the
+        selection loss there is the one that is followed, too.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

@@ -17,10 +17,11 @@ from cobla_onnx.allocation import Choice
 from cobla_onnx.calibration.evaluation.loss import sample_losses
 from cobla_onnx.distillation import distil as distilling
 from cobla_onnx.distillation import training
+from cobla_onnx.distillation.block_lessons import BlockLessons
 from cobla_onnx.distillation.distil import Distilled, Part, distil
 from cobla_onnx.distillation.lessons import Lessons, Split, taught_by
 from cobla_onnx.distillation.parameters import Parameters
-from cobla_onnx.distillation.record import Checkpoint, Distillation
+from cobla_onnx.distillation.record import Distillation, Stage
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.options import Settings
@@ -109,18 +110,23 @@ def test_the_gradient_is_the_same_on_any_number_of_threads(evidence, factors):
 
 
 def test_what_is_learned_lowers_the_loss_of_the_model_that_is_written(evidence, factors):
-    before = Distilled(factors.replacements(), Distillation(False))
+    before = Distilled(factors.replacements(), Distillation())
     given = factors.replacements()
     made = distil(evidence.judge, given, 4, parts_of(evidence, factors))
     record = made.record
     assert record.kept
-    assert record.loss_after < record.loss_before - record.standard_error
+    # The last layers have a block of their own each.
+    assert record.blocks == 3
+    assert [stage.name for stage in record.stages] == ["blocks", "network"]
+    assert any(
+        stage.loss_after < stage.loss_before - stage.standard_error for stage in record.stages
+    )
     assert record.samples == 160
     start, end = record.checkpoints[0].held_back, record.checkpoints[-1].held_back
     assert held_back_losses(evidence, before).mean() == pytest.approx(start, rel=1e-3)
     assert held_back_losses(evidence, made).mean() == pytest.approx(end, rel=1e-3)
     assert end < start
-    assert record.text.startswith("distilled: 4 passes")
+    assert record.text.startswith("distilled: in trials, the loss on 160 samples not learned from")
     assert {trial.part for trial in record.trials} == {1, 2}
 
 
@@ -170,25 +176,26 @@ def test_what_gains_is_not_kept_if_the_stated_loss_rises(evidence, factors, monk
     monkeypatch.setattr(Lessons, "stated", told)
     given = factors.replacements()
     made = distil(evidence.judge, given, 4, parts_of(evidence, factors))
-    assert made.record.loss_after < made.record.loss_before
+    gained = [s for s in made.record.stages if s.loss_after < s.loss_before - s.standard_error]
+    assert gained
     assert made.record.kept == (stated == 0)
-    assert made.record.stated_loss_is_higher == (stated != 0)
+    assert all(stage.stated_loss_is_higher == (stated != 0) for stage in gained)
     if stated:
         assert all(old is new for old, new in zip(given, made.replacements, strict=True))
-        assert made.record.text.endswith("but the stated loss on them rose")
+        assert "not kept: the stated loss on them rose" in made.record.text
 
 
 def test_what_gains_nothing_on_the_samples_held_back_leaves_all_as_it_was(
     evidence, factors, monkeypatch
 ):
     """Trained to be as far from the original as it can."""
-    gradient = Lessons.gradient
+    for lessons in (Lessons, BlockLessons):
 
-    def upwards(self: Lessons, values, chosen: Sequence[int]):
-        loss, found = gradient(self, values, chosen)
-        return loss, -found
+        def upwards(self, values, chosen: Sequence[int], gradient=lessons.gradient):
+            loss, found = gradient(self, values, chosen)
+            return loss, -found
 
-    monkeypatch.setattr(Lessons, "gradient", upwards)
+        monkeypatch.setattr(lessons, "gradient", upwards)
     given = factors.replacements()
     made = distil(evidence.judge, given, 2, parts_of(evidence, factors))
     assert not made.record.kept
@@ -219,7 +226,7 @@ def test_of_stored_bits_scales_learn_and_codes_stay(evidence, bits, scheme):
     factor = 1.1 if scheme == "stored" else 1.1**2
     np.testing.assert_allclose(learned.dense(), factor * given.dense(), rtol=5e-3, atol=1e-4)
     # What is decoded from the arrays is what the loss is measured with.
-    found = held_back_losses(evidence, Distilled([learned], Distillation(False)))
+    found = held_back_losses(evidence, Distilled([learned], Distillation()))
     np.testing.assert_allclose(lessons.held_back(values), found, rtol=1e-3, atol=1e-7)
     gradient = lessons.gradient(values, range(8))[1]
     above, below = (lessons.gradient(factor * values, range(8))[0] for factor in (1.02, 0.98))
@@ -234,7 +241,7 @@ def test_bits_learn_within_the_budget_that_they_were_chosen_for(monkeypatch):
     assert found.report.budget["mem"].reached <= 0.12
     record = found.report.calibration.distillation
     assert record.kept
-    assert record.loss_after < record.loss_before
+    assert record.stages[-1].loss_after < record.stages[0].loss_before
     without = compress(small_network(), Budget(mem=0.12), solver="milp", **options)
     assert found.plan == without.plan
     assert found.report.budget["mem"].after == without.report.budget["mem"].after
@@ -250,16 +257,16 @@ def test_what_makes_the_stated_loss_worse_is_not_kept(evidence, factors, monkeyp
 
     monkeypatch.setattr(Lessons, "stated", worse_after)
     made = distil(evidence.judge, factors.replacements(), 2, parts_of(evidence, factors))
-    assert made.record.loss_after < made.record.loss_before - made.record.standard_error
+    gained = [s for s in made.record.stages if s.loss_after < s.loss_before - s.standard_error]
     assert not made.record.kept
-    # Of both halves, before and after.
-    assert len(asked) == 4
+    # Of both halves, in the beginning and where a stage led.
+    assert len(asked) == 2 + 2 * len(gained) > 2
 
 
 def test_time_that_is_up_ends_it(evidence, factors):
     parts = parts_of(evidence, factors)
     made = distil(evidence.judge, factors.replacements(), "auto", parts, seconds=0.0)
-    assert made.record.steps == made.record.passes == 0
+    assert made.record.steps == 0
     assert "more time" in made.record.text
     assert not made.record.kept
 
@@ -343,36 +350,41 @@ def test_the_smallest_model_that_is_good_enough_is_judged_after_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "text"),
+    ("stages", "text"),
     [
-        ({"kept": True, "passes": 1, "rate": 0.003, "loss_before": 0.5, "loss_after": 0.25,
-          "samples": 40, "standard_error": 0.01},
-         "distilled: 1 pass at a rate of 0.003; in trials, the loss on 40 samples not learned from "
-         "went 0.5 → 0.25 (lower by 0.25, standard error 0.01)"),
-        ({"kept": True, "passes": 2, "rate": 0.01, "loss_after": 0.25, "samples": 9},
-         "distilled: 2 passes at a rate of 0.01; in trials, the loss on 9 samples not learned from "
-         "went infinite → 0.25"),
-        ({"kept": False, "passes": 2, "rate": 0.01, "loss_before": 0.5, "loss_after": 0.49,
-          "samples": 9, "standard_error": 0.01},
-         "not distilled: 2 passes at a rate of 0.01; in trials, the loss on 9 samples not learned "
-         "from went 0.5 → 0.49 (lower by 0.01, standard error 0.01), not beyond the noise of the "
-         "loss"),
-        ({"kept": False, "passes": 2, "rate": 0.01, "loss_before": 0.5, "loss_after": 0.25,
-          "samples": 9, "checkpoints": (Checkpoint(0, "start", None, 0.1, 0.0),)},
-         "not distilled: 2 passes at a rate of 0.01; in trials, the loss on 9 samples not learned "
-         "from went 0.5 → 0.25; but the training on all samples ended early, or went wrong"),
-        ({"kept": False, "passes": 2, "rate": 0.01, "loss_before": 0.5, "loss_after": 0.25,
-          "samples": 9, "stated_loss_is_higher": True},
-         "not distilled: 2 passes at a rate of 0.01; in trials, the loss on 9 samples not learned "
-         "from went 0.5 → 0.25; but the stated loss on them rose"),
-        ({"kept": False, "passes": 2, "loss_before": 0.5, "loss_after": 0.5, "samples": 9},
-         "not distilled: in trials, 9 samples not learned from lost no less"),
-        ({"kept": False}, "not distilled: no trial came to a good end; give it more time"),
-        ({"kept": False, "reason": "no gradient"}, "not distilled: no gradient"),
+        ([Stage("blocks", True, 1, 0.003, 0.5, 0.25, 0.01)],
+         "distilled: in trials, the loss on 40 samples not learned from: block by block 0.5 → 0.25 "
+         "(lower by 0.25, standard error 0.01) by 1 pass at a rate of 0.003"),
+        ([Stage("network", True, 2, 0.01, None, 0.25)],
+         "distilled: in trials, the loss on 40 samples not learned from: as a whole infinite → "
+         "0.25 by 2 passes at a rate of 0.01"),
+        ([Stage("blocks", True, 2, 0.01, 0.5, 0.4, 0.01),
+          Stage("network", False, 2, 0.01, 0.4, 0.39, 0.01)],
+         "distilled: in trials, the loss on 40 samples not learned from: block by block 0.5 → 0.4 "
+         "(lower by 0.1, standard error 0.01) by 2 passes at a rate of 0.01; as a whole 0.4 → 0.39 "
+         "(lower by 0.01, standard error 0.01) by 2 passes at a rate of 0.01, not kept: not beyond "
+         "the noise"),
+        ([Stage("network", False, 2, 0.01, 0.5, 0.25, went_wrong=True)],
+         "not distilled: in trials, the loss on 40 samples not learned from: as a whole 0.5 → 0.25 "
+         "by 2 passes at a rate of 0.01, not kept: the training on all samples ended early, or "
+         "went wrong"),
+        ([Stage("network", False, 2, 0.01, 0.5, 0.25, stated_loss_is_higher=True)],
+         "not distilled: in trials, the loss on 40 samples not learned from: as a whole 0.5 → 0.25 "
+         "by 2 passes at a rate of 0.01, not kept: the stated loss on them rose"),
+        ([Stage("blocks", False), Stage("network", False, 2, 0.01, 0.5, 0.5)],
+         "not distilled: in trials, the loss on 40 samples not learned from: block by block no "
+         "trial came to a good end; as a whole it lost no less"),
+        ([Stage("network", False)],
+         "not distilled: no trial came to a good end; give it more time"),
     ],
 )  # fmt: skip
-def test_what_it_did_is_told_in_a_line(given, text):
-    assert Distillation(**given).text == text
+def test_what_it_did_is_told_in_a_line(stages, text):
+    kept = any(stage.kept for stage in stages)
+    assert Distillation(kept, tuple(stages), samples=40).text == text
+
+
+def test_a_reason_is_told_alone():
+    assert Distillation(reason="no gradient").text == "not distilled: no gradient"
 
 
 def test_nothing_to_replace_is_nothing_to_learn(evidence):
@@ -399,11 +411,13 @@ def test_the_command_says_what_it_did(tmp_path):
     assert "distilled: " in " ".join(done.stdout.split())
     told = json.loads((tmp_path / "r.json").read_text())["calibration"]["distillation"]
     assert told["kept"] is True
-    assert len(told["checkpoints"]) == told["passes"] + 1 == 3
+    steps = {"blocks": told["blocks"], "network": 2}
+    kept = [stage["name"] for stage in told["stages"] if stage["kept"]]
+    assert len(told["checkpoints"]) == 1 + sum(steps[name] for name in kept)
     assert told["trials"][0]["rate"] == 0.003
     with (tmp_path / "h.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["stage"] for row in rows[:2]] == ["distil, start", "distil, training"]
+    assert [row["stage"] for row in rows[:2]] == ["distil, start", f"distil, {kept[0]}"]
     assert [float(row["selection_loss"]) for row in rows] == [
         point["held_back"] for point in told["checkpoints"]
     ]
@@ -423,4 +437,6 @@ def test_without_data_there_is_nothing_to_learn_from(demo_model):
 def test_steps_are_of_as_many_samples_as_there_are(evidence, factors, monkeypatch):
     monkeypatch.setattr(training, "BATCH", 1000)
     record = distil(evidence.judge, factors.replacements(), 1, parts_of(evidence, factors)).record
-    assert record.steps == record.passes * (len(record.trials) + bool(record.checkpoints))
+    kept = [stage.name for stage in record.stages if stage.kept]
+    trainings = [*(trial.stage for trial in record.trials), *kept]
+    assert record.steps == sum(record.blocks if each == "blocks" else 1 for each in trainings)

@@ -98,17 +98,17 @@ def test_what_is_not_finite_or_far_above_the_start_has_no_end(bowl, rate):
 
 
 def test_a_training_that_explodes_is_begun_again_with_half_of_its_rate():
-    tried = choose([trainer(Bowl())], 20, 2)
+    tried = choose("network", [trainer(Bowl())], 20, 2)
     made = trainer(Bowl(spoilt=frozenset([5])))
-    assert distilling._trained(made, tried) is not None
+    assert distilling._cycled(made, tried) is not None
     assert made.undone == 1
     hopeless = trainer(Bowl(spoilt=frozenset(range(1000))))
-    assert distilling._trained(hopeless, tried) is None
+    assert distilling._cycled(hopeless, tried) is None
     assert hopeless.undone == 1 + distilling.MOST_UNDONE
 
 
 def test_a_training_that_goes_wrong_for_the_held_back_samples_is_not_kept():
-    tried = choose([trainer(Bowl())], 20, 2)
+    tried = choose("network", [trainer(Bowl())], 20, 2)
 
     class Slope(Bowl):
         """What it learns leads uphill, by less than an explosion."""
@@ -116,12 +116,12 @@ def test_a_training_that_goes_wrong_for_the_held_back_samples_is_not_kept():
         def held_back(self, values):
             return 1 + 0.5 * np.linspace(0.9, 1.1, 20) * float(values.mean() < 1.9)
 
-    assert distilling._trained(trainer(Slope()), tried) is None
+    assert distilling._cycled(trainer(Slope()), tried) is None
 
 
 def test_a_rate_is_chosen_that_does_not_explode():
     tried = []
-    found = choose([trainer(Bowl()), trainer(Bowl())], 16, 2, tried.append)
+    found = choose("network", [trainer(Bowl()), trainer(Bowl())], 16, 2, tried.append)
     assert found.rate in passes.RATES
     assert found.gain.mean > 0
     assert found.before - found.after == pytest.approx(found.gain.mean)
@@ -129,14 +129,14 @@ def test_a_rate_is_chosen_that_does_not_explode():
     assert [trial.part for trial in tried] == [1] * (len(tried) - 1) + [2]
     least = min(trial.loss for trial in tried if trial.part == 1)
     assert least == next(trial.loss for trial in tried if trial.rate == found.rate)
-    worse = choose([trainer(Bowl(spoilt=frozenset(range(1, 3))))], 8, 2)
+    worse = choose("network", [trainer(Bowl(spoilt=frozenset(range(1, 3))))], 8, 2)
     assert worse.rate < passes.RATES[passes.USUAL]
-    assert choose([trainer(Bowl(spoilt=frozenset(range(1000))))], 8, 2) is None
+    assert choose("network", [trainer(Bowl(spoilt=frozenset(range(1000))))], 8, 2) is None
 
 
 def test_cycles_get_longer_as_long_as_they_gain():
     tried = []
-    found = choose([trainer(Bowl())], "auto", 2, tried.append)
+    found = choose("network", [trainer(Bowl())], "auto", 2, tried.append)
     longest = max(trial.passes for trial in tried)
     first = tried[0].passes
     assert first * 2 >= passes.FIRST_STEPS
@@ -152,15 +152,15 @@ def test_an_interrupt_ends_a_cycle_and_what_comes_after_it():
             return super().gradient(values, chosen)
 
     made = trainer(Interrupted())
-    tried = choose([trainer(Bowl())], 100, 2)
+    tried = choose("network", [trainer(Bowl())], 100, 2)
     end = made.cycle(100, 0.03)
     assert made.steps == 50
     assert not end.whole
     assert made.is_over
     again = trainer(Interrupted())
     # What was cut short is kept since it gains on the samples held back.
-    assert distilling._trained(again, tried) is not None
-    assert choose([trainer(Interrupted())], 100, 2) is None
+    assert distilling._cycled(again, tried) is not None
+    assert choose("network", [trainer(Interrupted())], 100, 2) is None
 
 
 @given(st.floats(0, 0.99))

@@ -1,0 +1,114 @@
+"""The lesson of a block: to give what the original's does, of what the blocks before it leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cobla_onnx.allocation.problem import Float64
+from cobla_onnx.autodiff.measures import Measure
+from cobla_onnx.calibration.evaluation.gradient_sessions import Differentiated, GradientSessions
+from cobla_onnx.distillation.blocks import Block
+from cobla_onnx.distillation.lessons import Taught, joined, mean_of
+from cobla_onnx.distillation.parameters import Flat, Parameters
+from cobla_onnx.distillation.streams import Stream, in_shards, taken_by
+from cobla_onnx.runtime.pool import Pool
+from cobla_onnx.runtime.session import Feeds
+
+__all__ = ["BlockLessons", "Posed"]
+
+ERROR = Measure("mse", None)
+"""Of the tensor behind a block: the mean square relative to the target's."""
+
+
+# Samples whose error is watched.
+WATCHED = 32
+
+
+class Posed(NamedTuple):
+    """Samples before a block, and the targets behind it."""
+
+    stream: Stream
+    targets: Sequence[Feeds]
+
+    def shards(self, chosen: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Cut samples into as many as may run at a time."""
+        alone = any(not array.ndim or len(array) != 1 for array in self.targets[0].values())
+        return in_shards(chosen, 1 if alone else self.stream.width)
+
+
+class BlockLessons:
+    """A `Task`: what learns in one block.
+
+    After Li et al. 2021, BRECQ (arXiv 2102.05426), section 3.2. A last block that has no single
+    tensor behind it is to lower the loss of the model.
+
+    Parameters
+    ----------
+    taught : Taught
+    block : Block
+    parameters : Parameters
+        Of the block alone. Those without a derivative are taken out.
+    posed : Posed
+    pool : Pool
+
+    Raises
+    ------
+    ModelError
+        If the block has no gradient graph.
+    """
+
+    def __init__(
+        self, taught: Taught, block: Block, parameters: Parameters, posed: Posed, pool: Pool
+    ) -> None:
+        self._parameters, self._posed, self._pool = parameters, posed, pool
+        self._measures: Mapping[str, Measure] = {block.end: ERROR} if block.end else taught.measures
+        model = parameters.rewritten.model
+        self._part = posed.stream.part(model, list(self._measures))
+        self._sessions = self._opened()
+        blocked = self._sessions.blocked
+        if blocked:
+            parameters.keep([name for name in parameters.names if name not in blocked])
+            if parameters.names:
+                # What has no derivative stays a constant: as an input it would have to be given.
+                self._sessions = self._opened()
+
+    def _opened(self) -> GradientSessions:
+        sessions = GradientSessions(self._part, self._measures, self._parameters.names, threads=1)
+        sessions.open(self._feeds(next(self._posed.shards(range(self.samples)))), {})
+        return sessions
+
+    def _feeds(self, chosen: Sequence[int]) -> Feeds:
+        stream = self._posed.stream
+        return taken_by(self._part, stream.read(chosen, stream.compressed))
+
+    @property
+    def samples(self) -> int:
+        """Samples that are learned from."""
+        return len(self._posed.targets)
+
+    def gradient(self, values: Flat, chosen: Sequence[int]) -> tuple[float, Flat]:
+        """Mean error of some samples, and its derivatives."""
+        found = self._differentiated(values, chosen)
+        return mean_of(found, self._parameters, len(chosen))
+
+    def held_back(self, values: Flat) -> Float64:
+        """Error of the first samples: it tells what explodes. The model judges what helps."""
+        found = self._differentiated(values, range(min(WATCHED, self.samples)))
+        return np.concatenate([each.losses for each in found]).astype(np.float64)
+
+    def _differentiated(self, values: Flat, chosen: Sequence[int]) -> Iterator[Differentiated]:
+        tensors = self._parameters.feeds(values)
+
+        def opened() -> Iterator[Sequence[int]]:
+            for shard in self._posed.shards(chosen):
+                self._sessions.open(self._feeds(shard), {})
+                yield shard
+
+        def differentiated(shard: Sequence[int]) -> Differentiated:
+            targets = joined(self._posed.targets, shard)
+            return self._sessions.run(self._feeds(shard), targets, tensors)
+
+        return self._pool.map(differentiated, opened(), self._pool.width)

@@ -1,0 +1,210 @@
+"""Let the blocks of a model learn one after another, each from what those before it leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cobla_onnx.calibration.moments import Taps
+from cobla_onnx.distillation.augmentation import Augmentation
+from cobla_onnx.distillation.block_lessons import BlockLessons, Posed
+from cobla_onnx.distillation.blocks import Block, cut_tensors, find_blocks
+from cobla_onnx.distillation.lessons import Lessons
+from cobla_onnx.distillation.parameters import Flat, Parameters
+from cobla_onnx.distillation.record import Checkpoint, finite
+from cobla_onnx.distillation.streams import Chosen, Stream
+from cobla_onnx.distillation.training import EXPLODED, Clock, State, Trainer
+from cobla_onnx.graph.subgraph import prefix
+from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.runtime.temporary import Shelf
+from cobla_onnx.variants.rewrite import rewrite
+
+__all__ = ["BlockTrainer", "Cuts", "cuts_of"]
+
+# Most bytes of the tensors at a cut, of all samples and their variants. There are four of them at a
+# time, on disk: of both models, before and behind a block.
+LIMIT = 1 << 30
+
+
+class Cuts(NamedTuple):
+    """How a model is cut into blocks.
+
+    Attributes
+    ----------
+    blocks : list of Block
+        With less than two there is nothing that the model as a whole would not do.
+    largest : int
+        Bytes of the largest tensor at a cut, of one sample.
+    """
+
+    blocks: list[Block]
+    largest: int
+
+
+class BlockTrainer:
+    """Runs cycles in which each block in turn learns to give what the original's gives.
+
+    They are judged by the loss of the whole model, as those of a `Trainer` are. A block alone is
+    not: the blocks behind it have learned from what it leaves.
+
+    Parameters
+    ----------
+    lessons : Lessons
+    cuts : Cuts
+    start : float32 array, shape (parameters,)
+    clock : Clock
+    share : float
+        Of the clock's time, after which no further step is made.
+    seed : int
+    each : bool
+        Whether the whole model is judged behind each block, or in the end alone.
+    progress : callable
+        Called with the loss of the samples that judge, and with blocks done and planned.
+
+    Attributes
+    ----------
+    first, steps, undone, interrupted, checkpoints
+        See `Trainer`; a checkpoint is behind each block.
+    """
+
+    def __init__(
+        self,
+        lessons: Lessons,
+        cuts: Cuts,
+        start: Flat,
+        *,
+        clock: Clock | None = None,
+        share: float = 1.0,
+        seed: int = 0,
+        each: bool = True,
+        progress: Callable[[float, int, int], None] = lambda loss, done, total: None,
+    ) -> None:
+        self.lessons, self._seed, self._each = lessons, seed, each
+        self._clock, self._share, self._progress = clock or Clock(), share, progress
+        self._blocks, self._largest = cuts
+        self.first = State(start.copy(), lessons.held_back(start))
+        self.steps = self.undone = 0
+        self.interrupted = False
+        self.checkpoints: list[Checkpoint] = []
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its share of the time is up, or Ctrl-C was pressed."""
+        return self.interrupted or self._clock.is_up(self._share)
+
+    def cycle(self, passes: int, rate: float) -> State | None:
+        """Let each block learn for some passes, in a cycle as `Trainer` makes it.
+
+        Returns
+        -------
+        State or None
+            The last one. None if the loss of the samples that judge got far above the first one.
+        """
+        self.checkpoints = []
+        self._note(0, None, self.first)
+        values, losses, done = self.first.values, self.first.losses, 0
+        for done, (values, error) in enumerate(self._learned(passes, rate), 1):
+            if self._each or done == len(self._blocks):
+                losses = self.lessons.held_back(values)
+                self._note(done, error, State(values, losses))
+        if done and not (self._each or done == len(self._blocks)):
+            losses = self.lessons.held_back(values)
+        state = State(values, losses, done == len(self._blocks))
+        # Not "greater": a loss that is no number has exploded, too.
+        if not state.loss <= EXPLODED * self.first.loss:
+            self.undone += 1
+            return None
+        return state
+
+    def _learned(self, passes: int, rate: float) -> Iterator[tuple[Flat, float | None]]:
+        """Yield the values behind each block, and its error on what it has learned from."""
+        taught, parameters, pool = self.lessons.taught, self.lessons.parameters, self.lessons.pool
+        values = self.first.values.copy()
+        stream, copies = self._stream(passes)
+        for number, block in enumerate(self._blocks):
+            if self.is_over:
+                return
+            try:
+                posed = Posed(stream, stream.targets(taught, block.end, pool))
+                own = parameters.of(block.names)
+                task = BlockLessons(taught, block, own, posed, pool)
+                error = self._learn(task, own, values, math.ceil(passes / copies), rate)
+                if number + 1 < len(self._blocks):
+                    made = rewrite(taught.model, parameters.replacements(values))
+                    stream = stream.moved(block.end, posed.targets, made, pool)
+            except KeyboardInterrupt:
+                self.interrupted = True
+                return
+            yield values.copy(), error
+            before = self.checkpoints[-1].held_back
+            self._progress(math.nan if before is None else before, number + 1, len(self._blocks))
+
+    def _learn(
+        self, task: BlockLessons, own: Parameters, values: Flat, passes: int, rate: float
+    ) -> float | None:
+        """Let a block learn, into `values`; return its error in the last pass."""
+        if not own.names:
+            return None
+        places = self.lessons.parameters.places(own.names)
+        trainer = Trainer(
+            task,
+            values[places],
+            own.sizes(),
+            clock=self._clock,
+            share=self._share,
+            seed=self._seed,
+            each_pass=False,
+        )
+        state = trainer.cycle(passes, rate)
+        if state is not None:
+            values[places] = state.values
+        self.steps += trainer.steps
+        self.undone += trainer.undone
+        self.interrupted = trainer.interrupted
+        return trainer.checkpoints[-1].loss
+
+    def _stream(self, passes: int) -> tuple[Stream, int]:
+        """Return the samples at the model's inputs, and how many variants of each there are."""
+        lessons, taught = self.lessons, self.lessons.taught
+        places = lessons.learned
+        inputs: Sequence[Feeds] = Chosen(taught.single.batches, places)
+        expected: Sequence[Feeds] | None = Chosen(taught.single.expected, places)
+        copies = 1
+        if taught.augmentation is not None:
+            copies = max(1, min(passes, LIMIT // max(1, self._largest * len(places))))
+            inputs = Shelf(_variants(inputs, taught.augmentation, copies, self._seed))
+            expected = None
+        return Stream(inputs, lessons.width, expected=expected), copies
+
+    def _note(self, number: int, loss: float | None, state: State) -> None:
+        stage = "blocks" if number else "start"
+        self.checkpoints.append(
+            Checkpoint(number, stage, loss, finite(state.loss), self._clock.elapsed)
+        )
+
+
+def _variants(
+    samples: Sequence[Feeds], augmentation: Augmentation, copies: int, seed: int
+) -> Iterator[Feeds]:
+    rng = np.random.default_rng(seed)
+    for _ in range(copies):
+        for feeds in samples:
+            yield augmentation.vary(feeds, rng)
+
+
+def cuts_of(lessons: Lessons) -> Cuts:
+    """Cut the model of some lessons where the tensors of all their samples have room."""
+    parameters, model = lessons.parameters, lessons.taught.model
+    made = {name for node in model.graph.node for name in node.output}
+    rewritten = parameters.rewritten.model
+    names = [name for name in cut_tensors(rewritten, parameters.names) if name in made]
+    first = lessons.taught.single.batches[lessons.learned[0]]
+    values = Taps(prefix(model, names), names, 1).run(first)
+    sizes = {name: array.nbytes for name, array in values.items() if array.dtype.kind == "f"}
+    room = LIMIT // len(lessons.learned)
+    known = {name for name, size in sizes.items() if size <= room}
+    blocks = find_blocks(rewritten, parameters.names, known)
+    return Cuts(blocks, max((sizes[block.end] for block in blocks if block.end), default=0))

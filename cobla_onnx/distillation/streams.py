@@ -1,0 +1,136 @@
+"""Samples on their way through the blocks of a model, the original and the compressed one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
+
+import onnx
+
+from cobla_onnx.distillation.lessons import Taught, joined
+from cobla_onnx.graph.layers import all_inputs
+from cobla_onnx.graph.subgraph import make_value, prefix
+from cobla_onnx.runtime.pool import Pool
+from cobla_onnx.runtime.session import Feeds, open_session, run_session
+from cobla_onnx.runtime.temporary import Shelf
+
+__all__ = ["Chosen", "Stream", "in_shards", "taken_by"]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Samples at a cut, each as a batch of its own.
+
+    Attributes
+    ----------
+    inputs : sequence of dict
+        The model's inputs: what crosses a cut and is the same in both models is made of them.
+    width : int
+        Samples that may run at a time.
+    at : str
+        The tensor at the cut; empty at the model's inputs.
+    original, compressed : sequence of dict
+        What it is in both models, by its name.
+    expected : sequence of dict, optional
+        Targets of the model's outputs; those that the original gives for `inputs` by default.
+    """
+
+    inputs: Sequence[Feeds]
+    width: int
+    at: str = ""
+    original: Sequence[Feeds] = ()
+    compressed: Sequence[Feeds] = ()
+    expected: Sequence[Feeds] | None = None
+
+    def read(self, chosen: Sequence[int], tensors: Sequence[Feeds]) -> Feeds:
+        """Put some samples together, with one of the two tensors at the cut."""
+        at_cut = joined(tensors, chosen) if self.at else {}
+        return {**joined(self.inputs, chosen), **at_cut}
+
+    def targets(self, taught: Taught, end: str, pool: Pool) -> Sequence[Feeds]:
+        """Return what the original makes of each sample at the next cut, or in the end."""
+        if end:
+            return self._through(taught.model, [end], self.original, pool)
+        if self.expected is not None:
+            return self.expected
+        made = self._through(taught.model, list(taught.measures), self.original, pool)
+        pairs = zip(self.inputs, made, strict=True)
+        return Shelf(taught.single.targets(feeds, outputs) for feeds, outputs in pairs)
+
+    def moved(
+        self, end: str, targets: Sequence[Feeds], compressed: onnx.ModelProto, pool: Pool
+    ) -> Stream:
+        """Return the samples at the next cut, where the original gives the targets."""
+        made = self._through(compressed, [end], self.compressed, pool)
+        width = self.width if len(targets[0][end]) == 1 else 1
+        return replace(self, width=width, at=end, original=targets, compressed=made)
+
+    def _through(
+        self, model: onnx.ModelProto, outputs: Sequence[str], tensors: Sequence[Feeds], pool: Pool
+    ) -> Shelf:
+        part = self.part(model, outputs)
+        session = open_session(part, 1, optimized=True, part="a block")
+
+        def run(chosen: Sequence[int]) -> Feeds:
+            return run_session(session, taken_by(part, self.read(chosen, tensors)))
+
+        # Tensors whose first axis is not the samples' are made one by one.
+        together = self.width > 1 and all(
+            array.ndim and len(array) == 1 for array in run([0]).values()
+        )
+        shelf = Shelf()
+        shards = in_shards(range(len(self.inputs)), self.width if together else 1)
+        for made in pool.map(run, shards, pool.width):
+            if not together:
+                shelf.append(made)
+                continue
+            for number in range(len(next(iter(made.values())))):
+                shelf.append({name: array[number : number + 1] for name, array in made.items()})
+        return shelf
+
+    def part(self, model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
+        """Cut out what makes tensors of the one at the cut, and of the model's inputs."""
+        given = {value.name: value for value in model.graph.input if value.name in self.inputs[0]}
+        if self.at:
+            array = self.original[0][self.at]
+            # Samples that run one at a time may be of several shapes.
+            sizes = array.shape[1:] if self.width > 1 else (None,) * max(array.ndim - 1, 0)
+            given[self.at] = make_value(self.at, array.dtype, (None, *sizes)[: array.ndim])
+        part = prefix(model, outputs, given)
+        read = {name for node in part.graph.node for name in all_inputs(node)}
+        inputs = [value for value in part.graph.input if value.name in read]
+        del part.graph.input[:]
+        part.graph.input.extend(inputs)
+        return part
+
+
+class Chosen(Sequence[Feeds]):
+    """Some of a sequence of batches, which are read when they are asked for."""
+
+    def __init__(self, batches: Sequence[Feeds], places: Sequence[int]) -> None:
+        self._batches, self._places = batches, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Feeds: ...
+    @overload
+    def __getitem__(self, index: slice) -> Chosen: ...
+    def __getitem__(self, index: int | slice) -> Feeds | Chosen:
+        if isinstance(index, slice):
+            return Chosen(self._batches, self._places[index])
+        return self._batches[self._places[index]]
+
+
+def in_shards(places: Sequence[int], width: int) -> Iterator[Sequence[int]]:
+    """Cut samples into as many as may run at a time."""
+    for begin in range(0, len(places), width):
+        yield places[begin : begin + width]
+
+
+def taken_by(part: onnx.ModelProto, feeds: Feeds) -> Feeds:
+    """Return those of the feeds that are inputs of a part of the model."""
+    wanted = {value.name for value in part.graph.input}
+    return {name: array for name, array in feeds.items() if name in wanted}
