@@ -36,6 +36,7 @@ from field_data import NoData, feeds_for, open_model
 from precision_methods import (
     ABLATION,
     ALTERNATIVES,
+    LEARNED,
     METHODS,
     NOT_APPLICABLE,
     NOT_INSTALLED,
@@ -47,7 +48,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BUDGETS = (0.5, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.075)
 FIELD = ("paraphrase_minilm_l3", "ppocr_rec", "vit_s_focus", "docstring_gpt")
 NAMES = (*(task.name for task in TASKS), *FIELD)
-GROUPS = {"ours": OURS, "alternatives": ALTERNATIVES, "ablation": ABLATION}
+GROUPS = {
+    "ours": OURS,
+    "alternatives": ALTERNATIVES,
+    "ablation": ABLATION,
+    "learned": LEARNED,
+}
 BEGIN = "<!-- measured by tools/benchmark_precision.py -->"
 END = "<!-- end of what tools/benchmark_precision.py measured -->"
 THREADS = (1, 2)
@@ -211,7 +217,8 @@ def run(
     models: Models = Path(),
     only: field.Only = "",
     methods: Annotated[
-        str, typer.Option(help="ours, alternatives, ablation or names, semicolon separated.")
+        str,
+        typer.Option(help="ours, alternatives, ablation, learned, or names; by semicolons."),
     ] = "ours;alternatives",
     budgets: Annotated[str, typer.Option(help="Fractions, comma separated.")] = "",
     limit: field.Limit = 3600,

@@ -20,7 +20,7 @@ from typing import Any
 
 import onnx
 
-__all__ = ["ABLATION", "ALTERNATIVES", "METHODS", "OURS", "Method", "NotApplicable"]
+__all__ = ["ABLATION", "ALTERNATIVES", "LEARNED", "METHODS", "OURS", "Method", "NotApplicable"]
 
 UNREACHABLE, NOT_APPLICABLE, NOT_INSTALLED = 4, 5, 6
 # Below it, onnxruntime's quantiser has no scales by channel.
@@ -231,6 +231,10 @@ ABLATION: Mapping[str, Method] = {
     "auto, no refit": ours("auto", refit=False),
     "bits alone, no compensation": ours("auto", lambda: (no_ranks(), no_compensation())[1]),
 }
+LEARNED: Mapping[str, Method] = {
+    "auto, distilled": ours("auto", distil="auto"),
+    "auto, distilled with variants": ours("auto", distil="auto", augment="flip,crop:4"),
+}
 ALTERNATIVES: Mapping[str, Method] = {
     "float16": Method(half),
     "quantize_dynamic": Method(dynamic),
@@ -239,7 +243,7 @@ ALTERNATIVES: Mapping[str, Method] = {
     "MatMulNBits, 4 bits": Method(matmul_nbits(4)),
     "onnx-shrink-ray": Method(shrink_ray),
 }
-METHODS: Mapping[str, Method] = {**OURS, **ABLATION, **ALTERNATIVES}
+METHODS: Mapping[str, Method] = {**OURS, **ABLATION, **LEARNED, **ALTERNATIVES}
 
 
 def main(method: str, model: str, data: str, out: str, budget: str = "") -> int:
