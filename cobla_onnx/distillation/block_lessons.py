@@ -92,7 +92,7 @@ class BlockLessons:
     def gradient(self, values: Flat, chosen: Sequence[int]) -> tuple[float, Flat]:
         """Mean error of some samples, and its derivatives."""
         found = self._differentiated(values, chosen)
-        return mean_of(found, self._parameters, len(chosen))
+        return mean_of(found, self._parameters, values, len(chosen))
 
     def held_back(self, values: Flat) -> Float64:
         """Error of the first samples: it tells what explodes. The model judges what helps."""

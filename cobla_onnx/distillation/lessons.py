@@ -171,7 +171,7 @@ class Lessons:
             return self._sessions.run(feeds, expected, tensors)
 
         found = self.pool.map(differentiated, self._shards(chosen), self.pool.width)
-        return mean_of(found, self.parameters, len(chosen))
+        return mean_of(found, self.parameters, values, len(chosen))
 
     def held_back(self, values: Flat) -> Float64:
         """Loss of each sample that judges, under the values as they are stored."""
@@ -204,14 +204,14 @@ class Lessons:
 
 
 def mean_of(
-    shards: Iterable[Differentiated], parameters: Parameters, samples: int
+    shards: Iterable[Differentiated], parameters: Parameters, values: Flat, samples: int
 ) -> tuple[float, Flat]:
     """Mean loss of samples, and its derivatives, out of the sums over shards, in their order."""
-    loss, total = 0.0, np.zeros(parameters.size, np.float32)
+    loss, total = 0.0, np.zeros(parameters.read_size, np.float32)
     for found in shards:
         loss += float(found.losses.sum())
         total += parameters.gathered(found.gradients)
-    return loss / samples, total / np.float32(samples)
+    return loss / samples, parameters.pulled_back(values, total / np.float32(samples))
 
 
 def _joins(judge: Judge, single: Probe) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,20 +24,26 @@ Flat: TypeAlias = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor that learns: whose it is, what it is called, and where its numbers lie."""
+    """One tensor: whose it is, what it is called there, and where its numbers lie.
+
+    Attributes
+    ----------
+    name : str
+        Of the tensor in the model that is made of it.
+    """
 
     replacement: int
     part: str
     name: str
     place: slice
-    array: NDArray[Any]
+    shape: tuple[int, ...]
 
 
 class Parameters:
-    """The factors, scales and biases of replacements that may learn.
+    """The factors, codes, scales and biases of replacements that may learn.
 
-    They learn in single precision. What is stored is their rounding, in half precision say, and
-    where they are judged, it is by that.
+    They learn in single precision, codes as numbers that are rounded to them in each step. What is
+    stored is their rounding, in half precision say, and where they are judged, it is by that.
 
     Parameters
     ----------
@@ -48,27 +54,38 @@ class Parameters:
     Attributes
     ----------
     rewritten : Rewritten
-        The model with the replacements, and the names of what they store.
+        The model with the replacements, in which codes are decoded, and the names of what that
+        stores.
     """
 
     def __init__(self, model: onnx.ModelProto, replacements: Sequence[Replacement]) -> None:
         # A bias that stays as it is stands in the model, and would not be the replacement's.
         self._replacements = [_with_own_bias(model, each) for each in replacements]
-        self.rewritten: Rewritten = rewrite_named(model, self._replacements)
+        decoded = [each.decoded() for each in self._replacements]
+        self.rewritten: Rewritten = rewrite_named(model, decoded)
+        self._shapes = [_shapes(each) for each in decoded]
+        self._start = [_learnable(each) for each in self._replacements]
         self._tensors: list[_Tensor] = []
+        self._read: list[_Tensor] = []
         self.keep(name for names in self.rewritten.stored for name in names.values())
 
     def keep(self, names: Collection[str] | Iterator[str]) -> None:
-        """Let tensors of these names alone learn, of those that may."""
-        wanted, begin = set(names), 0
-        self._tensors = []
-        for number, replacement in enumerate(self._replacements):
-            for part, array in _learnable(replacement).items():
-                name = self.rewritten.stored[number][part]
-                if name in wanted:
-                    place = slice(begin, begin + array.size)
-                    self._tensors.append(_Tensor(number, part, name, place, array))
-                    begin = place.stop
+        """Let what tensors of these names are made of learn alone, of what may."""
+        wanted = set(names)
+        learned, read = [], dict[tuple[int, str], tuple[int, ...]]()
+        for number, (replacement, parts) in enumerate(
+            zip(self._replacements, self._start, strict=True)
+        ):
+            for part, array in parts.items():
+                source = part if part == BIAS else replacement.read_from(part)
+                if self._name(number, source) in wanted:
+                    learned.append((number, part, source, array.shape))
+                    read[number, source] = self._shapes[number][source]
+        self._tensors = _placed((n, p, self._name(n, source), s) for n, p, source, s in learned)
+        self._read = _placed((n, p, self._name(n, p), shape) for (n, p), shape in read.items())
+
+    def _name(self, number: int, part: str) -> str:
+        return self.rewritten.stored[number].get(part, "")
 
     def of(self, names: Collection[str]) -> Parameters:
         """Return those of these names alone, in the same model."""
@@ -77,23 +94,23 @@ class Parameters:
         return part
 
     def places(self, names: Collection[str]) -> NDArray[np.intp]:
-        """Where the numbers of tensors of these names are, in the order in which they are."""
+        """Where the numbers behind tensors of these names are, in the order in which they are."""
         wanted = [np.arange(t.place.start, t.place.stop) for t in self._tensors if t.name in names]
         return np.concatenate(wanted) if wanted else np.zeros(0, np.intp)
 
     @property
     def names(self) -> list[str]:
-        """Names of the tensors."""
-        return [tensor.name for tensor in self._tensors]
+        """Names of the tensors in the model."""
+        return [tensor.name for tensor in self._read]
 
     @property
-    def size(self) -> int:
-        """How many numbers there are."""
-        return self._tensors[-1].place.stop if self._tensors else 0
+    def read_size(self) -> int:
+        """How many numbers these tensors have."""
+        return self._read[-1].place.stop if self._read else 0
 
     def start(self) -> Flat:
-        """Return their present values."""
-        return self._flat([tensor.array for tensor in self._tensors])
+        """Return the present values of what learns."""
+        return _flat([self._start[tensor.replacement][tensor.part] for tensor in self._tensors])
 
     def sizes(self) -> Flat:
         """Root mean square of the tensor that each number belongs to; of all, where it is 0."""
@@ -105,12 +122,33 @@ class Parameters:
         return result
 
     def feeds(self, values: Flat) -> dict[str, NDArray[Any]]:
-        """Return the tensors by their names; views of the flat array."""
-        return {t.name: values[t.place].reshape(t.array.shape) for t in self._tensors}
+        """Return the tensors that are made of values, by their names."""
+        parts = self._parts(values)
+        made = [
+            {**replacement.as_read(_without_bias(its)), **_bias_of(its)}
+            for replacement, its in zip(self._replacements, parts, strict=True)
+        ]
+        return {tensor.name: made[tensor.replacement][tensor.part] for tensor in self._read}
 
     def gathered(self, tensors: Mapping[str, NDArray[Any]]) -> Flat:
         """Return tensors of these names and shapes, such as gradients, as a flat array."""
-        return self._flat([tensors[tensor.name] for tensor in self._tensors])
+        return _flat([tensors[tensor.name] for tensor in self._read])
+
+    def pulled_back(self, values: Flat, gradient: Flat) -> Flat:
+        """Return derivatives by values, from those that `gathered` returns."""
+        by_read: list[dict[str, NDArray[Any]]] = [{} for _ in self._replacements]
+        for tensor in self._read:
+            by_read[tensor.replacement][tensor.part] = gradient[tensor.place].reshape(tensor.shape)
+        found = [
+            {
+                **replacement.pulled_back(_without_bias(its), _without_bias(given)),
+                **_bias_of(given),
+            }
+            for replacement, its, given in zip(
+                self._replacements, self._parts(values), by_read, strict=True
+            )
+        ]
+        return _flat([found[tensor.replacement][tensor.part] for tensor in self._tensors])
 
     def replacements(self, values: Flat) -> list[Replacement]:
         """Return the replacements with other values, as they are stored.
@@ -120,19 +158,42 @@ class Parameters:
         ModelError
             If one overflows the type in which it is stored.
         """
-        changed: list[dict[str, NDArray[Any]]] = [{} for _ in self._replacements]
-        for tensor in self._tensors:
-            its = values[tensor.place].reshape(tensor.array.shape)
-            changed[tensor.replacement][tensor.part] = its
         return [
-            replacement.with_parts(its, its.pop(BIAS, None))
-            for replacement, its in zip(self._replacements, changed, strict=True)
+            replacement.with_parts(_without_bias(its), its.get(BIAS))
+            for replacement, its in zip(self._replacements, self._parts(values), strict=True)
         ]
 
-    def _flat(self, arrays: Sequence[NDArray[Any]]) -> Flat:
-        if not arrays:
-            return np.zeros(0, np.float32)
-        return np.concatenate([array.reshape(-1).astype(np.float32) for array in arrays])
+    def _parts(self, values: Flat) -> list[dict[str, NDArray[Any]]]:
+        """Return the values of each replacement by part; views of the flat array."""
+        found: list[dict[str, NDArray[Any]]] = [{} for _ in self._replacements]
+        for tensor in self._tensors:
+            its = values[tensor.place].reshape(tensor.shape)
+            found[tensor.replacement][tensor.part] = its
+        return found
+
+
+def _placed(tensors: Iterable[tuple[int, str, str, tuple[int, ...]]]) -> list[_Tensor]:
+    """Put tensors one behind the other."""
+    found, begin = list[_Tensor](), 0
+    for number, part, name, shape in tensors:
+        place = slice(begin, begin + math.prod(shape))
+        found.append(_Tensor(number, part, name, place, shape))
+        begin = place.stop
+    return found
+
+
+def _flat(arrays: Sequence[NDArray[Any]]) -> Flat:
+    if not arrays:
+        return np.zeros(0, np.float32)
+    return np.concatenate([array.reshape(-1).astype(np.float32) for array in arrays])
+
+
+def _without_bias(parts: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {part: array for part, array in parts.items() if part != BIAS}
+
+
+def _bias_of(parts: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {BIAS: parts[BIAS]} if BIAS in parts else {}
 
 
 def _with_own_bias(model: onnx.ModelProto, replacement: Replacement) -> Replacement:
@@ -145,6 +206,11 @@ def _with_own_bias(model: onnx.ModelProto, replacement: Replacement) -> Replacem
 def _learnable(replacement: Replacement) -> dict[str, NDArray[Any]]:
     own = {} if replacement.bias is None else {BIAS: replacement.bias}
     return {**replacement.learnable, **own}
+
+
+def _shapes(replacement: Replacement) -> dict[str, tuple[int, ...]]:
+    own = {} if replacement.bias is None else {BIAS: replacement.bias.shape}
+    return {part: array.shape for part, array in replacement.arrays.items()} | own
 
 
 def _root_mean_square(values: NDArray[Any]) -> float:

@@ -79,7 +79,7 @@ class Replacement(ABC):
 
     @property
     def learnable(self) -> Mapping[str, NDArray[Any]]:
-        """Arrays that may take other values, each whatever the others hold; by default none."""
+        """Numbers that may take other values, each whatever the others hold; by default none."""
         return {}
 
     def with_parts(self, parts: Mapping[str, NDArray[Any]], bias: NDArray[Any] | None) -> Self:
@@ -97,17 +97,35 @@ class Replacement(ABC):
         ModelError
             If a value overflows its type.
         """
+        own = self.bias if bias is None else narrowed_bias(self.layer, bias)
+        return replace(self._with_parts(parts), bias=own)
+
+    def _with_parts(self, parts: Mapping[str, NDArray[Any]]) -> Self:
+        """Return the same with other values; by default each is an array of this name."""
         what = "what is stored for its weight"
         changed = {
             part: narrowed(self.layer, array, self.arrays[part].dtype, what)
             for part, array in parts.items()
         }
-        own = self.bias if bias is None else narrowed_bias(self.layer, bias)
-        return replace(self._with_arrays({**self.arrays, **changed}), bias=own)
+        return replace(self, arrays={**self.arrays, **changed})
 
-    def _with_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> Self:
-        """Return the same with other arrays, and all that follows from them."""
-        return replace(self, arrays=arrays)
+    def decoded(self) -> Replacement:
+        """Return the same with the numbers that codes stand for in their place; by default this."""
+        return self
+
+    def read_from(self, part: str) -> str:
+        """Name the array of `decoded` that is made of a part of `learnable`."""
+        return part
+
+    def as_read(self, parts: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """Return the arrays of `decoded` that values of `learnable` stand for, once rounded."""
+        return parts
+
+    def pulled_back(
+        self, parts: Mapping[str, NDArray[Any]], gradients: Mapping[str, NDArray[Any]]
+    ) -> Mapping[str, NDArray[Any]]:
+        """Return derivatives by values of `learnable`, from those by the arrays of `as_read`."""
+        return gradients
 
     @abstractmethod
     def dense(self) -> NDArray[Any]:

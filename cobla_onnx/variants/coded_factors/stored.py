@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.variants.coded_factors.form import CodedScheme
 from cobla_onnx.variants.coded_factors.pair import RoundedPair, arranged
-from cobla_onnx.variants.low_rank.nodes import FIRST, SECOND, Pair
+from cobla_onnx.variants.low_rank.nodes import FIRST, SECOND, FactorPair, Pair
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import narrowed_bias
 from cobla_onnx.variants.storage.tensor import (
@@ -66,12 +66,41 @@ class StoredPair(Pair):
             for part, array in tensor.learnable.items()
         }
 
-    def _with_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> Self:
+    def _with_parts(self, parts: Mapping[str, NDArray[Any]]) -> Self:
         tensors = {
-            factor: tensor.with_arrays({part: arrays[f"{factor}/{part}"] for part in tensor.arrays})
+            factor: tensor.with_parts(self.layer, _of(factor, parts))
             for factor, tensor in self.tensors.items()
         }
-        return replace(self, arrays=arrays, tensors=tensors)
+        return replace(self, arrays=_arrays(tensors), tensors=tensors)
+
+    def decoded(self) -> FactorPair:
+        """Return both factors as they are decoded."""
+        values = {factor: tensor.values for factor, tensor in self.tensors.items()}
+        return FactorPair(self.layer, values, self.bias, self.scheme, folded=self.folded)
+
+    def read_from(self, part: str) -> str:
+        """Name the factor of which a part is one."""
+        return part.partition("/")[0]
+
+    def as_read(self, parts: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """Round the factors that the parts stand for."""
+        return {
+            factor: tensor.as_read(its)
+            for factor, tensor in self.tensors.items()
+            if (its := _of(factor, parts))
+        }
+
+    def pulled_back(
+        self, parts: Mapping[str, NDArray[Any]], gradients: Mapping[str, NDArray[Any]]
+    ) -> Mapping[str, NDArray[Any]]:
+        """Return derivatives by the parts, from those by the factors."""
+        return {
+            f"{factor}/{part}": array
+            for factor, gradient in gradients.items()
+            for part, array in self.tensors[factor]
+            .pulled_back(_of(factor, parts), gradient)
+            .items()
+        }
 
     @property
     def nibbles(self) -> Mapping[str, tuple[int, ...]]:
@@ -128,6 +157,12 @@ def stored_pair(layer: Layer, pair: RoundedPair) -> StoredPair:
     tensors = dict(zip((FIRST, SECOND), made, strict=True))
     bias = narrowed_bias(layer, pair.bias)
     return StoredPair(layer, _arrays(tensors), bias, scheme, tensors)
+
+
+def _of(factor: str, parts: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return the parts of one factor, by the names that its tensor has for them."""
+    pairs = ((name.partition("/"), array) for name, array in parts.items())
+    return {part: array for (whose, _, part), array in pairs if whose == factor}
 
 
 def _arrays(tensors: Mapping[str, StoredTensor]) -> dict[str, NDArray[Any]]:

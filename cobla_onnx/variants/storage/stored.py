@@ -27,7 +27,9 @@ from cobla_onnx.variants.writing import DEQUANTIZE, FUSED, Writing
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["StoredWeight", "coded_weight", "half_weight", "stored_bytes"]
+__all__ = ["DecodedWeight", "StoredWeight", "coded_weight", "half_weight", "stored_bytes"]
+
+WEIGHT = "weight"
 
 
 def stored_bytes(layer: Layer, bits: int) -> int:
@@ -37,7 +39,48 @@ def stored_bytes(layer: Layer, bits: int) -> int:
 
 
 @dataclass(frozen=True)
-class StoredWeight(Replacement):
+class _BeforeTheNode(Replacement):
+    """A weight, however it is stored, and the layer's node as it was."""
+
+    def nodes(
+        self,
+        node: onnx.NodeProto,
+        use: Use,
+        operands: Mapping[str, str],
+        rest: Sequence[str],
+        names: Names,
+    ) -> list[onnx.NodeProto]:
+        """Return the layer's own node, which reads the decoded weight."""
+        reading = self.layer.reading(use)
+        weight = operand(operands, (WEIGHT, reading.transposed))
+        return [own_node(node, reading.weight_input, weight, rest)]
+
+
+@dataclass(frozen=True)
+class DecodedWeight(_BeforeTheNode):
+    """A weight as it is decoded, which is never written into a result.
+
+    Attributes
+    ----------
+    layer, bias
+        As those of `Replacement`.
+    arrays : mapping of str to array
+        ``weight``, in single precision.
+    """
+
+    def dense(self) -> NDArray[Any]:
+        """Return the weight."""
+        return self.arrays[WEIGHT]
+
+    def shared(
+        self, stored: Mapping[str, str], names: Names
+    ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+        """Build the nodes that turn the weight, where it is read so."""
+        return _turned(self.layer, stored[WEIGHT], names)
+
+
+@dataclass(frozen=True)
+class StoredWeight(_BeforeTheNode):
     """A weight in few bits, and the layer's node as it was.
 
     Attributes
@@ -54,8 +97,27 @@ class StoredWeight(Replacement):
         """Those of the tensor."""
         return self.tensor.learnable
 
-    def _with_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> Self:
-        return replace(self, arrays=arrays, tensor=self.tensor.with_arrays(arrays))
+    def _with_parts(self, parts: Mapping[str, NDArray[Any]]) -> Self:
+        tensor = self.tensor.with_parts(self.layer, parts)
+        return replace(self, arrays=tensor.arrays, tensor=tensor)
+
+    def decoded(self) -> Replacement:
+        """Return the weight as it is decoded, before the layer's own node."""
+        return DecodedWeight(self.layer, {WEIGHT: self.tensor.values}, self.bias)
+
+    def read_from(self, part: str) -> str:
+        """Name the weight: it is made of all parts."""
+        return WEIGHT
+
+    def as_read(self, parts: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """Round the weight that the parts stand for."""
+        return {WEIGHT: self.tensor.as_read(parts)} if parts else {}
+
+    def pulled_back(
+        self, parts: Mapping[str, NDArray[Any]], gradients: Mapping[str, NDArray[Any]]
+    ) -> Mapping[str, NDArray[Any]]:
+        """Return derivatives by the parts, from that by the weight."""
+        return self.tensor.pulled_back(parts, gradients[WEIGHT]) if gradients else {}
 
     @property
     def nibbles(self) -> Mapping[str, tuple[int, ...]]:
@@ -81,22 +143,14 @@ class StoredWeight(Replacement):
     ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
         """Build the nodes that decode the weight, once for all uses."""
         nodes, weight = self.tensor.decode(stored, self.layer.name, names)
-        parts = [("weight", each.transposed) for each in self.layer.readings]
-        more, operands = with_transposes({"weight": weight}, parts, names)
+        more, operands = _turned(self.layer, weight, names)
         return [*nodes, *more], operands
 
-    def nodes(
-        self,
-        node: onnx.NodeProto,
-        use: Use,
-        operands: Mapping[str, str],
-        rest: Sequence[str],
-        names: Names,
-    ) -> list[onnx.NodeProto]:
-        """Return the layer's own node, which reads the decoded weight."""
-        reading = self.layer.reading(use)
-        weight = operand(operands, ("weight", reading.transposed))
-        return [own_node(node, reading.weight_input, weight, rest)]
+
+def _turned(layer: Layer, weight: str, names: Names) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+    """Transpose a weight where tied layers read it so; name what the nodes read."""
+    parts = [(WEIGHT, each.transposed) for each in layer.readings]
+    return with_transposes({WEIGHT: weight}, parts, names)
 
 
 def half_weight(layer: Layer, weight: NDArray[Any], bias: NDArray[Any] | None) -> StoredWeight:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import narrowed
-from cobla_onnx.variants.storage.coding import signed
+from cobla_onnx.variants.storage.coding import INTEGERS, nearest, signed
 from cobla_onnx.variants.storage.decoding import (
     DOMAIN,
     constant_bytes,
@@ -41,7 +41,10 @@ from cobla_onnx.variants.writing import (
     takes_nibbles,
 )
 
-__all__ = ["StoredTensor", "coded_tensor", "half_tensor", "tensor_bytes"]
+__all__ = ["LEVEL", "StoredTensor", "coded_tensor", "half_tensor", "tensor_bytes"]
+
+LEVEL = "level"
+"""Part of what learns: numbers over their scales, before they are rounded to levels."""
 
 
 def tensor_bytes(count: Count, scales: Count, axes: int, bits: int) -> Count:
@@ -113,21 +116,67 @@ class StoredTensor:
 
     @property
     def learnable(self) -> dict[str, NDArray[Any]]:
-        """What may take other values: scales while codes stay, or numbers in half precision."""
-        part = "half" if self.bits == HALF else "scale"
-        return {part: self.arrays[part]}
+        """What may take other values: numbers in half precision, or `LEVEL` and scales.
 
-    def with_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> StoredTensor:
-        """Return the same with other arrays of these names, and what is decoded from them."""
+        The first are numbers over their scales, which count as the levels nearest to them.
+        """
         if self.bits == HALF:
-            values = arrays["half"].astype(np.float32)
-        elif self.bits == 8:
-            values = arrays["codes"].astype(np.float32) * arrays["scale"]
-        else:
-            planes = [arrays[f"plane_{number}"] for number in range(len(PLANES[self.bits]))]
-            codes = unpack(planes, self.bits, self.values.size).reshape(self.values.shape)
-            values = arrays["levels"][codes] * arrays["scale"]
-        return replace(self, arrays=arrays, values=values)
+            return {"half": self.arrays["half"]}
+        return {LEVEL: self._levels[self._codes], "scale": self.arrays["scale"]}
+
+    @property
+    def _levels(self) -> NDArray[np.float32]:
+        return INTEGERS if self.bits == 8 else np.asarray(self.arrays["levels"], np.float32)
+
+    @property
+    def _codes(self) -> NDArray[np.intp]:
+        if self.bits == 8:
+            return self.arrays["codes"].astype(np.intp) + 128
+        planes = [self.arrays[f"plane_{number}"] for number in range(len(PLANES[self.bits]))]
+        return (
+            unpack(planes, self.bits, self.values.size).reshape(self.values.shape).astype(np.intp)
+        )
+
+    def _nearest(self, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.intp]:
+        return nearest(self._levels, parts[LEVEL]) if LEVEL in parts else self._codes
+
+    def with_parts(self, layer: Layer, parts: Mapping[str, NDArray[Any]]) -> StoredTensor:
+        """Return the same with other values of `learnable`, rounded.
+
+        Raises
+        ------
+        ModelError
+            If a value overflows its type.
+        """
+        what = "what is stored for its weight"
+        if self.bits == HALF:
+            return half_tensor(layer, parts["half"], what) if parts else self
+        scale = narrowed(layer, parts.get("scale", self.arrays["scale"]), np.dtype("f"), what)
+        codes = self._nearest(parts).astype(np.uint8)
+        return coded_tensor(codes, self._levels, np.broadcast_to(scale, codes.shape))
+
+    def as_read(self, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Return the tensor that values of `learnable` stand for, once rounded."""
+        if self.bits == HALF:
+            return np.asarray(parts["half"], np.float32)
+        scale = parts.get("scale", self.arrays["scale"])
+        return np.asarray(self._levels[self._nearest(parts)] * scale, np.float32)
+
+    def pulled_back(
+        self, parts: Mapping[str, NDArray[Any]], gradient: NDArray[Any]
+    ) -> dict[str, NDArray[Any]]:
+        """Return derivatives by values of `learnable`, from that by the tensor.
+
+        Rounding counts as if it changed nothing: the straight-through estimator (Bengio et al.
+        2013, arXiv 1308.3432, section 4), as used for weights by Jacob et al. 2018 (arXiv
+        1712.05877), section 3.
+        """
+        if self.bits == HALF:
+            return {"half": gradient}
+        scale = parts.get("scale", self.arrays["scale"])
+        by_scale = gradient * self._levels[self._nearest(parts)]
+        axes = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
+        return {LEVEL: gradient * scale, "scale": by_scale.sum(axis=axes, keepdims=True)}
 
     def decode(
         self, stored: Mapping[str, str], label: str, names: Names
