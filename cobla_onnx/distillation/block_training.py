@@ -27,6 +27,8 @@ __all__ = ["BlockTrainer", "Cuts", "cuts_of"]
 # Most bytes of the tensors at a cut, of all samples and their variants. There are four of them at a
 # time, on disk: of both models, before and behind a block.
 LIMIT = 1 << 30
+# Most variants of a sample. To bring one to all blocks takes about as long as to learn from it once.
+VARIANTS = 16
 
 
 class Cuts(NamedTuple):
@@ -174,7 +176,8 @@ class BlockTrainer:
         expected: Sequence[Feeds] | None = Chosen(taught.single.expected, places)
         copies = 1
         if taught.augmentation is not None:
-            copies = max(1, min(passes, LIMIT // max(1, self._largest * len(places))))
+            room = LIMIT // max(1, self._largest * len(places))
+            copies = max(1, min(passes, VARIANTS, room))
             inputs = Shelf(_variants(inputs, taught.augmentation, copies, self._seed))
             expected = None
         return Stream(inputs, lessons.width, expected=expected), copies
