@@ -27,7 +27,7 @@ __all__ = ["BlockTrainer", "Cuts", "cuts_of"]
 # Most bytes of the tensors at a cut, of all samples and their variants. There are four of them at a
 # time, on disk: of both models, before and behind a block.
 LIMIT = 1 << 30
-# Most variants of a sample. To bring one to all blocks takes about as long as to learn from it once.
+# Most variants of a sample. To bring one to all blocks takes as long as to learn from it once.
 VARIANTS = 16
 
 
