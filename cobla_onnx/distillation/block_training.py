@@ -68,7 +68,7 @@ class BlockTrainer:
 
     Attributes
     ----------
-    first, steps, undone, interrupted, checkpoints
+    first, steps, undone, checkpoints
         See `Trainer`; a checkpoint is behind each block.
     """
 
@@ -89,13 +89,12 @@ class BlockTrainer:
         self._blocks, self._largest = cuts
         self.first = State(start.copy(), lessons.held_back(start))
         self.steps = self.undone = 0
-        self.interrupted = False
         self.checkpoints: list[Checkpoint] = []
 
     @property
     def is_over(self) -> bool:
         """Whether its share of the time is up, or Ctrl-C was pressed."""
-        return self.interrupted or self._clock.is_up(self._share)
+        return self._clock.is_up(self._share)
 
     def cycle(self, passes: int, rate: float) -> State | None:
         """Let each block learn for some passes, in a cycle as `Trainer` makes it.
@@ -138,7 +137,7 @@ class BlockTrainer:
                     made = rewrite(taught.model, parameters.replacements(values))
                     stream = stream.moved(block.end, posed.targets, made, pool)
             except KeyboardInterrupt:
-                self.interrupted = True
+                self._clock.interrupted = True
                 return
             yield values.copy(), error
             before = self.checkpoints[-1].held_back
@@ -165,7 +164,6 @@ class BlockTrainer:
             values[places] = state.values
         self.steps += trainer.steps
         self.undone += trainer.undone
-        self.interrupted = trainer.interrupted
         return trainer.checkpoints[-1].loss
 
     def _stream(self, passes: int) -> tuple[Stream, int]:

@@ -54,9 +54,12 @@ class Clock:
     ----------
     limit : float, optional
         Seconds after which no further step is made.
+    interrupted : bool
+        Whether Ctrl-C was pressed; no further step is made.
     """
 
     limit: float | None = None
+    interrupted: bool = False
     _begun: float = field(default_factory=time.perf_counter)
 
     @property
@@ -65,8 +68,9 @@ class Clock:
         return time.perf_counter() - self._begun
 
     def is_up(self, share: float = 1.0) -> bool:
-        """Whether this share of the limit is over."""
-        return self.limit is not None and self.elapsed >= share * self.limit
+        """Whether this share of the limit is over, or Ctrl-C was pressed."""
+        late = self.limit is not None and self.elapsed >= share * self.limit
+        return late or self.interrupted
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,6 @@ class Trainer:
     first : State
     steps, undone : int
         See `Distillation`.
-    interrupted : bool
-        Whether Ctrl-C has ended a cycle; no further step is made.
     checkpoints : list of Checkpoint
         Of the last cycle.
     """
@@ -137,7 +139,6 @@ class Trainer:
         self._batch = min(BATCH, task.samples)
         self.first = State(start.copy(), task.held_back(start))
         self.steps = self.undone = 0
-        self.interrupted = False
         self.checkpoints: list[Checkpoint] = []
 
     @property
@@ -148,7 +149,7 @@ class Trainer:
     @property
     def is_over(self) -> bool:
         """Whether its share of the time is up, or Ctrl-C was pressed."""
-        return self.interrupted or self._clock.is_up(self._share)
+        return self._clock.is_up(self._share)
 
     def cycle(self, passes: int, rate: float) -> State | None:
         """Make some passes in which the rate rises quickly to its greatest value, then falls to 0.
@@ -200,7 +201,7 @@ class Trainer:
             try:
                 loss, gradient = self.task.gradient(values, chosen.tolist())
             except KeyboardInterrupt:
-                self.interrupted = True
+                self._clock.interrupted = True
                 break
             if not (math.isfinite(loss) and np.isfinite(gradient).all()):
                 raise FloatingPointError

@@ -15,8 +15,7 @@ import pytest
 from cobla_onnx import Budget, compress
 from cobla_onnx.allocation import Choice
 from cobla_onnx.calibration.evaluation.loss import sample_losses
-from cobla_onnx.distillation import distil as distilling
-from cobla_onnx.distillation import training
+from cobla_onnx.distillation import stages, training
 from cobla_onnx.distillation.block_lessons import BlockLessons
 from cobla_onnx.distillation.distil import Distilled, Part, distil
 from cobla_onnx.distillation.lessons import Lessons, Split, taught_by
@@ -243,7 +242,7 @@ def test_what_is_stored_in_few_bits_learns(evidence, bits, scheme):
 
 def test_bits_learn_within_the_budget_that_they_were_chosen_for(monkeypatch):
     """Also where so little is lost that what is learned is within the noise."""
-    monkeypatch.setattr(distilling, "BETTER", -np.inf)
+    monkeypatch.setattr(stages, "BETTER", -np.inf)
     options = {"data": SMALL, "precision": "auto", "refit": False, "threads": 1}
     found = compress(small_network(), Budget(mem=0.12), distil=2, solver="milp", **options)
     assert found.report.budget["mem"].reached <= 0.12
@@ -276,6 +275,18 @@ def test_time_that_is_up_ends_it(evidence, factors):
     made = distil(evidence.judge, factors.replacements(), "auto", parts, seconds=0.0)
     assert made.record.steps == 0
     assert "more time" in made.record.text
+    assert not made.record.kept
+
+
+def test_an_interrupt_in_the_trials_of_blocks_ends_those_of_the_whole(
+    evidence, factors, monkeypatch
+):
+    def interrupted(self, values, chosen):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BlockLessons, "gradient", interrupted)
+    made = distil(evidence.judge, factors.replacements(), 2, parts_of(evidence, factors))
+    assert made.record.steps == 0
     assert not made.record.kept
 
 

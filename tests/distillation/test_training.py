@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobla_onnx.distillation import distil as distilling
-from cobla_onnx.distillation import passes
+from cobla_onnx.distillation import passes, stages
 from cobla_onnx.distillation.adam import Adam
 from cobla_onnx.distillation.passes import choose
 from cobla_onnx.distillation.training import Trainer, one_cycle
@@ -100,11 +99,11 @@ def test_what_is_not_finite_or_far_above_the_start_has_no_end(bowl, rate):
 def test_a_training_that_explodes_is_begun_again_with_half_of_its_rate():
     tried = choose("network", [trainer(Bowl())], 20, 2)
     made = trainer(Bowl(spoilt=frozenset([5])))
-    assert distilling._cycled(made, tried) is not None
+    assert stages._cycled(made, tried) is not None
     assert made.undone == 1
     hopeless = trainer(Bowl(spoilt=frozenset(range(1000))))
-    assert distilling._cycled(hopeless, tried) is None
-    assert hopeless.undone == 1 + distilling.MOST_UNDONE
+    assert stages._cycled(hopeless, tried) is None
+    assert hopeless.undone == 1 + stages.MOST_UNDONE
 
 
 def test_a_training_that_goes_wrong_for_the_held_back_samples_is_not_kept():
@@ -116,7 +115,7 @@ def test_a_training_that_goes_wrong_for_the_held_back_samples_is_not_kept():
         def held_back(self, values):
             return 1 + 0.5 * np.linspace(0.9, 1.1, 20) * float(values.mean() < 1.9)
 
-    assert distilling._cycled(trainer(Slope()), tried) is None
+    assert stages._cycled(trainer(Slope()), tried) is None
 
 
 def test_a_rate_is_chosen_that_does_not_explode():
@@ -159,7 +158,7 @@ def test_an_interrupt_ends_a_cycle_and_what_comes_after_it():
     assert made.is_over
     again = trainer(Interrupted())
     # What was cut short is kept since it gains on the samples held back.
-    assert distilling._cycled(again, tried) is not None
+    assert stages._cycled(again, tried) is not None
     assert choose("network", [trainer(Interrupted())], 100, 2) is None
 
 
