@@ -28,7 +28,7 @@ Passes: TypeAlias = Literal["auto"] | int
 RATES, USUAL = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4), 3
 # Least steps of the first cycle without a number of passes, and least passes; each cycle after it
 # is twice as long.
-FIRST_STEPS, FIRST_PASSES, MOST_CYCLES = 100, 2, 4
+FIRST_STEPS, FIRST_PASSES, MOST_CYCLES = 50, 2, 4
 # Standard errors by which a cycle must gain for a longer one to be tried.
 WORTHWHILE = 1.0
 
