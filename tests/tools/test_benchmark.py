@@ -58,6 +58,23 @@ def test_intervals_are_paired_and_need_what_both_rows_have(tools):
     assert benchmark_table._gap(by, ("a", "missing"), "mem", 0.5) == ""
 
 
+def test_what_has_learned_stands_beside_what_it_was(tools, tmp_path, capsys):
+    benchmark = tools("benchmark")
+    generator = np.random.default_rng(0)
+    for name in ("ours, without refit", "ours", "ours, distilled"):
+        line = row(name + benchmark.of_samples(40, 1), generator.random(20), np.ones(20, bool))
+        line |= {"top1": 0.5, "seconds": 3.0, "analysis_seconds": 1.0}
+        benchmark.append(tmp_path / "r.jsonl", line)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{benchmark.DISTILLED_BEGIN}\n{benchmark.DISTILLED_END}\n")
+    benchmark.distilled(tmp_path / "r.jsonl", page)
+    lines = [x for x in page.read_text().splitlines() if x.startswith("| digits")]
+    assert [line.split(" | ")[2] for line in lines] == [
+        "ours, 40 samples, seed 1", "ours, distilled, 40 samples, seed 1",
+    ]  # fmt: skip
+    assert lines[0].endswith("| 100.0% | " + lines[0].split(" | ")[4] + " | 50.0% | 4 |")
+
+
 def test_tables_have_as_many_cells_as_columns(tools, tmp_path, capsys):
     benchmark = tools("benchmark")
     names = [v for n in benchmark.METHODS for v in benchmark.VARIANTS.get(n, (n,))]
