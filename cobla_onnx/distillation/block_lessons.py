@@ -33,11 +33,6 @@ class Posed(NamedTuple):
     stream: Stream
     targets: Sequence[Feeds]
 
-    def shards(self, chosen: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Cut samples into as many as may run at a time."""
-        alone = any(not array.ndim or len(array) != 1 for array in self.targets[0].values())
-        return in_shards(chosen, 1 if alone else self.stream.width)
-
 
 class BlockLessons:
     """A `Task`: what learns in one block.
@@ -64,9 +59,13 @@ class BlockLessons:
         self, taught: Taught, block: Block, parameters: Parameters, posed: Posed, pool: Pool
     ) -> None:
         self._parameters, self._posed, self._pool = parameters, posed, pool
-        self._measures: Mapping[str, Measure] = {block.end: ERROR} if block.end else taught.measures
-        model = parameters.rewritten.model
-        self._part = posed.stream.part(model, list(self._measures))
+        stream, model = posed.stream, parameters.rewritten.model
+        self._measures: Mapping[str, Measure] = {block.end: ERROR}
+        if not block.end:
+            # An output at which the block begins cannot be learned by it.
+            self._measures = {n: m for n, m in taught.measures.items() if n != stream.at}
+        self._width = stream.width(block.end)
+        self._part = stream.part(model, list(self._measures))
         self._sessions = self._opened()
         blocked = self._sessions.blocked
         if blocked:
@@ -77,7 +76,7 @@ class BlockLessons:
 
     def _opened(self) -> GradientSessions:
         sessions = GradientSessions(self._part, self._measures, self._parameters.names, threads=1)
-        sessions.open(self._feeds(next(self._posed.shards(range(self.samples)))), {})
+        sessions.open(self._feeds(range(min(self._width, self.samples))), {})
         return sessions
 
     def _feeds(self, chosen: Sequence[int]) -> Feeds:
@@ -102,13 +101,13 @@ class BlockLessons:
     def _differentiated(self, values: Flat, chosen: Sequence[int]) -> Iterator[Differentiated]:
         tensors = self._parameters.feeds(values)
 
-        def opened() -> Iterator[Sequence[int]]:
-            for shard in self._posed.shards(chosen):
-                self._sessions.open(self._feeds(shard), {})
-                yield shard
+        def read() -> Iterator[tuple[Feeds, Feeds]]:
+            for shard in in_shards(chosen, self._width):
+                feeds = self._feeds(shard)
+                self._sessions.open(feeds, {})
+                yield feeds, joined(self._posed.targets, shard)
 
-        def differentiated(shard: Sequence[int]) -> Differentiated:
-            targets = joined(self._posed.targets, shard)
-            return self._sessions.run(self._feeds(shard), targets, tensors)
+        def differentiated(shard: tuple[Feeds, Feeds]) -> Differentiated:
+            return self._sessions.run(*shard, tensors)
 
-        return self._pool.map(differentiated, opened(), self._pool.width)
+        return self._pool.map(differentiated, read(), self._pool.width)

@@ -12,11 +12,12 @@ from cobla_onnx.calibration.moments import Taps
 from cobla_onnx.distillation.augmentation import Augmentation
 from cobla_onnx.distillation.block_lessons import BlockLessons, Posed
 from cobla_onnx.distillation.blocks import Block, cut_tensors, find_blocks
-from cobla_onnx.distillation.lessons import Lessons
+from cobla_onnx.distillation.lessons import Lessons, joined
 from cobla_onnx.distillation.parameters import Flat, Parameters
 from cobla_onnx.distillation.record import Checkpoint, finite
 from cobla_onnx.distillation.streams import Chosen, Stream
 from cobla_onnx.distillation.training import EXPLODED, Clock, State, Trainer
+from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import Shelf
@@ -39,11 +40,14 @@ class Cuts(NamedTuple):
     blocks : list of Block
         With less than two there is nothing that the model as a whole would not do.
     largest : int
-        Bytes of the largest tensor at a cut, of one sample.
+        Bytes of the largest tensor at a cut, of the sample with the largest inputs.
+    joined : set of str
+        Tensors at cuts of which samples join along the first axis.
     """
 
     blocks: list[Block]
     largest: int
+    joined: set[str]
 
 
 class BlockTrainer:
@@ -86,7 +90,7 @@ class BlockTrainer:
     ) -> None:
         self.lessons, self._seed, self._each = lessons, seed, each
         self._clock, self._share, self._progress = clock or Clock(), share, progress
-        self._blocks, self._largest = cuts
+        self._blocks, self._largest, self._joined = cuts
         self.first = State(start.copy(), lessons.held_back(start))
         self.steps = self.undone = 0
         self.checkpoints: list[Checkpoint] = []
@@ -102,17 +106,21 @@ class BlockTrainer:
         Returns
         -------
         State or None
-            The last one. None if the loss of the samples that judge got far above the first one.
+            The last one. None if the loss of the samples that judge got far above the first one,
+            or a number overflows the type in which it is stored.
         """
         self.checkpoints = []
         self._note(0, None, self.first)
-        values, losses, done = self.first.values, self.first.losses, 0
-        for done, (values, error) in enumerate(self._learned(passes, rate), 1):
-            if self._each or done == len(self._blocks):
-                losses = self.lessons.held_back(values)
-                self._note(done, error, State(values, losses))
-        if done and not (self._each or done == len(self._blocks)):
+        values, done = self.first.values, 0
+        try:
+            for done, (values, error) in enumerate(self._learned(passes, rate), 1):
+                if self._each:
+                    self._note(done, error, State(values, self.lessons.held_back(values)))
             losses = self.lessons.held_back(values)
+        except ModelError:
+            # A number overflows its type, or a part does not run: the cycle has no end.
+            self.undone += 1
+            return None
         state = State(values, losses, done == len(self._blocks))
         # Not "greater": a loss that is no number has exploded, too.
         if not state.loss <= EXPLODED * self.first.loss:
@@ -140,8 +148,7 @@ class BlockTrainer:
                 self._clock.interrupted = True
                 return
             yield values.copy(), error
-            before = self.checkpoints[-1].held_back
-            self._progress(math.nan if before is None else before, number + 1, len(self._blocks))
+            self._progress(self.checkpoints[-1].shown, number + 1, len(self._blocks))
 
     def _learn(
         self, task: BlockLessons, own: Parameters, values: Flat, passes: int, rate: float
@@ -178,7 +185,7 @@ class BlockTrainer:
             copies = max(1, min(passes, VARIANTS, room))
             inputs = Shelf(_variants(inputs, taught.augmentation, copies, self._seed))
             expected = None
-        return Stream(inputs, lessons.width, expected=expected), copies
+        return Stream(inputs, lessons.width, self._joined, expected=expected), copies
 
     def _note(self, number: int, loss: float | None, state: State) -> None:
         stage = "blocks" if number else "start"
@@ -202,10 +209,27 @@ def cuts_of(lessons: Lessons) -> Cuts:
     made = {name for node in model.graph.node for name in node.output}
     rewritten = parameters.rewritten.model
     names = [name for name in cut_tensors(rewritten, parameters.names) if name in made]
-    first = lessons.taught.single.batches[lessons.learned[0]]
-    values = Taps(prefix(model, names), names, 1).run(first)
-    sizes = {name: array.nbytes for name, array in values.items() if array.dtype.kind == "f"}
-    room = LIMIT // len(lessons.learned)
+    samples = Chosen(lessons.taught.single.batches, lessons.learned)
+    first = 0
+    if lessons.width == 1:
+        # Others than those that run together may be of several shapes.
+        sizes_of = [sum(array.nbytes for array in feeds.values()) for feeds in samples]
+        first = int(np.argmax(sizes_of))
+    taps = Taps(prefix(model, names), names, 1)
+    alone = taps.run(samples[first])
+    pair = taps.run(joined(samples, [0, 1])) if lessons.width > 1 else {}
+    sizes = {name: array.nbytes for name, array in alone.items() if array.dtype.kind == "f"}
+    room = LIMIT // len(samples)
     known = {name for name, size in sizes.items() if size <= room}
     blocks = find_blocks(rewritten, parameters.names, known)
-    return Cuts(blocks, max((sizes[block.end] for block in blocks if block.end), default=0))
+    ends = [block.end for block in blocks if block.end]
+    return Cuts(
+        blocks,
+        max((sizes[end] for end in ends), default=0),
+        {end for end in ends if end in pair and _doubles(alone[end].shape, pair[end].shape)},
+    )
+
+
+def _doubles(one: Sequence[int], two: Sequence[int]) -> bool:
+    """Whether two samples make a tensor that is twice as long as that of one, of length 1."""
+    return bool(one) and (1, *one[1:]) == tuple(one) and (2, *one[1:]) == tuple(two)

@@ -67,6 +67,7 @@ def find_blocks(
             if found and not squashed:
                 found[-1] = found[-1]._replace(end=end)
         if node is not None:
+            # Any of them, be it a gate: the block then only ends a little earlier.
             squashed |= node.op_type in SQUASHING
             read |= dict.fromkeys(name for name in all_inputs(node) if name in learned)
     if read:

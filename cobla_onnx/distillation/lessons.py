@@ -216,7 +216,7 @@ def mean_of(
 
 def _joins(judge: Judge, single: Probe) -> bool:
     """Whether samples may run together: all outputs have a row for each."""
-    if judge.batch == 1 or not judge.dataset.uniform:
+    if not (judge.dataset.uniform and judge.dataset.joins(judge.dataset.calibration, judge.batch)):
         return False
     first = single.expected[0]
     return all(array.ndim and len(array) == 1 for array in first.values())

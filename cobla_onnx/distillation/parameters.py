@@ -90,13 +90,15 @@ class Parameters:
     def of(self, names: Collection[str]) -> Parameters:
         """Return those of these names alone, in the same model."""
         part = copy.copy(self)
-        part.keep([name for name in self.names if name in set(names)])
+        part.keep(set(names).intersection(self.names))
         return part
 
     def places(self, names: Collection[str]) -> NDArray[np.intp]:
         """Where the numbers behind tensors of these names are, in the order in which they are."""
-        wanted = [np.arange(t.place.start, t.place.stop) for t in self._tensors if t.name in names]
-        return np.concatenate(wanted) if wanted else np.zeros(0, np.intp)
+        wanted = set(names)
+        places = [tensor.place for tensor in self._tensors if tensor.name in wanted]
+        found = [np.arange(place.start, place.stop) for place in places]
+        return np.concatenate(found) if found else np.zeros(0, np.intp)
 
     @property
     def names(self) -> list[str]:

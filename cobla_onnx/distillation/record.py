@@ -65,6 +65,11 @@ class Checkpoint:
     held_back: float | None
     seconds: float
 
+    @property
+    def shown(self) -> float:
+        """The loss of the samples held back; not a number where it is not finite."""
+        return math.nan if self.held_back is None else self.held_back
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -13,7 +13,7 @@ from cobla_onnx.distillation.block_training import BlockTrainer, Cuts
 from cobla_onnx.distillation.lessons import Lessons
 from cobla_onnx.distillation.parameters import Flat
 from cobla_onnx.distillation.passes import Choice, Cycles, Passes, choose
-from cobla_onnx.distillation.record import BLOCKS, Stage, Trial, finite
+from cobla_onnx.distillation.record import BLOCKS, NETWORK, Stage, Trial, finite
 from cobla_onnx.distillation.training import Clock, Trainer
 
 __all__ = ["Learning", "Tried", "stated", "train", "try_out"]
@@ -24,8 +24,9 @@ BETTER = 1.0
 # Standard errors by which the held-back samples may lose: they look worse than they are, since
 # plan and refit were chosen by them. Beyond that the training went wrong.
 WRONG = 3.0
-# Part of the time for trials; the training takes about as long as one of them on all parts.
-FOR_TRIALS = 0.5
+# Part of the time after which there are no more trials; the training takes about as long as one of
+# them on all parts.
+FOR_TRIALS = {BLOCKS: 0.3, NETWORK: 0.5}
 # Times that a training that exploded is begun again with half of its rate.
 MOST_UNDONE = 4
 
@@ -42,6 +43,10 @@ class Learning:
     values : float32 array, shape (parameters,)
     whole : bool
         Whether they learn from all samples, and not in trials.
+    clock : Clock
+    seed : int
+    progress : callable
+        Called with the loss of the samples that judge, and with what is done and planned.
     trainers : list of BlockTrainer and Trainer
         That were made so far.
     """
@@ -61,7 +66,7 @@ class Learning:
         return self.trainers[-1]
 
     def _trainer(self, stage: str) -> BlockTrainer | Trainer:
-        share = 1.0 if self.whole else FOR_TRIALS
+        share = 1.0 if self.whole else FOR_TRIALS[stage]
         if stage == BLOCKS:
             return BlockTrainer(
                 self.lessons,
@@ -93,8 +98,8 @@ class Tried:
     ----------
     name : str
     choice : Choice or None
-    stated : float64 array, shape (samples that judge,)
-        Stated losses where it led; in the beginning, `before`.
+    stated, before : float64 array, shape (samples that judge,)
+        Stated losses where it led, and before any stage.
     """
 
     name: str
@@ -158,7 +163,8 @@ def train(own: Learning, tried: Sequence[Tried]) -> list[Stage]:
             continue
         end = _cycled(own.trainer(each.name), each.choice)
         if end is None:
-            stages[number] = replace(stages[number], went_wrong=True)
+            # What was to begin where it led cannot be, either.
+            stages[number:] = [replace(stage, went_wrong=True) for stage in stages[number:]]
             break
         own.values = end
         if each.is_allowed:

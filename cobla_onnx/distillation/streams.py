@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -26,8 +26,10 @@ class Stream:
     ----------
     inputs : sequence of dict
         The model's inputs: what crosses a cut and is the same in both models is made of them.
-    width : int
-        Samples that may run at a time.
+    most : int
+        Samples that may run at a time, where the tensors at both ends join.
+    joined : collection of str
+        Tensors of which samples join along the first axis.
     at : str
         The tensor at the cut; empty at the model's inputs.
     original, compressed : sequence of dict
@@ -37,11 +39,16 @@ class Stream:
     """
 
     inputs: Sequence[Feeds]
-    width: int
+    most: int
+    joined: Collection[str] = ()
     at: str = ""
     original: Sequence[Feeds] = ()
     compressed: Sequence[Feeds] = ()
     expected: Sequence[Feeds] | None = None
+
+    def width(self, end: str) -> int:
+        """Samples that may run at a time from here to another cut, or to the model's outputs."""
+        return self.most if all(not name or name in self.joined for name in (self.at, end)) else 1
 
     def read(self, chosen: Sequence[int], tensors: Sequence[Feeds]) -> Feeds:
         """Put some samples together, with one of the two tensors at the cut."""
@@ -51,10 +58,10 @@ class Stream:
     def targets(self, taught: Taught, end: str, pool: Pool) -> Sequence[Feeds]:
         """Return what the original makes of each sample at the next cut, or in the end."""
         if end:
-            return self._through(taught.model, [end], self.original, pool)
+            return self._through(taught.model, end, [end], self.original, pool)
         if self.expected is not None:
             return self.expected
-        made = self._through(taught.model, list(taught.measures), self.original, pool)
+        made = self._through(taught.model, end, list(taught.measures), self.original, pool)
         pairs = zip(self.inputs, made, strict=True)
         return Shelf(taught.single.targets(feeds, outputs) for feeds, outputs in pairs)
 
@@ -62,27 +69,31 @@ class Stream:
         self, end: str, targets: Sequence[Feeds], compressed: onnx.ModelProto, pool: Pool
     ) -> Stream:
         """Return the samples at the next cut, where the original gives the targets."""
-        made = self._through(compressed, [end], self.compressed, pool)
-        width = self.width if len(targets[0][end]) == 1 else 1
-        return replace(self, width=width, at=end, original=targets, compressed=made)
+        made = self._through(compressed, end, [end], self.compressed, pool)
+        return replace(self, at=end, original=targets, compressed=made)
 
     def _through(
-        self, model: onnx.ModelProto, outputs: Sequence[str], tensors: Sequence[Feeds], pool: Pool
+        self,
+        model: onnx.ModelProto,
+        end: str,
+        outputs: Sequence[str],
+        tensors: Sequence[Feeds],
+        pool: Pool,
     ) -> Shelf:
-        part = self.part(model, outputs)
+        # An output that stands at the cut is known.
+        wanted = [name for name in outputs if name != self.at]
+        part = self.part(model, wanted)
         session = open_session(part, 1, optimized=True, part="a block")
 
         def run(chosen: Sequence[int]) -> Feeds:
-            return run_session(session, taken_by(part, self.read(chosen, tensors)))
+            feeds = self.read(chosen, tensors)
+            known = {name: feeds[name] for name in outputs if name == self.at}
+            return {**known, **run_session(session, taken_by(part, feeds))}
 
-        # Tensors whose first axis is not the samples' are made one by one.
-        together = self.width > 1 and all(
-            array.ndim and len(array) == 1 for array in run([0]).values()
-        )
-        shelf = Shelf()
-        shards = in_shards(range(len(self.inputs)), self.width if together else 1)
+        shelf, width = Shelf(), self.width(end)
+        shards = in_shards(range(len(self.inputs)), width)
         for made in pool.map(run, shards, pool.width):
-            if not together:
+            if width == 1:
                 shelf.append(made)
                 continue
             for number in range(len(next(iter(made.values())))):
@@ -95,7 +106,7 @@ class Stream:
         if self.at:
             array = self.original[0][self.at]
             # Samples that run one at a time may be of several shapes.
-            sizes = array.shape[1:] if self.width > 1 else (None,) * max(array.ndim - 1, 0)
+            sizes = array.shape[1:] if self.width(self.at) > 1 else (None,) * max(array.ndim - 1, 0)
             given[self.at] = make_value(self.at, array.dtype, (None, *sizes)[: array.ndim])
         part = prefix(model, outputs, given)
         read = {name for node in part.graph.node for name in all_inputs(node)}

@@ -14,6 +14,7 @@ from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.distillation.adam import Adam
 from cobla_onnx.distillation.parameters import Flat
 from cobla_onnx.distillation.record import NETWORK, Checkpoint, finite
+from cobla_onnx.errors import ModelError
 
 __all__ = ["Clock", "State", "Task", "Trainer", "one_cycle", "steps_of_pass"]
 
@@ -159,8 +160,8 @@ class Trainer:
         Returns
         -------
         State or None
-            The last one. None if a loss or a gradient was not finite, or the loss of the samples
-            that judge got far above the first one.
+            The last one. None if a loss or a gradient was not finite, a number overflows the type
+            in which it is stored, or the loss of the samples that judge got far above the first.
         """
         self.checkpoints = []
         self._note(0, None, self.first)
@@ -176,7 +177,13 @@ class Trainer:
                 return None
             if not (self._each_pass or number == passes or self.is_over):
                 continue
-            state = State(values, self.task.held_back(values), done == passes * self.steps_of_pass)
+            try:
+                losses = self.task.held_back(values)
+            except ModelError:
+                # A number overflows the type in which it is stored.
+                self.undone += 1
+                return None
+            state = State(values, losses, done == passes * self.steps_of_pass)
             self._note(number, loss, state)
             # Not "greater": a loss that is no number has exploded, too.
             if not state.loss <= EXPLODED * self.first.loss:
@@ -208,7 +215,7 @@ class Trainer:
             values += adam.step(gradient, rate * one_cycle(done / total))
             losses.append(loss)
             done, self.steps = done + 1, self.steps + 1
-            self._progress(self.checkpoints[-1].held_back or math.nan, done, total)
+            self._progress(self.checkpoints[-1].shown, done, total)
             if self.is_over:
                 break
         return values, float(np.mean(losses)) if losses else math.nan, done

@@ -197,30 +197,100 @@ def test_an_interrupt_ends_it_where_it_is(lessons, monkeypatch):
     assert not end.whole
 
 
-def test_tensors_that_have_the_samples_elsewhere_run_one_at_a_time():
+WEIGHTS = {name: random_array(24, 24, seed=k) / 5 for k, name in enumerate("uvwa")}
+
+
+def learned(nodes, data, shape, outputs=("y",), threads=1, **options):
+    """Compress a model to half of its memory; return the result and what it has learned."""
+    read = {name for node in nodes for name in node.input}
+    weights = {name: array for name, array in WEIGHTS.items() if name in read}
+    model = model_of(nodes, weights, {"x": shape}, list(outputs))
+    options = {"distil": 2, "refit": False, **options}
+    found = compress(model, Budget(mem=0.5), data=data, threads=threads, **options)
+    return found, found.report.calibration.distillation
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_tensors_that_have_the_samples_elsewhere_run_one_at_a_time(length):
     """The sequence comes first, and the samples behind it, as PyTorch's transformers have it."""
     nodes = [
         make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
         make_node("MatMul", ["t", "v"], ["h"], "first"),
         make_node("Relu", ["h"], ["r"]),
         make_node("MatMul", ["r", "w"], ["z"], "second"),
-        make_node("Transpose", ["z"], ["y"], perm=[1, 0, 2]),
+        make_node("Transpose", ["z"], ["s"], perm=[1, 0, 2]),
+        make_node("MatMul", ["s", "u"], ["y"], "third"),
     ]
-    weights = {"v": random_array(24, 24, seed=1), "w": random_array(24, 24, seed=2)}
-    model = model_of(nodes, weights, {"x": ["N", 5, 24]}, ["y"])
-    data = {"x": random_array(60, 5, 24, seed=3)}
-    found = compress(model, Budget(mem=0.5), data=data, distil=2, refit=False, threads=1)
-    record = found.report.calibration.distillation
-    assert record.blocks == 2
+    _, record = learned(nodes, {"x": random_array(60, length, 24, seed=3)}, ["N", length, 24])
+    assert record.blocks == 3
     assert record.stages[0].passes == 2
+
+
+def test_an_output_may_be_the_only_way_on():
+    nodes = [
+        make_node("MatMul", ["x", "v"], ["h"], "first"),
+        make_node("Relu", ["h"], ["r"]),
+        make_node("MatMul", ["r", "a"], ["y2"], "head"),
+        make_node("Relu", ["y2"], ["q"]),
+        make_node("MatMul", ["q", "w"], ["z"], "second"),
+        make_node("Relu", ["z"], ["z2"]),
+        make_node("MatMul", ["z2", "u"], ["y"], "third"),
+    ]
+    _, record = learned(nodes, {"x": random_array(60, 24, seed=3)}, ["N", 24], ["y2", "y"])
+    assert record.blocks >= 2
+    assert record.stages[0].passes == 2
+
+
+def test_models_of_a_fixed_batch_learn_sample_by_sample():
+    nodes = [
+        make_node("MatMul", ["x", "v"], ["h"], "first"),
+        make_node("Relu", ["h"], ["r"]),
+        make_node("MatMul", ["r", "w"], ["y"], "second"),
+    ]
+    _, record = learned(nodes, {"x": random_array(60, 24, seed=3)}, [1, 24])
+    assert record.blocks == 2
+    assert record.steps > 0
+
+
+def test_a_number_for_a_whole_batch_is_a_cut_like_others():
+    nodes = [
+        make_node("MatMul", ["x", "v"], ["h"], "first"),
+        make_node("Relu", ["h"], ["r"]),
+        make_node("ReduceMean", ["r"], ["s"], keepdims=0),
+        make_node("MatMul", ["x", "w"], ["z"], "second"),
+        make_node("Mul", ["z", "s"], ["y"], "gate"),
+    ]
+    data = [{"x": random_array(5, 24, seed=k)} for k in range(40)]
+    _, record = learned(nodes, data, [5, 24])
+    assert record.stages[0].passes == 2
+
+
+def test_the_bytes_are_the_same_on_any_number_of_threads():
+    nodes = [
+        make_node("Conv", ["x", "c"], ["h"], "first", pads=[1, 1, 1, 1]),
+        make_node("Relu", ["h"], ["r"]),
+        make_node("Conv", ["r", "d"], ["z"], "second", pads=[1, 1, 1, 1]),
+        make_node("GlobalAveragePool", ["z"], ["p"]),
+        make_node("Flatten", ["p"], ["y"]),
+    ]
+    weights = {"c": random_array(24, 3, 3, 3, seed=1), "d": random_array(24, 24, 3, 3, seed=2) / 9}
+    model = model_of(nodes, weights, {"x": ["N", 3, 16, 16]}, ["y"])
+    made = [
+        compress(
+            model, Budget(mem=0.4), data={"x": random_array(80, 3, 16, 16, seed=5)},
+            distil=2, refit=False, threads=threads,
+        ).model.SerializeToString()
+        for threads in (1, 2)
+    ]  # fmt: skip
+    assert made[0] == made[1]
 
 
 def test_a_stream_of_samples_of_several_shapes_declares_no_sizes():
     model = residual()
     inputs = [{"x": random_array(1, 8, seed=n)} for n in range(3)]
     tensors = [{"out0": random_array(n + 1, 8, seed=n)} for n in range(3)]
-    stream = Stream(inputs, 1, "out0", tensors, tensors)
+    stream = Stream(inputs, 16, (), "out0", tensors, tensors)
     (declared,) = stream.part(model, ["sum1"]).graph.input
     assert [axis.dim_value for axis in declared.type.tensor_type.shape.dim] == [0, 0]
-    together = Stream(inputs, 16, "out0", tensors, tensors).part(model, ["sum1"])
+    together = Stream(inputs, 16, ("out0",), "out0", tensors, tensors).part(model, ["sum1"])
     assert together.graph.input[0].type.tensor_type.shape.dim[1].dim_value == 8

@@ -21,7 +21,7 @@ from cobla_onnx.distillation.distil import Distilled, Part, distil
 from cobla_onnx.distillation.lessons import Lessons, Split, taught_by
 from cobla_onnx.distillation.parameters import Parameters
 from cobla_onnx.distillation.record import Distillation, Stage
-from cobla_onnx.errors import UsageError
+from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.layers import read_weight
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline import max_drop, session
@@ -276,6 +276,20 @@ def test_time_that_is_up_ends_it(evidence, factors):
     assert made.record.steps == 0
     assert "more time" in made.record.text
     assert not made.record.kept
+
+
+def test_numbers_that_overflow_what_they_are_stored_in_end_a_trial(evidence, factors, monkeypatch):
+    held_back = Lessons.held_back
+
+    def overflown(self, values):
+        if not np.array_equal(values, self.parameters.start()):
+            raise ModelError("a number overflows float16")
+        return held_back(self, values)
+
+    monkeypatch.setattr(Lessons, "held_back", overflown)
+    made = distil(evidence.judge, factors.replacements(), 1, parts_of(evidence, factors))
+    assert not made.record.kept
+    assert made.record.undone == len(made.record.trials) > 0
 
 
 def test_an_interrupt_in_the_trials_of_blocks_ends_those_of_the_whole(

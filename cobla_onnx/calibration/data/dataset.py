@@ -197,6 +197,10 @@ class Dataset:
         if pending:
             yield tuple(pending)
 
+    def joins(self, indices: Iterable[int], size: int) -> bool:
+        """Whether `batches` combines samples at all."""
+        return any(len(group) > 1 for group in self.groups(indices, size))
+
     def leave_out(self, indices: Iterable[int]) -> None:
         """Exclude further samples from both splits; the others are split anew."""
         gone = set(indices)

@@ -17,7 +17,6 @@ from cobla_onnx.calibration.evaluation.choosing import Chooser, Compared, look_a
 from cobla_onnx.calibration.evaluation.output_choice import LossName
 from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
 from cobla_onnx.calibration.evaluation.probe import (
-    KEPT_OUTPUTS,
     Pair,
     Probe,
     Weights,
@@ -140,11 +139,15 @@ class Judge:
     def singly(
         self, indices: Sequence[int], model: onnx.ModelProto, loss: Mapping[str, Measure]
     ) -> Probe:
-        """Open a probe of such a loss with each sample as a batch of its own, all of them."""
+        """Open a probe of such a loss with each sample as a batch of its own, all of them.
+
+        It runs on one thread: what is learned from its targets repeats on any number of them.
+        """
         batches, labels = self.dataset.batches(indices, 1), None
         if self.labels is not None:
             labels = labels_of_batches(self.labels, self.dataset.groups(indices, 1))
-        return self._probe(model, loss, batches, labels, limit=sys.maxsize)
+        layers, whole = self.layers, self.whole
+        return Probe(model, layers, batches, loss, 1, sys.maxsize, labels, whole)
 
     def _probe(
         self,
@@ -152,10 +155,9 @@ class Judge:
         loss: Mapping[str, Measure],
         batches: Iterable[Feeds],
         labels: Sequence[NDArray[np.int64]] | None,
-        limit: int = KEPT_OUTPUTS,
     ) -> Probe:
         layers, whole = self.layers, self.whole
-        return Probe(model, layers, batches, loss, self.threads, limit, labels, whole)
+        return Probe(model, layers, batches, loss, self.threads, labels=labels, whole=whole)
 
     def spread_on(self, indices: Sequence[int], pool: Pool) -> SpreadProbe:
         """Open a probe of the loss that decisions follow, over a pool."""

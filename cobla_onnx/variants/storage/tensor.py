@@ -156,7 +156,7 @@ class StoredTensor:
         return coded_tensor(codes, self._levels, np.broadcast_to(scale, codes.shape))
 
     def as_read(self, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Return the tensor that values of `learnable` stand for, once rounded."""
+        """Return the tensor that values of `learnable` stand for, codes rounded to levels."""
         if self.bits == HALF:
             return np.asarray(parts["half"], np.float32)
         scale = parts.get("scale", self.arrays["scale"])
