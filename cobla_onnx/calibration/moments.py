@@ -26,6 +26,7 @@ from cobla_onnx.calibration.positions import (
     sample_seeds,
 )
 from cobla_onnx.calibration.sums import Moment, MomentSum
+from cobla_onnx.errors import DataError
 from cobla_onnx.graph.operators.patches import Patch
 from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.runtime.cache import Arrays, Cache, digest
@@ -33,6 +34,8 @@ from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.runtime.temporary import ArrayFile, Place
 from cobla_onnx.runtime.transfer import Shared
+from cobla_onnx.text import quoted
+from cobla_onnx.wording import option_name
 
 __all__ = [
     "ALL_UNITS",
@@ -239,6 +242,11 @@ def collect_moments(
         Limits the tensors that are read from a run.
     samples : int, optional
         Number of samples of which the vectors of each are to be enough together.
+
+    Raises
+    ------
+    DataError
+        If a layer reads what is not finite.
     """
     store = MomentStore()
     wanted = []
@@ -264,11 +272,21 @@ def collect_moments(
             sums = sums or found_sums
         for patch, total in zip(group, sums, strict=True):
             moment = total.moment()
+            _check(patch, moment)
             store.put(patch, moment)
             if cache is not None:
                 cache.put("moment", _patch_key(key, patch, samples), _arrays(moment))
     progress(len(groups), len(groups))
     return store
+
+
+def _check(patch: Patch, moment: Moment) -> None:
+    if not np.isfinite(moment.second).all():
+        raise DataError(
+            f"tensor {quoted(patch.data)}: is not finite (NaN or infinite) for some of the "
+            "calibration data; leave these samples out, or the layers that read it by "
+            f"{option_name('exclude')}"
+        )
 
 
 def parts_of(batches: Iterable[Batch]) -> Iterator[list[Batch]]:

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
+from cobla_onnx import Budget, compress
 from cobla_onnx.calibration.moments import collect_moments
 from cobla_onnx.calibration.patches import patch_of
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.calibration.sums import JointSum, Moment, MomentSum
+from cobla_onnx.errors import DataError
 from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import open_session, run_session
@@ -427,3 +429,18 @@ def test_a_part_is_subtracted_from_a_moment(groups: int, size: int, seed: int) -
     nothing = both.without(both)
     assert not nothing.second.any()
     assert not nothing.effective.any()
+
+
+def test_what_is_not_finite_within_the_model_is_named():
+    """A mask hides it from the outputs, and the layer behind it sees it all the same."""
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "v"], ["h"], "first"),
+        onnx.helper.make_node("Sqrt", ["h"], ["root"]),
+        onnx.helper.make_node("MatMul", ["root", "w"], ["z"], "second"),
+        onnx.helper.make_node("IsNaN", ["z"], ["gone"]),
+        onnx.helper.make_node("Where", ["gone", "h", "z"], ["y"]),
+    ]
+    weights = {"v": random_array(12, 12, seed=1), "w": random_array(12, 12, seed=2)}
+    model = model_of(nodes, weights, {"x": ["N", 12]}, ["y"])
+    with pytest.raises(DataError, match=r"tensor 'root': is not finite .* exclude="):
+        compress(model, Budget(mem=0.5), data={"x": random_array(40, 12, seed=3)}, threads=1)
