@@ -28,8 +28,9 @@ __all__ = ["BlockTrainer", "Cuts", "cuts_of"]
 # Most bytes of the tensors at a cut, of all samples and their variants. There are four of them at a
 # time, on disk: of both models, before and behind a block.
 LIMIT = 1 << 30
-# Most variants of a sample. To bring one to all blocks takes as long as to learn from it once.
-VARIANTS = 16
+# Passes that learn from one variant of a sample. To bring a variant to all blocks takes as long as
+# to learn from it once.
+PER_VARIANT = 4
 
 
 class Cuts(NamedTuple):
@@ -182,7 +183,7 @@ class BlockTrainer:
         copies = 1
         if taught.augmentation is not None:
             room = LIMIT // max(1, self._largest * len(places))
-            copies = max(1, min(passes, VARIANTS, room))
+            copies = max(1, min(math.ceil(passes / PER_VARIANT), room))
             inputs = Shelf(_variants(inputs, taught.augmentation, copies, self._seed))
             expected = None
         return Stream(inputs, lessons.width, self._joined, expected=expected), copies

@@ -168,10 +168,10 @@ def test_tensors_without_room_are_no_cuts_and_variants_take_what_is_left(lessons
         **{**lessons.taught.__dict__, "augmentation": Augmentation(True, 2)}
     )
     monkeypatch.setattr(block_training, "LIMIT", 3 * samples * cuts.largest)
-    stream, copies = BlockTrainer(varied, cuts, lessons.parameters.start())._stream(8)
+    stream, copies = BlockTrainer(varied, cuts, lessons.parameters.start())._stream(32)
     assert (copies, len(stream.inputs)) == (3, 3 * samples)
     assert stream.expected is None
-    _, copies = BlockTrainer(varied, cuts, lessons.parameters.start())._stream(2)
+    _, copies = BlockTrainer(varied, cuts, lessons.parameters.start())._stream(5)
     assert copies == 2
     monkeypatch.setattr(block_training, "LIMIT", samples * cuts.largest - 1)
     assert cuts_of(lessons).largest < cuts.largest
