@@ -9,11 +9,11 @@ import numpy as np
 
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.autodiff.measures import Measure
-from cobla_onnx.calibration.evaluation.gradient_sessions import Differentiated, GradientSessions
+from cobla_onnx.calibration.evaluation.gradient_sessions import Differentiated
 from cobla_onnx.distillation.blocks import Block
-from cobla_onnx.distillation.lessons import Taught, joined, mean_of
+from cobla_onnx.distillation.lessons import Taught, in_shards, joined, mean_of, opened_sessions
 from cobla_onnx.distillation.parameters import Flat, Parameters
-from cobla_onnx.distillation.streams import Stream, in_shards, taken_by
+from cobla_onnx.distillation.streams import Stream, taken_by
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds
 
@@ -60,24 +60,14 @@ class BlockLessons:
     ) -> None:
         self._parameters, self._posed, self._pool = parameters, posed, pool
         stream, model = posed.stream, parameters.rewritten.model
-        self._measures: Mapping[str, Measure] = {block.end: ERROR}
+        measures: Mapping[str, Measure] = {block.end: ERROR}
         if not block.end:
             # An output at which the block begins cannot be learned by it.
-            self._measures = {n: m for n, m in taught.measures.items() if n != stream.at}
+            measures = {n: m for n, m in taught.measures.items() if n != stream.at}
         self._width = stream.width(block.end)
-        self._part = stream.part(model, list(self._measures))
-        self._sessions = self._opened()
-        blocked = self._sessions.blocked
-        if blocked:
-            parameters.keep([name for name in parameters.names if name not in blocked])
-            if parameters.names:
-                # What has no derivative stays a constant: as an input it would have to be given.
-                self._sessions = self._opened()
-
-    def _opened(self) -> GradientSessions:
-        sessions = GradientSessions(self._part, self._measures, self._parameters.names, threads=1)
-        sessions.open(self._feeds(range(min(self._width, self.samples))), {})
-        return sessions
+        self._part = stream.part(model, list(measures))
+        first = self._feeds(range(min(self._width, self.samples)))
+        self._sessions, _ = opened_sessions(self._part, measures, parameters, first)
 
     def _feeds(self, chosen: Sequence[int]) -> Feeds:
         stream = self._posed.stream

@@ -30,7 +30,16 @@ from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["Lessons", "Split", "Taught", "joined", "mean_of", "taught_by"]
+__all__ = [
+    "Lessons",
+    "Split",
+    "Taught",
+    "in_shards",
+    "joined",
+    "mean_of",
+    "opened_sessions",
+    "taught_by",
+]
 
 
 class Split(NamedTuple):
@@ -140,20 +149,9 @@ class Lessons:
         places = {sample: place for place, sample in enumerate(judge.dataset.calibration)}
         self.learned = _of_common_shapes(self._single.batches, [places[s] for s in wanted])
         self.left_out = len(wanted) - len(self.learned)
-        self._sessions = self._opened(taught)
-        self.blocked = dict(self._sessions.blocked)
-        parameters.keep([name for name in parameters.names if name not in self.blocked])
-        if self.blocked and parameters.names:
-            # What has no derivative stays a constant: as an input it would have to be given.
-            self._sessions = self._opened(taught)
-
-    def _opened(self, taught: Taught) -> GradientSessions:
-        names = self.parameters.names
-        sessions = GradientSessions(
-            self.parameters.rewritten.model, taught.measures, names, threads=1
-        )
-        sessions.open(joined(self._single.batches, self.learned[: self.width]), {})
-        return sessions
+        first = joined(self._single.batches, self.learned[: self.width])
+        model = parameters.rewritten.model
+        self._sessions, self.blocked = opened_sessions(model, taught.measures, parameters, first)
 
     @property
     def samples(self) -> int:
@@ -193,14 +191,41 @@ class Lessons:
 
     def _shards(self, chosen: Sequence[int]) -> Iterator[tuple[Feeds, Feeds]]:
         """Read samples in shards whose graphs are open, each with its targets."""
-        places = [self.learned[number] for number in chosen]
-        for begin in range(0, len(places), self.width):
-            shard = places[begin : begin + self.width]
+        for shard in in_shards([self.learned[number] for number in chosen], self.width):
             feeds = joined(self._single.batches, shard)
             self._sessions.open(feeds, {})
             if self._augmentation is not None:
                 feeds = self._augmentation.vary(feeds, self._variants)
             yield feeds, joined(self._single.expected, shard)
+
+
+def opened_sessions(
+    model: onnx.ModelProto, measures: Mapping[str, Measure], parameters: Parameters, feeds: Feeds
+) -> tuple[GradientSessions, dict[str, str]]:
+    """Open the gradient graph of a model, or of a part, for parameters and a first batch.
+
+    Those without a derivative are taken out; they are returned, with the reason of each.
+    """
+
+    def opened() -> GradientSessions:
+        sessions = GradientSessions(model, measures, parameters.names, threads=1)
+        sessions.open(feeds, {})
+        return sessions
+
+    sessions = opened()
+    blocked = dict(sessions.blocked)
+    if blocked:
+        parameters.keep([name for name in parameters.names if name not in blocked])
+        if parameters.names:
+            # What has no derivative stays a constant: as an input it would have to be given.
+            sessions = opened()
+    return sessions, blocked
+
+
+def in_shards(places: Sequence[int], width: int) -> Iterator[Sequence[int]]:
+    """Cut samples into as many as may run at a time."""
+    for begin in range(0, len(places), width):
+        yield places[begin : begin + width]
 
 
 def mean_of(

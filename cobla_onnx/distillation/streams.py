@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
 
 import onnx
 
-from cobla_onnx.distillation.lessons import Taught, joined
+from cobla_onnx.distillation.lessons import Taught, in_shards, joined
 from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.subgraph import make_value, prefix
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.runtime.temporary import Shelf
 
-__all__ = ["Chosen", "Stream", "in_shards", "taken_by"]
+__all__ = ["Chosen", "Stream", "taken_by"]
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,6 @@ class Chosen(Sequence[Feeds]):
         if isinstance(index, slice):
             return Chosen(self._batches, self._places[index])
         return self._batches[self._places[index]]
-
-
-def in_shards(places: Sequence[int], width: int) -> Iterator[Sequence[int]]:
-    """Cut samples into as many as may run at a time."""
-    for begin in range(0, len(places), width):
-        yield places[begin : begin + width]
 
 
 def taken_by(part: onnx.ModelProto, feeds: Feeds) -> Feeds:
