@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,9 +15,9 @@ from cobla_onnx.distillation.block_lessons import BlockLessons, Posed
 from cobla_onnx.distillation.blocks import Block, cut_tensors, find_blocks
 from cobla_onnx.distillation.lessons import Lessons, joined
 from cobla_onnx.distillation.parameters import Flat, Parameters
-from cobla_onnx.distillation.record import Checkpoint, finite
+from cobla_onnx.distillation.record import BLOCKS
 from cobla_onnx.distillation.streams import Chosen, Stream
-from cobla_onnx.distillation.training import EXPLODED, Clock, State, Trainer
+from cobla_onnx.distillation.training import Cycles, State, Trainer
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.runtime.session import Feeds
@@ -51,7 +52,7 @@ class Cuts(NamedTuple):
     joined: set[str]
 
 
-class BlockTrainer:
+class BlockTrainer(Cycles):
     """Runs cycles in which each block in turn learns to give what the original's gives.
 
     They are judged by the loss of the whole model, as those of a `Trainer` are. A block alone is
@@ -62,69 +63,32 @@ class BlockTrainer:
     lessons : Lessons
     cuts : Cuts
     start : float32 array, shape (parameters,)
-    clock : Clock
-    share : float
-        Of the clock's time, after which no further step is made.
-    seed : int
-    each : bool
-        Whether the whole model is judged behind each block, or in the end alone.
-    progress : callable
-        Called with the loss of the samples that judge, and with blocks done and planned.
-
-    Attributes
-    ----------
-    first, steps, undone, checkpoints
-        See `Trainer`; a checkpoint is behind each block.
+    options
+        Those of `Cycles`; a checkpoint is behind each block.
     """
 
-    def __init__(
-        self,
-        lessons: Lessons,
-        cuts: Cuts,
-        start: Flat,
-        *,
-        clock: Clock | None = None,
-        share: float = 1.0,
-        seed: int = 0,
-        each: bool = True,
-        progress: Callable[[float, int, int], None] = lambda loss, done, total: None,
-    ) -> None:
-        self.lessons, self._seed, self._each = lessons, seed, each
-        self._clock, self._share, self._progress = clock or Clock(), share, progress
-        self._blocks, self._largest, self._joined = cuts
-        self.first = State(start.copy(), lessons.held_back(start))
-        self.steps = self.undone = 0
-        self.checkpoints: list[Checkpoint] = []
+    stage = BLOCKS
 
-    @property
-    def is_over(self) -> bool:
-        """Whether its share of the time is up, or Ctrl-C was pressed."""
-        return self._clock.is_up(self._share)
+    def __init__(self, lessons: Lessons, cuts: Cuts, start: Flat, **options: Any) -> None:
+        super().__init__(State(start.copy(), lessons.held_back(start)), **options)
+        self.lessons = lessons
+        self._blocks, self._largest, self._joined = cuts
 
     def cycle(self, passes: int, rate: float) -> State | None:
-        """Let each block learn for some passes, in a cycle as `Trainer` makes it.
-
-        Returns
-        -------
-        State or None
-            The last one. None if the loss of the samples that judge got far above the first one,
-            or a number overflows the type in which it is stored.
-        """
-        self.checkpoints = []
-        self._note(0, None, self.first)
-        values, done = self.first.values, 0
+        """Let each block learn for some passes; see `Cycles`."""
+        self._begin()
+        state = replace(self.first, whole=False)
         try:
-            for done, (values, error) in enumerate(self._learned(passes, rate), 1):
-                if self._each:
-                    self._note(done, error, State(values, self.lessons.held_back(values)))
-            losses = self.lessons.held_back(values)
+            for number, (values, error) in enumerate(self._learned(passes, rate), 1):
+                whole = number == len(self._blocks)
+                if self._each or whole or self.is_over:
+                    state = State(values, self.lessons.held_back(values), whole)
+                    self._note(number, error, state)
         except ModelError:
-            # A number overflows its type, or a part does not run: the cycle has no end.
+            # A number overflows its type, or a part does not run.
             self.undone += 1
             return None
-        state = State(values, losses, done == len(self._blocks))
-        # Not "greater": a loss that is no number has exploded, too.
-        if not state.loss <= EXPLODED * self.first.loss:
+        if self._explodes(state):
             self.undone += 1
             return None
         return state
@@ -165,7 +129,7 @@ class BlockTrainer:
             clock=self._clock,
             share=self._share,
             seed=self._seed,
-            each_pass=False,
+            each=False,
         )
         state = trainer.cycle(passes, rate)
         if state is not None:
@@ -187,12 +151,6 @@ class BlockTrainer:
             inputs = Shelf(_variants(inputs, taught.augmentation, copies, self._seed))
             expected = None
         return Stream(inputs, lessons.width, self._joined, expected=expected), copies
-
-    def _note(self, number: int, loss: float | None, state: State) -> None:
-        stage = "blocks" if number else "start"
-        self.checkpoints.append(
-            Checkpoint(number, stage, loss, finite(state.loss), self._clock.elapsed)
-        )
 
 
 def _variants(

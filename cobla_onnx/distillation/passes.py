@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.distillation.record import Trial, finite
-from cobla_onnx.distillation.training import State
+from cobla_onnx.distillation.training import Cycles, State
 
-__all__ = ["Choice", "Cycles", "Passes", "choose"]
+__all__ = ["Choice", "Passes", "choose"]
 
 Passes: TypeAlias = Literal["auto"] | int
 """A number of passes over the samples, or as many as help."""
@@ -60,22 +60,6 @@ class Choice:
     def losses(self) -> Float64:
         """Of all samples that judged, at the end."""
         return np.concatenate([state.losses for state in self.states])
-
-
-class Cycles(Protocol):
-    """Learns from a part of the samples, in cycles that all begin with its first state."""
-
-    @property
-    def first(self) -> State: ...  # noqa: D102
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no further step is made."""
-        ...
-
-    def cycle(self, passes: int, rate: float) -> State | None:
-        """Make a cycle; None if it exploded."""
-        ...
 
 
 class _Trials:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +13,9 @@ from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.distillation.block_training import BlockTrainer, Cuts
 from cobla_onnx.distillation.lessons import Lessons
 from cobla_onnx.distillation.parameters import Flat
-from cobla_onnx.distillation.passes import Choice, Cycles, Passes, choose
+from cobla_onnx.distillation.passes import Choice, Passes, choose
 from cobla_onnx.distillation.record import BLOCKS, NETWORK, Stage, Trial, finite
-from cobla_onnx.distillation.training import Clock, Trainer
+from cobla_onnx.distillation.training import Clock, Cycles, Trainer
 
 __all__ = ["Learning", "Tried", "stated", "train", "try_out"]
 
@@ -47,7 +48,7 @@ class Learning:
     seed : int
     progress : callable
         Called with the loss of the samples that judge, and with what is done and planned.
-    trainers : list of BlockTrainer and Trainer
+    trainers : list of Cycles
         That were made so far.
     """
 
@@ -58,36 +59,24 @@ class Learning:
     clock: Clock
     seed: int
     progress: Callable[[float, int, int], None]
-    trainers: list[BlockTrainer | Trainer] = field(default_factory=list)
+    trainers: list[Cycles] = field(default_factory=list)
 
-    def trainer(self, stage: str) -> BlockTrainer | Trainer:
+    def trainer(self, stage: str) -> Cycles:
         """Make what trains them, from their values by now."""
         self.trainers.append(self._trainer(stage))
         return self.trainers[-1]
 
-    def _trainer(self, stage: str) -> BlockTrainer | Trainer:
-        share = 1.0 if self.whole else FOR_TRIALS[stage]
+    def _trainer(self, stage: str) -> Cycles:
+        options: dict[str, Any] = {
+            "clock": self.clock,
+            "share": 1.0 if self.whole else FOR_TRIALS[stage],
+            "seed": self.seed,
+            "each": self.whole,
+            "progress": self.progress,
+        }
         if stage == BLOCKS:
-            return BlockTrainer(
-                self.lessons,
-                self.cuts,
-                self.values,
-                clock=self.clock,
-                share=share,
-                seed=self.seed,
-                each=self.whole,
-                progress=self.progress,
-            )
-        return Trainer(
-            self.lessons,
-            self.values,
-            self.lessons.parameters.sizes(),
-            clock=self.clock,
-            share=share,
-            seed=self.seed,
-            each_pass=self.whole,
-            progress=self.progress,
-        )
+            return BlockTrainer(self.lessons, self.cuts, self.values, **options)
+        return Trainer(self.lessons, self.values, self.lessons.parameters.sizes(), **options)
 
 
 @dataclass(frozen=True)

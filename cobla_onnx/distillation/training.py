@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from cobla_onnx.distillation.parameters import Flat
 from cobla_onnx.distillation.record import NETWORK, Checkpoint, finite
 from cobla_onnx.errors import ModelError
 
-__all__ = ["Clock", "State", "Task", "Trainer", "one_cycle", "steps_of_pass"]
+__all__ = ["Clock", "Cycles", "State", "Task", "Trainer", "one_cycle", "steps_of_pass"]
 
 # Samples of a step.
 BATCH = 32
@@ -94,68 +95,57 @@ class State:
         return float(self.losses.mean())
 
 
-class Trainer:
-    """Runs cycles of Adam, each from the first state.
+class Cycles(ABC):
+    """Learns from some samples in cycles, each from the first state; what trainers share.
 
     Parameters
     ----------
-    task : Task
-    start, sizes : float32 array, shape (parameters,)
-        Values, and the root mean square of the tensor of each.
+    first : State
     clock : Clock
     share : float
         Of the clock's time, after which no further step is made.
     seed : int
-        Of the order of the samples, in each cycle anew.
-    each_pass : bool
-        Whether the samples that judge do so after each pass, or at the end of a cycle alone:
-        there may be as many of them as of those that are learned from.
+        Of the order of the samples, and of their variants, in each cycle anew.
+    each : bool
+        Whether the samples that judge do so after each pass or block, or at the end of a cycle
+        alone: there may be as many of them as of those that are learned from.
     progress : callable
-        Called with the loss of the samples that judge, and with steps done and planned.
+        Called with the loss of the samples that judge, and with what is done and planned.
 
     Attributes
     ----------
-    first : State
     steps, undone : int
         See `Distillation`.
     checkpoints : list of Checkpoint
         Of the last cycle.
     """
 
+    stage: ClassVar[str]
+
     def __init__(
         self,
-        task: Task,
-        start: Flat,
-        sizes: Flat,
+        first: State,
         *,
         clock: Clock | None = None,
         share: float = 1.0,
         seed: int = 0,
-        each_pass: bool = True,
+        each: bool = True,
         progress: Callable[[float, int, int], None] = lambda loss, done, total: None,
     ) -> None:
-        self.task, self._sizes, self._progress = task, sizes, progress
+        self.first = first
         self._clock, self._share, self._seed = clock or Clock(), share, seed
-        self._each_pass = each_pass
-        self._batch = min(BATCH, task.samples)
-        self.first = State(start.copy(), task.held_back(start))
+        self._each, self._progress = each, progress
         self.steps = self.undone = 0
         self.checkpoints: list[Checkpoint] = []
-
-    @property
-    def steps_of_pass(self) -> int:
-        """Steps of one pass."""
-        return steps_of_pass(self.task.samples)
 
     @property
     def is_over(self) -> bool:
         """Whether its share of the time is up, or Ctrl-C was pressed."""
         return self._clock.is_up(self._share)
 
+    @abstractmethod
     def cycle(self, passes: int, rate: float) -> State | None:
-        """Make some passes in which the rate rises quickly to its greatest value, then falls to 0.
-
-        Where time is up, or Ctrl-C is pressed, the cycle ends where it is.
+        """Make a cycle, which ends where it is if time is up, or Ctrl-C is pressed.
 
         Returns
         -------
@@ -163,8 +153,54 @@ class Trainer:
             The last one. None if a loss or a gradient was not finite, a number overflows the type
             in which it is stored, or the loss of the samples that judge got far above the first.
         """
+
+    def _begin(self) -> None:
+        """Begin the checkpoints of a cycle."""
         self.checkpoints = []
         self._note(0, None, self.first)
+
+    def _explodes(self, state: State) -> bool:
+        # Not "greater": a loss that is no number has exploded, too.
+        return not state.loss <= EXPLODED * self.first.loss
+
+    def _note(self, number: int, loss: float | None, state: State) -> None:
+        mean = None if loss is None else finite(loss)
+        stage = self.stage if number else "start"
+        self.checkpoints.append(
+            Checkpoint(number, stage, mean, finite(state.loss), self._clock.elapsed)
+        )
+
+
+class Trainer(Cycles):
+    """Runs cycles of Adam, each from the first state.
+
+    Parameters
+    ----------
+    task : Task
+    start, sizes : float32 array, shape (parameters,)
+        Values, and the root mean square of the tensor of each.
+    options
+        Those of `Cycles`.
+    """
+
+    stage = NETWORK
+
+    def __init__(self, task: Task, start: Flat, sizes: Flat, **options: Any) -> None:
+        super().__init__(State(start.copy(), task.held_back(start)), **options)
+        self.task, self._sizes = task, sizes
+        self._batch = min(BATCH, task.samples)
+
+    @property
+    def steps_of_pass(self) -> int:
+        """Steps of one pass."""
+        return steps_of_pass(self.task.samples)
+
+    def cycle(self, passes: int, rate: float) -> State | None:
+        """Make some passes in which the rate rises quickly to its greatest value, then falls to 0.
+
+        See `Cycles`.
+        """
+        self._begin()
         state, adam = replace(self.first, whole=False), Adam(self._sizes)
         order, done, values = np.random.default_rng(self._seed), 0, state.values
         for number in range(1, passes + 1):
@@ -172,21 +208,16 @@ class Trainer:
                 break
             try:
                 values, loss, done = self._pass(values, adam, order, rate, done, passes)
-            except FloatingPointError:
-                self.undone += 1
-                return None
-            if not (self._each_pass or number == passes or self.is_over):
-                continue
-            try:
+                if not (self._each or number == passes or self.is_over):
+                    continue
                 losses = self.task.held_back(values)
-            except ModelError:
-                # A number overflows the type in which it is stored.
+            except (FloatingPointError, ModelError):
+                # What is not finite, or overflows the type in which it is stored.
                 self.undone += 1
                 return None
             state = State(values, losses, done == passes * self.steps_of_pass)
             self._note(number, loss, state)
-            # Not "greater": a loss that is no number has exploded, too.
-            if not state.loss <= EXPLODED * self.first.loss:
+            if self._explodes(state):
                 self.undone += 1
                 return None
         return state
@@ -219,13 +250,6 @@ class Trainer:
             if self.is_over:
                 break
         return values, float(np.mean(losses)) if losses else math.nan, done
-
-    def _note(self, number: int, loss: float | None, state: State) -> None:
-        mean = None if loss is None else finite(loss)
-        stage = NETWORK if number else "start"
-        self.checkpoints.append(
-            Checkpoint(number, stage, mean, finite(state.loss), self._clock.elapsed)
-        )
 
 
 def steps_of_pass(samples: int) -> int:

@@ -69,13 +69,13 @@ def test_a_cycle_gets_there_and_begins_anew_each_time():
 
 def test_a_cycle_that_is_judged_at_its_end_alone_gets_to_the_same_place():
     often, once = Bowl(), Bowl()
-    made = trainer(once, each_pass=False)
+    made = trainer(once, each=False)
     end = made.cycle(7, 0.03)
     assert end.values.tobytes() == trainer(often).cycle(7, 0.03).values.tobytes()
     assert end.whole
     assert (often.judged, once.judged) == (8, 2)
     assert [point.number for point in made.checkpoints] == [0, 7]
-    assert trainer(Bowl(cliff=40.0), each_pass=False).cycle(7, 10.0) is None
+    assert trainer(Bowl(cliff=40.0), each=False).cycle(7, 10.0) is None
 
 
 def test_every_sample_is_seen_once_in_a_pass_and_orders_differ():
