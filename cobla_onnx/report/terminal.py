@@ -165,7 +165,7 @@ def _verdict(report: Report) -> list[Any]:
             f"{seen.loss_before_refit:.4g})"
         )
         if seen.distillation is not None:
-            lines.append(safe_text(seen.distillation.text, 300))
+            lines.append(safe_text(seen.distillation.text, 600))
     check = report.verification
     if check is not None:
         lines.append(
