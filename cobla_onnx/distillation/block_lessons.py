@@ -13,7 +13,7 @@ from cobla_onnx.calibration.evaluation.gradient_sessions import Differentiated
 from cobla_onnx.distillation.blocks import Block
 from cobla_onnx.distillation.lessons import Taught, in_shards, joined, mean_of, opened_sessions
 from cobla_onnx.distillation.parameters import Flat, Parameters
-from cobla_onnx.distillation.streams import Stream, taken_by
+from cobla_onnx.distillation.streams import Stream, names_of
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds
 
@@ -65,13 +65,14 @@ class BlockLessons:
             # An output at which the block begins cannot be learned by it.
             measures = {n: m for n, m in taught.measures.items() if n != stream.at}
         self._width = stream.width(block.end)
-        self._part = stream.part(model, list(measures))
+        part = stream.part(model, list(measures))
+        self._inputs = names_of(part)
         first = self._feeds(range(min(self._width, self.samples)))
-        self._sessions, _ = opened_sessions(self._part, measures, parameters, first)
+        self._sessions, _ = opened_sessions(part, measures, parameters, first)
 
     def _feeds(self, chosen: Sequence[int]) -> Feeds:
         stream = self._posed.stream
-        return taken_by(self._part, stream.read(chosen, stream.compressed))
+        return stream.read(chosen, stream.compressed, self._inputs)
 
     @property
     def samples(self) -> int:
@@ -91,13 +92,10 @@ class BlockLessons:
     def _differentiated(self, values: Flat, chosen: Sequence[int]) -> Iterator[Differentiated]:
         tensors = self._parameters.feeds(values)
 
-        def read() -> Iterator[tuple[Feeds, Feeds]]:
-            for shard in in_shards(chosen, self._width):
-                feeds = self._feeds(shard)
-                self._sessions.open(feeds, {})
-                yield feeds, joined(self._posed.targets, shard)
+        def differentiated(shard: Sequence[int]) -> Differentiated:
+            feeds = self._feeds(shard)
+            self._sessions.open(feeds, {})
+            return self._sessions.run(feeds, joined(self._posed.targets, shard), tensors)
 
-        def differentiated(shard: tuple[Feeds, Feeds]) -> Differentiated:
-            return self._sessions.run(*shard, tensors)
-
-        return self._pool.map(differentiated, read(), self._pool.width)
+        shards = in_shards(chosen, self._width)
+        return self._pool.map(differentiated, shards, self._pool.width, is_step=True)

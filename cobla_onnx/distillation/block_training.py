@@ -16,12 +16,11 @@ from cobla_onnx.distillation.blocks import Block, cut_tensors, find_blocks
 from cobla_onnx.distillation.lessons import Lessons, joined
 from cobla_onnx.distillation.parameters import Flat, Parameters
 from cobla_onnx.distillation.record import BLOCKS
-from cobla_onnx.distillation.streams import Chosen, Stream
+from cobla_onnx.distillation.streams import Chosen, Stream, kept
 from cobla_onnx.distillation.training import Cycles, State, Trainer
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.runtime.session import Feeds
-from cobla_onnx.runtime.temporary import Shelf
 from cobla_onnx.variants.rewrite import rewrite
 
 __all__ = ["BlockTrainer", "Cuts", "cuts_of"]
@@ -148,7 +147,9 @@ class BlockTrainer(Cycles):
         if taught.augmentation is not None:
             room = LIMIT // max(1, self._largest * len(places))
             copies = max(1, min(math.ceil(passes / PER_VARIANT), room))
-            inputs = Shelf(_variants(inputs, taught.augmentation, copies, self._seed))
+            numbers = all(array.dtype.kind in "biuf" for array in inputs[0].values())
+            varied = _variants(inputs, taught.augmentation, copies, self._seed)
+            inputs = kept(varied, lessons.width if numbers else 1)
             expected = None
         return Stream(inputs, lessons.width, self._joined, expected=expected), copies
 

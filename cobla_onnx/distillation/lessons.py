@@ -28,6 +28,7 @@ from cobla_onnx.distillation.augmentation import Augmentation
 from cobla_onnx.distillation.parameters import Flat, Parameters
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
+from cobla_onnx.runtime.temporary import Rows
 from cobla_onnx.variants.replacement import Replacement
 
 __all__ = [
@@ -168,7 +169,8 @@ class Lessons:
                 expected = self._single.targets(feeds, run_session(self._original, feeds))
             return self._sessions.run(feeds, expected, tensors)
 
-        found = self.pool.map(differentiated, self._shards(chosen), self.pool.width)
+        shards = self._shards(chosen)
+        found = self.pool.map(differentiated, shards, self.pool.width, is_step=True)
         return mean_of(found, self.parameters, values, len(chosen))
 
     def held_back(self, values: Flat) -> Float64:
@@ -256,6 +258,8 @@ def _of_common_shapes(samples: Sequence[Feeds], places: Sequence[int]) -> list[i
 
 def joined(samples: Sequence[Feeds], chosen: Sequence[int]) -> Feeds:
     """Put samples together along their first axes."""
+    if isinstance(samples, Rows):
+        return samples.take(chosen)
     parts = [samples[number] for number in chosen]
     if len(parts) == 1:
         return parts[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -13,9 +13,9 @@ from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.subgraph import make_value, prefix
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
-from cobla_onnx.runtime.temporary import Shelf
+from cobla_onnx.runtime.temporary import Rows, Shelf
 
-__all__ = ["Chosen", "Stream", "taken_by"]
+__all__ = ["Chosen", "Stream", "kept", "names_of"]
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,13 @@ class Stream:
         """Samples that may run at a time from here to another cut, or to the model's outputs."""
         return self.most if all(not name or name in self.joined for name in (self.at, end)) else 1
 
-    def read(self, chosen: Sequence[int], tensors: Sequence[Feeds]) -> Feeds:
-        """Put some samples together, with one of the two tensors at the cut."""
-        at_cut = joined(tensors, chosen) if self.at else {}
-        return {**joined(self.inputs, chosen), **at_cut}
+    def read(
+        self, chosen: Sequence[int], tensors: Sequence[Feeds], names: Collection[str]
+    ) -> Feeds:
+        """Put some samples together: of these names, with one of the two tensors at the cut."""
+        found = joined(self.inputs, chosen) if set(names) - {self.at} else {}
+        at_cut = joined(tensors, chosen) if self.at in names else {}
+        return {name: array for name, array in {**found, **at_cut}.items() if name in names}
 
     def targets(self, taught: Taught, end: str, pool: Pool) -> Sequence[Feeds]:
         """Return what the original makes of each sample at the next cut, or in the end."""
@@ -63,7 +66,8 @@ class Stream:
             return self.expected
         made = self._through(taught.model, end, list(taught.measures), self.original, pool)
         pairs = zip(self.inputs, made, strict=True)
-        return Shelf(taught.single.targets(feeds, outputs) for feeds, outputs in pairs)
+        targets = (taught.single.targets(feeds, outputs) for feeds, outputs in pairs)
+        return kept(targets, self.width(end))
 
     def moved(
         self, end: str, targets: Sequence[Feeds], compressed: onnx.ModelProto, pool: Pool
@@ -79,26 +83,21 @@ class Stream:
         outputs: Sequence[str],
         tensors: Sequence[Feeds],
         pool: Pool,
-    ) -> Shelf:
+    ) -> Sequence[Feeds]:
         # An output that stands at the cut is known.
-        wanted = [name for name in outputs if name != self.at]
-        part = self.part(model, wanted)
+        known = {self.at}.intersection(outputs)
+        part = self.part(model, [name for name in outputs if name not in known])
+        taken = names_of(part)
         session = open_session(part, 1, optimized=True, part="a block")
 
         def run(chosen: Sequence[int]) -> Feeds:
-            feeds = self.read(chosen, tensors)
-            known = {name: feeds[name] for name in outputs if name == self.at}
-            return {**known, **run_session(session, taken_by(part, feeds))}
+            feeds = self.read(chosen, tensors, taken | known)
+            made = run_session(session, {name: feeds[name] for name in taken})
+            return {**made, **{name: feeds[name] for name in known}}
 
-        shelf, width = Shelf(), self.width(end)
+        width = self.width(end)
         shards = in_shards(range(len(self.inputs)), width)
-        for made in pool.map(run, shards, pool.width):
-            if width == 1:
-                shelf.append(made)
-                continue
-            for number in range(len(next(iter(made.values())))):
-                shelf.append({name: array[number : number + 1] for name, array in made.items()})
-        return shelf
+        return kept(pool.map(run, shards), width)
 
     def part(self, model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
         """Cut out what makes tensors of the one at the cut, and of the model's inputs."""
@@ -135,7 +134,11 @@ class Chosen(Sequence[Feeds]):
         return self._batches[self._places[index]]
 
 
-def taken_by(part: onnx.ModelProto, feeds: Feeds) -> Feeds:
-    """Return those of the feeds that are inputs of a part of the model."""
-    wanted = {value.name for value in part.graph.input}
-    return {name: array for name, array in feeds.items() if name in wanted}
+def kept(batches: Iterable[Feeds], width: int) -> Sequence[Feeds]:
+    """Keep samples that run as many at a time."""
+    return Shelf(batches) if width == 1 else Rows(batches)
+
+
+def names_of(part: onnx.ModelProto) -> set[str]:
+    """Names of the inputs of a part of the model."""
+    return {value.name for value in part.graph.input}

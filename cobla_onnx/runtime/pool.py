@@ -157,6 +157,8 @@ class Pool:
         function: Callable[[Unit], Value],
         units: Iterable[Unit],
         at_most: int | None = None,
+        *,
+        is_step: bool = False,
     ) -> Iterator[Value]:
         """Yield ``function(unit)`` for each unit, in order.
 
@@ -167,6 +169,8 @@ class Pool:
         ----------
         at_most : int, optional
             Units, or results that wait, at a time; by default twice as many as can run.
+        is_step : bool
+            Whether many calls follow that need the same memory again, which is then kept for them.
 
         Raises
         ------
@@ -181,7 +185,7 @@ class Pool:
             else:
                 run = function if self.inside else partial(_run_outside, function)
                 yield from self._mapped(self._executor, run, units, at_most or 2 * self.width)
-        if self.inside:
+        if self.inside and not is_step:
             # Of what the units have freed, the C library keeps most, and for each thread apart.
             return_freed_memory()
 

@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 
 from cobla_onnx.runtime.processes import interrupts_wait
 
-__all__ = ["ArrayFile", "Place", "Shelf", "SpareFiles", "array_bytes", "owned", "temporary_folder"]
+__all__ = [
+    "ArrayFile",
+    "Place",
+    "Rows",
+    "Shelf",
+    "SpareFiles",
+    "array_bytes",
+    "owned",
+    "temporary_folder",
+]
 
 # Bytes on a shelf that stay in memory.
 AT_HAND = 1 << 24
@@ -177,6 +186,74 @@ class Shelf(Sequence["dict[str, NDArray[Any]]"]):
             return entry
         assert self._file is not None
         return self._file.get(entry)
+
+
+class Rows(Sequence["dict[str, NDArray[Any]]"]):
+    """Numbers by name, a row of one shape for each sample, in temporary files.
+
+    Some rows are read at a time, wherever they are; the system keeps in memory what there is room
+    for. Several threads may read them.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, NDArray[Any]]] = ()) -> None:
+        self._columns: dict[str, _Column] = {}
+        for batch in batches:
+            self.append(batch)
+
+    def append(self, batch: Mapping[str, NDArray[Any]]) -> None:
+        """Put rows at the end; not while others are read."""
+        for name, array in batch.items():
+            if name not in self._columns:
+                self._columns[name] = _Column(array.dtype, array.shape[1:])
+            self._columns[name].append(array)
+
+    def take(self, chosen: Sequence[int]) -> dict[str, NDArray[Any]]:
+        """Copy some rows."""
+        return {name: column.rows.take(chosen, 0) for name, column in self._columns.items()}
+
+    def __len__(self) -> int:
+        return next((column.count for column in self._columns.values()), 0)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, NDArray[Any]]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, NDArray[Any]]]: ...
+    def __getitem__(
+        self, index: int | slice
+    ) -> dict[str, NDArray[Any]] | list[dict[str, NDArray[Any]]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self.take([range(len(self))[index]])
+
+
+class _Column:
+    """Rows of one shape and type in a temporary file."""
+
+    def __init__(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        self.dtype, self.shape, self.count = dtype, shape, 0
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, _close, self._file)
+        self._rows: NDArray[Any] | None = None
+
+    def append(self, array: NDArray[Any]) -> None:
+        # Not through a map: on a full disk a write raises an error, and a map ends the process.
+        self._file.write(array_bytes(array))
+        self.count, self._rows = self.count + len(array), None
+
+    @property
+    def rows(self) -> NDArray[Any]:
+        """All of them, read as they are looked at."""
+        found = self._rows
+        if found is None:
+            shape = (self.count, *self.shape)
+            self._file.flush()
+            # Nothing cannot be mapped.
+            if 0 in shape:
+                found = np.zeros(shape, self.dtype)
+            else:
+                found = np.memmap(self._file, self.dtype, "r", shape=shape)
+            self._rows = found
+        return found
 
 
 def owned(values: Mapping[str, Any]) -> dict[str, Any]:

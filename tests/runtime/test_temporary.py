@@ -1,3 +1,4 @@
+import math
 import shutil
 import signal
 
@@ -7,6 +8,7 @@ import pytest
 from cobla_onnx.runtime.temporary import (
     MAPPED,
     ArrayFile,
+    Rows,
     Shelf,
     SpareFiles,
     owned,
@@ -84,3 +86,26 @@ def test_a_file_is_written_over_when_nobody_looks_at_it():
     files = [raw, second._file]
     del third, second, spare
     assert all(file.closed for file in files)
+
+
+@pytest.mark.parametrize("shape", [(), (3, 2), (0,)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, np.bool_])
+def test_rows_are_taken_in_any_order(shape, dtype):
+    whole = np.arange(7 * math.prod(shape)).reshape(7, *shape).astype(dtype)
+    rows = Rows({"x": part, "y": part + part} for part in (whole[:4], whole[4:]))
+    assert len(rows) == 7
+    found = rows.take([6, 0, 0])
+    assert found["x"].dtype == dtype
+    np.testing.assert_array_equal(found["x"], whole[[6, 0, 0]])
+    np.testing.assert_array_equal(rows[-1]["y"], (whole + whole)[-1:])
+    assert [len(row["x"]) for row in rows[2:4]] == [1, 1]
+    with pytest.raises(IndexError):
+        rows[7]
+
+
+def test_rows_may_follow_those_that_were_read():
+    rows = Rows([{"x": np.zeros((2, 3))}])
+    rows.take([1])
+    rows.append({"x": np.ones((1, 3))})
+    np.testing.assert_array_equal(rows.take([2, 1])["x"], [[1] * 3, [0] * 3])
+    assert len(Rows()) == 0

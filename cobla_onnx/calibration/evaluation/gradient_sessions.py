@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -63,11 +64,14 @@ class GradientSessions:
     ) -> None:
         self._model, self._measures, self._names = model, measures, names
         self._threads = threads
+        self._opening = threading.Lock()
         self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}
         self.blocked: dict[str, str] = {}
 
     def open(self, feeds: Feeds, values: Mapping[str, NDArray[Any]]) -> bool:
         """Open the graph for inputs of these shapes; return whether there are not too many yet.
+
+        Several threads may.
 
         Parameters
         ----------
@@ -82,10 +86,11 @@ class GradientSessions:
             If there is no such graph.
         """
         key = _key(feeds)
-        if key not in self._graphs:
-            if len(self._graphs) == MOST_SHAPES:
-                return False
-            self._graphs[key] = self._make({**values, **feeds})
+        with self._opening:
+            if key not in self._graphs:
+                if len(self._graphs) == MOST_SHAPES:
+                    return False
+                self._graphs[key] = self._make({**values, **feeds})
         return True
 
     def run(
@@ -106,8 +111,7 @@ class GradientSessions:
         for output, target in graph.targets.items():
             inputs[target] = as_single(expected[output])
         for output, power in graph.powers.items():
-            mean_square = np.square(expected[output].astype(np.float64)).mean()
-            inputs[power] = np.asarray(mean_square, np.float32)
+            inputs[power] = np.asarray(_mean_square(expected[output]), np.float32)
         found = run_session(opened.session, inputs)
         gradients = {name: found[output] for name, output in graph.gradients.items()}
         return Differentiated(found[graph.loss], gradients)
@@ -127,7 +131,14 @@ class GradientSessions:
 
 def as_single(value: NDArray[Any]) -> NDArray[Any]:
     """Cast floating values to the graph's single precision."""
-    return value.astype(np.float32) if value.dtype.kind == "f" else value
+    return value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value
+
+
+def _mean_square(array: NDArray[Any]) -> float:
+    flat = array.reshape(-1)
+    # Summed in double precision, without a copy in it.
+    total = np.einsum("i,i", flat, flat, dtype=np.float64, casting="unsafe")
+    return float(total) / max(1, flat.size)
 
 
 def _key(feeds: Feeds) -> tuple[tuple[int, ...], ...]:
