@@ -95,19 +95,10 @@ class Ours:
     def __call__(self, budget: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
         """Yield both variants."""
         from cobla_onnx.options import Settings
-        from cobla_onnx.pipeline.search.data import (
-            distil_factors,
-            make_factors,
-            measure_factors,
-            search_by_data,
-        )
-        from cobla_onnx.pipeline.search.problem import Problem
+        from cobla_onnx.pipeline.search.data import distil_factors, make_factors, measure_factors
         from cobla_onnx.variants.rewrite import rewrite
 
-        constraints = self.analysis.constraints(budget)
-        finisher = self.evidence.finisher()
-        problem = Problem(self.analysis, "slsqp", OBJECTIVES.get(self.name, "output"))
-        plan = search_by_data(problem, self.evidence, finisher, constraints).plan(self.analysis)
+        finisher, plan = self.planned(budget)
         if self.name in DISTILLED:
             varied = self.bench.task.augment if DISTILLED[self.name] else None
             seen = {self.bench.input: self.bench.calibration}
@@ -121,6 +112,17 @@ class Ours:
         for variant, refit in zip(VARIANTS[self.name], (False, True), strict=True):
             made = measure_factors(self.evidence, make_factors(finisher, plan, refit))
             yield variant, rewrite(self.bench.model, made.replacements)
+
+    def planned(self, budget: Any) -> tuple[Any, Any]:
+        """Return what makes factors, and the plan for a budget."""
+        from cobla_onnx.pipeline.search.data import search_by_data
+        from cobla_onnx.pipeline.search.problem import Problem
+
+        finisher = self.evidence.finisher()
+        problem = Problem(self.analysis, "slsqp", OBJECTIVES.get(self.name, "output"))
+        constraints = self.analysis.constraints(budget)
+        found = search_by_data(problem, self.evidence, finisher, constraints)
+        return finisher, found.plan(self.analysis)
 
 
 class Original:
@@ -349,12 +351,13 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Read the results, of repeated lines the last."""
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            rows[row["task"], row["method"], row["kind"], row["value"]] = row
+    rows = {(row["task"], row["method"], row["kind"], row["value"]): row for row in lines_of(path)}
     return list(rows.values())
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Read every line; none if there is no file yet."""
+    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
 
 
 @app.command()
