@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import shutil
 import tempfile
 import threading
@@ -191,8 +192,7 @@ class Shelf(Sequence["dict[str, NDArray[Any]]"]):
 class Rows(Sequence["dict[str, NDArray[Any]]"]):
     """Numbers by name, a row of one shape for each sample, in temporary files.
 
-    Some rows are read at a time, wherever they are; the system keeps in memory what there is room
-    for. Several threads may read them.
+    Some rows are read at a time, wherever they are. Several threads may.
     """
 
     def __init__(self, batches: Iterable[Mapping[str, NDArray[Any]]] = ()) -> None:
@@ -201,7 +201,7 @@ class Rows(Sequence["dict[str, NDArray[Any]]"]):
             self.append(batch)
 
     def append(self, batch: Mapping[str, NDArray[Any]]) -> None:
-        """Put rows at the end; not while others are read."""
+        """Put rows at the end."""
         for name, array in batch.items():
             if name not in self._columns:
                 self._columns[name] = _Column(array.dtype, array.shape[1:])
@@ -209,7 +209,7 @@ class Rows(Sequence["dict[str, NDArray[Any]]"]):
 
     def take(self, chosen: Sequence[int]) -> dict[str, NDArray[Any]]:
         """Copy some rows."""
-        return {name: column.rows.take(chosen, 0) for name, column in self._columns.items()}
+        return {name: column.take(chosen) for name, column in self._columns.items()}
 
     def __len__(self) -> int:
         return next((column.count for column in self._columns.values()), 0)
@@ -231,28 +231,29 @@ class _Column:
 
     def __init__(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
         self.dtype, self.shape, self.count = dtype, shape, 0
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        # Unbuffered: a row is read where it is wanted. Not mapped: what has been looked at would
+        # count as memory of this process.
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         weakref.finalize(self, _close, self._file)
-        self._rows: NDArray[Any] | None = None
+        self._lock = threading.Lock()
 
     def append(self, array: NDArray[Any]) -> None:
-        # Not through a map: on a full disk a write raises an error, and a map ends the process.
-        self._file.write(array_bytes(array))
-        self.count, self._rows = self.count + len(array), None
+        rest = array_bytes(array)
+        with self._lock:
+            self._file.seek(0, os.SEEK_END)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            self.count += len(array)
 
-    @property
-    def rows(self) -> NDArray[Any]:
-        """All of them, read as they are looked at."""
-        found = self._rows
-        if found is None:
-            shape = (self.count, *self.shape)
-            self._file.flush()
-            # Nothing cannot be mapped.
-            if 0 in shape:
-                found = np.zeros(shape, self.dtype)
-            else:
-                found = np.memmap(self._file, self.dtype, "r", shape=shape)
-            self._rows = found
+    def take(self, chosen: Sequence[int]) -> NDArray[Any]:
+        found = np.empty((len(chosen), *self.shape), self.dtype)
+        if not found.nbytes:
+            return found
+        rows = found.reshape(len(chosen), -1).view(np.uint8)
+        with self._lock:
+            for row, place in zip(rows, chosen, strict=True):
+                self._file.seek(place * row.nbytes)
+                self._file.readinto(row.data)
         return found
 
 
