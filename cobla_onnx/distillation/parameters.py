@@ -126,10 +126,14 @@ class Parameters:
     def feeds(self, values: Flat) -> dict[str, NDArray[Any]]:
         """Return the tensors that are made of values, by their names."""
         parts = self._parts(values)
-        made = [
-            {**replacement.as_read(_without_bias(its)), **_bias_of(its)}
-            for replacement, its in zip(self._replacements, parts, strict=True)
-        ]
+        # Those of other blocks need not be decoded.
+        made = {
+            number: {
+                **self._replacements[number].as_read(_without_bias(parts[number])),
+                **_bias_of(parts[number]),
+            }
+            for number in {tensor.replacement for tensor in self._read}
+        }
         return {tensor.name: made[tensor.replacement][tensor.part] for tensor in self._read}
 
     def gathered(self, tensors: Mapping[str, NDArray[Any]]) -> Flat:
@@ -138,18 +142,19 @@ class Parameters:
 
     def pulled_back(self, values: Flat, gradient: Flat) -> Flat:
         """Return derivatives by values, from those that `gathered` returns."""
-        by_read: list[dict[str, NDArray[Any]]] = [{} for _ in self._replacements]
+        parts, by_read = self._parts(values), dict[int, dict[str, NDArray[Any]]]()
         for tensor in self._read:
-            by_read[tensor.replacement][tensor.part] = gradient[tensor.place].reshape(tensor.shape)
-        found = [
-            {
-                **replacement.pulled_back(_without_bias(its), _without_bias(given)),
+            given = by_read.setdefault(tensor.replacement, {})
+            given[tensor.part] = gradient[tensor.place].reshape(tensor.shape)
+        found = {
+            number: {
+                **self._replacements[number].pulled_back(
+                    _without_bias(parts[number]), _without_bias(given)
+                ),
                 **_bias_of(given),
             }
-            for replacement, its, given in zip(
-                self._replacements, self._parts(values), by_read, strict=True
-            )
-        ]
+            for number, given in by_read.items()
+        }
         return _flat([found[tensor.replacement][tensor.part] for tensor in self._tensors])
 
     def replacements(self, values: Flat) -> list[Replacement]:

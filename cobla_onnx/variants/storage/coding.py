@@ -20,6 +20,8 @@ __all__ = ["INTEGERS", "SAMPLED", "Coded", "fit_levels", "nearest", "signed"]
 
 # Levels of 8-bit codes.
 INTEGERS: NDArray[np.float32] = np.arange(-128, 128, dtype=np.float32)
+# Most levels that are compared with all values.
+FEW = 64
 # Most values from which levels are fitted, and most passes over them.
 SAMPLED, PASSES = 1 << 18, 60
 
@@ -62,8 +64,18 @@ def signed(codes: NDArray[np.uint8]) -> NDArray[np.int8]:
 
 def nearest(levels: NDArray[Any], values: NDArray[Any]) -> NDArray[np.intp]:
     """Index of the level nearest to each value; of two as near, the lower one."""
-    found: NDArray[np.intp] = ((levels[1:] + levels[:-1]) / 2).searchsorted(values)
-    return found
+    middles = (levels[1:] + levels[:-1]) / 2
+    if levels is INTEGERS:
+        # Evenly spaced: there is nothing to search. `fmax` takes the number where one is none.
+        whole = np.fmin(np.fmax(np.ceil(values - 0.5), levels[0]), levels[-1])
+        return np.asarray(whole - levels[0], np.intp)
+    if len(levels) > FEW:
+        return np.asarray(middles.searchsorted(values), np.intp)
+    # All comparisons take less time than a search for each value.
+    found = np.zeros(np.shape(values), np.uint8)
+    for middle in middles:
+        found += values > middle
+    return found.astype(np.intp)
 
 
 def fit_levels(values: NDArray[Any], count: int) -> NDArray[np.float32]:
