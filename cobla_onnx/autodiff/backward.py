@@ -11,15 +11,9 @@ from cobla_onnx.autodiff.emitter import Emitter
 from cobla_onnx.autodiff.prepare import Prepared
 from cobla_onnx.autodiff.vjp import FLAT, NoRuleError, Step, find_rule
 from cobla_onnx.graph.layers import all_inputs, node_label
+from cobla_onnx.graph.protos import STORED_TYPES
 
 __all__ = ["Backward", "backward"]
-
-FLOATING = (
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.DOUBLE,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.BFLOAT16,
-)
 
 
 @dataclass(frozen=True)
@@ -129,4 +123,4 @@ def _reached(forward: Prepared, wanted: Iterable[str]) -> set[str]:
 
 def _is_floating(forward: Prepared, name: str) -> bool:
     # A type that nobody knows may be floating: then the operator's rule decides.
-    return forward.types.get(name, onnx.TensorProto.FLOAT) in FLOATING
+    return forward.types.get(name, onnx.TensorProto.FLOAT) in STORED_TYPES

@@ -19,7 +19,7 @@ from cobla_onnx.graph.layers import Layer, find_layers
 from cobla_onnx.graph.order import captured_names
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import subgraphs, tensor_array
-from cobla_onnx.graph.transposed_copies import transposed_copies, with_transposes
+from cobla_onnx.graph.transposed_copies import transposed_copies, transposed_on_the_way
 from cobla_onnx.text import quoted
 
 __all__ = ["Deduplicated", "deduplicated"]
@@ -92,7 +92,7 @@ def deduplicated(model: onnx.ModelProto) -> Deduplicated:
     merged = _merged(model, copies) if copies else model
     gone = {name for its in copies.values() for name in its}
     turned = {name: first for name, first in turned.items() if gone.isdisjoint((name, first))}
-    merged, turned = with_transposes(merged, turned)
+    merged, turned = transposed_on_the_way(merged, turned)
     gone |= set(turned)
     if not gone:
         return Deduplicated(model)

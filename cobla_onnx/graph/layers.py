@@ -27,6 +27,7 @@ from cobla_onnx.graph.operators.base import (
     operator_of,
     operators_of_node,
 )
+from cobla_onnx.graph.protos import FLOAT_TYPES, STORED_TYPES
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.graph.tied import Steps, tied
@@ -69,13 +70,6 @@ REPORTED = {
     "TreeEnsembleClassifier",
     "TreeEnsembleRegressor",
 }
-# Types in which nodes compute; onnxruntime on a CPU has no bfloat16, which must be cast.
-FLOAT_TYPES = {
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.DOUBLE,
-}
-STORED_TYPES = {*FLOAT_TYPES, onnx.TensorProto.BFLOAT16}
 # What makes a weight that is not stored as it is read, and what that means.
 MADE_BY = {
     "DequantizeLinear": Reason.QUANTISED,

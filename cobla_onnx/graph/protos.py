@@ -8,7 +8,13 @@ from typing import Any
 import onnx
 from google.protobuf.message import Message
 
-__all__ = ["copied_node", "copy_fields", "is_repeated", "opset_of"]
+__all__ = ["FLOAT_TYPES", "STORED_TYPES", "copied_node", "copy_fields", "is_repeated", "opset_of"]
+
+FLOAT_TYPES = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
+"""Types in which nodes compute; onnxruntime on a CPU has no bfloat16, which must be cast."""
+
+STORED_TYPES = FLOAT_TYPES | {onnx.TensorProto.BFLOAT16}
+"""Floating types that a tensor may have."""
 
 
 def is_repeated(field: Any) -> bool:

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import helper
 
 from cobla_onnx.graph.io.model_file import copy_without_initializers, unique_name
 from cobla_onnx.graph.layers import find_layers
+from cobla_onnx.graph.protos import STORED_TYPES
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.text import quoted
 
-__all__ = ["transposed_copies", "with_transposes"]
+__all__ = ["transposed_copies", "transposed_on_the_way"]
 
-FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 # Least numbers of a matrix: no smaller one is worth a node.
 SMALLEST = 256
 # Rows and columns by which pairs are found before they are compared, and bytes compared at a time.
@@ -46,7 +46,7 @@ def transposed_copies(model: onnx.ModelProto, held: Collection[str]) -> dict[str
         if len(tensor.dims) == 2
         and tensor.dims[0] != tensor.dims[1]
         and tensor.dims[0] * tensor.dims[1] >= SMALLEST
-        and tensor.data_type in FLOATING
+        and tensor.data_type in STORED_TYPES
         and tensor.name not in held
     ]
     shapes = {(tensor.data_type, *tensor.dims) for tensor in matrices}
@@ -81,7 +81,7 @@ def _is_transpose(left: onnx.TensorProto, right: onnx.TensorProto) -> bool:
     )
 
 
-def with_transposes(
+def transposed_on_the_way(
     model: onnx.ModelProto, copies: Mapping[str, str]
 ) -> tuple[onnx.ModelProto, dict[str, str]]:
     """Compute matrices from those that they are the transpose of, where both become one layer.

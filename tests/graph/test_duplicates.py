@@ -14,7 +14,7 @@ from cobla_onnx import Budget, compress
 from cobla_onnx.graph.duplicates import deduplicated
 from cobla_onnx.graph.io.model_file import load_model, stored_bytes
 from cobla_onnx.graph.layers import find_layers
-from cobla_onnx.graph.transposed_copies import transposed_copies, with_transposes
+from cobla_onnx.graph.transposed_copies import transposed_copies, transposed_on_the_way
 from tests.builders import model_of, random_array
 from tests.tied import VOCABULARY, WIDTH, decoder, sentences
 
@@ -231,6 +231,6 @@ def test_a_transposed_copy_that_makes_no_layer_stays():
     inputs = {"x": [3, SIZE], "z": [2 * SIZE, SIZE]}
     model = model_of(nodes, weights, inputs, ["y1", "y2"])
     assert transposed_copies(model, ()) == {"b": "a"}
-    assert with_transposes(model, {"b": "a"}) == (model, {})
+    assert transposed_on_the_way(model, {"b": "a"}) == (model, {})
     assert deduplicated(model).model is model
     assert transposed_copies(model, {"a"}) == {}

@@ -15,6 +15,7 @@ import onnx
 
 from cobla_onnx.graph.layers import Layer, all_inputs, outputs_of
 from cobla_onnx.graph.macs import infer_tensors
+from cobla_onnx.graph.protos import STORED_TYPES
 from cobla_onnx.graph.subgraph import reached_from
 from cobla_onnx.graph.varying import Varying, varying_tensors
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
@@ -169,8 +170,7 @@ class Tracing:
 
     def _is_integer(self, name: str) -> bool:
         kind = self.types.get(name, 0)
-        floating = (*FLOATING.values(), onnx.TensorProto.BFLOAT16, OTHER, 0)
-        return kind not in floating
+        return kind not in (*STORED_TYPES, OTHER, 0)
 
     def _sources(self, output: str) -> list[str]:
         """Nearest tensors before an output that can be measured; the output itself, if it can."""
