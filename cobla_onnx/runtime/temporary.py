@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import shutil
 import tempfile
 import threading
@@ -16,7 +15,9 @@ from typing import IO, Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from cobla_onnx.errors import ModelError
 from cobla_onnx.runtime.processes import interrupts_wait
+from cobla_onnx.text import quoted
 
 __all__ = [
     "ArrayFile",
@@ -201,11 +202,23 @@ class Rows(Sequence["dict[str, NDArray[Any]]"]):
             self.append(batch)
 
     def append(self, batch: Mapping[str, NDArray[Any]]) -> None:
-        """Put rows at the end."""
+        """Put rows at the end.
+
+        Raises
+        ------
+        ModelError
+            If they are of another shape or type than those before.
+        """
         for name, array in batch.items():
             if name not in self._columns:
                 self._columns[name] = _Column(array.dtype, array.shape[1:])
-            self._columns[name].append(array)
+            column = self._columns[name]
+            if (array.dtype, array.shape[1:]) != (column.dtype, column.shape):
+                raise ModelError(
+                    f"tensor {quoted(name)} is {column.dtype} {column.shape} for some samples and "
+                    f"{array.dtype} {array.shape[1:]} for others"
+                )
+            column.append(array)
 
     def take(self, chosen: Sequence[int]) -> dict[str, NDArray[Any]]:
         """Copy some rows."""
@@ -240,7 +253,7 @@ class _Column:
     def append(self, array: NDArray[Any]) -> None:
         rest = array_bytes(array)
         with self._lock:
-            self._file.seek(0, os.SEEK_END)
+            self._file.seek(self.count * (len(rest) // max(1, len(array))))
             while rest:
                 rest = rest[self._file.write(rest) :]
             self.count += len(array)

@@ -5,6 +5,7 @@ import signal
 import numpy as np
 import pytest
 
+from cobla_onnx.errors import ModelError
 from cobla_onnx.runtime.temporary import (
     MAPPED,
     ArrayFile,
@@ -109,3 +110,10 @@ def test_rows_may_follow_those_that_were_read():
     rows.append({"x": np.ones((1, 3))})
     np.testing.assert_array_equal(rows.take([2, 1])["x"], [[1] * 3, [0] * 3])
     assert len(Rows()) == 0
+
+
+def test_rows_of_another_shape_are_refused():
+    rows = Rows([{"x": np.zeros((2, 3))}])
+    with pytest.raises(ModelError, match=r"x.*\(3,\).*\(4,\)"):
+        rows.append({"x": np.zeros((1, 4))})
+    assert len(rows) == 2
