@@ -27,7 +27,7 @@ from benchmark_tasks import ROOT, TASKS, Bench
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 TASK, MEMORY, RATE = "ResNet-20", 0.3, 3e-3
-SAMPLES, PASSES = (256, 1000, 3000), (0, 4, 16, 64)
+SAMPLES, PASSES = (256, 1000, 3000), (0, 2, 8, 32)
 BEGIN = "<!-- measured by tools/learning_curve.py -->"
 END = "<!-- end of what tools/learning_curve.py measured -->"
 
