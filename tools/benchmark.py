@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import time
@@ -424,7 +425,7 @@ def distilled(results: Path, page: field.Page = None) -> None:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     rows = [row for row in read(results) if "without refit" not in row["method"]]
-    for row in sorted(rows, key=lambda row: (row["task"], row["kind"], row["value"])):
+    for row in sorted(rows, key=_place):
         top1 = f"{row['top1']:.1%}" if "top1" in row else ""
         cells = (
             row["task"],
@@ -437,6 +438,17 @@ def distilled(results: Path, page: field.Page = None) -> None:
         )
         lines.append(field.line(cells[0], cells[1:]))
     field.publish("\n".join(lines), page, DISTILLED_BEGIN, DISTILLED_END)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Where a row stands: by what it is about, then by its method, its numbers as numbers."""
+    parts = re.split(r"(\d+)", row["method"])
+    return (
+        row["task"],
+        row["kind"],
+        row["value"],
+        [(int(p), "") if p.isdigit() else (0, p) for p in parts],
+    )
 
 
 if __name__ == "__main__":
