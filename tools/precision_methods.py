@@ -235,6 +235,7 @@ LEARNED: Mapping[str, Method] = {
     "auto, distilled": ours("auto", distil="auto"),
     "auto, distilled with variants": ours("auto", distil="auto", augment="flip,crop:4"),
     "auto, distilled in 10 minutes": ours("auto", distil="auto", time_limit=600),
+    "ranks alone, distilled in 10 minutes": ours("keep", distil="auto", time_limit=600),
     "auto, distilled in 4 passes": ours("auto", distil=4),
 }
 ALTERNATIVES: Mapping[str, Method] = {
