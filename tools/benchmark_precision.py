@@ -56,6 +56,8 @@ GROUPS = {
 }
 BEGIN = "<!-- measured by tools/benchmark_precision.py -->"
 END = "<!-- end of what tools/benchmark_precision.py measured -->"
+LEARNED_BEGIN = "<!-- measured by tools/benchmark_precision.py learned -->"
+LEARNED_END = "<!-- end of what tools/benchmark_precision.py learned measured -->"
 THREADS = (1, 2)
 
 Row = dict[str, Any]
@@ -264,6 +266,32 @@ def table(
 ) -> None:
     """Print the tables in Markdown, or put them between the markers of a page."""
     field.publish(print_tables(field.read(results)), page, BEGIN, END)
+
+
+@app.command()
+def learned(results: Path, page: field.Page = None) -> None:
+    """Print a line for each result that has learned, beside what it has learned from."""
+    field.publish(print_learned(field.read(results)), page, LEARNED_BEGIN, LEARNED_END)
+
+
+def print_learned(rows: Mapping[str, Row]) -> str:
+    """Return the table of what has learned."""
+    heads = ("budget", "how", "before", "after", "after less before, 95 %", "s, before", "after")
+    lines = [field.line("model", heads), field.line("---", ["---"] * len(heads))]
+    for name in NAMES:
+        for key, after in rows.items():
+            subject, method, budget = key.split(" | ")
+            if subject != name or method not in LEARNED:
+                continue
+            base = method.partition(",")[0]
+            before = rows.get(f"{name} | {base} | {budget}", {})
+            if not (_made(before) and _made(after)):
+                continue
+            cells = [budget, method, quality_of(before), quality_of(after)]
+            cells.append(gap(_pairable(after), _pairable(before)))
+            cells += [f"{row['seconds']:.0f}" for row in (before, after)]
+            lines.append(field.line(name, cells))
+    return "\n".join(lines)
 
 
 def print_tables(rows: Mapping[str, Row]) -> str:
