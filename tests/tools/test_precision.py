@@ -121,13 +121,13 @@ def test_the_tables_pair_auto_with_what_has_as_many_bytes(tool):
 
 def test_what_has_learned_stands_beside_what_it_has_learned_from(tool):
     rows = {
-        "digits | auto | 0.1": {**judged(0.5), "seconds": 7.0},
-        "digits | auto, distilled | 0.1": {**judged(0.75, seed=1), "seconds": 20.0},
-        "digits | ranks alone, distilled in 10 minutes | 0.1": {**judged(0.75), "seconds": 20.0},
+        "small | auto | 0.1": {**judged(0.5), "seconds": 7.0},
+        "small | auto, distilled | 0.1": {**judged(0.75, seed=1), "seconds": 20.0},
+        "small | ranks alone, distilled in 10 minutes | 0.1": {**judged(0.75), "seconds": 20.0},
     }
     *_, line = tool.print_learned(rows).splitlines()
     cells = line.split(" | ")
-    assert cells[:3] == ["| digits", "0.1", "auto, distilled"]
+    assert cells[:3] == ["| small", "0.1", "auto, distilled"]
     assert [cell[-5:] for cell in cells[3:5]] == ["0.125", "0.125"]
     assert cells[-2:] == ["7", "20 |"]
     assert len(tool.print_learned(rows).splitlines()) == 3
