@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import weakref
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, overload
@@ -142,7 +143,26 @@ class _View:
         self.__array_interface__ = array.__array_interface__
 
 
-class Shelf(Sequence["dict[str, NDArray[Any]]"]):
+class _Batches(Sequence["dict[str, NDArray[Any]]"]):
+    """Batches by their places; several of them are a list."""
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, NDArray[Any]]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, NDArray[Any]]]: ...
+    def __getitem__(
+        self, index: int | slice
+    ) -> dict[str, NDArray[Any]] | list[dict[str, NDArray[Any]]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self._at(range(len(self))[index])
+
+    @abstractmethod
+    def _at(self, place: int) -> dict[str, NDArray[Any]]:
+        """Return the batch at a place from 0 on."""
+
+
+class Shelf(_Batches):
     """Batches of arrays by name, the first few in memory, the others in a temporary file.
 
     Several threads may read it.
@@ -172,16 +192,8 @@ class Shelf(Sequence["dict[str, NDArray[Any]]"]):
     def __len__(self) -> int:
         return len(self._held)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, NDArray[Any]]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, NDArray[Any]]]: ...
-    def __getitem__(
-        self, index: int | slice
-    ) -> dict[str, NDArray[Any]] | list[dict[str, NDArray[Any]]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        return {name: self._read(entry) for name, entry in self._held[index].items()}
+    def _at(self, place: int) -> dict[str, NDArray[Any]]:
+        return {name: self._read(entry) for name, entry in self._held[place].items()}
 
     def _read(self, entry: NDArray[Any] | Place) -> NDArray[Any]:
         if not isinstance(entry, Place):
@@ -190,7 +202,7 @@ class Shelf(Sequence["dict[str, NDArray[Any]]"]):
         return self._file.get(entry)
 
 
-class Rows(Sequence["dict[str, NDArray[Any]]"]):
+class Rows(_Batches):
     """Numbers by name, a row of one shape for each sample, in temporary files.
 
     Some rows are read at a time, wherever they are. Several threads may.
@@ -227,16 +239,8 @@ class Rows(Sequence["dict[str, NDArray[Any]]"]):
     def __len__(self) -> int:
         return next((column.count for column in self._columns.values()), 0)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, NDArray[Any]]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, NDArray[Any]]]: ...
-    def __getitem__(
-        self, index: int | slice
-    ) -> dict[str, NDArray[Any]] | list[dict[str, NDArray[Any]]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        return self.take([range(len(self))[index]])
+    def _at(self, place: int) -> dict[str, NDArray[Any]]:
+        return self.take([place])
 
 
 class _Column:

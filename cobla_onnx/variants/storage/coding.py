@@ -64,11 +64,11 @@ def signed(codes: NDArray[np.uint8]) -> NDArray[np.int8]:
 
 def nearest(levels: NDArray[Any], values: NDArray[Any]) -> NDArray[np.intp]:
     """Index of the level nearest to each value; of two as near, the lower one."""
-    middles = (levels[1:] + levels[:-1]) / 2
     if levels is INTEGERS:
         # Evenly spaced: there is nothing to search. `fmax` takes the number where one is none.
         whole = np.fmin(np.fmax(np.ceil(values - 0.5), levels[0]), levels[-1])
         return np.asarray(whole - levels[0], np.intp)
+    middles = (levels[1:] + levels[:-1]) / 2
     if len(levels) > FEW:
         return np.asarray(middles.searchsorted(values), np.intp)
     # All comparisons take less time than a search for each value.
