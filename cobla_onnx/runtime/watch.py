@@ -16,6 +16,8 @@ __all__ = ["at_most"]
 # having been stopped, by Ctrl-Z or a debugger, which is no time that a run took.
 LOOK, STOPPED = 1.0, 1.0
 
+FOREVER = threading.TIMEOUT_MAX
+
 
 class _Watch:
     """Calls back for those entries whose time is over."""
@@ -24,21 +26,25 @@ class _Watch:
         self._changed = threading.Condition()
         self._entries: dict[object, tuple[float, Callable[[], object]]] = {}
         self._thread: threading.Thread | None = None
-        # When the thread looks next; it sleeps on where an entry is gone before that.
-        self._next = float("inf")
+        # When the first entry ends, as far as the thread knows, and when it means to look again.
+        self._next = self._due = float("inf")
+        # Whether no entry has come since the last look.
+        self._quiet = False
 
     def add(self, seconds: float, late: Callable[[], object]) -> object:
         """Call `late` after some seconds unless the entry is removed; return the entry."""
-        entry, end = object(), time.monotonic() + seconds
+        entry, now = object(), time.monotonic()
+        end = now + seconds
         with self._changed:
             self._entries[entry] = end, late
+            self._quiet = False
             if self._thread is None or not self._thread.is_alive():
                 # A process that was forked has no thread but its own.
-                self._next = end
+                self._next, self._due = end, now
                 self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
                 self._thread.start()
             elif end < self._next:
-                self._next = end
+                self._next, self._due = end, now
                 self._changed.notify()
         return entry
 
@@ -50,28 +56,27 @@ class _Watch:
     def _look(self) -> None:
         with self._changed:
             while True:
-                left = self._next - time.monotonic()
-                if left > 0:
-                    self._rest(left)
-                    continue
                 now = time.monotonic()
+                self._make_up_for(now - self._due)
                 for entry, (end, late) in list(self._entries.items()):
                     if end <= now:
                         del self._entries[entry]
                         late()
-                self._next = min((end for end, _ in self._entries.values()), default=float("inf"))
+                if self._entries:
+                    self._next = min(end for end, _ in self._entries.values())
+                elif self._quiet:
+                    # Not before a second without entries: to wake the thread costs as much as
+                    # a small model's run.
+                    self._next = float("inf")
+                rest = min(self._next - now, LOOK if self._next < float("inf") else FOREVER)
+                self._quiet = True
+                self._due = now + rest
+                self._changed.wait(rest)
 
-    def _rest(self, left: float) -> None:
-        """Wait for a look's time or for a change; what the process was stopped for is no delay."""
-        if not self._entries:
-            self._changed.wait(min(left, threading.TIMEOUT_MAX))
-            return
-        end = time.monotonic() + min(left, LOOK)
-        self._changed.wait(min(left, LOOK))
-        lost = time.monotonic() - end
+    def _make_up_for(self, lost: float) -> None:
+        """Give all entries the seconds that the thread is late by, if the process was stopped."""
         if lost > STOPPED:
-            self._entries = {key: (at + lost, late) for key, (at, late) in self._entries.items()}
-            self._next += lost
+            self._entries = {key: (end + lost, late) for key, (end, late) in self._entries.items()}
 
 
 _watch = _Watch()

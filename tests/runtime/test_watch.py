@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cobla_onnx.runtime.watch import at_most
+from cobla_onnx.runtime.watch import STOPPED, _Watch, at_most
 
 
 def test_what_takes_too_long_is_told_once():
@@ -50,12 +50,12 @@ def test_limits_of_many_threads_are_kept_by_one():
     assert sorted(told) == [1, 3, 5, 7]
 
 
-STOPPED = """
+SCRIPT = """
 import threading
 from cobla_onnx.runtime.watch import at_most
 
 told = threading.Event()
-with at_most(2, told.set):
+with at_most(3, told.set):
     print("running", flush=True)
     input()
     print("late" if told.is_set() else "in time", flush=True)
@@ -65,13 +65,23 @@ with at_most(2, told.set):
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="this system stops no processes")
 def test_the_time_that_the_process_was_stopped_is_no_time_of_a_run():
     with subprocess.Popen(
-        [sys.executable, "-c", STOPPED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout.readline() == "running\n"
         os.kill(child.pid, signal.SIGSTOP)
-        time.sleep(3)
+        time.sleep(3.5)
         os.kill(child.pid, signal.SIGCONT)
         # As long as the clock is looked at again after that.
         time.sleep(0.2)
         told, _ = child.communicate("\n")
     assert told == "in time\n"
+
+
+def test_a_stop_before_the_first_look_is_no_time_of_a_run():
+    watch, told = _Watch(), threading.Event()
+    # The thread that looks at the clock waits for this lock, as if the process were stopped.
+    with watch._changed:
+        watch.add(1, told.set)
+        time.sleep(STOPPED + 0.3)
+    assert not told.wait(0.4)
+    assert told.wait(10)
