@@ -234,6 +234,13 @@ ABLATION: Mapping[str, Method] = {
 LEARNED: Mapping[str, Method] = {
     "auto, distilled": ours("auto", distil="auto"),
     "auto, distilled with variants": ours("auto", distil="auto", augment="flip,crop:4"),
+    **{
+        f"auto, distilled with variants, seed {seed}": ours(
+            "auto", distil="auto", augment="flip,crop:4", seed=seed
+        )
+        for seed in (1, 2)
+    },
+    "ranks alone, distilled with variants": ours("keep", distil="auto", augment="flip,crop:4"),
     "auto, distilled in 10 minutes": ours("auto", distil="auto", time_limit=600),
     "ranks alone, distilled in 10 minutes": ours("keep", distil="auto", time_limit=600),
     "auto, distilled in 4 passes": ours("auto", distil=4),

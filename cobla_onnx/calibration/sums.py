@@ -371,7 +371,8 @@ def _type_of_products(
     """Return the type in which an array's products are taken; all others than `axis` are apart."""
     if exact:
         return np.float64
-    largest = np.maximum(array.max(axis, initial=0.0), -array.min(axis, initial=0.0))
+    # Half precision cannot hold the numbers that these are compared with.
+    largest = np.maximum(array.max(axis, initial=0.0), -array.min(axis, initial=0.0), dtype=float)
     single = (largest == 0) | ((SINGLE[0] <= largest) & (largest <= SINGLE[1]))
     return np.float32 if np.all(single) else np.float64
 

@@ -48,3 +48,10 @@ def test_samples_that_are_all_the_same_are_noticed(monkeypatch):
         several = moment_of([np.concatenate([one] * 5, axis=2)], 30, exact=False).effective
         alone = moment_of([one], 30, exact=False).effective
         np.testing.assert_allclose(several, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_vectors_in_half_precision_are_added_without_a_warning(groups):
+    vectors = np.random.default_rng(0).standard_normal((groups, 4, 60)).astype(np.float16)
+    wide = moment_of([vectors.astype(np.float64)], 10, exact=False)
+    np.testing.assert_allclose(moment_of([vectors], 10, exact=False).second, wide.second, rtol=1e-5)
