@@ -14,7 +14,6 @@ Times of layers are kept beside the results, a profile for each number of thread
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -52,7 +51,7 @@ from cobla_onnx.variants.base import Asked
 from cobla_onnx.variants.low_rank.ranks import RankMultiple, rank_rule
 
 sys.path.insert(0, str(Path(__file__).parent))
-from benchmark import append
+from benchmark import append, lines_of
 from benchmark_tasks import ROOT, TASKS, find_model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -152,11 +151,10 @@ class Bench:
 
 def read(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Read the results, of repeated lines the last."""
-    rows = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
-        rows[row["task"], row["threads"], row["grid"], row["kind"], row["value"]] = row
-    return rows
+    return {
+        (row["task"], row["threads"], row["grid"], row["kind"], row["value"]): row
+        for row in lines_of(path)
+    }
 
 
 @app.command()
