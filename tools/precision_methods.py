@@ -170,7 +170,7 @@ def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Operators that no opset has any more, at which the converter stops, are written out first.
     """
-    from cobla_onnx.autodiff.legacy import replace_legacy
+    from cobla_onnx.graph.legacy import replace_legacy
 
     (version,) = [each.version for each in model.opset_import if not each.domain]
     if version >= OPSET:

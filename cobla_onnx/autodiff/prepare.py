@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from cobla_onnx.autodiff.casting import cast_model
 from cobla_onnx.autodiff.constants import known_values
-from cobla_onnx.autodiff.legacy import replace_legacy
 from cobla_onnx.autodiff.vjp import FLAT, RULES
 from cobla_onnx.autodiff.vjp.registry import Sizes
 from cobla_onnx.errors import ModelError, UsageError
@@ -28,6 +27,7 @@ from cobla_onnx.graph.io.model_file import (
     unique_name,
 )
 from cobla_onnx.graph.layers import all_inputs
+from cobla_onnx.graph.legacy import replace_legacy
 from cobla_onnx.graph.macs import Shape, fixed_input_shapes, infer_tensors
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.runtime.session import first_line, open_session, random_feeds, run_session

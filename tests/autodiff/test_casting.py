@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 
 from cobla_onnx.autodiff.casting import cast_model, cast_tensor
 from cobla_onnx.autodiff.constants import known_values
-from cobla_onnx.autodiff.legacy import replace_legacy
+from cobla_onnx.graph.legacy import replace_legacy
 from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import model_of, random_array, small_network
 
