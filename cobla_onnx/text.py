@@ -1,4 +1,4 @@
-"""Show names that come from a file, which may hold anything, and find those that a user means."""
+"""Show names and errors that come from a file or a library, and find names that a user means."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-__all__ = ["matching", "quoted", "safe_text", "short_names"]
+__all__ = ["first_line", "matching", "quoted", "safe_text", "short_names"]
 
 # Characters of a text that are looked at.
 LONGEST = 10_000
@@ -93,6 +93,12 @@ def quoted(name: str) -> str:
     "'conv1'"
     """
     return f"'{safe_text(name, 80)}'"
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's text, cut to a readable length."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def matching(pattern: str, names: Collection[str]) -> set[str]:

@@ -19,7 +19,8 @@ from cobla_onnx.arithmetic.prepared import Handed, has_more_files, quietly
 from cobla_onnx.arithmetic.saturation import sums_saturate
 from cobla_onnx.errors import CoblaError, ModelError
 from cobla_onnx.graph.protos import opset_of
-from cobla_onnx.runtime.session import Feeds, first_line
+from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.text import first_line
 
 __all__ = ["QUANTISERS", "Quantiser"]
 

@@ -30,7 +30,8 @@ from cobla_onnx.graph.layers import all_inputs
 from cobla_onnx.graph.legacy import replace_legacy
 from cobla_onnx.graph.macs import Shape, fixed_input_shapes, infer_tensors
 from cobla_onnx.graph.sizes import tensor_bytes
-from cobla_onnx.runtime.session import first_line, open_session, random_feeds, run_session
+from cobla_onnx.runtime.session import open_session, random_feeds, run_session
+from cobla_onnx.text import first_line
 
 __all__ = ["OPSET", "Prepared", "Substitutes", "prepare"]
 

@@ -29,13 +29,12 @@ from cobla_onnx.report.model import Verification
 from cobla_onnx.runtime.session import (
     BY_FILE,
     Feeds,
-    first_line,
     open_session,
     run_session,
     runnable_feeds,
 )
 from cobla_onnx.runtime.temporary import owned
-from cobla_onnx.text import quoted
+from cobla_onnx.text import first_line, quoted
 from cobla_onnx.variants.replacement import Replacement
 
 __all__ = [

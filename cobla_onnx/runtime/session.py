@@ -28,13 +28,12 @@ from cobla_onnx.runtime.part_errors import part_error
 from cobla_onnx.runtime.providers import CPU, current_provider, memory_is_given_back
 from cobla_onnx.runtime.temporary import array_bytes, temporary_folder
 from cobla_onnx.runtime.watch import at_most
-from cobla_onnx.text import quoted, safe_text
+from cobla_onnx.text import first_line, quoted, safe_text
 from cobla_onnx.wording import option_name
 
 __all__ = [
     "BY_FILE",
     "Feeds",
-    "first_line",
     "measured_shapes",
     "open_session",
     "random_feeds",
@@ -259,12 +258,6 @@ def _leave_in_folder(light: onnx.ModelProto) -> None:
             open_external(tensor, f"initializer {quoted(tensor.name)}").close()
             del tensor.external_data[:]
             tensor.external_data.extend(kept)
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's text, cut to a readable length."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str, Any]:
