@@ -47,7 +47,7 @@ from benchmark_precision import (
 )
 from benchmark_table import gap
 from field_data import NoData
-from precision_methods import dynamic, raise_opset, static_qdq_by
+from precision_methods import OPSET, dynamic, static_qdq_by
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 LATENCIES = (0.6, 0.45, 0.35, 0.25)
@@ -115,13 +115,15 @@ def within(session: Any, latency: float, folder: Path) -> Row:
 
 def with_scales(subject: Subject, name: str, folder: Path) -> Subject:
     """Lift a model whose opset has no scales by channel, for all methods alike."""
+    from cobla_onnx.graph.opset import lifted
+
     before = onnx.load(subject.model)
-    after = raise_opset(before)
+    after = lifted(before, OPSET)
     if after is before:
         return subject
-    lifted = folder / f"{slug(name)}_lifted.onnx"
-    onnx.save(after, lifted)
-    return replace(subject, model=lifted)
+    path = folder / f"{slug(name)}_lifted.onnx"
+    onnx.save(after, path)
+    return replace(subject, model=path)
 
 
 def eight_bits(model: Path, data: Path, folder: Path, _: Sequence[float], threads: int) -> Made:

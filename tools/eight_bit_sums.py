@@ -23,6 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.graph.macs import Shape, fixed_input_shapes, infer_shapes
+from cobla_onnx.graph.opset import lifted
 from cobla_onnx.latency.single_layer import layer_key, micro_graph
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.pipeline.search.eight_bits import stand_in_eight_bits
@@ -31,7 +32,7 @@ from cobla_onnx.runtime.session import Feeds
 
 sys.path.insert(0, str(Path(__file__).parent))
 from benchmark_tasks import ROOT, TASKS, find_model
-from precision_methods import raise_opset
+from precision_methods import OPSET
 
 
 class Effort(TypedDict):
@@ -119,7 +120,10 @@ def main(
 ) -> None:
     """Print what the sums predict of the model in 8 bits, and what is measured."""
     (task,) = [task for task in TASKS if task.name == name]
-    model, stopwatch = raise_opset(load_model(find_model(task, assets, wheels))), Stopwatch(threads)
+    model, stopwatch = (
+        lifted(load_model(find_model(task, assets, wheels)), OPSET),
+        Stopwatch(threads),
+    )
     floats, narrow, edges = sums(model, stopwatch)
     feeds = example_feeds(model, fixed_input_shapes(model, {}), threads, 0)
     before, after = fastest(stopwatch, [model, stand_in_eight_bits(model)], WHOLE, feeds)

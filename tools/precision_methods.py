@@ -118,6 +118,8 @@ def static_qdq_by(ranges: str) -> Make:
         )
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
+        from cobla_onnx.graph.opset import lifted
+
         class Reader(CalibrationDataReader):  # type: ignore[misc]
             def __init__(self) -> None:
                 self.feeds = feeds_for(open_model(model), data)
@@ -134,7 +136,7 @@ def static_qdq_by(ranges: str) -> Make:
 
         with tempfile.TemporaryDirectory() as folder:
             raised, prepared = Path(folder) / "raised.onnx", Path(folder) / "prepared.onnx"
-            onnx.save(raise_opset(onnx.load(model)), raised)
+            onnx.save(lifted(onnx.load(model), OPSET), raised)
             quant_pre_process(raised, prepared, skip_symbolic_shape=True)
             quantize_static(
                 prepared,
@@ -158,29 +160,13 @@ def dynamic(model: Path, _: Path, out: Path, __: float | None) -> None:
     """Quantise weights; activations are while the model runs."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    loaded = raise_opset(onnx.load(model))
+    from cobla_onnx.graph.opset import lifted
+
+    loaded = lifted(onnx.load(model), OPSET)
     # onnxruntime has no convolution of int8 with int8.
     convolutions = any(node.op_type == "Conv" for node in loaded.graph.node)
     weights = QuantType.QUInt8 if convolutions else QuantType.QInt8
     quantize_dynamic(loaded, out, weight_type=weights)
-
-
-def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Bring a model to the opset that quantisers want, as their documentation advises.
-
-    Operators that no opset has any more, at which the converter stops, are written out first.
-    """
-    from cobla_onnx.graph.legacy import replace_legacy
-
-    (version,) = [each.version for each in model.opset_import if not each.domain]
-    if version >= OPSET:
-        return model
-    lifted = onnx.ModelProto()
-    lifted.CopyFrom(model)
-    replace_legacy(lifted)
-    # From 4 on, initializers need not be inputs.
-    lifted.ir_version = max(lifted.ir_version, 4)
-    return onnx.version_converter.convert_version(lifted, OPSET)
 
 
 def matmul_nbits(bits: int) -> Make:

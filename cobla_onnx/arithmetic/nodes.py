@@ -76,8 +76,8 @@ def require_opset(model: onnx.ModelProto) -> None:
         raise ModelError(
             f"{option_name('arithmetic', 'int8')}: the model has opset {found}, and weights in 8 "
             f"bits have a scale for each channel from {BY_CHANNEL} on; lift it by "
-            'python -c "import onnx; m = onnx.version_converter.convert_version('
-            "onnx.load('IN.onnx'), 17); onnx.save(m, 'LIFTED.onnx')\""
+            'python -c "import onnx; from cobla_onnx.graph.opset import lifted; '
+            "onnx.save(lifted(onnx.load('IN.onnx'), 17), 'LIFTED.onnx')\""
         )
 
 

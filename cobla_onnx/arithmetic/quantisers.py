@@ -18,6 +18,7 @@ from cobla_onnx.arithmetic.nodes import BY_CHANNEL
 from cobla_onnx.arithmetic.prepared import Handed, has_more_files, quietly
 from cobla_onnx.arithmetic.saturation import sums_saturate
 from cobla_onnx.errors import CoblaError, ModelError
+from cobla_onnx.graph.opset import lifted
 from cobla_onnx.graph.protos import opset_of
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.text import first_line
@@ -137,8 +138,7 @@ def _lifted(source: Path, target: Path) -> Path:
     """Bring a model to the opset that scales by channel need, as the documentation advises."""
     if opset_of(onnx.load(source, load_external_data=False)) >= BY_CHANNEL:
         return source
-    made = onnx.version_converter.convert_version(onnx.load(source), BY_CHANNEL)
-    _save(made, target, has_more_files(source))
+    _save(lifted(onnx.load(source), BY_CHANNEL), target, has_more_files(source))
     return target
 
 

@@ -20,18 +20,17 @@ from cobla_onnx.autodiff.casting import cast_model
 from cobla_onnx.autodiff.constants import known_values
 from cobla_onnx.autodiff.vjp import FLAT, RULES
 from cobla_onnx.autodiff.vjp.registry import Sizes
-from cobla_onnx.errors import ModelError, UsageError
+from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.model_file import (
     MAPPED_FROM,
     copy_without_initializers,
     unique_name,
 )
 from cobla_onnx.graph.layers import all_inputs
-from cobla_onnx.graph.legacy import replace_legacy
 from cobla_onnx.graph.macs import Shape, fixed_input_shapes, infer_tensors
+from cobla_onnx.graph.opset import lifted
 from cobla_onnx.graph.sizes import tensor_bytes
 from cobla_onnx.runtime.session import open_session, random_feeds, run_session
-from cobla_onnx.text import first_line
 
 __all__ = ["OPSET", "Prepared", "Substitutes", "prepare"]
 
@@ -122,11 +121,11 @@ def prepare(
     if substitutes is not None:
         _substitute(light.graph, substitutes)
     if light.functions:
-        # First: the converter to another operator set drops them.
         light = onnx.inliner.inline_local_functions(light, convert_version=True)
-    replace_legacy(light)
+    # Before the cast, so that operators in place of legacy ones are cast, too.
+    light = lifted(light, OPSET)
     cast_model(light, element_type)
-    light = _expand(_convert(light))
+    light = _expand(light)
     given: dict[str, Shape] = {
         value.name: sizes.get(value.name) or tuple(d.dim_value for d in _dims(value))
         for value in light.graph.input
@@ -211,30 +210,6 @@ def _cut_producer(graph: onnx.GraphProto, name: str) -> None:
         for place, output in enumerate(node.output):
             if output == name:
                 node.output[place] = unique_name(f"{name}/replaced", taken)
-
-
-def _convert(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Bring the default domain to `OPSET` at least."""
-    for entry in model.opset_import:
-        if entry.domain == "ai.onnx":
-            entry.domain = ""
-    for node in model.graph.node:
-        if node.domain == "ai.onnx":
-            node.domain = ""
-    versions = [entry.version for entry in model.opset_import if not entry.domain]
-    # Before IR version 4 initializers would have to be inputs.
-    model.ir_version = max(model.ir_version, 8)
-    if not versions:
-        model.opset_import.append(onnx.helper.make_opsetid("", OPSET))
-    elif max(versions) < OPSET:
-        try:
-            return onnx.version_converter.convert_version(model, OPSET)
-        except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
-            raise ModelError(
-                f"the model cannot be converted from opset {max(versions)} to {OPSET}: "
-                f"{first_line(error)}; export it with a newer opset"
-            ) from error
-    return model
 
 
 def _expand(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from onnx import TensorProto, helper
 
 from cobla_onnx.errors import BudgetError
 from tests.builders import small_network
@@ -98,24 +95,6 @@ def test_models_whose_opset_is_too_old_are_lifted_for_all_methods(tool, tmp_path
     lifted = tool.with_scales(subject, "an old one", tmp_path)
     assert onnx.load(lifted.model).opset_import[0].version >= 13
     assert tool.with_scales(lifted, "an old one", tmp_path) == lifted
-
-
-def test_operators_that_no_opset_has_any_more_are_written_out(tools):
-    shape = [1, 3, 2, 2]
-    node = helper.make_node("ImageScaler", ["x"], ["y"], bias=[1.0, 2.0, 3.0], scale=2.0)
-    graph = helper.make_graph(
-        [node],
-        "old",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
-    )
-    old = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 7)], ir_version=3)
-    lifted = tools("precision_methods").raise_opset(old)
-    assert lifted.opset_import[0].version == 13
-    assert old.graph.node[0].op_type == "ImageScaler"
-    session = onnxruntime.InferenceSession(lifted.SerializeToString())
-    (found,) = session.run(None, {"x": np.ones(shape, np.float32)})
-    assert found[0, :, 0, 0].tolist() == [3, 4, 5]
 
 
 def test_what_was_reached_is_made_where_the_latency_is_not(tool, tmp_path):

@@ -47,12 +47,3 @@ def test_the_whole_model_is_measured_beside_the_sums(tools, tmp_path, monkeypatc
     assert float(found[1]) < float(found[0])
     nodes = len(load_model(tool.find_model(tool.TASKS[3], tmp_path, tmp_path)).graph.node)
     assert f"digits, 1 threads: {10 + nodes:.3g} ms" in said
-
-
-def test_an_old_model_is_lifted(tools):
-    tool = tools("eight_bit_sums")
-    model = small_network()
-    assert tool.raise_opset(model) is model
-    del model.opset_import[1:]
-    model.opset_import[0].version = 11
-    assert tool.raise_opset(model).opset_import[0].version == 13

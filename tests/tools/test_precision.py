@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import typer
-from onnx import TensorProto, helper, numpy_helper
 
 from tests.builders import random_array
 
@@ -174,18 +173,3 @@ def test_a_package_that_is_not_there_is_no_result(tool, tmp_path, monkeypatch, c
     tool.run(tmp_path / "r.json", models=tmp_path / "models", methods="MatMulNBits, 4 bits")
     assert "left out, pip install onnx-ir" in capsys.readouterr().err
     assert not (tmp_path / "r.json").exists()
-
-
-def test_an_old_opset_is_raised_for_the_quantiser(tools):
-    weight = numpy_helper.from_array(random_array(3, 4), "w")
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])],
-        "old",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])],
-        [weight],
-    )
-    methods = tools("precision_methods")
-    for version in (9, 17):
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)])
-        assert methods.raise_opset(model).opset_import[0].version == max(version, 13)

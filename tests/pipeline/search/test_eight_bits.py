@@ -252,7 +252,7 @@ def test_samples_are_needed_and_times_for_auto(data):
 def test_old_opsets_and_models_without_weights_for_it_are_refused(data):
     model = small_network()
     model.opset_import[0].version = 12
-    with pytest.raises(ModelError, match="convert_version"):
+    with pytest.raises(ModelError, match="LIFTED"):
         compress(model, Budget(mac=0.9), data=data, arithmetic="int8", **QUICK)
     halves = small_network()
     halves.opset_import[0].version = 13

@@ -1,0 +1,52 @@
+"""Bring a model to a later opset, though onnx's version converter may not know its operators."""
+
+from __future__ import annotations
+
+import onnx
+import onnx.inliner
+
+from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.legacy import replace_legacy
+from cobla_onnx.text import first_line
+
+__all__ = ["lifted"]
+
+
+def lifted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Return the model with at least this version of ONNX's own operators.
+
+    Parameters
+    ----------
+    model
+        With its weights inside. It is changed; what is returned is the one to use, which is the
+        same where it is recent enough.
+    opset : int
+
+    Raises
+    ------
+    ModelError
+        If the version converter stops at an operator.
+    """
+    for entry in (*model.opset_import, *model.graph.node):
+        # The domain of ONNX's own operators has two names.
+        if entry.domain == "ai.onnx":
+            entry.domain = ""
+    found = [entry.version for entry in model.opset_import if not entry.domain]
+    if not found:
+        model.opset_import.append(onnx.helper.make_opsetid("", opset))
+    if max(found, default=opset) >= opset:
+        return model
+    if model.functions:
+        # The converter drops them.
+        model = onnx.inliner.inline_local_functions(model, convert_version=True)
+    replace_legacy(model)
+    # Before IR version 4 initializers would have to be inputs.
+    least = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    model.ir_version = max(model.ir_version, least)
+    try:
+        return onnx.version_converter.convert_version(model, opset)
+    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
+        raise ModelError(
+            f"the model cannot be converted from opset {max(found)} to {opset}: "
+            f"{first_line(error)}; export it with a newer opset"
+        ) from error
