@@ -379,7 +379,7 @@ class VariantFamily(Protocol):
         ...
 
     def stand_in(self, layer: Layer, form: Any, level: int) -> Replacement:
-        """Return a replacement that takes the same time, whatever its numbers."""
+        """Return random numbers that take the bytes and the time of a real replacement."""
         ...
 
     def allowed(

@@ -49,5 +49,5 @@ def forms_of(layer: Layer) -> dict[str, Form]:
 
 
 def stand_in(layer: Layer, form: Form, level: int) -> Replacement:
-    """Return a replacement that takes the same time as the real one, whatever its numbers."""
+    """Return random numbers that take the bytes and the time of a real replacement."""
     return require_family(form.name).stand_in(layer, form, level)

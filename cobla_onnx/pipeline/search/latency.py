@@ -26,13 +26,11 @@ from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.timing import Comparison, Stopwatch, compare
 from cobla_onnx.pipeline.analysis import Analysis
-from cobla_onnx.pipeline.search.eight_bits import spared_outputs, stand_in_eight_bits
 from cobla_onnx.pipeline.search.problem import SearchResult
+from cobla_onnx.pipeline.search.stand_in import stand_in_model
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
-from cobla_onnx.variants.registry import stand_in
-from cobla_onnx.variants.rewrite import rewrite
-from cobla_onnx.variants.writing import Storage, Writing
+from cobla_onnx.variants.writing import Storage
 from cobla_onnx.wording import option_name
 
 __all__ = ["Choose", "Found", "LatencySearch", "Way", "example_feeds", "fast_enough", "too_slow"]
@@ -180,12 +178,9 @@ class LatencySearch:
         key = Plan(tuple(chosen)).to_json() + " qdq" * (self.storage == "qdq")
         key = hashlib.sha256(key.encode()).hexdigest()[:16] + " in 8 bits" * eight_bits
         if key not in self._entry["plans"]:
-            writing = Writing.into(self.model, self.storage)
-            replaced = [stand_in(*analysis.resolve(d)).written(writing) for d in chosen]
-            compressed = rewrite(self.model, replaced) if replaced else self.model
-            if eight_bits:
-                spared = spared_outputs(self.model, analysis)
-                compressed = stand_in_eight_bits(compressed, spared)
+            compressed = stand_in_model(
+                self.model, analysis, plan, self.storage, eight_bits=eight_bits
+            )
             self._entry["plans"][key] = asdict(self.compare(compressed))
         return Comparison(**self._entry["plans"][key])
 

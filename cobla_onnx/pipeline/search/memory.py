@@ -18,11 +18,10 @@ from cobla_onnx.allocation import Budget
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.pipeline.analysis import Analysis
-from cobla_onnx.pipeline.search.eight_bits import spared_outputs, stand_in_eight_bits
 from cobla_onnx.pipeline.search.problem import SearchResult
+from cobla_onnx.pipeline.search.stand_in import stand_in_model
 from cobla_onnx.plan import Plan
-from cobla_onnx.variants.registry import stand_in
-from cobla_onnx.variants.rewrite import rewrite
+from cobla_onnx.variants.writing import Storage
 from cobla_onnx.wording import option_name
 
 __all__ = ["EightBitMemory"]
@@ -42,21 +41,18 @@ class EightBitMemory:
     ----------
     model : ModelProto
     analysis : Analysis
+    storage : {'auto', 'cast', 'qdq'}
+        How fewer bits are written.
     """
 
     model: onnx.ModelProto
     analysis: Analysis
+    storage: Storage = "auto"
 
     def under(self, plan: Plan) -> int:
         """Bytes of the weights of the model in 8 bits under a plan."""
-        chosen = [d for d in plan.decisions if d.scheme is not None]
-        replaced = [stand_in(*self.analysis.resolve(d)) for d in chosen]
-        model = rewrite(self.model, replaced) if replaced else self.model
-        return stored_bytes(stand_in_eight_bits(model, self._spared))
-
-    @cached_property
-    def _spared(self) -> frozenset[str]:
-        return spared_outputs(self.model, self.analysis)
+        made = stand_in_model(self.model, self.analysis, plan, self.storage, eight_bits=True)
+        return stored_bytes(made)
 
     @cached_property
     def original(self) -> int:

@@ -33,7 +33,6 @@ from cobla_onnx.variants.low_rank.matricisation import largest_rank
 from cobla_onnx.variants.low_rank.ranks import RankRule
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.low_rank.units import factorize_layer
-from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.storage.family import takes_bits
 from cobla_onnx.variants.storage.precision import FORMATS
 
@@ -161,11 +160,9 @@ class CodedFactorsFamily(VariantFamily):
         """Store the codes of both factors, or half precision."""
         return stored_pair(layer, approximation)
 
-    def stand_in(self, layer: Layer, form: CodedScheme, level: int) -> Replacement:
-        """Return random factors: codes that may be dequantised in every run, or decoded ones."""
-        if form.bits == 8:
-            return stored_pair(layer, random_pair(form.scheme, level))
-        return FACTORS.stand_in(layer, form.scheme, level)
+    def stand_in(self, layer: Layer, form: CodedScheme, level: int) -> StoredPair:
+        """Return codes of random content."""
+        return stored_pair(layer, random_pair(form.scheme, level, form.bits))
 
     def allowed(
         self,

@@ -189,9 +189,7 @@ def round_pair(form: CodedScheme, factors: Factorization, target: Target) -> Rou
     """
     scheme, bits = form.scheme, form.bits
     if bits == HALF:
-        halves = [in_half(each).astype(np.float64) for each in (factors.left, factors.right)]
-        rounded = Factorization(halves[0], factors.singular_values, halves[1])
-        return RoundedPair(scheme, rounded, None, None, None)
+        return _in_half(scheme, factors)
     left, right = inputs_first(scheme, factors)
     first = round_weight(left.swapaxes(1, 2), target.own, bits)
     rescaled, moments, rows = [], [], []
@@ -205,22 +203,34 @@ def round_pair(form: CodedScheme, factors: Factorization, target: Target) -> Rou
     return RoundedPair(scheme, _decoded(scheme, first, second), None, first, second)
 
 
-def random_pair(scheme: Scheme, rank: int) -> RoundedPair:
-    """Return factors in 8 bits of random content, which keep the size of numbers about as it is."""
+def _in_half(scheme: Scheme, factors: Factorization) -> RoundedPair:
+    left, right = (in_half(each).astype(np.float64) for each in (factors.left, factors.right))
+    rounded = Factorization(left, factors.singular_values, right)
+    return RoundedPair(scheme, rounded, None, None, None)
+
+
+def random_pair(scheme: Scheme, rank: int, bits: int) -> RoundedPair:
+    """Return factors of random content, which keep the size of numbers about as it is."""
     groups, rows, columns = scheme.matrix_shape()
     if not scheme.inputs_first:
         rows, columns = columns, rows
     generator = np.random.default_rng(0)
+    count = 2 ** min(bits, 8)
+    levels = INTEGERS if bits == 8 else np.arange(count, dtype=np.float32) - count / 2
 
     def numbers(outputs: int, size: int) -> Coded:
-        codes = generator.integers(0, 256, (groups, outputs, size), np.uint8)
-        # The standard deviation of the integers, which are as likely.
-        scale = np.float32(math.sqrt(12 / size) / 256)
-        return Coded(codes, INTEGERS, np.full((groups, outputs), scale, np.float32))
+        codes = generator.integers(0, count, (groups, outputs, size), np.uint8)
+        # Levels, which are as likely, have a standard deviation of count / sqrt(12). Scales that
+        # are all the same would be stored as one.
+        scales = generator.uniform(0.9, 1.1, (groups, outputs)) * math.sqrt(12 / size) / count
+        return Coded(codes, levels, scales.astype(np.float32))
 
     first = numbers(rank, rows)
     second = numbers(columns // scheme.offsets, rank * scheme.offsets)
-    return RoundedPair(scheme, _decoded(scheme, first, second), None, first, second)
+    factors = _decoded(scheme, first, second)
+    if bits == HALF:
+        return _in_half(scheme, factors)
+    return RoundedPair(scheme, factors, None, first, second)
 
 
 def _fitted(products: Float64, cross: Float64) -> tuple[Float64, Float64, Float64]:
