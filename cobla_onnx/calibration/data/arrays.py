@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.data.dataset import Dataset, InputSpec, Record, rows_of_a_sample
 from cobla_onnx.errors import DataError
 
-__all__ = ["array_samples", "evenly", "open_npy", "open_npz"]
+__all__ = ["LABEL_NAMES", "array_samples", "evenly", "open_npy", "open_npz", "spread_over"]
 
 # Arrays of an .npz that are not inputs, but often lie beside them.
-IGNORED = ("labels", "label", "y")
+LABEL_NAMES = ("labels", "label", "y")
 
 
 class _Source(Protocol):
@@ -159,7 +159,7 @@ def open_npz(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dat
         # A reader that an error leaves half-way would keep a file open that the archive opened.
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             members = {name.removesuffix(".npy"): name for name in archive.namelist()}
-            wanted = {spec.name for spec in specs} | set(members) - set(IGNORED)
+            wanted = {spec.name for spec in specs} | set(members) - set(LABEL_NAMES)
             arrays = {
                 name: _Member(archive, members[name], _shape(path, archive, members[name]))
                 for name in sorted(wanted & set(members))
@@ -173,7 +173,7 @@ def _dataset(
     source: str, arrays: Mapping[str, _Source], specs: Sequence[InputSpec], samples: int | None
 ) -> Dataset:
     inputs = {spec.name: spec for spec in specs}
-    arrays = {name: a for name, a in arrays.items() if name in inputs or name not in IGNORED}
+    arrays = {name: a for name, a in arrays.items() if name in inputs or name not in LABEL_NAMES}
     whole = _kept_whole(arrays, specs)
     readings = {
         name: _reading(array, inputs.get(name), whole, source) for name, array in arrays.items()
@@ -263,6 +263,11 @@ def evenly(count: int, samples: int | None) -> list[int]:
     if samples is None or samples >= count:
         return list(range(count))
     return [int(i) for i in np.linspace(0, count - 1, samples).round()]
+
+
+def spread_over(indices: Sequence[int], count: int) -> list[int]:
+    """Return `count` of the indices, or all if there are fewer, evenly spread."""
+    return [indices[place] for place in evenly(len(indices), count)]
 
 
 def _shape(path: Path, archive: zipfile.ZipFile, member: str) -> tuple[int, ...]:

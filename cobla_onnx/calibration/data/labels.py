@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cobla_onnx.calibration.data.arrays import LABEL_NAMES
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.targets import IGNORED
 from cobla_onnx.errors import DataError, UsageError
@@ -24,8 +25,6 @@ Labels: TypeAlias = "Sequence[int] | NDArray[Any] | Mapping[str, int]"
 
 # The parts of a path, and the path as written.
 _Key: TypeAlias = "tuple[tuple[str, ...], str]"
-
-NAMES = ("labels", "label", "y")
 
 
 def read_labels(path: Path) -> Labels:
@@ -59,10 +58,12 @@ def read_labels(path: Path) -> Labels:
         if isinstance(content, np.ndarray):
             return content
         with content:
-            named = [name for name in NAMES if name in content.files]
+            named = [name for name in LABEL_NAMES if name in content.files]
             chosen = named[0] if named else content.files[0] if len(content.files) == 1 else None
             if chosen is None:
-                raise DataError(f"{path}: has no array called {' or '.join(map(repr, NAMES))}")
+                raise DataError(
+                    f"{path}: has no array called {' or '.join(map(repr, LABEL_NAMES))}"
+                )
             labels: NDArray[Any] = content[chosen]
             return labels
     except (ValueError, OSError, EOFError) as error:

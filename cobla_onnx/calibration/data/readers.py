@@ -44,7 +44,7 @@ def open_data(
         ``get_next()``.
     specs : sequence of InputSpec
     samples : int, optional
-        Most samples to use: evenly spread if their number is known, else the first ones.
+        Most samples to use: of arrays and images evenly spread, else the first ones.
     images : ImageOptions, optional
         How pixels are converted to inputs.
 
@@ -74,7 +74,7 @@ def _open_path(
     path: Path, specs: Sequence[InputSpec], samples: int | None, images: ImageOptions
 ) -> Dataset:
     if path.is_dir():
-        sets = sorted(p for p in path.glob("test_data_set_*") if p.is_dir())
+        sets = sorted((p for p in path.glob("test_data_set_*") if p.is_dir()), key=_number)
         if sets or any(path.glob("input_*.pb")):
             return Dataset(str(path), _test_data(sets or [path], specs), specs, samples)
         return _open_images(path, specs, samples, images)
@@ -88,6 +88,12 @@ def _open_path(
         f"{option_name('data', path)}: is neither .npz nor .npy, nor a folder of images or "
         "test_data_set_*; give one of these"
     )
+
+
+def _number(folder: Path) -> tuple[int, str]:
+    """By what folders are ordered: the number in which a name ends, else the name."""
+    digits = folder.name.rpartition("_")[2]
+    return (int(digits) if digits.isdecimal() else -1), folder.name
 
 
 def _named(items: Iterable[Any], specs: Sequence[InputSpec]) -> Iterator[Record]:

@@ -22,6 +22,7 @@ from cobla_onnx.arithmetic.prepared import Prepared, prepare
 from cobla_onnx.arithmetic.quantise import quantised, quantised_at_run_time
 from cobla_onnx.arithmetic.ranges import METHODS, Method, Ranges, calibrated, stand_in_ranges
 from cobla_onnx.arithmetic.saturation import sums_saturate
+from cobla_onnx.calibration.data.arrays import spread_over
 from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.io.model_file import stored_bytes
@@ -29,7 +30,6 @@ from cobla_onnx.graph.layers import Reason, find_layers
 from cobla_onnx.graph.macs import infer_shapes, node_macs
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.evidence import Evidence
-from cobla_onnx.pipeline.search.sensitivity import spread_over
 from cobla_onnx.report.arithmetic import ArithmeticReport
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.wording import option_name

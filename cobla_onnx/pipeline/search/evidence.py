@@ -18,6 +18,7 @@ import onnx
 from cobla_onnx.allocation import Choice, Constraint, LayerCurves
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.batching import TapLimit
+from cobla_onnx.calibration.data.arrays import spread_over
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.gradients import GradientProbe
@@ -33,7 +34,6 @@ from cobla_onnx.pipeline.search.sensitivity import (
     Sensitivity,
     affordable_samples,
     enough_samples,
-    spread_over,
 )
 from cobla_onnx.runtime.cache import Arrays, digest, fetch
 from cobla_onnx.runtime.context import RunContext

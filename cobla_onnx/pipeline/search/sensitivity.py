@@ -34,7 +34,6 @@ __all__ = [
     "Sensitivity",
     "affordable_samples",
     "enough_samples",
-    "spread_over",
 ]
 
 # Most samples on which layers are truncated one at a time, and least where fewer are enough.
@@ -61,12 +60,6 @@ LEAST_LOSS = 1e-8
 LEAST_ERROR = 1e-9
 # Logarithm of the largest loss: two close points may extrapolate beyond any float.
 MOST_LOG = 500.0
-
-
-def spread_over(indices: Sequence[int], count: int) -> Sequence[int]:
-    """Return `count` of the indices, or all if there are fewer: every n-th, from the first."""
-    step = max(1, len(indices) // count)
-    return indices[::step][:count]
 
 
 def enough_samples(losses: Float64) -> int:

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobla_onnx.calibration.data.arrays import array_samples, evenly, open_npy, open_npz
+from cobla_onnx.calibration.data.arrays import (
+    array_samples,
+    evenly,
+    open_npy,
+    open_npz,
+    spread_over,
+)
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.data.evidence import lack_of_evidence
 from cobla_onnx.calibration.data.fitting import InputSpec, check_shape, converted
@@ -81,3 +87,14 @@ def test_too_little_evidence_is_said(array, said):
     (note,) = lack_of_evidence(array_samples("data", {"x": array}, [SPEC], None))
     assert said in note
     assert lack_of_evidence(array_samples("data", {"x": random_array(8, 4)}, [SPEC], None)) == ()
+
+
+@pytest.mark.parametrize("count", [7, 13, 48, 95, 96])
+def test_some_samples_are_spread_over_all(count):
+    """Not the first ones, though there are fewer than twice as many."""
+    indices = range(100, 195)
+    chosen = spread_over(indices, count)
+    assert len(chosen) == min(count, len(indices))
+    assert (chosen[0], chosen[-1]) == (100, 194)
+    steps = np.diff(chosen)
+    assert steps.max() - steps.min() <= 1
