@@ -35,7 +35,7 @@ from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
 from cobla_onnx.options import BatchSize, check_batch, memory_bytes
 from cobla_onnx.pipeline.inputs import ModelSource, available_cores, open_model
-from cobla_onnx.pipeline.verification import varying_outputs
+from cobla_onnx.pipeline.verification import rows_of, varying_outputs
 from cobla_onnx.report.comparison import ModelComparison, ModelFacts
 from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.progress import Progress, silent
@@ -163,11 +163,12 @@ class _Asked:
 class _Inputs:
     """Inputs for both models; `example` is one sample, for timing.
 
-    `shapes` are those of the samples; empty if inputs are random.
+    `batches` are inputs with how many samples they are; `shapes` are those of the samples, empty
+    if inputs are random.
     """
 
     name: str
-    batches: Iterable[Feeds]
+    batches: Iterable[tuple[int, Feeds]]
     count: int
     example: Feeds
     shapes: Mapping[str, Sequence[int]]
@@ -201,7 +202,8 @@ def _random(
     known = fixed_input_shapes(model, asked.shapes)
     feeds, found, _ = runnable_feeds(session, known, asked.seed, known_words(model))
     measures = measures_on(model, zip(feeds, found, strict=True), choices)
-    return _Inputs("random", feeds, len(feeds), feeds[0], {}, measures, notes_on(measures))
+    batches = [(rows_of(each), each) for each in feeds]
+    return _Inputs("random", batches, len(feeds), feeds[0], {}, measures, notes_on(measures))
 
 
 def _samples(
@@ -225,7 +227,7 @@ def _samples(
     compared = look_at(model, dataset, chosen.size, threads, chooser, told)
     kept = sorted((*dataset.calibration, *dataset.selection))
     (example,) = dataset.batches(kept[:1], 1)
-    batches, total = dataset.batches(kept, chosen.size), -(-len(kept) // chosen.size)
+    batches, total = dataset.counted(kept, chosen.size), -(-len(kept) // chosen.size)
     shape = {name: array.shape for name, array in example.items()}
     notes = chosen.notes + compared.notes
     return _Inputs(dataset.source, batches, total, example, shape, compared.measures, notes)
@@ -237,11 +239,10 @@ def _compare_outputs(
     sessions = [open_session(model, context.threads, optimized=True) for model in pair.models]
     varying = frozenset().union(*(varying_outputs(model, inputs.example) for model in pair.models))
     comparison, count = Comparison(inputs.measures, varying), 0
-    for number, feeds in enumerate(inputs.batches):
+    for number, (samples, feeds) in enumerate(inputs.batches):
         context.progress("outputs", number, inputs.count)
         before, after = (run_session(session, feeds) for session in sessions)
         _check_outputs(before, after, pair.names, varying)
-        samples = max((len(value) for value in feeds.values() if value.ndim), default=1)
         comparison.add(before, after, feeds, samples)
         count += samples
     context.progress("outputs", inputs.count, inputs.count)

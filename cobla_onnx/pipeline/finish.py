@@ -116,9 +116,10 @@ def _verified(
     evidence = session.evidence
     steps = 1 if evidence is None else _held_back_batches(evidence)
 
-    def held_back() -> Iterable[Feeds]:
+    def held_back() -> Iterable[tuple[int, Feeds]]:
         assert evidence is not None
-        return evidence.judge.batches(evidence.dataset.selection)
+        dataset = evidence.dataset
+        return dataset.counted(dataset.selection, evidence.judge.batch)
 
     def proved() -> Iterable[Feeds]:
         assert evidence is not None
@@ -140,9 +141,6 @@ def _verified(
         threads=session.context.threads,
         progress=lambda done: session.notify("verify", min(done, steps - 1), steps),
     )
-    if evidence is not None:
-        samples = evidence.dataset.count(evidence.dataset.selection)
-        verification = replace(verification, samples=samples)
     session.notify("verify", steps, steps)
     return verification
 

@@ -39,6 +39,7 @@ from cobla_onnx.variants.replacement import Replacement
 
 __all__ = [
     "check_model",
+    "rows_of",
     "varying_outputs",
     "verify",
 ]
@@ -82,7 +83,7 @@ def verify(
     shapes: Mapping[str, Shape],
     *,
     quantised: onnx.ModelProto | None = None,
-    data: tuple[str, Callable[[], Iterable[Feeds]]] | None = None,
+    data: tuple[str, Callable[[], Iterable[tuple[int, Feeds]]]] | None = None,
     proved: Callable[[], Iterable[Feeds]] | None = None,
     measures: Mapping[str, Measure] | None = None,
     taps: TapLimit | None = None,
@@ -100,11 +101,11 @@ def verify(
         The compressed model with nodes that compute in 8 bits. The rewrite is proved without them;
         it is this one whose outputs are compared, optimised as users run it. Needs data.
     data : tuple of str and callable, optional
-        Name of the data, and a function that returns a fresh iterator over its batches. Without
-        data, random inputs are used.
+        Name of the data, and a function that returns a fresh iterator over its batches, with how
+        many samples there are in each. Without data, random inputs are used.
     proved : callable, optional
-        The same of batches on the first of which the rewrite is checked, layer by layer; by default
-        those of `data`.
+        Returns one over batches on the first of which the rewrite is checked, layer by layer; by
+        default those of `data`.
     measures : mapping of str to Measure, optional
         How outputs are compared; by default decided from the original's outputs.
     taps : TapLimit, optional
@@ -129,7 +130,8 @@ def verify(
             notes += (f"unknown input axes were set to {unknown} for verification",)
         del session
     else:
-        proof = list(itertools.islice((proved or data[1])(), PROVED_BATCHES))
+        batches = (feeds for _, feeds in data[1]()) if proved is None else proved()
+        proof = list(itertools.islice(batches, PROVED_BATCHES))
         reference = _runs(original, proof, threads) if measures is None else ()
     results = _results(compressed, proof, threads)
     varying = varying_outputs(original, proof[0])
@@ -142,8 +144,8 @@ def verify(
     comparison = Comparison(measures, varying)
     if data is None:
         for feed, expected, actual in zip(proof, reference, results, strict=True):
-            comparison.add(expected, actual, feed, _samples(feed))
-        samples = sum(_samples(feed) for feed in proof)
+            comparison.add(expected, actual, feed, rows_of(feed))
+        samples = sum(map(rows_of, proof))
     else:
         # Without optimisations, 8-bit nodes compute in floating point between their pairs.
         optimized = quantised is not None or _small(original)
@@ -201,21 +203,20 @@ def _compare(
     comparison: Comparison,
     original: onnx.ModelProto,
     second: onnxruntime.InferenceSession,
-    batches: Iterable[Feeds],
+    batches: Iterable[tuple[int, Feeds]],
     threads: int,
     progress: Callable[[int], None],
 ) -> int:
     """Accumulate over all batches; return the number of samples."""
     first = open_session(original, threads, optimized=_small(original))
-    samples = 0
-    for number, feeds in enumerate(batches):
+    total = 0
+    for number, (samples, feeds) in enumerate(batches):
         progress(number)
-        comparison.add(
-            run_session(first, feeds), run_session(second, feeds), feeds, _samples(feeds)
-        )
-        samples += _samples(feeds)
-    return samples
+        comparison.add(run_session(first, feeds), run_session(second, feeds), feeds, samples)
+        total += samples
+    return total
 
 
-def _samples(feed: Feeds) -> int:
-    return max((len(value) if value.ndim else 1 for value in feed.values()), default=1)
+def rows_of(feeds: Feeds) -> int:
+    """How many samples random inputs are, of which nothing else is known: their longest axis."""
+    return max((len(value) for value in feeds.values() if value.ndim), default=1)

@@ -246,7 +246,7 @@ def test_tensors_that_are_read_in_parts_give_the_same():
                 replacements.append(
                     make_replacement(layer, schemes_for(layer)[0], made.factors, made.bias)
                 )
-        data = ("some", lambda: batches)
+        data = ("some", lambda: [(len(next(iter(b.values()))), b) for b in batches])
         compressed = rewrite(model, replacements)
         checked = verify(model, compressed, replacements, {}, data=data, taps=taps)
         found.append((compressed.SerializeToString(), checked))

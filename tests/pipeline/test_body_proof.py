@@ -184,7 +184,7 @@ def test_what_is_wrong_in_a_branch_is_found_though_the_inputs_take_the_other(tak
     data = np.abs(feeds_of(model)["x"]) * np.float32(-1 if taken else 1)
 
     def batches():
-        return [{"x": data}]
+        return [(1, {"x": data})]
 
     assert verify(model, result, replacements, {}, data=("held-back", batches)).outputs
     (holder,) = [node for node in result.graph.node if node.op_type == "If"]

@@ -10,7 +10,7 @@ import pytest
 
 from cobla_onnx import Budget, compare, compress, errors
 from cobla_onnx.pipeline import compare as module
-from tests.builders import random_array, small_network
+from tests.builders import model_of, random_array, small_network
 from tests.cli.test_command import run, run_here
 
 
@@ -99,3 +99,11 @@ def test_the_command(demo_model, tmp_path):
     done = run_here("compare", demo_model, tmp_path / "none.onnx")
     assert done.returncode == 2
     assert "none.onnx" in done.stderr
+
+
+def test_a_record_that_is_kept_whole_is_one_sample():
+    """Its first axis is time, of which nothing but the model knows."""
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])]
+    model = model_of(nodes, {"w": random_array(4, 4)}, {"x": ["time", 4]}, ["y"])
+    data = [{"x": random_array(9, 4, seed=seed)} for seed in range(5)]
+    assert compare(model, model, data=data, threads=1).samples == 5

@@ -186,6 +186,10 @@ class Dataset:
         """Yield the indices of samples with each batch of `batches`."""
         return ((group, self._feeds(group)) for group in self.groups(indices, size))
 
+    def counted(self, indices: Iterable[int], size: int) -> Iterator[tuple[int, Feeds]]:
+        """Yield how many samples there are in each batch of `batches`, as `count` does."""
+        return ((self.count(group), feeds) for group, feeds in self.grouped(indices, size))
+
     def groups(self, indices: Iterable[int], size: int) -> Iterator[tuple[int, ...]]:
         """Yield the indices of samples that `batches` combines."""
         pending: list[int] = []
