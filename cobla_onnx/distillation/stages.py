@@ -153,7 +153,10 @@ def train(own: Learning, tried: Sequence[Tried]) -> list[Stage]:
         end = _cycled(own.trainer(each.name), each.choice)
         if end is None:
             # What was to begin where it led cannot be, either.
-            stages[number:] = [replace(stage, went_wrong=True) for stage in stages[number:]]
+            stages = [
+                replace(stage, went_wrong=each.gained and number <= place <= most)
+                for place, (stage, each) in enumerate(zip(stages, tried, strict=True))
+            ]
             break
         own.values = end
         if each.is_allowed:
@@ -161,7 +164,9 @@ def train(own: Learning, tried: Sequence[Tried]) -> list[Stage]:
     own.values = values
     return [
         replace(
-            stage, kept=each.gained and number < kept, stated_loss_is_higher=not each.is_allowed
+            stage,
+            kept=each.gained and number < kept,
+            stated_loss_is_higher=each.gained and number >= kept and not each.is_allowed,
         )
         for number, (stage, each) in enumerate(zip(stages, tried, strict=True))
     ]
