@@ -8,7 +8,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-__all__ = ["first_line", "matching", "quoted", "safe_text", "short_names"]
+__all__ = ["first_line", "matching", "numbered", "quoted", "safe_text", "short_names"]
 
 # Characters of a text that are looked at.
 LONGEST = 10_000
@@ -99,6 +99,17 @@ def first_line(error: Exception) -> str:
     """First line of an error's text, cut to a readable length."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def numbered(count: int, noun: str, ending: str = "s") -> str:
+    """Return a number with its noun, in the plural unless it is one.
+
+    Examples
+    --------
+    >>> numbered(1, "pass", "es"), numbered(2, "pass", "es")
+    ('1 pass', '2 passes')
+    """
+    return f"{count} {noun}{'' if count == 1 else ending}"
 
 
 def matching(pattern: str, names: Collection[str]) -> set[str]:

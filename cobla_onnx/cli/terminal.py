@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from cobla_onnx.runtime.progress import Progress
 
-__all__ = ["progress", "result", "show"]
+__all__ = ["already_written", "progress", "result", "show"]
 
 # Columns of a table that goes to a file or a pipe.
 WIDTH = 80
@@ -34,6 +34,15 @@ def progress(quiet: bool, verbose: bool = False) -> Iterator[Progress | None]:
     else:
         with _bars() as advance:
             yield advance
+
+
+@contextmanager
+def already_written(what: str) -> Iterator[None]:
+    """Name what is there if somebody interrupts what follows."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted; written before: {what}") from error
 
 
 class _Lines:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cobla_onnx.text import numbered
+
 __all__ = ["BLOCKS", "NETWORK", "Checkpoint", "Distillation", "Stage", "Trial", "finite"]
 
 BLOCKS, NETWORK = "blocks", "network"
@@ -116,7 +118,7 @@ class Stage:
         before, after = self.loss_before, self.loss_after
         if not self.passes:
             return f"{name} no trial came to a good end"
-        passes = f"{self.passes} pass{'' if self.passes == 1 else 'es'} at a rate of {self.rate:g}"
+        passes = f"{numbered(self.passes, 'pass', 'es')} at a rate of {self.rate:g}"
         if after is None or (before is not None and before <= after):
             return f"{name} it lost no less"
         change = f"{'infinite' if before is None else f'{before:.4g}'} → {after:.4g}"

@@ -105,7 +105,7 @@ class Cycles(ABC):
     share : float
         Of the clock's time, after which no further step is made.
     seed : int
-        Of the order of the samples, and of their variants, in each cycle anew.
+        Of the order of the samples, with which each cycle begins anew, and of their variants.
     each : bool
         Whether the samples that judge do so after each pass or block, or at the end of a cycle
         alone: there may be as many of them as of those that are learned from.

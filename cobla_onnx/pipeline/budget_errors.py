@@ -15,7 +15,7 @@ from cobla_onnx.graph.operators.base import operator_names
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.report.amounts import elsewhere_text
-from cobla_onnx.text import safe_text
+from cobla_onnx.text import numbered, safe_text
 from cobla_onnx.variants.low_rank.ranks import RankRule
 from cobla_onnx.wording import either, option_name
 
@@ -77,10 +77,11 @@ def explain(
         return error
     cause, _ = error.parts
     held = " and ".join(
-        f"the {group.count} layers {group.text} hold {group.bytes / total:.4g}" for group in groups
+        f"{group.bytes / total:.4g} in {numbered(group.count, 'layer')} {group.text}"
+        for group in groups
     )
     advice = ", ".join(group.advice for group in groups)
-    return BudgetError(f"{cause}, of which {held}", error.least, f"{advice}, or raise it")
+    return BudgetError(f"{cause}, of which there is {held}", error.least, f"{advice}, or raise it")
 
 
 def elsewhere_note(

@@ -24,6 +24,7 @@ from cobla_onnx.pipeline.timed import check_arithmetic
 from cobla_onnx.report.amounts import budget_name
 from cobla_onnx.report.sweep import Sweep, SweepPoint
 from cobla_onnx.report.sweep_page import check_page
+from cobla_onnx.text import numbered
 from cobla_onnx.wording import either, option_name
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _interrupted(points: Sequence[SweepPoint], folder: Path | None) -> KeyboardI
     count = sum(point.file is not None for point in points)
     if not count:
         return KeyboardInterrupt()
-    return KeyboardInterrupt(f"interrupted; {count} models, finished before, are in {folder}")
+    return KeyboardInterrupt(f"interrupted; written before: {numbered(count, 'model')} in {folder}")
 
 
 def _point(

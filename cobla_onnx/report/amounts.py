@@ -10,9 +10,18 @@ from cobla_onnx.text import safe_text
 
 if TYPE_CHECKING:
     from cobla_onnx.allocation import Budget
+    from cobla_onnx.report.costs import Cost
     from cobla_onnx.report.model import LayerReport
 
-__all__ = ["budget_name", "count_text", "elsewhere_text", "kind_text", "percent_text", "rank_text"]
+__all__ = [
+    "budget_name",
+    "change_text",
+    "count_text",
+    "elsewhere_text",
+    "kind_text",
+    "percent_text",
+    "rank_text",
+]
 
 # Most operators that are named.
 NAMED = 4
@@ -32,6 +41,13 @@ def count_text(number: int | None) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return str(number)
+
+
+def change_text(cost: Cost) -> str:
+    """Format what a cost was and is; once where nothing changed."""
+    if cost.before is None or cost.before == cost.after:
+        return count_text(cost.before)
+    return f"{count_text(cost.before)} → {count_text(cost.after)}"
 
 
 def percent_text(fraction: float | None) -> str:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from cobla_onnx.report.amounts import count_text
 from cobla_onnx.report.terminal import output_text
-from cobla_onnx.text import safe_text
+from cobla_onnx.text import numbered, safe_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,7 +53,8 @@ def comparison_table(found: ModelComparison) -> RenderableType:
         f"A {_shown(one)}",
         f"B {_shown(two)}",
         "",
-        f"latency: {time.repeats} runs of each in turn, {found.threads} threads, {shapes};",
+        f"latency: {time.repeats} runs of each in turn, {numbered(found.threads, 'thread')}, "
+        f"{shapes};",
         "  beside the ratio its 95 % interval",
         f"outputs of B against A on {found.samples} samples, {safe_text(found.data, 60)}:",
         *map(_output_line, found.outputs),

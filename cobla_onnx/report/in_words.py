@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cobla_onnx.report.amounts import count_text, percent_text
 from cobla_onnx.report.model import CalibrationReport, LayerReport, Report
-from cobla_onnx.text import short_names
+from cobla_onnx.text import numbered, short_names
 
 __all__ = ["Paragraph", "in_words"]
 
@@ -89,7 +89,7 @@ def _measured(report: Report) -> Iterator[str]:
         yield (
             f"It takes {percent_text(latency.ratio)} of the original's time here (95 % interval "
             f"{percent_text(latency.ratio_low)} to {percent_text(latency.ratio_high)}), on "
-            f"{latency.threads} threads; another machine may give another figure."
+            f"{numbered(latency.threads, 'thread')}; another machine may give another figure."
         )
 
 

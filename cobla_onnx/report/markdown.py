@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
-from cobla_onnx.report.amounts import count_text, kind_text, percent_text, rank_text
-from cobla_onnx.report.costs import Cost
+from cobla_onnx.report.amounts import change_text, count_text, kind_text, percent_text, rank_text
 from cobla_onnx.report.in_words import in_words
 from cobla_onnx.report.model import Report
 from cobla_onnx.text import safe_text, short_names
@@ -105,11 +104,6 @@ def _in_words(report: Report) -> list[str]:
 
 
 def _layers(report: Report) -> str:
-    def change(cost: Cost) -> str:
-        if cost.before == cost.after:
-            return count_text(cost.before)
-        return f"{count_text(cost.before)} → {count_text(cost.after)}"
-
     rows = []
     layers = [layer for layer in report.layers if layer.decision != "skipped"]
     shown = short_names([layer.name for layer in layers], 80)
@@ -118,7 +112,7 @@ def _layers(report: Report) -> str:
         error = "" if not cut or layer.error is None else percent_text(layer.error)
         names = _code(shown[layer.name], 80), _code(layer.op, 30)
         numbers = [rank_text(layer), *([str(layer.bits or "")] if report.has_bits else [])]
-        costs = change(layer.params), change(layer.macs)
+        costs = change_text(layer.params), change_text(layer.macs)
         rows.append((*names, kind_text(layer), *numbers, *costs, error))
     bits = ["bits"] if report.has_bits else []
     return _table(("layer", "op", "decision", "rank", *bits, "parameters", "MACs", "error"), rows)

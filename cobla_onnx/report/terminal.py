@@ -6,21 +6,15 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
-from cobla_onnx.report.amounts import count_text, kind_text, rank_text
+from cobla_onnx.report.amounts import change_text, kind_text, rank_text
 from cobla_onnx.report.costs import Cost
 from cobla_onnx.report.model import BudgetUse, Report
-from cobla_onnx.text import safe_text, short_names
+from cobla_onnx.text import numbered, safe_text, short_names
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 __all__ = ["output_text", "render"]
-
-
-def _change(cost: Cost) -> str:
-    if cost.before is None or cost.before == cost.after:
-        return count_text(cost.before)
-    return f"{count_text(cost.before)} → {count_text(cost.after)}"
 
 
 def _totals(name: str, unit: str, use: BudgetUse) -> str:
@@ -29,7 +23,7 @@ def _totals(name: str, unit: str, use: BudgetUse) -> str:
     limit = f", budget {use.limit:g}" if use.limit is not None else ""
     factor = f"{use.before / use.after:.1f}x smaller" if use.after else "all gone"
     factor = "as before" if use.after == use.before else factor
-    amounts = _change(Cost(use.before, use.after))
+    amounts = change_text(Cost(use.before, use.after))
     return f"{name}: kept {use.reached:.4f} ({factor}{limit}), {amounts} {unit}"
 
 
@@ -78,8 +72,8 @@ def render(report: Report) -> RenderableType:
             kind_text(layer),
             rank_text(layer),
             *([str(layer.bits or "")] if bits else []),
-            _change(layer.params),
-            _change(layer.macs),
+            change_text(layer.params),
+            change_text(layer.macs),
             f"{layer.error:.3f}" if cut and layer.error is not None else "",
             style=None if cut else "dim",
         )
@@ -93,10 +87,10 @@ def _sizes(report: Report) -> list[str]:
     """Lines on the file and on what a session holds, as far as they were measured."""
     sizes, lines = report.sizes, []
     if sizes.file.after is not None:
-        zipped = "not measured" if sizes.zipped.after is None else _change(sizes.zipped)
-        lines.append(f"file: {_change(sizes.file)} bytes, zipped {zipped}")
+        zipped = "not measured" if sizes.zipped.after is None else change_text(sizes.zipped)
+        lines.append(f"file: {change_text(sizes.file)} bytes, zipped {zipped}")
     if sizes.session.after is not None:
-        lines.append(f"RAM: {_change(sizes.session)} bytes of constants, once decoded")
+        lines.append(f"RAM: {change_text(sizes.session)} bytes of constants, once decoded")
     return lines
 
 
@@ -111,7 +105,7 @@ def _latency(report: Report) -> list[str]:
         f"latency: {time.ratio:.3f} ({time.ratio_low:.3f} to {time.ratio_high:.3f}{budget}), "
         f"{before.median:.3g} ms ({before.low:.3g} to {before.high:.3g}) → {after.median:.3g} ms "
         f"({after.low:.3g} to {after.high:.3g}), {time.repeats} runs in turn, "
-        f"{time.threads} threads, {time.provider}"
+        f"{numbered(time.threads, 'thread')}, {time.provider}"
     ]
     cut = [layer for layer in time.layers if layer.after_ms != layer.before_ms]
     names = short_names([layer.name for layer in time.layers], 40)

@@ -75,6 +75,19 @@ def test_an_interrupted_import_of_a_native_module_is_an_interrupt(monkeypatch):
     assert "interrupted" in ended.stderr
 
 
+def test_an_interrupt_after_the_model_was_written_says_so(tmp_path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Result, "save_report", interrupted)
+    onnx.save(small_network(), tmp_path / "in.onnx")
+    out = tmp_path / "out.onnx"
+    ended = run_here(tmp_path / "in.onnx", out, "--mem", 0.6, "--report", tmp_path / "r.json")
+    assert ended.returncode == 130
+    assert f"interrupted; written before: {out}" in ended.stderr
+    onnx.checker.check_model(onnx.load(out))
+
+
 def test_the_main_job(demo_model, tmp_path):
     out, report = tmp_path / "out.onnx", tmp_path / "report.json"
     done = run_here(demo_model, out, "--mem", 0.3, "--report", report)
@@ -187,9 +200,9 @@ def test_help_and_version_are_quick_and_load_nothing_heavy():
         (
             ["IN", "OUT", "--mem", "0.1", "--exclude", "stage3*"],
             4,
-            "left out by --exclude hold 0.30",
+            "of which there is 0.30",
         ),
-        (["IN", "OUT", "--mem", "0.1", "--include", "h*"], 4, "left out by --include hold 0.9"),
+        (["IN", "OUT", "--mem", "0.1", "--include", "h*"], 4, "layers left out by --include; leave"),
         (["IN", "OUT", "--mem", "0.1", "--min-size", "40000"], 4, "lower --min-size"),
         (["IN", "no/such/folder/out.onnx", "--mem", "0.5"], 6, "folder does not exist"),
         (["IN", ".", "--mem", "0.5"], 6, "is a directory"),

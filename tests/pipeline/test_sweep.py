@@ -206,7 +206,7 @@ def test_an_interrupt_tells_what_was_written_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweeping, "_point", stop)
     budgets = [Budget(mem=m) for m in (0.8, 0.7)]
-    with pytest.raises(KeyboardInterrupt, match="1 models, finished before, are in"):
+    with pytest.raises(KeyboardInterrupt, match="written before: 1 model in"):
         sweep(small_network(), budgets, threads=1, out_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt) as caught:
         sweep(small_network(), budgets, threads=1)

@@ -126,7 +126,7 @@ class Judge:
     def stated_on(self, indices: Sequence[int]) -> Probe:
         """Open a probe of the loss itself."""
         batches, labels = self.batches(indices), self.labels_of(indices)
-        return Probe(self.model, self.layers, batches, self.measures, self.threads, labels=labels)
+        return self._probe(self.model, self.measures, batches, labels)
 
     def softened(
         self, temperatures: Mapping[str, float]

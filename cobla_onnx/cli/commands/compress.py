@@ -119,11 +119,12 @@ def compress(
             result.save(output, external_data=files.external_data)
             if progress is not None:
                 progress("write", 1, 1)
-    if files.report is not None:
-        result.save_report(files.report, sys.argv)
-    if files.history is not None:
-        result.save_history(files.history)
-    if files.plan_out is not None:
-        result.plan.save(files.plan_out)
+    with terminal.already_written("nothing" if files.dry_run else str(output)):
+        if files.report is not None:
+            result.save_report(files.report, sys.argv)
+        if files.history is not None:
+            result.save_history(files.history)
+        if files.plan_out is not None:
+            result.plan.save(files.plan_out)
     last = "dry run: nothing was written" if files.dry_run else f"written: {output}"
     terminal.result(result.report, json=shown.json, quiet=shown.quiet, last=last)

@@ -95,10 +95,11 @@ def sweep(
             **options,
             progress=progress,
         )
-    if csv is not None:
-        found.save_csv(csv)
-    for path in plot or ():
-        found.save_plot(path)
-    if report is not None:
-        found.save_report(report, sys.argv)
+    with terminal.already_written("no models" if out_dir is None else f"models in {out_dir}"):
+        if csv is not None:
+            found.save_csv(csv)
+        for path in plot or ():
+            found.save_plot(path)
+        if report is not None:
+            found.save_report(report, sys.argv)
     terminal.result(found, json=shown.json, quiet=shown.quiet)
