@@ -287,7 +287,7 @@ class Settings:
         "run",
         0,
         "--seed",
-        "For the random inputs of the verification, and the order in which samples are learned.",
+        "For random inputs, and the order in which --distil takes the samples.",
         minimum=0,
     )
     threads: int | None = option(

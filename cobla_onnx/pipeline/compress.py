@@ -101,9 +101,8 @@ def compress(
         Seconds that the search by the network's loss, and distillation, may take each. The
         result then depends on the machine's speed.
     precision : {'keep', 'auto'} or tuple of int
-        In how many bits whole weights may be stored, beside what ranks save: none, any of
-        `storage.precision.FORMATS`, or those given. The programme chooses for each layer; a layer
-        has ranks or bits.
+        In how many bits weights, whole or as factors, may be stored: as they are, any of
+        `storage.precision.FORMATS`, or those given. The programme chooses for each layer.
     arithmetic : {'keep', 'int8', 'auto'}
         ``int8``: after ranks and refit, nodes compute in 8 bits where they can, by
         `onnxruntime.quantization`; their weights are stored so, too. Needs `data`, whose samples

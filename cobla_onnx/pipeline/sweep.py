@@ -47,7 +47,8 @@ def sweep(
     """Compress a model to many budgets; it is analysed once.
 
     Each point is verified as `compress` does, and is what `compress` would give; but where one
-    budget limits MACs, ``rank_multiple="auto"`` holds for all of them.
+    budget limits MACs, ``rank_multiple="auto"`` holds for all of them, and where one limits
+    latency, its candidates are those of all.
 
     Parameters
     ----------

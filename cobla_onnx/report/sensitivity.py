@@ -28,7 +28,7 @@ class LeverLoss:
     Attributes
     ----------
     variant : str
-        The way that loses least, such as ``rank 12, channel``.
+        The way that loses least, such as ``channel 12``.
     loss : float
         Predicted.
     saved : int

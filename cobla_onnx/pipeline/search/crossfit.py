@@ -78,12 +78,13 @@ class CrossFit:
     def parts(self, plan: Plan, refit: bool) -> list[Part]:
         """Make a plan's replacements from each half, for the other one to judge.
 
-        None if the halves are too small to mean anything.
+        There are none if the halves are too small to mean anything.
 
         Parameters
         ----------
         refit : bool
-            Whether they are refitted, to their half; what the selection split decides, it decides.
+            Whether they are refitted, to their half; which refits are kept, the held-back samples
+            decide, as they do for all of them.
         """
         if min(map(len, self.halves)) < LEAST:
             return []

@@ -83,7 +83,7 @@ class WeightedFactorizer:
     weight : array, shape ``scheme.shape``
     second : float64 array, shape (groups, size, size)
         Second moment (or covariance, where a bias absorbs the mean) of the layer's vectors.
-        `shrunk` makes it positive definite; a moment of zeros stands for the identity.
+        `shrinkage.shrink` makes it positive definite; a moment of zeros stands for the identity.
     max_rank : int
         Largest rank that will be asked for.
     importance : float64 array, shape (groups * outputs,), optional
