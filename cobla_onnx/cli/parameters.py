@@ -24,10 +24,12 @@ from cobla_onnx.cli.config import read_config
 from cobla_onnx.options import settings
 from cobla_onnx.options.declaring import Command, Flag, Group, Option
 
-__all__ = ["ExternalData", "Given", "Input", "Shown", "Version", "takes_options"]
+__all__ = ["ExternalData", "Given", "Input", "Read", "Shown", "Version", "takes_options"]
 
 # Options of a command as the Python API takes them.
 Given = Mapping[str, Any]
+# Files that are read beside the model, each with its option.
+Read = Sequence[tuple[str, Path]]
 GROUPS = typing.get_args(Group)
 
 
@@ -49,6 +51,10 @@ Version = Annotated[
     bool,
     typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
 ]
+
+
+# Options that name a file to be read.
+READ = ("config", "data", "labels", "plan_in")
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[
     """Let typer see the options of a command where its function has them together.
 
     The parameter ``options`` stands for those of the table, and a parameter whose type is a
-    dataclass for the fields of it.
+    dataclass for the fields of it. ``read`` gets the files that options name to be read.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -90,6 +96,8 @@ def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[
         for name, parameter in signature.parameters.items():
             if name == "options":
                 places[name] = [_parameter(*flag) for option in shared for flag in option.flags]
+            elif name == "read":
+                places[name] = []
             elif isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation):
                 together[name] = parameter.annotation
                 places[name] = _own_parameters(parameter.annotation)
@@ -99,16 +107,31 @@ def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[
 
         @functools.wraps(function)
         def run(**values: Any) -> None:
+            read = {"read": _files_read(values)} if "read" in places else {}
             for name, kind in together.items():
                 values[name] = kind(**{one.name: values.pop(one.name) for one in places[name]})
             options = {option.name: option.take(values) for option in shared}
-            function(**values, options=options)
+            function(**values, options=options, **read)
 
         run.__dict__["__signature__"] = signature.replace(parameters=parameters)
         run.__annotations__ = {one.name: one.annotation for one in parameters}
         return run
 
     return decorate
+
+
+def _files_read(given: Mapping[str, Any]) -> Read:
+    """Return the files that options name to be read, from their values as they were given."""
+    named = ((name, given.get(name)) for name in READ)
+    found = [(_flag_of(name), path) for name, path in named if path is not None]
+    for name in ("include", "exclude"):
+        files = (entry[1:] for entry in given.get(name) or () if entry.startswith("@"))
+        found += [(_flag_of(name), Path(file)) for file in files]
+    return found
+
+
+def _flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _own_parameters(declared: type) -> list[inspect.Parameter]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from cobla_onnx.allocation.resources import RESOURCES
 from cobla_onnx.allocation.sqp import Step
@@ -75,10 +76,13 @@ class Result:
         WriteError
             If it cannot be written.
         UsageError
-            If 'never' is asked for and one file cannot hold the model.
+            If 'never' is asked for and one file cannot hold the model, or the path is that of a
+            file with the original's weights.
         VerificationError
             If the file on disk differs from the verified model.
         """
+        if self.source is not None:
+            _refuse_weights_of(self.source, Path(path), str(path))
         before = _on_disk(self.source)
         copied = self._copied(external_data)
         if copied is not None:
@@ -175,6 +179,7 @@ def check_paths(
     source: Path,
     target: Path,
     written: Iterable[tuple[str, Path | None]] = (),
+    read: Iterable[tuple[str, Path]] = (),
     *,
     in_place: bool = False,
 ) -> None:
@@ -184,8 +189,8 @@ def check_paths(
     ----------
     source, target : Path
         The model to read and the one to write.
-    written : iterable of (str, Path or None)
-        Other files to write, each with its option.
+    written, read : iterable of (str, Path)
+        Other files to write and to read, each with its option.
 
     Raises
     ------
@@ -194,30 +199,70 @@ def check_paths(
     WriteError
         If a folder to write to does not exist or is not writable.
     """
-    if target.exists() and source.exists() and target.samefile(source) and not in_place:
+    same = target.exists() and source.exists() and target.samefile(source)
+    if same and not in_place:
         raise UsageError(
             f"{target}: is the input itself; give another path, or {option_name('in_place', True)}"
         )
-    _check_writable(target)
-    check_written((source, target), written)
+    read = list(read)
+    if not same:
+        check_written([source], [("", target)], read)
+    check_written([source, target], written, read)
 
 
-def check_written(models: Iterable[Path], written: Iterable[tuple[str, Path | None]]) -> None:
-    """Check that files can be written, and that no two, or one and a model, are the same.
+def check_written(
+    models: Sequence[Path],
+    written: Iterable[tuple[str, Path | None]],
+    read: Iterable[tuple[str, Path]] = (),
+) -> None:
+    """Check that files can be written, and that none is a model, or read, or written twice.
+
+    Parameters
+    ----------
+    models : sequence of Path
+        The first one is read.
+    written, read : iterable of (str, Path)
+        As for `check_paths`.
 
     Raises
     ------
     UsageError, WriteError
         See `check_paths`.
     """
-    taken = {path.resolve(): "a model's path" for path in models}
+    taken = {_identity(path): "a model's path" for path in models}
+    taken |= {_identity(path): f"what {option} reads" for option, path in read}
     for option, path in written:
         if path is None:
             continue
         _check_writable(path)
-        if path.resolve() in taken:
-            raise UsageError(f"{option} {path}: is {taken[path.resolve()]}; give another one")
-        taken[path.resolve()] = f"that of {option} too"
+        shown = f"{option} {path}".strip()
+        use = taken.get(_identity(path))
+        if use is not None:
+            raise UsageError(f"{shown}: is {use}; give another one")
+        _refuse_weights_of(models[0], path, shown)
+        taken[_identity(path)] = f"that of {option} too"
+
+
+def _identity(path: Path) -> Hashable:
+    """Tell files apart by what they are, whatever links lead to them; others by their paths."""
+    try:
+        known = path.stat()
+    except OSError:
+        return path.resolve()
+    return known.st_dev, known.st_ino
+
+
+def _refuse_weights_of(source: Path, path: Path, shown: str) -> None:
+    """Refuse to write to a file that holds weights of a model."""
+    if not path.is_file() or not source.is_file():
+        return
+    try:
+        held = files_of(source)
+    except DecodeError:
+        # No weights of it are anywhere; whoever opens it says so.
+        return
+    if path.resolve() in held - {source.resolve()}:
+        raise UsageError(f"{shown}: holds weights of {source}; give another path")
 
 
 def _check_writable(path: Path) -> None:

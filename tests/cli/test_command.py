@@ -202,7 +202,11 @@ def test_help_and_version_are_quick_and_load_nothing_heavy():
             4,
             "of which there is 0.30",
         ),
-        (["IN", "OUT", "--mem", "0.1", "--include", "h*"], 4, "layers left out by --include; leave"),
+        (
+            ["IN", "OUT", "--mem", "0.1", "--include", "h*"],
+            4,
+            "layers left out by --include; leave",
+        ),
         (["IN", "OUT", "--mem", "0.1", "--min-size", "40000"], 4, "lower --min-size"),
         (["IN", "no/such/folder/out.onnx", "--mem", "0.5"], 6, "folder does not exist"),
         (["IN", ".", "--mem", "0.5"], 6, "is a directory"),

@@ -9,15 +9,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
-from cobla_onnx import errors
+from cobla_onnx import Budget, compress, errors
 from cobla_onnx.graph.io.model_file import load_model, write_atomically
 from cobla_onnx.graph.io.save import save_model
 from cobla_onnx.pipeline.result import check_paths
-from tests.builders import small_network
-from tests.cli.test_command import COMMAND
+from tests.builders import random_array, small_network
+from tests.cli.test_command import COMMAND, run_here
 
 resource = pytest.importorskip("resource", reason="needs POSIX")
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,3 +187,50 @@ def test_nothing_is_written_to_the_current_or_the_temporary_folder(tmp_path, mon
     save_model(small_network(), tmp_path / "out" / "out.onnx", "always", lambda path: None)
     assert list((tmp_path / "here").iterdir()) == []
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def save_apart(model: onnx.ModelProto, path: Path, weights: str) -> None:
+    onnx.save(model, path, save_as_external_data=True, location=weights, size_threshold=0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["IN", "DATA", "--data", "DATA"],
+        ["IN", "WEIGHTS"],
+        ["IN", "OUT", "--plan-out", "DATA", "--data", "DATA"],
+        ["IN", "OUT", "--report", "CONFIG", "--config", "CONFIG"],
+        ["IN", "OUT", "--history", "NAMES", "--include", "@NAMES"],
+        ["IN", "OUT", "--report", "WEIGHTS"],
+        ["IN", "IN", "--in-place", "--plan-out", "WEIGHTS"],
+        ["IN", "LINK", "--data", "DATA"],
+    ],
+)
+def test_no_file_that_is_read_is_written_over(given, tmp_path):
+    files = {
+        "IN": tmp_path / "in.onnx",
+        "OUT": tmp_path / "out.onnx",
+        "DATA": tmp_path / "data.npz",
+        "WEIGHTS": tmp_path / "weights.html",
+        "CONFIG": tmp_path / "config.md",
+        "NAMES": tmp_path / "names.csv",
+        "LINK": tmp_path / "link.npz",
+    }
+    save_apart(small_network(), files["IN"], files["WEIGHTS"].name)
+    np.savez(files["DATA"], x=random_array(20, 3, 12, 12))
+    files["CONFIG"].write_text("mem = 0.5")
+    files["NAMES"].write_text("name\nconv*\n")
+    os.link(files["DATA"], files["LINK"])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    at = ["@" * w.startswith("@") + str(files.get(w.lstrip("@"), w)) for w in given]
+    ended = run_here(*at, "--mem", 0.5)
+    assert ended.returncode == 2, ended.stderr
+    assert "; give another" in ended.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_weights_of_the_original_are_not_written_over_from_python(tmp_path):
+    save_apart(small_network(), tmp_path / "in.onnx", "in.data")
+    result = compress(tmp_path / "in.onnx", Budget(mem=0.6), threads=1)
+    with pytest.raises(errors.UsageError, match=r"in\.data: holds weights of .*in\.onnx"):
+        result.save(tmp_path / "in.data")

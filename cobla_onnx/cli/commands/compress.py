@@ -79,6 +79,7 @@ def compress(
     options: parameters.Given,
     files: Files,
     shown: parameters.Shown,
+    read: parameters.Read,
 ) -> None:
     """Write a smaller ONNX model that was verified in onnxruntime.
 
@@ -97,7 +98,7 @@ def compress(
         ("--plan-out", files.plan_out),
         ("--profile", options["profile"]),
     ]
-    check_paths(input, output, written, in_place=files.in_place)
+    check_paths(input, output, written, read, in_place=files.in_place)
     from cobla_onnx.allocation import Budget
     from cobla_onnx.plan import Plan
 

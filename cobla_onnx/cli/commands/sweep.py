@@ -57,6 +57,7 @@ def sweep(
     options: parameters.Given,
     external_data: parameters.ExternalData = "auto",
     shown: parameters.Shown,
+    read: parameters.Read,
 ) -> None:
     """Compress to many budgets and show the Pareto front.
 
@@ -82,7 +83,8 @@ def sweep(
         # Other files may go there, too.
         writable_folder(out_dir)
     plots = [("--plot", path) for path in plot or ()]
-    check_written([input], [("--csv", csv), ("--report", report), *plots])
+    written = [("--csv", csv), ("--report", report), ("--profile", options["profile"]), *plots]
+    check_written([input], written, read)
     combined = itertools.product(*(values or (None,) for values in grid))
     budgets = [Budget(mem=m, mac=c, latency=t) for m, c, t in combined]
     with terminal.progress(shown.quiet, shown.verbose) as progress:
