@@ -91,8 +91,6 @@ class Plan:
     @property
     def bits(self) -> tuple[int, ...]:
         """Numbers of bits that some layer is stored in, ascending; those alone that there are."""
-        from cobla_onnx.variants.storage.precision import FORMATS
-
         return tuple(sorted({d.bits for d in self.decisions if d.bits in FORMATS} - {None}))
 
     def to_json(self) -> str:

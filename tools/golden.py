@@ -197,7 +197,7 @@ def runs() -> dict[str, Callable[[Path, int], Any]]:
 def still(report: Report) -> Report:
     """Return a report without what differs between runs and machines."""
     history = tuple(replace(step, seconds=0.0) for step in report.history)
-    return replace(report, seconds=0.0, stages={}, versions={}, machine={}, history=history)
+    return replace(report, seconds=0.0, versions={}, machine={}, history=history)
 
 
 def parts(outcome: Any, folder: Path) -> Values:

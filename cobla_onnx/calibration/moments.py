@@ -68,9 +68,6 @@ class MomentStore:
         self._file = ArrayFile()
         self._places: dict[Patch, tuple[Place, Place, Place, int, float]] = {}
 
-    def __contains__(self, patch: Patch) -> bool:
-        return patch in self._places
-
     def put(self, patch: Patch, moment: Moment) -> None:
         """Keep a moment."""
         arrays = moment.second, moment.mean, moment.effective

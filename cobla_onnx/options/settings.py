@@ -369,7 +369,7 @@ class Settings:
             )
 
     @property
-    def needed(self) -> Literal["weights", "output", "loss"]:
+    def resolved_objective(self) -> Literal["weights", "output", "loss"]:
         """The objective, ``auto`` resolved.
 
         Raises

@@ -234,7 +234,7 @@ def _analysed(
 ) -> Analysis:
     """Analyse the model; with data, by what the layers see of it."""
     shapes, notes = known
-    refine, weigh = settings.rank_multiple == "auto", settings.needed != "weights"
+    refine, weigh = settings.rank_multiple == "auto", settings.resolved_objective != "weights"
     # All ranks were tried before a refusal then.
     tried = EVERY_RANK if refine else rule
     bits = sorted({*precision_bits(settings.precision), *needs.bits})
@@ -318,7 +318,7 @@ class _Looking:
             self.settings.batch,
             memory_bytes(self.settings.memory_limit),
             threads=self.context.threads,
-            gradient=self.settings.needed == "loss" or self.settings.distil is not None,
+            gradient=self.settings.resolved_objective == "loss" or self.settings.distil is not None,
         )
         self.context.progress("size of a run", 1, 1)
         self.context.pool.runs = self.batching.at_once

@@ -175,7 +175,7 @@ class Session:
     @property
     def objective(self) -> Literal["weights", "output", "loss"]:
         """The objective that is minimised, with ``auto`` resolved."""
-        return self.settings.needed
+        return self.settings.resolved_objective
 
     @cached_property
     def constants(self) -> int | None:
@@ -337,7 +337,7 @@ class Session:
     def _problem(self) -> Problem:
         settings = self.settings
         return Problem(
-            self.analysis, settings.solver, settings.needed, settings.refit, settings.time_limit
+            self.analysis, settings.solver, self.objective, settings.refit, settings.time_limit
         )
 
     def _choose_by_weights(self, constraints: Sequence[Constraint]) -> SearchResult:

@@ -311,7 +311,6 @@ class Report(Exported):
     unchanged: bool
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
-    stages: dict[str, float] = field(default_factory=dict)
     latency: LatencyReport | None = None
     provider: str = "CPUExecutionProvider"
     machine: dict[str, str] = field(default_factory=dict)

@@ -69,7 +69,7 @@ def save_model(
     if not beside:
         write_atomically(path, _whole(model).SerializeToString(deterministic=True), check)
         return
-    with _data_file(model, beside, target) as (name, offsets):
+    with _data_file(beside, target) as (name, offsets):
         light = _copy(model, offsets, name)
         write_atomically(path, light.SerializeToString(deterministic=True), check)
 
@@ -173,7 +173,7 @@ def _raw(tensor: onnx.TensorProto) -> NDArray[np.uint8]:
 
 @contextlib.contextmanager
 def _data_file(
-    model: onnx.ModelProto, beside: list[onnx.TensorProto], target: Path
+    beside: list[onnx.TensorProto], target: Path
 ) -> Iterator[tuple[str, dict[str, int]]]:
     """Write the data file; remove it again if what follows fails and it was not there before."""
     digest = hashlib.sha256()

@@ -9,7 +9,6 @@ from cobla_onnx.allocation import Choice, Constraint, SeparableError
 from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.allocation.slsqp import Effort
 from cobla_onnx.allocation.sqp import Scores, Step, allocate_by_loss
-from cobla_onnx.errors import ModelError
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.network_loss import NetworkLoss
@@ -41,23 +40,12 @@ def search_by_loss(
     Raises
     ------
     ModelError
-        If the objective ``loss`` is asked for and no layer has a gradient.
+        If no layer has a gradient.
     """
-    try:
-        gradients = evidence.gradients
-    except ModelError as error:
-        if problem.objective == "loss":
-            raise
-        return _noting(
-            warm, f"objective output: the model has no gradient graph, {error.in_flags()}"
-        )
+    gradients = evidence.gradients
     if gradients.blocked:
         index, reason = min(gradients.blocked.items())
         name = problem.analysis.layers[index].name
-        if problem.objective == "auto":
-            return _noting(
-                warm, f"objective output: there is no gradient by layer {name!r}, {reason}"
-            )
         warm = _noting(
             warm,
             f"{len(gradients.blocked)} layers have no gradient and stay as the objective output "

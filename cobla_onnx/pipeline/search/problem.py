@@ -22,10 +22,9 @@ class Problem:
     ----------
     analysis : Analysis
     solver : {'slsqp', 'milp'}
-    objective : {'auto', 'weights', 'output', 'loss'}
+    objective : {'weights', 'output', 'loss'}
         ``weights`` needs no data. ``output`` minimises the measured losses of single layers,
-        ``loss`` continues from there by the loss of the whole network; ``auto`` does so if the
-        gradient with respect to every layer is available.
+        ``loss`` continues from there by the loss of the whole network.
     refit : bool
         Whether factors made from data are refitted.
     seconds : float, optional
@@ -34,7 +33,7 @@ class Problem:
 
     analysis: Analysis
     solver: Literal["slsqp", "milp"] = "slsqp"
-    objective: Literal["auto", "weights", "output", "loss"] = "output"
+    objective: Literal["weights", "output", "loss"] = "output"
     refit: bool = True
     seconds: float | None = None
 
