@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from cobla_onnx.allocation import Budget, Choice, Constraint, LayerCurves, VariantCurve
 from cobla_onnx.allocation.pruning import undominated
@@ -136,15 +137,24 @@ class Analysis:
 
     def under(self, rule: RankRule) -> Analysis:
         """Return the analysis with only the ranks that a rule allows, and layers that have any."""
+
+        def allowed(each: LayerVariants, form: Form, curve: VariantCurve) -> NDArray[np.int64]:
+            family = require_family(form.name)
+            return family.allowed(each.layer, form, curve.levels, self._costs(each), rule)
+
+        return self.with_levels(allowed)
+
+    def with_levels(
+        self, levels_of: Callable[[LayerVariants, Form, VariantCurve], NDArray[np.int64]]
+    ) -> Analysis:
+        """Return the analysis with only these levels of each curve, and layers that have any."""
         kept, skipped = [], list(self.skipped)
         for each in self.variants:
             layer, pairs = each.layer, []
-            costs = self._costs(each)
             for form, curve in zip(each.forms, each.curves.curves, strict=True):
-                family = require_family(form.name)
-                allowed = family.allowed(layer, form, curve.levels, costs, rule)
-                if len(allowed):
-                    pairs.append((form, curve.only(np.isin(curve.levels, allowed))))
+                levels = levels_of(each, form, curve)
+                if len(levels):
+                    pairs.append((form, curve.only(np.isin(curve.levels, levels))))
             if pairs:
                 curves = replace(each.curves, curves=tuple(curve for _, curve in pairs))
                 kept.append(replace(each, curves=curves, forms=tuple(form for form, _ in pairs)))

@@ -12,7 +12,7 @@ from cobla_onnx.allocation import Budget
 from cobla_onnx.allocation.budget import least_fraction
 from cobla_onnx.allocation.problem import VariantCurve
 from cobla_onnx.graph.holders import bytes_elsewhere
-from cobla_onnx.graph.layers import Reason, Skipped
+from cobla_onnx.graph.layers import Skipped
 from cobla_onnx.options import Settings
 from cobla_onnx.options.signatures import InspectOptions, takes_options
 from cobla_onnx.pipeline.analysis import Analysis
@@ -75,16 +75,9 @@ def inspect(
 
 def _by_ranks(analysis: Analysis) -> Analysis:
     """Return what is found where no fewer bits are there to be compared."""
-    kept, skipped = [], list(analysis.skipped)
-    for each in analysis.variants:
-        layer, pairs = each.layer, list(zip(each.forms, each.curves.curves, strict=True))
-        pairs = [(form, curve) for form, curve in pairs if not FAMILIES[curve.family].needs_bits]
-        if pairs:
-            forms, curves = zip(*pairs, strict=True)
-            kept.append(replace(each, forms=forms, curves=replace(each.curves, curves=curves)))
-        else:
-            skipped.append(Skipped(layer.name, layer.op, Reason.NO_GAIN, "", layer.params))
-    return replace(analysis, variants=tuple(kept), skipped=tuple(skipped))
+    return analysis.with_levels(
+        lambda _, __, curve: curve.levels[: 0 if FAMILIES[curve.family].needs_bits else None]
+    )
 
 
 def _inspection(session: Session) -> Inspection:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,6 +11,7 @@ import onnxruntime
 import scipy
 
 import cobla_onnx
+from cobla_onnx.runtime.machine import processor
 
 __all__ = ["machine", "versions"]
 
@@ -33,17 +33,6 @@ def machine() -> dict[str, str]:
     return {
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
-        "processor": _processor(),
+        "processor": processor() or platform.machine(),
         "cores": str(os.cpu_count() or 1),
     }
-
-
-def _processor() -> str:
-    """Name of the processor, without starting a process as `platform.processor` does."""
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return os.environ.get("PROCESSOR_IDENTIFIER", "") or platform.machine()

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["convolution_block", "cpu_name", "return_freed_memory", "return_large_arrays"]
+__all__ = [
+    "convolution_block",
+    "cpu_name",
+    "processor",
+    "return_freed_memory",
+    "return_large_arrays",
+]
 
 # Bytes from which an array goes back to the system as soon as it is freed, and the number of this
 # setting in glibc's malloc.h.
 LARGE, M_MMAP_THRESHOLD = 1 << 21, -3
 
 
+def processor() -> str:
+    """Name of the processor, without starting a process as `platform.processor` does.
+
+    Empty if the system does not say.
+    """
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return os.environ.get("PROCESSOR_IDENTIFIER", "")
+
+
 def cpu_name() -> str:
     """Model of the CPU and its architecture, as the system names them."""
-    name = ""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except (OSError, UnicodeDecodeError):
-        # Only Linux has that file.
-        name = platform.processor()
     features = "AVX-512" if convolution_block() == 16 else ""
-    return " ".join(part for part in (name, platform.machine(), features) if part)
+    return " ".join(part for part in (processor(), platform.machine(), features) if part)
 
 
 def convolution_block() -> int:
