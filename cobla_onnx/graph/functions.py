@@ -11,7 +11,7 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.bodies import all_nodes, body_graphs
 from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight, without_weights
 from cobla_onnx.graph.operators.base import operators_of_node
-from cobla_onnx.graph.protos import copied_node
+from cobla_onnx.graph.protos import copied_node, plain_domain
 from cobla_onnx.graph.tensors import constant_value
 from cobla_onnx.text import quoted
 
@@ -103,7 +103,7 @@ def _key(function: onnx.FunctionProto) -> Key:
 
 
 def _versions(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
-    return {"" if i.domain == "ai.onnx" else i.domain: i.version for i in imports}
+    return {plain_domain(i.domain): i.version for i in imports}
 
 
 def _is_operator(key: Key) -> bool:

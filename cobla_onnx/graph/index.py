@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto
 
 from cobla_onnx.graph.bodies import body_graphs, node_label, placed_nodes
+from cobla_onnx.graph.protos import is_standard
 from cobla_onnx.graph.tensors import constant_value, subgraphs, tensor_array
 from cobla_onnx.text import quoted
 
@@ -155,7 +156,7 @@ class GraphIndex:
                 chain += [index, *reversed(slices)]
                 name = self.nodes[slices[0]].input[0]
                 continue
-            if node.op_type not in PASSED or node.domain not in ("", "ai.onnx"):
+            if node.op_type not in PASSED or not is_standard(node):
                 return SCALED_INTEGERS if self._scaled_integers(index) else str(node.op_type)
             chain.append(index)
             name = node.input[0]
@@ -185,7 +186,7 @@ class GraphIndex:
         pending, seen, integers = [index], {index}, False
         while pending:
             node = self.nodes[pending.pop()]
-            if node.op_type not in (*SCALING, *PASSED) or node.domain not in ("", "ai.onnx"):
+            if node.op_type not in (*SCALING, *PASSED) or not is_standard(node):
                 return False
             for name in node.input:
                 if name in self.stored:
@@ -230,7 +231,7 @@ class GraphIndex:
 
         PyTorch writes so the gates of a recurrent layer in the order of ONNX.
         """
-        if node.op_type != "Concat" or node.domain not in ("", "ai.onnx"):
+        if node.op_type != "Concat" or not is_standard(node):
             return []
         found = [self.producer[name] for name in node.input if name in self.producer]
         sliced = [i for i in found if self.nodes[i].op_type == "Slice" and not self.nodes[i].domain]

@@ -7,6 +7,7 @@ import onnx.inliner
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.legacy import replace_legacy
+from cobla_onnx.graph.protos import plain_domain
 from cobla_onnx.text import first_line
 
 __all__ = ["lifted"]
@@ -28,9 +29,8 @@ def lifted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         If the version converter stops at an operator.
     """
     for entry in (*model.opset_import, *model.graph.node):
-        # The domain of ONNX's own operators has two names.
-        if entry.domain == "ai.onnx":
-            entry.domain = ""
+        if entry.domain != plain_domain(entry.domain):
+            entry.domain = plain_domain(entry.domain)
     found = [entry.version for entry in model.opset_import if not entry.domain]
     if not found:
         model.opset_import.append(onnx.helper.make_opsetid("", opset))

@@ -8,7 +8,16 @@ from typing import Any
 import onnx
 from google.protobuf.message import Message
 
-__all__ = ["FLOAT_TYPES", "STORED_TYPES", "copied_node", "copy_fields", "is_repeated", "opset_of"]
+__all__ = [
+    "FLOAT_TYPES",
+    "STORED_TYPES",
+    "copied_node",
+    "copy_fields",
+    "is_repeated",
+    "is_standard",
+    "opset_of",
+    "plain_domain",
+]
 
 FLOAT_TYPES = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
 """Types in which nodes compute; onnxruntime on a CPU has no bfloat16, which must be cast."""
@@ -44,6 +53,16 @@ def copied_node(node: onnx.NodeProto) -> onnx.NodeProto:
     return result
 
 
+def plain_domain(domain: str) -> str:
+    """Return a domain by one name: that of ONNX's own operators has two."""
+    return "" if domain == "ai.onnx" else domain
+
+
+def is_standard(node: onnx.NodeProto) -> bool:
+    """Whether a node is one of ONNX's own operators."""
+    return not plain_domain(node.domain)
+
+
 def opset_of(model: onnx.ModelProto) -> int:
-    """Return a model's version of ONNX's own operators, whose domain has two names."""
-    return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    """Return a model's version of ONNX's own operators."""
+    return next((o.version for o in model.opset_import if not plain_domain(o.domain)), 1)

@@ -13,7 +13,7 @@ import onnx
 from cobla_onnx.graph.bodies import body_graphs, node_label
 from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.graph.operators.base import operators_of_node
-from cobla_onnx.graph.protos import copied_node
+from cobla_onnx.graph.protos import copied_node, is_standard
 
 __all__ = ["branching", "settled"]
 
@@ -30,7 +30,7 @@ def branching(model: onnx.ModelProto) -> dict[str, str]:
         node.output[0]: node.input[0]
         for node in model.graph.node
         if node.op_type == "If"
-        and node.domain in ("", "ai.onnx")
+        and is_standard(node)
         and any(operators_of_node(n) for body in body_graphs([node]) for n in body.node)
     }
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.io.external import external_bytes, is_external
+from cobla_onnx.graph.protos import is_standard
 from cobla_onnx.text import quoted
 
 __all__ = ["HeldTensor", "all_tensors", "constant_value", "subgraphs", "tensor_array"]
@@ -47,7 +48,7 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 def constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
     """Return the dense tensor of a Constant node, or None where it holds something else."""
-    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+    if node.op_type != "Constant" or not is_standard(node):
         return None
     for attribute in node.attribute:
         if attribute.name == "value":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import onnx
 
 from cobla_onnx.graph.index import all_inputs
+from cobla_onnx.graph.protos import is_standard, plain_domain
 from cobla_onnx.graph.tensors import subgraphs
 
 __all__ = ["Varying", "varying_tensors"]
@@ -51,7 +52,7 @@ SIZES = {
 LIKE_FIRST = {"Scatter", "ScatterElements", "ScatterND", "TensorScatter"}
 # What reads shapes and no values.
 SHAPE_READERS = {"Shape", "Size"}
-KNOWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
+KNOWN_DOMAINS = {"", "ai.onnx.ml", "com.microsoft"}
 
 
 @dataclass
@@ -113,7 +114,7 @@ def varying_tensors(
 
 def _operator(node: onnx.NodeProto) -> str:
     """Operator of the standard's main domain, or an empty text."""
-    return str(node.op_type) if node.domain in ("", "ai.onnx") else ""
+    return str(node.op_type) if is_standard(node) else ""
 
 
 def _cause(
@@ -139,7 +140,7 @@ def _cause(
         return min(possible), False
     places = [place for place in SIZES.get(operator, ()) if place < len(node.input)]
     opaque = (
-        node.domain not in KNOWN_DOMAINS
+        plain_domain(node.domain) not in KNOWN_DOMAINS
         or (node.domain, node.op_type) in functions
         or next(subgraphs(node), None) is not None
     )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.autodiff.emitter import Emitter
 from cobla_onnx.graph.layers import attributes
+from cobla_onnx.graph.protos import is_standard
 
 __all__ = [
     "FLAT",
@@ -195,4 +196,4 @@ def flat(why: str, *operators: str) -> None:
 
 def find_rule(node: onnx.NodeProto) -> Rule | None:
     """Return the rule of a node's operator, or None."""
-    return RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    return RULES.get(node.op_type) if is_standard(node) else None

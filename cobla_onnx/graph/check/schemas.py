@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 import onnx
 
 from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.protos import plain_domain
 from cobla_onnx.text import quoted
 
 __all__ = ["Schemas"]
@@ -31,7 +32,7 @@ class Schemas:
         *,
         inside_function: bool = False,
     ) -> None:
-        self._versions = {_plain(entry.domain): entry.version for entry in imports}
+        self._versions = {plain_domain(entry.domain): entry.version for entry in imports}
         self._functions = functions
         self._inside_function = inside_function
         self._found: dict[tuple[str, str], onnx.defs.OpSchema | None] = {}
@@ -57,7 +58,7 @@ class Schemas:
             If it has too few or too many inputs or outputs, or an attribute of another
             type than defined.
         """
-        domain = _plain(node.domain)
+        domain = plain_domain(node.domain)
         if not node.op_type:
             raise ModelError(f"{label}: has no operator; the file is damaged, export it again")
         if not domain and "" not in self._versions:
@@ -111,7 +112,3 @@ class Schemas:
 def _code(kind: onnx.defs.OpSchema.AttrType) -> int:
     """Return the AttributeProto type of a schema's attribute type, by name: they share them."""
     return int(onnx.AttributeProto.AttributeType.Value(str(kind).rpartition(".")[2]))
-
-
-def _plain(domain: str) -> str:
-    return "" if domain == "ai.onnx" else domain

@@ -21,7 +21,7 @@ from cobla_onnx.graph.check.schemas import Schemas
 from cobla_onnx.graph.index import all_inputs, node_label
 from cobla_onnx.graph.io.external import is_external
 from cobla_onnx.graph.operators.base import operators_of_node
-from cobla_onnx.graph.protos import is_repeated
+from cobla_onnx.graph.protos import is_repeated, plain_domain
 from cobla_onnx.graph.sizes import PACKED, tensor_bytes
 from cobla_onnx.graph.tensors import HeldTensor, all_tensors, constant_value, subgraphs
 from cobla_onnx.text import quoted
@@ -108,7 +108,7 @@ class _Context:
 def _check_opsets(imports: Iterable[onnx.OperatorSetIdProto], label: str) -> None:
     versions: dict[str, int] = {}
     for entry in imports:
-        domain = "" if entry.domain == "ai.onnx" else entry.domain
+        domain = plain_domain(entry.domain)
         if versions.setdefault(domain, entry.version) != entry.version:
             raise ModelError(f"{label} imports operator set {quoted(domain)} twice; {AGAIN}")
     if not versions:

@@ -16,6 +16,7 @@ import onnx
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.inventory import Layer, Refusal, Use
 from cobla_onnx.graph.operators.patches import Patch
+from cobla_onnx.graph.protos import plain_domain
 
 __all__ = [
     "OPERATORS",
@@ -156,7 +157,7 @@ def register(operator: WeightOperator) -> None:
 
 def operators_of_node(node: onnx.NodeProto) -> tuple[WeightOperator, ...]:
     """Look up the operators of a node, one for each of its weights; none if it holds none."""
-    domain = "" if node.domain == "ai.onnx" else node.domain
+    domain = plain_domain(node.domain)
     return tuple(found for found in OPERATORS.get(node.op_type, ()) if found.domain == domain)
 
 
