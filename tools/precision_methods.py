@@ -118,6 +118,7 @@ def static_qdq_by(ranges: str) -> Make:
         )
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
+        from cobla_onnx.arithmetic.saturation import sums_saturate
         from cobla_onnx.graph.opset import lifted
 
         class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -143,6 +144,8 @@ def static_qdq_by(ranges: str) -> Make:
                 out,
                 Reader(),
                 per_channel=True,
+                # As onnxruntime advises for processors without 8-bit dot products.
+                reduce_range=sums_saturate(),
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=getattr(CalibrationMethod, ranges),
@@ -156,35 +159,25 @@ def static_qdq_by(ranges: str) -> Make:
 static_qdq = static_qdq_by("MinMax")
 
 
-def dynamic(model: Path, _: Path, out: Path, __: float | None) -> None:
-    """Quantise weights; activations are while the model runs."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    from cobla_onnx.graph.opset import lifted
-
-    loaded = lifted(onnx.load(model), OPSET)
-    # onnxruntime has no convolution of int8 with int8.
-    convolutions = any(node.op_type == "Conv" for node in loaded.graph.node)
-    weights = QuantType.QUInt8 if convolutions else QuantType.QInt8
-    quantize_dynamic(loaded, out, weight_type=weights)
-
-
-def matmul_nbits(bits: int) -> Make:
-    """Store the constant operands of products in fewer bits, in blocks."""
+def quantiser(name: str) -> Make:
+    """Make a method of one of onnxruntime's quantisers, as the package calls it."""
 
     def make(model: Path, _: Path, out: Path, __: float | None) -> None:
+        from cobla_onnx.arithmetic.quantisers import QUANTISERS
+        from cobla_onnx.errors import ModelError
+
+        (found,) = [each for each in QUANTISERS if each.name == name]
         try:
-            from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+            found.make(model, out, list)
         except ImportError as error:
             raise NotInstalled(f"pip install onnx-ir: {error}") from error
-        quantizer = MatMulNBitsQuantizer(onnx.load(model), bits=bits)
-        quantizer.process()
-        made = quantizer.model.model
-        if not any(node.op_type == "MatMulNBits" for node in made.graph.node):
-            raise NotApplicable("the model has no product with a constant operand")
-        onnx.save(made, out)
+        except ModelError as error:
+            raise NotApplicable(str(error)) from error
 
     return make
+
+
+dynamic = quantiser("quantize_dynamic")
 
 
 def shrink_ray(model: Path, _: Path, out: Path, __: float | None) -> None:
@@ -198,13 +191,6 @@ def shrink_ray(model: Path, _: Path, out: Path, __: float | None) -> None:
     if len(made.graph.node) == len(before.graph.node):
         raise NotApplicable("the model has no weight of 16384 numbers or more")
     onnx.save(made, out)
-
-
-def half(model: Path, _: Path, out: Path, __: float | None) -> None:
-    """Convert weights and activations to half precision."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    onnx.save(convert_float_to_float16(onnx.load(model), keep_io_types=True), out)
 
 
 OURS: Mapping[str, Method] = {
@@ -232,11 +218,11 @@ LEARNED: Mapping[str, Method] = {
     "auto, distilled in 4 passes": ours("auto", distil=4),
 }
 ALTERNATIVES: Mapping[str, Method] = {
-    "float16": Method(half),
+    "float16": Method(quantiser("float16")),
     "quantize_dynamic": Method(dynamic),
     "static QDQ, U8S8": Method(static_qdq),
-    "MatMulNBits, 8 bits": Method(matmul_nbits(8)),
-    "MatMulNBits, 4 bits": Method(matmul_nbits(4)),
+    "MatMulNBits, 8 bits": Method(quantiser("MatMulNBits, 8 bits")),
+    "MatMulNBits, 4 bits": Method(quantiser("MatMulNBits, 4 bits")),
     "onnx-shrink-ray": Method(shrink_ray),
 }
 METHODS: Mapping[str, Method] = {**OURS, **ABLATION, **LEARNED, **ALTERNATIVES}

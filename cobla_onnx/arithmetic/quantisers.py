@@ -81,9 +81,9 @@ def _static_qdq(source: Path, target: Path, samples: Samples) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     beside = has_more_files(source)
-    lifted, prepared = target.with_name("lifted.onnx"), target.with_name("prepared.onnx")
+    raised, prepared = target.with_name("raised.onnx"), target.with_name("prepared.onnx")
     quant_pre_process(
-        _lifted(source, lifted), prepared, skip_symbolic_shape=True, save_as_external_data=beside
+        _raised(source, raised), prepared, skip_symbolic_shape=True, save_as_external_data=beside
     )
     quantize_static(
         prepared,
@@ -102,12 +102,12 @@ def _dynamic(source: Path, target: Path, _: Samples) -> None:
     """Quantise weights; activations are while the model runs."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    lifted = _lifted(source, target.with_name("lifted.onnx"))
-    nodes = onnx.load(lifted, load_external_data=False).graph.node
+    raised = _raised(source, target.with_name("raised.onnx"))
+    nodes = onnx.load(raised, load_external_data=False).graph.node
     # onnxruntime has no convolution of signed weights with activations quantised as it runs.
     convolutions = any(node.op_type == "Conv" for node in nodes)
     quantize_dynamic(
-        lifted,
+        raised,
         target,
         weight_type=QuantType.QUInt8 if convolutions else QuantType.QInt8,
         use_external_data_format=has_more_files(source),
@@ -134,7 +134,7 @@ def _float16(source: Path, target: Path, _: Samples) -> None:
     _save(made, target, has_more_files(source))
 
 
-def _lifted(source: Path, target: Path) -> Path:
+def _raised(source: Path, target: Path) -> Path:
     """Bring a model to the opset that scales by channel need, as the documentation advises."""
     if opset_of(onnx.load(source, load_external_data=False)) >= BY_CHANNEL:
         return source
