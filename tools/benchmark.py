@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ import baselines
 import field
 from benchmark_table import print_tables
 from benchmark_tasks import ROOT, TASKS, Bench
+from process_memory import peak
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 DISTILLED_BEGIN = "<!-- measured by tools/benchmark.py distilled -->"
@@ -321,25 +321,12 @@ def timed(
 
 def macs(model: onnx.ModelProto, bench: Bench) -> int:
     """Count the MACs of a model afresh."""
-    from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
-    from cobla_onnx.runtime.session import measured_shapes
+    from cobla_onnx.graph.macs import fixed_input_shapes
+    from cobla_onnx.runtime.shapes import model_costs
 
-    known = fixed_input_shapes(model, {})
-    shapes = infer_shapes(model, known)
-    counts, unknown = node_macs(model, shapes)
-    if unknown:
-        names = [n for node in model.graph.node for n in (*node.input[:2], node.output[0]) if n]
-        stored = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input}
-        wanted = [name for name in dict.fromkeys(names) if name not in stored]
-        shapes.update(measured_shapes(model, wanted, known, bench.threads))
-        counts, unknown = node_macs(model, shapes)
-        assert not unknown
+    _, counts, _ = model_costs(model, fixed_input_shapes(model, {}), True, bench.threads)
+    assert counts is not None
     return sum(counts.values())
-
-
-def peak() -> float:
-    """Peak memory of this process in bytes."""
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:

@@ -33,6 +33,9 @@ from cobla_onnx.runtime.session import open_session
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.nodes import factor_nodes
 
+sys.path.insert(0, str(Path(__file__).parent))
+from process_memory import peak
+
 NETWORKS = {
     "SqueezeNet 1.1": ("squeezenet1.1_fp32.onnx", (4, 8, 32)),
     "ResNet-20": ("cifar_resnet20-12fca82f.onnx", (4, 16, 64)),
@@ -161,12 +164,6 @@ class Task:
         if kind == "forward":
             return self.forward()
         return self.torch() if kind == "torch" else self.gradients(kind)
-
-
-def peak() -> int:
-    """Peak memory of this process in bytes (Linux); not getrusage, which inherits."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(row.split()[1]) * 1024 for row in status.splitlines() if "VmHWM" in row)
 
 
 def child(name: str, models: Path, batch: int, threads: int, kinds: str, repeats: int) -> None:

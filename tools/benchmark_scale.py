@@ -38,6 +38,9 @@ from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 
+sys.path.insert(0, str(Path(__file__).parent))
+from process_memory import peak
+
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 WIDTH, INNER = 2048, 8192
 LARGEST = 4e10
@@ -188,13 +191,10 @@ def child(path: str, options: str) -> None:
     own, others = (
         resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    # Not getrusage: a process inherits its parent's peak there.
-    status = Path("/proc/self/status").read_text()
-    peak = next(int(row.split()[1]) * 1024 for row in status.splitlines() if "VmHWM" in row)
     figures = {
         "clock": time.perf_counter() - started,
         "cpu": sum(u.ru_utime + u.ru_stime for u in (own, others)),
-        "peak": peak,
+        "peak": peak(),
         "worker": others.ru_maxrss * 1024,
         "stages": {name: round(seconds, 1) for name, seconds in stages.items()},
     }
