@@ -27,7 +27,7 @@ from cobla_onnx.calibration.evaluation.quality import Quality, measure_quality
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.finishing import Finisher
-from cobla_onnx.pipeline.search.network_loss import Path
+from cobla_onnx.pipeline.search.network_loss import LossPath
 from cobla_onnx.pipeline.search.sensitivity import (
     MANY,
     PROBE_SAMPLES,
@@ -215,14 +215,14 @@ class Evidence:
         probe = self.judge.on(self.dataset.calibration)
         return GradientProbe(probe, self.context.threads)
 
-    def path(self) -> Path:
+    def path(self) -> LossPath:
         """Return the truncations of all layers."""
 
         def approximate(layer: int, curve: int, ranks: Sequence[int]) -> Sequence[Approximation]:
             found = self.analysis.layers[layer], self.analysis.forms[layer][curve]
             return self.from_data.approximate(*found, ranks)
 
-        return Path(self.judge.whole, approximate)
+        return LossPath(self.judge.whole, approximate)
 
     @cached_property
     def weight_curves(self) -> tuple[LayerCurves, ...]:

@@ -28,7 +28,7 @@ from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.probe import Pair, Weights
 from cobla_onnx.variants.base import Approximation
 
-__all__ = ["Gradients", "NetworkLoss", "Path"]
+__all__ = ["Gradients", "LossPath", "NetworkLoss"]
 
 # Bytes of truncated weights that are kept in memory.
 KEPT_PATH = 1 << 29
@@ -51,7 +51,7 @@ class Gradients(Protocol):
         ...
 
 
-class Path:
+class LossPath:
     """Truncations of all layers; the most recently used are kept in memory.
 
     Parameters
@@ -101,7 +101,7 @@ class NetworkLoss:
     Parameters
     ----------
     layers : sequence of LayerCurves
-    path : Path
+    path : LossPath
     gradients : Gradients
     separable : SeparableError
         A model of the loss that is a sum over layers.
@@ -110,7 +110,7 @@ class NetworkLoss:
     """
 
     layers: Sequence[LayerCurves]
-    path: Path
+    path: LossPath
     gradients: Gradients
     separable: SeparableError
     fixed: frozenset[int] = frozenset()

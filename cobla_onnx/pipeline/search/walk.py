@@ -200,7 +200,7 @@ class Walk:
         """
         if request.layer.name not in self._ahead:
             group = self._group(request, following[:beside])
-            found = self._seen(group, weights, following[len(group) - 1 :])
+            found = self._joints(group, weights, following[len(group) - 1 :])
             for each, joints in zip(group, found, strict=True):
                 self._ahead[each.layer.name] = joints
         return self._ahead.pop(request.layer.name)
@@ -236,7 +236,7 @@ class Walk:
                 feeds[bias_name] = bias.astype(weight.dtype)
         return feeds
 
-    def _seen(
+    def _joints(
         self, group: Sequence[Request], weights: Weights, following: Sequence[Request]
     ) -> list[Joints]:
         """Sum over all uses of a group's layers, which are several layers or several uses."""
@@ -245,7 +245,7 @@ class Walk:
         sums: list[list[JointSum]] = []
         for uses in zip(*(self._sights(request) for request in group), strict=True):
             last = not following and uses[0].use is group[0].layer.uses[-1]
-            found, moved = self._see(uses, places, feeds, following, last)
+            found, moved = self._sums_at(uses, places, feeds, following, last)
             if not sums:
                 self._original, self.place = moved
                 self._line = max(self._line, uses[-1].use.node + 1)
@@ -262,7 +262,7 @@ class Walk:
             most = enough_positions(patch, self._samples, VECTORS)
             yield _Sight(request, use, patch, most, pairing)
 
-    def _see(
+    def _sums_at(
         self,
         sights: Sequence[_Sight],
         places: tuple[Frontier, Frontier],

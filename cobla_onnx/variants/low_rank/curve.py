@@ -9,7 +9,7 @@ from cobla_onnx.allocation import VariantCurve
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.allocation.resources import known_costs
 
-__all__ = ["LOW_RANK", "rank_curve", "relative_errors"]
+__all__ = ["LOW_RANK", "rank_curve", "relative_errors", "tails"]
 
 # Name of the family.
 LOW_RANK = "low-rank"
@@ -57,7 +57,10 @@ def relative_errors(singular_values: Float64) -> Float64:
     ----------
     singular_values : float64 array, shape (full_rank,)
     """
-    energy = np.square(singular_values)
-    total = float(energy.sum())
-    tail = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
-    return tail / total if total > 0 else tail
+    lost = tails(singular_values)
+    return lost / lost[0] if lost[0] > 0 else lost
+
+
+def tails(singular_values: Float64) -> Float64:
+    """Sum of the squares beyond each rank, from rank 0 to full rank."""
+    return np.append(np.cumsum(np.square(singular_values)[::-1])[::-1], 0.0)

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.variants.best_rows import best_count, best_of, place_type, places
+from cobla_onnx.variants.low_rank.curve import tails
 from cobla_onnx.variants.low_rank.product_scheme import ProductScheme
 from cobla_onnx.variants.low_rank.svd import CHUNK, Factorization, Float64
 from cobla_onnx.variants.low_rank.weighted_svd import balanced
@@ -106,8 +107,8 @@ class TableFactorizer:
 
     def errors(self) -> Float64:
         """Squared relative error at ranks 0 to full rank."""
-        tails = np.cumsum(np.square(self.singular_values)[::-1])[::-1]
-        found = np.append(tails, 0.0) / self.energy if self.energy > 0 else np.zeros(len(tails) + 1)
+        lost = tails(self.singular_values)
+        found = lost / self.energy if self.energy > 0 else np.zeros_like(lost)
         found[0] = 1.0
         return np.minimum(found, 1.0)
 

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cobla_onnx.variants.low_rank.curve import tails
 from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.second_factor import (
     by_output,
@@ -141,7 +142,7 @@ class WeightedFactorizer:
     def errors(self, ranks: NDArray[np.int64]) -> Float64:
         """E||y - y'||^2 at each of the given ranks, for the factors of `factorize`."""
         if self.scheme.offsets == 1:
-            return _tails(self.singular_values)[ranks]
+            return tails(self.singular_values)[ranks]
         result = np.full(len(ranks), self.energy)
         for group in range(len(self._bases)):
             explained = explained_energy(*self._reduced(group, int(ranks.max(initial=0))))
@@ -226,7 +227,7 @@ class OutputFactorizer:
 
     def errors(self, ranks: NDArray[np.int64]) -> Float64:
         """E||y - y'||^2 at each of the given ranks."""
-        return _tails(self.singular_values)[ranks]
+        return tails(self.singular_values)[ranks]
 
     def factorize(self, rank: int) -> Factorization:
         """Return the factors of the given rank in the order of the scheme's matrix."""
@@ -252,13 +253,6 @@ def _roots(importance: Float64 | None, rows: NDArray[Any]) -> Float64 | None:
 def _scaled(scheme: Scheme, weight: NDArray[Any], roots: Float64 | None) -> NDArray[Any]:
     """Weight of a layer with scaled outputs; not a copy where none is scaled."""
     return weight if roots is None else scheme.weight_of(scheme.rows_of(weight) * roots[:, :, None])
-
-
-def _tails(singular_values: Float64) -> Float64:
-    """Sum of the squares beyond each rank, from rank 0 to full rank."""
-    remaining: Float64 = np.zeros(len(singular_values) + 1)
-    remaining[:-1] = np.cumsum(np.square(singular_values)[::-1])[::-1]
-    return remaining
 
 
 def balanced(scheme: Scheme, pairs: list[tuple[Float64, Float64]]) -> Factorization:

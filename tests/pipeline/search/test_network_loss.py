@@ -35,7 +35,7 @@ from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.pipeline.search.data import search_by_data
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.loss import improve, scores
-from cobla_onnx.pipeline.search.network_loss import NetworkLoss, Path
+from cobla_onnx.pipeline.search.network_loss import LossPath, NetworkLoss
 from cobla_onnx.pipeline.search.output import search_by_output
 from cobla_onnx.pipeline.search.problem import Problem, SearchResult
 from cobla_onnx.pipeline.search.rivals import Rivals
@@ -387,7 +387,7 @@ def test_slopes_are_taken_at_levels_that_there_are() -> None:
 
     def noting(layer: int, curve: int, levels: Sequence[int]) -> list[Pair]:
         known.update((layer, curve, level) for level in levels)
-        return Path.at(path, layer, curve, levels)
+        return LossPath.at(path, layer, curve, levels)
 
     path.at = noting  # type: ignore[method-assign]
     separable = WeightError(analysis.curves)
