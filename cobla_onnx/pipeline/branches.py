@@ -22,6 +22,7 @@ from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.replacement import Replacement
+from cobla_onnx.variants.rewrite import rewrite
 
 __all__ = ["Followed", "follow", "taken_branches"]
 
@@ -88,6 +89,11 @@ class Followed:
         if not self.taken:
             return list(replacements)
         return [replace(each, layer=self._as_written(each.layer)) for each in replacements]
+
+    def rewritten(self, replacements: Sequence[Replacement]) -> onnx.ModelProto:
+        """Return the original with these replacements; itself if there are none."""
+        made = self.for_writing(replacements)
+        return rewrite(self.original, made) if made else self.original
 
     def as_seen(self, written: onnx.ModelProto) -> onnx.ModelProto:
         """Return what is written as the data sees it."""

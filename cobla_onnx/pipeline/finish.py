@@ -23,7 +23,6 @@ from cobla_onnx.report.costs import Cost
 from cobla_onnx.report.model import LatencyReport, Verification
 from cobla_onnx.runtime.footprint import constants_in_session
 from cobla_onnx.runtime.session import Feeds
-from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.wording import option_name
 
 if TYPE_CHECKING:
@@ -69,8 +68,7 @@ def finish(session: Session, solution: Solution) -> Result:
 
 def _rewritten(session: Session, solution: Solution) -> onnx.ModelProto:
     session.notify("rewrite", 0, 1)
-    replacements = session.followed.for_writing(solution.replacements)
-    compressed = rewrite(session.written, replacements) if replacements else session.written
+    compressed = session.followed.rewritten(solution.replacements)
     session.notify("rewrite", 1, 1)
     return compressed
 

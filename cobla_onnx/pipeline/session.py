@@ -60,7 +60,6 @@ from cobla_onnx.runtime.progress import Progress, tracked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.replacement import Replacement
-from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.variants.work import replacements_of
 from cobla_onnx.variants.writing import Writing
 
@@ -312,8 +311,7 @@ class Session:
         self, evidence: Evidence, budget: Budget | None, replacements: list[Replacement]
     ) -> EightBits:
         """Let the model with these replacements compute in 8 bits."""
-        made = self.followed.for_writing(replacements)
-        model = rewrite(self.written, made) if made else self.written
+        model = self.followed.rewritten(replacements)
         most = None
         if budget is not None and budget.mem is not None:
             most = self.analysis.limits(Budget(mem=budget.mem))["mem"]
