@@ -217,73 +217,106 @@ class _Search:
 
     def run(self, blocks: Blocks, flat: Float64) -> tuple[Float64, str, str]:
         """Return masks, any problem with them, and why the run ended early (both empty if none)."""
-        start = np.add.reduceat(flat, blocks.starts) / blocks.sizes
-        free = blocks.free
-        if not free.any():
+        if not blocks.free.any():
             return flat, "", ""
         first = self.value(flat, blocks)
         if not (np.isfinite(first) and np.isfinite(self.gradient(flat, blocks)).all()):
             return flat, "the objective is not finite at its start", ""
-        scale = first if first > 0 else 1.0
-        roots = _roots(blocks.curvature[free] / scale)
-        costs = blocks.costs[:, free] / roots
-        room = 1.0 - self._space.offset - blocks.costs[:, ~free] @ start[~free]
-        best, best_value = flat, first
-
-        def expand(x: Float64) -> Float64:
-            values = start.copy()
-            # SLSQP may leave the bounds by a rounding error or two.
-            values[free] = np.clip(x / roots, 0.0, 1.0)
-            return np.repeat(values, blocks.sizes)
-
-        def value(x: Float64) -> float:
-            nonlocal best, best_value
-            limit = self._effort.seconds
-            if limit is not None and time.perf_counter() - self._began > limit:
-                raise _TimeIsUp
-            masks = expand(x)
-            found = self.value(masks, blocks)
-            if found < best_value and (costs @ x <= room + FEASIBILITY_TOLERANCE).all():
-                best, best_value = masks, found
-            return found / scale
-
-        def gradient(x: Float64) -> Float64:
-            masks = expand(x)
-            found = self.value(masks, blocks)
-            self._effort.watch(
-                Iteration(
-                    self.iterations,
-                    found,
-                    tuple(float(v) for v in self._space.offset + self._space.costs @ masks),
-                    time.perf_counter() - self._began,
-                )
-            )
-            self.iterations += 1
-            return self.gradient(masks, blocks)[free] / roots / scale
-
+        scaled = _Scaled(self, self._space, blocks, flat, first)
         try:
             result = scipy.optimize.minimize(
-                value,
-                start[free] * roots,
-                jac=gradient,
+                scaled.value,
+                scaled.start,
+                jac=scaled.gradient,
                 method="SLSQP",
-                bounds=[(0.0, float(root)) for root in roots],
+                bounds=[(0.0, float(root)) for root in scaled.roots],
                 constraints=[
-                    {"type": "ineq", "fun": lambda x: room - costs @ x, "jac": lambda x: -costs}
+                    {"type": "ineq", "fun": scaled.room_left, "jac": lambda _: -scaled.costs}
                 ],
                 options={"maxiter": self._effort.iterations, "ftol": self._effort.tolerance},
             )
         except _TimeIsUp:
-            return best, "", "the time limit was reached"
+            return scaled.best, "", "the time limit was reached"
         except KeyboardInterrupt:
-            return best, "", "it was interrupted"
-        stopped = "the iteration limit was reached" if result.status == 9 else ""
+            return scaled.best, "", "it was interrupted"
         if not np.isfinite(result.x).all() or not np.isfinite(result.fun):
             return flat, "its answer is not finite", ""
-        masks = expand(result.x)
-        if (costs @ result.x > room + FEASIBILITY_TOLERANCE).any():
+        if not scaled.fits(result.x):
             return flat, "its answer is over budget", ""
-        return (masks if self.value(masks, blocks) <= best_value else best), "", stopped
+        masks = scaled.masks(result.x)
+        best = masks if self.value(masks, blocks) <= scaled.best_value else scaled.best
+        return best, "", "the iteration limit was reached" if result.status == 9 else ""
+
+    def end_in_time(self) -> None:
+        """End SLSQP once its time is up."""
+        limit = self._effort.seconds
+        if limit is not None and time.perf_counter() - self._began > limit:
+            raise _TimeIsUp
+
+    def watch(self, value: float, masks: Float64) -> None:
+        """Tell and count an iteration."""
+        costs = tuple(float(v) for v in self._space.offset + self._space.costs @ masks)
+        seconds = time.perf_counter() - self._began
+        self._effort.watch(Iteration(self.iterations, value, costs, seconds))
+        self.iterations += 1
+
+
+class _Scaled:
+    """The free blocks as SLSQP's variables: masks times the roots of their curvatures.
+
+    It remembers the best masks within the budgets, since SLSQP may end at worse ones or be stopped.
+
+    Parameters
+    ----------
+    flat : float64 array
+        All masks to begin with.
+    first : float
+        The objective there.
+    """
+
+    def __init__(
+        self, search: _Search, space: Space, blocks: Blocks, flat: Float64, first: float
+    ) -> None:
+        self._search, self._blocks = search, blocks
+        self._means = np.add.reduceat(flat, blocks.starts) / blocks.sizes
+        self._scale = first if first > 0 else 1.0
+        free = blocks.free
+        self.roots = _roots(blocks.curvature[free] / self._scale)
+        self.costs = blocks.costs[:, free] / self.roots
+        self.start = self._means[free] * self.roots
+        self._room = 1.0 - space.offset - blocks.costs[:, ~free] @ self._means[~free]
+        self.best, self.best_value = flat, first
+
+    def masks(self, x: Float64) -> Float64:
+        """Return all masks at some variables."""
+        values = self._means.copy()
+        # SLSQP may leave the bounds by a rounding error or two.
+        values[self._blocks.free] = np.clip(x / self.roots, 0.0, 1.0)
+        return np.repeat(values, self._blocks.sizes)
+
+    def room_left(self, x: Float64) -> Float64:
+        """Return what is left of each budget."""
+        return np.asarray(self._room - self.costs @ x)
+
+    def fits(self, x: Float64) -> bool:
+        """Whether budgets are kept, but for rounding."""
+        return bool((self.room_left(x) >= -FEASIBILITY_TOLERANCE).all())
+
+    def value(self, x: Float64) -> float:
+        """Return the objective relative to its start."""
+        self._search.end_in_time()
+        masks = self.masks(x)
+        found = self._search.value(masks, self._blocks)
+        if found < self.best_value and self.fits(x):
+            self.best, self.best_value = masks, found
+        return found / self._scale
+
+    def gradient(self, x: Float64) -> Float64:
+        """Return the derivative of `value`."""
+        masks = self.masks(x)
+        self._search.watch(self._search.value(masks, self._blocks), masks)
+        found = self._search.gradient(masks, self._blocks)[self._blocks.free]
+        return np.asarray(found / self.roots / self._scale)
 
 
 def _roots(curvature: Float64) -> Float64:
