@@ -26,7 +26,10 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.runtime.pool import Pool, open_pool
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["Distilled", "Part", "distil"]
+__all__ = ["LEAST_HALF", "Distilled", "Part", "distil"]
+
+# Least samples in a half of those that factors are made from, for a comparison to mean anything.
+LEAST_HALF = 8
 
 
 class Part(NamedTuple):
@@ -100,7 +103,10 @@ def distil(
             return Distilled(replacements, Distillation(reason=reason))
         halves = [learner.of(part.replacements, "distil, trials", part.split) for part in parts()]
         if not halves:
-            reason = "too few samples to judge what is learned; give more"
+            reason = (
+                "too few samples to judge what is learned: of those that are not held back, each "
+                f"half needs {LEAST_HALF}; give more"
+            )
             return Distilled(replacements, Distillation(reason=reason))
         stages = [BLOCKS, NETWORK] if len(own.cuts.blocks) > 1 else [NETWORK]
         trials, steps = list[Trial](), steps_of_pass(own.lessons.samples)

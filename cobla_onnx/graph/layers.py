@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -95,35 +95,8 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
         Layers in the order of their first node, and the nodes not taken with a reason.
     """
     graph = GraphIndex(model)
-    skipped: list[tuple[int, Skipped]] = []
-    groups: dict[tuple[Any, ...], list[tuple[int, int, Origin]]] = defaultdict(list)
-    unique = names_are_unique(model.graph)
-    for index in sorted(range(len(graph.nodes)), key=graph.place):
-        node, label = graph.nodes[index], graph.labels[index]
-        if not _is_reported(node):
-            continue
-        if graph.holders[index] is not None and not unique:
-            if not _is_incidental(node):
-                item = Skipped(label, node.op_type, Reason.SUBGRAPH)
-                skipped.append((graph.place(index), item))
-            continue
-        operators = operators_of_node(node)
-        if not operators:
-            item = Skipped(label, node.op_type, Reason.OPERATOR, node.domain)
-            skipped.append((graph.place(index), item))
-        for operator in operators:
-            found = _weight_operand(graph, node, operator)
-            if operator.incidental and not _is_floating_matrix(found):
-                continue
-            if isinstance(found, tuple):
-                position, origin = found
-                key: tuple[Any, ...]
-                key = (origin.source, origin.steps, origin.type, node.op_type, position)
-                key += tuple(operator.reading(node).items())
-                groups[key].append((index, position, origin))
-            else:
-                item = replace(found, name=_name(node, label, operator))
-                skipped.append((graph.place(index), item))
+    readers = _readers(graph, names_are_unique(model.graph))
+    skipped = list(readers.skipped)
     skipped.extend(
         (len(graph.nodes), Skipped(node_label(node, 0), node.op_type, Reason.SUBGRAPH))
         for function in model.functions
@@ -131,13 +104,7 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
         if _is_reported(node) and not _is_incidental(node)
     )
     layers: list[Layer] = []
-    taken: set[str] = set()
-    found_ways: list[tuple[Layer, str, Steps]] = []
-    for members in groups.values():
-        layer = _layer(graph, members, taken)
-        found_ways.append((layer, operator_of(layer).kind, members[0][2].steps))
-    stored = {name: tuple(tensor.dims) for name, tensor in graph.stored.items()}
-    for layer in tied(found_ways, stored):
+    for layer in _candidates(graph, readers):
         problem = _problem(graph, layer)
         if problem is None:
             layers.append(layer)
@@ -147,6 +114,60 @@ def find_layers(model: onnx.ModelProto) -> Inventory:
                 skipped.append((each.uses[0].place, item))
     skipped.sort(key=lambda entry: entry[0])
     return Inventory(tuple(layers), tuple(item for _, item in skipped))
+
+
+class _Readers(NamedTuple):
+    """Nodes that read weights: those that read the same one in the same way, and others.
+
+    Attributes
+    ----------
+    groups : list of lists of (int, int, Origin)
+        Of each node its index, which input the weight is, and where that comes from.
+    skipped : list of (int, Skipped)
+        Of each node its place.
+    """
+
+    groups: list[list[tuple[int, int, Origin]]]
+    skipped: list[tuple[int, Skipped]]
+
+
+def _readers(graph: GraphIndex, unique: bool) -> _Readers:
+    """Go through all nodes; those in bodies count where all names are `unique`."""
+    skipped: list[tuple[int, Skipped]] = []
+    groups: dict[tuple[Any, ...], list[tuple[int, int, Origin]]] = defaultdict(list)
+    for index in sorted(range(len(graph.nodes)), key=graph.place):
+        node, label, place = graph.nodes[index], graph.labels[index], graph.place(index)
+        if not _is_reported(node):
+            continue
+        if graph.holders[index] is not None and not unique:
+            if not _is_incidental(node):
+                skipped.append((place, Skipped(label, node.op_type, Reason.SUBGRAPH)))
+            continue
+        operators = operators_of_node(node)
+        if not operators:
+            skipped.append((place, Skipped(label, node.op_type, Reason.OPERATOR, node.domain)))
+        for operator in operators:
+            found = _weight_operand(graph, node, operator)
+            if operator.incidental and not _is_floating_matrix(found):
+                continue
+            if isinstance(found, tuple):
+                position, origin = found
+                how = (origin.source, origin.steps, origin.type, node.op_type, position)
+                key = (*how, *operator.reading(node).items())
+                groups[key].append((index, position, origin))
+            else:
+                skipped.append((place, replace(found, name=_name(node, label, operator))))
+    return _Readers(list(groups.values()), skipped)
+
+
+def _candidates(graph: GraphIndex, readers: _Readers) -> list[Layer]:
+    """Make layers of nodes that read the same weight, whether or not they can be replaced."""
+    taken: set[str] = set()
+    found: list[tuple[Layer, str, Steps]] = []
+    for members in readers.groups:
+        layer = _layer(graph, members, taken)
+        found.append((layer, operator_of(layer).kind, members[0][2].steps))
+    return tied(found, {name: tuple(tensor.dims) for name, tensor in graph.stored.items()})
 
 
 def outputs_of(model: onnx.ModelProto, layer: Layer) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.probe import Probe
-from cobla_onnx.distillation.distil import Part
+from cobla_onnx.distillation.distil import LEAST_HALF, Part
 from cobla_onnx.distillation.lessons import Split
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.pipeline.search.finishing import Finisher
@@ -20,12 +20,10 @@ from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.base import Approximate, Approximation, Form
 from cobla_onnx.variants.from_data import FromData
 
-__all__ = ["LEAST", "CrossFit"]
+__all__ = ["CrossFit"]
 
 # The held-back samples and two halves.
 PARTS = 3
-# Least samples in each half for a comparison to mean anything.
-LEAST = 8
 
 
 @dataclass
@@ -55,6 +53,11 @@ class CrossFit:
         """Samples of the calibration split at even places, and at odd places."""
         made = self.finisher.judge.dataset.calibration
         return made[::2], made[1::2]
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the halves are large enough to mean anything."""
+        return min(map(len, self.halves)) >= LEAST_HALF
 
     def gain(self, before: Plan, after: Plan) -> PairedGain:
         """Compare two plans, part by part, as long as the second is ahead on the samples so far."""
@@ -86,7 +89,7 @@ class CrossFit:
             Whether they are refitted, to their half; which refits are kept, the held-back samples
             decide, as they do for all of them.
         """
-        if min(map(len, self.halves)) < LEAST:
+        if not self.is_possible:
             return []
         if plan.factors == "data":
             self._collect({d.layer for d in plan.decisions if d.scheme is not None})

@@ -19,7 +19,7 @@ from cobla_onnx.allocation import Allocation, Constraint, LayerCurves, WeightErr
 from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.pipeline.analysis import Analysis
-from cobla_onnx.pipeline.search.crossfit import LEAST, CrossFit
+from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import Rival
@@ -88,7 +88,7 @@ class Rivals:
         self.finisher.context.progress("other answers", len(known), len(known))
         promising.sort(key=lambda entry: -entry[0])
         answer, rivals = own, tuple[Rival, ...]()
-        if promising and min(map(len, self.crossfit.halves)) >= LEAST:
+        if promising and self.crossfit.is_possible:
             answer, rivals = self._on_all(own, [entry[1:] for entry in promising[:PLACES]])
         return Settled(answer, rivals, tuple(known.values()))
 
