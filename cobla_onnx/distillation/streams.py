@@ -140,5 +140,7 @@ def kept(batches: Iterable[Feeds], width: int) -> Sequence[Feeds]:
 
 
 def names_of(part: onnx.ModelProto) -> set[str]:
-    """Names of the inputs of a part of the model."""
-    return {value.name for value in part.graph.input}
+    """Names of what a part of the model has to be given."""
+    # Before IR version 4 the weights are listed as inputs, too.
+    stored = {tensor.name for tensor in part.graph.initializer}
+    return {value.name for value in part.graph.input} - stored

@@ -200,11 +200,11 @@ def test_an_interrupt_ends_it_where_it_is(lessons, monkeypatch):
 WEIGHTS = {name: random_array(24, 24, seed=k) / 5 for k, name in enumerate("uvwa")}
 
 
-def learned(nodes, data, shape, outputs=("y",), threads=1, **options):
+def learned(nodes, data, shape, outputs=("y",), threads=1, ir_version=8, **options):
     """Compress a model to half of its memory; return the result and what it has learned."""
     read = {name for node in nodes for name in node.input}
     weights = {name: array for name, array in WEIGHTS.items() if name in read}
-    model = model_of(nodes, weights, {"x": shape}, list(outputs))
+    model = model_of(nodes, weights, {"x": shape}, list(outputs), ir_version=ir_version)
     options = {"distil": 2, "refit": False, **options}
     found = compress(model, Budget(mem=0.5), data=data, threads=threads, **options)
     return found, found.report.calibration.distillation
@@ -250,6 +250,19 @@ def test_models_of_a_fixed_batch_learn_sample_by_sample():
     _, record = learned(nodes, {"x": random_array(60, 24, seed=3)}, [1, 24])
     assert record.blocks == 2
     assert record.steps > 0
+
+
+def test_weights_that_are_listed_as_inputs_are_not_asked_for():
+    nodes = [
+        make_node("MatMul", ["x", "v"], ["h"], "first"),
+        make_node("Relu", ["h"], ["r"]),
+        make_node("Add", ["r", "a"], ["s"]),
+        make_node("MatMul", ["s", "w"], ["y"], "second"),
+    ]
+    data = {"x": random_array(60, 24, 24, seed=3)}
+    _, record = learned(nodes, data, ["N", 24, 24], ir_version=3)
+    assert record.blocks == 2
+    assert record.stages[0].passes == 2
 
 
 def test_a_number_for_a_whole_batch_is_a_cut_like_others():
