@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.bodies import all_nodes
 from cobla_onnx.graph.inventory import Layer, Reason, Refusal, Use
 from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.graph.operators.gather import LookupPatch
@@ -96,7 +97,7 @@ def patch_of(model: onnx.ModelProto, layer: Layer, use: Use) -> Patch:
 
 def has_products(model: onnx.ModelProto, layer: Layer) -> bool:
     """Whether a layer's outputs are known to be products of vectors that can be read."""
-    nodes, operator = model.graph.node, operator_of(layer)
+    nodes, operator = all_nodes(model.graph), operator_of(layer)
     found = (operator.patch(nodes[use.node], layer, use) for use in layer.uses)
     return all(isinstance(patch, ReadPatch) for patch in found)
 

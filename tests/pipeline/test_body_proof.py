@@ -151,6 +151,26 @@ def test_a_budget_reaches_layers_in_bodies(name, precision):
     assert not any(function.domain == "somebody" for function in result.model.functions)
 
 
+@pytest.mark.parametrize(("mem", "precision"), [(0.8, "keep"), (0.4, (8,))])
+def test_a_weight_that_the_main_graph_and_branches_read_is_proved_in_both(mem, precision):
+    model = choice()
+    model.graph.node[-1].input[1] = "shared"
+    result = compress(model, Budget(mem=mem), precision=precision, threads=1)
+    assert result.report.budget["mem"].reached <= mem
+    prepared = opened(model)
+    replacements = replaced(prepared, 4)
+    (shared,) = [r for r in replacements if len(r.layer.uses) == 3]
+    assert [use.holder is None for use in shared.layer.uses].count(True) == 1
+    shapes = fixed_input_shapes(prepared, {})
+    result = rewrite(prepared, replacements)
+    assert verify(prepared, result, replacements, shapes).rewrite_max_error < 1e-5
+    (last,) = [node for node in result.graph.node if "y" in node.output]
+    # Factors of another layer, of the same size.
+    last.input[1] = last.input[1].replace(shared.layer.name, replacements[0].layer.name)
+    with pytest.raises(VerificationError, match="tensor 'y': its new nodes differ"):
+        verify(prepared, result, replacements, shapes)
+
+
 def test_a_model_that_stays_as_it_is_is_what_was_given():
     for make in MODELS.values():
         model = make()
