@@ -96,9 +96,9 @@ class Profile:
         """
         file = Path(path)
         shown = option_name("profile", safe_text(str(file), 300))
-        if not file.exists():
-            return cls(conditions, path=file)
         try:
+            if not file.exists():
+                return cls(conditions, path=file)
             if file.stat().st_size > LARGEST_FILE:
                 raise ValueError("it is too large")
             content = json.loads(file.read_text(encoding="utf-8"))

@@ -199,7 +199,9 @@ def check_paths(
     WriteError
         If a folder to write to does not exist or is not writable.
     """
-    same = target.exists() and source.exists() and target.samefile(source)
+    _check_writable(target)
+    # A name that the system cannot have is one of no file: reading it says so.
+    same = os.path.exists(source) and target.exists() and target.samefile(source)
     if same and not in_place:
         raise UsageError(
             f"{target}: is the input itself; give another path, or {option_name('in_place', True)}"
@@ -266,6 +268,14 @@ def _refuse_weights_of(source: Path, path: Path, shown: str) -> None:
 
 
 def _check_writable(path: Path) -> None:
+    try:
+        _check_place(path)
+    except OSError as error:
+        # Such as a name that is too long, or a folder that may not be searched.
+        raise WriteError(f"{path}: {error.strerror}; give another path") from error
+
+
+def _check_place(path: Path) -> None:
     if path.is_dir():
         raise WriteError(f"{path}: is a directory; give the path of a file")
     if path.exists() and not path.is_file():

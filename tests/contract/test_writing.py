@@ -166,6 +166,16 @@ def test_devices_and_pipes_are_not_replaced(tmp_path):
     assert not Path(os.devnull).is_file()
 
 
+def test_names_that_the_system_cannot_have_are_refused_before_the_work(tmp_path):
+    long = tmp_path / f"{300 * 'a'}.onnx"
+    with pytest.raises(errors.WriteError, match="File name too long; give another path"):
+        check_paths(tmp_path / "in", long)
+    with pytest.raises(errors.WriteError, match="File name too long; give another path"):
+        check_paths(tmp_path / "in", tmp_path / "out", [("--report", long)])
+    # Reading says what is wrong with the name of an input.
+    check_paths(long, tmp_path / "out")
+
+
 def test_links_are_written_through_even_where_nothing_is_yet(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     link = tmp_path / "out.onnx"

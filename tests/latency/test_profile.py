@@ -73,6 +73,11 @@ def test_what_is_no_profile_is_refused(tmp_path, text):
         Profile.open(path, HERE)
 
 
+def test_a_name_that_the_system_cannot_have_is_no_profile(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot be read \(File name too long\)"):
+        Profile.open(tmp_path / f"{300 * 'a'}.json", HERE)
+
+
 def test_this_machine_has_a_name_and_a_block():
     assert cpu_name()
     assert convolution_block() in (8, 16)

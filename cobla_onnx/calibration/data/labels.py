@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -45,7 +46,7 @@ def read_labels(path: Path) -> Labels:
     DataError
         If it does not hold labels.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"{option_name('labels', path)}: is not a file; check the path")
     if path.suffix == ".csv":
         return _read_csv(path)

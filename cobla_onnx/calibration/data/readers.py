@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,13 @@ def open_data(
 def _open_path(
     path: Path, specs: Sequence[InputSpec], samples: int | None, images: ImageOptions
 ) -> Dataset:
-    if path.is_dir():
+    # A name that the system cannot have is none of a file; Path.is_dir raises an error there.
+    if os.path.isdir(path):
         sets = sorted((p for p in path.glob("test_data_set_*") if p.is_dir()), key=_number)
         if sets or any(path.glob("input_*.pb")):
             return Dataset(str(path), _test_data(sets or [path], specs), specs, samples)
         return _open_images(path, specs, samples, images)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UsageError(f"{option_name('data', path)}: does not exist; check the path")
     if path.suffix == ".npz":
         return open_npz(path, specs, samples)

@@ -36,6 +36,7 @@ def test_files_of_labels(tmp_path):
     ("name", "content", "error", "words"),
     [
         ("none.csv", None, UsageError, "is not a file"),
+        (f"{300 * 'a'}.csv", None, UsageError, "is not a file"),
         ("a.txt", "1", UsageError, "neither .csv"),
         ("empty.csv", "", DataError, "needs a class"),
         ("words.csv", "1\ncat\n", DataError, "'cat'"),

@@ -229,7 +229,8 @@ def test_files_that_are_not_what_they_seem(tmp_path):
         with pytest.raises(DataError, match=name):
             open_data(tmp_path / name, [X])
     (tmp_path / "what.csv").write_text("1,2")
-    for name, message in (("what.csv", "neither"), ("missing.npz", "does not exist")):
+    missing = ("missing.npz", f"{300 * 'a'}.npz")
+    for name, message in (("what.csv", "neither"), *((name, "does not exist") for name in missing)):
         with pytest.raises(UsageError, match=message):
             open_data(tmp_path / name, [X])
     with pytest.raises(DataError, match=r"an \.npz with an array for each"):
