@@ -160,7 +160,8 @@ class Plan:
         """
         shown = safe_text(os.fspath(path), 300)
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            # Some editors write a byte-order mark first.
+            return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{shown}: cannot be read ({error}); check the path") from error
         except UsageError as error:

@@ -142,6 +142,12 @@ def test_schema_and_reader_refuse(content, message):
         Plan.from_json(json.dumps(content))
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    text = json.dumps(GOOD[0])
+    (tmp_path / "plan.json").write_text(text, encoding="utf-8-sig")
+    assert Plan.read(tmp_path / "plan.json") == Plan.from_json(text)
+
+
 def test_what_is_written_fits_the_schema():
     plan = compress(small_network(), Budget(mem=0.6), threads=1).plan
     jsonschema.validate(json.loads(plan.to_json()), SCHEMA)

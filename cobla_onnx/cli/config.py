@@ -67,7 +67,8 @@ def _load(path: Path, shown: str) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        # Some editors write a byte-order mark first.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {shown}: cannot be read ({error}); check the path") from error
     except tomllib.TOMLDecodeError as error:

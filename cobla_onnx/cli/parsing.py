@@ -59,7 +59,8 @@ def layer_names(option: str, entries: list[str]) -> tuple[str, ...]:
 def _from_file(option: str, path: Path) -> list[str]:
     shown = f"{option} @{path}"
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        # Spreadsheets and some editors write a byte-order mark first.
+        with path.open(newline="", encoding="utf-8-sig") as file:
             if path.suffix.lower() == ".csv":
                 names = [row[0] for row in csv.reader(file) if row][1:]
             else:

@@ -50,6 +50,7 @@ def test_options_come_from_a_file_and_the_command_line_wins(demo_model, tmp_path
     assert excluded == ["hidden"]
     done = run_here("sweep", demo_model, "--config", path, "--json")
     assert [p["budget"]["mem"] for p in json.loads(done.stdout)["points"]] == [0.3, 0.5]
+    path.write_text(path.read_text(), encoding="utf-8-sig")
     assert run_here("inspect", demo_model, "--config", path, "-q").returncode == 0
 
 

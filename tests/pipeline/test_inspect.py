@@ -223,3 +223,5 @@ def test_a_file_of_names_that_cannot_be_used_is_refused(tmp_path, name, content,
 def test_names_stand_for_themselves_and_files_for_their_lines(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo*\n")
     assert layer_names("--exclude", ["[@]x", f"@{tmp_path / 'a.txt'}"]) == ("[@]x", "one", "two*")
+    (tmp_path / "b.txt").write_text("one\ntwo\n", encoding="utf-8-sig")
+    assert layer_names("--exclude", [f"@{tmp_path / 'b.txt'}"]) == ("one", "two")
