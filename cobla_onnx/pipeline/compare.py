@@ -312,11 +312,25 @@ def _check_outputs(
                 f"output {quoted(name)}: {names[0]} gives {_made(value)}, {names[1]} gives "
                 f"{_made(other)}; give two models with the same outputs"
             )
-        if value.dtype.kind == "f" and np.isfinite(value).all() and not np.isfinite(other).all():
-            raise ModelError(
-                f"{names[1]}: output {quoted(name)} is not finite where {names[0]} gives numbers; "
-                "the model overflows, check how it was made"
-            )
+        if value.dtype.kind == "f":
+            _check_finite(name, value, other, names)
+
+
+def _check_finite(
+    name: str, value: NDArray[Any], other: NDArray[Any], names: Sequence[str]
+) -> None:
+    finite = [bool(np.isfinite(each).all()) for each in (value, other)]
+    if finite[0] and not finite[1]:
+        raise ModelError(
+            f"{names[1]}: output {quoted(name)} is not finite where {names[0]} gives numbers; "
+            "the model overflows, check how it was made"
+        )
+    # Infinities of the first may be meant, such as those of suppressed tokens.
+    if finite[1] and np.isnan(value).any():
+        raise ModelError(
+            f"{names[0]}: output {quoted(name)} is NaN where {names[1]} gives numbers; the model "
+            "overflows or holds NaN, check how it was made"
+        )
 
 
 def _made(value: NDArray[Any] | None) -> str:

@@ -256,9 +256,9 @@ def _agreement(report: Report) -> tuple[str, str] | None:
     if check is None or not check.outputs:
         return None
     where = f"{check.samples} {check.data} samples"
-    outputs: Sequence[Any] = [output for output in check.outputs if output.reacts]
+    outputs: Sequence[Any] = [output for output in check.outputs if not output.silence]
     if not outputs:
-        return "?", f"no output reacts to the {where}: the comparison tells nothing"
+        return "?", f"{check.outputs[0].silence}, {where}: the comparison tells nothing"
     shares = [o.argmax_agreement for o in outputs if o.argmax_agreement is not None]
     if shares:
         return percent_text(min(shares)), f"same top class, {where}"

@@ -142,8 +142,8 @@ def _verification(report: Report) -> list[str]:
 
 
 def _measures(output: OutputComparison) -> tuple[str, ...]:
-    if not output.reacts:
-        return ("tells nothing: the same for all inputs", *[""] * 5)
+    if output.silence:
+        return (f"tells nothing: {output.silence}", *[""] * 5)
     if output.equal is not None:
         return (f"{percent_text(output.equal)} of the entries equal", *[""] * 5)
     return (

@@ -35,8 +35,8 @@ def output_text(output: OutputComparison, largest: bool = False) -> str:
     largest : bool
         Give the largest difference in place of the cosine.
     """
-    if not output.reacts:
-        return "the original gives the same for all inputs, so the comparison tells nothing"
+    if output.silence:
+        return f"{output.silence}, so the comparison tells nothing"
     if output.equal is not None:
         return f"{output.equal:.1%} of the entries are equal"
     text = f"relative error {output.relative_l2:.3g}, "

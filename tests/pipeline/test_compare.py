@@ -10,6 +10,7 @@ import pytest
 
 from cobla_onnx import Budget, compare, compress, errors
 from cobla_onnx.pipeline import compare as module
+from cobla_onnx.report.terminal import output_text
 from tests.builders import model_of, random_array, small_network
 from tests.cli.test_command import run, run_here
 
@@ -85,6 +86,21 @@ def test_other_inputs_or_outputs_are_refused(part, message):
 def test_a_model_that_overflows_is_named():
     with pytest.raises(errors.ModelError, match="the second model: output 'logits' is not finite"):
         compare(small_network(), changed("w3", 1e38), threads=1)
+
+
+def test_a_first_model_that_gives_nan_is_named():
+    with pytest.raises(errors.ModelError, match="the first model: output 'logits' is NaN where"):
+        compare(changed("w3", np.nan), small_network(), threads=1)
+
+
+def test_nothing_but_nan_is_not_called_the_same_for_all_inputs():
+    found = compare(changed("w3", np.nan), changed("w3", np.nan), threads=1)
+    (output,) = found.outputs
+    assert not output.finite
+    assert output_text(output).startswith("the original gives nothing but NaN or infinity, so")
+    notes = [note for note in found.notes if "'logits'" in note and "nothing but NaN" in note]
+    assert len(notes) == 1
+    assert not any("--data" in note or "data=" in note for note in found.notes)
 
 
 def test_the_command(demo_model, tmp_path):

@@ -46,6 +46,8 @@ class OutputComparison:
     reacts : bool
         Whether the original's output differs between inputs. If not, agreement of the two
         outputs says nothing about the approximation.
+    finite : bool
+        Whether any number of the original's output is finite; others are not compared.
     axis : int or None
         Axis of the classes or features; None if an output has one feature.
     slice_error : float or None
@@ -66,11 +68,19 @@ class OutputComparison:
     argmax_agreement: float | None
     equal: float | None = None
     reacts: bool = True
+    finite: bool = True
     axis: int | None = None
     slice_error: float | None = None
     worst_slice: int | None = None
     worst_error: float | None = None
     compared_as: str = ""
+
+    @property
+    def silence(self) -> str:
+        """Why the comparison tells nothing about the approximation; empty if it does."""
+        if not self.finite:
+            return "the original gives nothing but NaN or infinity"
+        return "" if self.reacts else "the original gives the same for all inputs"
 
     @property
     def worst(self) -> str:
@@ -138,6 +148,8 @@ class _Sums:
     actual: float = 0.0
     product: float = 0.0
     noise: float = 0.0
+    numbers: int = 0
+    finite: int = 0
     same: int = 0
     compared: int = 0
     equal: int = 0
@@ -148,6 +160,8 @@ class _Sums:
     def add(self, before: NDArray[Any], after: NDArray[Any]) -> None:
         """Add values of both models, where both are finite."""
         old, new = before.astype(np.float64), after.astype(np.float64)
+        self.numbers += old.size
+        self.finite += int(np.isfinite(old).sum())
         both = np.isfinite(old) & np.isfinite(new)
         if not both.all():
             old, new = old[both], new[both]
@@ -262,7 +276,13 @@ class Comparison:
             "its shape follows from the data and differs"
             for name, count in self._other_shape.items()
         )
-        results = self.results()
+        notes += tuple(
+            f"output {quoted(output.name)}: {output.silence} for these inputs, so nothing of it "
+            "is compared; look for NaN, infinity or very large numbers in the weights"
+            for output in self.results()
+            if not output.finite
+        )
+        results = [output for output in self.results() if output.finite]
         if results and not any(output.reacts for output in results):
             notes += (
                 "no output of the original reacts to these inputs, so the comparison of outputs "
@@ -328,6 +348,7 @@ def _result(name: str, sums: _Sums, measure: Measure | None) -> OutputComparison
         argmax_agreement=sums.same / sums.compared if sums.compared else None,
         equal=sums.equal / sums.entries if sums.entries else None,
         reacts=sums.reaction.reacts(sums.dtype),
+        finite=sums.finite > 0 or not sums.numbers,
         compared_as="" if measure is None else f"{measure.kind}, by {measure.decided_by}",
         **_slice_errors(sums.slices, measure),
     )
