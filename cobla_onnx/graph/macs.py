@@ -12,6 +12,7 @@ from cobla_onnx.graph.index import node_label
 from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.operators.base import Shape, elements, operator_of, operators_of_node
+from cobla_onnx.graph.operators.counted import is_counted, macs_of_other
 from cobla_onnx.graph.tensors import constant_value
 from cobla_onnx.text import quoted
 from cobla_onnx.wording import either, option_name
@@ -20,6 +21,7 @@ __all__ = [
     "MOST_ELEMENTS",
     "Shape",
     "fixed_input_shapes",
+    "has_macs",
     "infer_shapes",
     "infer_tensors",
     "layer_macs",
@@ -163,10 +165,15 @@ def _refuse_giants(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> None:
                 )
 
 
+def has_macs(node: onnx.NodeProto) -> bool:
+    """Whether MACs of a node are counted: it multiplies data, in whatever format."""
+    return bool(operators_of_node(node)) or is_counted(node)
+
+
 def node_macs(
     model: onnx.ModelProto, shapes: Mapping[str, Shape]
 ) -> tuple[dict[int, int], list[str]]:
-    """MACs of every node whose operator is registered, those in bodies once.
+    """MACs of every node that `has_macs`, those in bodies once.
 
     Additions of a bias are not counted; neither are other operators and functions.
 
@@ -180,10 +187,12 @@ def node_macs(
     macs: dict[int, int] = {}
     unknown: list[str] = []
     for index, (node, label, _) in enumerate(placed_nodes(model.graph)):
-        operators = operators_of_node(node)
-        if not operators:
+        if not has_macs(node):
             continue
-        count = _total(operator.macs(node, shapes) for operator in operators)
+        if operators := operators_of_node(node):
+            count = _total(operator.macs(node, shapes) for operator in operators)
+        else:
+            count = macs_of_other(node, shapes)
         if count is None:
             unknown.append(label)
         else:

@@ -8,8 +8,7 @@ import onnx
 
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.layers import node_label
-from cobla_onnx.graph.macs import Shape, infer_shapes, node_macs
-from cobla_onnx.graph.operators.base import operators_of_node
+from cobla_onnx.graph.macs import Shape, has_macs, infer_shapes, node_macs
 from cobla_onnx.graph.settling import branching, settled
 from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.runtime.session import measured_shapes
@@ -82,7 +81,7 @@ def _measured(
     """Read shapes at the nodes of the main graph whose labels are given from a run."""
     wanted: list[str] = []
     for index, node in enumerate(model.graph.node):
-        if operators_of_node(node) is not None and node_label(node, index) in unknown:
+        if has_macs(node) and node_label(node, index) in unknown:
             wanted.extend(name for name in (*node.input[:2], node.output[0]) if name)
     stored = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input}
     names = [name for name in dict.fromkeys(wanted) if name not in stored]
