@@ -26,7 +26,8 @@ from cobla_onnx.calibration.positions import (
     sample_seeds,
 )
 from cobla_onnx.calibration.sums import Moment, MomentSum
-from cobla_onnx.errors import DataError
+from cobla_onnx.errors import DataError, ModelError
+from cobla_onnx.graph.health import EXPORT_AGAIN, unhealthy_weight
 from cobla_onnx.graph.operators.patches import Patch
 from cobla_onnx.graph.subgraph import prefix
 from cobla_onnx.runtime.cache import Arrays, Cache, digest
@@ -242,8 +243,8 @@ def collect_moments(
 
     Raises
     ------
-    DataError
-        If a layer reads what is not finite.
+    DataError, ModelError
+        If a layer reads what is not finite; of the model, if a weight is not.
     """
     store = MomentStore()
     wanted = []
@@ -269,7 +270,7 @@ def collect_moments(
             sums = sums or found_sums
         for patch, total in zip(group, sums, strict=True):
             moment = total.moment()
-            _check(patch, moment)
+            _check(model, patch, moment)
             store.put(patch, moment)
             if cache is not None:
                 cache.put("moment", _patch_key(key, patch, samples), _arrays(moment))
@@ -277,8 +278,14 @@ def collect_moments(
     return store
 
 
-def _check(patch: Patch, moment: Moment) -> None:
+def _check(model: onnx.ModelProto, patch: Patch, moment: Moment) -> None:
     if not np.isfinite(moment.second).all():
+        cause = unhealthy_weight(model)
+        if cause:
+            raise ModelError(
+                f"tensor {quoted(patch.data)}: is not finite, and {cause}; {EXPORT_AGAIN}, or "
+                f"leave out the layers that read the tensor by {option_name('exclude')}"
+            )
         raise DataError(
             f"tensor {quoted(patch.data)}: is not finite (NaN or infinite) for some of the "
             "calibration data; leave these samples out, or the layers that read it by "

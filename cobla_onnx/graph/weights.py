@@ -9,6 +9,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.health import EXPORT_AGAIN
 from cobla_onnx.graph.index import GraphIndex, Origin, attributes
 from cobla_onnx.graph.inventory import Layer
 from cobla_onnx.graph.tensors import constant_value, tensor_array
@@ -71,6 +72,6 @@ def _read(model: onnx.ModelProto, layer: Layer, name: str) -> NDArray[Any]:
     if not np.isfinite(array).all():
         raise ModelError(
             f"weight {quoted(name)} of node {quoted(layer.name)} holds NaN or infinity; "
-            "export the model again from a healthy checkpoint"
+            f"{EXPORT_AGAIN}"
         )
     return array

@@ -14,7 +14,7 @@ from cobla_onnx.calibration.moments import collect_moments
 from cobla_onnx.calibration.patches import patch_of
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.calibration.sums import JointSum, Moment, MomentSum
-from cobla_onnx.errors import DataError
+from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import open_session, run_session
@@ -429,6 +429,30 @@ def test_a_part_is_subtracted_from_a_moment(groups: int, size: int, seed: int) -
     nothing = both.without(both)
     assert not nothing.second.any()
     assert not nothing.effective.any()
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_is_not_finite_is_added_without_a_warning(groups):
+    total = MomentSum(groups, 3)
+    vectors = random_array(groups, 3, 8)
+    vectors[0, 0, 2], vectors[0, 1] = np.nan, np.inf
+    total.add(vectors, 2)
+    assert not np.isfinite(total.moment().second[0]).all()
+    if groups > 1:
+        assert np.isfinite(total.moment().second[1:]).all()
+
+
+def test_an_infinite_bias_is_named_where_it_is_read():
+    nodes = [
+        onnx.helper.make_node("Gemm", ["x", "v", "b"], ["h"], "first"),
+        onnx.helper.make_node("MatMul", ["h", "w"], ["y"], "second"),
+    ]
+    bias = np.r_[np.inf, np.zeros(11)].astype(np.float32)
+    weights = {"v": random_array(12, 12, seed=1), "w": random_array(12, 12, seed=2), "b": bias}
+    model = model_of(nodes, weights, {"x": ["N", 12]}, ["y"])
+    cause = r"tensor 'h': is not finite, and weight 'b' of node 'first' holds infinity; export"
+    with pytest.raises(ModelError, match=cause):
+        compress(model, Budget(mem=0.5), data={"x": random_array(40, 12, seed=3)}, threads=1)
 
 
 def test_what_is_not_finite_within_the_model_is_named():

@@ -14,7 +14,8 @@ from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.loss import equal_infinities
 from cobla_onnx.calibration.evaluation.slices import Slices
 from cobla_onnx.calibration.evaluation.temperature import doubts
-from cobla_onnx.errors import DataError
+from cobla_onnx.errors import DataError, ModelError
+from cobla_onnx.graph.health import EXPORT_AGAIN, unhealthy_weight
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.text import quoted
 
@@ -190,6 +191,8 @@ def survey(
     ------
     DataError
         If fewer than two samples are left.
+    ModelError
+        If that is so, and a weight is not finite.
     """
     masks = find_masks(dataset, batch)
     session = open_session(model, threads, optimized=True)
@@ -226,6 +229,9 @@ def survey(
         if pattern != usual:
             left_out.extend(indices_of)
     if len(dataset) - len(left_out) < 2:
+        cause = unhealthy_weight(model)
+        if cause:
+            raise ModelError(f"{cause}, so that its outputs are not finite; {EXPORT_AGAIN}")
         raise DataError(
             f"{dataset.source}: the original gives NaN or infinity for {len(left_out)} of "
             f"{len(dataset)} samples, at least 2 others are needed; check the data's preprocessing"

@@ -1,0 +1,58 @@
+"""Which stored weight is not finite: the model is to blame then, and not its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from cobla_onnx.graph.bodies import all_nodes, body_graphs, placed_nodes
+from cobla_onnx.graph.operators.base import operators_of_node
+from cobla_onnx.graph.protos import STORED_TYPES
+from cobla_onnx.graph.tensors import constant_value, tensor_array
+from cobla_onnx.text import quoted
+
+__all__ = ["EXPORT_AGAIN", "unhealthy_weight"]
+
+EXPORT_AGAIN = "export the model again from a healthy checkpoint"
+
+
+def unhealthy_weight(model: onnx.ModelProto) -> str:
+    """Say which weight or bias holds NaN, or infinity if none does; empty if all are finite.
+
+    Infinities count in what a layer reads alone: elsewhere they may be meant, as in a mask.
+
+    Returns
+    -------
+    str
+        Such as ``weight 'w' of node 'fc' holds NaN``.
+    """
+    readers: dict[str, tuple[onnx.NodeProto, str]] = {}
+    for node, label, _ in placed_nodes(model.graph):
+        for name in node.input:
+            readers.setdefault(name, (node, label))
+    infinite = ""
+    for name, array in _stored(model):
+        if name not in readers or np.isfinite(array).all():
+            continue
+        node, label = readers[name]
+        found = f"weight {quoted(name)} of node {quoted(label)} holds"
+        if np.isnan(array).any():
+            return f"{found} NaN"
+        if not infinite and operators_of_node(node):
+            infinite = f"{found} infinity"
+    return infinite
+
+
+def _stored(model: onnx.ModelProto) -> Iterator[tuple[str, NDArray[np.floating]]]:
+    graphs = (model.graph, *body_graphs(model.graph.node))
+    tensors = [(tensor.name, tensor) for graph in graphs for tensor in graph.initializer]
+    for node in all_nodes(model.graph):
+        value = constant_value(node)
+        if value is not None:
+            tensors.append((node.output[0], value))
+    for name, tensor in tensors:
+        if tensor.data_type in STORED_TYPES:
+            yield name, tensor_array(tensor, f"weight {quoted(name)}")
