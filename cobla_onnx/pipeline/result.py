@@ -256,7 +256,7 @@ def _identity(path: Path) -> Hashable:
 
 def _refuse_weights_of(source: Path, path: Path, shown: str) -> None:
     """Refuse to write to a file that holds weights of a model."""
-    if not path.is_file() or not source.is_file():
+    if not path.is_file() or not os.path.isfile(source):
         return
     try:
         held = files_of(source)
