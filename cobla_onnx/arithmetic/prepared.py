@@ -16,7 +16,11 @@ from pathlib import Path
 
 import onnx
 
-from cobla_onnx.graph.io.model_file import copy_without_initializers, unique_name
+from cobla_onnx.graph.io.model_file import (
+    add_initializers,
+    copy_without_initializers,
+    unique_name,
+)
 from cobla_onnx.graph.io.save import save_model
 from cobla_onnx.graph.order import sort_nodes
 from cobla_onnx.runtime.session import Feeds
@@ -60,7 +64,8 @@ class Prepared:
             if node.name in self.given:
                 node.name = ""
         # What the quantiser left as it was may be mapped from a file.
-        graph.initializer.extend(before.get(t.name, t) for t in made.initializer)
+        graph.initializer.extend(before[t.name] for t in made.initializer if t.name in before)
+        add_initializers(result, [t for t in made.initializer if t.name not in before])
         present = {t.name for t in graph.initializer}
         tensors = present.union(*(node.output for node in graph.node))
         inputs = [value for value in graph.input if value.name in before.keys() - present]
@@ -83,6 +88,7 @@ def prepare(model: onnx.ModelProto, kept: Collection[onnx.ValueInfoProto] = ()) 
         Tensors that must be there afterwards.
     """
     copy = copy_without_initializers(model, ())
+    _unlist_weights(copy.graph)
     taken = {node.name for node in copy.graph.node}
     seen: set[str] = set()
     given = set[str]()
@@ -94,6 +100,14 @@ def prepare(model: onnx.ModelProto, kept: Collection[onnx.ValueInfoProto] = ()) 
     outputs = {value.name for value in copy.graph.output}
     copy.graph.output.extend(value for value in kept if value.name not in outputs)
     return Prepared(model, copy, tuple(node.name for node in copy.graph.node), frozenset(given))
+
+
+def _unlist_weights(graph: onnx.GraphProto) -> None:
+    """Take weights out of the graph's inputs: onnxruntime warns of each in every calibration."""
+    stored = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in stored]
+    del graph.input[:]
+    graph.input.extend(inputs)
 
 
 @contextmanager

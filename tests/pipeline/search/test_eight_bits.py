@@ -330,3 +330,16 @@ def test_a_method_that_gives_no_ranges_is_left_out(data, monkeypatch):
     said = compress(model, Budget(mem=0.6), data=data, arithmetic="int8", **QUICK).report.arithmetic
     assert said.ranges == "min-max"
     assert said.candidates["entropy"] is said.candidates["percentile"] is None
+
+
+@pytest.mark.parametrize("ir_version", [3, 8])
+def test_weights_that_are_listed_as_inputs_are_not_warned_of(data, capfd, ir_version):
+    model = small_network()
+    model.opset_import[0].version, model.ir_version = 13, ir_version
+    model.graph.input.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+        for t in model.graph.initializer
+    )
+    result = compress(model, Budget(mem=0.6), data=data, arithmetic="int8", **QUICK)
+    assert result.report.arithmetic.ranges in ("min-max", "entropy", "percentile")
+    assert capfd.readouterr() == ("", "")
