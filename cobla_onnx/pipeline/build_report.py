@@ -34,6 +34,7 @@ from cobla_onnx.runtime.environment import machine, versions
 from cobla_onnx.runtime.providers import current_provider
 from cobla_onnx.variants.coded_factors.form import split_name
 from cobla_onnx.variants.registry import require_family
+from cobla_onnx.wording import in_flags
 
 if TYPE_CHECKING:
     from cobla_onnx.pipeline.session import Session, Solution
@@ -129,11 +130,13 @@ def _notes(analysis: Analysis, solution: Solution, outcome: Outcome) -> tuple[st
         notes += solution.allocation.certificate.notes
     if outcome.verification is not None:
         notes += outcome.verification.notes
+    if solution.eight_bits is not None:
+        notes += solution.eight_bits.notes
     if solution.calibration is None:
         notes += (
             "no data was given: factors and ranks follow the weights alone; expect less accuracy",
         )
-    return notes
+    return tuple(map(in_flags, notes))
 
 
 def _layers(analysis: Analysis, solution: Solution) -> tuple[LayerReport, ...]:

@@ -25,6 +25,7 @@ from cobla_onnx.arithmetic.saturation import sums_saturate
 from cobla_onnx.calibration.data.arrays import spread_over
 from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.errors import ModelError, VerificationError
+from cobla_onnx.graph.first_axis import first_axes
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import Reason, find_layers
 from cobla_onnx.graph.macs import infer_shapes, node_macs
@@ -55,11 +56,14 @@ class EightBits:
         The model in floating point.
     model : ModelProto
     report : ArithmeticReport
+    notes : tuple of str
+        What the report says beside.
     """
 
     source: onnx.ModelProto
     model: onnx.ModelProto
     report: ArithmeticReport
+    notes: tuple[str, ...] = ()
 
 
 def in_eight_bits(
@@ -146,6 +150,22 @@ def _weighted(model: onnx.ModelProto, spared: Collection[str]) -> tuple[int, ...
     return found
 
 
+def _of_batches(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Note that ranges of each run are those of all its samples, unless a run has one."""
+    sizes = {v.name: v.type.tensor_type.shape.dim[:1] for v in model.graph.input}
+    kinds = first_axes(model)
+    if all(
+        kind == "other" or any(size.dim_value == 1 for size in sizes[name])
+        for name, kind in kinds.items()
+    ):
+        return ()
+    return (
+        "the ranges of a run are those of all its samples together: beside much larger ones a "
+        "sample loses more; run one sample at a time where that matters, or give "
+        f"{option_name('arithmetic', 'keep')}",
+    )
+
+
 @dataclass(frozen=True)
 class _Judged:
     """A model, its losses on the samples held back, and what else was measured there."""
@@ -211,7 +231,8 @@ class _Search:
             quality=best.quality,
         )
         self.evidence.context.progress("8-bit arithmetic", self.done, self.done)
-        return EightBits(self.source, best.model, report)
+        notes = () if ranges is not None else _of_batches(self.source)
+        return EightBits(self.source, best.model, report, notes)
 
     def _corrected(
         self,

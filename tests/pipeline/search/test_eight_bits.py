@@ -332,6 +332,18 @@ def test_a_method_that_gives_no_ranges_is_left_out(data, monkeypatch):
     assert said.candidates["entropy"] is said.candidates["percentile"] is None
 
 
+@pytest.mark.parametrize("batch", ["N", 4, 1])
+def test_ranges_of_each_run_are_said_to_be_those_of_a_batch(batch):
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])]
+    model = model_of(nodes, {"w": random_array(16, 16)}, {"x": [batch, 16]}, ["y"])
+    data = {"x": random_array(24, 16, seed=2)}
+    report = compress(model, Budget(mem=0.6), data=data, arithmetic="int8", **QUICK).report
+    assert report.arithmetic.ranges == "dynamic"
+    told = [note for note in report.notes if "all its samples together" in note]
+    assert len(told) == (batch != 1)
+    assert all(note.endswith("or give --arithmetic keep") for note in told)
+
+
 @pytest.mark.parametrize("ir_version", [3, 8])
 def test_weights_that_are_listed_as_inputs_are_not_warned_of(data, capfd, ir_version):
     model = small_network()
