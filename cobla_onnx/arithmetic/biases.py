@@ -17,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation.problem import Float64
+from cobla_onnx.arithmetic.nodes import BIAS, units
 from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store
 from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.io.model_file import copy_without_initializers, unique_name
@@ -24,8 +25,6 @@ from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.runtime.session import Feeds
 
 __all__ = ["biased_nodes", "corrected_biases", "with_biases"]
-
-BIAS = 2
 
 Batches = Callable[[], Iterable[Feeds]]
 
@@ -52,15 +51,9 @@ def biased_nodes(model: onnx.ModelProto, places: Iterable[int]) -> dict[int, int
             continue
         if node.op_type != "Gemm":
             found[place] = 1
-        elif attributes(node).get("beta", 1.0) == 1.0 and bias.dims[0] == _units(node, stored):
+        elif attributes(node).get("beta", 1.0) == 1.0 and bias.dims[0] == units(node, stored):
             found[place] = -1
     return found
-
-
-def _units(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> int:
-    """Channels of what a Gemm gives; a bias of one number for all of them has fewer."""
-    transposed = attributes(node).get("transB", 0)
-    return int(stored[node.input[1]].dims[0 if transposed else 1])
 
 
 def corrected_biases(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import onnx
 
 from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight
 from cobla_onnx.graph.protos import opset_of
 from cobla_onnx.graph.tensors import constant_value
 from cobla_onnx.wording import option_name
 
 __all__ = [
+    "BIAS",
     "BY_CHANNEL",
     "CARRIED",
     "MOVED",
@@ -22,12 +24,15 @@ __all__ = [
     "data_inputs",
     "dynamic_nodes",
     "require_opset",
+    "units",
     "weighted_nodes",
     "with_stored_weights",
 ]
 
 # Operators whose weights are stored in 8 bits; all have the weight as their second input.
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Where the bias is among the inputs of Conv, ConvTranspose and Gemm.
+BIAS = 2
 # Operators that onnxruntime computes in 8 bits, or that move numbers without computing.
 CARRIED = (
     "Add",
@@ -106,21 +111,55 @@ def with_stored_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def weighted_nodes(model: onnx.ModelProto) -> tuple[int, ...]:
+def weighted_nodes(model: onnx.ModelProto, spared: Collection[str] = ()) -> tuple[int, ...]:
     """Return the places of the nodes that can compute in 8 bits with a stored weight.
 
     The weight must be an initializer in single precision: what a layer's weight in fewer bits is
     decoded from stays as it is, and so does the layer.
+
+    Parameters
+    ----------
+    spared : collection of str
+        Outputs of nodes that stay in floating point.
     """
-    floats = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
     return tuple(
         place
         for place, node in enumerate(model.graph.node)
         if node.domain in ("", "ai.onnx")
         and node.op_type in WEIGHTED
-        and node.input[1] in floats
-        and node.input[0] not in floats
+        and node.output[0] not in spared
+        and _is_float(stored.get(node.input[1]))
+        and not _is_float(stored.get(node.input[0]))
+        and 0 not in stored[node.input[1]].dims
+        and _takes_bias(node, stored)
     )
+
+
+def _is_float(tensor: onnx.TensorProto | None) -> bool:
+    return tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT
+
+
+def _takes_bias(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether onnxruntime's quantiser stores the bias right; it leaves one that is computed.
+
+    It rounds a bias in the scales of the weight: one for each number, or one for all. Of a grouped
+    ConvTranspose all groups have the same scales. A Gemm's beta is lost.
+    """
+    bias = stored.get(node.input[BIAS]) if len(node.input) > BIAS else None
+    if bias is None:
+        return True
+    values = attributes(node)
+    if node.op_type == "ConvTranspose":
+        return bool(values.get("group", 1) == 1 or stored[node.input[1]].dims[1] == 1)
+    if node.op_type == "Gemm":
+        return values.get("beta", 1.0) == 1.0 and list(bias.dims) == [units(node, stored)]
+    return True
+
+
+def units(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> int:
+    """Channels of what a Gemm gives; a bias of one number for all of them has fewer."""
+    return int(stored[node.input[1]].dims[0 if attributes(node).get("transB", 0) else 1])
 
 
 def carried_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[int, ...]:
@@ -155,17 +194,23 @@ def dynamic_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[in
 
     What a transformer computes lies far apart, differently for every input: the range that a
     sample has by itself loses less than one for all samples, and onnxruntime's product of such is
-    quicker. Convolutions of such inputs are slow. A Gemm that stays as it is, or that is more than
-    a product and a sum, is against it, since onnxruntime's quantiser writes them all out.
+    quicker. Convolutions of such inputs are slow, and products of stacked matrices it cannot
+    compute. A Gemm that stays as it is, or that is more than a product and a sum, is against it,
+    since onnxruntime's quantiser writes them all out.
     """
     nodes = model.graph.node
-    products = tuple(place for place in weighted if nodes[place].op_type in ("MatMul", "Gemm"))
+    matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    products = tuple(
+        place
+        for place in weighted
+        if nodes[place].op_type in ("MatMul", "Gemm") and nodes[place].input[1] in matrices
+    )
     if len(products) < PRODUCTS * len(weighted):
         return ()
     gemms = {place for place, node in enumerate(nodes) if node.op_type == "Gemm"}
     plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
     for place in gemms:
-        values = {a.name: onnx.helper.get_attribute_value(a) for a in nodes[place].attribute}
+        values = attributes(nodes[place])
         if any(values.get(name, usual) != usual for name, usual in plain.items()):
             return ()
     return products if gemms <= set(products) else ()

@@ -96,16 +96,14 @@ def in_eight_bits(
     VerificationError
         If onnxruntime does not run the result.
     """
-    model = with_stored_weights(model)
-    weighted = _weighted(model, spared)
+    model, weighted = _ready(model, spared)
     search = _Search(evidence, prepare(model, evidence.measured.model.graph.output), model, most)
     return search.result(weighted)
 
 
 def stand_in_eight_bits(model: onnx.ModelProto, spared: Collection[str] = ()) -> onnx.ModelProto:
     """Return a model that stores as many bytes and takes the same time, whatever its ranges."""
-    model = with_stored_weights(model)
-    weighted = _weighted(model, spared)
+    model, weighted = _ready(model, spared)
     prepared = prepare(model)
     products = dynamic_nodes(model, weighted)
     ranges = None if products else stand_in_ranges(prepared)
@@ -136,18 +134,22 @@ def spared_outputs(model: onnx.ModelProto, analysis: Analysis) -> frozenset[str]
     return frozenset(use.output for layer in layers for use in layer.uses)
 
 
-def _weighted(model: onnx.ModelProto, spared: Collection[str]) -> tuple[int, ...]:
+def _ready(
+    model: onnx.ModelProto, spared: Collection[str]
+) -> tuple[onnx.ModelProto, tuple[int, ...]]:
+    """Write a model as the quantiser takes it; also return the nodes that can compute in 8 bits."""
     require_opset(model)
-    nodes = model.graph.node
-    found = tuple(p for p in weighted_nodes(model) if nodes[p].output[0] not in spared)
+    model = with_stored_weights(model)
+    found = weighted_nodes(model, spared)
     if not found:
         raise ModelError(
             f"{option_name('arithmetic', 'int8')}: the model has no Conv, ConvTranspose, Gemm or "
-            "MatMul with a stored weight in single precision; give "
+            "MatMul with a stored weight in single precision (nor can a ConvTranspose in groups "
+            "with a bias, or a Gemm with one for each row); give "
             f"{option_name('arithmetic', 'keep')}, or {option_name('precision')} to store it in "
             "fewer bits"
         )
-    return found
+    return model, found
 
 
 def _of_batches(model: onnx.ModelProto) -> tuple[str, ...]:

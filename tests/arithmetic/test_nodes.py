@@ -1,0 +1,72 @@
+"""Nodes that look as if they could compute in 8 bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from cobla_onnx.arithmetic.nodes import dynamic_nodes, weighted_nodes
+from cobla_onnx.arithmetic.prepared import prepare
+from cobla_onnx.arithmetic.quantise import quantised
+from cobla_onnx.arithmetic.ranges import calibrated
+from cobla_onnx.runtime.session import open_session, run_session
+from tests.builders import model_of, random_array
+
+
+def near(model: onnx.ModelProto, feeds: dict[str, np.ndarray], places=None) -> dict[str, float]:
+    """Largest error of each output in 8 bits, of its largest value."""
+    prepared = prepare(model)
+    ranges = calibrated(prepared, [feeds], "min-max")
+    result = quantised(prepared, ranges, weighted_nodes(model) if places is None else places)
+    expected, found = (
+        run_session(open_session(m, 1, optimized=True), feeds) for m in (model, result)
+    )
+    return {
+        name: float(np.abs(found[name] - value).max() / np.abs(value).max())
+        for name, value in expected.items()
+    }
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_transposed_convolution_in_groups_has_no_bias_in_eight_bits(group, channels, biased):
+    """Its groups share their scales, of which the bias would need one for each channel."""
+    read = ["x", "w", "b"] if biased else ["x", "w"]
+    node = helper.make_node("ConvTranspose", read, ["y"], group=group)
+    weights = {"w": random_array(4, channels, 3)}
+    if biased:
+        weights["b"] = random_array(group * channels)
+    model = model_of([node], weights, {"x": [2, 4, 9]}, ["y"])
+    can = group == 1 or channels == 1 or not biased
+    assert weighted_nodes(model) == ((0,) if can else ())
+    if can:
+        assert near(model, {"x": random_array(2, 4, 9)})["y"] < 0.05
+
+
+def test_a_weight_without_elements_stays():
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("MatMul", ["h", "v"], ["y"]),
+        helper.make_node("MatMul", ["x", "u"], ["z"]),
+    ]
+    empty = np.zeros((6, 0), np.float32)
+    weights = {"w": empty, "v": empty.T, "u": random_array(6, 4)}
+    model = model_of(nodes, weights, {"x": [5, 6]}, ["y", "z"])
+    assert weighted_nodes(model) == (2,)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 6), (1, 6, 6), (6,)])
+def test_products_of_what_is_no_matrix_have_ranges_of_samples(shape):
+    nodes = [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in range(10)]
+    weights = {f"w{i}": random_array(6, 4, seed=i) for i in range(10)}
+    stacked = helper.make_node("MatMul", ["x", "v"], ["z"])
+    weights["v"] = random_array(*shape) * np.linspace(0.1, 3, 6, dtype=np.float32)
+    outputs = ["z", *(f"y{i}" for i in range(10))]
+    model = model_of([stacked, *nodes], weights, {"x": [3, 5, 6]}, outputs)
+    weighted = weighted_nodes(model)
+    assert weighted == tuple(range(11))
+    assert dynamic_nodes(model, weighted) == tuple(range(1, 11))
+    assert near(model, {"x": random_array(3, 5, 6)}, places=(0,))["z"] < 0.05
