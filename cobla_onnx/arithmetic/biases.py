@@ -9,7 +9,6 @@ as it is, such as the first of two factors: its shift reaches the second, and is
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -17,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation.problem import Float64
-from cobla_onnx.arithmetic.nodes import BIAS, units
+from cobla_onnx.arithmetic.nodes import BIAS, reader_counts, units
 from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store
 from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.io.model_file import copy_without_initializers, unique_name
@@ -144,7 +143,7 @@ def with_biases(
     """
     result = copy_without_initializers(model, ())
     stored = {tensor.name: tensor for tensor in result.graph.initializer}
-    readers = Counter(name for node in model.graph.node for name in node.input)
+    readers = reader_counts(model)
     taken = {*stored, *readers}.union(*(node.output for node in model.graph.node))
     for place, bias in biases.items():
         node = result.graph.node[place]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 import onnx
 
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph.index import attributes
+from cobla_onnx.graph.index import all_inputs, attributes
 from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight
 from cobla_onnx.graph.protos import opset_of
 from cobla_onnx.graph.tensors import constant_value
@@ -23,7 +24,9 @@ __all__ = [
     "carried_nodes",
     "data_inputs",
     "dynamic_nodes",
+    "reader_counts",
     "require_opset",
+    "sole_readers",
     "units",
     "weighted_nodes",
     "with_stored_weights",
@@ -115,7 +118,7 @@ def weighted_nodes(model: onnx.ModelProto, spared: Collection[str] = ()) -> tupl
     """Return the places of the nodes that can compute in 8 bits with a stored weight.
 
     The weight must be an initializer in single precision: what a layer's weight in fewer bits is
-    decoded from stays as it is, and so does the layer.
+    decoded from stays as it is, and so does the layer. Nothing else may read it.
 
     Parameters
     ----------
@@ -123,7 +126,7 @@ def weighted_nodes(model: onnx.ModelProto, spared: Collection[str] = ()) -> tupl
         Outputs of nodes that stay in floating point.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    return tuple(
+    found = tuple(
         place
         for place, node in enumerate(model.graph.node)
         if node.domain in ("", "ai.onnx")
@@ -134,6 +137,7 @@ def weighted_nodes(model: onnx.ModelProto, spared: Collection[str] = ()) -> tupl
         and 0 not in stored[node.input[1]].dims
         and _takes_bias(node, stored)
     )
+    return sole_readers(model, found)
 
 
 def _is_float(tensor: onnx.TensorProto | None) -> bool:
@@ -160,6 +164,42 @@ def _takes_bias(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) ->
 def units(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> int:
     """Channels of what a Gemm gives; a bias of one number for all of them has fewer."""
     return int(stored[node.input[1]].dims[0 if attributes(node).get("transB", 0) else 1])
+
+
+def reader_counts(model: onnx.ModelProto) -> Counter[str]:
+    """Count the readers of each tensor: nodes, those in bodies too, and outputs of the model."""
+    counts = Counter(name for node in model.graph.node for name in all_inputs(node))
+    counts.update(value.name for value in model.graph.output)
+    return counts
+
+
+def sole_readers(model: onnx.ModelProto, places: Collection[int]) -> tuple[int, ...]:
+    """Return those of some nodes whose weights nothing but these nodes reads.
+
+    The quantiser hands rounded weights to every reader, also to those that should stay in floating
+    point. It has one scale for each row or for each column: where one node needs these and another
+    those, onnxruntime takes one for the other.
+
+    Parameters
+    ----------
+    places : collection of int
+        Of nodes with weights, in order.
+    """
+    nodes = model.graph.node
+    counts = reader_counts(model)
+    counts.subtract(nodes[place].input[1] for place in places)
+    turned: dict[str, set[bool]] = {}
+    for place in places:
+        turned.setdefault(nodes[place].input[1], set()).add(_by_rows(nodes[place]))
+    names = {name for name, ways in turned.items() if counts[name] == 0 and len(ways) == 1}
+    return tuple(place for place in places if nodes[place].input[1] in names)
+
+
+def _by_rows(node: onnx.NodeProto) -> bool:
+    """Whether channels of the output are along the first axis of the weight."""
+    if node.op_type == "Gemm":
+        return bool(attributes(node).get("transB", 0))
+    return node.op_type == "Conv"
 
 
 def carried_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[int, ...]:

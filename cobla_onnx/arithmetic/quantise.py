@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx
 
-from cobla_onnx.arithmetic.nodes import CARRIED, PASSED, WEIGHTED
+from cobla_onnx.arithmetic.nodes import BIAS, CARRIED, PASSED, WEIGHTED, reader_counts
 from cobla_onnx.arithmetic.prepared import Prepared, quietly
 from cobla_onnx.arithmetic.ranges import Ranges, with_common_ranges
 from cobla_onnx.graph.io.external import is_external, read_external
+from cobla_onnx.graph.io.model_file import copy_without_initializers, unique_name
 from cobla_onnx.text import quoted
 
 __all__ = ["quantised", "quantised_at_run_time"]
@@ -38,7 +40,7 @@ def quantised(
     computing = [place for place in sorted(places) if nodes[place].op_type not in PASSED]
     return _run(
         QDQQuantizer,
-        prepared,
+        _with_own_biases(prepared, computing),
         prepared.named(computing),
         [*WEIGHTED, *CARRIED],
         tensors_range=with_common_ranges(ranges, prepared.model, places),
@@ -79,6 +81,34 @@ def quantised_at_run_time(
         reduce_range=reduced,
         extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
     )
+
+
+def _with_own_biases(prepared: Prepared, places: Sequence[int]) -> Prepared:
+    """Give nodes a copy of their bias where something else reads it.
+
+    The quantiser hands a bias that is rounded in the scales of one node to all that read it.
+    """
+    counts = reader_counts(prepared.model)
+    stored = {tensor.name: tensor for tensor in prepared.model.graph.initializer}
+    nodes = prepared.model.graph.node
+    shared = [
+        place
+        for place in places
+        if nodes[place].op_type in WEIGHTED
+        and len(nodes[place].input) > BIAS
+        and nodes[place].input[BIAS] in stored
+        and counts[nodes[place].input[BIAS]] > 1
+    ]
+    if not shared:
+        return prepared
+    model = copy_without_initializers(prepared.model, ())
+    taken = {*stored, *counts}.union(*(node.output for node in nodes))
+    for place in shared:
+        node = model.graph.node[place]
+        tensor = model.graph.initializer.add()
+        tensor.CopyFrom(stored[node.input[BIAS]])
+        tensor.name = node.input[BIAS] = unique_name(tensor.name, taken)
+    return replace(prepared, model=model)
 
 
 def _run(

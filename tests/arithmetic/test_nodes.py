@@ -1,13 +1,14 @@
-"""Nodes that look as if they could compute in 8 bits."""
+"""Nodes that look as if they could compute in 8 bits, and those that read what others read."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
-from cobla_onnx.arithmetic.nodes import dynamic_nodes, weighted_nodes
+from cobla_onnx.arithmetic.biases import with_biases
+from cobla_onnx.arithmetic.nodes import dynamic_nodes, sole_readers, weighted_nodes
 from cobla_onnx.arithmetic.prepared import prepare
 from cobla_onnx.arithmetic.quantise import quantised
 from cobla_onnx.arithmetic.ranges import calibrated
@@ -70,3 +71,68 @@ def test_products_of_what_is_no_matrix_have_ranges_of_samples(shape):
     assert weighted == tuple(range(11))
     assert dynamic_nodes(model, weighted) == tuple(range(1, 11))
     assert near(model, {"x": random_array(3, 5, 6)}, places=(0,))["z"] < 0.05
+
+
+def product(*more: onnx.NodeProto, outputs: tuple[str, ...] = ()) -> onnx.ModelProto:
+    """Return a model that multiplies by w, and what else is given."""
+    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"]), *more]
+    weights = {"w": random_array(6, 6, seed=1), "b": random_array(6, seed=2) / 1000}
+    made = [node.output[0] for node in more]
+    return model_of(nodes, weights, {"x": [5, 6]}, ["y", *made, *outputs])
+
+
+def test_a_weight_that_something_else_reads_stays():
+    """It would be rounded for all of them, also where nothing computes in 8 bits."""
+    again = helper.make_node("MatMul", ["x", "w"], ["z"])
+    assert weighted_nodes(product()) == (0,)
+    assert weighted_nodes(product(again)) == (0, 1)
+    assert sole_readers(product(again), [1]) == ()
+    # A node that options leave as it is reads it, too.
+    assert weighted_nodes(product(again), spared={"z"}) == ()
+    assert weighted_nodes(product(outputs=("w",))) == ()
+    assert weighted_nodes(product(helper.make_node("Neg", ["w"], ["z"]))) == ()
+    assert weighted_nodes(product(helper.make_node("MatMul", ["w", "x2"], ["z"]))) == ()
+    bodies = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], [name])],
+            name,
+            [],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)],
+        )
+        for name in ("then", "else")
+    }
+    assert weighted_nodes(product(helper.make_node("If", ["c"], ["z"], **bodies))) == ()
+
+
+def test_a_weight_that_is_read_both_ways_stays():
+    """There is one scale for each row, or for each column; onnxruntime mixes them up."""
+    turned = helper.make_node("Gemm", ["y", "w"], ["z"], transB=1)
+    assert weighted_nodes(product(turned)) == ()
+    both = helper.make_node("Gemm", ["y", "w"], ["z"])
+    assert weighted_nodes(product(both)) == (0, 1)
+
+
+@pytest.mark.parametrize("reader", ["node", "output", "another product"])
+def test_a_bias_that_something_else_reads_is_rounded_for_its_node_alone(reader):
+    others = {
+        "node": product(helper.make_node("Neg", ["b"], ["b2"])),
+        "output": product(outputs=("b",)),
+        "another product": product(helper.make_node("Gemm", ["v", "v", "b"], ["b2"])),
+    }
+    model = others[reader]
+    if reader == "another product":
+        model.graph.initializer.append(numpy_helper.from_array(random_array(6, 6) / 1e3, "v"))
+    # The input is so large that the bias is less than a unit of the 8-bit sums.
+    errors = near(model, {"x": 1e5 * random_array(5, 6)}, places=(0,))
+    assert errors["y"] < 0.05
+    assert errors["b" if reader == "output" else "b2"] < 1e-6
+
+
+def test_a_bias_that_is_an_output_is_corrected_in_a_copy():
+    model = product(outputs=("b",))
+    bias = numpy_helper.to_array(model.graph.initializer[1])
+    other = with_biases(model, {0: bias + 1})
+    feeds = {"x": random_array(5, 6)}
+    before, after = (run_session(open_session(m, 1), feeds) for m in (model, other))
+    np.testing.assert_array_equal(after["b"], bias)
+    np.testing.assert_allclose(after["y"], before["y"] + 1, rtol=1e-5, atol=1e-5)

@@ -15,6 +15,7 @@ from cobla_onnx.arithmetic.nodes import (
     carried_nodes,
     dynamic_nodes,
     require_opset,
+    sole_readers,
     weighted_nodes,
     with_stored_weights,
 )
@@ -144,8 +145,8 @@ def _ready(
     if not found:
         raise ModelError(
             f"{option_name('arithmetic', 'int8')}: the model has no Conv, ConvTranspose, Gemm or "
-            "MatMul with a stored weight in single precision (nor can a ConvTranspose in groups "
-            "with a bias, or a Gemm with one for each row); give "
+            "MatMul with a stored weight in single precision that nothing else reads (nor can a "
+            "ConvTranspose in groups with a bias, or a Gemm with one for each row); give "
             f"{option_name('arithmetic', 'keep')}, or {option_name('precision')} to store it in "
             "fewer bits"
         )
@@ -268,12 +269,19 @@ class _Search:
         return (other, len(found)) if other.loss < best.loss else (best, 0)
 
     def _cheap_ends(self, weighted: Sequence[int]) -> list[int]:
-        """Return the last and the first node, if there are others and they have few MACs."""
+        """Return the last and the first node, if there are others and they have few MACs.
+
+        One whose weight others read would take these with it.
+        """
         shapes = infer_shapes(self.source, self.evidence.analysis.input_shapes)
         macs, _ = node_macs(self.source, shapes)
         most = MOST_MACS * sum(macs.values())
         ends = (weighted[-1], weighted[0]) if len(weighted) > 2 else ()
-        return [place for place in ends if macs.get(place, most + 1) <= most]
+        return [
+            place
+            for place in ends
+            if macs.get(place, most + 1) <= most and sole_readers(self.source, [place])
+        ]
 
     def _dynamic(self, products: Sequence[int]) -> tuple[str, None, _Judged]:
         judged = self._with(None, products)

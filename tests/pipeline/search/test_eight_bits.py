@@ -332,6 +332,33 @@ def test_a_method_that_gives_no_ranges_is_left_out(data, monkeypatch):
     assert said.candidates["entropy"] is said.candidates["percentile"] is None
 
 
+def test_a_weight_that_is_an_output_is_neither_said_to_be_nor_in_eight_bits():
+    nodes = [onnx.helper.make_node("MatMul", [r, w], [y]) for r, w, y in ("xah", "hby")]
+    weights = {"a": random_array(16, 16), "b": random_array(16, 8, seed=1)}
+    model = model_of(nodes, weights, {"x": ["N", 16]}, ["y", "a"])
+    data = {"x": random_array(24, 16, seed=2)}
+    result = compress(model, Budget(mem=0.8), data=data, arithmetic="int8", **QUICK)
+    assert result.report.arithmetic.nodes == 1
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in result.model.graph.initializer}
+    np.testing.assert_array_equal(stored["a"], weights["a"])
+    assert not [name for name in stored if name.startswith("a_")]
+    model = model_of(nodes[:1], {"a": weights["a"]}, {"x": ["N", 16]}, ["h", "a"])
+    with pytest.raises(ModelError, match="that nothing else reads"):
+        compress(model, Budget(mem=1.0), data=data, arithmetic="int8", **QUICK)
+
+
+def test_nodes_that_share_a_weight_are_left_in_floating_point_together_or_not(data, monkeypatch):
+    monkeypatch.setattr(eight_bits, "paired_gain", _always_better)
+    monkeypatch.setattr(eight_bits, "MOST_MACS", 1.0)
+    model = small_network()
+    model.graph.node.add(op_type="Gemm", input=["logits", "v"], output=["a"], name="a")
+    model.graph.node.add(op_type="Gemm", input=["a", "v"], output=["b"], name="b")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(random_array(10, 10), "v"))
+    model.graph.output[0].name = "b"
+    with open_session(model, Settings(data=data, arithmetic="int8")) as session:
+        assert in_eight_bits(session.evidence, session.model).report.left == ("conv1",)
+
+
 @pytest.mark.parametrize("batch", ["N", 4, 1])
 def test_ranges_of_each_run_are_said_to_be_those_of_a_batch(batch):
     nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])]
