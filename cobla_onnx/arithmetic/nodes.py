@@ -148,7 +148,7 @@ def _takes_bias(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) ->
     """Whether onnxruntime's quantiser stores the bias right; it leaves one that is computed.
 
     It rounds a bias in the scales of the weight: one for each number, or one for all. Of a grouped
-    ConvTranspose all groups have the same scales. A Gemm's beta is lost.
+    ConvTranspose all groups have the same scales. A Gemm's beta is lost (see `with_plain_gemms`).
     """
     bias = stored.get(node.input[BIAS]) if len(node.input) > BIAS else None
     if bias is None:

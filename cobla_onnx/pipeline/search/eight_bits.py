@@ -11,6 +11,7 @@ import onnx
 from cobla_onnx.allocation.paired import paired_gain
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.arithmetic.biases import biased_nodes, corrected_biases, with_biases
+from cobla_onnx.arithmetic.gemms import with_plain_gemms
 from cobla_onnx.arithmetic.nodes import (
     carried_nodes,
     dynamic_nodes,
@@ -140,7 +141,7 @@ def _ready(
 ) -> tuple[onnx.ModelProto, tuple[int, ...]]:
     """Write a model as the quantiser takes it; also return the nodes that can compute in 8 bits."""
     require_opset(model)
-    model = with_stored_weights(model)
+    model = with_plain_gemms(with_stored_weights(model), spared)
     found = weighted_nodes(model, spared)
     if not found:
         raise ModelError(

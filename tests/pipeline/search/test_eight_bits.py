@@ -332,6 +332,17 @@ def test_a_method_that_gives_no_ranges_is_left_out(data, monkeypatch):
     assert said.candidates["entropy"] is said.candidates["percentile"] is None
 
 
+@pytest.mark.parametrize("beta", [2.0, 0.5, -1.0])
+def test_beta_is_not_lost_in_eight_bits(beta):
+    nodes = [onnx.helper.make_node("Gemm", ["x", "w", "c"], ["y"], alpha=0.5, beta=beta)]
+    weights = {"w": random_array(32, 24) / 6, "c": random_array(24, seed=1)}
+    model = model_of(nodes, weights, {"x": ["N", 32]}, ["y"])
+    data = {"x": random_array(40, 32, seed=2)}
+    result = compress(model, Budget(mem=0.6), data=data, arithmetic="int8", **QUICK)
+    assert result.report.verification.outputs[0].relative_l2 < 0.05
+    assert stored_bytes(result.model) == result.report.budget["mem"].after
+
+
 def test_a_weight_that_is_an_output_is_neither_said_to_be_nor_in_eight_bits():
     nodes = [onnx.helper.make_node("MatMul", [r, w], [y]) for r, w, y in ("xah", "hby")]
     weights = {"a": random_array(16, 16), "b": random_array(16, 8, seed=1)}
