@@ -20,6 +20,7 @@ from cobla_onnx.graph.io.model_file import (
     copy_without_initializers,
     unique_name,
 )
+from cobla_onnx.graph.protos import is_standard
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.text import quoted
 
@@ -64,7 +65,7 @@ def with_plain_gemms(model: onnx.ModelProto, spared: Collection[str] = ()) -> on
 
 
 def _is_to_change(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
-    if node.op_type != "Gemm" or node.domain not in ("", "ai.onnx"):
+    if node.op_type != "Gemm" or not is_standard(node):
         return False
     weight = stored.get(node.input[1])
     if weight is None or weight.data_type != FLOAT:

@@ -10,7 +10,7 @@ import onnx
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.index import all_inputs, attributes
 from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight
-from cobla_onnx.graph.protos import opset_of
+from cobla_onnx.graph.protos import is_standard, opset_of
 from cobla_onnx.graph.tensors import constant_value
 from cobla_onnx.wording import option_name
 
@@ -129,7 +129,7 @@ def weighted_nodes(model: onnx.ModelProto, spared: Collection[str] = ()) -> tupl
     found = tuple(
         place
         for place, node in enumerate(model.graph.node)
-        if node.domain in ("", "ai.onnx")
+        if is_standard(node)
         and node.op_type in WEIGHTED
         and node.output[0] not in spared
         and _is_float(stored.get(node.input[1]))
@@ -214,7 +214,7 @@ def carried_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[in
     narrow = {name for place in weighted for name in nodes[place].output}
     found = []
     for place, node in enumerate(nodes):
-        if node.op_type not in CARRIED or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in CARRIED or not is_standard(node):
             continue
         read = [name for name in data_inputs(node) if name not in stored]
         if read and all(name in narrow for name in read):

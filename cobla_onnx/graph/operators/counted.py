@@ -8,6 +8,7 @@ import onnx
 
 from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.operators.base import Shape, elements
+from cobla_onnx.graph.protos import plain_domain
 
 __all__ = ["is_counted", "macs_of_other"]
 
@@ -65,4 +66,4 @@ def _shape(names: Sequence[str], place: int, shapes: Mapping[str, Shape]) -> Sha
 
 
 def _key(node: onnx.NodeProto) -> tuple[str, str]:
-    return "" if node.domain == "ai.onnx" else node.domain, node.op_type
+    return plain_domain(node.domain), node.op_type
