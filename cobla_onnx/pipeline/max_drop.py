@@ -12,7 +12,7 @@ from cobla_onnx.calibration.evaluation.quality import Quality
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.pipeline.budget_errors import explain
 from cobla_onnx.pipeline.session import Session, Solution
-from cobla_onnx.text import quoted
+from cobla_onnx.text import numbered, quoted
 from cobla_onnx.wording import either, option_name
 
 __all__ = ["check_max_drop", "smallest"]
@@ -154,7 +154,7 @@ def _noting(
     note = (
         f"--max-drop {max_drop:g}: {quality.measure} {quality.after:.4g} (of the original "
         f"{quality.before:.4g}) on {quality.counted}, the smallest of "
-        f"{len(trials)} budgets tried"
+        f"{numbered(len(trials), 'budget')} tried"
     )
     worse = [trial for trial in trials if trial.mem < best.mem]
     if worse:

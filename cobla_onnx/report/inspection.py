@@ -12,7 +12,7 @@ from cobla_onnx.graph.operators.base import operator_names
 from cobla_onnx.report.amounts import count_text, elsewhere_text
 from cobla_onnx.report.sensitivity import Sensitivity
 from cobla_onnx.report.serialise import Exported
-from cobla_onnx.text import safe_text, short_names
+from cobla_onnx.text import numbered, safe_text, short_names
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -210,7 +210,8 @@ def _groups(found: Inspection) -> list[str]:
 def _totals(found: Inspection) -> list[str]:
     count = len(found.layers)
     lines = [
-        f"{count} layers can be compressed, {len(found.left_alone)} nodes are left alone",
+        f"{numbered(count, 'layer')} can be compressed, left alone: "
+        f"{numbered(len(found.left_alone), 'node')}",
         f"memory: {count_text(found.mem_total)} bytes of weights; "
         f"least reachable: --mem {found.least['mem']:g}",
     ]

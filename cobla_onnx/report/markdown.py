@@ -10,7 +10,7 @@ from cobla_onnx.calibration.evaluation.outputs import OutputComparison
 from cobla_onnx.report.amounts import change_text, count_text, kind_text, percent_text, rank_text
 from cobla_onnx.report.in_words import in_words
 from cobla_onnx.report.model import Report
-from cobla_onnx.text import safe_text, short_names
+from cobla_onnx.text import numbered, safe_text, short_names
 
 __all__ = ["to_markdown"]
 
@@ -165,7 +165,7 @@ def _calibration(report: Report) -> list[str]:
         "## Calibration",
         f"{_code(seen.source, 300)}: {seen.calibration_samples} samples made the factors, "
         f"{seen.selection_samples} were held back. Loss on those {seen.loss:.4g}; before the "
-        f"refit of {seen.refitted} layers {seen.loss_before_refit:.4g}. "
+        f"refit of {numbered(seen.refitted, 'layer')} {seen.loss_before_refit:.4g}. "
         f"{seen.quality.measure.capitalize()} on {seen.quality.counted}: "
         f"{percent_text(seen.quality.before)} → {percent_text(seen.quality.after)}.",
         *([] if learned is None else [f"{_plain(learned.text, 600)}."]),
@@ -189,7 +189,7 @@ def _latency(report: Report) -> list[str]:
         f"{before['median']:.3g} ms ({before['low']:.3g} to {before['high']:.3g}) → "
         f"{after['median']:.3g} ms ({after['low']:.3g} to {after['high']:.3g}), ratio "
         f"{latency['ratio']:.3f}; {_code(str(latency['provider']))}, "
-        f"{latency['threads']} threads, {latency['repeats']} interleaved repeats."
+        f"{numbered(latency['threads'], 'thread')}, {latency['repeats']} interleaved repeats."
     )
     rows = [
         (_code(layer["name"]), f"{layer['before_ms']:.3g}", f"{layer['after_ms']:.3g}")

@@ -155,7 +155,7 @@ def _verdict(report: Report) -> list[Any]:
     if seen is not None:
         lines.append(
             f"calibrated on {seen.calibration_samples} samples; loss on {seen.selection_samples} "
-            f"held back {seen.loss:.4g} (before refit of {seen.refitted} layers "
+            f"held back {seen.loss:.4g} (before refit of {numbered(seen.refitted, 'layer')} "
             f"{seen.loss_before_refit:.4g})"
         )
         if seen.distillation is not None:

@@ -30,6 +30,7 @@ from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.pipeline.search.stand_in import stand_in_model
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
+from cobla_onnx.text import numbered
 from cobla_onnx.variants.writing import Storage
 from cobla_onnx.wording import option_name
 
@@ -368,7 +369,7 @@ def too_slow(tried: Sequence[Found], limit: float, threads: int) -> BudgetError:
     return BudgetError(
         f"{option_name('latency', limit)}: the fastest of {len(tried)} plans takes "
         f"{measured.ratio:.3f} of the original's time ({measured.low:.3f} to {measured.high:.3f}, "
-        f"{threads} threads)",
+        f"{numbered(threads, 'thread')})",
         {"latency": _rounded_up(measured.ratio)},
         "raise it, or let more layers be compressed",
     )
