@@ -66,7 +66,23 @@ def prove_rewrite(
         for name, error in outputs.items()
         if not error <= AMPLIFICATION * ROUNDING[dense[0][name].dtype]
     }
+    notes += _random_outputs(original, feeds, outputs, beyond, threads)
+    if beyond:
+        noise = _rounding_noise(original, replacements, feeds, dense, worst, threads)
+        notes += tuple(_explained(n, e, noise[n], n in varying) for n, e in beyond.items())
+    return worst, max(outputs.values(), default=None), notes
+
+
+def _random_outputs(
+    original: onnx.ModelProto,
+    feeds: Sequence[Feeds],
+    outputs: dict[str, float],
+    beyond: dict[str, float],
+    threads: int,
+) -> tuple[str, ...]:
+    """Take out what the original itself gives otherwise on the same inputs; say so of each."""
     itself = _own_differences(original, feeds, threads) if beyond else {}
+    notes: tuple[str, ...] = ()
     for name in [name for name in beyond if itself[name] > 0]:
         error = beyond.pop(name)
         outputs.pop(name)
@@ -76,26 +92,37 @@ def prove_rewrite(
             f"on the same inputs it differs from itself by {itself[name]:.2g}, and from the "
             f"rewritten model by {error:.2g}; the rewrite was proved layer by layer alone",
         )
-    if beyond:
-        noise = _rounding_noise(original, replacements, feeds, dense, worst, threads)
-        for name, error in beyond.items():
-            if name in varying:
-                notes += (
-                    f"output {quoted(name)}: the data selects what is in it, and rounding may "
-                    "select otherwise; the rewrite was proved layer by layer alone",
-                )
-                continue
-            if not error <= AMPLIFICATION * noise[name]:
-                raise VerificationError(
-                    f"output {quoted(name)}: the rewritten model differs from the same model "
-                    f"with dense weights by {error:.2g}, rounding explains {noise[name]:.2g}; "
-                    "nothing was written, please report this"
-                )
-            notes += (
-                f"output {quoted(name)}: the network amplifies float rounding; on this data it "
-                f"differs from dense weights by {error:.2g}, as it does by rounding alone",
-            )
-    return worst, max(outputs.values(), default=None), notes
+    return notes
+
+
+def _explained(name: str, error: float, noise: float, selected: bool) -> str:
+    """Say why an output differs by more than rounding of its own type.
+
+    Parameters
+    ----------
+    selected : bool
+        Whether the data selects what is in it.
+
+    Raises
+    ------
+    VerificationError
+        If nothing explains it.
+    """
+    if selected:
+        return (
+            f"output {quoted(name)}: the data selects what is in it, and rounding may "
+            "select otherwise; the rewrite was proved layer by layer alone"
+        )
+    if not error <= AMPLIFICATION * noise:
+        raise VerificationError(
+            f"output {quoted(name)}: the rewritten model differs from the same model "
+            f"with dense weights by {error:.2g}, rounding explains {noise:.2g}; "
+            "nothing was written, please report this"
+        )
+    return (
+        f"output {quoted(name)}: the network amplifies float rounding; on this data it "
+        f"differs from dense weights by {error:.2g}, as it does by rounding alone"
+    )
 
 
 def _prove_branches(

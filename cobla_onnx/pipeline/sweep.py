@@ -120,20 +120,7 @@ def sweep(
             session = stack.enter_context(opened)
         except BudgetError as error:
             raise _none_within_reach(error) from error
-        points: list[SweepPoint] = []
-        refusal: BudgetError | None = None
-        for number, budget in enumerate(wanted):
-            session.notify(f"sweep: {budget_name(budget)}", number, len(wanted))
-            try:
-                points.append(_point(session, budget, folder, external_data))
-            except BudgetError as error:
-                refusal = error
-                points.append(SweepPoint(budget, refused=error.in_flags()))
-            except KeyboardInterrupt:
-                raise _interrupted(points, folder) from None
-        session.notify("sweep", len(wanted), len(wanted))
-        if refusal is not None and all(point.refused for point in points):
-            raise _none_within_reach(refusal)
+        points = _points(session, wanted, folder, external_data)
         if compare_with is not None:
             try:
                 points += alternatives(session, folder, _stem(session), external_data)
@@ -196,6 +183,30 @@ def writable_folder(path: Path) -> Path:
     if not os.access(path, os.W_OK):
         raise WriteError(f"{shown}: cannot be written to; give another")
     return path
+
+
+def _points(
+    session: Session,
+    budgets: Sequence[Budget],
+    folder: Path | None,
+    external_data: ExternalData,
+) -> list[SweepPoint]:
+    """Compress to each budget; a point out of reach says so, unless all are."""
+    points: list[SweepPoint] = []
+    refusal: BudgetError | None = None
+    for number, budget in enumerate(budgets):
+        session.notify(f"sweep: {budget_name(budget)}", number, len(budgets))
+        try:
+            points.append(_point(session, budget, folder, external_data))
+        except BudgetError as error:
+            refusal = error
+            points.append(SweepPoint(budget, refused=error.in_flags()))
+        except KeyboardInterrupt:
+            raise _interrupted(points, folder) from None
+    session.notify("sweep", len(budgets), len(budgets))
+    if refusal is not None and all(point.refused for point in points):
+        raise _none_within_reach(refusal)
+    return points
 
 
 def _interrupted(points: Sequence[SweepPoint], folder: Path | None) -> KeyboardInterrupt:

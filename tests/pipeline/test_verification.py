@@ -141,7 +141,7 @@ def test_a_random_model_is_called_that(kind):
 
 def test_a_wrong_rewrite_of_a_random_model_is_still_found(monkeypatch):
     """Its outputs prove nothing, but each layer is proved alone."""
-    from cobla_onnx.pipeline import finish as steps
+    from cobla_onnx.pipeline import branches as steps
 
     right = steps.rewrite
 
