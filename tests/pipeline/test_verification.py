@@ -256,3 +256,13 @@ def test_rounding_errors_are_relative_but_to_nothing(seed, dtype):
     assert rounding_error(endless, endless) == 0
     assert rounding_error(values, np.full_like(values, np.nan)) == np.inf
     assert rounding_error(values, values[:2]) == np.inf
+
+
+def test_outputs_of_subnormal_numbers_are_proved():
+    """They have few digits, which differ with the order of the sums."""
+    nodes = [NODE("MatMul", ["x", "w1"], ["h"], "fc1"), NODE("MatMul", ["h", "w2"], ["y"], "fc2")]
+    weights = {"w1": random_array(32, 24) * np.float32(1e-43), "w2": random_array(24, 16, seed=1)}
+    model = model_of(nodes, weights, {"x": ["n", 32]}, ["y"])
+    for data in (None, {"x": random_array(40, 32, seed=2)}):
+        result = compress(model, Budget(mem=0.5), data=data, threads=1)
+        assert result.report.verification.network_error == 0
