@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,33 +18,41 @@ from cobla_onnx.text import quoted
 __all__ = ["EXPORT_AGAIN", "unhealthy_weight"]
 
 EXPORT_AGAIN = "export the model again from a healthy checkpoint"
+# Squares of larger numbers leave the range of single precision.
+LARGE = 1e19
 
 
 def unhealthy_weight(model: onnx.ModelProto) -> str:
-    """Say which weight or bias holds NaN, or infinity if none does; empty if all are finite.
+    """Say which weight or bias holds NaN, or else infinity, or else very large numbers.
 
-    Infinities count in what a layer reads alone: elsewhere they may be meant, as in a mask.
+    The latter two count in what a layer reads alone: elsewhere they may be meant, as in a mask.
 
     Returns
     -------
     str
-        Such as ``weight 'w' of node 'fc' holds NaN``.
+        Such as ``weight 'w' of node 'fc' holds NaN``; empty if all are healthy.
     """
     readers: dict[str, tuple[onnx.NodeProto, str]] = {}
     for node, label, _ in placed_nodes(model.graph):
         for name in node.input:
             readers.setdefault(name, (node, label))
-    infinite = ""
+    infinite = large = ""
     for name, array in _stored(model):
-        if name not in readers or np.isfinite(array).all():
+        if name not in readers or not array.size:
             continue
         node, label = readers[name]
         found = f"weight {quoted(name)} of node {quoted(label)} holds"
-        if np.isnan(array).any():
+        with np.errstate(invalid="ignore"):
+            most = float(np.abs(array).max())
+        if math.isnan(most):
             return f"{found} NaN"
-        if not infinite and operators_of_node(node):
-            infinite = f"{found} infinity"
-    return infinite
+        if most < LARGE or not operators_of_node(node):
+            continue
+        if math.isinf(most):
+            infinite = infinite or f"{found} infinity"
+        else:
+            large = large or f"{found} numbers up to {most:.2g}"
+    return infinite or large
 
 
 def _stored(model: onnx.ModelProto) -> Iterator[tuple[str, NDArray[np.floating]]]:

@@ -19,6 +19,7 @@ class Reason(str, Enum):
     FILLED = "weight is one number, repeated"
     SPARSE = "weight is stored sparse"
     TOO_LARGE = "weight is over 2 GB"
+    RANGE = "weight nearly overflows its type"
     BOTH_CONSTANT = "both operands are constant"
     SHARED = "weight has other readers"
     TYPE = "weight type is not supported"

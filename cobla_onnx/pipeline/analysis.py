@@ -37,7 +37,7 @@ from cobla_onnx.variants.from_data import FromData
 from cobla_onnx.variants.low_rank.folded import FOLDED_FROM
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule
 from cobla_onnx.variants.registry import forms_of, require_family
-from cobla_onnx.variants.work import candidate, measured_curves
+from cobla_onnx.variants.work import candidate, measured_curves, within_range
 
 __all__ = ["Analysis", "Reach", "analyse"]
 
@@ -328,6 +328,7 @@ def analyse(
         (), skipped, size, total, known, notes, None, shapes, mem_saved=saved, folding=folding
     )
     candidates, more = _in_reach(bare, taken, costs, asked, reach)
+    candidates = [within_range(model, each) for each in candidates]
     data = None if see is None else FromData(see([c.layer for c in candidates if c.proposals]))
     curves = measured_curves(model, candidates, data if weigh else None, context)
     variants, refused = [], []

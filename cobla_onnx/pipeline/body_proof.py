@@ -40,6 +40,7 @@ from cobla_onnx.runtime.session import open_session, run_session
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.rewrite import add_functions
+from cobla_onnx.wording import option_name
 
 __all__ = ["EXAMPLES", "append_slice", "checked", "provable", "prove_in_bodies"]
 
@@ -266,6 +267,12 @@ def checked(values: Mapping[str, Any], dense: str, new: str, tolerance: float) -
     """
     error = rounding_error(values[dense], values[new])
     if not error <= tolerance:
+        if np.isfinite(values[dense]).all() and not np.isfinite(values[new]).all():
+            raise VerificationError(
+                f"tensor {quoted(dense)}: its new nodes overflow where the dense weight gives "
+                "numbers near the end of their type's range; nothing was written, leave the layer "
+                f"out by {option_name('exclude')}"
+            )
         raise VerificationError(
             f"tensor {quoted(dense)}: its new nodes differ from the dense weight by "
             f"{error:.2g} of its largest value, {tolerance:g} is allowed; nothing was written, "

@@ -163,6 +163,10 @@ def _groups(
             "in bodies that data is not followed into",
             f"leave out {option_name('data')}",
         ),
+        Reason.RANGE: (
+            "whose numbers nearly overflow their type",
+            "make the model's weights smaller",
+        ),
         Reason.UNMEASURED: (
             "whose loss cannot be measured",
             f"give {option_name('objective', 'weights')}",

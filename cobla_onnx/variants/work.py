@@ -13,7 +13,7 @@ import onnx
 
 from cobla_onnx.allocation import LayerCurves, VariantCurve
 from cobla_onnx.allocation.problem import Float64
-from cobla_onnx.graph.inventory import Refusal
+from cobla_onnx.graph.inventory import Reason, Refusal
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.context import RunContext
@@ -35,7 +35,18 @@ from cobla_onnx.variants.from_data import FromData
 from cobla_onnx.variants.registry import FAMILIES, require_family
 from cobla_onnx.variants.replacement import Replacement
 
-__all__ = ["approximations_of", "candidate", "measured_curves", "replacements_of", "weight_curves"]
+__all__ = [
+    "approximations_of",
+    "candidate",
+    "measured_curves",
+    "replacements_of",
+    "weight_curves",
+    "within_range",
+]
+
+# Share of the largest number of its type up to which a weight is approximated: approximations
+# exceed it here and there.
+RANGE = 0.25
 
 
 class _Noting(Protocol):
@@ -80,6 +91,18 @@ def candidate(layer: Layer, costs: LayerCosts, asked: Asked) -> Candidate:
             proposals.extend(found)
     refusals.sort(key=lambda entry: entry[0])
     return Candidate(layer, costs, tuple(proposals), *(refusal for _, refusal in refusals[:1]))
+
+
+def within_range(model: onnx.ModelProto, found: Candidate) -> Candidate:
+    """Take back what is proposed for a weight whose approximations may overflow."""
+    if not found.proposals:
+        return found
+    weight = read_weight(model, found.layer)
+    most = float(max(weight.max(), -weight.min()))
+    if most <= RANGE * float(np.finfo(weight.dtype).max):
+        return found
+    refusal = Refusal(Reason.RANGE, f"numbers up to {most:.2g}")
+    return replace(found, proposals=(), refusal=refusal)
 
 
 def measured_curves(

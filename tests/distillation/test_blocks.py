@@ -252,6 +252,17 @@ def test_models_of_a_fixed_batch_learn_sample_by_sample():
     assert record.steps > 0
 
 
+def test_targets_whose_squares_overflow_teach_nothing_and_print_nothing():
+    nodes = [
+        make_node("MatMul", ["x", "v"], ["h"], "first"),
+        make_node("Relu", ["h"], ["r"]),
+        make_node("MatMul", ["r", "w"], ["y"], "second"),
+    ]
+    data = {"x": random_array(24, 24, seed=3) * np.float32(1e30)}
+    _, record = learned(nodes, data, ["N", 24], distil=1)
+    assert not record.kept
+
+
 def test_weights_that_are_listed_as_inputs_are_not_asked_for():
     nodes = [
         make_node("MatMul", ["x", "v"], ["h"], "first"),

@@ -51,6 +51,17 @@ def test_nan_comes_before_infinity_and_what_nobody_reads_does_not_count():
     assert unhealthy_weight(model) == "weight 'mask' of node 'masked' holds NaN"
 
 
+def test_very_large_numbers_come_last_and_are_meant_in_a_mask():
+    model = product(broken(random_array(3, 2), -3e38))
+    large = "weight 'w' of node 'product' holds numbers up to 3e+38"
+    assert unhealthy_weight(model) == large
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.full(2, -3e38, "f4"), "mask"))
+    assert unhealthy_weight(model) == large
+    model = product(random_array(3, 2))
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.full(2, -3e38, "f4"), "mask"))
+    assert not unhealthy_weight(model)
+
+
 def test_weights_in_bodies_and_constants_are_found():
     model = choice()
     branches = {a.name: a.g for node in model.graph.node for a in node.attribute if a.HasField("g")}

@@ -18,7 +18,7 @@ from cobla_onnx.graph.bodies import all_nodes
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.graph.macs import fixed_input_shapes
 from cobla_onnx.graph.opening import opened
-from cobla_onnx.pipeline.body_proof import prove_in_bodies
+from cobla_onnx.pipeline.body_proof import checked, prove_in_bodies
 from cobla_onnx.pipeline.verification import verify
 from cobla_onnx.variants.low_rank.matricisation import schemes_for
 from cobla_onnx.variants.low_rank.nodes import make_replacement
@@ -169,6 +169,14 @@ def test_a_weight_that_the_main_graph_and_branches_read_is_proved_in_both(mem, p
     last.input[1] = last.input[1].replace(shared.layer.name, replacements[0].layer.name)
     with pytest.raises(VerificationError, match="tensor 'y': its new nodes differ"):
         verify(prepared, result, replacements, shapes)
+
+
+def test_new_nodes_that_overflow_are_said_to():
+    values = {"y": np.array([1e38, 2.0], np.float32), "new": np.array([np.inf, 2], np.float32)}
+    with pytest.raises(VerificationError, match=r"'y': its new nodes overflow .* by exclude="):
+        checked(values, "y", "new", 1e-4)
+    with pytest.raises(VerificationError, match="differ from the dense weight by inf"):
+        checked(values, "new", "y", 1e-4)
 
 
 def test_a_model_that_stays_as_it_is_is_what_was_given():

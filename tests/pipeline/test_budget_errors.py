@@ -173,6 +173,21 @@ def test_the_largest_group_comes_first_and_small_ones_are_not_mentioned():
     assert explained(model, last, error=more) is more
 
 
+def test_weights_that_nearly_overflow_stay_and_are_named():
+    model = small_network()
+    tensor = next(t for t in model.graph.initializer if t.name == "w2")
+    weight = onnx.numpy_helper.to_array(tensor)
+    weight = weight / np.abs(weight).max() * np.float32(3e38)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(weight, "w2"))
+    found = analyse(model)
+    assert [layer.name for layer in found.layers] == ["conv1", "fc"]
+    (left,) = [item for item in found.skipped if item.name == "conv2"]
+    assert str(left) == "weight nearly overflows its type (numbers up to 3e+38)"
+    cause, advice = explained(model, Selection()).parts
+    assert "1 layer whose numbers nearly overflow their type" in cause
+    assert advice.startswith("make the model's weights smaller")
+
+
 def test_nothing_is_added_where_nothing_was_left_out():
     assert explained(small_network(), Selection()) is ERROR
     of_macs = errors.BudgetError("mac 0.1 is too little", {"mac": 0.4}, "raise it")

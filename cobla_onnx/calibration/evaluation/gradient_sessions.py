@@ -111,7 +111,9 @@ class GradientSessions:
         for output, target in graph.targets.items():
             inputs[target] = as_single(expected[output])
         for output, power in graph.powers.items():
-            inputs[power] = np.asarray(_mean_square(expected[output]), np.float32)
+            # Relative to infinity no loss is finite, and nothing is learned of it.
+            with np.errstate(over="ignore"):
+                inputs[power] = np.asarray(_mean_square(expected[output]), np.float32)
         found = run_session(opened.session, inputs)
         gradients = {name: found[output] for name, output in graph.gradients.items()}
         return Differentiated(found[graph.loss], gradients)

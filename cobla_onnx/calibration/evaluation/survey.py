@@ -231,7 +231,7 @@ def survey(
     if len(dataset) - len(left_out) < 2:
         cause = unhealthy_weight(model)
         if cause:
-            raise ModelError(f"{cause}, so that its outputs are not finite; {EXPORT_AGAIN}")
+            raise ModelError(f"{cause}, and its outputs are not finite; {EXPORT_AGAIN}")
         raise DataError(
             f"{dataset.source}: the original gives NaN or infinity for {len(left_out)} of "
             f"{len(dataset)} samples, at least 2 others are needed; check the data's preprocessing"
@@ -242,8 +242,14 @@ def survey(
 
 
 def _pattern(outputs: Mapping[str, Any]) -> _Pattern | None:
-    """Places of infinities in a sample's outputs, for any sequence length; None for NaN."""
+    """Places of infinities in a sample's outputs, for any sequence length; None for NaN.
+
+    None, too, where no output has a finite number: nothing could be compared.
+    """
     places = []
+    floating = [value for value in outputs.values() if _is_floating(value)]
+    if floating and not any(np.isfinite(value).any() for value in floating):
+        return None
     for name, value in outputs.items():
         if not _is_floating(value) or np.isfinite(value).all():
             continue

@@ -188,6 +188,9 @@ class NetworkLoss:
                     curvature = self.curve(index, number) + lost.sum()
                 linear = self._slope_along(index, number, slope, now, round(float(mask.sum())))
                 curves.append(linear + damping * curvature - whole)
+            if not all(np.isfinite(curve).all() for curve in curves):
+                # Its derivatives overflow: they do not say where the loss falls.
+                curves = self._as_it_is(index, masks)
             result.append(curves)
         return result
 

@@ -21,11 +21,14 @@ from cobla_onnx.allocation import Choice, Constraint, LayerCurves, OutputError
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
 from cobla_onnx.calibration.evaluation.probe import Pair
+from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.progress import tracked
+from cobla_onnx.text import quoted
 from cobla_onnx.variants.base import Form, LayerVariants
 from cobla_onnx.variants.from_data import FromData
+from cobla_onnx.wording import option_name
 
 __all__ = [
     "MANY",
@@ -58,8 +61,10 @@ NEAR = 0.2
 # Losses and errors below these are rounding errors.
 LEAST_LOSS = 1e-8
 LEAST_ERROR = 1e-9
-# Logarithm of the largest loss: two close points may extrapolate beyond any float.
-MOST_LOG = 500.0
+# Largest loss, and its logarithm: two close points may extrapolate beyond any float, outputs may
+# overflow, and solvers of linear programmes take costs from 1e20 for infinite.
+MOST_LOG = 40.0
+MOST_LOSS = math.exp(MOST_LOG)
 
 
 def enough_samples(losses: Float64) -> int:
@@ -118,8 +123,9 @@ class Response:
     points: dict[float, float] = field(default_factory=dict)
 
     def add(self, error: float, loss: float) -> None:
-        """Add a measured point."""
-        self.points[max(error, LEAST_ERROR)] = max(loss, LEAST_LOSS)
+        """Add a measured point; a loss that is not finite counts as the largest."""
+        most = min(loss, MOST_LOSS) if math.isfinite(loss) else MOST_LOSS
+        self.points[max(error, LEAST_ERROR)] = max(most, LEAST_LOSS)
 
     def knows(self, error: float, near: float) -> bool:
         """Whether a point with an error within a factor of exp(near) was measured."""
@@ -218,12 +224,16 @@ class Sensitivity:
             levels = tuple(sorted({_level_at(layer, chosen, target) for target in targets}))
             points.append(_Point(index, chosen, levels))
         measured = zip(points, self._measured(points), strict=True)
+        overflows = True
         for point, losses in tracked(measured, len(points), progress):
+            overflows &= not any(map(math.isfinite, losses))
             errors = self._curves[point.layer].curves[point.curve].errors
             for level, loss in zip(point.levels, losses, strict=True):
                 error = float(errors[level])
                 self.responses[point.layer].add(error, loss)
                 self._own.setdefault((point.layer, point.curve), Response()).add(error, loss)
+        if overflows and points:
+            raise _overflow(self._variants[0].layer)
         if len(shaped) < count:
             shape = _shape([self.responses[index] for index in shaped])
             for index in set(range(count)) - shaped:
@@ -268,7 +278,7 @@ class Sensitivity:
             known, measured = own.logarithms()
             ratios = measured - np.log(np.maximum(response(np.exp(known)), LEAST_LOSS))
             wanted = np.log(np.maximum(errors, LEAST_ERROR))
-            losses = losses * np.exp(np.interp(wanted, known, ratios))
+            losses = np.minimum(losses * np.exp(np.interp(wanted, known, ratios)), MOST_LOSS)
         # The loss must not rise as the error falls, which it does with the level.
         return np.minimum.accumulate(losses)
 
@@ -315,6 +325,15 @@ class Sensitivity:
     def _at(self, point: _Point) -> tuple[Layer, Form]:
         variants = self._variants[point.layer]
         return variants.layer, variants.forms[point.curve]
+
+
+def _overflow(layer: Layer) -> ModelError:
+    """No approximation of any layer leaves the network's loss finite."""
+    return ModelError(
+        f"the network's loss is not finite wherever a layer is approximated, such as that of node "
+        f"{quoted(layer.name)}, since its numbers leave the range of their type; look for very "
+        f"large weights and data, or leave layers out by {option_name('exclude')}"
+    )
 
 
 def _shape(responses: Sequence[Response]) -> dict[float, float]:

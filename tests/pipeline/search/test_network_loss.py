@@ -35,7 +35,7 @@ from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.pipeline.search.data import search_by_data
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.loss import improve, scores
-from cobla_onnx.pipeline.search.network_loss import LossPath, NetworkLoss
+from cobla_onnx.pipeline.search.network_loss import FORBIDDEN, LossPath, NetworkLoss
 from cobla_onnx.pipeline.search.output import search_by_output
 from cobla_onnx.pipeline.search.problem import Problem, SearchResult
 from cobla_onnx.pipeline.search.rivals import Rivals
@@ -254,6 +254,22 @@ def test_layers_without_a_gradient_stay_as_they_are(evidence):
     )
     knapsacks = [c for c in candidates if "nearest" not in c.origin]
     assert {c.choices[index] for c in knapsacks} == {warm.choices[index]}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_layer_whose_gradient_overflows_stays_as_it_is(evidence, monkeypatch, value):
+    objective, choices = objective_of(evidence)
+    before = objective.gradients.gradient
+
+    def gradient(weights):
+        (weight, bias), *others = before(weights)
+        return [(np.full_like(weight, value), bias), *others]
+
+    monkeypatch.setattr(objective.gradients, "gradient", gradient)
+    model = objective.model(masks_of(evidence.analysis.curves, choices), 1.0)
+    assert all(np.isfinite(curve).all() for curves in model for curve in curves)
+    forced = [all((np.abs(curve) == FORBIDDEN).all() for curve in curves) for curves in model]
+    assert forced == [True] + [False] * (len(model) - 1)
 
 
 def blocked_network() -> onnx.ModelProto:

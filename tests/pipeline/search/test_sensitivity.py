@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cobla_onnx import Budget
+from cobla_onnx.allocation import allocate
+from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
+from cobla_onnx.errors import ModelError
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.sensitivity import (
     LEAST_SAMPLES,
     MANY,
+    MOST_LOSS,
     PASSES,
     PROBE_SAMPLES,
     SHAPED,
     TARGETS,
+    Response,
     affordable_samples,
 )
 from tests.builders import small_network
@@ -44,3 +51,43 @@ def test_a_model_of_few_layers_is_not_measured_by_cost(monkeypatch) -> None:
     assert len(many.probe_samples) == 5
     assert len(before) > 5
     assert np.isin(many.probe_samples, many.dataset.calibration).all()
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-3, 1.0, 1e30, np.inf, np.nan]), min_size=1, max_size=4))
+def test_losses_that_are_not_finite_count_as_the_largest(losses) -> None:
+    response = Response()
+    for number, loss in enumerate(losses):
+        response.add(0.01 * 2.0**number, loss)
+    found = response(np.array([0.0, 1e-12, 0.005, 0.01, 0.015, 0.04, 1.0, 1e6]))
+    assert ((found >= 0) & (found <= MOST_LOSS)).all()
+    assert (np.diff(found) >= 0).all()
+
+
+def losses_of(monkeypatch, name: str) -> Evidence:
+    """Evidence in which each approximation of a layer makes the loss infinite, or of all."""
+    evidence = evidence_for(small_network(), 40)
+    layers = [layer.name for layer in evidence.analysis.layers]
+    before = SpreadProbe.mean_losses
+
+    def mean_losses(self, wanted):
+        wanted = list(wanted)
+        for (index, _), found in zip(wanted, before(self, wanted), strict=True):
+            yield [np.inf for _ in found] if name in ("all", layers[index]) else found
+
+    monkeypatch.setattr(SpreadProbe, "mean_losses", mean_losses)
+    return evidence
+
+
+def test_a_layer_whose_loss_is_infinite_is_avoided(monkeypatch) -> None:
+    evidence = losses_of(monkeypatch, "conv2")
+    constraints = evidence.analysis.constraints(Budget(mem=0.9))
+    objective = evidence.sensitivity(constraints).objective()
+    choices = allocate(evidence.analysis.curves, objective, constraints).choices
+    chosen = zip(evidence.analysis.layers, choices, strict=True)
+    assert {layer.name for layer, choice in chosen if choice is None} == {"conv2"}
+
+
+def test_an_infinite_loss_of_all_layers_is_refused(monkeypatch) -> None:
+    evidence = losses_of(monkeypatch, "all")
+    with pytest.raises(ModelError, match=r"not finite wherever a layer .* node 'conv1', since"):
+        evidence.sensitivity(evidence.analysis.constraints(Budget(mem=0.9)))
