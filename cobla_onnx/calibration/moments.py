@@ -185,6 +185,12 @@ class _Unit:
 
 def _add_up(unit: _Unit) -> list[MomentSum]:
     """Sum over a unit's batches, for each of its patches."""
+    # What is not finite is refused by name once everything is added.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _added_up(unit)
+
+
+def _added_up(unit: _Unit) -> list[MomentSum]:
     sums = [MomentSum(patch.groups, patch.size, patch.parts) for patch in unit.patches]
     taps = unit.model.built(_open_taps, tuple(patch.data for patch in unit.patches))
     for feeds in unit.batches:
@@ -269,7 +275,8 @@ def collect_moments(
                 total.merge(more)
             sums = sums or found_sums
         for patch, total in zip(group, sums, strict=True):
-            moment = total.moment()
+            with np.errstate(over="ignore", invalid="ignore"):
+                moment = total.moment()
             _check(model, patch, moment)
             store.put(patch, moment)
             if cache is not None:

@@ -27,9 +27,6 @@ BLOCK = 1 << 20
 # Adding a matrix of products to another takes about as long as the products of this many vectors.
 ADDING = 100
 
-# What is not finite is refused by name once everything is added; numpy need not warn before.
-QUIET = np.errstate(over="ignore", invalid="ignore")
-
 
 @dataclass(frozen=True)
 class Moment:
@@ -161,7 +158,6 @@ class MomentSum:
         # Whether any of these squares are of products in single precision.
         self._single = not exact
 
-    @QUIET
     def add(
         self,
         vectors: NDArray[Any],
@@ -275,7 +271,6 @@ class MomentSum:
             result[0][np.ix_(rows, rows)] = block
         return result
 
-    @QUIET
     def moment(self) -> Moment:
         """Return the mean over all added vectors.
 
@@ -334,7 +329,6 @@ class JointSum:
         groups, _, size = self._cross.shape
         return self._cross.nbytes + 8 * groups * size**2
 
-    @QUIET
     def add(
         self,
         vectors: NDArray[Any],

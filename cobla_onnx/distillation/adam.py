@@ -15,6 +15,8 @@ __all__ = ["Adam"]
 MEAN, SQUARE = 0.9, 0.99
 # Keeps numbers whose gradient has been 0 where they are.
 LEAST = 1e-20
+# Beyond it the square of a derivative leaves the range of single precision.
+MOST = 1e18
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Adam:
     def step(self, gradient: Flat, rate: float) -> Flat:
         """Return what is to be added to the parameters."""
         self._steps += 1
+        gradient = np.clip(gradient, -MOST, MOST)
         self._mean += (1 - MEAN) * (gradient - self._mean)
         self._square += (1 - SQUARE) * (np.square(gradient) - self._square)
         # Both means begin at 0, and would be too small at first.

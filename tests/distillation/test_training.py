@@ -181,6 +181,13 @@ def test_the_first_step_is_the_rate_times_the_size_whatever_the_units(seed, of_l
     np.testing.assert_allclose(step, -0.01 * sizes * np.sign(gradient), rtol=1e-4)
 
 
+def test_a_gradient_whose_square_overflows_says_where_to_go():
+    adam = Adam(np.ones(3, np.float32))
+    gradient = np.array([1.0, 1e30, -1e30], np.float32)
+    for _ in range(3):
+        np.testing.assert_allclose(adam.step(gradient, 0.1), [-0.1, -0.1, 0.1], rtol=1e-5)
+
+
 def test_what_has_no_gradient_stays():
     adam = Adam(np.ones(3, np.float32))
     step = adam.step(np.array([0, 1, 0], np.float32), 0.1)

@@ -277,7 +277,7 @@ def test_nan_in_a_model_is_not_blamed_on_the_data(name):
     array.ravel()[1] = np.nan
     tensor.CopyFrom(onnx.numpy_helper.from_array(array, name))
     node = {"w1": "conv1", "b3": "fc"}[name]
-    cause = f"weight '{name}' of node '{node}' holds NaN, and its outputs are not finite; exp"
+    cause = f"weight '{name}' of node '{node}' holds NaN.*; export the model again"
     with pytest.raises(errors.ModelError, match=cause):
         compress(model, Budget(mem=0.5), data={"x": random_array(8, 3, 12, 12)}, threads=1)
 
