@@ -29,6 +29,10 @@ RATES, USUAL = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4), 3
 # Least steps of the first cycle without a number of passes, and least passes; each cycle after it
 # is twice as long.
 FIRST_STEPS, FIRST_PASSES, MOST_CYCLES = 50, 2, 4
+# Cycles that are sure to follow on the first part: at the rates on either side of the usual one.
+SURE = 2
+# Seconds that are too short to be told from none.
+TICK = 1e-3
 # Standard errors by which a cycle must gain for a longer one to be tried.
 WORTHWHILE = 1.0
 
@@ -70,6 +74,8 @@ class _Trials:
     ) -> None:
         self.stage, self.trainers, self._note = stage, trainers, note
         self._known: dict[tuple[int, int, float], State | None] = {}
+        # Of a pass; not known, and not needed, where the time has no limit.
+        self._seconds = 0.0
 
     def end(self, part: int, passes: int, rate: float) -> State | None:
         """Return where a cycle ends; None if it exploded or was not made to its end."""
@@ -88,6 +94,27 @@ class _Trials:
         """Mean loss where a cycle ends; infinite if there is no end."""
         found = self.end(part, passes, rate)
         return math.inf if found is None or math.isnan(found.loss) else found.loss
+
+    def affordable(self, most: int) -> int:
+        """Return passes of a cycle that can be made at all rates and on all parts in the time.
+
+        Two passes, which are the fewest, are made to see how long they take.
+        """
+        before = self._left
+        if math.isinf(before) or most <= FIRST_PASSES:
+            return most
+        self.end(0, FIRST_PASSES, RATES[USUAL])
+        self._seconds = (before - self._left) / FIRST_PASSES
+        cycles = SURE + len(self.trainers)
+        return min(most, max(FIRST_PASSES, int(self._left / max(self._seconds, TICK) / cycles)))
+
+    def have_time(self, passes: int) -> bool:
+        """Whether there is time for such a cycle, and as many on the other parts."""
+        return not self.are_over and self._left >= self._seconds * passes * len(self.trainers)
+
+    @property
+    def _left(self) -> float:
+        return min(trainer.left for trainer in self.trainers)
 
     @property
     def are_over(self) -> bool:
@@ -129,13 +156,13 @@ def choose(
     """
     trials = _Trials(stage, trainers, note)
     least = max(FIRST_PASSES, math.ceil(FIRST_STEPS / steps_of_pass))
-    first = least if passes == "auto" else passes
+    first = trials.affordable(least) if passes == "auto" else passes
     rate = _best_rate(trials, first)
     best = trials.choice(first, rate)
     if passes != "auto":
         return best
     for _ in range(1, MOST_CYCLES):
-        if best is None or trials.are_over:
+        if best is None or not trials.have_time(2 * best.passes):
             break
         longer = trials.choice(2 * best.passes, rate)
         if longer is None:
@@ -154,7 +181,7 @@ def _best_rate(trials: _Trials, passes: int) -> float:
     best, least = USUAL, trials.loss(0, passes, RATES[USUAL])
     for step in (1, -1):
         place = best + step
-        while 0 <= place < len(RATES) and not trials.are_over:
+        while 0 <= place < len(RATES) and trials.have_time(passes):
             loss = trials.loss(0, passes, RATES[place])
             # At rates that explode nothing is known yet.
             if not (loss < least or loss == math.inf == least):

@@ -69,10 +69,13 @@ class Clock:
         """Seconds so far."""
         return time.perf_counter() - self._begun
 
+    def left(self, share: float = 1.0) -> float:
+        """Seconds of this share of the limit that are left; infinite without a limit."""
+        return math.inf if self.limit is None else share * self.limit - self.elapsed
+
     def is_up(self, share: float = 1.0) -> bool:
         """Whether this share of the limit is over, or Ctrl-C was pressed."""
-        late = self.limit is not None and self.elapsed >= share * self.limit
-        return late or self.interrupted
+        return self.left(share) <= 0 or self.interrupted
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,11 @@ class Cycles(ABC):
         self._each, self._progress = each, progress
         self.steps = self.undone = 0
         self.checkpoints: list[Checkpoint] = []
+
+    @property
+    def left(self) -> float:
+        """Seconds of its share of the time that are left; infinite without a limit."""
+        return self._clock.left(self._share)
 
     @property
     def is_over(self) -> bool:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cobla_onnx.distillation import passes, stages
 from cobla_onnx.distillation.adam import Adam
 from cobla_onnx.distillation.passes import choose
-from cobla_onnx.distillation.training import Trainer, one_cycle
+from cobla_onnx.distillation.training import Clock, Trainer, one_cycle
 
 
 @dataclass
@@ -141,6 +141,34 @@ def test_cycles_get_longer_as_long_as_they_gain():
     assert first * 2 >= passes.FIRST_STEPS
     assert longest >= 2 * first
     assert found.passes in (longest, longest // 2)
+
+
+@pytest.mark.parametrize(("limit", "fewer"), [(500, True), (1000, False), (None, False)])
+def test_all_rates_and_parts_are_tried_within_the_time(limit, fewer):
+    """A step takes a second; at 25 passes there would be no time for the second part."""
+
+    @dataclass
+    class Told(Clock):
+        spent: float = 0.0
+
+        @property
+        def elapsed(self) -> float:
+            return self.spent
+
+    class Slow(Bowl):
+        def gradient(self, values, chosen):
+            clock.spent += 1.0
+            return super().gradient(values, chosen)
+
+    clock, tried = Told(limit), []
+    parts = [trainer(Slow(), clock=clock, share=0.3) for _ in range(2)]
+    found = choose("network", parts, "auto", 2, tried.append)
+    assert found is not None
+    assert found.gain.mean > 0
+    assert all(trial.loss is not None for trial in tried[:4])
+    first = next(trial.passes for trial in tried if trial.part == 2)
+    assert first == (18 if fewer else 25)
+    assert limit is None or clock.spent <= 0.3 * limit + 1
 
 
 def test_an_interrupt_ends_a_cycle_and_what_comes_after_it():
