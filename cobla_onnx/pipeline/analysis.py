@@ -15,7 +15,7 @@ from cobla_onnx.allocation import Budget, Choice, Constraint, LayerCurves, Varia
 from cobla_onnx.allocation.pruning import undominated
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.errors import BudgetError, UsageError
-from cobla_onnx.graph.layers import Inventory, Layer, Reason, Skipped
+from cobla_onnx.graph.layers import Layer, Reason, Skipped
 from cobla_onnx.graph.macs import Shape, fixed_input_shapes
 from cobla_onnx.graph.protos import opset_of
 from cobla_onnx.pipeline.branches import Followed
@@ -25,6 +25,7 @@ from cobla_onnx.pipeline.select import (
     counted,
     readable,
     selected,
+    warnings_of,
     without_unmeasured,
 )
 from cobla_onnx.plan import Decision, FactorsFrom, Plan
@@ -313,7 +314,7 @@ def analyse(
     inventory = selected(followed.inventory, selection)
     known = fixed_input_shapes(model, input_shapes or {})
     shapes, macs, notes = model_costs(model, known, macs_needed, context.threads)
-    notes += _warnings(model, inventory)
+    notes += warnings_of(model, inventory)
     inventory = without_unmeasured(inventory, unmeasured)
     taken, skipped = readable(model, inventory, shapes, weighted=see is not None)
     taken, skipped, each_macs, total = counted(
@@ -394,13 +395,3 @@ def _refused(found: Candidate) -> Skipped:
     layer, why = found.layer, found.refusal
     reason, detail = (Reason.NO_GAIN, "") if why is None else (why.reason, why.detail)
     return Skipped(layer.name, layer.op, reason, detail, layer.params)
-
-
-def _warnings(model: onnx.ModelProto, inventory: Inventory) -> tuple[str, ...]:
-    inputs = {value.name for value in model.graph.input}
-    if any(layer.source in inputs for layer in inventory.layers):
-        return (
-            "weights are also listed as graph inputs, so onnxruntime does not use its fast "
-            "layouts; they are taken as constant",
-        )
-    return ()

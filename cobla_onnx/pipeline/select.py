@@ -18,7 +18,7 @@ from cobla_onnx.pipeline.body_proof import provable
 from cobla_onnx.text import matching
 from cobla_onnx.wording import either
 
-__all__ = ["Selection", "counted", "readable", "selected", "without_unmeasured"]
+__all__ = ["Selection", "counted", "readable", "selected", "warnings_of", "without_unmeasured"]
 
 
 @dataclass(frozen=True)
@@ -144,3 +144,14 @@ def counted(
     kept = tuple(layer for layer, count in pairs if count is not None)
     known = [count for _, count in pairs if count is not None]
     return kept, (*skipped, *more), [*known], sum(macs.values())
+
+
+def warnings_of(model: onnx.ModelProto, inventory: Inventory) -> tuple[str, ...]:
+    """Say what makes the model slower than it need be."""
+    inputs = {value.name for value in model.graph.input}
+    if any(layer.source in inputs for layer in inventory.layers):
+        return (
+            "weights are also listed as graph inputs, so onnxruntime does not use its fast "
+            "layouts; they are taken as constant",
+        )
+    return ()

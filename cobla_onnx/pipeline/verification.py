@@ -9,7 +9,7 @@ outputs from the original's? The first has one right answer, the second is a mea
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -152,11 +152,15 @@ def verify(
         second = open_session(quantised or compressed, threads, optimized=optimized)
         samples = _compare(comparison, original, second, data[1](), threads, progress)
     name = "random" if data is None else data[0]
+    notes = (*notes, *_not_read(original, results), *more, *comparison.notes())
+    return Verification(name, samples, rewrite_error, network_error, comparison.results(), notes)
+
+
+def _not_read(original: onnx.ModelProto, results: Sequence[Feeds]) -> Iterator[str]:
+    """Name the outputs that numpy cannot hold."""
     for output in original.graph.output:
         if not any(output.name in result for result in results):
-            notes += (f"output {quoted(output.name)}: numpy has no such type, it is not compared",)
-    notes = (*notes, *more, *comparison.notes())
-    return Verification(name, samples, rewrite_error, network_error, comparison.results(), notes)
+            yield f"output {quoted(output.name)}: numpy has no such type, it is not compared"
 
 
 def _runs(model: onnx.ModelProto, batches: Iterable[Feeds], threads: int) -> list[Feeds]:

@@ -110,13 +110,13 @@ def _assert_same(found, expected) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_layers_that_are_seen_in_one_go_have_the_same_moments(threads, monkeypatch):
     groups = []
-    seen = Walk._seen
+    seen = Walk._joints
 
     def noticed(self, group, *arguments):
         groups.append([request.layer.name for request in group])
         return seen(self, group, *arguments)
 
-    monkeypatch.setattr(Walk, "_seen", noticed)
+    monkeypatch.setattr(Walk, "_joints", noticed)
     expected = _all(_walk(), beside=False)
     assert [len(group) for group in groups] == [1] * 5
     groups.clear()
