@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 # Share of the largest number of its type up to which a weight is approximated: approximations
-# exceed it here and there.
+# exceed it here and there. In half precision it is factors that are stored, and these are smaller.
 RANGE = 0.25
 
 
@@ -99,7 +99,7 @@ def within_range(model: onnx.ModelProto, found: Candidate) -> Candidate:
         return found
     weight = read_weight(model, found.layer)
     most = float(max(weight.max(), -weight.min()))
-    if most <= RANGE * float(np.finfo(weight.dtype).max):
+    if most <= RANGE * float(np.finfo(np.promote_types(weight.dtype, np.float32)).max):
         return found
     refusal = Refusal(Reason.RANGE, f"numbers up to {most:.2g}")
     return replace(found, proposals=(), refusal=refusal)
