@@ -266,7 +266,14 @@ def evenly(count: int, samples: int | None) -> list[int]:
 
 
 def spread_over(indices: Sequence[int], count: int) -> list[int]:
-    """Return `count` of the indices, or all if there are fewer, evenly spread."""
+    """Return `count` of the indices, or all if there are fewer: every n-th, from the first.
+
+    Where there are fewer than twice as many they are evenly spread, so that not all of those left
+    out are at the end.
+    """
+    step = len(indices) // count
+    if step > 1:
+        return list(indices[::step][:count])
     return [indices[place] for place in evenly(len(indices), count)]
 
 

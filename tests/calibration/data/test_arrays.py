@@ -89,12 +89,13 @@ def test_too_little_evidence_is_said(array, said):
     assert lack_of_evidence(array_samples("data", {"x": random_array(8, 4)}, [SPEC], None)) == ()
 
 
-@pytest.mark.parametrize("count", [7, 13, 48, 95, 96])
+@pytest.mark.parametrize("count", [7, 13, 47, 48, 94, 95, 96])
 def test_some_samples_are_spread_over_all(count):
     """Not the first ones, though there are fewer than twice as many."""
     indices = range(100, 195)
     chosen = spread_over(indices, count)
     assert len(chosen) == min(count, len(indices))
-    assert (chosen[0], chosen[-1]) == (100, 194)
+    assert chosen[0] == 100
+    assert chosen[-1] > 194 - len(indices) / count
     steps = np.diff(chosen)
     assert steps.max() - steps.min() <= 1
