@@ -8,6 +8,7 @@ import pytest
 
 from cobla_onnx import compare
 from cobla_onnx.graph.macs import node_macs
+from cobla_onnx.graph.operators.counted import is_counted
 from cobla_onnx.pipeline import compare as module
 from tests.builders import model_of, random_array
 
@@ -41,6 +42,7 @@ def counted(node: onnx.NodeProto, **shapes: tuple[int, ...]) -> tuple[dict[int, 
 
 @pytest.mark.parametrize("node", PRODUCTS)
 def test_a_product_counts_as_it_does_in_floating_point(node):
+    assert is_counted(node)
     assert counted(node, x=(3, 12), y=(3, 5)) == ({0: 3 * 5 * 12}, [])
     assert counted(node, x=(2, 3, 12), y=(2, 3, 5)) == ({0: 2 * 3 * 5 * 12}, [])
     assert counted(node, y=(3, 5)) == ({}, ["it"])
