@@ -36,7 +36,7 @@ from cobla_onnx.calibration.evaluation.probe import Probe
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.layers import read_bias, read_weight
 from cobla_onnx.pipeline.analysis import Analysis
-from cobla_onnx.pipeline.search.network_loss import NetworkLoss, Path
+from cobla_onnx.pipeline.search.network_loss import LossPath, NetworkLoss
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
 from cobla_onnx.variants.low_rank.nodes import make_replacement
 from cobla_onnx.variants.low_rank.svd import Factorization, factorize
@@ -79,7 +79,7 @@ class Cobla2018:
         whole = [(read_weight(self.model, x), read_bias(self.model, x)) for x in layers]
         self._loss = NetworkLoss(
             self.analysis.curves,
-            Path(whole, self._approximate),
+            LossPath(whole, self._approximate),
             GradientProbe(self.calibration, self.threads),
             WeightError(self.analysis.curves),
         )
