@@ -23,6 +23,7 @@ from cobla_onnx.cli import parsing
 from cobla_onnx.cli.config import read_config
 from cobla_onnx.options import settings
 from cobla_onnx.options.declaring import Command, Flag, Group, Option
+from cobla_onnx.wording import in_flags, option_name
 
 __all__ = ["ExternalData", "Given", "Input", "Read", "Shown", "Version", "takes_options"]
 
@@ -123,15 +124,11 @@ def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[
 def _files_read(given: Mapping[str, Any]) -> Read:
     """Return the files that options name to be read, from their values as they were given."""
     named = ((name, given.get(name)) for name in READ)
-    found = [(_flag_of(name), path) for name, path in named if path is not None]
+    found = [(in_flags(option_name(name)), path) for name, path in named if path is not None]
     for name in ("include", "exclude"):
         files = (entry[1:] for entry in given.get(name) or () if entry.startswith("@"))
-        found += [(_flag_of(name), Path(file)) for file in files]
+        found += [(in_flags(option_name(name)), Path(file)) for file in files]
     return found
-
-
-def _flag_of(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _own_parameters(declared: type) -> list[inspect.Parameter]:

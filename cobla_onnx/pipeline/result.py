@@ -81,8 +81,9 @@ class Result:
         VerificationError
             If the file on disk differs from the verified model.
         """
-        if self.source is not None:
-            _refuse_weights_of(self.source, Path(path), str(path))
+        beside = () if self.source is None else _weights_beside(self.source, [Path(path)])
+        if _identity(Path(path)) in map(_identity, beside):
+            raise UsageError(f"{path}: holds weights of {self.source}; give another path")
         before = _on_disk(self.source)
         copied = self._copied(external_data)
         if copied is not None:
@@ -206,43 +207,39 @@ def check_paths(
         raise UsageError(
             f"{target}: is the input itself; give another path, or {option_name('in_place', True)}"
         )
-    read = list(read)
-    if not same:
-        check_written([source], [("", target)], read)
-    check_written([source, target], written, read)
+    check_written(source, written if same else [("", target), *written], read)
 
 
 def check_written(
-    models: Sequence[Path],
+    source: Path,
     written: Iterable[tuple[str, Path | None]],
     read: Iterable[tuple[str, Path]] = (),
 ) -> None:
-    """Check that files can be written, and that none is a model, or read, or written twice.
+    """Check that files can be written, and that none is the model, or read, or written twice.
 
     Parameters
     ----------
-    models : sequence of Path
-        The first one is read.
+    source : Path
+        The model that is read.
     written, read : iterable of (str, Path)
-        As for `check_paths`.
+        As for `check_paths`; the model to write has no option.
 
     Raises
     ------
     UsageError, WriteError
         See `check_paths`.
     """
-    taken = {_identity(path): "a model's path" for path in models}
-    taken |= {_identity(path): f"what {option} reads" for option, path in read}
-    for option, path in written:
-        if path is None:
-            continue
+    files = [(option, path) for option, path in written if path is not None]
+    taken = {_identity(source): "is a model's path"}
+    taken |= {_identity(path): f"is what {option} reads" for option, path in read}
+    beside = _weights_beside(source, [path for _, path in files])
+    taken |= {_identity(path): f"holds weights of {source}" for path in beside}
+    for option, path in files:
         _check_writable(path)
-        shown = f"{option} {path}".strip()
         use = taken.get(_identity(path))
         if use is not None:
-            raise UsageError(f"{shown}: is {use}; give another one")
-        _refuse_weights_of(models[0], path, shown)
-        taken[_identity(path)] = f"that of {option} too"
+            raise UsageError(f"{option} {path}: {use}; give another one".strip())
+        taken[_identity(path)] = f"is that of {option} too" if option else "is a model's path"
 
 
 def _identity(path: Path) -> Hashable:
@@ -254,17 +251,15 @@ def _identity(path: Path) -> Hashable:
     return known.st_dev, known.st_ino
 
 
-def _refuse_weights_of(source: Path, path: Path, shown: str) -> None:
-    """Refuse to write to a file that holds weights of a model."""
-    if not path.is_file() or not os.path.isfile(source):
-        return
+def _weights_beside(source: Path, written: Iterable[Path]) -> frozenset[Path]:
+    """Files with a model's weights; not looked for unless a file to write is there already."""
+    if not os.path.isfile(source) or not any(map(os.path.isfile, written)):
+        return frozenset()
     try:
-        held = files_of(source)
+        return files_of(source) - {source.resolve()}
     except DecodeError:
         # No weights of it are anywhere; whoever opens it says so.
-        return
-    if path.resolve() in held - {source.resolve()}:
-        raise UsageError(f"{shown}: holds weights of {source}; give another path")
+        return frozenset()
 
 
 def _check_writable(path: Path) -> None:

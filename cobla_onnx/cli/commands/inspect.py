@@ -39,7 +39,7 @@ def inspect(
 
     if csv is not None and not sensitivity:
         raise UsageError(f"--csv {csv}: is of the losses for each byte; give --sensitivity too")
-    check_written([input], [("--csv", csv)], read)
+    check_written(input, [("--csv", csv)], read)
     with terminal.progress(shown.quiet, shown.verbose) as progress:
         found = run(input, sensitivity=sensitivity, **options, progress=progress)
     if csv is not None and found.sensitivity is not None:

@@ -84,7 +84,7 @@ def sweep(
         writable_folder(out_dir)
     plots = [("--plot", path) for path in plot or ()]
     written = [("--csv", csv), ("--report", report), ("--profile", options["profile"]), *plots]
-    check_written([input], written, read)
+    check_written(input, written, read)
     combined = itertools.product(*(values or (None,) for values in grid))
     budgets = [Budget(mem=m, mac=c, latency=t) for m, c, t in combined]
     with terminal.progress(shown.quiet, shown.verbose) as progress:
