@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation.problem import Float64
-from cobla_onnx.arithmetic.nodes import BIAS, reader_counts, units
+from cobla_onnx.arithmetic.nodes import BIAS, reader_counts, tensor_names, units
 from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store
 from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.io.model_file import copy_without_initializers, unique_name
@@ -143,8 +143,7 @@ def with_biases(
     """
     result = copy_without_initializers(model, ())
     stored = {tensor.name: tensor for tensor in result.graph.initializer}
-    readers = reader_counts(model)
-    taken = {*stored, *readers}.union(*(node.output for node in model.graph.node))
+    readers, taken = reader_counts(model), tensor_names(model)
     for place, bias in biases.items():
         node = result.graph.node[place]
         tensor = stored[node.input[BIAS]]

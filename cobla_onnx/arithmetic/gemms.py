@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import onnx
 
-from cobla_onnx.arithmetic.nodes import BIAS, reader_counts, units
+from cobla_onnx.arithmetic.nodes import BIAS, reader_counts, tensor_names, units
 from cobla_onnx.graph.index import attributes
 from cobla_onnx.graph.io.model_file import (
     add_initializers,
@@ -49,8 +49,7 @@ def with_plain_gemms(model: onnx.ModelProto, spared: Collection[str] = ()) -> on
     if not places:
         return model
     result = copy_without_initializers(model, ())
-    taken = {*stored, *reader_counts(model)}.union(*(node.output for node in model.graph.node))
-    before = set[str]()
+    taken, before = tensor_names(model), set[str]()
     for place in places:
         node = result.graph.node[place]
         if len(node.input) > BIAS and node.input[BIAS]:

@@ -27,6 +27,7 @@ __all__ = [
     "reader_counts",
     "require_opset",
     "sole_readers",
+    "tensor_names",
     "units",
     "weighted_nodes",
     "with_stored_weights",
@@ -171,6 +172,12 @@ def reader_counts(model: onnx.ModelProto) -> Counter[str]:
     counts = Counter(name for node in model.graph.node for name in all_inputs(node))
     counts.update(value.name for value in model.graph.output)
     return counts
+
+
+def tensor_names(model: onnx.ModelProto) -> set[str]:
+    """Return the names that tensors of the main graph have, those that nothing reads too."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    return stored.union(reader_counts(model), *(node.output for node in model.graph.node))
 
 
 def sole_readers(model: onnx.ModelProto, places: Collection[int]) -> tuple[int, ...]:

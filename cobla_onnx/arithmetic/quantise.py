@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 
-from cobla_onnx.arithmetic.nodes import BIAS, CARRIED, PASSED, WEIGHTED, reader_counts
+from cobla_onnx.arithmetic.nodes import BIAS, CARRIED, PASSED, WEIGHTED, reader_counts, tensor_names
 from cobla_onnx.arithmetic.prepared import Prepared, quietly
 from cobla_onnx.arithmetic.ranges import Ranges, with_common_ranges
 from cobla_onnx.graph.io.external import is_external, read_external
@@ -102,7 +102,7 @@ def _with_own_biases(prepared: Prepared, places: Sequence[int]) -> Prepared:
     if not shared:
         return prepared
     model = copy_without_initializers(prepared.model, ())
-    taken = {*stored, *counts}.union(*(node.output for node in nodes))
+    taken = tensor_names(prepared.model)
     for place in shared:
         node = model.graph.node[place]
         tensor = model.graph.initializer.add()
