@@ -271,6 +271,7 @@ class Comparison:
 
     def notes(self) -> tuple[str, ...]:
         """Notes on outputs that could not be compared, or whose comparison means nothing."""
+        results = self.results()
         notes = tuple(
             f"output {quoted(name)}: could not be compared on {count} of {self._batches} batches, "
             "its shape follows from the data and differs"
@@ -279,11 +280,11 @@ class Comparison:
         notes += tuple(
             f"output {quoted(output.name)}: {output.silence} for these inputs, so nothing of it "
             "is compared; look for NaN, infinity or very large numbers in the weights"
-            for output in self.results()
+            for output in results
             if not output.finite
         )
-        results = [output for output in self.results() if output.finite]
-        if results and not any(output.reacts for output in results):
+        finite = [output for output in results if output.finite]
+        if finite and not any(output.reacts for output in finite):
             notes += (
                 "no output of the original reacts to these inputs, so the comparison of outputs "
                 "tells nothing about the approximation; give inputs of the real kind by --data",

@@ -221,12 +221,11 @@ class Probe:
     def feeds_of(self, index: int, pair: Pair) -> Feeds:
         """Return one layer's weight and bias as inputs of the exposed model."""
         (weight, bias), (name, bias_name) = pair, self._names[index]
+        # An overflow shows in the loss.
         with np.errstate(over="ignore"):
             result = {name: np.ascontiguousarray(weight, dtype=self._original[name].dtype)}
-        if bias is not None and bias_name is not None:
-            old = self._original[bias_name]
-            # An overflow shows in the loss.
-            with np.errstate(over="ignore"):
+            if bias is not None and bias_name is not None:
+                old = self._original[bias_name]
                 result[bias_name] = np.ascontiguousarray(bias, old.dtype).reshape(old.shape)
         return result
 
