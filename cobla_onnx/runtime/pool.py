@@ -12,11 +12,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import (
+    FIRST_COMPLETED,
     BrokenExecutor,
     Executor,
     Future,
     ProcessPoolExecutor,
     ThreadPoolExecutor,
+    wait,
 )
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -158,6 +160,7 @@ class Pool:
         units: Iterable[Unit],
         at_most: int | None = None,
         *,
+        small: bool = False,
         is_step: bool = False,
     ) -> Iterator[Value]:
         """Yield ``function(unit)`` for each unit, in order.
@@ -169,6 +172,8 @@ class Pool:
         ----------
         at_most : int, optional
             Units, or results that wait, at a time; by default twice as many as can run.
+        small : bool
+            Whether results are, so that those that wait for an earlier one count for nothing.
         is_step : bool
             Whether many calls follow that need the same memory again, which is then kept for them.
 
@@ -184,7 +189,8 @@ class Pool:
                 yield from map(function, units)
             else:
                 run = function if self.inside else partial(_run_outside, function)
-                yield from self._mapped(self._executor, run, units, at_most or 2 * self.width)
+                most = at_most or 2 * self.width
+                yield from self._mapped(self._executor, run, units, most, small)
         if self.inside and not is_step:
             # Of what the units have freed, the C library keeps most, and for each thread apart.
             return_freed_memory()
@@ -195,13 +201,17 @@ class Pool:
         function: Callable[[Unit], Value],
         units: Iterable[Unit],
         at_most: int,
+        small: bool,
     ) -> Iterator[Value]:
         pending: deque[Future[Value]] = deque()
         try:
             for unit in units:
                 with interrupts_wait():
                     pending.append(executor.submit(function, unit))
-                if len(pending) >= at_most:
+                running = [future for future in pending if not future.done()]
+                if small and len(running) >= at_most:
+                    wait(running, return_when=FIRST_COMPLETED)
+                while pending and (pending[0].done() if small else len(pending) >= at_most):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -67,9 +67,10 @@ def _mapped(
     units: Iterable[Unit],
     context: RunContext,
     at_most: int | None = None,
+    small: bool = False,
 ) -> Iterator[Result]:
     """Yield ``work(unit)`` for each unit, over the pool; the cache takes over the notes."""
-    for made in context.pool.map(work, units, at_most):
+    for made in context.pool.map(work, units, at_most, small=small):
         if context.cache is not None:
             context.cache.notes += made.notes
         yield made
@@ -129,7 +130,7 @@ def measured_curves(
     units = (_error_unit(model, c.layer, family, its, data, context) for c, family, its in tasks)
     # Units that wait would hold the second moments of the largest layers.
     at_most = None if data is None else context.pool.runs_at_most
-    found = zip(tasks, _mapped(_measure, units, context, at_most), strict=True)
+    found = zip(tasks, _mapped(_measure, units, context, at_most, small=True), strict=True)
     result: dict[str, list[tuple[Form, VariantCurve]]] = defaultdict(list)
     for (c, family, its), measured in tracked(
         found, len(tasks), partial(context.progress, "singular values")

@@ -91,6 +91,29 @@ def test_no_more_units_are_taken_than_allowed(processes):
             assert len(taken) == number + 1
 
 
+def test_small_results_wait_for_an_earlier_one_without_keeping_others_from_running():
+    first = threading.Event()
+
+    def work(number):
+        if number == 0:
+            assert first.wait(60), "the last unit has to run while the first one does"
+        elif number == 5:
+            first.set()
+        return number
+
+    with open_pool(2) as pool:
+        assert list(pool.map(work, range(6), at_most=2, small=True)) == list(range(6))
+
+
+def test_no_more_units_with_small_results_run_than_allowed(processes):
+    for pool in pools(processes):
+        taken = []
+        results = pool.map(square, (taken.append(n) or n for n in range(9)), 1, small=True)
+        for number, result in enumerate(results):
+            assert result == number**2
+            assert len(taken) == number + 1
+
+
 def test_every_unit_has_one_thread_of_linear_algebra(processes):
     np.ones((8, 8)) @ np.ones((8, 8))
     for pool in pools(processes):

@@ -125,7 +125,7 @@ class SpreadProbe:
             Index of a layer, and candidate weights and biases for it.
         """
         units = (_Unit(self._origin, entries) for entries in self._units(wanted))
-        for found in self._pool.map(_measure, units, self._pool.runs_at_most):
+        for found in self._pool.map(_measure, units, self._pool.runs_at_most, small=True):
             yield from found
 
     def _units(self, wanted: Iterable[tuple[int, Iterable[Pair]]]) -> Iterator[list[_Entry]]:
