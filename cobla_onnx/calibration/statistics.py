@@ -89,6 +89,7 @@ class Seen:
     ) -> None:
         self.model, self.cache, self.kept = model, cache, KEPT
         self._made: dict[Callable[[Seen], Any], Any] = {}
+        self._means: dict[str, NDArray[np.float64]] = {}
         self.importance = importance or {}
         self._others = partial(
             Seen,
@@ -145,7 +146,7 @@ class Seen:
             From `in_others`, on some of the same samples; only its layers are available.
         """
         rest = copy.copy(self)
-        rest._made = {}
+        rest._made, rest._means = {}, {}
         rest._store = Remainder(self._store, part._store)
         rest._counts = {n: self._counts[n].without(its) for n, its in part._counts.items()}
         rest.cache, rest.kept = None, part.kept
@@ -174,6 +175,12 @@ class Seen:
     def moment(self, layer: Layer) -> Moment:
         """Moment of a layer's inputs or, if it is wide, of its outputs; not of a lookup's."""
         return self.moment_of(self._patches[layer.name])
+
+    def mean(self, layer: Layer) -> NDArray[np.float64]:
+        """Mean of what `moment` is a moment of; it is kept, where a moment may have to be read."""
+        if layer.name not in self._means:
+            self._means[layer.name] = self.moment(layer).mean
+        return self._means[layer.name]
 
     def moment_of(self, patches: Sequence[Patch]) -> Moment:
         """Moment over some of the patches of a layer; not of lookups'."""

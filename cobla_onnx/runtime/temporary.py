@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import pickle
 import shutil
 import tempfile
 import threading
@@ -11,7 +12,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, overload
+from typing import IO, Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +27,13 @@ __all__ = [
     "Rows",
     "Shelf",
     "SpareFiles",
+    "ValueFile",
     "array_bytes",
     "owned",
     "temporary_folder",
 ]
+
+Key = TypeVar("Key")
 
 # Bytes on a shelf that stay in memory.
 AT_HAND = 1 << 24
@@ -133,6 +137,54 @@ class ArrayFile:
     def close(self) -> None:
         """Free the disk space; this happens by itself when the file is no longer used."""
         self._finalizer()
+
+
+class ValueFile(Generic[Key]):
+    """Values by key in a temporary file, for what can be made again if it is not there.
+
+    Parameters
+    ----------
+    limit : int
+        Most bytes of the file.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._file: IO[bytes] | None = None
+        self._places: dict[Key, int] = {}
+        self._end = 0
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._places
+
+    def put(self, key: Key, value: Any) -> None:
+        """Append a value, if its key is new and there is room; a full disk takes none."""
+        if key in self._places or self._end >= self._limit:
+            return
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+            weakref.finalize(self, _close, self._file)
+        try:
+            self._file.seek(self._end)
+            pickle.dump(value, self._file, pickle.HIGHEST_PROTOCOL)
+            self._file.flush()
+        except OSError:
+            # What could not be written would be tried again by every later step.
+            _close(self._file)
+            self._places, self._limit = {}, 0
+        else:
+            self._places[key], self._end = self._end, self._file.tell()
+
+    def get(self, key: Key) -> Any:
+        """Read a value."""
+        assert self._file is not None
+        self._file.seek(self._places[key])
+        # S301: written by this process, into a file without a name.
+        return pickle.load(self._file)  # noqa: S301
+
+    def forget(self, key: Key) -> None:
+        """Let another value take its key."""
+        self._places.pop(key, None)
 
 
 class _View:

@@ -1,9 +1,12 @@
 import math
+import pickle
 import shutil
 import signal
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.runtime.temporary import (
@@ -12,6 +15,7 @@ from cobla_onnx.runtime.temporary import (
     Rows,
     Shelf,
     SpareFiles,
+    ValueFile,
     owned,
     temporary_folder,
 )
@@ -49,6 +53,45 @@ def test_an_interrupt_waits_until_a_temporary_folder_is_gone(monkeypatch):
         (folder / "file").touch()
     assert not folder.exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 200)), max_size=20))
+def test_values_come_back_as_they_were_put_in(wanted):
+    """Against a dictionary, in which the first value of a key stays."""
+    file, expected = ValueFile(1 << 20), {}
+    for key, size in wanted:
+        value = {"array": np.arange(size, dtype=np.float32).reshape(-1, 1).T, "key": key}
+        file.put(key, value)
+        expected.setdefault(key, value)
+    for key in range(5):
+        assert (key in file) == (key in expected)
+        if key in expected:
+            found = file.get(key)
+            np.testing.assert_array_equal(found["array"], expected[key]["array"])
+            assert found["key"] == key
+
+
+def test_a_file_of_values_takes_none_beyond_its_limit():
+    file = ValueFile(150)
+    file.put("first", bytes(90))
+    file.put("second", bytes(90))
+    file.put("third", bytes(90))
+    assert [key in file for key in ("first", "second", "third")] == [True, True, False]
+
+
+def test_on_a_full_disk_values_are_missing(monkeypatch):
+    file = ValueFile(1 << 20)
+    file.put("first", b"one")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pickle, "dump", full)
+        file.put("second", b"two")
+    file.put("third", b"three")
+    assert not any(key in file for key in ("first", "second", "third"))
 
 
 @pytest.mark.parametrize("count", [0, 3, MAPPED // 8, MAPPED])

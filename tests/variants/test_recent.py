@@ -38,3 +38,21 @@ def test_a_result_is_made_once_while_it_is_held() -> None:
     recent.once("b", make)
     recent.once("a", make)
     assert len(made) == 3
+
+
+def test_what_is_dropped_is_read_again() -> None:
+    recent: Recent[str, bytes] = Recent(3, len, last=False, on_disk=1 << 20)
+    recent.put("large", b"larger than the limit")
+    for key in ("a", "b", "c"):
+        recent.put(key, key.encode() * 2)
+    assert recent.get("large") == b"larger than the limit"
+    assert [recent.get(key) for key in ("a", "b", "c")] == [b"aa", b"bb", b"cc"]
+    assert recent.get("d") is None
+
+
+def test_what_takes_the_place_of_a_result_takes_it_on_disk_too() -> None:
+    recent: Recent[str, bytes] = Recent(3, len, on_disk=1 << 20)
+    for value in (b"old", b"new"):
+        recent.put("a", value)
+        recent.put("b", b"xyz")
+    assert recent.get("a") == b"new"

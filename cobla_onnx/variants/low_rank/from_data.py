@@ -48,6 +48,10 @@ __all__ = [
 
 Solver: TypeAlias = WeightedFactorizer | OutputFactorizer | TiedFactorizer
 
+# Decompositions in a temporary file, as a multiple of the bytes of those in memory: of the layers
+# of a large network each takes longer to make again than all to read.
+ON_DISK = 16
+
 # Ranks at which an error that does not follow from a spectrum is computed; else interpolated.
 GRID = 14
 
@@ -136,7 +140,7 @@ class FactorsFromData:
     def __init__(self, seen: Seen) -> None:
         self._seen = seen
         self._solvers: Recent[tuple[str, str], Solver] = Recent(
-            seen.kept, lambda solver: solver.nbytes, last=False
+            seen.kept, lambda solver: solver.nbytes, last=False, on_disk=ON_DISK * seen.kept
         )
 
     def unit(
@@ -213,7 +217,7 @@ class FactorsFromData:
         if not self._seen.is_wide(layer):
             return mean_change(self._seen, layer, weight - made.weight).reshape(bias.shape)
         # Orthogonal projection of the outputs on the range of the second factor.
-        mean = self._seen.moment(layer).mean
+        mean = self._seen.mean(layer)
         _, second = inputs_first(made.scheme, made.factors)
         without = mean - bias.reshape(mean.shape)
         pairs = zip(second, without, strict=True)
@@ -227,7 +231,7 @@ def mean_change(seen: Seen, layer: Layer, change: NDArray[Any]) -> Float64:
     For layers that are seen by their inputs.
     """
     rows = layout_of(layer).rows_of(change)
-    return np.asarray(np.einsum("gos,gs->go", rows, seen.moment(layer).mean))
+    return np.asarray(np.einsum("gos,gs->go", rows, seen.mean(layer)))
 
 
 def layer_importance(seen: Seen, layer: Layer, weight: NDArray[Any]) -> Float64 | None:

@@ -120,11 +120,16 @@ class WeightedFactorizer:
         self._lefts = [
             stack[g] @ basis.right
             if scheme.offsets == 1
-            else np.linalg.qr(stack[g] @ basis.right)[0]
+            else np.ascontiguousarray(np.linalg.qr(stack[g] @ basis.right)[0])
             for g, basis in enumerate(self._bases)
         ]
-        # Where the second factor moves over one position, only the bases are needed below.
-        self._fitted = None if scheme.offsets == 1 else (split, cross)
+        # Where the second factor moves over one position, only the bases are needed below. Lower
+        # ranks take leading blocks of these, which are far smaller than the moment.
+        self._moments = (
+            None
+            if scheme.offsets == 1
+            else [through(*each) for each in zip(split, cross, self._lefts, strict=True)]
+        )
         total = sum(basis.energy for basis in self._bases)
         self.singular_values: Float64 = np.sqrt(np.asarray(total))
 
@@ -135,7 +140,7 @@ class WeightedFactorizer:
             self.own,
             *self._lefts,
             *(basis.right for basis in self._bases),
-            *(self._fitted or ()),
+            *(array for pair in self._moments or () for array in pair),
         )
         return sum(map(_held_bytes, arrays))
 
@@ -176,9 +181,9 @@ class WeightedFactorizer:
 
     def _reduced(self, group: int, rank: int) -> tuple[Float64, Float64]:
         """Second moment of the first factor's outputs, and their product with y."""
-        assert self._fitted is not None
-        moment, its_cross = (array[group] for array in self._fitted)
-        return through(moment, its_cross, self._lefts[group][:, :rank])
+        assert self._moments is not None
+        products, cross = self._moments[group]
+        return products[:rank, :, :rank], cross[:rank]
 
 
 class OutputFactorizer:
@@ -215,7 +220,7 @@ class OutputFactorizer:
             outputs = outputs * self._roots[:, :, None] * self._roots[:, None, :]
         self.energy = float(np.einsum("gii->", outputs))
         found = [_descending(gram) for gram in outputs]
-        self._vectors = [vectors[:, :max_rank] for _, vectors in found]
+        self._vectors = [np.ascontiguousarray(vectors[:, :max_rank]) for _, vectors in found]
         size = min(scheme.matrix_shape()[1:])
         total = sum(np.maximum(energy[:size], 0.0) for energy, _ in found)
         self.singular_values: Float64 = np.sqrt(np.asarray(total))
@@ -285,14 +290,14 @@ def _basis(matrix: Float64, moment: Float64, max_rank: int) -> _Basis:
     count = min(max_rank, size)
     if columns <= rows:
         energy, vectors = _descending(matrix.T @ moment @ matrix)
-        return _Basis(vectors[:, :count], np.maximum(energy, 0.0))
+        return _Basis(np.ascontiguousarray(vectors[:, :count]), np.maximum(energy, 0.0))
     values, axes = np.linalg.eigh(moment)
     half = (axes * np.sqrt(np.maximum(values, 0.0))).T @ matrix
     energy, vectors = _descending(half @ half.T)
     # Singular vectors but for their lengths, the singular values. Where these are rounding
     # the columns are made orthogonal: any direction does, but none twice.
     right = np.linalg.qr(half.T @ vectors[:, :count])[0]
-    return _Basis(right, np.maximum(energy, 0.0))
+    return _Basis(np.ascontiguousarray(right), np.maximum(energy, 0.0))
 
 
 def _descending(gram: Float64) -> tuple[Float64, Float64]:
