@@ -32,8 +32,8 @@ def nothing() -> None:
 
 def plain_svd() -> None:
     """Let factors see white data: they become plain truncated SVDs, bias corrected."""
+    from cobla_onnx.calibration.moment import Moment
     from cobla_onnx.calibration.statistics import Seen
-    from cobla_onnx.calibration.sums import Moment
 
     inner = Seen.moment
 

@@ -18,6 +18,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.batching import TapLimit
+from cobla_onnx.calibration.moment import Moment
 from cobla_onnx.calibration.positions import (
     LEAST,
     NUMBERS,
@@ -25,7 +26,7 @@ from cobla_onnx.calibration.positions import (
     enough_positions,
     sample_seeds,
 )
-from cobla_onnx.calibration.sums import Moment, MomentSum
+from cobla_onnx.calibration.sums import MomentSum
 from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.graph.health import EXPORT_AGAIN, unhealthy_weight
 from cobla_onnx.graph.operators.patches import Patch

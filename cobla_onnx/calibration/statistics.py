@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.frequencies import RowCounts, count_rows
+from cobla_onnx.calibration.moment import Moment
 from cobla_onnx.calibration.moments import (
     ALL_UNITS,
     LIMIT,
@@ -21,7 +22,6 @@ from cobla_onnx.calibration.moments import (
     collect_moments,
 )
 from cobla_onnx.calibration.patches import WIDE, OutputPatch, Patch, ReadPatch, patch_of
-from cobla_onnx.calibration.sums import Moment
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.operators.gather import LookupPatch
 from cobla_onnx.runtime.cache import Cache, digest

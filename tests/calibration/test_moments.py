@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from cobla_onnx import Budget, compress
+from cobla_onnx.calibration.moment import Moment
 from cobla_onnx.calibration.moments import collect_moments
 from cobla_onnx.calibration.patches import patch_of
 from cobla_onnx.calibration.statistics import Seen
-from cobla_onnx.calibration.sums import JointSum, Moment, MomentSum
+from cobla_onnx.calibration.sums import JointSum, MomentSum
 from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.graph.layers import Layer, find_layers, read_bias, read_weight
 from cobla_onnx.runtime.pool import Pool

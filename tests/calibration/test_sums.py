@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cobla_onnx.calibration import sums
-from cobla_onnx.calibration.sums import Moment, MomentSum
+from cobla_onnx.calibration.moment import Moment
+from cobla_onnx.calibration.sums import MomentSum
 
 
 def moment_of(chunks: list[np.ndarray], each: int, *, exact: bool) -> Moment:

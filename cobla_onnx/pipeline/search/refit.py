@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.calibration.evaluation.graph_cut import Frontier
 from cobla_onnx.calibration.evaluation.probe import Pair, Probe
+from cobla_onnx.calibration.moment import Joint
 from cobla_onnx.calibration.patches import (
     WIDE,
     ReadPatch,
@@ -29,7 +30,6 @@ from cobla_onnx.calibration.patches import (
     read_patch_of,
 )
 from cobla_onnx.calibration.positions import Chosen
-from cobla_onnx.calibration.sums import Joint
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.pipeline.search.walk import Request, VectorPair, Walk
 from cobla_onnx.runtime.session import Feeds

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.calibration.evaluation.graph_cut import Frontier, Store, can_be_fed
 from cobla_onnx.calibration.evaluation.probe import Weights
+from cobla_onnx.calibration.moment import Joint
 from cobla_onnx.calibration.moments import Taps, parts_of
 from cobla_onnx.calibration.patches import Patch, patch_of
 from cobla_onnx.calibration.positions import (
@@ -28,7 +29,7 @@ from cobla_onnx.calibration.positions import (
     enough_positions,
     sample_seeds,
 )
-from cobla_onnx.calibration.sums import Joint, JointSum
+from cobla_onnx.calibration.sums import JointSum
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.graph.subgraph import expose, reached_from
