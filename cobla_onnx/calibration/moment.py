@@ -45,10 +45,22 @@ class Moment:
     effective: NDArray[np.float64]
     share: float = 1.0
 
-    def covariance(self) -> NDArray[np.float64]:
-        """E[(x - E x) (x - E x)^T], for layers whose bias absorbs the mean."""
-        squares = self.mean[:, :, None] * self.mean[:, None, :]
-        return np.subtract(self.second, squares, out=squares)
+    def covariance(self, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        """E[(x - E x) (x - E x)^T], for layers whose bias absorbs the mean.
+
+        Parameters
+        ----------
+        out : float64 array, optional
+            Where it is put, which may be `second` itself.
+        """
+        result = np.empty_like(self.second) if out is None else out
+        rows = max(1, BLOCK // max(self.mean.shape[1], 1))
+        for group, mean in enumerate(self.mean):
+            for at in range(0, len(mean), rows):
+                part = slice(at, at + rows)
+                squares = mean[part, None] * mean
+                np.subtract(self.second[group, part], squares, out=result[group, part])
+        return result
 
     def without(self, part: Moment) -> Moment:
         """Return the moment of the vectors that are not in `part`, by subtraction.

@@ -126,7 +126,8 @@ class Seen:
         Families that need the same decompositions then share them.
         """
         if make not in self._made:
-            self._made[make] = make(self)
+            # Another thread may have come first.
+            self._made.setdefault(make, make(self))
         found: Made = self._made[make]
         return found
 

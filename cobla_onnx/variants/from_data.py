@@ -58,7 +58,8 @@ class FromData:
     def maker(self, family: VariantFamily) -> Maker:
         """Return what makes a family's approximations; it may keep what it computes."""
         if family.name not in self._makers:
-            self._makers[family.name] = family.maker(self._seen)
+            # Another thread may have come first.
+            self._makers.setdefault(family.name, family.maker(self._seen))
         return self._makers[family.name]
 
     def approximate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -15,7 +16,7 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Key, Value]):
-    """Results by key, the least recently used dropped first.
+    """Results by key, the least recently used dropped first; for several threads.
 
     Parameters
     ----------
@@ -37,18 +38,20 @@ class Recent(Generic[Key, Value]):
         # With sizes, which may take a walk over arrays; the most recently used at the end.
         self._held: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
         self._dropped: ValueFile[Key] | None = ValueFile(on_disk) if on_disk else None
+        self._lock = threading.Lock()
 
     def get(self, key: Key) -> Value | None:
         """Return a result if it is still held."""
-        found = self._held.get(key)
-        if found is not None:
-            self._held.move_to_end(key)
-            return found[0]
-        if self._dropped is None or key not in self._dropped:
-            return None
-        value: Value = self._dropped.get(key)
-        self._hold(key, value)
-        return value
+        with self._lock:
+            found = self._held.get(key)
+            if found is not None:
+                self._held.move_to_end(key)
+                return found[0]
+            if self._dropped is None or key not in self._dropped:
+                return None
+            value: Value = self._dropped.get(key)
+            self._hold(key, value)
+            return value
 
     def once(self, key: Key, make: Callable[[], Value]) -> Value:
         """Return a result that is held; make it, and hold it, if it is not."""
@@ -57,9 +60,10 @@ class Recent(Generic[Key, Value]):
 
     def put(self, key: Key, value: Value) -> Value:
         """Hold a result, in place of an earlier one of the same key; return it."""
-        if self._dropped is not None:
-            self._dropped.forget(key)
-        self._hold(key, value)
+        with self._lock:
+            if self._dropped is not None:
+                self._dropped.forget(key)
+            self._hold(key, value)
         return value
 
     def _hold(self, key: Key, value: Value) -> None:

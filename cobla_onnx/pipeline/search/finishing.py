@@ -11,11 +11,13 @@ import onnx
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.probe import Pair, Weights
+from cobla_onnx.graph.layers import Layer
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.refit import ChosenLayer, refit_layers, replaced_weights
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.context import RunContext
-from cobla_onnx.variants.base import Approximate, Approximation
+from cobla_onnx.runtime.pool import open_pool
+from cobla_onnx.variants.base import Approximate, Approximation, Form
 from cobla_onnx.variants.work import approximations_of
 
 __all__ = ["Finisher"]
@@ -59,16 +61,26 @@ class Finisher:
         from_data = self.analysis.from_data
         assert from_data is not None
         resolved = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
-        one = approximate or from_data.approximate
-        found = (
-            approximations_of(self.model, resolved, self.context)
-            if plan.factors == "weights"
-            else (one(layer, form, [level])[0] for layer, form, level in resolved)
-        )
+        if plan.factors == "weights":
+            found = approximations_of(self.model, resolved, self.context)
+        else:
+            found = self._made(approximate or from_data.approximate, resolved)
         index = {layer.name: i for i, layer in enumerate(self.analysis.layers)}
         for (layer, form, level), each in zip(resolved, found, strict=True):
             importance = from_data.importance.get(layer.name)
             yield ChosenLayer(index[layer.name], layer, form, level, each, importance)
+
+    def _made(
+        self, approximate: Approximate, resolved: Sequence[tuple[Layer, Form, int]]
+    ) -> Iterator[Approximation]:
+        """Approximate layers, several at a time; the statistics are of this process."""
+
+        def one(wanted: tuple[Layer, Form, int]) -> Approximation:
+            layer, form, level = wanted
+            return approximate(layer, form, [level])[0]
+
+        with open_pool(self.context.threads) as pool:
+            yield from pool.map(one, resolved, self.context.threads)
 
     def weights(self, plan: Plan, approximate: Approximate | None = None) -> Weights:
         """Weights and biases of the chosen layers before refit, in the types of the layers.

@@ -248,8 +248,9 @@ def layer_moment(seen: Seen, layer: Layer, weight: NDArray[Any]) -> Float64:
     moment = seen.moment(layer)
     second, mean = moment.second, moment.mean
     if seen.is_centred(layer):
-        second, mean = moment.covariance(), np.zeros_like(mean)
+        second, mean = moment.covariance(out=second), np.zeros_like(mean)
     if seen.is_wide(layer):
         rows = layout_of(layer).rows_of(weight)
         return shrink_outputs(second, rows, moment.effective, mean)[0]
-    return shrink(second, moment.effective, mean)[0]
+    # Nobody else has it, and it may be by far the largest array there is.
+    return shrink(second, moment.effective, mean, out=second)[0]

@@ -11,7 +11,6 @@ moment, the reduced-rank solution. The bias absorbs the difference of the means.
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 
 from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
@@ -69,4 +68,5 @@ def _pulled(moment: Float64, cross: Float64, rows: Float64, ridge: float) -> Flo
     system = moment.copy()
     system[np.diag_indices_from(system)] += pull
     right = cross + pull * rows
-    return np.asarray(scipy.linalg.solve(system, right.T, assume_a="pos"))
+    # numpy's, unlike scipy's, lets other Python threads run meanwhile.
+    return np.asarray(np.linalg.solve(system, right.T), dtype=np.float64)

@@ -149,4 +149,5 @@ def cholesky(gram: Float64) -> tuple[tuple[Float64, bool], Float64]:
     diagonal.
     """
     scale = np.sqrt(np.maximum(np.diagonal(gram), np.finfo(np.float64).tiny))
-    return scipy.linalg.cho_factor(gram / np.outer(scale, scale), lower=True), scale
+    # numpy's, unlike scipy's, lets other Python threads run meanwhile.
+    return (np.linalg.cholesky(gram / np.outer(scale, scale)), True), scale

@@ -50,8 +50,17 @@ def shrinkage(second: Float64, distance: Float64, effective: Float64, mean: Floa
     return np.asarray(np.clip(shares, FLOOR, 1.0))
 
 
-def shrink(second: Float64, effective: Float64, mean: Float64) -> tuple[Float64, Float64]:
+def shrink(
+    second: Float64, effective: Float64, mean: Float64, out: Float64 | None = None
+) -> tuple[Float64, Float64]:
     """Shrink moments of inputs towards the identity.
+
+    Parameters
+    ----------
+    second, effective, mean
+        As for `shrinkage`.
+    out : float64 array, optional
+        Where the result is put, which may be `second` itself.
 
     Returns
     -------
@@ -66,7 +75,7 @@ def shrink(second: Float64, effective: Float64, mean: Float64) -> tuple[Float64,
     norms = np.einsum("gij,gij->g", second, second)
     distance = np.maximum(norms - size * level**2, 0.0)
     shares = shrinkage(second, distance, effective, mean)
-    drawn = (1 - shares)[:, None, None] * second
+    drawn = np.multiply((1 - shares)[:, None, None], second, out=out)
     diagonal = np.einsum("gii->gi", drawn)
     diagonal += (shares * level)[:, None]
     return drawn, shares
