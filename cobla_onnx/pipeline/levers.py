@@ -50,7 +50,7 @@ def losses_of(session: Session, constraints: Sequence[Constraint]) -> tuple[Sepa
     analysis, evidence = session.analysis, session.evidence
     if evidence is None or not analysis.layers:
         return WeightError(analysis.curves), 0
-    measured = evidence.sensitivity(constraints[:1])
+    measured = evidence.sensitivity(constraints[:1], final=True)
     return measured.objective(), measured.samples
 
 

@@ -28,7 +28,9 @@ from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.network_loss import LossPath
+from cobla_onnx.pipeline.search.point_losses import PointLosses
 from cobla_onnx.pipeline.search.sensitivity import (
+    FIRST_SAMPLES,
     MANY,
     PROBE_SAMPLES,
     Sensitivity,
@@ -73,7 +75,7 @@ class Evidence:
     measured: MeasuredModel
     context: RunContext = field(default_factory=RunContext)
     taps: TapLimit | None = None
-    _sensitivities: dict[frozenset[str], Sensitivity] = field(
+    _sensitivities: dict[tuple[frozenset[str], bool], Sensitivity] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -151,26 +153,39 @@ class Evidence:
     def _crossfit(self) -> CrossFit:
         return CrossFit(self.finisher())
 
-    def sensitivity(self, constraints: Sequence[Constraint]) -> Sensitivity:
+    def sensitivity(self, constraints: Sequence[Constraint], final: bool = False) -> Sensitivity:
         """Measure the layers, once for each set of limited resources.
+
+        Parameters
+        ----------
+        final : bool
+            Whether nothing will be refined, so that all samples are used at once.
 
         Returns
         -------
         Sensitivity
             A copy: what one search refines, no other one sees.
         """
-        kinds = frozenset(constraint.name for constraint in constraints)
-        if kinds not in self._sensitivities:
-            first = Sensitivity(
-                self.analysis.variants,
-                self.from_data,
-                self.judge.spread_on(self.probe_samples, self.context.pool),
-                self.context.cache,
-                self._key(self.probe_samples),
-            )
-            first.measure(constraints, partial(self.context.progress, "sensitivity"))
-            self._sensitivities[kinds] = first
-        return self._sensitivities[kinds].copy()
+        asked = frozenset(constraint.name for constraint in constraints), final
+        if asked not in self._sensitivities:
+            samples, first = self.probe_samples, None
+            # In a model of many layers, points near the first ones are not measured again.
+            final |= len(self.analysis.curves) > MANY
+            if not final and len(samples) > FIRST_SAMPLES:
+                first = self._losses_on(spread_over(samples, FIRST_SAMPLES))
+            found = Sensitivity(self._losses_on(samples), first)
+            found.measure(constraints, partial(self.context.progress, "sensitivity"))
+            self._sensitivities[asked] = found
+        return self._sensitivities[asked].copy()
+
+    def _losses_on(self, samples: Sequence[int]) -> PointLosses:
+        return PointLosses(
+            self.analysis.variants,
+            self.from_data,
+            self.judge.spread_on(samples, self.context.pool),
+            self.context.cache,
+            self._key(samples),
+        )
 
     def _key(self, samples: Sequence[int]) -> str:
         """Hash what losses on samples depend on, apart from the weights; empty without a cache."""

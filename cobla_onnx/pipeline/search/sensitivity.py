@@ -5,32 +5,29 @@ samples. A handful of levels under one scheme give each layer's response, loss a
 relative output error, which is close to a power law; it turns the error curves of all schemes
 into loss curves. In a model of many layers, some give the shape of that law, and for the others
 one level gives the scale. Points that an allocation chooses are measured, too, unless measured
-ones are near, and correct the response of their own curve.
+ones are near, and correct the response of their own curve; the more samples are for these.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from cobla_onnx.allocation import Choice, Constraint, LayerCurves, OutputError
 from cobla_onnx.allocation.problem import Float64
-from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
-from cobla_onnx.calibration.evaluation.probe import Pair
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import Layer
-from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.pipeline.search.point_losses import Point, PointLosses
 from cobla_onnx.runtime.progress import tracked
 from cobla_onnx.text import quoted
-from cobla_onnx.variants.base import Form, LayerVariants
-from cobla_onnx.variants.from_data import FromData
 from cobla_onnx.wording import option_name
 
 __all__ = [
+    "FIRST_SAMPLES",
     "MANY",
     "PROBE_SAMPLES",
     "Response",
@@ -39,8 +36,9 @@ __all__ = [
     "enough_samples",
 ]
 
-# Most samples on which layers are truncated one at a time, and least where fewer are enough.
-PROBE_SAMPLES, LEAST_SAMPLES = 48, 4
+# Most samples on which layers are truncated one at a time, most of these before anything is
+# allocated, and least where fewer are enough.
+PROBE_SAMPLES, FIRST_SAMPLES, LEAST_SAMPLES = 48, 24, 4
 # Relative standard error of the mean loss that is good enough. At the minimum of a sum, a
 # deviation d in the logarithm of each term adds about d^2 / 2 to it: 5 %.
 PRECISION = 0.3
@@ -168,37 +166,26 @@ class Sensitivity:
 
     Parameters
     ----------
-    variants : sequence of LayerVariants
-    from_data : FromData
-    probe : SpreadProbe
-        Evaluates the loss on samples of the calibration split.
-    cache : Cache, optional
-        Losses are read from there and stored there, under `key`, which identifies the model
-        and the samples and options of the probe.
+    losses : PointLosses
+    first : PointLosses, optional
+        On fewer samples: before anything is allocated, layers are measured on these.
 
     Attributes
     ----------
     responses : list of Response
         One for each layer.
-    samples : int
-        Samples on which they were measured.
     """
 
-    def __init__(
-        self,
-        variants: Sequence[LayerVariants],
-        from_data: FromData,
-        probe: SpreadProbe,
-        cache: Cache | None = None,
-        key: str = "",
-    ) -> None:
-        self._variants, self._from_data, self._probe = variants, from_data, probe
-        self._curves = [each.curves for each in variants]
-        self._cache, self._key = cache, key
-        self._floor: float | None = None
-        self.samples = 0
-        self.responses = [Response() for _ in variants]
+    def __init__(self, losses: PointLosses, first: PointLosses | None = None) -> None:
+        self._losses, self._first = losses, first or losses
+        self._curves = [each.curves for each in losses.variants]
+        self.responses = [Response() for _ in losses.variants]
         self._own: dict[tuple[int, int], Response] = {}
+
+    @property
+    def samples(self) -> int:
+        """Samples on which the responses were measured, most of them at least."""
+        return self._losses.samples or self._first.samples
 
     def copy(self) -> Sensitivity:
         """Return a copy of the measurements so far, to be refined independently."""
@@ -222,8 +209,8 @@ class Sensitivity:
             chosen = min(range(len(layer.curves)), key=lambda k: _price(layer, k, constraints))
             targets = TARGETS if index in shaped else (MIDDLE,)
             levels = tuple(sorted({_level_at(layer, chosen, target) for target in targets}))
-            points.append(_Point(index, chosen, levels))
-        measured = zip(points, self._measured(points), strict=True)
+            points.append(Point(index, chosen, levels))
+        measured = zip(points, self._first.at(points), strict=True)
         overflows = True
         for point, losses in tracked(measured, len(points), progress):
             overflows &= not any(map(math.isfinite, losses))
@@ -233,7 +220,7 @@ class Sensitivity:
                 self.responses[point.layer].add(error, loss)
                 self._own.setdefault((point.layer, point.curve), Response()).add(error, loss)
         if overflows and points:
-            raise _overflow(self._variants[0].layer)
+            raise _overflow(self._losses.variants[0].layer)
         if len(shaped) < count:
             shape = _shape([self.responses[index] for index in shaped])
             for index in set(range(count)) - shaped:
@@ -252,8 +239,8 @@ class Sensitivity:
             own = self._own.setdefault((index, choice.curve), Response())
             if not own.knows(self._error(index, choice), near):
                 new.append((index, choice))
-        points = [_Point(index, choice.curve, (choice.level,)) for index, choice in new]
-        for (index, choice), losses in zip(new, self._measured(points), strict=True):
+        points = [Point(index, choice.curve, (choice.level,)) for index, choice in new]
+        for (index, choice), losses in zip(new, self._losses.at(points), strict=True):
             self._own[index, choice.curve].add(self._error(index, choice), losses[0])
         return bool(new)
 
@@ -282,50 +269,6 @@ class Sensitivity:
         # The loss must not rise as the error falls, which it does with the level.
         return np.minimum.accumulate(losses)
 
-    def _measured(self, points: Sequence[_Point]) -> Iterator[list[float]]:
-        """Yield the losses at each point, less the loss of the original."""
-        keys = [self._key_of(point) for point in points]
-        known = [None if self._cache is None else self._cache.get("loss", key) for key in keys]
-        floor = self._least()
-        open_points = (point for point, found in zip(points, known, strict=True) if found is None)
-        measured = self._probe.mean_losses(map(self._candidates, open_points))
-        for key, found in zip(keys, known, strict=True):
-            if found is None:
-                losses = [max(loss - floor, 0.0) for loss in next(measured)]
-                if self._cache is not None:
-                    self._cache.put("loss", key, {"losses": np.array(losses)})
-            else:
-                losses = found["losses"].tolist()
-            yield losses
-
-    def _least(self) -> float:
-        """Loss of the original, measured once; also sets the number of samples."""
-        if self._floor is None:
-            found = fetch(
-                self._cache, "loss", digest(self._key, "original"), self._measure_original
-            )
-            self._floor, self.samples = float(found["losses"][0]), int(found["samples"])
-        return self._floor
-
-    def _measure_original(self) -> Arrays:
-        loss, samples = self._probe.original()
-        return {"losses": np.array([loss]), "samples": np.array(samples)}
-
-    def _candidates(self, point: _Point) -> tuple[int, list[Pair]]:
-        layer, form = self._at(point)
-        found = self._from_data.approximate(layer, form, point.levels)
-        return point.layer, [(a.weight, a.bias) for a in found]
-
-    def _key_of(self, point: _Point) -> str:
-        if self._cache is None:
-            return ""
-        layer, form = self._at(point)
-        return digest(self._key, layer.name, form, point.levels)
-
-    def _at(self, point: _Point) -> tuple[Layer, Form]:
-        variants = self._variants[point.layer]
-        return variants.layer, variants.forms[point.curve]
-
 
 def _overflow(layer: Layer) -> ModelError:
     """No approximation of any layer leaves the network's loss finite."""
@@ -343,15 +286,6 @@ def _shape(responses: Sequence[Response]) -> dict[float, float]:
     factors = np.exp(np.median(grown, axis=0))
     pairs = zip(errors / MIDDLE, factors, strict=True)
     return {float(error): float(factor) for error, factor in pairs if error != 1.0}
-
-
-@dataclass(frozen=True)
-class _Point:
-    """Levels on one curve of a layer at which the loss is wanted."""
-
-    layer: int
-    curve: int
-    levels: tuple[int, ...]
 
 
 def _level_at(layer: LayerCurves, number: int, error: float) -> int:

@@ -18,6 +18,7 @@ from cobla_onnx.graph.layers import find_layers, read_bias, read_weight
 from cobla_onnx.graph.subgraph import expose, prefix
 from cobla_onnx.pipeline.analysis import analyse
 from cobla_onnx.pipeline.search import sensitivity as sensitivity_module
+from cobla_onnx.pipeline.search.point_losses import PointLosses
 from cobla_onnx.pipeline.search.refit import ChosenLayer, refit_layers
 from cobla_onnx.pipeline.search.sensitivity import Response, Sensitivity
 from cobla_onnx.runtime.pool import Pool
@@ -196,7 +197,7 @@ def test_of_many_layers_some_are_measured_at_one_point(setting, monkeypatch):
     monkeypatch.setattr(sensitivity_module, "SHAPED", 2)
     probe = SpreadProbe(Pool(), setting.model, setting.analysis.layers, setting.batches(), "auto")
     analysis = setting.analysis
-    sensitivity = Sensitivity(analysis.variants, analysis.from_data, probe)
+    sensitivity = Sensitivity(PointLosses(analysis.variants, analysis.from_data, probe))
     asked = []
     whole = probe.mean_losses
 
@@ -215,11 +216,9 @@ def test_of_many_layers_some_are_measured_at_one_point(setting, monkeypatch):
 
 
 def test_measured_points_are_on_the_curves(setting):
-    sensitivity = Sensitivity(
-        setting.analysis.variants,
-        setting.analysis.from_data,
-        SpreadProbe(Pool(), setting.model, setting.analysis.layers, setting.batches(), "auto"),
-    )
+    analysis = setting.analysis
+    probe = SpreadProbe(Pool(), setting.model, analysis.layers, setting.batches(), "auto")
+    sensitivity = Sensitivity(PointLosses(analysis.variants, analysis.from_data, probe))
     constraints = setting.analysis.constraints(Budget(mem=0.6))
     sensitivity.measure(constraints)
     from cobla_onnx.allocation import allocate

@@ -53,6 +53,39 @@ def test_a_model_of_few_layers_is_not_measured_by_cost(monkeypatch) -> None:
     assert np.isin(many.probe_samples, many.dataset.calibration).all()
 
 
+def samples_by_call(monkeypatch, evidence: Evidence, **options) -> list[int]:
+    """Numbers of samples of the losses that are measured, first to last."""
+    numbers = []
+    before = SpreadProbe.mean_losses
+
+    def mean_losses(self, wanted):
+        numbers.append(self.original()[1])
+        return before(self, wanted)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SpreadProbe, "mean_losses", mean_losses)
+        constraints = evidence.analysis.constraints(Budget(mem=0.6))
+        sensitivity = evidence.sensitivity(constraints, **options)
+        curves = evidence.analysis.curves
+        sensitivity.refine(allocate(curves, sensitivity.objective(), constraints).choices)
+    return numbers
+
+
+def test_fewer_samples_are_enough_until_something_is_chosen(monkeypatch) -> None:
+    module = "cobla_onnx.pipeline.search.evidence"
+    evidence = evidence_for(small_network(), 40)
+    every = len(evidence.probe_samples)
+    monkeypatch.setattr(f"{module}.FIRST_SAMPLES", every - 5)
+    assert samples_by_call(monkeypatch, evidence) == [every - 5, every]
+    assert samples_by_call(monkeypatch, evidence, final=True) == [every, every]
+    monkeypatch.setattr(f"{module}.MANY", 2)
+    assert len(evidence.analysis.curves) > 2
+    many = evidence_for(small_network(), 40)
+    few = len(many.probe_samples)
+    monkeypatch.setattr(f"{module}.FIRST_SAMPLES", few - 1)
+    assert samples_by_call(monkeypatch, many) == [few, few]
+
+
 @given(st.lists(st.sampled_from([0.0, 1e-3, 1.0, 1e30, np.inf, np.nan]), min_size=1, max_size=4))
 def test_losses_that_are_not_finite_count_as_the_largest(losses) -> None:
     response = Response()
