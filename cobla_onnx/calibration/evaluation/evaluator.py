@@ -159,12 +159,12 @@ class Judge:
         layers, whole = self.layers, self.whole
         return Probe(model, layers, batches, loss, self.threads, labels=labels, whole=whole)
 
-    def spread_on(self, indices: Sequence[int], pool: Pool) -> SpreadProbe:
-        """Open a probe of the loss that decisions follow, over a pool."""
+    def spread_on(self, indices: Sequence[int], pool: Pool, apart: bool = False) -> SpreadProbe:
+        """Open a probe of the loss that decisions follow, over a pool; see there."""
         model, loss = self.follows
         labels = self.labels_of(indices)
         return SpreadProbe(
-            pool, model, self.layers, self.batches(indices), loss, labels, self.whole
+            pool, model, self.layers, self.batches(indices), loss, labels, self.whole, apart
         )
 
     def scores(self, weights: Weights) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -51,6 +51,7 @@ class _Origin:
 class _Unit:
     origin: Shared
     entries: Sequence[_Entry]
+    apart: bool
 
 
 def _open(origin: _Origin) -> Probe:
@@ -79,7 +80,8 @@ def _measure_original(origin: Shared) -> tuple[float, int]:
 
 
 def _measure(unit: _Unit) -> list[list[float]]:
-    onward = OnwardProbe(unit.origin.built(_open), 1, [index for index, _ in unit.entries])
+    indices = [] if unit.apart else [index for index, _ in unit.entries]
+    onward = OnwardProbe(unit.origin.built(_open), 1, indices)
     return [
         [float(losses.mean()) for losses in onward.losses(index, candidates, {})]
         for index, candidates in unit.entries
@@ -94,6 +96,8 @@ class SpreadProbe:
     pool : Pool
     model, layers, batches, loss, labels, whole
         As for `Probe`. Nothing is run before a loss is asked for.
+    apart : bool
+        Whether each layer gets a session of its own, however large the weights are.
     """
 
     def __init__(
@@ -105,8 +109,9 @@ class SpreadProbe:
         loss: LossName | Mapping[str, Measure],
         labels: Sequence[NDArray[np.int64]] | None = None,
         whole: Sequence[Pair] | None = None,
+        apart: bool = False,
     ) -> None:
-        self._pool = pool
+        self._pool, self._apart = pool, apart
         self._layers = layers
         origin = _Origin(model, layers, _bounded(batches), loss, labels, whole)
         self._origin = pool.share(origin)
@@ -124,7 +129,7 @@ class SpreadProbe:
         wanted : iterable of (int, iterable of (array, array or None))
             Index of a layer, and candidate weights and biases for it.
         """
-        units = (_Unit(self._origin, entries) for entries in self._units(wanted))
+        units = (_Unit(self._origin, entries, self._apart) for entries in self._units(wanted))
         for found in self._pool.map(_measure, units, self._pool.runs_at_most, small=True):
             yield from found
 

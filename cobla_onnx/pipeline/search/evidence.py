@@ -47,6 +47,9 @@ from cobla_onnx.variants.work import weight_curves
 
 __all__ = ["Evidence"]
 
+# MACs that take as long as opening a session does for each byte of weights.
+OPENING = 64
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -182,10 +185,15 @@ class Evidence:
         return PointLosses(
             self.analysis.variants,
             self.from_data,
-            self.judge.spread_on(samples, self.context.pool),
+            self.judge.spread_on(samples, self.context.pool, self._runs_take_long(samples)),
             self.context.cache,
             self._key(samples),
         )
+
+    def _runs_take_long(self, samples: Sequence[int]) -> bool:
+        """Whether running a layer on samples takes longer than opening a session of the model."""
+        macs = (self.analysis.mac_total or 0) * len(samples) / max(len(self.analysis.curves), 1)
+        return macs > OPENING * self.analysis.mem_total
 
     def _key(self, samples: Sequence[int]) -> str:
         """Hash what losses on samples depend on, apart from the weights; empty without a cache."""

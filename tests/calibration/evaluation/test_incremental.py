@@ -103,20 +103,30 @@ def test_losses_are_those_of_the_whole_model(name, packed, wanted, seeds):
             weights[index] = candidates(model, layers, index, [7])[0]
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("limits", [(4, 1 << 26), (1, 1 << 26), (4, 100)])
-def test_layers_in_any_order_and_number_a_unit(limits, monkeypatch):
+def test_layers_in_any_order_and_number_a_unit(limits, apart, monkeypatch):
     monkeypatch.setattr(spread, "LAYERS_PER_UNIT", limits[0])
     monkeypatch.setattr(spread, "UNIT_BYTES", limits[1])
     model = MODELS["plain"]
     layers = find_layers(model).layers
     probe = Probe(model, layers, BATCHES, "mse", 1)
-    side_by_side = SpreadProbe(Pool(), model, layers, BATCHES, "mse")
+    monkeypatch.setattr(onward, "SHARED", 0)
+    opened, begin = [], onward._Rest.__init__
+
+    def noticed(self, *arguments, **options):
+        opened.append(options["own"])
+        begin(self, *arguments, **options)
+
+    monkeypatch.setattr(onward._Rest, "__init__", noticed)
+    side_by_side = SpreadProbe(Pool(), model, layers, BATCHES, "mse", apart=apart)
     assert side_by_side.original() == (pytest.approx(0, abs=1e-12), 9)
     wanted = [(i, candidates(model, layers, i, [i, i + 1])) for i in (2, 0, 0, 1, 3)]
     found = list(side_by_side.mean_losses(iter(wanted)))
     for (index, pairs), losses in zip(wanted, found, strict=True):
         expected = [probe.loss({index: pair}) for pair in pairs]
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert any(len(own) > 1 for own in opened) == (not apart and limits == (4, 1 << 26))
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

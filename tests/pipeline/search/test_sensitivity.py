@@ -124,3 +124,21 @@ def test_an_infinite_loss_of_all_layers_is_refused(monkeypatch) -> None:
     evidence = losses_of(monkeypatch, "all")
     with pytest.raises(ModelError, match=r"not finite wherever a layer .* node 'conv1', since"):
         evidence.sensitivity(evidence.analysis.constraints(Budget(mem=0.9)))
+
+
+@pytest.mark.parametrize(("opening", "apart"), [(1e9, False), (0, True)])
+def test_sessions_are_shared_where_opening_them_takes_longer_than_layers(
+    monkeypatch, opening: float, apart: bool
+) -> None:
+    asked = []
+    before = SpreadProbe.__init__
+
+    def noticed(self, *arguments, **options):
+        before(self, *arguments, **options)
+        asked.append(self._apart)
+
+    monkeypatch.setattr("cobla_onnx.pipeline.search.evidence.OPENING", opening)
+    monkeypatch.setattr(SpreadProbe, "__init__", noticed)
+    evidence = evidence_for(small_network(), 40)
+    evidence.sensitivity(evidence.analysis.constraints(Budget(mem=0.6)))
+    assert set(asked) == {apart}
