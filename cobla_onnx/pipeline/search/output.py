@@ -13,7 +13,7 @@ from cobla_onnx.pipeline.search.rivals import Rivals
 __all__ = ["search_by_output", "sketch_by_output"]
 
 # Most allocations in a row, each after measuring the points that the last one chose.
-ROUNDS = 4
+ROUNDS = 3
 
 
 def search_by_output(

@@ -56,6 +56,9 @@ MANY, SHAPED = 32, 12
 # models of many layers: responses grow with powers of the error that are within about 0.3 of 1. In
 # models of few layers such points decide (ResNet-20 at memory 0.4: loss 0.31 held back, not 0.23).
 NEAR = 0.2
+# Share of a plan's predicted loss up to which a layer's own is not measured at a second point of a
+# curve: half as much again or less of it would be a hundredth of all.
+SMALL = 0.02
 # Losses and errors below these are rounding errors.
 LEAST_LOSS = 1e-8
 LEAST_ERROR = 1e-9
@@ -181,6 +184,8 @@ class Sensitivity:
         self._curves = [each.curves for each in losses.variants]
         self.responses = [Response() for _ in losses.variants]
         self._own: dict[tuple[int, int], Response] = {}
+        # Curves of layers on which a chosen point was measured.
+        self._refined: set[tuple[int, int]] = set()
 
     @property
     def samples(self) -> int:
@@ -192,6 +197,7 @@ class Sensitivity:
         result = copy.copy(self)
         result.responses = [Response(dict(r.points)) for r in self.responses]
         result._own = {key: Response(dict(r.points)) for key, r in self._own.items()}
+        result._refined = set(self._refined)
         return result
 
     def measure(
@@ -229,19 +235,23 @@ class Sensitivity:
     def refine(self, choices: Sequence[Choice | None]) -> bool:
         """Measure the chosen points themselves; return whether any of them was new.
 
-        In models of many layers, points close to measured ones are skipped, see `NEAR`.
+        In models of many layers, points close to measured ones are skipped, see `NEAR`; and in all
+        models those of small losses, see `SMALL`.
         """
         near = NEAR if len(self._curves) > MANY else 0.0
+        chosen = [(index, choice) for index, choice in enumerate(choices) if choice is not None]
+        losses = [float(self._curve(i, choice.curve)[choice.level]) for i, choice in chosen]
         new = []
-        for index, choice in enumerate(choices):
-            if choice is None:
-                continue
-            own = self._own.setdefault((index, choice.curve), Response())
-            if not own.knows(self._error(index, choice), near):
+        for (index, choice), loss in zip(chosen, losses, strict=True):
+            curve = index, choice.curve
+            own = self._own.setdefault(curve, Response())
+            counts = curve not in self._refined or loss > SMALL * sum(losses)
+            if counts and not own.knows(self._error(index, choice), near):
                 new.append((index, choice))
         points = [Point(index, choice.curve, (choice.level,)) for index, choice in new]
         for (index, choice), losses in zip(new, self._losses.at(points), strict=True):
             self._own[index, choice.curve].add(self._error(index, choice), losses[0])
+            self._refined.add((index, choice.curve))
         return bool(new)
 
     def _error(self, index: int, choice: Choice) -> float:

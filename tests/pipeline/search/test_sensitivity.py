@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobla_onnx import Budget
-from cobla_onnx.allocation import allocate
+from cobla_onnx.allocation import Choice, allocate
 from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
 from cobla_onnx.errors import ModelError
 from cobla_onnx.pipeline.search.evidence import Evidence
@@ -124,6 +124,34 @@ def test_an_infinite_loss_of_all_layers_is_refused(monkeypatch) -> None:
     evidence = losses_of(monkeypatch, "all")
     with pytest.raises(ModelError, match=r"not finite wherever a layer .* node 'conv1', since"):
         evidence.sensitivity(evidence.analysis.constraints(Budget(mem=0.9)))
+
+
+def test_a_second_point_is_measured_where_much_of_the_loss_is(monkeypatch) -> None:
+    evidence = evidence_for(small_network(), 40)
+    curves = evidence.analysis.curves
+    sensitivity = evidence.sensitivity(evidence.analysis.constraints(Budget(mem=0.6)))
+    asked: list[set[int]] = []
+    before = SpreadProbe.mean_losses
+
+    def mean_losses(self, wanted):
+        entries = list(wanted)
+        asked.append({index for index, _ in entries})
+        return before(self, entries)
+
+    monkeypatch.setattr(SpreadProbe, "mean_losses", mean_losses)
+
+    def at(place: int) -> list[Choice | None]:
+        return [Choice(0, int(layer.curves[0].levels[place])) for layer in curves]
+
+    every = set(range(len(curves)))
+    assert sensitivity.refine(at(0))
+    assert asked.pop() == every
+    # Above nine tenths of all no layer's loss is, whatever it is.
+    monkeypatch.setattr("cobla_onnx.pipeline.search.sensitivity.SMALL", 0.9)
+    assert not sensitivity.copy().refine(at(1))
+    monkeypatch.setattr("cobla_onnx.pipeline.search.sensitivity.SMALL", 0.0)
+    assert sensitivity.refine(at(1))
+    assert asked.pop() == every
 
 
 @pytest.mark.parametrize(("opening", "apart"), [(1e9, False), (0, True)])
