@@ -32,6 +32,7 @@ from cobla_onnx.calibration.patches import (
 from cobla_onnx.calibration.positions import Chosen
 from cobla_onnx.graph.layers import Layer, read_weight
 from cobla_onnx.pipeline.search.walk import Request, VectorPair, Walk
+from cobla_onnx.runtime.pool import open_pool
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.variants.base import Approximation
 from cobla_onnx.variants.low_rank.approximation import LowRankWeight
@@ -49,6 +50,8 @@ __all__ = ["ChosenLayer", "refit_layers", "replaced_weights", "replacements_for"
 RIDGES = (0.1, 0.01)
 # Variance below this fraction of the energy is what single precision left of a constant.
 CONSTANT = 1e-6
+# Bytes of moments, of which each candidate that is made at a time takes a few copies.
+SYSTEMS = 1 << 26
 # Times that the loss of the whole network is measured on the way.
 CHECKS = 8
 
@@ -125,7 +128,7 @@ def refit_layers(
     layers = {entry.index: entry.layer for entry in chosen}
     walk = Walk(model, layers, batches, selection.batches, threads)
     able = [i for i in order if _refits(model, chosen[i]) and walk.is_moved(chosen[i].layer)]
-    work = _Work(chosen, walk, selection, [_Refit(model, chosen[i]) for i in able])
+    work = _Work(chosen, walk, selection, [_Refit(model, chosen[i]) for i in able], threads)
     trial: Trial = [entry.approximation for entry in chosen], weights
     total, steps = max(len(able), 1), itertools.count()
 
@@ -163,12 +166,14 @@ class _Work:
     selection : Probe
     ahead : list of _Refit
         Of the layers that are still to be refitted, in their order.
+    threads : int
     """
 
     chosen: Sequence[ChosenLayer]
     walk: Walk
     selection: Probe
     ahead: list[_Refit]
+    threads: int
 
     def trials(
         self, section: Sequence[int], trial: Trial, advance: Callable[[], None]
@@ -185,7 +190,8 @@ class _Work:
             single = len(section) == 1
             beside = len(self.ahead) if single else len(section) - number - 1
             following = [each.request for each in self.ahead]
-            ranked = refit.candidates(self.walk.joint(refit.request, trial[1], following, beside))
+            joints = self.walk.joint(refit.request, trial[1], following, beside)
+            ranked = refit.candidates(joints, self.threads)
             entry = self.chosen[position]
             if number == 0:
                 place = self.walk.place
@@ -297,7 +303,9 @@ class _Refit:
             return self._scheme.rows_of(weight).astype(np.float64)
         return inputs_first(self._entry.form, self._entry.approximation.factors)[1].swapaxes(1, 2)
 
-    def candidates(self, joints: tuple[Joint, Joint]) -> list[tuple[float, Approximation]]:
+    def candidates(
+        self, joints: tuple[Joint, Joint], threads: int
+    ) -> list[tuple[float, Approximation]]:
         """Refit the layer under each ridge; the best first, each with what it gains.
 
         By the error of the layer's outputs on the samples held back.
@@ -306,6 +314,8 @@ class _Refit:
         ----------
         joints : tuple of Joint
             Over the calibration split, and over the samples held back.
+        threads : int
+            Ridges at a time, where memory has room.
         """
         old, (joint, held_back) = self._entry.approximation, joints
         inputs = joint.inputs
@@ -317,15 +327,19 @@ class _Refit:
             np.zeros_like(inputs.mean) if own_bias else inputs.mean,
         )
         before = self._error(held_back, copy.copy(old))
-        found: list[tuple[float, Approximation]] = []
-        for ridge in RIDGES:
+
+        def under(ridge: float) -> tuple[float, Approximation]:
             made = self._fitted(inner, cross, ridge)
             if own_bias:
                 reached = np.einsum("gos,gs->go", self._rows_of(made), inputs.mean)
                 made = made.with_bias((joint.mean - reached).reshape(old.bias.shape))
             gain = before - self._error(held_back, made)
             # Another one, which does not keep what is multiplied out.
-            found.append((gain, replace(made)))
+            return gain, replace(made)
+
+        at_once = min(threads, len(RIDGES), max(1, SYSTEMS // inner.nbytes))
+        with open_pool(at_once) as pool:
+            found = list(pool.map(under, RIDGES, is_step=True))
         return sorted(found, key=lambda pair: -pair[0])
 
     def _fitted(self, inner: Float64, cross: Float64, ridge: float) -> Any:
