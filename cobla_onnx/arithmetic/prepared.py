@@ -23,6 +23,7 @@ from cobla_onnx.graph.io.model_file import (
 )
 from cobla_onnx.graph.io.save import save_model
 from cobla_onnx.graph.order import sort_nodes
+from cobla_onnx.graph.protos import given_inputs
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import temporary_folder
 
@@ -104,8 +105,7 @@ def prepare(model: onnx.ModelProto, kept: Collection[onnx.ValueInfoProto] = ()) 
 
 def _unlist_weights(graph: onnx.GraphProto) -> None:
     """Take weights out of the graph's inputs: onnxruntime warns of each in every calibration."""
-    stored = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in stored]
+    inputs = given_inputs(graph).values()
     del graph.input[:]
     graph.input.extend(inputs)
 

@@ -10,6 +10,7 @@ import onnx
 
 from cobla_onnx.distillation.lessons import Taught, in_shards, joined
 from cobla_onnx.graph.layers import all_inputs
+from cobla_onnx.graph.protos import given_inputs
 from cobla_onnx.graph.subgraph import make_value, prefix
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
@@ -141,6 +142,4 @@ def kept(batches: Iterable[Feeds], width: int) -> Sequence[Feeds]:
 
 def names_of(part: onnx.ModelProto) -> set[str]:
     """Names of what a part of the model has to be given."""
-    # Before IR version 4 the weights are listed as inputs, too.
-    stored = {tensor.name for tensor in part.graph.initializer}
-    return {value.name for value in part.graph.input} - stored
+    return set(given_inputs(part.graph))

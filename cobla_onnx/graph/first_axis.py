@@ -16,6 +16,7 @@ import onnx
 
 from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.layers import attributes
+from cobla_onnx.graph.protos import given_inputs
 from cobla_onnx.graph.tensors import constant_value
 
 __all__ = ["FirstAxis", "first_axes"]
@@ -57,8 +58,7 @@ def first_axes(model: onnx.ModelProto) -> dict[str, FirstAxis]:
     An axis of one is of samples unless something speaks against it, so is one of a fixed
     length that an output's first axis has, too. A scalar has none: ``other``.
     """
-    stored = {tensor.name for tensor in model.graph.initializer}
-    inputs = {v.name: _declared(v) for v in model.graph.input if v.name not in stored}
+    inputs = {name: _declared(value) for name, value in given_inputs(model.graph).items()}
     graph = _Traced(model, {name: shape for name, shape in inputs.items() if shape})
     outputs = [shape for value in model.graph.output if (shape := _declared(value)) is not None]
     return {name: _first_axis(shape, name, graph, outputs) for name, shape in inputs.items()}

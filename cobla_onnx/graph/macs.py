@@ -13,6 +13,7 @@ from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.operators.base import Shape, elements, operator_of, operators_of_node
 from cobla_onnx.graph.operators.counted import is_counted, macs_of_other
+from cobla_onnx.graph.protos import given_inputs
 from cobla_onnx.graph.tensors import constant_value
 from cobla_onnx.text import quoted
 from cobla_onnx.wording import either, option_name
@@ -49,8 +50,7 @@ def fixed_input_shapes(
     UsageError
         If a name is not an input, or a shape contradicts the model.
     """
-    stored = {tensor.name for tensor in model.graph.initializer}
-    inputs = {value.name: value for value in model.graph.input if value.name not in stored}
+    inputs = given_inputs(model.graph)
     for name in given:
         if name not in inputs:
             known = ", ".join(inputs) or "none"

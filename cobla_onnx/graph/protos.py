@@ -13,6 +13,7 @@ __all__ = [
     "STORED_TYPES",
     "copied_node",
     "copy_fields",
+    "given_inputs",
     "is_repeated",
     "is_standard",
     "opset_of",
@@ -51,6 +52,15 @@ def copied_node(node: onnx.NodeProto) -> onnx.NodeProto:
     result = onnx.NodeProto()
     result.CopyFrom(node)
     return result
+
+
+def given_inputs(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
+    """Return the inputs that a run has to be given, by name.
+
+    Before IR version 4 weights are listed as inputs, too.
+    """
+    stored = {tensor.name for tensor in graph.initializer}
+    return {value.name: value for value in graph.input if value.name not in stored}
 
 
 def plain_domain(domain: str) -> str:

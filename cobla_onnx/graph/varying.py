@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import onnx
 
 from cobla_onnx.graph.index import all_inputs
-from cobla_onnx.graph.protos import is_standard, plain_domain
+from cobla_onnx.graph.protos import given_inputs, is_standard, plain_domain
 from cobla_onnx.graph.tensors import subgraphs
 
 __all__ = ["Varying", "varying_tensors"]
@@ -89,10 +89,9 @@ def varying_tensors(
         Shapes that were inferred for fixed shapes of the inputs; a tensor of which all sizes
         are known that way is taken by them.
     """
-    stored = {tensor.name for tensor in model.graph.initializer}
     functions = {(function.domain, function.name) for function in model.functions}
     # Tensors whose values depend on those of an input.
-    valued = {value.name for value in model.graph.input} - stored
+    valued = set(given_inputs(model.graph))
     found = Varying()
     for index, node in enumerate(model.graph.node):
         names = [name for name in node.output if name]

@@ -19,6 +19,7 @@ from cobla_onnx.calibration.data.fitting import InputSpec, check_shape, converte
 from cobla_onnx.calibration.data.implied import implied, tell_implied
 from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.graph.first_axis import FirstAxis, first_axes
+from cobla_onnx.graph.protos import given_inputs
 from cobla_onnx.runtime.cache import digest
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import ArrayFile, Place
@@ -49,12 +50,10 @@ def input_specs(
     ModelError
         If an input is not a tensor.
     """
-    stored = {tensor.name for tensor in model.graph.initializer}
     axes = first_axes(model)
     return tuple(
-        _spec(value, axes[value.name], (shapes or {}).get(value.name))
-        for value in model.graph.input
-        if value.name not in stored
+        _spec(value, axes[name], (shapes or {}).get(name))
+        for name, value in given_inputs(model.graph).items()
     )
 
 
