@@ -1,4 +1,4 @@
-"""Solutions of nearby problems, as alternative plans: other rank grids, other budgets.
+"""Solutions of nearby problems, as alternative plans: other rank grids, other budgets, bits alone.
 
 An allocation is optimal under its model of the loss, but the error of that model is larger than
 the difference between plans of nearly the same cost. Solutions of nearby problems are a priori as
@@ -18,6 +18,7 @@ from cobla_onnx.allocation import (
     LayerCurves,
     OutputError,
     SeparableError,
+    VariantCurve,
 )
 from cobla_onnx.allocation.knapsack import RELATIVE_GAP, solved
 from cobla_onnx.allocation.objective import masks_of
@@ -25,7 +26,8 @@ from cobla_onnx.allocation.solve import relative_gap
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.runtime.machine import convolution_block
 from cobla_onnx.runtime.providers import CPU, current_provider
-from cobla_onnx.variants.low_rank.ranks import RankRule, rank_rule
+from cobla_onnx.variants.low_rank.ranks import rank_rule
+from cobla_onnx.variants.registry import require_family
 
 __all__ = ["neighbours"]
 
@@ -47,7 +49,8 @@ def neighbours(
     """Solve problems near the answer's own; their solutions keep its limits, too.
 
     They are: the budget that was not limited, limited to the same fraction, and to a little less
-    than the answer costs there; and, for a memory budget alone, the rank grid of MAC budgets.
+    than the answer costs there; and, for a memory budget alone, the rank grid of MAC budgets, and,
+    where the answer has ranks and might have bits, these without ranks.
 
     Parameters
     ----------
@@ -71,12 +74,31 @@ def neighbours(
             origin = f"{other.name} at most {other.fraction:.3g}"
             yield origin, _standing_in(analysis, losses, constraints, answer, found)
     if [constraint.name for constraint in constraints] == ["mem"]:
-        cpu = current_provider() == CPU
-        rule = rank_rule("auto", mac=True, latency=False, block=convolution_block(), cpu=cpu)
-        found = _on_grid(analysis, losses, Budget(mem=constraints[0].fraction), rule)
-        if found is not None:
-            origin = str(rule.convolution)
-            yield origin, _standing_in(analysis, losses, constraints, answer, found)
+        budget = Budget(mem=constraints[0].fraction)
+        for origin, layers in _restricted(analysis, answer):
+            found = _solved_among(analysis, losses, budget, layers)
+            if found is not None:
+                yield origin, _standing_in(analysis, losses, constraints, answer, found)
+
+
+def _restricted(
+    analysis: Analysis, answer: Allocation
+) -> Iterator[tuple[str, Sequence[LayerCurves]]]:
+    """Yield layers with fewer curves or levels, and a name of what is left."""
+    cpu = current_provider() == CPU
+    rule = rank_rule("auto", mac=True, latency=False, block=convolution_block(), cpu=cpu)
+    yield str(rule.convolution), analysis.under(rule).curves
+    chosen = zip(analysis.curves, answer.choices, strict=True)
+    levels = {_level_of(layer.curves[c.curve]) for layer, c in chosen if c is not None}
+    if levels - {"bits"}:
+        curves = [[c for c in layer.curves if _level_of(c) == "bits"] for layer in analysis.curves]
+        pairs = zip(analysis.curves, curves, strict=True)
+        yield "bits alone", [replace(layer, curves=tuple(its)) for layer, its in pairs if its]
+
+
+def _level_of(curve: VariantCurve) -> str:
+    """What the levels of a curve are: ranks or bits."""
+    return require_family(curve.scheme).level
 
 
 def _other_limits(
@@ -113,18 +135,17 @@ def _solved(
     return None if found is None else found.choices
 
 
-def _on_grid(
-    analysis: Analysis, losses: SeparableError, budget: Budget, rule: RankRule
+def _solved_among(
+    analysis: Analysis, losses: SeparableError, budget: Budget, layers: Sequence[LayerCurves]
 ) -> Choices | None:
-    """Solve the problem with only the ranks that a rule allows."""
-    layers = analysis.under(rule).curves
+    """Solve the problem with only some of the curves and levels, by the names of the layers."""
     index = {layer.name: i for i, layer in enumerate(analysis.curves)}
     places = []
     for layer in layers:
         i = index[layer.name]
         places.append((i, [_number(analysis.curves[i], curve.scheme) for curve in layer.curves]))
     errors = OutputError([[losses.curve(i, k) for k in numbers] for i, numbers in places])
-    # Layers without a rank on the grid stay whole, and count as fixed.
+    # Layers of which nothing is left stay whole, and count as fixed.
     limits = budget.constraints(layers, analysis.totals, analysis.saved)
     found = _solved(layers, errors, limits)
     if found is None:

@@ -14,19 +14,22 @@ from scipy.special import log_softmax
 from scipy.stats import ttest_rel
 
 from cobla_onnx import Budget, Plan, compress, sweep
-from cobla_onnx.allocation import OutputError, WeightError, allocate
+from cobla_onnx.allocation import Choice, OutputError, WeightError, allocate
 from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.calibration.data.dataset import Dataset, input_specs
 from cobla_onnx.calibration.evaluation.evaluator import Judge
 from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
 from cobla_onnx.calibration.statistics import Seen
+from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.analysis import Analysis, analyse
+from cobla_onnx.pipeline.open_session import open_session
 from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.neighbours import neighbours
 from cobla_onnx.pipeline.search.rivals import Rivals
 from cobla_onnx.runtime.pool import Pool
 from cobla_onnx.variants.low_rank.from_data import FactorsFromData
 from cobla_onnx.variants.low_rank.shrinkage import FLOOR
+from cobla_onnx.variants.registry import require_family
 from tests.builders import model_of, random_array, small_network
 from tests.cli.test_command import ROOT, run_here
 from tests.pipeline.search.test_network_loss import evidence_for
@@ -75,6 +78,39 @@ def test_the_ranks_of_another_grid_are_on_it(demo_model):
     (other,) = [each for origin, each in found.items() if "multiples" in origin]
     assert all(c is None or c.level % 4 == 0 for c in other.choices)
     assert any(c is not None for c in other.choices)
+
+
+def test_bits_alone_are_an_answer_beside_ranks_with_bits():
+    """Where the plan has no ranks there is nothing to leave out."""
+    settings = Settings(precision="auto", threads=1)
+    with open_session(small_network(), settings, comparing=True) as session:
+        analysis = session.analysis
+    constraints = analysis.constraints(Budget(mem=0.15))
+    losses = WeightError(analysis.curves)
+    own = allocate(analysis.curves, losses, constraints, solver="milp")
+
+    def ranks_of(choices):
+        pairs = zip(analysis.curves, choices, strict=True)
+        schemes = [layer.curves[c.curve].scheme for layer, c in pairs if c is not None]
+        return [scheme for scheme in schemes if require_family(scheme).level != "bits"]
+
+    # Ranks first for whichever layer has them, so that it does not depend on what pays.
+    number, curve = next(
+        (i, k)
+        for i, layer in enumerate(analysis.curves)
+        for k, curve in enumerate(layer.curves)
+        if require_family(curve.scheme).level != "bits"
+    )
+    level = int(analysis.curves[number].curves[curve].levels[0])
+    choices = list(own.choices)
+    choices[number] = Choice(curve, level)
+    assert ranks_of(choices)
+    mixed = replace(own, choices=tuple(choices))
+    found = dict(neighbours(analysis, losses, constraints, mixed))["bits alone"]
+    assert not ranks_of(found.choices)
+    assert any(choice is not None for choice in found.choices)
+    assert all(c.cost(analysis.curves, found.choices) <= c.limit for c in constraints)
+    assert "bits alone" not in dict(neighbours(analysis, losses, constraints, found))
 
 
 def test_every_half_is_judged_under_the_factors_of_the_other():
