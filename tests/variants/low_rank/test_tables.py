@@ -266,9 +266,9 @@ def test_numbers_of_rows_that_layers_choose_are_not_refitted_to(monkeypatch):
     refitted: list[str] = []
     made = refit._Refit.candidates
 
-    def recorded(self: Any, joints: Any) -> Any:
+    def recorded(self: Any, joints: Any, threads: int) -> Any:
         refitted.append(self._entry.layer.name)
-        return made(self, joints)
+        return made(self, joints, threads)
 
     monkeypatch.setattr(refit._Refit, "candidates", recorded)
     names = ("scores", "embedding", "hidden", "skip")
