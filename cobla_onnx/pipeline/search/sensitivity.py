@@ -5,7 +5,7 @@ samples. A handful of levels under one scheme give each layer's response, loss a
 relative output error, which is close to a power law; it turns the error curves of all schemes
 into loss curves. In a model of many layers, some give the shape of that law, and for the others
 one level gives the scale. Points that an allocation chooses are measured, too, unless measured
-ones are near, and correct the response of their own curve; the more samples are for these.
+ones are near, and correct the response of their own curve; they are measured on more samples.
 """
 
 from __future__ import annotations
