@@ -101,7 +101,7 @@ def test_ranks_by_weights_with_factors_by_data(demo_model):
 def test_the_network_loss_from_the_command_line(demo_model, tmp_path):
     """With labels, a history and a report; the written budget holds."""
     with np.load(DATA) as content:
-        images = content["image"][:30]
+        images = content["image"][:60]
     np.savez(tmp_path / "data.npz", image=images)
     np.save(tmp_path / "labels.npy", logits_of(demo_model, images).argmax(axis=1))
     out, report, history = (tmp_path / name for name in ("o.onnx", "r.json", "h.csv"))
