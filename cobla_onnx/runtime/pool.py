@@ -208,10 +208,14 @@ class Pool:
             for unit in units:
                 with interrupts_wait():
                     pending.append(executor.submit(function, unit))
+                if not small:
+                    if len(pending) >= at_most:
+                        yield pending.popleft().result()
+                    continue
                 running = [future for future in pending if not future.done()]
-                if small and len(running) >= at_most:
+                if len(running) >= at_most:
                     wait(running, return_when=FIRST_COMPLETED)
-                while pending and (pending[0].done() if small else len(pending) >= at_most):
+                while pending and pending[0].done():
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
