@@ -81,7 +81,7 @@ def test_resnet20_loses_little_at_six_tenths_of_its_macs(assets):
     after = classes(result.model.SerializeToString(), test)
     # Measured: 0.893, and 0.896 with another plan; of the known classes 0.822, 0.785 and 0.803.
     assert (after == before).mean() > 0.87
-    assert (after == known).mean() > (before == known).mean() - 0.06
+    assert (after == known).mean() > (before == known).mean() - 0.045
 
 
 @pytest.mark.slow
