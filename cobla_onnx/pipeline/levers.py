@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from cobla_onnx.allocation import (
     Constraint,
     LayerCurves,
-    OutputError,
     SeparableError,
+    VariantCurve,
     WeightError,
 )
 from cobla_onnx.allocation.bound import Front, least_losses
+from cobla_onnx.allocation.subproblem import Subproblem
 from cobla_onnx.pipeline.session import Session
-from cobla_onnx.variants.registry import FAMILIES
+from cobla_onnx.variants.registry import require_family
 
 __all__ = ["Lever", "levers_of", "losses_of"]
 
@@ -25,12 +26,12 @@ class Lever:
 
     Attributes
     ----------
-    layers : list of LayerCurves
+    layers : sequence of LayerCurves
         Only those for which one of the families has a curve.
     losses : SeparableError
     """
 
-    layers: list[LayerCurves]
+    layers: Sequence[LayerCurves]
     losses: SeparableError
 
     def front(self, constraint: Constraint) -> Front:
@@ -59,20 +60,14 @@ def levers_of(session: Session, losses: SeparableError) -> dict[str, Lever]:
 
     The session must compare families, with ``precision="auto"``: else there are no bits.
     """
-    bits = {name for name, family in FAMILIES.items() if family.level == "bits"}
-    unrounded = {name for name, family in FAMILIES.items() if not family.needs_bits}
+    whole = session.analysis.curves
+
+    def lever(wanted: Callable[[VariantCurve], bool]) -> Lever:
+        part = Subproblem.keeping(whole, wanted)
+        return Lever(part.layers, part.losses(losses))
+
     return {
-        "ranks": _lever(session, losses, unrounded),
-        "bits": _lever(session, losses, bits),
-        "both": _lever(session, losses, set(FAMILIES)),
+        "ranks": lever(lambda curve: not require_family(curve.scheme).needs_bits),
+        "bits": lever(lambda curve: require_family(curve.scheme).level == "bits"),
+        "both": lever(lambda _: True),
     }
-
-
-def _lever(session: Session, losses: SeparableError, families: Collection[str]) -> Lever:
-    layers, kept = [], []
-    for index, layer in enumerate(session.analysis.curves):
-        numbers = [k for k, curve in enumerate(layer.curves) if curve.family in families]
-        if numbers:
-            layers.append(replace(layer, curves=tuple(layer.curves[k] for k in numbers)))
-            kept.append([losses.curve(index, k) for k in numbers])
-    return Lever(layers, OutputError(kept))

@@ -16,13 +16,13 @@ from cobla_onnx.allocation import (
     Choice,
     Constraint,
     LayerCurves,
-    OutputError,
     SeparableError,
     VariantCurve,
 )
 from cobla_onnx.allocation.knapsack import RELATIVE_GAP, solved
 from cobla_onnx.allocation.objective import masks_of
 from cobla_onnx.allocation.solve import relative_gap
+from cobla_onnx.allocation.subproblem import Subproblem
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.runtime.machine import convolution_block
 from cobla_onnx.runtime.providers import CPU, current_provider
@@ -75,25 +75,21 @@ def neighbours(
             yield origin, _standing_in(analysis, losses, constraints, answer, found)
     if [constraint.name for constraint in constraints] == ["mem"]:
         budget = Budget(mem=constraints[0].fraction)
-        for origin, layers in _restricted(analysis, answer):
-            found = _solved_among(analysis, losses, budget, layers)
+        for origin, part in _parts(analysis, answer):
+            found = _solved_part(analysis, losses, budget, part)
             if found is not None:
                 yield origin, _standing_in(analysis, losses, constraints, answer, found)
 
 
-def _restricted(
-    analysis: Analysis, answer: Allocation
-) -> Iterator[tuple[str, Sequence[LayerCurves]]]:
-    """Yield layers with fewer curves or levels, and a name of what is left."""
-    cpu = current_provider() == CPU
+def _parts(analysis: Analysis, answer: Allocation) -> Iterator[tuple[str, Subproblem]]:
+    """Yield problems with fewer curves or levels, and a name of what is left."""
+    whole, cpu = analysis.curves, current_provider() == CPU
     rule = rank_rule("auto", mac=True, latency=False, block=convolution_block(), cpu=cpu)
-    yield str(rule.convolution), analysis.under(rule).curves
-    chosen = zip(analysis.curves, answer.choices, strict=True)
+    yield str(rule.convolution), Subproblem.found_in(whole, analysis.under(rule).curves)
+    chosen = zip(whole, answer.choices, strict=True)
     levels = {_level_of(layer.curves[c.curve]) for layer, c in chosen if c is not None}
     if levels - {"bits"}:
-        curves = [[c for c in layer.curves if _level_of(c) == "bits"] for layer in analysis.curves]
-        pairs = zip(analysis.curves, curves, strict=True)
-        yield "bits alone", [replace(layer, curves=tuple(its)) for layer, its in pairs if its]
+        yield "bits alone", Subproblem.keeping(whole, lambda curve: _level_of(curve) == "bits")
 
 
 def _level_of(curve: VariantCurve) -> str:
@@ -135,30 +131,13 @@ def _solved(
     return None if found is None else found.choices
 
 
-def _solved_among(
-    analysis: Analysis, losses: SeparableError, budget: Budget, layers: Sequence[LayerCurves]
+def _solved_part(
+    analysis: Analysis, losses: SeparableError, budget: Budget, part: Subproblem
 ) -> Choices | None:
-    """Solve the problem with only some of the curves and levels, by the names of the layers."""
-    index = {layer.name: i for i, layer in enumerate(analysis.curves)}
-    places = []
-    for layer in layers:
-        i = index[layer.name]
-        places.append((i, [_number(analysis.curves[i], curve.scheme) for curve in layer.curves]))
-    errors = OutputError([[losses.curve(i, k) for k in numbers] for i, numbers in places])
-    # Layers of which nothing is left stay whole, and count as fixed.
-    limits = budget.constraints(layers, analysis.totals, analysis.saved)
-    found = _solved(layers, errors, limits)
-    if found is None:
-        return None
-    choices: list[Choice | None] = [None] * len(analysis.curves)
-    for (i, numbers), choice in zip(places, found, strict=True):
-        if choice is not None:
-            choices[i] = Choice(numbers[choice.curve], choice.level)
-    return tuple(choices)
-
-
-def _number(layer: LayerCurves, scheme: str) -> int:
-    return next(k for k, curve in enumerate(layer.curves) if curve.scheme == scheme)
+    """Solve a part of the problem: what is not in it stays whole, and counts as fixed."""
+    limits = budget.constraints(part.layers, analysis.totals, analysis.saved)
+    found = _solved(part.layers, part.losses(losses), limits)
+    return None if found is None else part.choices(found, analysis.curves)
 
 
 def _standing_in(
