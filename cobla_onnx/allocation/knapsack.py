@@ -292,7 +292,8 @@ def _branch(
                 scipy.optimize.LinearConstraint(assign, 1, 1),
                 scipy.optimize.LinearConstraint(table.costs, -np.inf, room),
             ],
-            options={"mip_rel_gap": relative_gap, "node_limit": NODE_LIMIT},
+            # Presolve compares all columns in pairs: of 35,000 it took 32 s, and the search 1 s.
+            options={"mip_rel_gap": relative_gap, "node_limit": NODE_LIMIT, "presolve": False},
         )
         if result.x is None:
             return None, -np.inf
