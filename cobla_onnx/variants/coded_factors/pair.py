@@ -31,8 +31,9 @@ from cobla_onnx.variants.low_rank.second_factor import (
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 from cobla_onnx.variants.low_rank.weighted_svd import inputs_first
 from cobla_onnx.variants.storage.coding import INTEGERS, Coded
+from cobla_onnx.variants.storage.compensation import Compensation
 from cobla_onnx.variants.storage.precision import HALF, in_half
-from cobla_onnx.variants.storage.rounding import Compensation, round_weight
+from cobla_onnx.variants.storage.rounding import round_weight
 
 __all__ = [
     "Alone",

@@ -5,7 +5,7 @@ one factor loses its distortion (a number for each count of bits) times an energ
 closed form for all ranks at once:
 
 * of the first, sum over components k of ``squares[k] * strengths[k]`` times the energy of its
-  inputs that no others make up for (`rounding.unavoidable`); the second factor, fitted again,
+  inputs that no others make up for (`compensation.unavoidable`); the second factor, fitted again,
   makes up for what stays within the span of the first, which of n inputs at rank r is r / n of it;
 * of the second, (sum over k of the root of ``strengths[k] * energies[k]``)^2 over the length of a
   row, since its components are scaled for the least loss (see `pair`).

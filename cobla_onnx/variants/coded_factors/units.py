@@ -23,8 +23,9 @@ from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.low_rank.units import layer_values
 from cobla_onnx.variants.low_rank.weighted_svd import WeightedFactorizer
+from cobla_onnx.variants.storage.compensation import unavoidable
 from cobla_onnx.variants.storage.precision import HALF
-from cobla_onnx.variants.storage.rounding import distortion, unavoidable
+from cobla_onnx.variants.storage.rounding import distortion
 
 __all__ = ["PairUnit", "PairsAlone", "beyond_half", "factor_distortion"]
 

@@ -19,8 +19,9 @@ from cobla_onnx.variants.base import Measured, Proposal
 from cobla_onnx.variants.low_rank.matricisation import has_layout, layout_of
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.storage.bits_family import BitsFamily, between
+from cobla_onnx.variants.storage.compensation import Compensation, unavoidable
 from cobla_onnx.variants.storage.from_data import CodesFromData, RoundedWeight, rounded
-from cobla_onnx.variants.storage.rounding import Compensation, distortion, mean_squares, unavoidable
+from cobla_onnx.variants.storage.rounding import distortion, mean_squares
 from cobla_onnx.variants.storage.stored import (
     StoredWeight,
     coded_weight,

@@ -18,8 +18,9 @@ from cobla_onnx.variants.low_rank.matricisation import layout_of
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.recent import Recent
 from cobla_onnx.variants.storage.coding import Coded
+from cobla_onnx.variants.storage.compensation import Compensation
 from cobla_onnx.variants.storage.precision import HALF, in_half
-from cobla_onnx.variants.storage.rounding import Compensation, round_weight
+from cobla_onnx.variants.storage.rounding import round_weight
 
 __all__ = ["CodesFromData", "RoundedWeight", "rounded"]
 

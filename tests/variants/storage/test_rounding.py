@@ -7,14 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cobla_onnx.variants.storage.compensation import DAMPING, Compensation, unavoidable
 from cobla_onnx.variants.storage.rounding import (
-    DAMPING,
-    Compensation,
     distortion,
     mean_squares,
     output_error,
     round_weight,
-    unavoidable,
 )
 
 BITS = st.sampled_from([2, 3, 4, 5, 6, 8])
