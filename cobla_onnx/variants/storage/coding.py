@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from cobla_onnx.variants.low_rank.svd import Float64
 
-__all__ = ["INTEGERS", "SAMPLED", "Coded", "fit_levels", "nearest", "signed"]
+__all__ = ["INTEGERS", "SAMPLED", "Coded", "NearestLevel", "fit_levels", "nearest", "signed"]
 
 # Levels of 8-bit codes.
 INTEGERS: NDArray[np.float32] = np.arange(-128, 128, dtype=np.float32)
-# Most levels that are compared with all values.
-FEW = 64
+# Cells into which the line is cut to find levels, and most of these in a cell.
+CELLS, FEW = 1 << 12, 4
 # Most values from which levels are fitted, and most passes over them.
-SAMPLED, PASSES = 1 << 18, 60
+SAMPLED, PASSES = 1 << 16, 60
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,63 @@ def signed(codes: NDArray[np.uint8]) -> NDArray[np.int8]:
     return np.asarray((codes.astype(np.int16) - 128).astype(np.int8))
 
 
+class NearestLevel:
+    """Finds the levels nearest to values; of two as near, the lower one.
+
+    A search of each value among 63 or 255 levels takes ten times as long as a look into a table:
+    the line is cut into cells, and of each the first level is known.
+
+    Parameters
+    ----------
+    levels : float array, shape (count,)
+        At most 256, ascending.
+    """
+
+    def __init__(self, levels: NDArray[Any]) -> None:
+        self._even = levels is INTEGERS
+        if self._even:
+            return
+        middles = (levels[1:] + levels[:-1]) / 2
+        # The middle above each level.
+        self._above = np.append(middles, np.array(np.inf, middles.dtype))
+        self._lowest = middles[0]
+        # The first level of each cell, where there is a table of cells.
+        self._first: NDArray[np.intp] | None = None
+        with np.errstate(divide="ignore", over="ignore"):
+            self._per_unit = (CELLS - 1) / (middles[-1] - middles[0])
+        if 0 < self._per_unit < np.inf:
+            # Cells ascend with values, in floating point too: middles of lower cells lie below.
+            cells = self._cells(middles)
+            self._steps = int(np.bincount(cells).max())
+            if self._steps <= FEW:
+                self._first = np.searchsorted(cells, np.arange(CELLS))
+
+    def _cells(self, values: NDArray[Any]) -> NDArray[np.intp]:
+        """Cell of each value; of those below all middles, and of what is no number, below 0."""
+        place = (values - self._lowest) * self._per_unit
+        with np.errstate(invalid="ignore"):
+            return np.asarray(np.minimum(place, CELLS - 1), np.intp)
+
+    def __call__(self, values: NDArray[Any]) -> NDArray[np.intp]:
+        """Return the index of the level nearest to each value."""
+        if self._even:
+            # There is nothing to look up. `fmax` takes the number where one is none.
+            whole = np.fmin(np.fmax(np.ceil(values - 0.5), INTEGERS[0]), INTEGERS[-1])
+            return np.asarray(whole - INTEGERS[0], np.intp)
+        if self._first is None:
+            return np.asarray(self._above[:-1].searchsorted(values), np.intp)
+        # Cells of different types would not be the same.
+        values = np.asarray(values, self._above.dtype)
+        # Clipped, and without a look at whether that is needed.
+        found = self._first.take(self._cells(values), mode="clip")
+        for _ in range(self._steps):
+            found += values > self._above.take(found, mode="clip")
+        return found
+
+
 def nearest(levels: NDArray[Any], values: NDArray[Any]) -> NDArray[np.intp]:
-    """Index of the level nearest to each value; of two as near, the lower one."""
-    if levels is INTEGERS:
-        # Evenly spaced: there is nothing to search. `fmax` takes the number where one is none.
-        whole = np.fmin(np.fmax(np.ceil(values - 0.5), levels[0]), levels[-1])
-        return np.asarray(whole - levels[0], np.intp)
-    middles = (levels[1:] + levels[:-1]) / 2
-    if len(levels) > FEW:
-        return np.asarray(middles.searchsorted(values), np.intp)
-    # All comparisons take less time than a search for each value.
-    found = np.zeros(np.shape(values), np.uint8)
-    for middle in middles:
-        found += values > middle
-    return found.astype(np.intp)
+    """Index of the level nearest to each value; see `NearestLevel`."""
+    return NearestLevel(levels)(values)
 
 
 def fit_levels(values: NDArray[Any], count: int) -> NDArray[np.float32]:

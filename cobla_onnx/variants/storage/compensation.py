@@ -8,18 +8,18 @@ others, in a few sweeps (coordinate descent, which GPTQ's result is not at the e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg.lapack import dtrtri
 
 from cobla_onnx.variants.low_rank.svd import Float64
-from cobla_onnx.variants.storage.coding import Coded
+from cobla_onnx.variants.storage.coding import NearestLevel
 
-__all__ = ["DAMPING", "Compensation", "unavoidable", "unscaled"]
+__all__ = ["DAMPING", "Compensation", "Float32", "unavoidable"]
+
+Float32: TypeAlias = NDArray[np.float32]
 
 # Fraction of the mean energy of an input that is added to each. GPTQ adds 0.01; moments of the
 # calibration data are shrunk already, by as much as they are uncertain.
@@ -27,7 +27,7 @@ DAMPING = 0.001
 # Columns whose errors are passed on at a time, as a matrix product.
 BLOCK = 32
 # Sweeps of coordinate descent.
-SWEEPS = 3
+SWEEPS = 2
 
 
 def unavoidable(second: Float64) -> Float64:
@@ -60,7 +60,8 @@ def _damped_in_order(second: Float64) -> tuple[Float64, NDArray[np.intp]]:
     # Inputs that are all zero carry no information; then every weight counts alike.
     added = np.where(energy > 0, DAMPING * energy, 1.0)
     order = np.argsort(-np.einsum("gii->gi", second), axis=1, kind="stable")
-    damped = _reordered(_reordered(second, order, 2), order, 1)
+    pairs = zip(second, order, strict=True)
+    damped = np.stack([each.take(its, axis=1).take(its, axis=0) for each, its in pairs])
     diagonal = np.einsum("gii->gi", damped)
     diagonal += added[:, None]
     return damped, order
@@ -69,9 +70,10 @@ def _damped_in_order(second: Float64) -> tuple[Float64, NDArray[np.intp]]:
 class Compensation:
     """Rounds the weights of a row together, under a second moment of its inputs.
 
-    What this takes from the moment is made once, when the first weight is rounded, for all numbers
-    of bits and all weights. Columns are the leading axis here, in the order in which they are
-    rounded, so that each of them lies together in memory; and rows are divided by their scales.
+    What this takes from the moment is made once, for all numbers of bits and all weights. Columns
+    are the leading axis here, in the order in which they are rounded, so that each of them lies
+    together in memory; and rows are divided by their scales. These numbers are in single precision,
+    far finer than any levels; only the inverse of the moment is made in double.
 
     Parameters
     ----------
@@ -79,123 +81,126 @@ class Compensation:
     """
 
     def __init__(self, second: Float64) -> None:
-        self.second = second
+        damped, self._order = _damped_in_order(second)
+        # Of any size, which single precision might not hold. Errors are compared within a row.
+        damped /= np.einsum("gii->g", damped)[:, None, None] / second.shape[1]
+        inverses = [dtrtri(each, lower=1)[0] for each in _reversed_factor(damped)]
+        # With its transpose it makes the inverse of the damped moment.
+        self._upper = np.ascontiguousarray(np.stack(inverses)[:, ::-1, ::-1], np.float32)
+        self._damped = damped.astype(np.float32)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the moment, and of what is made of it: as many again, twice."""
-        return 3 * self.second.nbytes
-
-    @cached_property
-    def _in_order(self) -> tuple[Float64, NDArray[np.intp]]:
-        return _damped_in_order(self.second)
+        """Bytes of what is made of the moment."""
+        return self._damped.nbytes + self._upper.nbytes
 
     @property
-    def _damped(self) -> Float64:
-        return self._in_order[0]
+    def energies(self) -> Float32:
+        """Energy of each column, relative to the mean, shape (size, groups)."""
+        return np.asarray(np.einsum("gii->ig", self._damped))
 
-    @property
-    def _order(self) -> NDArray[np.intp]:
-        return self._in_order[1]
+    def columns(self, rows: NDArray[Any]) -> Float32:
+        """Put columns first, in the order of rounding; from shape (groups, outputs, size)."""
+        groups, outputs, size = rows.shape
+        result = np.empty((size, groups, outputs), np.float32)
+        for group, order in enumerate(self._order):
+            result[:, group] = rows[group].take(order, axis=1).T
+        return result
 
-    @cached_property
-    def upper(self) -> Float64:
-        """With its transpose it makes the inverse of the damped moment."""
-        inverses = [dtrtri(each, lower=1)[0] for each in _reversed_factor(self._damped)]
-        return np.ascontiguousarray(np.stack(inverses)[:, ::-1, ::-1])
+    def rows(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Put columns where they are in the weight again, shape (groups, outputs, size)."""
+        result = np.empty((*codes.shape[1:], len(codes)), np.uint8)
+        for group, order in enumerate(self._order):
+            result[group] = codes[np.argsort(order), group].T
+        return result
+
+    def errors(self, change: Float32) -> Float64:
+        """Output error of each row, from the changes of columns, shape (groups, outputs)."""
+        moved = np.matmul(self._damped, change.transpose(1, 0, 2)).transpose(1, 0, 2)
+        return np.asarray((moved * change).sum(axis=0, dtype=np.float64))
 
     def codes(
-        self, levels: NDArray[np.float32], rows: Float64, scales: Sequence[NDArray[np.float32]]
-    ) -> list[NDArray[np.uint8]]:
+        self, levels: NDArray[np.float32], scaled: Float32
+    ) -> tuple[NDArray[np.uint8], Float64]:
         """Round column by column, the error of each taken from those that are left.
 
-        Once with each of the given scales.
+        Parameters
+        ----------
+        levels : float32 array, shape (count,)
+        scaled : float32 array, shape (size, groups, outputs)
+            Overwritten.
+
+        Returns
+        -------
+        uint8 array, shape (size, groups, outputs)
+        float64 array, shape (groups, outputs)
+            Output error of each row, as by `errors`: as columns are rounded it becomes known.
         """
-        known = levels.astype(np.float64)
-        between = (known[1:] + known[:-1]) / 2
-        scaled = np.concatenate([unscaled(rows, each) for each in scales], axis=1)
-        rest = self._columns(scaled)
-        codes = np.zeros(rest.shape, np.uint8)
+        nearest, rest = NearestLevel(levels), scaled
+        codes, lost = np.empty(rest.shape, np.uint8), np.zeros(rest.shape[1:])
         for begin in range(0, len(rest), BLOCK):
             end = min(begin + BLOCK, len(rest))
-            block, errors = rest[begin:end], np.empty((end - begin, *rest.shape[1:]))
-            upper = self.upper[:, begin:end, begin:end].transpose(1, 2, 0)[..., None]
+            block, errors = rest[begin:end], np.empty((end - begin, *rest.shape[1:]), np.float32)
+            upper = self._upper[:, begin:end, begin:end].transpose(1, 2, 0)[..., None]
             for k in range(end - begin):
-                found = between.searchsorted(block[k])
+                found = nearest(block[k])
                 codes[begin + k] = found
-                errors[k] = (block[k] - known[found]) / upper[k, k]
+                errors[k] = (block[k] - levels.take(found)) / upper[k, k]
                 block[k + 1 :] -= errors[k] * upper[k, k + 1 :]
+            lost += np.square(errors).sum(axis=0)
             if end < len(rest):
-                _subtract(rest[end:], self.upper[:, begin:end, end:], errors)
-        return np.split(self._back(codes), len(scales), axis=1)
+                _subtract(rest[end:], self._upper[:, begin:end, end:], errors)
+        return codes, lost
 
-    def descended(self, coded: Coded, rows: Float64) -> Coded:
-        """Move every weight to its best level given all others, until none moves."""
-        levels = coded.levels.astype(np.float64)
-        codes = self._columns(coded.codes)
-        current = levels[codes]
+    def descended(
+        self, levels: NDArray[np.float32], codes: NDArray[np.uint8], scaled: Float32
+    ) -> NDArray[np.uint8]:
+        """Move every weight to its best level given all others, until none moves.
+
+        Parameters
+        ----------
+        levels : float32 array, shape (count,)
+        codes : uint8 array, shape (size, groups, outputs)
+        scaled : float32 array, shape (size, groups, outputs)
+        """
+        nearest, current = NearestLevel(levels), levels[codes]
         slopes = np.zeros_like(current)
-        _subtract(slopes, self._damped, self._columns(unscaled(rows, coded.scales)) - current)
+        _subtract(slopes, self._damped, scaled - current)
         for _ in range(SWEEPS):
             moved = False
             for begin in range(0, len(codes), BLOCK):
-                end = min(begin + BLOCK, len(codes))
-                steps = self._descend(slice(begin, end), slopes, current, codes, levels)
+                part = slice(begin, min(begin + BLOCK, len(codes)))
+                steps = self._descend(part, slopes[part].copy(), current[part], nearest, levels)
                 if steps.any():
-                    _subtract(slopes, self._damped[:, begin:end], -steps)
+                    _subtract(slopes, self._damped[:, part], -steps)
                     moved = True
             if not moved:
                 break
-        return Coded(self._back(codes), coded.levels, coded.scales)
-
-    def _columns(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """Put the columns first, in the order of rounding; shape (size, groups, outputs)."""
-        return np.ascontiguousarray(_reordered(rows, self._order, 2).transpose(2, 0, 1))
-
-    def _back(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Put columns in the order of the weight again."""
-        inverse = np.argsort(self._order, axis=1)
-        return np.ascontiguousarray(_reordered(codes.transpose(1, 2, 0), inverse, 2))
+        return nearest(current).astype(np.uint8)
 
     def _descend(
         self,
         part: slice,
-        slopes: Float64,
-        current: Float64,
-        codes: NDArray[np.uint8],
-        levels: Float64,
-    ) -> Float64:
+        slopes: Float32,
+        current: Float32,
+        nearest: NearestLevel,
+        levels: NDArray[np.float32],
+    ) -> Float32:
         """Move the weights of a block of columns, one column after the other; return by how much.
 
-        `current` and `codes` are changed in place, `slopes` is left to the caller.
+        `slopes` and `current`, which are the block's, are changed in place.
         """
-        between = (levels[1:] + levels[:-1]) / 2
-        block, damped = slopes[part].copy(), self._damped[:, part, part]
-        damped = damped.transpose(1, 2, 0)[..., None]
-        steps, weights, its_codes = np.empty_like(block), current[part], codes[part]
-        for k in range(len(block)):
-            found = between.searchsorted(weights[k] - block[k] / damped[k, k])
-            its_codes[k] = found
-            steps[k] = levels[found] - weights[k]
-            weights[k] += steps[k]
-            block[k + 1 :] += steps[k] * damped[k, k + 1 :]
+        damped = self._damped[:, part, part].transpose(1, 2, 0)[..., None]
+        steps = np.empty_like(slopes)
+        for k in range(len(slopes)):
+            found = levels.take(nearest(current[k] - slopes[k] / damped[k, k]))
+            steps[k] = found - current[k]
+            current[k] = found
+            slopes[k + 1 :] += steps[k] * damped[k, k + 1 :]
         return steps
 
 
-def _subtract(rest: Float64, matrix: Float64, errors: Float64) -> None:
+def _subtract(rest: Float32, matrix: Float32, errors: Float32) -> None:
     """Take ``errors`` (columns, groups, outputs), through a matrix for each group, from `rest`."""
-    for group, its in enumerate(matrix):
-        rest[:, group] -= its.T @ errors[:, group]
-
-
-def unscaled(values: NDArray[Any], scales: NDArray[Any]) -> Float64:
-    """Values of rows over their scales; 0 for rows of scale 0."""
-    shaped = scales.reshape(scales.shape + (1,) * (values.ndim - 2)).astype(np.float64)
-    return np.asarray(np.divide(values, shaped, where=shaped > 0, out=np.zeros_like(values)))
-
-
-def _reordered(array: NDArray[Any], order: NDArray[np.intp], axis: int) -> NDArray[Any]:
-    """Take the entries along an axis in the order of each group."""
-    shape = [len(order), 1, 1]
-    shape[axis] = order.shape[1]
-    return np.take_along_axis(array, order.reshape(shape), axis=axis)
+    moved = np.matmul(matrix.transpose(0, 2, 1), errors.transpose(1, 0, 2))
+    rest -= moved.transpose(1, 0, 2)

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.variants.low_rank.svd import Float64
-from cobla_onnx.variants.storage.coding import INTEGERS, SAMPLED, Coded, fit_levels, nearest
-from cobla_onnx.variants.storage.compensation import Compensation, unscaled
+from cobla_onnx.variants.storage.coding import INTEGERS, SAMPLED, Coded, NearestLevel, fit_levels
+from cobla_onnx.variants.storage.compensation import Compensation
 from cobla_onnx.variants.storage.precision import HALF, in_half
 
 __all__ = ["distortion", "mean_squares", "output_error", "round_weight"]
 
-# Weights that are rounded at a time, in double precision.
+# Weights that are rounded at a time.
 AT_ONCE = 1 << 22
 # Most weights that are rounded with several scales at once.
 TOGETHER = 1 << 18
@@ -63,8 +63,7 @@ def round_weight(rows: NDArray[Any], inputs: Compensation | None, bits: int) -> 
             (factor * sizes[:, some]).astype(np.float32)
             for factor in (INTEGER if bits == 8 else FITTED)
         ]
-        wide = rows[:, some].astype(np.float64)
-        parts.append(_rounded(wide, levels, scales, inputs))
+        parts.append(_rounded(rows[:, some].astype(np.float32), levels, scales, inputs))
     return Coded(
         np.concatenate([part.codes for part in parts], axis=1),
         levels,
@@ -73,27 +72,62 @@ def round_weight(rows: NDArray[Any], inputs: Compensation | None, bits: int) -> 
 
 
 def _rounded(
-    rows: Float64,
+    rows: NDArray[np.float32],
     levels: NDArray[np.float32],
     scales: Sequence[NDArray[np.float32]],
     inputs: Compensation | None,
 ) -> Coded:
     """Round rows with the best of several scales for each."""
-    judged = partial(_Judged.of, rows, None if inputs is None else inputs.second)
-    alone = (judged(Coded(_nearest_codes(levels, rows, each), levels, each)) for each in scales)
-    best = reduce(_better_rows, alone)
     if inputs is None:
-        return best.coded
-    near = [(factor * best.coded.scales).astype(np.float32) for factor in NEAR]
-    # Small weights with all scales at once: column by column, calls take longer than numbers do.
-    parts = [near] if rows.size <= TOGETHER else [[each] for each in near]
-    compensated = (
-        judged(Coded(codes, levels, each))
-        for part in parts
-        for codes, each in zip(inputs.codes(levels, rows, part), part, strict=True)
-    )
+        alone = _best_alone(rows.transpose(2, 0, 1), levels, scales, None)
+        return Coded(alone.codes.transpose(1, 2, 0), levels, alone.scales)
+    columns = inputs.columns(rows)
+    best = _best_alone(columns, levels, scales, inputs.energies)
+    change = levels[best.codes] - _unscaled(columns, best.scales)
     # What is rounded one by one takes part, so that the result is never worse than that.
-    return inputs.descended(reduce(_better_rows, compensated, best).coded, rows)
+    best = best._replace(errors=_in_units(inputs.errors(change), best.scales))
+    near = [(factor * best.scales).astype(np.float32) for factor in NEAR]
+    # Small weights with all scales at once: column by column, calls take longer than numbers do.
+    for part in [near] if rows.size <= TOGETHER else [[each] for each in near]:
+        scaled = np.concatenate([_unscaled(columns, each) for each in part], axis=2)
+        codes, errors = inputs.codes(levels, scaled)
+        each_one = np.split(codes, len(part), 2), part, np.split(errors, len(part), 1)
+        for its, scale, lost in zip(*each_one, strict=True):
+            best = _better_rows(best, _judged(its, scale, lost))
+    moved = inputs.descended(levels, best.codes, _unscaled(columns, best.scales))
+    return Coded(inputs.rows(moved), levels, best.scales)
+
+
+def _best_alone(
+    columns: NDArray[np.float32],
+    levels: NDArray[np.float32],
+    scales: Sequence[NDArray[np.float32]],
+    energies: NDArray[np.float32] | None,
+) -> _Judged:
+    """Round every number to the nearest level, with the scale that is best for each row.
+
+    As if inputs were independent.
+
+    Parameters
+    ----------
+    columns : float32 array, shape (size, groups, outputs)
+    levels : float32 array, shape (count,)
+    scales : sequence of float32 array, each of shape (groups, outputs)
+    energies : float32 array, shape (size, groups), optional
+        Of the inputs; of the same energy, if not given.
+    """
+    nearest = NearestLevel(levels)
+
+    def rounded(scale: NDArray[np.float32]) -> _Judged:
+        scaled = _unscaled(columns, scale)
+        codes = nearest(scaled)
+        scaled -= levels.take(codes)
+        squares = np.square(scaled, out=scaled)
+        if energies is not None:
+            squares *= energies[:, :, None]
+        return _judged(codes.astype(np.uint8), scale, squares.sum(axis=0, dtype=np.float64))
+
+    return reduce(_better_rows, map(rounded, scales))
 
 
 def _sizes(rows: NDArray[Any], bits: int) -> Float64:
@@ -111,7 +145,7 @@ def _normalised(rows: NDArray[Any], sizes: Float64) -> Float64:
     """Some weights, evenly spaced, over the size of their row."""
     places = np.arange(0, rows.size, -(-rows.size // SAMPLED))
     values = rows.reshape(-1)[places].astype(np.float64)
-    return unscaled(values, sizes.reshape(-1)[places // rows.shape[2]])
+    return _unscaled(values, sizes.reshape(-1)[places // rows.shape[2]])
 
 
 def mean_squares(rows: NDArray[Any]) -> Float64:
@@ -141,8 +175,6 @@ def distortion(rows: NDArray[Any], bits: int) -> float:
     groups, outputs, size = rows.shape
     some = rows[:, :: max(1, -(-outputs * groups * size // SAMPLED))]
     if bits != HALF:
-        # A row's numbers may come in any order; levels are found faster for ascending ones.
-        some = np.sort(some, axis=2)
         lost = float(output_error(round_weight(some, None, bits), some, None).sum())
     elif max(rows.max(initial=0.0), -rows.min(initial=0.0)) > np.finfo(np.float16).max:
         return math.inf
@@ -154,29 +186,40 @@ def distortion(rows: NDArray[Any], bits: int) -> float:
 
 
 class _Judged(NamedTuple):
-    """A weight in fewer bits, and the output error of each of its rows."""
+    """A weight in fewer bits, columns first, and the error of each of its rows.
 
-    coded: Coded
+    Attributes
+    ----------
+    codes : uint8 array, shape (size, groups, outputs)
+    scales : float32 array, shape (groups, outputs)
+    errors : float64 array, shape (groups, outputs)
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
     errors: Float64
 
-    @staticmethod
-    def of(rows: Float64, second: Float64 | None, coded: Coded) -> _Judged:
-        """Judge a weight."""
-        return _Judged(coded, output_error(coded, rows, second))
+
+def _judged(codes: NDArray[np.uint8], scales: NDArray[np.float32], errors: Float64) -> _Judged:
+    """Judge a weight, from errors of its rows over their scales."""
+    return _Judged(codes, scales, _in_units(errors, scales))
+
+
+def _in_units(errors: Float64, scales: NDArray[np.float32]) -> Float64:
+    """Squared errors of rows, from those of rows over their scales."""
+    return np.asarray(errors * np.square(scales.astype(np.float64)))
 
 
 def _better_rows(one: _Judged, other: _Judged) -> _Judged:
     """Take every row from the weight that leaves it less error."""
     better = other.errors < one.errors
-    coded = Coded(
-        np.where(better[:, :, None], other.coded.codes, one.coded.codes),
-        one.coded.levels,
-        np.where(better, other.coded.scales, one.coded.scales),
+    return _Judged(
+        np.where(better, other.codes, one.codes),
+        np.where(better, other.scales, one.scales),
+        np.where(better, other.errors, one.errors),
     )
-    return _Judged(coded, np.where(better, other.errors, one.errors))
 
 
-def _nearest_codes(
-    levels: NDArray[np.float32], rows: Float64, scales: NDArray[np.float32]
-) -> NDArray[np.uint8]:
-    return nearest(levels, unscaled(rows, scales)).astype(np.uint8)
+def _unscaled(columns: NDArray[Any], scales: NDArray[Any]) -> NDArray[Any]:
+    """Numbers over the scales of their rows, which are the last axes; 0 for rows of scale 0."""
+    return np.asarray(np.divide(columns, scales, where=scales > 0, out=np.zeros_like(columns)))

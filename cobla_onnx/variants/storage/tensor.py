@@ -129,15 +129,13 @@ class StoredTensor:
         return INTEGERS if self.bits == 8 else np.asarray(self.arrays["levels"], np.float32)
 
     @property
-    def _codes(self) -> NDArray[np.intp]:
+    def _codes(self) -> NDArray[np.uint8]:
         if self.bits == 8:
-            return self.arrays["codes"].astype(np.intp) + 128
+            return (self.arrays["codes"].astype(np.int16) + 128).astype(np.uint8)
         planes = [self.arrays[f"plane_{number}"] for number in range(len(PLANES[self.bits]))]
-        return (
-            unpack(planes, self.bits, self.values.size).reshape(self.values.shape).astype(np.intp)
-        )
+        return unpack(planes, self.bits, self.values.size).reshape(self.values.shape)
 
-    def _nearest(self, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.intp]:
+    def _nearest(self, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.integer[Any]]:
         return nearest(self._levels, parts[LEVEL]) if LEVEL in parts else self._codes
 
     def with_parts(self, layer: Layer, parts: Mapping[str, NDArray[Any]]) -> StoredTensor:

@@ -21,7 +21,7 @@ from cobla_onnx.variants.coded_factors.units import factor_distortion
 from cobla_onnx.variants.low_rank.matricisation import ConvScheme, Scheme
 from cobla_onnx.variants.low_rank.svd import factorize
 from cobla_onnx.variants.low_rank.weighted_svd import OutputFactorizer, WeightedFactorizer
-from cobla_onnx.variants.storage.rounding import unavoidable
+from cobla_onnx.variants.storage.compensation import unavoidable
 from tests.variants.storage.test_rounding import correlated
 
 SHAPE = (12, 8, 3, 3)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from cobla_onnx.variants.storage.coding import INTEGERS, fit_levels, nearest
 
@@ -35,11 +39,41 @@ def test_fitted_levels_are_better_than_even_ones(size: int, seed: int) -> None:
 @given(seed=st.integers(0, 99), count=st.sampled_from([2, 8, 64, 100, 256]))
 def test_the_nearest_level_is_found(seed: int, count: int) -> None:
     rng = np.random.default_rng(seed)
-    levels, values = np.sort(rng.normal(size=count)), rng.normal(size=50)
+    levels: NDArray[Any] = np.sort(rng.normal(size=count))
+    values = rng.normal(size=50)
     if count == len(INTEGERS):
         levels, values = INTEGERS, 100 * values
     expected = np.abs(values[:, None] - levels).min(axis=1)
     np.testing.assert_allclose(np.abs(values - levels[nearest(levels, values)]), expected)
+
+
+@given(
+    count=st.sampled_from([4, 16, 64]),
+    different=st.integers(1, 64),
+    spread=st.sampled_from([1e-38, 1e-3, 1.0, 1e30]),
+    seed=st.integers(0, 999),
+)
+def test_a_table_finds_what_a_search_finds(
+    count: int, different: int, spread: float, seed: int
+) -> None:
+    """Of levels that are the same, or crowded; at middles and beside them, and far away."""
+    rng = np.random.default_rng(seed)
+    some = (rng.normal(size=different) ** 5 * spread).astype(np.float32)
+    levels = np.sort(rng.choice(some, count))
+    middles = (levels[1:] + levels[:-1]) / 2
+    beside = [np.nextafter(middles, np.float32(to)) for to in (-np.inf, np.inf)]
+    far = np.array([-np.inf, np.inf, -3e38, 3e38, 0.0], np.float32)
+    values = np.concatenate([some, middles, *beside, far])
+    with np.errstate(over="ignore"):
+        found = nearest(levels, values)
+    np.testing.assert_array_equal(found, middles.searchsorted(values))
+
+
+@pytest.mark.parametrize("levels", [INTEGERS, np.arange(4.0)])
+def test_what_is_no_number_has_some_level(levels: np.ndarray) -> None:
+    found = nearest(levels, np.array([np.nan, 1.0]))
+    assert 0 <= found[0] < len(levels)
+    assert levels[found[1]] == 1.0
 
 
 def test_of_two_levels_as_near_the_lower_one_is_taken() -> None:
