@@ -117,13 +117,21 @@ def open_subject(name: str, folders: Folders) -> Subject:
 
 
 def measure(subject: Subject, method: str, budget: float | None, out: Path, limit: float) -> Row:
-    """Make a model in a child process, then judge it; `limit` is in seconds."""
+    """Make a model in a child process, then judge it; `limit` is in seconds.
+
+    One that onnxruntime does not run was not made.
+    """
     tool = Path(__file__).with_name("precision_methods.py")
     command = [sys.executable, tool, method, subject.model, subject.data, out]
     row = field.run_child([*map(str, command), *([repr(budget)] if budget else [])], limit)
     if row["exit_code"] == 0:
-        row |= sizes(subject.model, out)
-        row["quality"] = dict(subject.judge(out))
+        try:
+            row |= {**sizes(subject.model, out), "quality": dict(subject.judge(out))}
+        except Exception as error:
+            # Those of onnxruntime have no base class of their own.
+            if not type(error).__module__.startswith("onnxruntime."):
+                raise
+            row |= {"exit_code": 1, "said": str(error).splitlines()[0]}
     return row
 
 

@@ -81,6 +81,18 @@ def test_a_row_is_measured_once_and_shown_between_the_markers(tool, tmp_path, mo
     assert "| float16 | 0.5" in text
 
 
+def test_a_model_that_does_not_run_was_not_made(tool, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no model")
+    monkeypatch.setattr(tool.field, "run_child", lambda *_: {"exit_code": 0, "cpu_seconds": 1.0})
+    monkeypatch.setattr(tool, "sizes", lambda *_: {"mem": 0.5})
+    subject = tool.Subject(broken, broken, tool.onnxruntime.InferenceSession)
+    row = tool.measure(subject, "float16", None, broken, 9.0)
+    assert row["exit_code"] == 1
+    assert "broken.onnx" in row["said"]
+    assert tool.quality_of(row) == "fails"
+
+
 def test_what_is_not_there_is_left_out_with_a_reason(tool, tmp_path, capsys):
     tool.run(tmp_path / "results.json", models=tmp_path / "nowhere", methods="float16")
     assert "small: left out, small.onnx is not in" in capsys.readouterr().err
