@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg.lapack import dtrtri
 
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.storage.coding import NearestLevel
@@ -73,7 +72,7 @@ class Compensation:
     What this takes from the moment is made once, for all numbers of bits and all weights. Columns
     are the leading axis here, in the order in which they are rounded, so that each of them lies
     together in memory; and rows are divided by their scales. These numbers are in single precision,
-    far finer than any levels; only the inverse of the moment is made in double.
+    far finer than any levels; only the factor of the moment is made in double.
 
     Parameters
     ----------
@@ -84,15 +83,14 @@ class Compensation:
         damped, self._order = _damped_in_order(second)
         # Of any size, which single precision might not hold. Errors are compared within a row.
         damped /= np.einsum("gii->g", damped)[:, None, None] / second.shape[1]
-        inverses = [dtrtri(each, lower=1)[0] for each in _reversed_factor(damped)]
-        # With its transpose it makes the inverse of the damped moment.
-        self._upper = np.ascontiguousarray(np.stack(inverses)[:, ::-1, ::-1], np.float32)
+        # Upper triangular; with its transpose it makes the damped moment.
+        self._factor = np.ascontiguousarray(_reversed_factor(damped)[:, ::-1, ::-1], np.float32)
         self._damped = damped.astype(np.float32)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is made of the moment."""
-        return self._damped.nbytes + self._upper.nbytes
+        return self._damped.nbytes + self._factor.nbytes
 
     @property
     def energies(self) -> Float32:
@@ -116,7 +114,7 @@ class Compensation:
 
     def errors(self, change: Float32) -> Float64:
         """Output error of each row, from the changes of columns, shape (groups, outputs)."""
-        moved = np.matmul(self._damped, change.transpose(1, 0, 2)).transpose(1, 0, 2)
+        moved = _through(self._damped, change)
         return np.asarray((moved * change).sum(axis=0, dtype=np.float64))
 
     def codes(
@@ -124,11 +122,14 @@ class Compensation:
     ) -> tuple[NDArray[np.uint8], Float64]:
         """Round column by column, the error of each taken from those that are left.
 
+        With S = F F^T the error of changes d is ||F^T d||^2, and its term of a column has the
+        changes of this column and of those before it alone: rounding makes each term as small as
+        it can be. These are the codes of GPTQ, which takes them from the inverse of the moment.
+
         Parameters
         ----------
         levels : float32 array, shape (count,)
         scaled : float32 array, shape (size, groups, outputs)
-            Overwritten.
 
         Returns
         -------
@@ -136,20 +137,19 @@ class Compensation:
         float64 array, shape (groups, outputs)
             Output error of each row, as by `errors`: as columns are rounded it becomes known.
         """
-        nearest, rest = NearestLevel(levels), scaled
-        codes, lost = np.empty(rest.shape, np.uint8), np.zeros(rest.shape[1:])
-        for begin in range(0, len(rest), BLOCK):
-            end = min(begin + BLOCK, len(rest))
-            block, errors = rest[begin:end], np.empty((end - begin, *rest.shape[1:]), np.float32)
-            upper = self._upper[:, begin:end, begin:end].transpose(1, 2, 0)[..., None]
+        nearest, codes = NearestLevel(levels), np.empty(scaled.shape, np.uint8)
+        changes, lost = np.empty_like(scaled), np.zeros(scaled.shape[1:])
+        for begin in range(0, len(scaled), BLOCK):
+            end = min(begin + BLOCK, len(scaled))
+            # What the changes so far are in the terms of the block's columns.
+            terms = _through(self._factor[:, :begin, begin:end], changes[:begin])
+            factor = self._factor[:, begin:end, begin:end].transpose(1, 2, 0)[..., None]
             for k in range(end - begin):
-                found = nearest(block[k])
+                found = nearest(scaled[begin + k] - terms[k] / factor[k, k])
                 codes[begin + k] = found
-                errors[k] = (block[k] - levels.take(found)) / upper[k, k]
-                block[k + 1 :] -= errors[k] * upper[k, k + 1 :]
-            lost += np.square(errors).sum(axis=0)
-            if end < len(rest):
-                _subtract(rest[end:], self._upper[:, begin:end, end:], errors)
+                change = np.subtract(levels.take(found), scaled[begin + k], out=changes[begin + k])
+                terms[k:] += change * factor[k, k:]
+            lost += np.square(terms).sum(axis=0)
         return codes, lost
 
     def descended(
@@ -164,15 +164,14 @@ class Compensation:
         scaled : float32 array, shape (size, groups, outputs)
         """
         nearest, current = NearestLevel(levels), levels[codes]
-        slopes = np.zeros_like(current)
-        _subtract(slopes, self._damped, scaled - current)
+        slopes = _through(self._damped, current - scaled)
         for _ in range(SWEEPS):
             moved = False
             for begin in range(0, len(codes), BLOCK):
                 part = slice(begin, min(begin + BLOCK, len(codes)))
                 steps = self._descend(part, slopes[part].copy(), current[part], nearest, levels)
                 if steps.any():
-                    _subtract(slopes, self._damped[:, part], -steps)
+                    slopes += _through(self._damped[:, part], steps)
                     moved = True
             if not moved:
                 break
@@ -200,7 +199,7 @@ class Compensation:
         return steps
 
 
-def _subtract(rest: Float32, matrix: Float32, errors: Float32) -> None:
-    """Take ``errors`` (columns, groups, outputs), through a matrix for each group, from `rest`."""
-    moved = np.matmul(matrix.transpose(0, 2, 1), errors.transpose(1, 0, 2))
-    rest -= moved.transpose(1, 0, 2)
+def _through(matrix: Float32, columns: Float32) -> Float32:
+    """Transposed matrix of each group times ``columns`` (size, groups, outputs)."""
+    product = np.matmul(matrix.transpose(0, 2, 1), columns.transpose(1, 0, 2))
+    return np.asarray(product.transpose(1, 0, 2))
