@@ -33,7 +33,7 @@ def unavoidable(second: Float64) -> Float64:
     """Energy of the inputs that no others make up for, shape (groups,).
 
     Rounding a column of a row by mistake e leaves e^2 times the energy of its input given the
-    inputs whose columns are rounded later, 1 / U_jj^2 of GPTQ. The sum of these over all columns,
+    inputs whose columns are rounded later, F_jj^2 for S = F F^T. The sum of these over all columns,
     times the row's mean square and the layer's `distortion`, is the error that `round_weight`
     leaves, to about a tenth from 3 bits on: what rounding costs is known before it is done.
 
@@ -42,15 +42,12 @@ def unavoidable(second: Float64) -> Float64:
     second : float64 array, shape (groups, size, size)
     """
     damped, _ = _damped_in_order(second)
-    return np.asarray(np.square(np.einsum("gii->gi", _reversed_factor(damped))).sum(axis=1))
+    return np.asarray(np.square(np.einsum("gii->gi", _factor(damped))).sum(axis=1))
 
 
-def _reversed_factor(damped: Float64) -> Float64:
-    """Return U^-1 for the upper triangular U with U^T U the inverse, rows and columns reversed.
-
-    So reversed it is the Cholesky factor of the reversed moment, and no inverse is needed.
-    """
-    return np.asarray(np.linalg.cholesky(damped[:, ::-1, ::-1]))
+def _factor(damped: Float64) -> Float64:
+    """Return the upper triangular F of which F F^T is the moment."""
+    return np.asarray(np.linalg.cholesky(damped[:, ::-1, ::-1])[:, ::-1, ::-1])
 
 
 def _damped_in_order(second: Float64) -> tuple[Float64, NDArray[np.intp]]:
@@ -83,8 +80,7 @@ class Compensation:
         damped, self._order = _damped_in_order(second)
         # Of any size, which single precision might not hold. Errors are compared within a row.
         damped /= np.einsum("gii->g", damped)[:, None, None] / second.shape[1]
-        # Upper triangular; with its transpose it makes the damped moment.
-        self._factor = np.ascontiguousarray(_reversed_factor(damped)[:, ::-1, ::-1], np.float32)
+        self._factor = np.ascontiguousarray(_factor(damped), np.float32)
         self._damped = damped.astype(np.float32)
 
     @property
