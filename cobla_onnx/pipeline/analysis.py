@@ -295,10 +295,11 @@ def analyse(
 
     With `see`, which collects statistics on the calibration data, errors are those of the layers'
     outputs and not of their weights, unless `weigh` is False. With bits, candidates that others
-    beat are left out, and factors that save no time multiplied out, unless families are compared
-    with each other (`comparing`). The layers named in `unmeasured` stay whole: no loss would see
-    their errors. With `followed`, whose model is `model`, layers and bytes of branches that data
-    never takes are told and counted, and bytes that were stored more than once.
+    beat are left out, and factors that save no time multiplied out, or left out where that cannot
+    be, unless families are compared with each other (`comparing`). The layers named in `unmeasured`
+    stay whole: no loss would see their errors. With `followed`, whose model is `model`, layers and
+    bytes of branches that data never takes are told and counted, and bytes that were stored more
+    than once.
 
     Raises
     ------
@@ -321,9 +322,9 @@ def analyse(
         model, shapes, taken, skipped, macs, needed=macs_needed
     )
     # Whoever asks for bits has weights made when a session opens anyway.
-    folding = bool(asked.bits) and not (asked.ranks.faster or comparing)
-    folding = folding and opset_of(model) >= FOLDED_FROM
-    costs = [LayerCosts(count, shapes, folding) for count in each_macs]
+    quick = bool(asked.bits) and not (asked.ranks.faster or comparing)
+    folding = quick and opset_of(model) >= FOLDED_FROM
+    costs = [LayerCosts(count, shapes, folding, quick) for count in each_macs]
     size, saved = followed.stored_bytes + followed.saved, followed.saved
     bare = Analysis(
         (), skipped, size, total, known, notes, None, shapes, mem_saved=saved, folding=folding

@@ -94,11 +94,15 @@ class LayerCosts:
     folding : bool
         Whether weights may be made from what is stored when a session opens where that is no
         slower, which gives up what a variant saves of MACs.
+    quick : bool
+        Whether a variant that is likely to be slower than the layer is left out, where it cannot
+        be made so.
     """
 
     macs: int | None
     shapes: Mapping[str, Shape]
     folding: bool = False
+    quick: bool = False
 
 
 @dataclass(frozen=True)

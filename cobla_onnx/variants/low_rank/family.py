@@ -59,7 +59,7 @@ class LowRankFamily(VariantFamily):
     def propose(
         self, layer: Layer, costs: LayerCosts, asked: Asked
     ) -> Sequence[Proposal] | Refusal:
-        """Propose the ranks at which the layer is smaller, and not slower in MACs."""
+        """Propose the ranks at which the layer is smaller, and not slower: in MACs, or at all."""
         if operator_of(layer).kind not in SCHEMES:
             return Refusal(Reason.OPERATOR)
         if is_depthwise(layer):
@@ -67,16 +67,18 @@ class LowRankFamily(VariantFamily):
         grid, pointwise = _grid(layer, asked.ranks)
         found, useful = [], False
         for scheme in schemes_for(layer, asked.scheme):
-            most = largest_rank(layer, scheme)
+            most, folds = largest_rank(layer, scheme), costs.folding and can_fold(layer, scheme)
+            per_rank = None if costs.macs is None else _macs_per_rank(layer, scheme, costs)
             if costs.macs is not None:
-                per_rank = _macs_per_rank(layer, scheme, costs)
                 if not per_rank:
                     continue
                 useful |= most >= 1 and costs.macs >= per_rank
-                if not (costs.folding and can_fold(layer, scheme)):
+                if not folds:
                     most = min(most, asked.ranks.most(costs.macs, per_rank, pointwise=pointwise))
             useful |= most >= 1
             ranks = grid.candidates(most)
+            if costs.quick and costs.macs and per_rank and not folds:
+                ranks = ranks[~no_faster(layer, ranks, per_rank, costs.macs)]
             if len(ranks):
                 found.append(Proposal(scheme, ranks, self.most(layer, scheme)))
         if found:
@@ -140,7 +142,7 @@ class LowRankFamily(VariantFamily):
         if not costs.folding or costs.macs is None or not can_fold(layer, form):
             return False
         per_rank = _macs_per_rank(layer, form, costs)
-        return per_rank is not None and no_faster(layer, level, per_rank, costs.macs)
+        return per_rank is not None and bool(no_faster(layer, level, per_rank, costs.macs))
 
     def unit(
         self,

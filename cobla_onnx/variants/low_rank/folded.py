@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cobla_onnx.errors import UsageError
@@ -46,20 +47,22 @@ def can_fold(layer: Layer, scheme: Scheme) -> bool:
     return not isinstance(scheme, ConvScheme) or scheme.group == 1 or scheme.offsets == 1
 
 
-def no_faster(layer: Layer, rank: int, macs_per_rank: int, macs: int) -> bool:
+def no_faster(
+    layer: Layer, rank: int | NDArray[np.int64], macs_per_rank: int, macs: int
+) -> NDArray[np.bool_]:
     """Whether two nodes of a rank are likely to take as long as the layer's own one.
 
     Parameters
     ----------
-    rank : int
+    rank : int or int64 array
     macs_per_rank : int
         Of both nodes.
     macs : int
         Of the layer's own.
     """
     if layer.op == "Conv" and len(layer.shape) == 4:
-        return -(-rank // BLOCK) * BLOCK * macs_per_rank > SHARE * macs
-    return rank * macs_per_rank > macs
+        return np.asarray(-(-rank // BLOCK) * BLOCK * macs_per_rank > SHARE * macs)
+    return np.asarray(rank * macs_per_rank > macs)
 
 
 def product_nodes(

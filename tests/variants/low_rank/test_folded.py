@@ -217,6 +217,16 @@ def test_ranks_with_more_macs_than_the_layer_are_proposed_where_they_fold() -> N
     assert set(found[True].per_level) == {"mem"}
 
 
+def test_ranks_that_are_no_faster_are_left_out_where_they_cannot_fold() -> None:
+    """As in models whose opset has no constant shapes."""
+    _, layer = convolution()
+    shapes, whole = {"x": (1, 64, 8, 8), "y": (1, 64, 8, 8)}, 64 * 64 * 9 * 64
+    family, asked = require_family("channel"), Asked("channel", EVERY_RANK, bits=(8,))
+    for folding, quick, most in ((False, False, 57), (False, True, 32), (True, True, 57)):
+        (proposal,) = family.propose(layer, LayerCosts(whole, shapes, folding, quick), asked)
+        np.testing.assert_array_equal(proposal.levels, np.arange(1, most + 1))
+
+
 def test_layers_without_blocks_fold_where_two_nodes_have_more_macs() -> None:
     (layer,) = find_layers(network(6)).layers
     assert not no_faster(layer, 4, 10, 40)
