@@ -113,8 +113,9 @@ class FromInputs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the moments."""
-        return self._split.nbytes + self._cross.nbytes + self.own.nbytes
+        """Bytes of the moments, and of `own`, which half precision does without."""
+        groups, size = self._split.shape[:2]
+        return self._split.nbytes + self._cross.nbytes + Compensation.size_of(groups, size)
 
     def seen(self, group: int, left: Float64, right: Float64) -> tuple[Float64, Float64]:
         """Follow the inputs through the first factor."""

@@ -86,7 +86,12 @@ class Compensation:
     @property
     def nbytes(self) -> int:
         """Bytes of what is made of the moment."""
-        return self._damped.nbytes + self._factor.nbytes
+        return self.size_of(*self._order.shape)
+
+    @staticmethod
+    def size_of(groups: int, size: int) -> int:
+        """Bytes of what is made of a moment of shape (groups, size, size)."""
+        return 2 * 4 * groups * size**2
 
     @property
     def energies(self) -> Float32:

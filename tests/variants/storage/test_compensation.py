@@ -60,3 +60,9 @@ def test_columns_of_most_energy_come_first(size: int) -> None:
     inputs = Compensation(correlated(np.random.default_rng(0), 2, size))
     assert np.all(np.diff(inputs.energies, axis=0) <= 1e-6)
     np.testing.assert_allclose(inputs.energies.mean(axis=0), 1.0, rtol=1e-5)
+
+
+def test_its_bytes_are_those_of_its_arrays() -> None:
+    inputs = Compensation(correlated(np.random.default_rng(0), 2, 5))
+    arrays = [each for each in vars(inputs).values() if each.dtype == np.float32]
+    assert inputs.nbytes == sum(each.nbytes for each in arrays) == Compensation.size_of(2, 5)
