@@ -22,8 +22,9 @@ from cobla_onnx.variants.storage.precision import HALF, in_half
 
 __all__ = ["distortion", "mean_squares", "output_error", "round_weight"]
 
-# Weights that are rounded at a time.
-AT_ONCE = 1 << 22
+# Weights that are rounded at a time: under a moment, as products of matrices; and one by one, where
+# what is computed of them stays in a processor's cache.
+TOGETHER_AT_ONCE, ALONE_AT_ONCE = 1 << 22, 1 << 15
 # Most weights that are rounded with several scales at once.
 TOGETHER = 1 << 18
 # Scales that are tried, as multiples of the row's root mean square, or, with integers as levels,
@@ -55,7 +56,8 @@ def round_weight(rows: NDArray[Any], inputs: Compensation | None, bits: int) -> 
     sizes[sizes < LEAST] = 0.0
     levels = INTEGERS if bits == 8 else fit_levels(_normalised(rows, sizes), 1 << bits)
     groups, outputs, size = rows.shape
-    step = max(1, AT_ONCE // max(groups * size, 1))
+    at_once = ALONE_AT_ONCE if inputs is None else TOGETHER_AT_ONCE
+    step = max(1, at_once // max(groups * size, 1))
     parts = []
     for begin in range(0, outputs, step):
         some = slice(begin, begin + step)
