@@ -72,9 +72,14 @@ class NearestLevel:
     ----------
     levels : float array, shape (count,)
         At most 256, ascending.
+
+    Attributes
+    ----------
+    levels : float array, shape (count,)
     """
 
     def __init__(self, levels: NDArray[Any]) -> None:
+        self.levels = levels
         self._even = levels is INTEGERS
         if self._even:
             return

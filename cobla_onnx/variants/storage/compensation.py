@@ -118,9 +118,7 @@ class Compensation:
         moved = _through(self._damped, change)
         return np.asarray((moved * change).sum(axis=0, dtype=np.float64))
 
-    def codes(
-        self, levels: NDArray[np.float32], scaled: Float32
-    ) -> tuple[NDArray[np.uint8], Float64]:
+    def codes(self, nearest: NearestLevel, scaled: Float32) -> tuple[NDArray[np.uint8], Float64]:
         """Round column by column, the error of each taken from those that are left.
 
         With S = F F^T the error of changes d is ||F^T d||^2, and its term of a column has the
@@ -129,7 +127,7 @@ class Compensation:
 
         Parameters
         ----------
-        levels : float32 array, shape (count,)
+        nearest : NearestLevel
         scaled : float32 array, shape (size, groups, outputs)
 
         Returns
@@ -138,7 +136,7 @@ class Compensation:
         float64 array, shape (groups, outputs)
             Output error of each row, as by `errors`: as columns are rounded it becomes known.
         """
-        nearest, codes = NearestLevel(levels), np.empty(scaled.shape, np.uint8)
+        levels, codes = nearest.levels, np.empty(scaled.shape, np.uint8)
         changes, lost = np.empty_like(scaled), np.zeros(scaled.shape[1:])
         for begin in range(0, len(scaled), BLOCK):
             end = min(begin + BLOCK, len(scaled))
@@ -154,23 +152,23 @@ class Compensation:
         return codes, lost
 
     def descended(
-        self, levels: NDArray[np.float32], codes: NDArray[np.uint8], scaled: Float32
+        self, nearest: NearestLevel, codes: NDArray[np.uint8], scaled: Float32
     ) -> NDArray[np.uint8]:
         """Move every weight to its best level given all others, until none moves.
 
         Parameters
         ----------
-        levels : float32 array, shape (count,)
+        nearest : NearestLevel
         codes : uint8 array, shape (size, groups, outputs)
         scaled : float32 array, shape (size, groups, outputs)
         """
-        nearest, current = NearestLevel(levels), levels[codes]
+        current = nearest.levels[codes]
         slopes = _through(self._damped, current - scaled)
         for _ in range(SWEEPS):
             moved = False
             for begin in range(0, len(codes), BLOCK):
                 part = slice(begin, min(begin + BLOCK, len(codes)))
-                steps = self._descend(part, slopes[part].copy(), current[part], nearest, levels)
+                steps = self._descend(part, slopes[part].copy(), current[part], nearest)
                 if steps.any():
                     slopes += _through(self._damped[:, part], steps)
                     moved = True
@@ -179,12 +177,7 @@ class Compensation:
         return nearest(current).astype(np.uint8)
 
     def _descend(
-        self,
-        part: slice,
-        slopes: Float32,
-        current: Float32,
-        nearest: NearestLevel,
-        levels: NDArray[np.float32],
+        self, part: slice, slopes: Float32, current: Float32, nearest: NearestLevel
     ) -> Float32:
         """Move the weights of a block of columns, one column after the other; return by how much.
 
@@ -193,7 +186,7 @@ class Compensation:
         damped = self._damped[:, part, part].transpose(1, 2, 0)[..., None]
         steps = np.empty_like(slopes)
         for k in range(len(slopes)):
-            found = levels.take(nearest(current[k] - slopes[k] / damped[k, k]))
+            found = nearest.levels.take(nearest(current[k] - slopes[k] / damped[k, k]))
             steps[k] = found - current[k]
             current[k] = found
             slopes[k + 1 :] += steps[k] * damped[k, k + 1 :]

@@ -58,14 +58,14 @@ def round_weight(rows: NDArray[Any], inputs: Compensation | None, bits: int) -> 
     groups, outputs, size = rows.shape
     at_once = ALONE_AT_ONCE if inputs is None else TOGETHER_AT_ONCE
     step = max(1, at_once // max(groups * size, 1))
-    parts = []
+    nearest, parts = NearestLevel(levels), []
     for begin in range(0, outputs, step):
         some = slice(begin, begin + step)
         scales = [
             (factor * sizes[:, some]).astype(np.float32)
             for factor in (INTEGER if bits == 8 else FITTED)
         ]
-        parts.append(_rounded(rows[:, some].astype(np.float32), levels, scales, inputs))
+        parts.append(_rounded(np.asarray(rows[:, some], np.float32), nearest, scales, inputs))
     return Coded(
         np.concatenate([part.codes for part in parts], axis=1),
         levels,
@@ -75,16 +75,17 @@ def round_weight(rows: NDArray[Any], inputs: Compensation | None, bits: int) -> 
 
 def _rounded(
     rows: NDArray[np.float32],
-    levels: NDArray[np.float32],
+    nearest: NearestLevel,
     scales: Sequence[NDArray[np.float32]],
     inputs: Compensation | None,
 ) -> Coded:
     """Round rows with the best of several scales for each."""
+    levels = nearest.levels
     if inputs is None:
-        alone = _best_alone(rows.transpose(2, 0, 1), levels, scales, None)
+        alone = _best_alone(rows.transpose(2, 0, 1), nearest, scales, None)
         return Coded(alone.codes.transpose(1, 2, 0), levels, alone.scales)
     columns = inputs.columns(rows)
-    best = _best_alone(columns, levels, scales, inputs.energies)
+    best = _best_alone(columns, nearest, scales, inputs.energies)
     change = levels[best.codes] - _unscaled(columns, best.scales)
     # What is rounded one by one takes part, so that the result is never worse than that.
     best = best._replace(errors=_in_units(inputs.errors(change), best.scales))
@@ -92,17 +93,17 @@ def _rounded(
     # Small weights with all scales at once: column by column, calls take longer than numbers do.
     for part in [near] if rows.size <= TOGETHER else [[each] for each in near]:
         scaled = np.concatenate([_unscaled(columns, each) for each in part], axis=2)
-        codes, errors = inputs.codes(levels, scaled)
+        codes, errors = inputs.codes(nearest, scaled)
         each_one = np.split(codes, len(part), 2), part, np.split(errors, len(part), 1)
         for its, scale, lost in zip(*each_one, strict=True):
             best = _better_rows(best, _judged(its, scale, lost))
-    moved = inputs.descended(levels, best.codes, _unscaled(columns, best.scales))
+    moved = inputs.descended(nearest, best.codes, _unscaled(columns, best.scales))
     return Coded(inputs.rows(moved), levels, best.scales)
 
 
 def _best_alone(
     columns: NDArray[np.float32],
-    levels: NDArray[np.float32],
+    nearest: NearestLevel,
     scales: Sequence[NDArray[np.float32]],
     energies: NDArray[np.float32] | None,
 ) -> _Judged:
@@ -113,17 +114,16 @@ def _best_alone(
     Parameters
     ----------
     columns : float32 array, shape (size, groups, outputs)
-    levels : float32 array, shape (count,)
+    nearest : NearestLevel
     scales : sequence of float32 array, each of shape (groups, outputs)
     energies : float32 array, shape (size, groups), optional
         Of the inputs; of the same energy, if not given.
     """
-    nearest = NearestLevel(levels)
 
     def rounded(scale: NDArray[np.float32]) -> _Judged:
         scaled = _unscaled(columns, scale)
         codes = nearest(scaled)
-        scaled -= levels.take(codes)
+        scaled -= nearest.levels.take(codes)
         squares = np.square(scaled, out=scaled)
         if energies is not None:
             squares *= energies[:, :, None]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cobla_onnx.variants.storage.coding import INTEGERS
+from cobla_onnx.variants.storage.coding import INTEGERS, NearestLevel
 from cobla_onnx.variants.storage.compensation import BLOCK, Compensation
 from tests.variants.storage.test_rounding import correlated
 
@@ -30,7 +30,7 @@ def test_what_is_lost_becomes_known_while_columns_are_rounded(
     inputs = Compensation(scale * correlated(rng, groups, size))
     columns = inputs.columns(3.0 * rng.normal(size=(groups, outputs, size)))
     levels = np.sort(rng.normal(size=8)).astype(np.float32)
-    codes, lost = inputs.codes(levels, columns)
+    codes, lost = inputs.codes(NearestLevel(levels), columns)
     stated = inputs.errors(levels[codes] - columns)
     np.testing.assert_allclose(lost, stated, rtol=2e-4, atol=1e-5 * lost.max())
 
@@ -42,7 +42,7 @@ def test_no_weight_that_moves_makes_a_row_worse(size: int, groups: int, seed: in
     inputs = Compensation(correlated(rng, groups, size))
     columns = inputs.columns(20.0 * rng.normal(size=(groups, 4, size)))
     start = rng.integers(90, 166, columns.shape).astype(np.uint8)
-    moved = inputs.descended(INTEGERS, start, columns)
+    moved = inputs.descended(NearestLevel(INTEGERS), start, columns)
     before, after = (inputs.errors(INTEGERS[codes] - columns) for codes in (start, moved))
     assert np.all(after <= before * (1 + 1e-5) + 1e-5)
 
