@@ -33,7 +33,7 @@ LossCurves: TypeAlias = Sequence[Sequence[Float64]]
 RELATIVE_GAP = 1e-3
 # A limit on work and not on time, so that results can be repeated.
 NODE_LIMIT = 1000
-# Feasibility tolerance of HiGHS; costs are counted exactly afterwards.
+# Tolerance of HiGHS, of limits and of losses; costs are counted exactly afterwards.
 TOLERANCE = 1e-6
 
 
@@ -188,7 +188,7 @@ def solved(
         )
     if not search.done:
         candidates = table[reduced <= search.distance]
-        search.add(*_branch(candidates, layers, constraints, relative_gap))
+        search.add(*_branch(candidates, layers, constraints, relative_gap, search.value))
     if search.best is None:
         return None
     multipliers = {
@@ -279,13 +279,19 @@ def _branch(
     layers: Sequence[LayerCurves],
     constraints: Sequence[Constraint],
     relative_gap: float,
+    known: float,
 ) -> tuple[tuple[Choice | None, ...] | None, float]:
-    """Solve by branch and bound; tighten the limits where rounding exceeds an exact one."""
+    """Solve by branch and bound; tighten the limits where rounding exceeds an exact one.
+
+    Losses are told as multiples of the least one that is `known`: HiGHS takes a gap of 1e-6 for
+    none, and what it calls a bound may be above the least loss by as much.
+    """
     assign = _assignment(table, len(layers))
+    scale = known if 0 < known < np.inf else float(table.loss.max()) or 1.0
     room = 1.0
     for _ in range(4):
         result = scipy.optimize.milp(
-            table.loss,
+            table.loss / scale,
             integrality=np.ones(len(table.loss)),
             bounds=scipy.optimize.Bounds(0, 1),
             constraints=[
@@ -300,7 +306,8 @@ def _branch(
         columns = np.flatnonzero(result.x > 0.5)
         order = np.argsort(table.layer[columns], kind="stable")
         choices = table.choices(columns[order])
-        bound = -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound)
+        proved = -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound)
+        bound = scale * (proved - TOLERANCE)
         if len(choices) == len(layers) and _satisfied(choices, layers, constraints):
             return choices, bound if room == 1.0 else -np.inf
         room -= 2 * TOLERANCE

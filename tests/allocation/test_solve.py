@@ -93,6 +93,27 @@ def test_agrees_with_brute_force(seed, mem, mac, which):
             assert proof.reached[constraint.name] == constraint.cost(layers, result.choices)
 
 
+@pytest.mark.parametrize(
+    ("seed", "mem", "mac"),
+    [
+        (2851, 0.4565489017289589, 0.5841801878112928),
+        (9595, 0.3224573123317521, 0.45589633038533384),
+        (9636, 0.5709306809197163, 0.724548278786658),
+        (3811, 0.2502872452262009, 0.40569120912361745),
+    ],
+)
+def test_bounds_of_small_losses_hold(seed, mem, mac):
+    """A solver that takes a gap of 1e-6 for none had proved what is not so."""
+    layers = layers_of(seed, 3, 5)
+    constraints = Budget(mem=mem, mac=mac).constraints(layers, totals(layers))
+    objective = WeightError(layers)
+    found = feasible_choices(layers, constraints)
+    best = min(objective.value(masks_of(layers, choices)) for choices in found)
+    proof = allocate(layers, objective, constraints, solver="milp").certificate
+    assert proof.lower_bound <= best
+    assert best - 1e-12 <= proof.value <= best * (1 + 2e-3) + 1e-12
+
+
 @pytest.mark.parametrize("gap", [1e-3, 5e-3])
 @pytest.mark.parametrize("kept", [0.2, 0.6, 0.9])
 def test_a_solution_is_within_the_gap_of_its_bound_or_there_is_none(kept, gap):
