@@ -37,17 +37,16 @@ from benchmark_precision import (
     Assets,
     Folders,
     Models,
-    Row,
     Subject,
     Wheels,
     latency_of,
     open_subject,
-    quality_of,
     slug,
 )
 from benchmark_table import gap
 from field_data import NoData
 from precision_methods import OPSET, dynamic, static_qdq_by
+from precision_table import Row, quality_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 LATENCIES = (0.6, 0.45, 0.35, 0.25)

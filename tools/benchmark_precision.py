@@ -16,7 +16,6 @@ results, and ``run --latency``, on a machine that does nothing else, times those
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,22 +29,21 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import field
-from benchmark_table import gap
 from benchmark_tasks import ROOT, TASKS, Bench
 from field_data import NoData, feeds_for, open_model
-from precision_methods import (
-    ABLATION,
-    ALTERNATIVES,
-    LEARNED,
-    METHODS,
-    NOT_APPLICABLE,
-    NOT_INSTALLED,
-    OURS,
-    UNREACHABLE,
+from precision_methods import ABLATION, ALTERNATIVES, LEARNED, METHODS, NOT_INSTALLED, OURS
+from precision_table import (
+    BUDGETS,
+    THREADS,
+    Row,
+    equal_bytes,
+    made,
+    print_learned,
+    print_tables,
+    quality_of,
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-BUDGETS = (0.5, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.075)
 FIELD = ("paraphrase_minilm_l3", "ppocr_rec", "vit_s_focus", "docstring_gpt")
 NAMES = (*(task.name for task in TASKS), *FIELD)
 GROUPS = {
@@ -58,9 +56,6 @@ BEGIN = "<!-- measured by tools/benchmark_precision.py -->"
 END = "<!-- end of what tools/benchmark_precision.py measured -->"
 LEARNED_BEGIN = "<!-- measured by tools/benchmark_precision.py learned -->"
 LEARNED_END = "<!-- end of what tools/benchmark_precision.py learned measured -->"
-THREADS = (1, 2)
-
-Row = dict[str, Any]
 
 # Options of all benchmarks of these models.
 SHARED = ROOT / "../shared"
@@ -201,14 +196,6 @@ def entries(
                 yield "auto", budget
 
 
-def equal_bytes(row: Row) -> float | None:
-    """Return the budget that allows the bytes of an alternative, None if it saves nothing.
-
-    Rounded down, so that it never allows more.
-    """
-    return math.floor(row["mem"] * 1e5) / 1e5 if row.get("mem", 1) < 1 else None
-
-
 def key_of(name: str, method: str, budget: float | None) -> str:
     """Name a row of the results."""
     return f"{name} | {method} | {'as it is' if budget is None else f'{budget:g}'}"
@@ -246,8 +233,8 @@ def run(
         for method, budget in entries(name, wanted, values, lambda: field.read(results)):
             key = key_of(name, method, budget)
             row, out = field.read(results).get(key), folders.made / f"{slug(key)}.onnx"
-            timing = latency and (row is None or (_made(row) and "latency" not in row))
-            failed = again and row is not None and not _made(row)
+            timing = latency and (row is None or (made(row) and "latency" not in row))
+            failed = again and row is not None and not made(row)
             if row is not None and not failed and not timing:
                 continue
             try:
@@ -260,7 +247,7 @@ def run(
             if row["exit_code"] == NOT_INSTALLED:
                 print(f"{key}: left out, {row['said'].strip()}", file=sys.stderr)
                 continue
-            if timing and _made(row):
+            if timing and made(row):
                 row["latency"] = {str(each): latency_of(subject, out, each) for each in THREADS}
             # Others may have written meanwhile.
             field.write(results, field.read(results) | {key: row})
@@ -273,136 +260,13 @@ def table(
     page: field.Page = None,
 ) -> None:
     """Print the tables in Markdown, or put them between the markers of a page."""
-    field.publish(print_tables(field.read(results)), page, BEGIN, END)
+    field.publish(print_tables(field.read(results), NAMES), page, BEGIN, END)
 
 
 @app.command()
 def learned(results: Path, page: field.Page = None) -> None:
     """Print a line for each result that has learned, beside what it has learned from."""
-    field.publish(print_learned(field.read(results)), page, LEARNED_BEGIN, LEARNED_END)
-
-
-def print_learned(rows: Mapping[str, Row]) -> str:
-    """Return the table of what has learned."""
-    heads = ("budget", "how", "before", "after", "after less before, 95 %", "s, before", "after")
-    lines = [field.line("model", heads), field.line("---", ["---"] * len(heads))]
-    for name in NAMES:
-        for key, after in rows.items():
-            subject, method, budget = key.split(" | ")
-            if subject != name or method not in LEARNED:
-                continue
-            base = method.partition(",")[0]
-            before = rows.get(f"{name} | {base} | {budget}", {})
-            if not (_made(before) and _made(after)):
-                continue
-            cells = [budget, method, quality_of(before), quality_of(after)]
-            cells.append(gap(_pairable(after), _pairable(before)))
-            cells += [f"{row['seconds']:.0f}" for row in (before, after)]
-            lines.append(field.line(name, cells))
-    return "\n".join(lines)
-
-
-def print_tables(rows: Mapping[str, Row]) -> str:
-    """Return two tables for each model: methods at budgets, and alternatives beside `auto`."""
-    parts = []
-    for name in NAMES:
-        mine = {
-            (method, budget): row
-            for key, row in rows.items()
-            for subject, method, budget in [key.split(" | ")]
-            if subject == name
-        }
-        if mine:
-            tables = ["\n".join(each) for each in (_budgets(mine), _alternatives(mine)) if each]
-            parts.append("\n\n".join([f"### {name}, in bits", *tables]))
-    return "\n\n".join(parts)
-
-
-def _budgets(rows: Mapping[tuple[str, str], Row]) -> list[str]:
-    """Table of the methods that take a budget, at those of `BUDGETS` that there are."""
-    methods = [m for m in METHODS if METHODS[m].budgeted]
-    columns = [f"{b:g}" for b in BUDGETS if any((m, f"{b:g}") in rows for m in methods)]
-    lines = (
-        [field.line("method", columns), field.line("---", ["---"] * len(columns))]
-        if columns
-        else []
-    )
-
-    def add(heading: str, show: Callable[[Row], str], method: str) -> None:
-        cells = [show(rows[method, c]) if (method, c) in rows else "" for c in columns]
-        if any(cells):
-            lines.append(field.line(heading, cells))
-
-    for method in methods:
-        add(method, quality_of, method)
-    for other in methods:
-        if other != "auto":
-            cells = [gap(*(_pairable(rows.get((m, c))) for m in ("auto", other))) for c in columns]
-            if any(cells):
-                lines.append(field.line(f"*auto less {other}, 95 %*", cells))
-    for method in OURS:
-        add(f"*CPU s / peak MB, {method}*", _spent, method)
-    add(
-        "*file / held, auto*",
-        lambda row: f"{row['file']:.3f} / {row['held']:.3f}" if _made(row) else "",
-        "auto",
-    )
-    for method in OURS:
-        add(f"*time with 1, 2 threads, {method}*", _latency, method)
-    return lines
-
-
-def _alternatives(rows: Mapping[tuple[str, str], Row]) -> list[str]:
-    """Table of what has the bytes that it has, each beside `auto` at as many."""
-    heads = ("bytes", "file", "held", "its figures", "auto's at these bytes", "auto less it, 95 %")
-    heads = (*heads, "CPU s / peak MB", "auto's", "time with 1, 2 threads", "auto's")
-    lines = [field.line("alternative", heads), field.line("---", ["---"] * len(heads))]
-    for method in ALTERNATIVES:
-        row = rows.get((method, "as it is"))
-        if row is None:
-            continue
-        cells = [f"{row[part]:.3f}" if _made(row) else "" for part in ("mem", "file", "held")]
-        budget = equal_bytes(row)
-        other = rows.get(("auto", f"{budget:g}"), {}) if budget is not None else {}
-        cells += [quality_of(row), quality_of(other) if other else ""]
-        cells.append(gap(_pairable(other), _pairable(row)))
-        cells += [_spent(row), _spent(other), _latency(row), _latency(other)]
-        lines.append(field.line(method, cells))
-    return lines if len(lines) > 2 else []
-
-
-def _made(row: Row) -> bool:
-    return row.get("exit_code") == 0
-
-
-def _pairable(row: Row | None) -> Mapping[str, Any]:
-    """Return what intervals are made of: figures by sample, where there are any."""
-    return row["quality"] if row and _made(row) else {}
-
-
-def quality_of(row: Row) -> str:
-    """How well the model does, or why there is none."""
-    if "stopped_after" in row:
-        return "not finished"
-    if not _made(row):
-        known = {UNREACHABLE: "not reachable", NOT_APPLICABLE: "does not apply"}
-        return known.get(row["exit_code"], "fails")
-    found = row["quality"]
-    if "agreement" in found and "loss" in found:
-        return f"{found['agreement']:.1%} / {found['loss']:.3g}"
-    if "psnr_db" in found:
-        return f"{found['psnr_db']:.1f} dB / {found['loss']:.3g}"
-    figures = {k: v for k, v in found.items() if isinstance(v, float)}
-    return ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in figures.items())
-
-
-def _spent(row: Row) -> str:
-    return f"{row['cpu_seconds']:.0f} / {row['peak_mb']:.0f}" if _made(row) else ""
-
-
-def _latency(row: Row) -> str:
-    ratios = [row["latency"][str(threads)]["ratio"] for threads in THREADS if "latency" in row]
-    return ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    field.publish(print_learned(field.read(results), NAMES), page, LEARNED_BEGIN, LEARNED_END)
 
 
 if __name__ == "__main__":

@@ -99,17 +99,18 @@ def test_what_is_not_there_is_left_out_with_a_reason(tool, tmp_path, capsys):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_the_tables_pair_auto_with_what_has_as_many_bytes(tool):
+def test_the_tables_pair_auto_with_what_has_as_many_bytes(tool, tools):
+    codes = tools("precision_methods")
     rows = {
         "small | auto | 0.3": judged(0.98),
         "small | ranks alone | 0.3": judged(0.2),
-        "small | ranks alone | 0.2": {"exit_code": tool.UNREACHABLE, "said": "no"},
+        "small | ranks alone | 0.2": {"exit_code": codes.UNREACHABLE, "said": "no"},
         "small | float16 | as it is": judged(0.3, 0.500017, seed=1),
         "small | auto | 0.50001": judged(0.99),
         "small | quantize_dynamic | as it is": {"exit_code": 1, "said": "no"},
-        "small | MatMulNBits, 4 bits | as it is": {"exit_code": tool.NOT_APPLICABLE},
+        "small | MatMulNBits, 4 bits | as it is": {"exit_code": codes.NOT_APPLICABLE},
     }
-    first, second = tool.print_tables(rows).split("\n\n")[1:]
+    first, second = tool.print_tables(rows, tool.NAMES).split("\n\n")[1:]
     for text in (first, second):
         lines = text.splitlines()
         assert len({line.count("|") for line in lines}) == 1
@@ -136,12 +137,12 @@ def test_what_has_learned_stands_beside_what_it_has_learned_from(tool):
         "small | auto, distilled | 0.1": {**judged(0.75, seed=1), "seconds": 20.0},
         "small | ranks alone, distilled in 10 minutes | 0.1": {**judged(0.75), "seconds": 20.0},
     }
-    *_, line = tool.print_learned(rows).splitlines()
+    *_, line = tool.print_learned(rows, tool.NAMES).splitlines()
     cells = line.split(" | ")
     assert cells[:3] == ["| small", "0.1", "auto, distilled"]
     assert [cell[-5:] for cell in cells[3:5]] == ["0.125", "0.125"]
     assert cells[-2:] == ["7", "20 |"]
-    assert len(tool.print_learned(rows).splitlines()) == 3
+    assert len(tool.print_learned(rows, tool.NAMES).splitlines()) == 3
 
 
 def test_with_ranks_left_out_only_stored_weights_are_proposed(tools, monkeypatch, demo_model):
