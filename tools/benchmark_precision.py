@@ -111,14 +111,25 @@ def open_subject(name: str, folders: Folders) -> Subject:
     return Subject(bench.path, seen, lambda out: bench.figures(load_model(out)))
 
 
-def measure(subject: Subject, method: str, budget: float | None, out: Path, limit: float) -> Row:
+def measure(
+    subject: Subject,
+    method: str,
+    budget: float | None,
+    out: Path,
+    limit: float,
+    cache: Path | None = None,
+) -> Row:
     """Make a model in a child process, then judge it; `limit` is in seconds.
 
-    One that onnxruntime does not run was not made.
+    One that onnxruntime does not run was not made. The row says whether there was a `cache`
+    already, so that its time is not taken for that of a first run.
     """
     tool = Path(__file__).with_name("precision_methods.py")
     command = [sys.executable, tool, method, subject.model, subject.data, out]
-    row = field.run_child([*map(str, command), *([repr(budget)] if budget else [])], limit)
+    if budget is not None:
+        command += [repr(budget), *([cache] if cache else [])]
+    cached = cache is not None and cache.exists()
+    row = field.run_child([*map(str, command)], limit) | ({"cached": True} if cached else {})
     if row["exit_code"] == 0:
         try:
             row |= {**sizes(subject.model, out), "quality": dict(subject.judge(out))}
@@ -221,6 +232,9 @@ def run(
     limit: field.Limit = 3600,
     again: Annotated[bool, typer.Option(help="Repeat runs that failed.")] = False,
     latency: Annotated[bool, typer.Option(help="Time models; the machine must be quiet.")] = False,
+    cache: Annotated[
+        bool, typer.Option(help="Budgets after the first start from what it has computed.")
+    ] = False,
 ) -> None:
     """Measure what is not measured yet."""
     values = [float(value) for value in budgets.split(",")] if budgets else list(BUDGETS)
@@ -243,7 +257,8 @@ def run(
                 print(f"{name}: left out, {error}", file=sys.stderr)
                 break
             if row is None or failed or not out.exists():
-                row = measure(subject, method, budget, out, limit)
+                kept = folders.made / f"{slug(f'{name} {method}')}.cache" if cache else None
+                row = measure(subject, method, budget, out, limit, kept)
             if row["exit_code"] == NOT_INSTALLED:
                 print(f"{key}: left out, {row['said'].strip()}", file=sys.stderr)
                 continue

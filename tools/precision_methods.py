@@ -1,11 +1,12 @@
 """Ways to make a model smaller in bytes: ours, parts of it, and what people use instead.
 
-    python tools/precision_methods.py METHOD MODEL DATA OUT [BUDGET]
+    python tools/precision_methods.py METHOD MODEL DATA OUT [BUDGET [CACHE]]
 
 The model that METHOD makes is written to OUT. BUDGET, for methods that take one, is the fraction
-of the bytes of constants to keep. DATA is an ``.npz`` with calibration samples. The exit code is 4
-where the budget cannot be met, 5 where a method does not apply to the model, and 6 where a package
-that it needs is not installed; why stands on standard error.
+of the bytes of constants to keep, CACHE the folder where they keep what does not depend on it.
+DATA is an ``.npz`` with calibration samples. The exit code is 4 where the budget cannot be met, 5
+where a method does not apply to the model, and 6 where a package that it needs is not installed;
+why stands on standard error.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ UNREACHABLE, NOT_APPLICABLE, NOT_INSTALLED = 4, 5, 6
 OPSET = 13
 HISTOGRAM_SAMPLES = 32
 
-Make = Callable[[Path, Path, Path, "float | None"], None]
-"""Takes the model, the calibration data, where to write, and the budget."""
+Make = Callable[..., None]
+"""Takes the model, the calibration data, where to write, and the budget; methods that take a budget
+a folder as `cache` too."""
 
 
 class NotApplicable(Exception):
@@ -85,7 +87,9 @@ def no_compensation() -> None:
 def ours(precision: str, switch_off: Callable[[], None] = nothing, **options: Any) -> Method:
     """Make a method of `cobla_onnx.compress`, with a part of it switched off."""
 
-    def make(model: Path, data: Path, out: Path, budget: float | None) -> None:
+    def make(
+        model: Path, data: Path, out: Path, budget: float | None, cache: Path | None = None
+    ) -> None:
         from cobla_onnx import Budget, compress
 
         switch_off()
@@ -95,6 +99,7 @@ def ours(precision: str, switch_off: Callable[[], None] = nothing, **options: An
             data=data,
             precision=precision,  # type: ignore[arg-type]
             threads=2,
+            cache=cache,
             **options,
         ).save(out)
 
@@ -233,12 +238,18 @@ ALTERNATIVES: Mapping[str, Method] = {
 METHODS: Mapping[str, Method] = {**OURS, **ABLATION, **LEARNED, **ALTERNATIVES}
 
 
-def main(method: str, model: str, data: str, out: str, budget: str = "") -> int:
+def main(method: str, model: str, data: str, out: str, budget: str = "", cache: str = "") -> int:
     """Run a method; return the exit code."""
     from cobla_onnx.errors import BudgetError
 
     try:
-        METHODS[method].make(Path(model), Path(data), Path(out), float(budget) if budget else None)
+        METHODS[method].make(
+            Path(model),
+            Path(data),
+            Path(out),
+            float(budget) if budget else None,
+            **({"cache": Path(cache)} if cache else {}),
+        )
     except BudgetError as error:
         print(error, file=sys.stderr)
         return UNREACHABLE

@@ -154,7 +154,11 @@ def quality_of(row: Row) -> str:
 
 
 def _spent(row: Row) -> str:
-    return f"{row['cpu_seconds']:.0f} / {row['peak_mb']:.0f}" if made(row) else ""
+    """Time and memory, in brackets where an earlier run's cache was at hand."""
+    if not made(row):
+        return ""
+    spent = f"{row['cpu_seconds']:.0f} / {row['peak_mb']:.0f}"
+    return f"({spent})" if row.get("cached") else spent
 
 
 def _latency(row: Row) -> str:

@@ -180,6 +180,20 @@ def test_without_compensation_the_inputs_do_not_matter(tools, monkeypatch):
     assert (nearest != compensated).any()
 
 
+def test_a_row_that_found_a_cache_makes_the_same_model_and_says_so(tool, tmp_path):
+    results, models = tmp_path / "results.json", tmp_path / "models"
+    tool.run(results, models=models, methods="ranks alone", budgets="0.5,0.3", cache=True)
+    tool.run(tmp_path / "fresh.json", models=models, methods="ranks alone", budgets="0.3")
+    first, second = json.loads(results.read_text()).values()
+    assert "cached" not in first
+    assert second["cached"] is True
+    made = [folder / "small___ranks_alone___0.3.onnx" for folder in tmp_path.glob("*.data")]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    shown = [line for line in tool.print_tables(tool.field.read(results), tool.NAMES).splitlines()
+             if line.startswith("| *CPU s")]  # fmt: skip
+    assert [cell.strip()[:1] == "(" for cell in shown[0].split("|")[2:4]] == [False, True]
+
+
 def test_a_package_that_is_not_there_is_no_result(tool, tmp_path, monkeypatch, capsys):
     said = {"exit_code": tool.NOT_INSTALLED, "said": "pip install onnx-ir"}
     monkeypatch.setattr(tool, "measure", lambda *_: said)
