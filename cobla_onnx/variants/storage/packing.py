@@ -3,6 +3,9 @@
 Codes are split into planes of 4, 2 and 1 bits, since fields of these widths fill a byte. A plane
 is cut into as many equal parts as fields fit into a byte, and field i of all bytes together holds
 part i. So parts are concatenated, and never interleaved, when they are read back.
+
+Rows that are decoded whenever they are read have their codes in groups of neighbours, which are
+looked up together (`pack_rows`).
 """
 
 from __future__ import annotations
@@ -13,7 +16,18 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PLANES", "Count", "pack", "pack_rows", "packed_bytes", "paired", "unpack"]
+__all__ = [
+    "PLANES",
+    "Count",
+    "group_size",
+    "pack",
+    "pack_rows",
+    "packed_bytes",
+    "paired",
+    "row_bytes",
+    "row_unit",
+    "unpack",
+]
 
 Count = TypeVar("Count", int, NDArray[np.int64])
 
@@ -37,7 +51,12 @@ def pack(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
     >>> [plane.tolist() for plane in pack(np.array([1, 2, 3, 12], np.uint8), 4)]
     [[49, 194]]
     """
-    return [plane[0] for plane in pack_rows(codes.reshape(1, -1), bits)]
+    flat, above, planes = codes.reshape(1, -1), bits, []
+    for width in PLANES[bits]:
+        above -= width
+        fields = np.asarray((flat >> above) & ((1 << width) - 1), np.uint8)
+        planes.append(_in_parts(fields, width)[0])
+    return planes
 
 
 def unpack(planes: Sequence[NDArray[np.uint8]], bits: int, count: int) -> NDArray[np.uint8]:
@@ -56,20 +75,57 @@ def unpack(planes: Sequence[NDArray[np.uint8]], bits: int, count: int) -> NDArra
     return codes
 
 
+def _in_parts(fields: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Put fields of a width into bytes: of each row, part i into field i of all bytes."""
+    rows, count = fields.shape
+    parts = 8 // width
+    length = -(-count // parts)
+    padded = np.zeros((rows, parts * length), np.uint8)
+    padded[:, :count] = fields
+    shifts = (width * np.arange(parts, dtype=np.uint8))[:, None]
+    return np.asarray(np.bitwise_or.reduce(padded.reshape(rows, parts, length) << shifts, axis=1))
+
+
+def group_size(bits: int) -> int:
+    """Codes of a group: as many as a byte of the first plane holds."""
+    return 8 // PLANES[bits][0]
+
+
+def row_unit(bits: int) -> int:
+    """Codes of a row that fill bytes of all planes."""
+    return 8 // PLANES[bits][-1]
+
+
+def row_bytes(width: int, bits: int) -> int:
+    """Bytes of a row of so many codes."""
+    units = -(-width // row_unit(bits))
+    return units * row_unit(bits) * bits // 8
+
+
 def pack_rows(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
-    """Pack the codes of each row for itself; one array of shape (rows, bytes) for each plane."""
-    (rows, count), above = codes.shape, bits
-    planes = []
-    for width in PLANES[bits]:
-        above -= width
-        fields = (codes >> above) & ((1 << width) - 1)
-        parts = 8 // width
-        length = -(-count // parts)
-        padded = np.zeros((rows, parts * length), np.uint8)
-        padded[:, :count] = fields
-        shifts = (width * np.arange(parts, dtype=np.uint8))[:, None]
-        split = padded.reshape(rows, parts, length) << shifts
-        planes.append(np.bitwise_or.reduce(split, axis=1))
+    """Pack the codes of each row for itself; one array of shape (rows, bytes) for each plane.
+
+    A byte of the first plane holds the highest bits of a group of neighbours, those of the first
+    one lowest. What is left of a group is one field of the second plane, if there is one, and
+    fields are put into bytes as those of `pack`. Rows are filled up to whole bytes with zeros.
+
+    Examples
+    --------
+    >>> [plane.tolist() for plane in pack_rows(np.array([[1, 2, 3, 12]], np.uint8), 4)]
+    [[[33, 195]]]
+    >>> [plane.tolist() for plane in pack_rows(np.array([[1, 6, 63, 0]], np.uint8), 6)]
+    [[[16, 15], [57]]]
+    """
+    (rows, count), size, unit = codes.shape, group_size(bits), row_unit(bits)
+    padded = np.zeros((rows, -(-count // unit) * unit), np.uint8)
+    padded[:, :count] = codes
+    groups = padded.reshape(rows, -1, size)
+    first, rest = PLANES[bits][0], bits - PLANES[bits][0]
+    place = np.arange(size, dtype=np.uint8)
+    planes = [np.bitwise_or.reduce(groups >> rest << first * place, axis=2)]
+    if rest:
+        below = groups & ((1 << rest) - 1)
+        planes.append(_in_parts(np.bitwise_or.reduce(below << rest * place, axis=2), rest * size))
     return planes
 
 

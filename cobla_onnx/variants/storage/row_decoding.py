@@ -2,7 +2,9 @@
 
 The table stays as it is stored, also in memory: a decoder of the whole weight, as layers have it
 (`decoding`), would be folded to a table in single precision when the model opens, or computed in
-every run. Rows are packed one by one, so that the lookup takes bytes.
+every run. Rows are packed one by one, so that the lookup takes bytes. What neighbouring codes stand
+for is looked up at once, in a table of all such groups that onnxruntime computes when it opens the
+model: numbers one by one take most of the time of a lookup.
 
 From IR version 8 and opset 10 on the nodes are the body of a function of the model, of which each
 lookup has one node (`row_decoder`); before that they stand in the graph (`row_decoder_nodes`).
@@ -10,7 +12,8 @@ lookup has one node (`row_decoder`); before that they stand in the graph (`row_d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +22,7 @@ from onnx import TensorProto, helper
 
 from cobla_onnx.variants.names import SLICE_BY_INPUTS
 from cobla_onnx.variants.storage.decoding import DOMAIN, Body
-from cobla_onnx.variants.storage.packing import PLANES
+from cobla_onnx.variants.storage.packing import PLANES, group_size
 from cobla_onnx.variants.storage.precision import HALF
 
 __all__ = ["RowFormat", "row_decoder", "row_decoder_nodes"]
@@ -37,19 +40,22 @@ class RowFormat:
     bits : int
     mixed : bool
         Whether some rows are stored in 8 bits; not with 8 bits or more.
+    cut : bool
+        Whether the last bytes of a row are filled up; not with 8 bits or more.
     floating : int
         Type of the rows once they are decoded, FLOAT or FLOAT16.
     """
 
     bits: int
     mixed: bool = False
+    cut: bool = False
     floating: int = TensorProto.FLOAT
 
     @property
     def name(self) -> str:
         """Name of the function."""
-        mixed, half = self.mixed * "Mixed", (self.floating != TensorProto.FLOAT) * "Half"
-        return f"Rows{self.bits}{mixed}{half}"
+        mixed, cut = self.mixed * "Mixed", self.cut * "Cut"
+        return f"Rows{self.bits}{mixed}{cut}{(self.floating != TensorProto.FLOAT) * 'Half'}"
 
     @property
     def inputs(self) -> list[str]:
@@ -82,7 +88,7 @@ def row_decoder(form: RowFormat, opset: int) -> onnx.FunctionProto:
 def row_decoder_nodes(
     form: RowFormat,
     opset: int,
-    inputs: dict[str, str],
+    inputs: Mapping[str, str],
     output: str,
     unique: Callable[[str], str],
     width: int,
@@ -124,24 +130,26 @@ def _scaled(body: Body, codes: str, scale: str, ids: str) -> str:
 
 
 def _unpacked(
-    body: Body, form: RowFormat, opset: int, inputs: dict[str, str], width: int
+    body: Body, form: RowFormat, opset: int, inputs: Mapping[str, str], width: int
 ) -> tuple[str, str]:
     """Decode the rows below each other, whatever the shape of their numbers; return the shape, too.
 
     With two axes no operator needs to count its axes from the end, which old opsets cannot.
     """
     flat = body.add("Reshape", [inputs["ids"], body.constant(np.array([-1], np.int64))])
-    index = ""
-    for number, field in enumerate(PLANES[form.bits]):
-        plane = body.add("Gather", [inputs[f"plane_{number}"], flat])
-        wide = body.add("Cast", [plane], to=TensorProto.FLOAT)
-        fields = _cut(body, body.fields(wide, field, axis=1), opset, inputs, width)
-        if index:
-            above = body.add("Mul", [index, body.number(float(1 << field))])
-            fields = body.add("Add", [above, fields])
-        index = fields
-    index = body.add("Cast", [index], to=TensorProto.INT32)
-    values = body.add("Gather", [inputs["levels"], index])
+    size = group_size(form.bits)
+    rest = form.bits - PLANES[form.bits][0]
+    read = [body.add("Gather", [inputs[part], flat]) for part in form.inputs if "plane" in part]
+    groups, *below = [body.add("Cast", [plane], to=TensorProto.FLOAT) for plane in read]
+    for plane in below:
+        above = body.add("Mul", [groups, body.number(float(1 << rest * size))])
+        groups = body.add("Add", [above, body.fields(plane, rest * size, axis=1)])
+    index = body.add("Cast", [groups], to=TensorProto.INT32)
+    values = body.add("Gather", [_levels_of_groups(body, inputs["levels"], form.bits), index])
+    each = body.constant(np.array([1, size], np.int64))
+    values = body.add("Reshape", [values, body.add("Mul", [body.add("Shape", [index]), each])])
+    if form.cut:
+        values = _cut(body, values, opset, inputs, width)
     rows = body.add("Mul", [values, body.add("Gather", [inputs["scale"], flat])])
     if form.mixed:
         place = body.add(
@@ -153,9 +161,29 @@ def _unpacked(
     return rows, shape
 
 
-def _cut(body: Body, fields: str, opset: int, inputs: dict[str, str], width: int) -> str:
-    """Leave out the fields with which the last bytes of a row are filled up."""
+def _levels_of_groups(body: Body, levels: str, bits: int) -> str:
+    """Compute what all groups of neighbours stand for, from what codes do; once, and folded.
+
+    A group's index has the bits of the first plane of all its codes above those of the second, the
+    first code's lowest. So with an axis for each of these, each code's levels lie along two of
+    them, and do not depend on the others.
+    """
+    size, widths, codes = group_size(bits), PLANES[bits], []
+    for place in range(size):
+        lengths = np.ones((len(widths), size), np.int64)
+        lengths[:, size - 1 - place] = [1 << width for width in widths]
+        codes.append(body.add("Reshape", [levels, body.constant(lengths.reshape(-1))]))
+    zeros = [body.add("Mul", [code, body.number(0.0)]) for code in codes]
+    nothing = functools.reduce(lambda one, other: body.add("Add", [one, other]), zeros)
+    column = body.constant(np.array([-1, 1], np.int64))
+    filled = [body.add("Add", [code, nothing]) for code in codes]
+    columns = [body.add("Reshape", [code, column]) for code in filled]
+    return body.add("Concat", columns, axis=1)
+
+
+def _cut(body: Body, values: str, opset: int, inputs: Mapping[str, str], width: int) -> str:
+    """Leave out what the last bytes of a row are filled up with."""
     if opset < SLICE_BY_INPUTS:
-        return body.add("Slice", [fields], axes=[1], starts=[0], ends=[width])
+        return body.add("Slice", [values], axes=[1], starts=[0], ends=[width])
     begin, axis = (body.constant(np.array([value], np.int64)) for value in (0, 1))
-    return body.add("Slice", [fields, begin, inputs["width"], axis])
+    return body.add("Slice", [values, begin, inputs["width"], axis])

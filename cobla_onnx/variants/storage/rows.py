@@ -13,15 +13,16 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper
+from onnx.numpy_helper import from_array
 
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.variants.best_rows import best_count, best_of, place_type, places
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.names import Names
-from cobla_onnx.variants.replacement import Replacement, narrowed
+from cobla_onnx.variants.replacement import Replacement, narrowed, own_node
 from cobla_onnx.variants.storage.coding import Coded, signed
 from cobla_onnx.variants.storage.decoding import DOMAIN
-from cobla_onnx.variants.storage.packing import PLANES, pack_rows
+from cobla_onnx.variants.storage.packing import pack_rows, row_bytes, row_unit
 from cobla_onnx.variants.storage.precision import HALF, in_half
 from cobla_onnx.variants.storage.rounding import round_weight
 from cobla_onnx.variants.storage.row_decoding import RowFormat, row_decoder, row_decoder_nodes
@@ -35,9 +36,6 @@ __all__ = [
     "table_bytes",
 ]
 
-# Bytes of the constants in a lookup's nodes.
-CONSTANTS = 64
-
 
 def best_rows(shape: tuple[int, ...], bits: int) -> int:
     """Number of a table's rows that are stored in 8 bits, where the others have fewer."""
@@ -45,20 +43,30 @@ def best_rows(shape: tuple[int, ...], bits: int) -> int:
 
 
 def table_bytes(layer: Layer, bits: int) -> int:
-    """Bytes of a table in so many bits, with all that decodes its rows; never too few."""
+    """Bytes of a table in so many bits, with all that decodes its rows."""
     rows, width = layer.shape
     if bits == HALF:
         return 2 * layer.params
     scales = 4 * rows
     if bits == 8:
         return layer.params + scales
-    packed = sum(rows * -(-width * field // 8) for field in PLANES[bits])
     # Levels, and the width of a row.
-    total = packed + scales + (4 << bits) + 8 + CONSTANTS
+    total = rows * row_bytes(width, bits) + scales + (4 << bits) + 8
     best = best_rows(layer.shape, bits)
     if best:
         total += rows * place_type(best).itemsize + (best + 1) * (width + 4)
     return total
+
+
+def row_format(layer: Layer, bits: int, mixed: bool) -> RowFormat:
+    """How the rows of a table are stored in so many bits."""
+    cut = bits < 8 and layer.shape[1] % row_unit(bits) > 0
+    return RowFormat(bits, mixed, cut, layer.type)
+
+
+# Numbers of a table up to which all rows are decoded when the model opens: a megabyte. The opset
+# from which the numbers of all rows take no bytes. What lookups of a decoded table read.
+OPENED, RANGE, TABLE = 1 << 18, 11, "table"
 
 
 @dataclass(frozen=True)
@@ -140,8 +148,26 @@ class StoredRows(Replacement):
     def shared(
         self, stored: Mapping[str, str], names: Names
     ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
-        """Return no nodes: every lookup decodes its own rows."""
-        return [], dict(stored)
+        """Build no nodes, since every lookup decodes its own rows; or those that decode them all.
+
+        These are of a small table. Their inputs are all constant, so that onnxruntime computes it
+        once, when it opens the model.
+        """
+        if self.layer.params > OPENED or names.opset < RANGE:
+            return [], dict(stored)
+        label = self.layer.name
+        numbers = [np.array(number, np.int64) for number in (0, len(self.table.weight), 1)]
+        bounds = [names.tensor(f"{label}/rows") for _ in numbers]
+        nodes = [
+            helper.make_node("Constant", [], [name], names.node(name), value=from_array(number))
+            for name, number in zip(bounds, numbers, strict=True)
+        ]
+        ids, table = names.tensor(f"{label}/ids"), names.tensor(f"{label}/decoded")
+        nodes.append(helper.make_node("Range", bounds, [ids], names.node(ids)))
+        decode = self._looked_up({"ids": ids, **stored}, table, label, names)
+        for node in decode:
+            node.name = names.node(f"{label}/decode")
+        return [*nodes, *decode], {TABLE: table}
 
     def nodes(
         self,
@@ -151,22 +177,30 @@ class StoredRows(Replacement):
         rest: Sequence[str],
         names: Names,
     ) -> list[onnx.NodeProto]:
-        """Build one node of a function of the model or, in old models, what would be its body."""
-        inputs = {"ids": use.data, **{part: operands[part] for part in self.form.inputs}}
-        if names.takes_functions:
-            function = names.function(row_decoder(self.form, names.opset))
-            given, made = list(inputs.values()), [use.output]
-            return [helper.make_node(function, given, made, node.name, domain=DOMAIN)]
-
-        def unique(part: str) -> str:
-            return names.tensor(f"{node.name or use.output}/{part}")
-
-        width = self.layer.shape[1]
-        nodes = row_decoder_nodes(self.form, names.opset, inputs, use.output, unique, width)
+        """Build the nodes of a lookup; of a table that is decoded before, its own node."""
+        if TABLE in operands:
+            return [own_node(node, self.layer.weight_input, operands[TABLE], rest)]
+        inputs, label = {"ids": use.data, **operands}, node.name or use.output
+        nodes = self._looked_up(inputs, use.output, label, names)
         for each in nodes[:-1]:
-            each.name = names.node(f"{node.name or use.output}/decode")
+            each.name = names.node(f"{label}/decode")
         nodes[-1].name = node.name
         return nodes
+
+    def _looked_up(
+        self, inputs: Mapping[str, str], output: str, label: str, names: Names
+    ) -> list[onnx.NodeProto]:
+        """Build one node of a function of the model or, in old models, what would be its body."""
+        if names.takes_functions:
+            function = names.function(row_decoder(self.form, names.opset))
+            given = [inputs[part] for part in ("ids", *self.form.inputs)]
+            return [helper.make_node(function, given, [output], domain=DOMAIN)]
+
+        def unique(part: str) -> str:
+            return names.tensor(f"{label}/{part}")
+
+        width = self.layer.shape[1]
+        return row_decoder_nodes(self.form, names.opset, inputs, output, unique, width)
 
 
 def stored_rows(layer: Layer, made: RoundedTable) -> StoredRows:
@@ -180,10 +214,9 @@ def stored_rows(layer: Layer, made: RoundedTable) -> StoredRows:
     coded, best = made.coded, made.best_coded
     if coded is None:
         half = narrowed(layer, made.weight, np.dtype(np.float16), "its table")
-        form = RowFormat(HALF, floating=layer.type)
-        return StoredRows(layer, {"half": half}, None, form, made)
+        return StoredRows(layer, {"half": half}, None, row_format(layer, HALF, False), made)
     scale = coded.scales[0][:, None].copy()
-    form = RowFormat(coded.bits, best is not None, layer.type)
+    form = row_format(layer, coded.bits, best is not None)
     if coded.bits == 8:
         arrays: dict[str, NDArray[Any]] = {"codes": signed(coded.codes[0]), "scale": scale}
         return StoredRows(layer, arrays, None, form, made)
