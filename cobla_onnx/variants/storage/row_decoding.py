@@ -12,7 +12,6 @@ lookup has one node (`row_decoder`); before that they stand in the graph (`row_d
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,7 +19,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from cobla_onnx.variants.names import SLICE_BY_INPUTS
 from cobla_onnx.variants.storage.decoding import DOMAIN, Body
 from cobla_onnx.variants.storage.packing import PLANES, group_size
 from cobla_onnx.variants.storage.precision import HALF
@@ -137,19 +135,14 @@ def _unpacked(
     With two axes no operator needs to count its axes from the end, which old opsets cannot.
     """
     flat = body.add("Reshape", [inputs["ids"], body.constant(np.array([-1], np.int64))])
-    size = group_size(form.bits)
-    rest = form.bits - PLANES[form.bits][0]
     read = [body.add("Gather", [inputs[part], flat]) for part in form.inputs if "plane" in part]
-    groups, *below = [body.add("Cast", [plane], to=TensorProto.FLOAT) for plane in read]
-    for plane in below:
-        above = body.add("Mul", [groups, body.number(float(1 << rest * size))])
-        groups = body.add("Add", [above, body.fields(plane, rest * size, axis=1)])
-    index = body.add("Cast", [groups], to=TensorProto.INT32)
-    values = body.add("Gather", [_levels_of_groups(body, inputs["levels"], form.bits), index])
-    each = body.constant(np.array([1, size], np.int64))
-    values = body.add("Reshape", [values, body.add("Mul", [body.add("Shape", [index]), each])])
+    groups = body.looked_up(form.bits, read, inputs["levels"], axis=1)
+    # The number of rows may be 0, so that a length of -1 would be no length.
+    first_two = body.add("Shape", [read[0]])
+    size = body.constant(np.array([1, group_size(form.bits)], np.int64))
+    values = body.add("Reshape", [groups, body.add("Mul", [first_two, size])])
     if form.cut:
-        values = _cut(body, values, opset, inputs, width)
+        values = body.cut(values, opset, inputs["width"], width, axis=1)
     rows = body.add("Mul", [values, body.add("Gather", [inputs["scale"], flat])])
     if form.mixed:
         place = body.add(
@@ -159,31 +152,3 @@ def _unpacked(
         rows = body.add("Add", [rows, best])
     shape = body.add("Concat", [body.add("Shape", [inputs["ids"]]), inputs["width"]], axis=0)
     return rows, shape
-
-
-def _levels_of_groups(body: Body, levels: str, bits: int) -> str:
-    """Compute what all groups of neighbours stand for, from what codes do; once, and folded.
-
-    A group's index has the bits of the first plane of all its codes above those of the second, the
-    first code's lowest. So with an axis for each of these, each code's levels lie along two of
-    them, and do not depend on the others.
-    """
-    size, widths, codes = group_size(bits), PLANES[bits], []
-    for place in range(size):
-        lengths = np.ones((len(widths), size), np.int64)
-        lengths[:, size - 1 - place] = [1 << width for width in widths]
-        codes.append(body.add("Reshape", [levels, body.constant(lengths.reshape(-1))]))
-    zeros = [body.add("Mul", [code, body.number(0.0)]) for code in codes]
-    nothing = functools.reduce(lambda one, other: body.add("Add", [one, other]), zeros)
-    column = body.constant(np.array([-1, 1], np.int64))
-    filled = [body.add("Add", [code, nothing]) for code in codes]
-    columns = [body.add("Reshape", [code, column]) for code in filled]
-    return body.add("Concat", columns, axis=1)
-
-
-def _cut(body: Body, values: str, opset: int, inputs: Mapping[str, str], width: int) -> str:
-    """Leave out what the last bytes of a row are filled up with."""
-    if opset < SLICE_BY_INPUTS:
-        return body.add("Slice", [values], axes=[1], starts=[0], ends=[width])
-    begin, axis = (body.constant(np.array([value], np.int64)) for value in (0, 1))
-    return body.add("Slice", [values, begin, inputs["width"], axis])

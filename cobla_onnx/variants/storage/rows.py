@@ -22,7 +22,7 @@ from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement, narrowed, own_node
 from cobla_onnx.variants.storage.coding import Coded, signed
 from cobla_onnx.variants.storage.decoding import DOMAIN
-from cobla_onnx.variants.storage.packing import pack_rows, row_bytes, row_unit
+from cobla_onnx.variants.storage.packing import filling, pack_rows, packed_bytes
 from cobla_onnx.variants.storage.precision import HALF, in_half
 from cobla_onnx.variants.storage.rounding import round_weight
 from cobla_onnx.variants.storage.row_decoding import RowFormat, row_decoder, row_decoder_nodes
@@ -51,7 +51,7 @@ def table_bytes(layer: Layer, bits: int) -> int:
     if bits == 8:
         return layer.params + scales
     # Levels, and the width of a row.
-    total = rows * row_bytes(width, bits) + scales + (4 << bits) + 8
+    total = rows * packed_bytes(width, bits) + scales + (4 << bits) + 8
     best = best_rows(layer.shape, bits)
     if best:
         total += rows * place_type(best).itemsize + (best + 1) * (width + 4)
@@ -60,7 +60,7 @@ def table_bytes(layer: Layer, bits: int) -> int:
 
 def row_format(layer: Layer, bits: int, mixed: bool) -> RowFormat:
     """How the rows of a table are stored in so many bits."""
-    cut = bits < 8 and layer.shape[1] % row_unit(bits) > 0
+    cut = bits < 8 and filling(layer.shape[1], bits) > 0
     return RowFormat(bits, mixed, cut, layer.type)
 
 

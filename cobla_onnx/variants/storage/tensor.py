@@ -17,7 +17,6 @@ from cobla_onnx.variants.replacement import narrowed
 from cobla_onnx.variants.storage.coding import INTEGERS, nearest, signed
 from cobla_onnx.variants.storage.decoding import (
     DOMAIN,
-    constant_bytes,
     decoder,
     decoder_inputs,
     decoder_nodes,
@@ -25,9 +24,9 @@ from cobla_onnx.variants.storage.decoding import (
 from cobla_onnx.variants.storage.packing import (
     PLANES,
     Count,
+    filling,
     pack,
     packed_bytes,
-    paired,
     unpack,
 )
 from cobla_onnx.variants.storage.precision import HALF
@@ -48,9 +47,7 @@ LEVEL = "level"
 
 
 def tensor_bytes(count: Count, scales: Count, axes: int, bits: int) -> Count:
-    """Bytes of a tensor in so many bits, with all that decodes it; never too few.
-
-    A function of the model is counted for each tensor that reads it.
+    """Bytes of a tensor in so many bits, with all that decodes it.
 
     Parameters
     ----------
@@ -65,8 +62,8 @@ def tensor_bytes(count: Count, scales: Count, axes: int, bits: int) -> Count:
         return 2 * count
     if bits == 8:
         return count + 4 * scales
-    # Levels, shape and count.
-    read_once = (4 << bits) + 8 * (axes + 1) + constant_bytes(bits)
+    # Levels and shape, and the count where it is read.
+    read_once = (4 << bits) + 8 * axes - 8 * (-filling(count, bits) // 8)
     return packed_bytes(count, bits) + 4 * scales + read_once
 
 
@@ -109,9 +106,8 @@ class StoredTensor:
             arrays = {**self.arrays, "scale": scale}
             return replace(self, arrays=arrays, way=DEQUANTIZE, axis=axis)
         if self.bits == 4 and takes_nibbles(writing):
-            codes = paired(self.arrays["plane_0"], self.values.size)
             kept = {part: self.arrays[part] for part in ("levels", "scale")}
-            return replace(self, arrays={"codes": codes, **kept}, way=NIBBLES)
+            return replace(self, arrays={"codes": self.arrays["plane_0"], **kept}, way=NIBBLES)
         return self
 
     @property
@@ -197,10 +193,10 @@ class StoredTensor:
             along: dict[str, Any] = {"axis": self.axis} if self.arrays["scale"].ndim else {}
             inputs = [stored["codes"], stored["scale"]]
             return [helper.make_node("DequantizeLinear", inputs, [result], name, **along)], result
-        nibbles = self.way == NIBBLES
-        wanted = decoder_inputs(self.bits, nibbles)
+        nibbles, cut = self.way == NIBBLES, "count" in self.arrays
+        wanted = decoder_inputs(self.bits, nibbles, cut)
         if names.takes_functions:
-            function = names.function(decoder(self.bits, names.opset, nibbles))
+            function = names.function(decoder(self.bits, names.opset, nibbles, cut))
             inputs = [stored[part] for part in wanted]
             return [helper.make_node(function, inputs, [result], name, domain=DOMAIN)], result
 
@@ -254,8 +250,9 @@ def coded_tensor(
         "levels": levels,
         "scale": scale,
         "shape": np.array(codes.shape, np.int64),
-        "count": np.array([codes.size], np.int64),
     }
+    if filling(codes.size, bits):
+        arrays["count"] = np.array([codes.size], np.int64)
     return StoredTensor(bits, arrays, values)
 
 

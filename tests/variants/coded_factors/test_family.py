@@ -93,7 +93,7 @@ def test_a_plan_with_factors_in_bits_is_read_edited_and_applied() -> None:
     plan = Plan.from_json(json.dumps(content))
     assert plan.decisions == (Decision("layer", "matrix@5", 3),)
     result = compress(model, plan=plan, threads=1)
-    assert [f.name for f in result.model.functions] == ["Decode5"]
+    assert [f.name for f in result.model.functions] == ["Decode5Cut"]
     assert result.report.verification is not None
     assert result.report.verification.rewrite_max_error < 1e-4
 

@@ -27,7 +27,7 @@ from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
 from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.variants.storage import rows as rows_module
 from cobla_onnx.variants.storage import rows_family
-from cobla_onnx.variants.storage.packing import PLANES, pack_rows, row_bytes
+from cobla_onnx.variants.storage.packing import PLANES, pack_rows, packed_bytes
 from cobla_onnx.variants.storage.precision import FORMATS
 from cobla_onnx.variants.storage.row_decoding import RowFormat, row_decoder
 from cobla_onnx.variants.storage.rows import (
@@ -108,7 +108,7 @@ def test_lookups_give_the_rows_that_are_stated(
 def test_rows_are_packed_one_by_one(rows, width, bits, seed):
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (rows, width)).astype(np.uint8)
     planes = pack_rows(codes, bits)
-    assert sum(plane.shape[1] for plane in planes) == row_bytes(width, bits)
+    assert sum(plane.shape[1] for plane in planes) == packed_bytes(width, bits)
     for number in range(rows):
         alone = pack_rows(codes[number : number + 1], bits)
         for plane, (of_row,) in zip(planes, alone, strict=True):
