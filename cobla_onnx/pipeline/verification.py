@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 
@@ -20,6 +21,7 @@ from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.evaluation.choosing import measures_on
 from cobla_onnx.calibration.evaluation.outputs import Comparison
 from cobla_onnx.errors import ModelError, VerificationError
+from cobla_onnx.graph.health import EXPORT_AGAIN, unhealthy_weight
 from cobla_onnx.graph.io.model_file import stored_bytes, without_weights
 from cobla_onnx.graph.macs import Shape, infer_shapes
 from cobla_onnx.graph.varying import varying_tensors
@@ -129,6 +131,7 @@ def verify(
         if any(None in (shape or (None,)) for shape in shapes.values()):
             notes += (f"unknown input axes were set to {unknown} for verification",)
         del session
+        _check_finite(original, reference)
     else:
         batches = (feeds for _, feeds in data[1]()) if proved is None else proved()
         proof = list(itertools.islice(batches, PROVED_BATCHES))
@@ -154,6 +157,18 @@ def verify(
     name = "random" if data is None else data[0]
     notes = (*notes, *_not_read(original, results), *more, *comparison.notes())
     return Verification(name, samples, rewrite_error, network_error, comparison.results(), notes)
+
+
+def _check_finite(original: onnx.ModelProto, results: Sequence[Feeds]) -> None:
+    """Refuse a model that gives NaN whatever it is given, and whose weights say why.
+
+    Where they do not, random inputs may be to blame: nothing says what a model takes.
+    """
+    values = [[np.asarray(value) for value in outputs.values()] for outputs in results]
+    if all(any(v.dtype.kind == "f" and np.isnan(v).any() for v in each) for each in values):
+        cause = unhealthy_weight(original)
+        if cause:
+            raise ModelError(f"{cause}, and its outputs are not finite; {EXPORT_AGAIN}")
 
 
 def _not_read(original: onnx.ModelProto, results: Sequence[Feeds]) -> Iterator[str]:

@@ -269,8 +269,9 @@ def test_bad_data_is_one_clear_line(demo_model, tmp_path, monkeypatch, options, 
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("data", [{"x": random_array(8, 3, 12, 12)}, None])
 @pytest.mark.parametrize("name", ["w1", "b3"])
-def test_nan_in_a_model_is_not_blamed_on_the_data(name):
+def test_nan_in_a_model_is_not_blamed_on_the_data(name, data):
     model = small_network()
     tensor = next(t for t in model.graph.initializer if t.name == name)
     array = onnx.numpy_helper.to_array(tensor).copy()
@@ -279,7 +280,7 @@ def test_nan_in_a_model_is_not_blamed_on_the_data(name):
     node = {"w1": "conv1", "b3": "fc"}[name]
     cause = f"weight '{name}' of node '{node}' holds NaN.*; export the model again"
     with pytest.raises(errors.ModelError, match=cause):
-        compress(model, Budget(mem=0.5), data={"x": random_array(8, 3, 12, 12)}, threads=1)
+        compress(model, Budget(mem=0.5), data=data, threads=1)
 
 
 def test_a_refused_file_of_samples_is_closed(demo_model, tmp_path):
