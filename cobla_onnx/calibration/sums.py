@@ -82,7 +82,7 @@ class MomentSum:
         samples = vectors.shape[2] // each
         starts = np.arange(0, vectors.shape[2], each)
         if self._parts is None and len(vectors) > 1 and _apart(vectors.shape[1:], len(starts)):
-            self._add_groups(vectors, each)
+            self._add_groups(vectors, each, dtype)
         elif self._parts is None:
             for group, block in enumerate(vectors):
                 self._add(group, self._blocks[group], self._total[group], block, starts, dtype)
@@ -132,10 +132,12 @@ class MomentSum:
                 self._spread[group] += _spread(its, squares, spans)
                 self._single |= its.dtype != np.float64
 
-    def _add_groups(self, vectors: NDArray[Any], each: int) -> None:
+    def _add_groups(
+        self, vectors: NDArray[Any], each: int, dtype: type[np.floating[Any]] | None
+    ) -> None:
         """Add the same of all groups in one go: those of a depthwise layer are many and small."""
         assert isinstance(self._blocks, np.ndarray)
-        dtype = _type_of_products(vectors, self._exact, axis=(1, 2))
+        dtype = dtype or _type_of_products(vectors, self._exact, axis=(1, 2))
         groups, size, _ = vectors.shape
         # (groups, samples, size, each)
         factors = np.moveaxis(vectors.reshape(groups, size, -1, each), 2, 1)
@@ -144,8 +146,8 @@ class MomentSum:
         self._blocks += products.sum(axis=1, dtype=np.float64)
         self._total += vectors.sum(axis=2, dtype=np.float64)
         self._spread += np.einsum("gnij,gnij->g", products, products, dtype=np.float64)
-        squares = np.einsum("gnsp,gnsp->gnp", factors, factors, dtype=np.float64)
-        self._fourth += np.einsum("gnp,gnp->g", squares, squares)
+        squares = np.einsum("gnsp,gnsp->gnp", factors, factors)
+        self._fourth += np.einsum("gnp,gnp->g", squares, squares, dtype=np.float64)
 
     def merge(self, other: MomentSum) -> None:
         """Add another sum."""
