@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.moment import BLOCK, SAME, Joint, Moment
+from cobla_onnx.calibration.moment import SAME, Joint, Moment
 
 __all__ = ["JointSum", "MomentSum"]
 
@@ -17,6 +17,8 @@ __all__ = ["JointSum", "MomentSum"]
 SAME_IN_SINGLE = 1e-6
 # Largest numbers whose products, and sums of these, single precision holds.
 SINGLE = 1e-15, 1e15
+# Most numbers whose squares are added up in their own type, before sums are added in double.
+ADDED = 1 << 16
 # Adding a matrix of products to another takes about as long as the products of this many vectors.
 ADDING = 100
 
@@ -279,10 +281,15 @@ def _type_of_products(
     return np.float32 if np.all(single) else np.float64
 
 
-def _squared_norm(matrix: NDArray[Any]) -> float:
-    """Sum of the squares of all entries, in double precision without a copy of them all."""
-    rows = max(1, BLOCK // max(matrix.shape[1], 1))
-    parts = (matrix[at : at + rows].astype(np.float64) for at in range(0, len(matrix), rows))
+def _squared_norm(gram: NDArray[Any]) -> float:
+    """Sum of the squares of all entries of a Gram matrix, block by block.
+
+    In single precision where it holds them: no entry is larger than the largest on the diagonal.
+    """
+    largest = float(gram.diagonal().max(initial=0.0))
+    dtype = gram.dtype if SINGLE[0] <= largest <= SINGLE[1] else np.dtype(np.float64)
+    rows = max(1, ADDED // max(gram.shape[1], 1))
+    parts = (gram[at : at + rows].astype(dtype, copy=False) for at in range(0, len(gram), rows))
     return sum(float(np.vdot(part, part)) for part in parts)
 
 
