@@ -69,7 +69,7 @@ def print_learned(rows: Mapping[str, Row], names: Sequence[str]) -> str:
                 continue
             cells = [budget, method, quality_of(before), quality_of(after)]
             cells.append(gap(_pairable(after), _pairable(before)))
-            cells += [f"{row['seconds']:.0f}" for row in (before, after)]
+            cells += [_from_cache(row, f"{row['seconds']:.0f}") for row in (before, after)]
             lines.append(field.line(name, cells))
     return "\n".join(lines)
 
@@ -157,7 +157,10 @@ def _spent(row: Row) -> str:
     """Time and memory, in brackets where an earlier run's cache was at hand."""
     if not made(row):
         return ""
-    spent = f"{row['cpu_seconds']:.0f} / {row['peak_mb']:.0f}"
+    return _from_cache(row, f"{row['cpu_seconds']:.0f} / {row['peak_mb']:.0f}")
+
+
+def _from_cache(row: Row, spent: str) -> str:
     return f"({spent})" if row.get("cached") else spent
 
 

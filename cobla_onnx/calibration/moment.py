@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK", "SAME", "Joint", "Moment"]
+__all__ = ["SAME", "Joint", "Moment"]
 
 # Samples whose moments differ by less than this, relative to their squares, are the same; and a
 # difference of moments below this fraction of them is rounding.

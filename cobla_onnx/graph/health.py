@@ -22,10 +22,15 @@ EXPORT_AGAIN = "export the model again from a healthy checkpoint"
 LARGE = 1e19
 
 
-def unhealthy_weight(model: onnx.ModelProto) -> str:
+def unhealthy_weight(model: onnx.ModelProto, of_layers: bool = False) -> str:
     """Say which weight or bias holds NaN, or else infinity, or else very large numbers.
 
     The latter two count in what a layer reads alone: elsewhere they may be meant, as in a mask.
+
+    Parameters
+    ----------
+    of_layers : bool
+        Whether NaN does so, too.
 
     Returns
     -------
@@ -44,9 +49,9 @@ def unhealthy_weight(model: onnx.ModelProto) -> str:
         found = f"weight {quoted(name)} of node {quoted(label)} holds"
         with np.errstate(invalid="ignore"):
             most = float(np.abs(array).max())
-        if math.isnan(most):
+        if math.isnan(most) and (not of_layers or operators_of_node(node)):
             return f"{found} NaN"
-        if most < LARGE or not operators_of_node(node):
+        if not most >= LARGE or not operators_of_node(node):
             continue
         if math.isinf(most):
             infinite = infinite or f"{found} infinity"

@@ -118,7 +118,8 @@ def verify(
     Raises
     ------
     ModelError
-        If the original does not load or run.
+        If the original does not load or run; without data, if a weight that is not finite makes
+        its outputs NaN.
     VerificationError
         If the checker or onnxruntime rejects the compressed model, or the new nodes do
         not compute what their dense weight would.
@@ -160,15 +161,19 @@ def verify(
 
 
 def _check_finite(original: onnx.ModelProto, results: Sequence[Feeds]) -> None:
-    """Refuse a model that gives NaN whatever it is given, and whose weights say why.
+    """Refuse a model that gives NaN in every run, and whose layers' weights say why.
 
-    Where they do not, random inputs may be to blame: nothing says what a model takes.
+    Where they do not, random inputs may be to blame, or NaN be meant.
     """
-    values = [[np.asarray(value) for value in outputs.values()] for outputs in results]
-    if all(any(v.dtype.kind == "f" and np.isnan(v).any() for v in each) for each in values):
-        cause = unhealthy_weight(original)
+    if all(any(map(_has_nan, outputs.values())) for outputs in results):
+        cause = unhealthy_weight(original, of_layers=True)
         if cause:
             raise ModelError(f"{cause}, and its outputs are not finite; {EXPORT_AGAIN}")
+
+
+def _has_nan(value: Any) -> bool:
+    # A sequence is a list of arrays.
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f" and bool(np.isnan(value).any())
 
 
 def _not_read(original: onnx.ModelProto, results: Sequence[Feeds]) -> Iterator[str]:

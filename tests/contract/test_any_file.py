@@ -215,6 +215,24 @@ def test_sequence_and_optional_outputs_are_compared():
     assert [o.name for o in compressed(model).report.verification.outputs] == ["y", "s", "o"]
 
 
+def test_a_sequence_of_several_shapes_and_nan_that_is_meant():
+    nodes = [
+        node("MatMul", ["x", "w"], ["y"], "m"),
+        node("Slice", ["y", "zero", "one", "one"], ["part"]),
+        node("SequenceConstruct", ["y", "part"], ["s"]),
+        node("Greater", ["y", "none"], ["above"]),
+        node("Where", ["above", "y", "nan"], ["z"]),
+    ]
+    weights = {
+        "w": random_array(16, 16), "zero": np.array([0]), "one": np.array([1]),
+        "none": np.float32(0), "nan": np.float32(np.nan),
+    }  # fmt: skip
+    model = model_of(nodes, weights, {"x": [2, 16]}, ["z"], opset=18)
+    sequence = helper.make_sequence_type_proto(helper.make_tensor_type_proto(FLOAT, None))
+    model.graph.output.append(helper.make_value_info("s", sequence))
+    assert [o.name for o in compressed(model).report.verification.outputs] == ["z", "s"]
+
+
 def test_nodes_without_names_and_unused_weights():
     model = small_network()
     for item in model.graph.node:

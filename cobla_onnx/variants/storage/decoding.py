@@ -56,7 +56,7 @@ def decoder_inputs(bits: int, nibbles: bool = False, cut: bool = False) -> list[
 
 
 def decoder(bits: int, opset: int, nibbles: bool = False, cut: bool = False) -> onnx.FunctionProto:
-    """Make the function that decodes a weight, called ``Decode{bits}``; from opset 10 on."""
+    """Make the function that decodes a weight, called ``Decode4`` or such; from opset 10 on."""
     inputs = decoder_inputs(bits, nibbles, cut)
     by_name = dict(zip(inputs, inputs, strict=True))
     nodes = decoder_nodes(bits, opset, by_name, "weight", str, nibbles=nibbles)

@@ -74,15 +74,13 @@ def pack_rows(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
     """
     (rows, count), size = codes.shape, group_size(bits)
     padded = np.pad(codes, ((0, 0), (0, filling(count, bits))))
-    groups = padded.reshape(rows, -1, size)
+    groups = padded.reshape(rows, padded.shape[1] // size, size)
     first, rest = PLANES[bits][0], bits - PLANES[bits][0]
-    place = np.arange(size, dtype=np.uint8)
-    planes = [np.bitwise_or.reduce(groups >> rest << first * place, axis=2)]
+    planes = [_joined(groups >> np.uint8(rest), first)]
     if rest:
-        width, below = rest * size, groups & ((1 << rest) - 1)
-        fields = np.bitwise_or.reduce(below << rest * place, axis=2)
-        parts = fields.reshape(rows, 8 // width, -1)
-        planes.append(np.bitwise_or.reduce(parts << _shifts(width), axis=1))
+        fields = _joined(groups & np.uint8((1 << rest) - 1), rest)
+        parts = fields.reshape(rows, 8 // (rest * size), -1).swapaxes(1, 2)
+        planes.append(_joined(parts, rest * size))
     return planes
 
 
@@ -94,17 +92,26 @@ def unpack(planes: Sequence[NDArray[np.uint8]], bits: int, count: int) -> NDArra
     >>> unpack([np.array([33, 195], np.uint8)], 4, 4).tolist()
     [1, 2, 3, 12]
     """
-    size, (first, *below) = group_size(bits), planes
-    width, rest = PLANES[bits][0], bits - PLANES[bits][0]
-    place = np.arange(size, dtype=np.uint8)
-    codes = (first[:, None] >> width * place) & ((1 << width) - 1)
+    size, rest = group_size(bits), bits - PLANES[bits][0]
+    first, *below = planes
+    codes = _split(first, PLANES[bits][0], size)
     for plane in below:
-        fields = (plane >> _shifts(rest * size)) & ((1 << rest * size) - 1)
-        lowest = (fields.reshape(-1, 1) >> rest * place) & ((1 << rest) - 1)
-        codes = codes << rest | lowest
-    return np.asarray(codes.reshape(-1)[:count], np.uint8)
+        fields = _split(plane, rest * size, 8 // (rest * size)).T.reshape(-1)
+        codes = np.asarray(codes << rest | _split(fields, rest, size), np.uint8)
+    return codes.reshape(-1)[:count]
 
 
-def _shifts(width: int) -> NDArray[np.uint8]:
-    """Places of a byte's fields, as a column."""
-    return width * np.arange(8 // width, dtype=np.uint8)[:, None]
+def _joined(fields: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Join fields of a width along the last axis, the first one lowest."""
+    result: NDArray[np.uint8] = fields[..., 0].copy()
+    for number in range(1, fields.shape[-1]):
+        result |= fields[..., number] << np.uint8(width * number)
+    return result
+
+
+def _split(joined: NDArray[np.uint8], width: int, count: int) -> NDArray[np.uint8]:
+    """Undo `_joined`: return fields along a last axis of this length."""
+    result = np.empty((*joined.shape, count), np.uint8)
+    for number in range(count):
+        result[..., number] = joined >> np.uint8(width * number) & np.uint8((1 << width) - 1)
+    return result

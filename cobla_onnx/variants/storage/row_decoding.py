@@ -1,10 +1,11 @@
 """The nodes that look rows up in a table of few bits, and decode those alone.
 
-The table stays as it is stored, also in memory: a decoder of the whole weight, as layers have it
-(`decoding`), would be folded to a table in single precision when the model opens, or computed in
-every run. Rows are packed one by one, so that the lookup takes bytes. What neighbouring codes stand
-for is looked up at once, in a table of all such groups that onnxruntime computes when it opens the
-model: numbers one by one take most of the time of a lookup.
+A large table stays as it is stored, also in memory: a decoder of the whole weight, as layers have
+it (`decoding`), would be folded to a table in single precision when the model opens, or computed in
+every run. Of a small one all rows are looked up at once, which is folded. Rows are packed one by
+one, so that the lookup takes bytes. What neighbouring codes stand for is looked up at once, in a
+table of all such groups that onnxruntime computes when it opens the model: numbers one by one take
+most of the time of a lookup.
 
 From IR version 8 and opset 10 on the nodes are the body of a function of the model, of which each
 lookup has one node (`row_decoder`); before that they stand in the graph (`row_decoder_nodes`).
@@ -95,7 +96,7 @@ def row_decoder_nodes(
 
     Parameters
     ----------
-    inputs : dict of str to str
+    inputs : mapping of str to str
         Names of the tensors by those in `RowFormat.inputs`, and of the numbers of rows, ``ids``.
     output : str
         Name of the rows.

@@ -37,6 +37,14 @@ __all__ = [
 ]
 
 
+# Numbers of a table up to which all rows are decoded when the model opens: a megabyte.
+OPENED = 1 << 18
+# The opset from which there is Range: the numbers of all rows would take bytes as a constant.
+RANGE = 11
+# What lookups of a table read that was decoded before.
+TABLE = "table"
+
+
 def best_rows(shape: tuple[int, ...], bits: int) -> int:
     """Number of a table's rows that are stored in 8 bits, where the others have fewer."""
     return best_count(shape) if bits < 8 else 0
@@ -58,15 +66,10 @@ def table_bytes(layer: Layer, bits: int) -> int:
     return total
 
 
-def row_format(layer: Layer, bits: int, mixed: bool) -> RowFormat:
+def _row_format(layer: Layer, bits: int, mixed: bool) -> RowFormat:
     """How the rows of a table are stored in so many bits."""
     cut = bits < 8 and filling(layer.shape[1], bits) > 0
     return RowFormat(bits, mixed, cut, layer.type)
-
-
-# Numbers of a table up to which all rows are decoded when the model opens: a megabyte. The opset
-# from which the numbers of all rows take no bytes. What lookups of a decoded table read.
-OPENED, RANGE, TABLE = 1 << 18, 11, "table"
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def round_table(
 
 @dataclass(frozen=True)
 class StoredRows(Replacement):
-    """A table in few bits, and lookups that decode rows.
+    """A table in few bits, and lookups that decode rows; a small table is decoded before them.
 
     Attributes
     ----------
@@ -214,9 +217,9 @@ def stored_rows(layer: Layer, made: RoundedTable) -> StoredRows:
     coded, best = made.coded, made.best_coded
     if coded is None:
         half = narrowed(layer, made.weight, np.dtype(np.float16), "its table")
-        return StoredRows(layer, {"half": half}, None, row_format(layer, HALF, False), made)
+        return StoredRows(layer, {"half": half}, None, _row_format(layer, HALF, False), made)
     scale = coded.scales[0][:, None].copy()
-    form = row_format(layer, coded.bits, best is not None)
+    form = _row_format(layer, coded.bits, best is not None)
     if coded.bits == 8:
         arrays: dict[str, NDArray[Any]] = {"codes": signed(coded.codes[0]), "scale": scale}
         return StoredRows(layer, arrays, None, form, made)

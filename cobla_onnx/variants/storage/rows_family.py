@@ -1,4 +1,4 @@
-"""Tables in fewer bits as a family of variants: rows with a scale each, decoded when looked up."""
+"""Tables in fewer bits as a family of variants: rows with a scale each."""
 
 from __future__ import annotations
 

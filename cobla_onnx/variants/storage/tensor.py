@@ -47,7 +47,7 @@ LEVEL = "level"
 
 
 def tensor_bytes(count: Count, scales: Count, axes: int, bits: int) -> Count:
-    """Bytes of a tensor in so many bits, with all that decodes it.
+    """Bytes of a tensor in so many bits, with all that decodes it; as UINT4 a few less.
 
     Parameters
     ----------
