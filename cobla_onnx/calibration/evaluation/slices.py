@@ -152,7 +152,7 @@ class Slices:
                 zeros = np.zeros(shape[axis])
                 self.by_axis[axis] = SliceSums(0.0, zeros, zeros, zeros)
         elif len(shape) != len(self.sizes):
-            self.sizes = (None,) * len(shape)
+            self.sizes, self.by_axis = (None,) * len(shape), {}
         else:
             self.sizes = tuple(
                 a if a == b else None for a, b in zip(self.sizes, shape, strict=True)

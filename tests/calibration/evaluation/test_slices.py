@@ -46,3 +46,13 @@ def test_sums_do_not_depend_on_the_batches(split, seed):
         parts.add(part, part * 1.1)
     np.testing.assert_allclose(whole.scale(1), parts.scale(1))
     np.testing.assert_allclose(whole.relative_errors(1), parts.relative_errors(1))
+
+
+@pytest.mark.parametrize("shapes", [[(4, 6, 8), (4, 6), (4, 6, 8)], [(4, 6), (4,), (4, 6)]])
+def test_outputs_of_another_number_of_axes_have_no_features(shapes):
+    """As elements of a sequence may be."""
+    slices = Slices(np.dtype(np.float32))
+    for shape in shapes:
+        slices.add(np.ones(shape, np.float32))
+    assert slices.feature_axis() is None
+    assert slices.whole.count == sum(map(np.prod, shapes))
