@@ -45,13 +45,21 @@ def test_both_levers_lose_no_more_than_one(found):
             assert each.both <= min(alone) * (1 + 1e-9)
 
 
-def test_the_prediction_is_near_to_what_the_programme_finds(found):
-    # It measures what it chooses, which the advice does not.
-    (each,) = [x for x in found.outlooks if (x.resource, x.kept) == ("mem", 0.5)]
-    options = {"data": SAMPLES, "refit": False, "threads": 1}
-    result = compress(small_network(), Budget(mem=0.5), solver="milp", **options)
-    assert result.report.solver is not None
-    assert each.ranks == pytest.approx(result.report.solver.value, rel=0.5)
+def test_predictions_are_near_to_what_the_programme_finds():
+    # It measures what it chooses, which the advice does not. A single draw of samples says
+    # little: a layer's loss is told by whichever curve is cheapest.
+    factors = []
+    for seed in (5, 6, 7):
+        data = {"x": random_array(24, 3, 12, 12, seed=seed)}
+        told = advise(small_network(), data=data, threads=1).outlooks
+        (each,) = [x for x in told if (x.resource, x.kept) == ("mem", 0.5)]
+        options = {"data": data, "refit": False, "threads": 1}
+        result = compress(small_network(), Budget(mem=0.5), solver="milp", **options)
+        assert each.ranks is not None
+        assert result.report.solver is not None
+        factors.append(abs(np.log(each.ranks / result.report.solver.value)))
+    assert np.exp(np.mean(factors)) < 1.5
+    assert np.exp(np.max(factors)) < 2
 
 
 def test_bytes_are_all_of_the_weights(found):
