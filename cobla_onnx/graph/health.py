@@ -9,13 +9,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.bodies import all_nodes, body_graphs, placed_nodes
 from cobla_onnx.graph.operators.base import operators_of_node
 from cobla_onnx.graph.protos import STORED_TYPES
 from cobla_onnx.graph.tensors import constant_value, tensor_array
 from cobla_onnx.text import quoted
 
-__all__ = ["EXPORT_AGAIN", "unhealthy_weight"]
+__all__ = ["EXPORT_AGAIN", "blame_weights", "unhealthy_weight"]
 
 EXPORT_AGAIN = "export the model again from a healthy checkpoint"
 # Squares of larger numbers leave the range of single precision.
@@ -58,6 +59,23 @@ def unhealthy_weight(model: onnx.ModelProto, of_layers: bool = False) -> str:
         else:
             large = large or f"{found} numbers up to {most:.2g}"
     return infinite or large
+
+
+def blame_weights(model: onnx.ModelProto, of_layers: bool = False) -> None:
+    """Refuse a model whose outputs are not finite, if a weight says why.
+
+    Parameters
+    ----------
+    of_layers : bool
+        As for `unhealthy_weight`.
+
+    Raises
+    ------
+    ModelError
+    """
+    cause = unhealthy_weight(model, of_layers)
+    if cause:
+        raise ModelError(f"{cause}, and its outputs are not finite; {EXPORT_AGAIN}")
 
 
 def _stored(model: onnx.ModelProto) -> Iterator[tuple[str, NDArray[np.floating]]]:

@@ -21,7 +21,7 @@ from cobla_onnx.calibration.batching import TapLimit
 from cobla_onnx.calibration.evaluation.choosing import measures_on
 from cobla_onnx.calibration.evaluation.outputs import Comparison
 from cobla_onnx.errors import ModelError, VerificationError
-from cobla_onnx.graph.health import EXPORT_AGAIN, unhealthy_weight
+from cobla_onnx.graph.health import blame_weights
 from cobla_onnx.graph.io.model_file import stored_bytes, without_weights
 from cobla_onnx.graph.macs import Shape, infer_shapes
 from cobla_onnx.graph.varying import varying_tensors
@@ -166,9 +166,7 @@ def _check_finite(original: onnx.ModelProto, results: Sequence[Feeds]) -> None:
     Where they do not, random inputs may be to blame, or NaN be meant.
     """
     if all(any(map(_has_nan, outputs.values())) for outputs in results):
-        cause = unhealthy_weight(original, of_layers=True)
-        if cause:
-            raise ModelError(f"{cause}, and its outputs are not finite; {EXPORT_AGAIN}")
+        blame_weights(original, of_layers=True)
 
 
 def _has_nan(value: Any) -> bool:

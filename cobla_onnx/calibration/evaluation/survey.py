@@ -14,8 +14,8 @@ from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.loss import equal_infinities
 from cobla_onnx.calibration.evaluation.slices import Slices
 from cobla_onnx.calibration.evaluation.temperature import doubts
-from cobla_onnx.errors import DataError, ModelError
-from cobla_onnx.graph.health import EXPORT_AGAIN, unhealthy_weight
+from cobla_onnx.errors import DataError
+from cobla_onnx.graph.health import blame_weights
 from cobla_onnx.runtime.session import Feeds, open_session, run_session
 from cobla_onnx.text import quoted
 
@@ -229,9 +229,7 @@ def survey(
         if pattern != usual:
             left_out.extend(indices_of)
     if len(dataset) - len(left_out) < 2:
-        cause = unhealthy_weight(model)
-        if cause:
-            raise ModelError(f"{cause}, and its outputs are not finite; {EXPORT_AGAIN}")
+        blame_weights(model)
         raise DataError(
             f"{dataset.source}: the original gives NaN or infinity for {len(left_out)} of "
             f"{len(dataset)} samples, at least 2 others are needed; check the data's preprocessing"

@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cobla_onnx.graph.functions import OWN_DOMAIN
 from cobla_onnx.variants.names import SLICE_BY_INPUTS
-from cobla_onnx.variants.storage.packing import PLANES, group_size
+from cobla_onnx.variants.storage.packing import PLANES, group_size, plane_names
 
 __all__ = [
     "DOMAIN",
@@ -51,8 +51,7 @@ def decoder_inputs(bits: int, nibbles: bool = False, cut: bool = False) -> list[
         return ["codes", "levels", "scale"]
     if bits == 8:
         return ["codes", "scale"]
-    planes = [f"plane_{number}" for number in range(len(PLANES[bits]))]
-    return [*planes, "levels", "scale", "shape", *["count"] * cut]
+    return [*plane_names(bits), "levels", "scale", "shape", *["count"] * cut]
 
 
 def decoder(bits: int, opset: int, nibbles: bool = False, cut: bool = False) -> onnx.FunctionProto:
@@ -96,7 +95,7 @@ def decoder_nodes(
     elif bits == 8:
         shaped = body.add("Cast", [inputs["codes"]], to=TensorProto.FLOAT)
     else:
-        planes = [inputs[part] for part in inputs if part.startswith("plane")]
+        planes = [inputs[part] for part in plane_names(bits)]
         values = body.looked_up(bits, planes, inputs["levels"])
         if "count" in inputs:
             values = body.add("Reshape", [values, body.constant(np.array([-1], np.int64))])

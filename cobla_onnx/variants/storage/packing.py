@@ -23,6 +23,7 @@ __all__ = [
     "pack",
     "pack_rows",
     "packed_bytes",
+    "plane_names",
     "unpack",
 ]
 
@@ -30,6 +31,11 @@ Count = TypeVar("Count", int, NDArray[np.int64])
 
 # Widths of the planes by the bits of a code, the one of the highest bits first.
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+
+
+def plane_names(bits: int) -> list[str]:
+    """Names of what is stored for the planes."""
+    return [f"plane_{number}" for number in range(len(PLANES[bits]))]
 
 
 def group_size(bits: int) -> int:

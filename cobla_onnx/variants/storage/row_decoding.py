@@ -21,7 +21,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from cobla_onnx.variants.storage.decoding import DOMAIN, Body
-from cobla_onnx.variants.storage.packing import PLANES, group_size
+from cobla_onnx.variants.storage.packing import group_size, plane_names
 from cobla_onnx.variants.storage.precision import HALF
 
 __all__ = ["RowFormat", "row_decoder", "row_decoder_nodes"]
@@ -71,9 +71,8 @@ class RowFormat:
             return ["half"]
         if self.bits == 8:
             return ["codes", "scale"]
-        planes = [f"plane_{number}" for number in range(len(PLANES[self.bits]))]
         best = ["place", "best_codes", "best_scale"] if self.mixed else []
-        return [*planes, "levels", "scale", "width", *best]
+        return [*plane_names(self.bits), "levels", "scale", "width", *best]
 
 
 def row_decoder(form: RowFormat, opset: int) -> onnx.FunctionProto:
@@ -136,7 +135,7 @@ def _unpacked(
     With two axes no operator needs to count its axes from the end, which old opsets cannot.
     """
     flat = body.add("Reshape", [inputs["ids"], body.constant(np.array([-1], np.int64))])
-    read = [body.add("Gather", [inputs[part], flat]) for part in form.inputs if "plane" in part]
+    read = [body.add("Gather", [inputs[part], flat]) for part in plane_names(form.bits)]
     groups = body.looked_up(form.bits, read, inputs["levels"], axis=1)
     # The number of rows may be 0, so that a length of -1 would be no length.
     first_two = body.add("Shape", [read[0]])

@@ -22,7 +22,7 @@ from cobla_onnx.variants.names import Names
 from cobla_onnx.variants.replacement import Replacement, narrowed, own_node
 from cobla_onnx.variants.storage.coding import Coded, signed
 from cobla_onnx.variants.storage.decoding import DOMAIN
-from cobla_onnx.variants.storage.packing import filling, pack_rows, packed_bytes
+from cobla_onnx.variants.storage.packing import filling, pack_rows, packed_bytes, plane_names
 from cobla_onnx.variants.storage.precision import HALF, in_half
 from cobla_onnx.variants.storage.rounding import round_weight
 from cobla_onnx.variants.storage.row_decoding import RowFormat, row_decoder, row_decoder_nodes
@@ -224,7 +224,7 @@ def stored_rows(layer: Layer, made: RoundedTable) -> StoredRows:
         arrays: dict[str, NDArray[Any]] = {"codes": signed(coded.codes[0]), "scale": scale}
         return StoredRows(layer, arrays, None, form, made)
     codes = coded.codes[0]
-    planes = {f"plane_{k}": plane for k, plane in enumerate(pack_rows(codes, coded.bits))}
+    planes = dict(zip(plane_names(coded.bits), pack_rows(codes, coded.bits), strict=True))
     width = np.array([codes.shape[1]], np.int64)
     arrays = {**planes, "levels": coded.levels, "scale": scale, "width": width}
     if best is not None:

@@ -22,11 +22,11 @@ from cobla_onnx.variants.storage.decoding import (
     decoder_nodes,
 )
 from cobla_onnx.variants.storage.packing import (
-    PLANES,
     Count,
     filling,
     pack,
     packed_bytes,
+    plane_names,
     unpack,
 )
 from cobla_onnx.variants.storage.precision import HALF
@@ -128,7 +128,7 @@ class StoredTensor:
     def _codes(self) -> NDArray[np.uint8]:
         if self.bits == 8:
             return (self.arrays["codes"].astype(np.int16) + 128).astype(np.uint8)
-        planes = [self.arrays[f"plane_{number}"] for number in range(len(PLANES[self.bits]))]
+        planes = [self.arrays[part] for part in plane_names(self.bits)]
         return unpack(planes, self.bits, self.values.size).reshape(self.values.shape)
 
     def _nearest(self, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.integer[Any]]:
@@ -246,7 +246,7 @@ def coded_tensor(
         arrays = {"codes": np.ascontiguousarray(signed(codes)), "scale": scale}
         return StoredTensor(bits, arrays, values)
     arrays = {
-        **{f"plane_{k}": plane for k, plane in enumerate(pack(codes, bits))},
+        **dict(zip(plane_names(bits), pack(codes, bits), strict=True)),
         "levels": levels,
         "scale": scale,
         "shape": np.array(codes.shape, np.int64),
