@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cobla_onnx import Budget
-from cobla_onnx.allocation import Choice, allocate
+from cobla_onnx.allocation import Choice, LayerCurves, VariantCurve, allocate
 from cobla_onnx.calibration.evaluation.parallel import SpreadProbe
 from cobla_onnx.errors import ModelError
 from cobla_onnx.pipeline.search.evidence import Evidence
+from cobla_onnx.pipeline.search.point_losses import PointLosses
 from cobla_onnx.pipeline.search.sensitivity import (
     LEAST_SAMPLES,
     MANY,
@@ -21,6 +25,7 @@ from cobla_onnx.pipeline.search.sensitivity import (
     SHAPED,
     TARGETS,
     Response,
+    Sensitivity,
     affordable_samples,
 )
 from tests.builders import small_network
@@ -152,6 +157,56 @@ def test_a_second_point_is_measured_where_much_of_the_loss_is(monkeypatch) -> No
     monkeypatch.setattr("cobla_onnx.pipeline.search.sensitivity.SMALL", 0.0)
     assert sensitivity.refine(at(1))
     assert asked.pop() == every
+
+
+BITS = np.array([2, 3, 4, 5, 6, 8])
+
+
+def of_few_bits(by_bits: list[float], nested: bool) -> tuple[Sensitivity, list[tuple[int, ...]]]:
+    """Sensitivity of a layer with such losses, and the levels that are asked for."""
+    errors = 4.0 ** -np.arange(33.0)
+    errors[-1] = 0.0
+    curve = VariantCurve("stored", "stored", BITS, {"mem": 100 * BITS}, errors, nested=nested)
+    layers = LayerCurves("layer", {"mem": 3200}, (curve,))
+    asked: list[tuple[int, ...]] = []
+
+    def at(points):
+        for point in points:
+            asked.append(point.levels)
+            yield [dict(zip(BITS.tolist(), by_bits, strict=True))[each] for each in point.levels]
+
+    losses = SimpleNamespace(variants=[SimpleNamespace(curves=layers)], at=at, samples=8)
+    sensitivity = Sensitivity(cast("PointLosses", losses))
+    sensitivity.measure(Budget(mem=0.2).constraints([layers], {"mem": 3200}))
+    return sensitivity, asked
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("chosen", "beside"), [(8, (6,)), (6, (5, 8))])
+def test_bits_beside_those_that_lose_something_else_than_predicted_are_measured(
+    nested: bool, chosen: int, beside: tuple[int, ...]
+) -> None:
+    """The small outputs are lost between 8 bits and 6, which the errors do not say."""
+    losses = dict(zip(BITS.tolist(), [0.13, 0.09, 0.08, 0.07, 0.06, 1e-5], strict=True))
+    sensitivity, asked = of_few_bits(list(losses.values()), nested)
+    asked.clear()
+    assert sensitivity.refine([Choice(0, chosen)])
+    known = sensitivity.objective().curve(0, 0)
+    if nested:
+        assert asked == [(chosen,)]
+    else:
+        assert asked == [(chosen,), beside]
+        assert [known[level] for level in beside] == pytest.approx([losses[b] for b in beside])
+
+
+@given(st.floats(0.4, 2.5))
+def test_bits_that_lose_what_is_predicted_are_measured_where_they_are_chosen(more: float) -> None:
+    losses = 0.3 * 4.0**-BITS
+    losses[-1] *= more
+    sensitivity, asked = of_few_bits(losses.tolist(), False)
+    asked.clear()
+    assert sensitivity.refine([Choice(0, 8)])
+    assert asked == [(8,)]
 
 
 @pytest.mark.parametrize(("opening", "apart"), [(1e9, False), (0, True)])
