@@ -249,13 +249,15 @@ def _flag(field: Field[Any]) -> Flag:
 
 def _parameter(field: Field[Any], form: _Form) -> inspect.Parameter:
     flag = _flag(field)
+    # What is a word or a number is written as a text, which has no limits.
+    least, most = (None, None) if form.type is str else (flag.minimum, flag.maximum)
     default = None if form.repeated else field.default
     annotation: Any = types.GenericAlias(list, (form.type,)) if form.repeated else form.type
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=typer.Option(
-            default, flag.name, metavar=flag.metavar, help=flag.help, min=flag.minimum
+            default, flag.name, metavar=flag.metavar, help=flag.help, min=least, max=most
         ),
         annotation=annotation if default is not None else annotation | None,
     )

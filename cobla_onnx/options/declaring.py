@@ -24,14 +24,15 @@ class Flag:
     help : str
     metavar : str, optional
         What stands for the value in the help.
-    minimum : float, optional
-        The least number that is allowed.
+    minimum, maximum : float, optional
+        The least and the largest number that is allowed; no maximum without a minimum.
     """
 
     name: str
     help: str
     metavar: str | None = None
     minimum: float | None = None
+    maximum: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,9 @@ class Option:
     parts: type | None = None
 
 
-def flag(
-    default: Any, name: str, help: str, metavar: str | None = None, minimum: float | None = None
-) -> Any:
+def flag(default: Any, name: str, help: str, metavar: str | None = None) -> Any:
     """Declare a field that is one of the parts of an option; see `Flag`."""
-    return dataclasses.field(default=default, metadata={"flag": Flag(name, help, metavar, minimum)})
+    return dataclasses.field(default=default, metadata={"flag": Flag(name, help, metavar)})
 
 
 def option(
@@ -69,12 +68,13 @@ def option(
     metavar: str | None = None,
     *,
     minimum: float | None = None,
+    maximum: float | None = None,
     parts: type | None = None,
 ) -> Any:
     """Declare a field of `Settings` that is an option; see `Option` and `Flag`.
 
     Without `name` and `parts` only the Python API has it.
     """
-    shown = None if name is None else Flag(name, help, metavar, minimum)
+    shown = None if name is None else Flag(name, help, metavar, minimum, maximum)
     metadata = {"option": Option(commands, group, parts), "flag": shown}
     return dataclasses.field(default=default, metadata=metadata)

@@ -15,14 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from cobla_onnx.calibration.evaluation.output_choice import LossName, Outputs
 from cobla_onnx.errors import UsageError
+from cobla_onnx.options.checking import check_declared
 from cobla_onnx.options.declaring import Command, flag, option
-from cobla_onnx.options.values import (
-    BatchSize,
-    check_augment,
-    check_batch,
-    check_passes,
-    memory_bytes,
-)
+from cobla_onnx.options.values import BatchSize, check_augment, check_passes, memory_bytes
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.wording import option_name
 
@@ -50,6 +45,8 @@ __all__ = [
 ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
 ArithmeticName: TypeAlias = Literal["keep", "int8", "auto"]
 
+# From some thousands on, onnxruntime waits for its threads and does not return.
+MOST_THREADS = 1024
 # Which commands have an option.
 EVERY: tuple[Command, ...] = ("compress", "advise", "inspect", "sweep", "compare")
 ANALYSE: tuple[Command, ...] = ("compress", "advise", "inspect", "sweep")
@@ -88,7 +85,7 @@ class Settings:
     Raises
     ------
     UsageError
-        If one needs another that is not given.
+        If a value is not one of those declared, or needs another that is not given.
     """
 
     solver: Literal["slsqp", "milp"] = option(
@@ -161,6 +158,7 @@ class Settings:
         "--batch",
         "Samples that are run at a time; auto: as many as --memory-limit allows, 16 at most.",
         "auto|N",
+        minimum=1,
     )
     memory_limit: int | str | None = option(
         EVERY,
@@ -210,6 +208,7 @@ class Settings:
         "With --data: what is stored learns from the original's outputs, N passes or as many as "
         "help.",
         "auto|N",
+        minimum=1,
     )
     augment: str | None = option(
         SEARCH,
@@ -258,6 +257,7 @@ class Settings:
         "--rank-multiple",
         "Ranks are multiples of N; auto: as the CPU likes them, every rank with --mem alone.",
         "auto|N",
+        minimum=1,
     )
     provider: str | None = option(
         RUN,
@@ -298,6 +298,7 @@ class Settings:
         "Threads; as many as there are cores.",
         "N",
         minimum=1,
+        maximum=MOST_THREADS,
     )
     workers: int | None = option(
         SEARCH,
@@ -344,6 +345,7 @@ class Settings:
         return cls(**{**given, **more})
 
     def __post_init__(self) -> None:
+        check_declared(type(self), vars(self))
         if self.labels is not None and self.data is None:
             raise UsageError(
                 f"{option_name('labels')}: are those of the data; give {option_name('data')} too"
@@ -358,7 +360,6 @@ class Settings:
                 f"{option_name('arithmetic', self.arithmetic)}: ranges of 8-bit numbers follow "
                 f"from samples; give {option_name('data')} too"
             )
-        check_batch(self.batch)
         check_passes(self.distil, self.data)
         check_augment(self.augment, self.distil, self.labels)
         memory_bytes(self.memory_limit)

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from cobla_onnx.errors import UsageError
 from cobla_onnx.wording import option_name
 
-__all__ = ["BatchSize", "check_augment", "check_batch", "check_passes", "memory_bytes"]
+__all__ = ["BatchSize", "check_augment", "check_passes", "memory_bytes"]
 
 BatchSize: TypeAlias = Literal["auto"] | int
 
@@ -16,29 +16,15 @@ UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
-def check_batch(batch: object) -> None:
-    """Check a number of samples that run at a time.
-
-    Raises
-    ------
-    UsageError
-        If it is neither ``auto`` nor a whole number of at least 1.
-    """
-    _check_whole_or_auto("batch", batch)
-
-
 def check_passes(passes: object, data: object) -> None:
-    """Check a number of passes over the data, None for none.
+    """Check that there is something to learn from, if there are to be passes over it.
 
     Raises
     ------
     UsageError
-        If it is neither ``auto`` nor a whole number of at least 1, or there is no data.
+        If there is no data.
     """
-    if passes is None:
-        return
-    _check_whole_or_auto("distil", passes)
-    if data is None:
+    if passes is not None and data is None:
         raise UsageError(
             f"{option_name('distil', passes)}: learns from the original's outputs on samples; "
             f"give {option_name('data')} too"
@@ -65,13 +51,6 @@ def check_augment(augment: str | None, distil: object, labels: object) -> None:
     if labels is not None:
         raise UsageError(
             f"{what}: labels would not follow the images; leave out it or {option_name('labels')}"
-        )
-
-
-def _check_whole_or_auto(option: str, value: object) -> None:
-    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise UsageError(
-            f"{option_name(option, value)}: give auto, or a whole number of at least 1"
         )
 
 

@@ -33,7 +33,7 @@ from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.macs import fixed_input_shapes
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
-from cobla_onnx.options import BatchSize, check_batch, memory_bytes
+from cobla_onnx.options import BatchSize, Settings, check_declared, memory_bytes
 from cobla_onnx.pipeline.inputs import ModelSource, available_cores, open_model
 from cobla_onnx.pipeline.verification import rows_of, varying_outputs
 from cobla_onnx.report.comparison import ModelComparison, ModelFacts
@@ -97,7 +97,8 @@ def compare(
     >>> found.second.weight_bytes <= 0.5 * found.first.weight_bytes
     True
     """
-    check_batch(batch)
+    numbers = {"samples": samples, "batch": batch, "seed": seed, "threads": threads}
+    check_declared(Settings, {**numbers, "memory_limit": memory_limit, "provider": provider})
     pair = _Pair.opened(first, second)
     shapes = input_shapes or {}
     _check_ends(pair.models, pair.names, shapes)

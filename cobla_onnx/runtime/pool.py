@@ -260,8 +260,6 @@ def open_pool(threads: int, workers: int | None = None) -> Iterator[Pool]:
 
 @contextmanager
 def _process_pool(workers: int) -> Iterator[Pool]:
-    if workers < 1:
-        raise UsageError(f"{option_name('workers', workers)}: must be at least 1")
     option = option_name("workers", workers)
     with temporary_folder("work") as folder, open_processes(workers) as executor:
         yield Pool(executor, workers, inside=False, folder=folder, option=option)

@@ -164,8 +164,6 @@ def test_shared_values_reach_all_workers(processes):
 def test_one_pool_at_a_time():
     with pytest.raises(UsageError, match="workers= and dask: exclude each other"):
         choose_pool(1, workers=2, dask="tcp://127.0.0.1:1")
-    with pytest.raises(UsageError, match="workers=0"), choose_pool(1, workers=0):
-        pass
 
 
 def written(model, **options) -> bytes:

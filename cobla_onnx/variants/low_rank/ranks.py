@@ -9,9 +9,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.errors import UsageError
-from cobla_onnx.wording import option_name
-
 __all__ = ["EVERY_RANK", "RankGrid", "RankMultiple", "RankRule", "rank_rule"]
 
 RankMultiple: TypeAlias = "Literal['auto'] | int"
@@ -135,18 +132,9 @@ def rank_rule(
         Channels in a block of the CPU's convolutions.
     cpu : bool
         Whether the model runs on the CPU.
-
-    Raises
-    ------
-    UsageError
-        If a number is below 1.
     """
     timed = mac or latency
     if multiple != "auto":
-        if multiple < 1:
-            raise UsageError(
-                f"{option_name('rank_multiple', multiple)}: give auto, or a number of at least 1"
-            )
         convolution = product = RankGrid(multiple)
     elif not timed:
         convolution = product = RankGrid()

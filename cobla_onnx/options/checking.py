@@ -1,0 +1,121 @@
+"""Check values of options against their declarations: choices, kinds of numbers, and limits.
+
+The command line does that by itself; this is for the Python API, where a value that means nothing
+would otherwise be taken for another one, or end in an error of whatever reads it first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import types
+import typing
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from cobla_onnx.errors import UsageError
+from cobla_onnx.options.declaring import Flag
+from cobla_onnx.wording import option_name
+
+__all__ = ["check_declared"]
+
+
+def check_declared(declared: type, values: Mapping[str, object]) -> None:
+    """Check values of options.
+
+    Parameters
+    ----------
+    declared : type
+        A dataclass with fields that were made by `option`.
+    values : mapping of str to object
+        By the names of the fields, of which some may be missing. Those whose types are not in the
+        table here are left to who reads them.
+
+    Raises
+    ------
+    UsageError
+        If a value is none of its type, or beyond a limit.
+    """
+    hints = _hints(declared)
+    for field in dataclasses.fields(declared):
+        flag = field.metadata.get("flag")
+        if flag is not None and field.name in values:
+            value = values[field.name]
+            wanted = _wanted(hints[field.name], value, flag)
+            if wanted is not None:
+                raise UsageError(f"{option_name(field.name, value)}: give {wanted}")
+
+
+def _wanted(hint: Any, value: object, flag: Flag) -> str | None:
+    """Return what a value should be; None if it is that, or nobody knows."""
+    said = []
+    for member in _members(hint):
+        if typing.get_origin(member) is Literal:
+            choices = typing.get_args(member)
+            fits = value in choices
+            said.append(" or ".join(filter(None, (", ".join(choices[:-1]), choices[-1]))))
+        elif member is type(None):
+            fits = value is None
+        elif member in KINDS:
+            kind, is_one = KINDS[member]
+            fits = is_one(value) and not _is_beyond(value, flag)
+            said.append(kind + (_limits(flag) if member in (int, float) else ""))
+        else:
+            return None
+        if fits:
+            return None
+    return ", or ".join(said)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value
+
+
+def _is_sequence_of_texts(value: object) -> bool:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return False
+    return all(isinstance(entry, str) for entry in value)
+
+
+# What is asked for, and whether a value is one, by the type of the field.
+KINDS: Mapping[Any, tuple[str, Callable[[object], bool]]] = {
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("a whole number", _is_whole),
+    float: ("a number", _is_number),
+    str: ("a text", lambda value: isinstance(value, str)),
+    os.PathLike[str]: ("a path", lambda value: isinstance(value, os.PathLike)),
+    Sequence[str]: ("a list of texts, such as ['text']", _is_sequence_of_texts),
+}
+
+
+def _is_beyond(value: object, flag: Flag) -> bool:
+    if not isinstance(value, Real):
+        return False
+    below = flag.minimum is not None and float(value) < flag.minimum
+    return below or (flag.maximum is not None and float(value) > flag.maximum)
+
+
+def _limits(flag: Flag) -> str:
+    if flag.minimum is None:
+        return ""
+    if flag.maximum is None:
+        return f" of at least {flag.minimum:g}"
+    return f" from {flag.minimum:g} to {flag.maximum:g}"
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the type itself."""
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if union else (hint,)
+
+
+@functools.cache
+def _hints(declared: Hashable) -> dict[str, Any]:
+    """Return the types of a class's fields, which takes a few milliseconds."""
+    return typing.get_type_hints(declared)
