@@ -5,7 +5,8 @@ of several by these losses is luck. The answer is therefore that of the last rou
 has the most measurements. It is replaced only by a rival that is better on all samples together,
 each judged under factors that were made without it (cross-fitting). The held-back samples alone
 decide only which rivals take part, since that costs just one pass over them. The most promising
-one is compared first, and none after one that is taken.
+one is compared first, and none after one that is taken. An answer that loses next to nothing has no
+rivals.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ PROMISING, PLACES = 0.5, 2
 # Standard errors by which it must be better on all samples to be taken, after Breiman et al.
 # 1984, Classification and Regression Trees, section 3.4.3.
 BETTER = 1.0
+# Loss that no comparison is worth: it is about that of weights in float16 (docs/benchmarks.md).
+NEGLIGIBLE = 1e-6
 
 
 class Settled(NamedTuple):
@@ -75,6 +78,8 @@ class Rivals:
         """
         before = self._held_back(own)
         known = {own.choices: float(before.mean())}
+        if before.mean() <= NEGLIGIBLE:
+            return Settled(own, (), tuple(known.values()))
         promising = []
         for number, (origin, other) in enumerate(others):
             self.finisher.context.progress("other answers", number, number + 1)

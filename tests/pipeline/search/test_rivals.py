@@ -170,6 +170,27 @@ def test_an_answer_gives_way_only_to_what_all_samples_prefer():
     assert settled.rivals == ()
 
 
+def test_an_answer_that_loses_next_to_nothing_has_no_rivals(monkeypatch):
+    evidence = evidence_for(small_network(), 40)
+    curves, constraints = evidence.analysis.curves, evidence.analysis.constraints(Budget(mem=0.8))
+    own = allocate(curves, WeightError(curves), constraints, solver="milp")
+    finisher = evidence.finisher()
+    rivals = Rivals(finisher, CrossFit(finisher))
+    asked = []
+
+    def others():
+        asked.append("others")
+        yield "own", own
+
+    assert rivals.settle(own, others()).losses
+    assert asked == ["others"]
+    loss = float(finisher.held_back(evidence.analysis.plan(own.choices)).mean())
+    monkeypatch.setattr("cobla_onnx.pipeline.search.rivals.NEGLIGIBLE", 1.01 * loss)
+    settled = rivals.settle(own, others())
+    assert settled == (own, (), (pytest.approx(loss),))
+    assert asked == ["others"]
+
+
 def test_a_comparison_ends_where_the_other_plan_falls_behind():
     evidence = evidence_for(small_network(), 40)
     analysis = evidence.analysis
