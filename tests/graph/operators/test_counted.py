@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from cobla_onnx import compare
-from cobla_onnx.graph.macs import node_macs
+from cobla_onnx.graph.macs import infer_shapes, node_macs
 from cobla_onnx.graph.operators.counted import is_counted
 from cobla_onnx.pipeline import compare as module
 from tests.builders import model_of, random_array
@@ -69,6 +69,89 @@ def test_an_lstm_in_8_bits(direction, factor):
         **MICROSOFT,
     )  # fmt: skip
     assert counted(node, x=(5, 2, 3)) == ({0: 5 * 2 * factor * 4 * 7 * (3 + 7)}, [])
+
+
+BATCH, LENGTH, WIDTH, PAST = 2, 7, 12, 3
+# Queries with keys, and their weights with values.
+ATTENDED = 2 * BATCH * LENGTH * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("node", "shapes", "keys"),
+    [
+        (NODE("Attention", ["q", "k", "v"], ["y"]), {"k": (BATCH, 5, WIDTH)}, 5),
+        (
+            NODE("Attention", ["q", "k", "v", "", "p", "pv"], ["y"]),
+            {"k": (BATCH, 5, WIDTH), "p": (BATCH, 3, PAST, 4)},
+            5 + PAST,
+        ),
+        (
+            NODE("Attention", ["q", "k", "v"], ["y"]),
+            # Fewer heads for keys than for queries.
+            {"q": (BATCH, 3, LENGTH, 4), "k": (BATCH, 1, 5, 4), "y": (BATCH, 3, LENGTH, 4)},
+            5,
+        ),
+        (NODE("MultiHeadAttention", ["q", "k", "v"], ["y"], **MICROSOFT), {"k": (BATCH, 5, 12)}, 5),
+        (
+            NODE("MultiHeadAttention", ["q", "k"], ["y"], **MICROSOFT),
+            {"k": (BATCH, 5, 3, 2, 4)},
+            5,
+        ),
+        (
+            NODE("MultiHeadAttention", ["q"], ["y"], **MICROSOFT),
+            {"q": (BATCH, LENGTH, 3, 3, 4)},
+            LENGTH,
+        ),
+    ],
+)
+def test_attention_counts_as_its_products_do(node, shapes, keys):
+    known = {"q": (BATCH, LENGTH, WIDTH), "y": (BATCH, LENGTH, WIDTH), **shapes}
+    assert counted(node, **known) == ({0: ATTENDED * keys}, [])
+    missing = dict(known)
+    del missing["y"]
+    assert counted(node, **missing) == ({}, ["it"])
+
+
+@pytest.mark.parametrize("kind", ["Attention", "QAttention"])
+@pytest.mark.parametrize("past", [0, PAST])
+def test_attention_with_its_projection(kind, past):
+    place = {"Attention": 4, "QAttention": 8}[kind]
+    inputs = ["x", "w", *[""] * (place - 2), "p"] if past else ["x", "w"]
+    node = NODE(kind, inputs, ["y"], num_heads=3, **MICROSOFT)
+    shapes = {"x": (BATCH, LENGTH, 10), "w": (10, 3 * WIDTH), "p": (2, BATCH, 3, PAST, 4)}
+    projected = BATCH * LENGTH * 10 * 3 * WIDTH
+    assert counted(node, **shapes) == ({0: projected + ATTENDED * (LENGTH + past)}, [])
+    if past:
+        del shapes["p"]
+        assert counted(node, **shapes) == ({}, ["it"])
+
+
+def test_attention_with_fewer_values_than_queries():
+    node = NODE("Attention", ["x", "w"], ["y"], qkv_hidden_sizes=[12, 12, 6], **MICROSOFT)
+    found = counted(node, x=(BATCH, LENGTH, 10), w=(10, 30))
+    assert found == ({0: BATCH * LENGTH * (10 * 30 + LENGTH * (12 + 6))}, [])
+
+
+def test_attention_in_one_node_has_the_macs_of_its_body():
+    """That of the opset, which onnx writes out."""
+    node = NODE("Attention", ["Q", "K", "V"], ["Y"], q_num_heads=3, kv_num_heads=3)
+    lengths = {"Q": LENGTH, "K": 5, "V": 5}
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (BATCH, length, WIDTH))
+        for name, length in lengths.items()
+    ]
+    schema = onnx.defs.get_schema("Attention", 23)
+    kinds = [end.type.SerializeToString() for end in ends]
+    written = schema.get_context_dependent_function(node.SerializeToString(), kinds)
+    body = onnx.FunctionProto.FromString(written)
+    result = onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, None)
+    graph = onnx.helper.make_graph(body.node, "body", ends, [result])
+    model = onnx.helper.make_model(graph, opset_imports=body.opset_import)
+    shapes = infer_shapes(model, {end.name: (BATCH, lengths[end.name], WIDTH) for end in ends})
+    found, unknown = node_macs(model, shapes)
+    assert not unknown
+    whole = counted(node, Q=(BATCH, LENGTH, WIDTH), K=(BATCH, 5, WIDTH), Y=(BATCH, LENGTH, WIDTH))
+    assert sum(found.values()) == sum(whole[0].values()) == ATTENDED * 5
 
 
 def test_a_damaged_node_is_not_known():
