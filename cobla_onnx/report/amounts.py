@@ -44,9 +44,16 @@ def count_text(number: int | None) -> str:
 
 
 def change_text(cost: Cost) -> str:
-    """Format what a cost was and is; once where nothing changed."""
-    if cost.before is None or cost.before == cost.after:
-        return count_text(cost.before)
+    """Format what a cost was and is; once where nothing changed.
+
+    Examples
+    --------
+    >>> from cobla_onnx.report.costs import Cost
+    >>> change_text(Cost(1000, 500)), change_text(Cost(500, 500)), change_text(Cost(None, 500))
+    ('1k → 500', '500', '? → 500')
+    """
+    if cost.before == cost.after:
+        return count_text(cost.after)
     return f"{count_text(cost.before)} → {count_text(cost.after)}"
 
 
