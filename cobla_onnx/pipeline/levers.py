@@ -15,7 +15,7 @@ from cobla_onnx.allocation import (
 from cobla_onnx.allocation.bound import Front, least_losses
 from cobla_onnx.allocation.subproblem import Subproblem
 from cobla_onnx.pipeline.session import Session
-from cobla_onnx.variants.registry import require_family
+from cobla_onnx.variants.registry import level_of, require_family
 
 __all__ = ["Lever", "levers_of", "losses_of"]
 
@@ -68,6 +68,6 @@ def levers_of(session: Session, losses: SeparableError) -> dict[str, Lever]:
 
     return {
         "ranks": lever(lambda curve: not require_family(curve.scheme).needs_bits),
-        "bits": lever(lambda curve: require_family(curve.scheme).level == "bits"),
+        "bits": lever(lambda curve: level_of(curve.scheme) == "bits"),
         "both": lever(lambda _: True),
     }

@@ -11,7 +11,7 @@ from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.storage.family import StorageFamily
 from cobla_onnx.variants.storage.rows_family import RowStorageFamily
 
-__all__ = ["FAMILIES", "family_of", "forms_of", "require_family", "schemes", "stand_in"]
+__all__ = ["FAMILIES", "family_of", "forms_of", "level_of", "require_family", "schemes", "stand_in"]
 
 # By name, in the order in which they propose.
 FAMILIES: dict[str, VariantFamily] = {
@@ -41,6 +41,11 @@ def require_family(scheme: str) -> VariantFamily:
     found = family_of(scheme)
     assert found is not None, scheme
     return found
+
+
+def level_of(scheme: str) -> str:
+    """Return what the levels of a scheme that is known are: ranks or bits."""
+    return require_family(scheme).level
 
 
 def forms_of(layer: Layer) -> dict[str, Form]:

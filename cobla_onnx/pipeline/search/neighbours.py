@@ -17,7 +17,6 @@ from cobla_onnx.allocation import (
     Constraint,
     LayerCurves,
     SeparableError,
-    VariantCurve,
 )
 from cobla_onnx.allocation.knapsack import RELATIVE_GAP, solved
 from cobla_onnx.allocation.objective import masks_of
@@ -27,7 +26,7 @@ from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.runtime.machine import convolution_block
 from cobla_onnx.runtime.providers import CPU, current_provider
 from cobla_onnx.variants.low_rank.ranks import rank_rule
-from cobla_onnx.variants.registry import require_family
+from cobla_onnx.variants.registry import level_of
 
 __all__ = ["neighbours"]
 
@@ -87,14 +86,12 @@ def _parts(analysis: Analysis, answer: Allocation) -> Iterator[tuple[str, Subpro
     rule = rank_rule("auto", mac=True, latency=False, block=convolution_block(), cpu=cpu)
     yield str(rule.convolution), Subproblem.found_in(whole, analysis.under(rule).curves)
     chosen = zip(whole, answer.choices, strict=True)
-    levels = {_level_of(layer.curves[c.curve]) for layer, c in chosen if c is not None}
+    levels = {level_of(layer.curves[c.curve].scheme) for layer, c in chosen if c is not None}
     if levels - {"bits"}:
-        yield "bits alone", Subproblem.keeping(whole, lambda curve: _level_of(curve) == "bits")
-
-
-def _level_of(curve: VariantCurve) -> str:
-    """What the levels of a curve are: ranks or bits."""
-    return require_family(curve.scheme).level
+        yield (
+            "bits alone",
+            Subproblem.keeping(whole, lambda curve: level_of(curve.scheme) == "bits"),
+        )
 
 
 def _other_limits(
