@@ -27,7 +27,8 @@ class Front:
     Attributes
     ----------
     kept : tuple of float
-        Fractions of the original's cost, descending from 1.
+        Fractions of the original's cost, descending from what is left with all layers whole: 1, or
+        less where something is saved before any choice.
     losses : tuple of float
         Lower bounds on the loss of any choices that keep at most that fraction; piecewise
         linear in between.
@@ -48,7 +49,7 @@ def least_losses(
     losses : sequence over layers and their curves of float64 array
         Loss at levels 0 to the whole layer.
     constraint : Constraint
-        Its cost, ``mem`` or ``mac``, is meant; its limit does not matter.
+        Of these layers. Its cost, ``mem`` or ``mac``, is meant; its limit does not matter.
     points : int
         Number of points returned at most. With fewer points than segments, the line is too
         high between points, never at them.
@@ -67,9 +68,12 @@ def least_losses(
         lost.append(np.diff(steps[1]))
     gains, prices = np.concatenate(saved), np.concatenate(lost)
     order = np.argsort(prices / np.maximum(gains, 1e-300), kind="stable")
-    kept = 1.0 - np.cumsum(gains[order]) / max(constraint.total, 1)
+    # Of nothing, all is kept.
+    total = constraint.total or 1
+    whole = constraint.cost(layers, [None] * len(layers)) if constraint.total else 1
+    kept = (whole - np.cumsum(gains[order])) / total
     values = np.cumsum(prices[order])
-    chosen = np.unique(np.searchsorted(-kept, -np.linspace(1.0, kept[-1], points)))
+    chosen = np.unique(np.searchsorted(-kept, -np.linspace(kept[0], kept[-1], points)))
     chosen = np.minimum(chosen, len(kept) - 1)
     return Front(tuple(float(x) for x in kept[chosen]), tuple(float(y) for y in values[chosen]))
 

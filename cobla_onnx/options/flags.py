@@ -45,6 +45,8 @@ def typed_options(settings: Settings, given: Command, wanted: Command) -> str:
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 
+# What stands on the command line as one flag for each entry.
+MAPPINGS = ("input_shapes", "outputs")
 # They are of the work, and of what the suggestion says itself.
 LEFT_OUT = ("data", "samples", "batch", "memory_limit", "refit", "distil", "augment")
 
@@ -65,6 +67,8 @@ def _words(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
     if isinstance(value, bool):
         yield flag.name.partition("/")[0 if value else 2]
     elif isinstance(value, Mapping):
+        if field.name not in MAPPINGS:
+            return
         for name, entry in value.items():
             # A shape, or how an output counts.
             joint = "=" if isinstance(entry, str) else ":"

@@ -6,20 +6,22 @@ allocation gives the least loss at every budget at once, so that no budget is so
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cobla_onnx.allocation import Budget, Constraint, allocate
+from cobla_onnx.allocation import Budget, allocate
 from cobla_onnx.allocation.bound import Front
 from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.options import Settings
 from cobla_onnx.options.flags import typed_options
 from cobla_onnx.options.signatures import AdviseOptions, takes_options
+from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.inputs import ModelSource
 from cobla_onnx.pipeline.levers import Lever, levers_of, losses_of
 from cobla_onnx.pipeline.open_session import open_session
@@ -85,7 +87,7 @@ def _advice(session: Session) -> Advice:
     constraints = analysis.constraints(Budget(mem=1.0, mac=1.0 if known else None))
     losses, samples = losses_of(session, constraints)
     levers = levers_of(session, losses)
-    outlooks = tuple(_outlooks(constraints, levers))
+    outlooks = tuple(_outlooks(analysis, levers))
     suggestions = tuple(_suggestions(session, outlooks))
     by_operator: Counter[str] = Counter()
     macs_by_operator: Counter[str] = Counter()
@@ -108,11 +110,16 @@ def _advice(session: Session) -> Advice:
     )
 
 
-def _outlooks(constraints: Iterable[Constraint], levers: dict[str, Lever]) -> Iterable[Outlook]:
-    for constraint in constraints:
-        resource: Literal["mem", "mac"] = "mem" if constraint.name == "mem" else "mac"
-        fronts = {name: lever.front(constraint) for name, lever in levers.items()}
-        for kept in MEMORY if resource == "mem" else MACS:
+def _outlooks(analysis: Analysis, levers: Mapping[str, Lever]) -> Iterable[Outlook]:
+    resources: tuple[tuple[Literal["mem", "mac"], Sequence[float]], ...]
+    resources = (("mem", MEMORY), *((("mac", MACS),) if analysis.mac_total is not None else ()))
+    for resource, shares in resources:
+        budget = Budget(**{resource: 1.0})
+        fronts = {
+            name: lever.front(*budget.constraints(lever.layers, analysis.totals, analysis.saved))
+            for name, lever in levers.items()
+        }
+        for kept in shares:
             found = {name: _at(front, kept) for name, front in fronts.items()}
             if any(loss is not None for loss in found.values()):
                 yield Outlook(resource, kept, **found)
@@ -143,7 +150,10 @@ def _suggestions(session: Session, outlooks: tuple[Outlook, ...]) -> Iterable[Su
     if session.evidence is None:
         yield from _blind(source, options, outlooks)
         return
-    data = f"{options} --data {shlex.quote(str(session.settings.data))}".lstrip()
+    given = session.settings.data
+    # Arrays and the like, from Python, have no name.
+    data = shlex.quote(os.fspath(given)) if isinstance(given, str | os.PathLike) else "SAMPLES"
+    data = f"{options} --data {data}".lstrip()
     safe = _smallest(outlooks, "mem", "both", HARDLY)
     small = _smallest(outlooks, "mem", "both", VISIBLY)
     further = None if small is safe else small

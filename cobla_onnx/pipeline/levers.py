@@ -35,7 +35,7 @@ class Lever:
     losses: SeparableError
 
     def front(self, constraint: Constraint) -> Front:
-        """Return the least loss at every fraction of a resource."""
+        """Return the least loss at every fraction of a resource, limited for these layers."""
         losses = [
             [self.losses.curve(index, number) for number in range(len(layer.curves))]
             for index, layer in enumerate(self.layers)

@@ -28,19 +28,21 @@ def random_layers(seed: int, count: int) -> list[LayerCurves]:
     return layers
 
 
-@given(st.integers(0, 10_000), st.integers(1, 5), st.floats(0.05, 1.0))
+@given(st.integers(0, 10_000), st.integers(1, 5), st.floats(0.05, 1.0), st.integers(0, 50))
 @settings(max_examples=60)
-def test_no_choice_lies_below_the_front(seed, count, share):
+def test_no_choice_lies_below_the_front(seed, count, share, saved):
+    """Whether or not something is saved before any choice, as what was stored twice."""
     layers = random_layers(seed, count)
-    total = sum(layer.costs["mem"] for layer in layers) + 7
+    whole = sum(layer.costs["mem"] for layer in layers) + 7
+    total = whole + saved
     least = Constraint("mem", 1.0, total, total, 7).least(layers)
-    limit = int(least + share * (total - least))
+    limit = int(least + share * (whole - least))
     constraint = Constraint("mem", limit / total, total, limit, 7)
     objective = WeightError(layers)
     losses = [[objective.curve(i, k) for k in range(len(x.curves))] for i, x in enumerate(layers)]
     # As many points as there are segments: then the line is the bound everywhere.
     front = least_losses(layers, losses, constraint, points=4000)
-    assert front.kept[0] == 1.0
+    assert front.kept[0] == whole / total
     assert front.losses[0] == 0.0
     assert np.all(np.diff(front.kept) < 0)
     assert np.all(np.diff(front.losses) >= 0)

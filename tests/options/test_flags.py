@@ -57,5 +57,7 @@ def test_defaults_and_what_only_python_can_give_are_left_out():
     assert typed_options(Settings(), "advise", "compress") == ""
     settings = Settings(data="a.npz", labels=np.zeros(3), images=ImageOptions())
     assert typed_options(settings, "advise", "compress") == ""
+    classes = dataclasses.replace(settings, labels={"a.png": 3})
+    assert typed_options(classes, "advise", "compress") == ""
     named = dataclasses.replace(settings, outputs={"y": "values"})
     assert typed_options(named, "advise", "compress") == " --output y=values"

@@ -85,6 +85,25 @@ def test_commands_name_the_file_and_the_data(tmp_path):
         assert words[-2:] == ["--data", str(tmp_path / "some data.npz")]
 
 
+def test_data_without_a_name_stand_for_themselves(found):
+    assert all("--data SAMPLES" in each.command for each in found.suggestions)
+
+
+def test_what_was_stored_twice_is_saved_before_any_loss():
+    weights = {name: random_array(48, 48, seed=3) for name in ("first", "second")}
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "first"], ["h"], "one"),
+        onnx.helper.make_node("Relu", ["h"], ["r"]),
+        onnx.helper.make_node("MatMul", ["r", "second"], ["y"], "two"),
+    ]
+    model = model_of(nodes, weights, {"x": ["N", 48]}, ["y"])
+    told = {x.kept: x for x in advise(model, threads=1).outlooks if x.resource == "mem"}
+    assert told[0.5].both == told[0.5].ranks == told[0.75].bits == 0.0
+    assert told[0.35].ranks > 0
+    apart = advise(model, threads=1, deduplicate=False)
+    assert next(x.both for x in apart.outlooks if x.kept == 0.5) > 0
+
+
 def test_without_data_it_asks_for_some():
     found = advise(small_network(), threads=1)
     assert found.measured_by == "weights"
