@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,26 @@ __all__ = ["Spill"]
 
 # Bytes of arrays that are kept in memory.
 SPILL_FROM = 1 << 30
+# Bytes from which an array becomes a file: onnxruntime does not load a model whose shapes, which it
+# needs to infer others, are outside of it.
+MAPPED_FROM = 1 << 16
 
 
 class Spill:
-    """A temporary folder with one file for each array, deleted with this object."""
+    """A temporary folder with one file for each large array, deleted with this object."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
 
     def replacements(self, given: Iterable[Replacement]) -> list[Replacement]:
-        """Collect replacements; beyond a total size their arrays become mapped files.
+        """Collect replacements; beyond a total size large arrays become mapped files.
 
         They are taken one by one, so that no more than this size is ever in memory.
         """
         kept: list[Replacement] = []
         size = 0
         for replacement in given:
-            size += replacement.nbytes
+            size += replacement.held
             if self._folder is None and size > SPILL_FROM:
                 self._folder = Path(tempfile.mkdtemp(prefix="cobla-onnx-"))
                 weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -47,14 +50,15 @@ class Spill:
         return kept
 
     def _on_disk(self, replacement: Replacement, number: int) -> Replacement:
-        arrays = {
-            part: self._mapped(array, f"{number}-{place}")
-            for place, (part, array) in enumerate(replacement.arrays.items())
-        }
-        return replace(replacement, arrays=arrays)
+        places = itertools.count()
+        return replacement.moved(
+            lambda part, array: self._mapped(array, f"{number}-{next(places)}")
+        )
 
     def _mapped(self, array: NDArray[Any], name: str) -> NDArray[Any]:
         assert self._folder is not None
+        if array.nbytes < MAPPED_FROM:
+            return array
         path = self._folder / name
         path.write_bytes(array_bytes(array))
         return np.memmap(path, array.dtype, "r", shape=array.shape)

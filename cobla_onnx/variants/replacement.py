@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -22,10 +22,14 @@ from cobla_onnx.wording import either
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ROUNDING", "Replacement", "narrowed", "narrowed_bias", "own_node"]
+__all__ = ["ROUNDING", "Place", "Replacement", "narrowed", "narrowed_bias", "own_node"]
 
 # Tolerance for float rounding in one layer, relative to its largest output, by type.
 ROUNDING = {np.dtype(np.float16): 2e-2, np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-10}
+
+
+Place: TypeAlias = Callable[[str, NDArray[Any]], NDArray[Any]]
+"""Takes the name of an array and the array; returns an equal one that lies elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,15 @@ class Replacement(ABC):
     def nbytes(self) -> int:
         """Bytes of what is stored in place of the weight."""
         return sum(array.nbytes for array in self.arrays.values())
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that it takes."""
+        return self.nbytes
+
+    def moved(self, place: Place) -> Self:
+        """Return the same with the arrays that `place` gives for them."""
+        return replace(self, arrays={part: place(part, each) for part, each in self.arrays.items()})
 
     @property
     def tolerance(self) -> float:

@@ -15,7 +15,7 @@ from cobla_onnx.variants.coded_factors.form import CodedScheme
 from cobla_onnx.variants.coded_factors.pair import RoundedPair, arranged
 from cobla_onnx.variants.low_rank.nodes import FIRST, SECOND, FactorPair, Pair
 from cobla_onnx.variants.names import Names
-from cobla_onnx.variants.replacement import narrowed_bias
+from cobla_onnx.variants.replacement import Place, narrowed_bias
 from cobla_onnx.variants.storage.tensor import (
     StoredTensor,
     coded_tensor,
@@ -56,6 +56,15 @@ class StoredPair(Pair):
     """
 
     tensors: Mapping[str, StoredTensor]
+
+    def moved(self, place: Place) -> Self:
+        """Return the same with equal arrays; they are the tensors'."""
+        made = super().moved(place)
+        tensors = {
+            factor: replace(tensor, arrays=_of(factor, made.arrays))
+            for factor, tensor in self.tensors.items()
+        }
+        return replace(made, tensors=tensors)
 
     @property
     def learnable(self) -> Mapping[str, NDArray[Any]]:

@@ -6,8 +6,8 @@ Those whose errors would count most are stored in 8 bits, beside the table (`bes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -19,13 +19,16 @@ from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.variants.best_rows import best_count, best_of, place_type, places
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.names import Names
-from cobla_onnx.variants.replacement import Replacement, narrowed, own_node
+from cobla_onnx.variants.replacement import Place, Replacement, narrowed, own_node
 from cobla_onnx.variants.storage.coding import Coded, signed
 from cobla_onnx.variants.storage.decoding import DOMAIN
 from cobla_onnx.variants.storage.packing import filling, pack_rows, packed_bytes, plane_names
 from cobla_onnx.variants.storage.precision import HALF, in_half
 from cobla_onnx.variants.storage.rounding import round_weight
 from cobla_onnx.variants.storage.row_decoding import RowFormat, row_decoder, row_decoder_nodes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "RoundedTable",
@@ -138,15 +141,25 @@ class StoredRows(Replacement):
     layer, arrays, bias
         As those of `Replacement`; the arrays are those of `RowFormat.inputs`.
     form : RowFormat
-    table : RoundedTable
+    weight : array, shape (rows, width)
+        The table as it is decoded.
     """
 
     form: RowFormat
-    table: RoundedTable
+    weight: NDArray[Any]
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that it takes, the decoded table included."""
+        return self.nbytes + self.weight.nbytes
+
+    def moved(self, place: Place) -> Self:
+        """Return the same with equal arrays, the decoded table among them."""
+        return replace(super().moved(place), weight=place("decoded", self.weight))
 
     def dense(self) -> NDArray[Any]:
         """Return the table as it is decoded."""
-        return self.table.weight
+        return self.weight
 
     def shared(
         self, stored: Mapping[str, str], names: Names
@@ -159,7 +172,7 @@ class StoredRows(Replacement):
         if self.layer.params > OPENED or names.opset < RANGE:
             return [], dict(stored)
         label = self.layer.name
-        numbers = [np.array(number, np.int64) for number in (0, len(self.table.weight), 1)]
+        numbers = [np.array(number, np.int64) for number in (0, len(self.weight), 1)]
         bounds = [names.tensor(f"{label}/rows") for _ in numbers]
         nodes = [
             helper.make_node("Constant", [], [name], names.node(name), value=from_array(number))
@@ -217,12 +230,12 @@ def stored_rows(layer: Layer, made: RoundedTable) -> StoredRows:
     coded, best = made.coded, made.best_coded
     if coded is None:
         half = narrowed(layer, made.weight, np.dtype(np.float16), "its table")
-        return StoredRows(layer, {"half": half}, None, _row_format(layer, HALF, False), made)
+        return StoredRows(layer, {"half": half}, None, _row_format(layer, HALF, False), made.weight)
     scale = coded.scales[0][:, None].copy()
     form = _row_format(layer, coded.bits, best is not None)
     if coded.bits == 8:
         arrays: dict[str, NDArray[Any]] = {"codes": signed(coded.codes[0]), "scale": scale}
-        return StoredRows(layer, arrays, None, form, made)
+        return StoredRows(layer, arrays, None, form, made.weight)
     codes = coded.codes[0]
     planes = dict(zip(plane_names(coded.bits), pack_rows(codes, coded.bits), strict=True))
     width = np.array([codes.shape[1]], np.int64)
@@ -234,4 +247,4 @@ def stored_rows(layer: Layer, made: RoundedTable) -> StoredRows:
             "best_codes": np.pad(signed(best.codes[0]), ((1, 0), (0, 0))),
             "best_scale": np.pad(best.scales[0], (1, 0))[:, None],
         }
-    return StoredRows(layer, arrays, None, form, made)
+    return StoredRows(layer, arrays, None, form, made.weight)

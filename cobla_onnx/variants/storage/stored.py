@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cobla_onnx.graph.layers import Layer, Use
 from cobla_onnx.variants.low_rank.matricisation import layout_of
 from cobla_onnx.variants.names import Names
-from cobla_onnx.variants.replacement import Replacement, narrowed_bias, own_node
+from cobla_onnx.variants.replacement import Place, Replacement, narrowed_bias, own_node
 from cobla_onnx.variants.storage.coding import Coded
 from cobla_onnx.variants.storage.tensor import (
     StoredTensor,
@@ -91,6 +91,11 @@ class StoredWeight(_BeforeTheNode):
     """
 
     tensor: StoredTensor
+
+    def moved(self, place: Place) -> Self:
+        """Return the same with equal arrays; they are the tensor's."""
+        made = super().moved(place)
+        return replace(made, tensor=replace(self.tensor, arrays=made.arrays))
 
     @property
     def learnable(self) -> Mapping[str, NDArray[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,8 +77,8 @@ class StoredTensor:
     bits : int
     arrays : mapping of str to array
         Those of `decoder_inputs`, or ``half``; to be dequantised, ``codes`` and ``scale``.
-    values : float32 array
-        The tensor as it is decoded.
+    shape : tuple of int
+        Of the tensor.
     way : {'planes', 'nibbles', 'dequantize'}
         How it is written, see `writing`.
     axis : int
@@ -86,14 +87,25 @@ class StoredTensor:
 
     bits: int
     arrays: Mapping[str, NDArray[Any]]
-    values: NDArray[np.float32]
+    shape: tuple[int, ...]
     way: Way = PLANES_WAY
     axis: int = 0
 
     @property
+    def values(self) -> NDArray[np.float32]:
+        """The tensor as it is decoded."""
+        if self.bits == HALF:
+            return self.arrays["half"].astype(np.float32)
+        scale = self.arrays["scale"]
+        if self.way == DEQUANTIZE and scale.ndim:
+            lengths = (-1 if axis == self.axis else 1 for axis in range(len(self.shape)))
+            scale = scale.reshape(*lengths)
+        return np.asarray(self._levels[self._codes] * scale)
+
+    @property
     def nibbles(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the arrays that hold two numbers of a UINT4 tensor in a byte."""
-        return {"codes": self.values.shape} if self.way == NIBBLES else {}
+        return {"codes": self.shape} if self.way == NIBBLES else {}
 
     def written(self, writing: Writing) -> StoredTensor:
         """Return the tensor as it is written into a model."""
@@ -128,8 +140,9 @@ class StoredTensor:
     def _codes(self) -> NDArray[np.uint8]:
         if self.bits == 8:
             return (self.arrays["codes"].astype(np.int16) + 128).astype(np.uint8)
-        planes = [self.arrays[part] for part in plane_names(self.bits)]
-        return unpack(planes, self.bits, self.values.size).reshape(self.values.shape)
+        parts = ("codes",) if self.way == NIBBLES else plane_names(self.bits)
+        planes = [self.arrays[part] for part in parts]
+        return unpack(planes, self.bits, math.prod(self.shape)).reshape(self.shape)
 
     def _nearest(self, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.integer[Any]]:
         return nearest(self._levels, parts[LEVEL]) if LEVEL in parts else self._codes
@@ -203,7 +216,7 @@ class StoredTensor:
         def unique(part: str) -> str:
             return names.tensor(f"{label}/{part}")
 
-        count, given = self.values.size, {part: stored[part] for part in wanted}
+        count, given = math.prod(self.shape), {part: stored[part] for part in wanted}
         nodes = decoder_nodes(self.bits, names.opset, given, result, unique, count, nibbles)
         for node in nodes:
             node.name = names.node(f"{label}/decode")
@@ -224,7 +237,7 @@ def half_tensor(layer: Layer, array: NDArray[Any], what: str) -> StoredTensor:
         If a number of it overflows.
     """
     half = narrowed(layer, array, np.dtype(np.float16), what)
-    return StoredTensor(HALF, {"half": half}, half.astype(np.float32))
+    return StoredTensor(HALF, {"half": half}, half.shape)
 
 
 def coded_tensor(
@@ -241,10 +254,9 @@ def coded_tensor(
         It is stored once along axes on which it does not depend.
     """
     bits, scale = (len(levels) - 1).bit_length(), _broadcastable(scales)
-    values = np.asarray(levels[codes] * scale)
     if bits == 8:
         arrays = {"codes": np.ascontiguousarray(signed(codes)), "scale": scale}
-        return StoredTensor(bits, arrays, values)
+        return StoredTensor(bits, arrays, codes.shape)
     arrays = {
         **dict(zip(plane_names(bits), pack(codes, bits), strict=True)),
         "levels": levels,
@@ -253,7 +265,7 @@ def coded_tensor(
     }
     if filling(codes.size, bits):
         arrays["count"] = np.array([codes.size], np.int64)
-    return StoredTensor(bits, arrays, values)
+    return StoredTensor(bits, arrays, codes.shape)
 
 
 def _broadcastable(array: NDArray[Any]) -> NDArray[Any]:

@@ -13,6 +13,7 @@ from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.variants.storage.coding import INTEGERS
 from cobla_onnx.variants.storage.tensor import coded_tensor, half_tensor, tensor_bytes
+from cobla_onnx.variants.writing import Writing
 from tests.builders import model_of, random_array, small_network
 
 
@@ -33,6 +34,9 @@ def test_scales_are_stored_once_along_axes_without_them(
     tensor = coded_tensor(codes, levels, np.broadcast_to(scales, shape))
     np.testing.assert_array_equal(tensor.values, levels[codes] * scales)
     assert tensor.arrays["scale"].size == scales.size
+    for storage in ("auto", "qdq"):
+        written = tensor.written(Writing(storage, 21, 10))
+        np.testing.assert_array_equal(written.values, tensor.values)
     layer = find_layers(small_network()).layers[0]
     wider = tensor.with_parts(layer, {"scale": 2 * tensor.arrays["scale"]})
     np.testing.assert_array_equal(wider.values, levels[codes] * (2 * scales))
