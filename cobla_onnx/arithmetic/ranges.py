@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import onnx
 
-from cobla_onnx.arithmetic.nodes import CARRIED, MOVED, WEIGHTED, data_inputs
+from cobla_onnx.arithmetic.nodes import CARRIED, MOVED, WEIGHTED, data_inputs, reader_counts
 from cobla_onnx.arithmetic.prepared import Handed, Prepared, has_more_files, in_a_file, quietly
 from cobla_onnx.runtime.session import Feeds
 
@@ -111,8 +110,7 @@ def with_common_ranges(ranges: Ranges, model: onnx.ModelProto, places: Collectio
     from onnxruntime.quantization.calibrate import TensorData
 
     graph = model.graph
-    readers = Counter(name for node in graph.node for name in node.input)
-    readers.update(value.name for value in graph.output)
+    readers = reader_counts(model)
     together: dict[str, frozenset[str]] = {}
     for node in (graph.node[place] for place in sorted(places)):
         if node.op_type in MOVED:

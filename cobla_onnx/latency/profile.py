@@ -52,7 +52,7 @@ class Profile:
         ``scheme@rank``.
     models : dict of str to dict
         By a hash of the graph: ``whole`` is the model's time, ``plans`` holds a
-        `Comparison` for each plan that was tried, by a hash of the plan.
+        `Comparison` for each plan that was tried, by a hash of the plan and of how it is written.
     path : Path, optional
         The file that `keep` writes.
     """

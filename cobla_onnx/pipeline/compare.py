@@ -35,7 +35,7 @@ from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
 from cobla_onnx.options import BatchSize, Settings, check_declared, memory_bytes
 from cobla_onnx.pipeline.inputs import ModelSource, available_cores, open_model
-from cobla_onnx.pipeline.verification import rows_of, varying_outputs
+from cobla_onnx.pipeline.verification import not_read, rows_of, varying_outputs
 from cobla_onnx.report.comparison import ModelComparison, ModelFacts
 from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.progress import Progress, silent
@@ -240,14 +240,16 @@ def _compare_outputs(
     sessions = [open_session(model, context.threads, optimized=True) for model in pair.models]
     varying = frozenset().union(*(varying_outputs(model, inputs.example) for model in pair.models))
     comparison, count = Comparison(inputs.measures, varying), 0
+    read: set[str] = set()
     for number, (samples, feeds) in enumerate(inputs.batches):
         context.progress("outputs", number, inputs.count)
         before, after = (run_session(session, feeds) for session in sessions)
         _check_outputs(before, after, pair.names, varying)
         comparison.add(before, after, feeds, samples)
         count += samples
+        read.update(before)
     context.progress("outputs", inputs.count, inputs.count)
-    return comparison.results(), count, comparison.notes()
+    return comparison.results(), count, (*not_read(pair.models[0], read), *comparison.notes())
 
 
 def _timed(pair: _Pair, inputs: _Inputs, context: RunContext) -> timing.Comparison:
@@ -304,6 +306,13 @@ def _list(named: Iterable[str]) -> str:
 def _check_outputs(
     before: Feeds, after: Feeds, names: Sequence[str], varying: frozenset[str]
 ) -> None:
+    if alone := before.keys() ^ after.keys():
+        name = min(alone)
+        whose, another = names if name not in before else names[::-1]
+        raise UsageError(
+            f"output {quoted(name)}: {whose} gives it in a type that numpy does not have, and "
+            f"{another} does not; give two models with the same outputs"
+        )
     for name, given in before.items():
         value, other = as_array(given), as_array(after[name])
         if value is None and other is None:

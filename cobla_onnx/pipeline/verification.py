@@ -9,7 +9,7 @@ outputs from the original's? The first has one right answer, the second is a mea
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ from cobla_onnx.variants.replacement import Replacement
 
 __all__ = [
     "check_model",
+    "not_read",
     "rows_of",
     "varying_outputs",
     "verify",
@@ -156,7 +157,8 @@ def verify(
         second = open_session(quantised or compressed, threads, optimized=optimized)
         samples = _compare(comparison, original, second, data[1](), threads, progress)
     name = "random" if data is None else data[0]
-    notes = (*notes, *_not_read(original, results), *more, *comparison.notes())
+    read = {name for result in results for name in result}
+    notes = (*notes, *not_read(original, read), *more, *comparison.notes())
     return Verification(name, samples, rewrite_error, network_error, comparison.results(), notes)
 
 
@@ -174,10 +176,10 @@ def _has_nan(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind == "f" and bool(np.isnan(value).any())
 
 
-def _not_read(original: onnx.ModelProto, results: Sequence[Feeds]) -> Iterator[str]:
-    """Name the outputs that numpy cannot hold."""
-    for output in original.graph.output:
-        if not any(output.name in result for result in results):
+def not_read(model: onnx.ModelProto, read: Collection[str]) -> Iterator[str]:
+    """Name the outputs that numpy cannot hold: those that are not among what was read."""
+    for output in model.graph.output:
+        if output.name not in read:
             yield f"output {quoted(output.name)}: numpy has no such type, it is not compared"
 
 

@@ -314,6 +314,16 @@ def test_common_ranges_hold_what_each_of_them_held(method):
     for name in ("x", "y"):
         assert after[name].range_value == before[name].range_value
     assert with_common_ranges(before, prepared.model, (0, 1, 4))["a"] is before["a"]
+    # A body reads what is around it by its name.
+    body = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["a"], ["inner"])], "body", [],
+        [onnx.helper.make_tensor_value_info("inner", onnx.TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    bodies = {"then_branch": body, "else_branch": body}
+    prepared.model.graph.node.append(onnx.helper.make_node("If", ["c"], ["more"], **bodies))
+    again = with_common_ranges(before, prepared.model, (0, 1, 2, 3, 4))
+    assert again["a"] is before["a"]
+    assert again["b"].range_value == again["c"].range_value
 
 
 def perceptron(**attributes) -> onnx.ModelProto:

@@ -83,6 +83,28 @@ def test_other_inputs_or_outputs_are_refused(part, message):
         compare(small_network(), renamed(part), threads=1)
 
 
+def test_outputs_of_which_numpy_has_no_type_are_named():
+    def ended(kind: int) -> onnx.ModelProto:
+        model = small_network()
+        (output,) = model.graph.output
+        model.graph.node[-1].output[0] = "plain"
+        cast = onnx.helper.make_node("Cast", ["plain"], [output.name], "cast", to=kind)
+        model.graph.node.append(cast)
+        output.type.tensor_type.elem_type = kind
+        kept = onnx.helper.make_tensor_value_info("plain", onnx.TensorProto.FLOAT, None)
+        model.graph.output.append(kept)
+        del model.graph.value_info[:]
+        return model
+
+    plain, short = ended(onnx.TensorProto.FLOAT), ended(onnx.TensorProto.BFLOAT16)
+    for models, whose in (((plain, short), "the second"), ((short, plain), "the first")):
+        with pytest.raises(errors.UsageError, match=f"'logits': {whose} model gives it in a type"):
+            compare(*models, threads=1)
+    found = compare(short, short, threads=1)
+    assert [output.name for output in found.outputs] == ["plain"]
+    assert any("'logits'" in note and "not compared" in note for note in found.notes)
+
+
 def test_a_model_that_overflows_is_named():
     with pytest.raises(errors.ModelError, match="the second model: output 'logits' is not finite"):
         compare(small_network(), changed("w3", 1e38), threads=1)

@@ -26,6 +26,7 @@ from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.timing import Comparison, Stopwatch, compare
 from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.search.eight_bits import spared_outputs
 from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.pipeline.search.stand_in import stand_in_model
 from cobla_onnx.plan import Plan
@@ -175,15 +176,22 @@ class LatencySearch:
 
         With `eight_bits`, its nodes compute so, in ranges of no meaning.
         """
-        chosen = [d for d in plan.decisions if d.scheme is not None]
-        key = Plan(tuple(chosen)).to_json() + " qdq" * (self.storage == "qdq")
-        key = hashlib.sha256(key.encode()).hexdigest()[:16] + " in 8 bits" * eight_bits
+        key = self._key(analysis, plan, eight_bits)
         if key not in self._entry["plans"]:
             compressed = stand_in_model(
                 self.model, analysis, plan, self.storage, eight_bits=eight_bits
             )
             self._entry["plans"][key] = asdict(self.compare(compressed))
         return Comparison(**self._entry["plans"][key])
+
+    def _key(self, analysis: Analysis, plan: Plan, eight_bits: bool) -> str:
+        """Name a plan in the profile, by all that its running time depends on."""
+        chosen = [d for d in plan.decisions if d.scheme is not None]
+        text = Plan(tuple(chosen)).to_json() + " qdq" * (self.storage == "qdq")
+        if eight_bits:
+            # What options leave as it is stays in floating point, too.
+            text += " ".join(sorted(spared_outputs(self.model, analysis)))
+        return hashlib.sha256(text.encode()).hexdigest()[:16] + " in 8 bits" * eight_bits
 
     def tried(self, way: Way, budget: Budget) -> list[Found]:
         """Choose ranks until the measured time is close to the budget.

@@ -11,7 +11,11 @@ from cobla_onnx import Budget, compress, sweep
 from cobla_onnx.errors import BudgetError, CoblaError, UsageError
 from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
+from cobla_onnx.latency.profile import Conditions, Profile
 from cobla_onnx.latency.timing import compare, interleaved
+from cobla_onnx.options import Settings
+from cobla_onnx.pipeline.open_session import open_session as open_kept
+from cobla_onnx.pipeline.search.latency import LatencySearch
 from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.runtime.pool import open_pool
 from cobla_onnx.runtime.providers import current_provider, execution_provider
@@ -40,6 +44,27 @@ def watch(monkeypatch, whole):
         return made
 
     return set_up
+
+
+def test_times_in_8_bits_are_of_the_nodes_that_options_leave_to_them(demo_model):
+    """A profile of another run had told the time with all nodes in 8 bits."""
+
+    class Counted:
+        calls = 0
+
+        def times(self, models, feeds, **_):
+            self.calls += 1
+            return np.ones((3, len(models)))
+
+    model, watch = load_model(demo_model), Counted()
+    profile = Profile(Conditions.here(1, "CPU"))
+    search = LatencySearch(model, {}, profile, watch)
+    for number, excluded in enumerate([(), ("hidden",), ("hidden",)]):
+        with open_kept(demo_model, Settings(exclude=excluded, threads=1)) as session:
+            for eight_bits in (False, True):
+                search.under(session.analysis, Plan(()), eight_bits)
+        # In floating point nothing is left out, and nothing is timed twice.
+        assert watch.calls == (2, 3, 3)[number]
 
 
 @pytest.mark.parametrize("efficiency", [1.0, 0.8, 1.3])
