@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-__all__ = ["first_line", "matching", "numbered", "quoted", "safe_text", "short_names"]
+__all__ = ["finite", "first_line", "matching", "numbered", "quoted", "safe_text", "short_names"]
 
 # Characters of a text that are looked at.
 LONGEST = 10_000
@@ -99,6 +100,11 @@ def first_line(error: Exception) -> str:
     """First line of an error's text, cut to a readable length."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def finite(value: float) -> float | None:
+    """Return a number, or None where JSON could not express it."""
+    return value if math.isfinite(value) else None
 
 
 def numbered(count: int, noun: str, ending: str = "s") -> str:

@@ -177,7 +177,7 @@ def solved(
     if prices is None:
         return None
     reduced, bound = _reduced(table, prices, len(layers))
-    search = _Search(lambda found: _loss(found, layers, losses), relative_gap, bound)
+    search = _Search(lambda found: _loss(found, losses), relative_gap, bound)
     search.add(_incumbent(table, prices, layers, constraints))
     if not search.done and len(constraints) == 1:
         candidates = table[reduced <= search.distance]
@@ -314,9 +314,7 @@ def _branch(
     return None, -np.inf
 
 
-def _loss(
-    choices: Sequence[Choice | None], layers: Sequence[LayerCurves], losses: LossCurves
-) -> float:
+def _loss(choices: Sequence[Choice | None], losses: LossCurves) -> float:
     return float(
         sum(
             losses[index][choice.curve][choice.level]

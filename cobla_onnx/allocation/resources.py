@@ -1,4 +1,4 @@
-"""The resources that a budget may limit: one entry for each, which everything else loops over."""
+"""The resources that a budget may limit, one entry for each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ class Resource:
     name : str
         In `Budget`, in the costs of layers and curves, in reports, and of the option that limits
         it.
-    unit : str
     label : str
         For people.
     nothing : str
@@ -30,7 +29,6 @@ class Resource:
     """
 
     name: str
-    unit: str
     label: str
     nothing: str
     unknown: str = ""
@@ -38,17 +36,15 @@ class Resource:
 
 
 RESOURCES = (
-    Resource("mem", "bytes", "memory", "stores no weights"),
+    Resource("mem", "memory", "stores no weights"),
     Resource(
         "mac",
-        "MACs",
         "MACs",
         "does no multiply-accumulate operations",
         f"the MACs of the model are not known; give {option_name('input_shapes')}",
     ),
     Resource(
         "latency",
-        "nanoseconds",
         "time",
         "has no layer that takes time",
         "the layers were not timed; use `compress`",

@@ -16,8 +16,9 @@ import numpy as np
 
 from cobla_onnx.allocation.paired import PairedGain, paired_gain
 from cobla_onnx.allocation.problem import Float64
-from cobla_onnx.distillation.record import Trial, finite
+from cobla_onnx.distillation.record import Trial
 from cobla_onnx.distillation.training import Cycles, State
+from cobla_onnx.text import finite
 
 __all__ = ["Choice", "Passes", "choose"]
 

@@ -7,15 +7,10 @@ from dataclasses import dataclass
 
 from cobla_onnx.text import numbered
 
-__all__ = ["BLOCKS", "NETWORK", "Checkpoint", "Distillation", "Stage", "Trial", "finite"]
+__all__ = ["BLOCKS", "NETWORK", "Checkpoint", "Distillation", "Stage", "Trial"]
 
 BLOCKS, NETWORK = "blocks", "network"
 """Stages: what is learned block by block, and by the model as a whole."""
-
-
-def finite(value: float) -> float | None:
-    """Return a number, or None where JSON could not express it."""
-    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

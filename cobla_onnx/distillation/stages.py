@@ -14,8 +14,9 @@ from cobla_onnx.distillation.block_training import BlockTrainer, Cuts
 from cobla_onnx.distillation.lessons import Lessons
 from cobla_onnx.distillation.parameters import Flat
 from cobla_onnx.distillation.passes import Choice, Passes, choose
-from cobla_onnx.distillation.record import BLOCKS, NETWORK, Stage, Trial, finite
+from cobla_onnx.distillation.record import BLOCKS, NETWORK, Stage, Trial
 from cobla_onnx.distillation.training import Clock, Cycles, Trainer
+from cobla_onnx.text import finite
 
 __all__ = ["Learning", "Tried", "stated", "train", "try_out"]
 

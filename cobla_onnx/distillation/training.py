@@ -14,8 +14,9 @@ import numpy as np
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.distillation.adam import Adam
 from cobla_onnx.distillation.parameters import Flat
-from cobla_onnx.distillation.record import NETWORK, Checkpoint, finite
+from cobla_onnx.distillation.record import NETWORK, Checkpoint
 from cobla_onnx.errors import ModelError
+from cobla_onnx.text import finite
 
 __all__ = ["Clock", "Cycles", "State", "Task", "Trainer", "one_cycle", "steps_of_pass"]
 

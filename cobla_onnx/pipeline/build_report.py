@@ -32,6 +32,7 @@ from cobla_onnx.report.model import (
 )
 from cobla_onnx.runtime.environment import machine, versions
 from cobla_onnx.runtime.providers import current_provider
+from cobla_onnx.text import finite
 from cobla_onnx.variants.coded_factors.form import split_name
 from cobla_onnx.variants.registry import require_family
 from cobla_onnx.wording import in_flags
@@ -212,7 +213,7 @@ def calibration_report(
         quality=measured.quality,
         refitted=measured.refitted,
         probe_samples=0 if found is None else found.probe_samples,
-        candidates=() if found is None else found.candidates,
+        candidates=() if found is None else tuple(map(finite, found.candidates)),
         rivals=() if found is None else found.rivals,
         distillation=measured.distillation,
     )

@@ -190,7 +190,7 @@ def compress(
             f"{option_name('max_drop')}: is not combined with {option_name('latency')}; give "
             f"{option_name('mem')} or {option_name('mac')}"
         )
-    check_arithmetic(settings, timed)
+    check_arithmetic(settings, timed, planned=plan is not None)
     asked = () if budget is None or plan is not None else (budget,)
     with open_session(
         model,

@@ -26,13 +26,18 @@ if TYPE_CHECKING:
 __all__ = ["check_arithmetic", "solve_in_time"]
 
 
-def check_arithmetic(settings: Settings, timed: bool) -> None:
-    """Refuse to choose an arithmetic for budgets that do not all limit the time.
+def check_arithmetic(settings: Settings, timed: bool, planned: bool = False) -> None:
+    """Refuse to choose an arithmetic for a plan, and for budgets that do not all limit the time.
 
     Raises
     ------
     UsageError
     """
+    if settings.arithmetic == "auto" and planned:
+        raise UsageError(
+            f"{option_name('arithmetic', 'auto')}: is chosen with the ranks, which a plan gives; "
+            f"give {option_name('arithmetic', 'int8')}, or leave out the plan"
+        )
     if settings.arithmetic == "auto" and not timed:
         raise UsageError(
             f"{option_name('arithmetic', 'auto')}: is chosen by measured times; give "

@@ -242,5 +242,5 @@ def _compare(
 
 
 def rows_of(feeds: Feeds) -> int:
-    """How many samples random inputs are, of which nothing else is known: their longest axis."""
+    """How many samples random inputs are, of which nothing is known: the longest first axis."""
     return max((len(value) for value in feeds.values() if value.ndim), default=1)

@@ -18,6 +18,7 @@ __all__ = [
     "change_text",
     "count_text",
     "elsewhere_text",
+    "factor_text",
     "kind_text",
     "percent_text",
     "rank_text",
@@ -55,6 +56,17 @@ def change_text(cost: Cost) -> str:
     if cost.before == cost.after:
         return count_text(cost.after)
     return f"{count_text(cost.before)} → {count_text(cost.after)}"
+
+
+def factor_text(before: int | None, after: int | None, sign: str = "x") -> str:
+    """Say how many times smaller something became; nothing where it did not, or is not known.
+
+    Examples
+    --------
+    >>> factor_text(300, 100), factor_text(100, 125), factor_text(100, 0)
+    ('3.0x', '', '')
+    """
+    return f"{before / after:.1f}{sign}" if before and after and after < before else ""
 
 
 def percent_text(fraction: float | None) -> str:

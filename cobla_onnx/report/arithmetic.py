@@ -20,7 +20,8 @@ class ArithmeticReport:
     carried : int
         Nodes between them without a weight, that go with them.
     left : tuple of str
-        Nodes that could, and compute in floating point, by what they write.
+        Nodes that could, and compute in floating point, by name or else by what they write: those
+        at the ends where that loses less, and those that would be slower.
     ranges : str
         How ranges of activations follow from the calibration samples; ``dynamic`` where every run
         takes those of its own numbers.

@@ -14,7 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.allocation.resources import RESOURCES
-from cobla_onnx.report.amounts import count_text, kind_text, percent_text, rank_text
+from cobla_onnx.report.amounts import count_text, factor_text, kind_text, percent_text, rank_text
 from cobla_onnx.report.charts import (
     Chart,
     Sparkline,
@@ -88,7 +88,7 @@ def to_html(report: Report) -> str:
     return template("report.html").render(
         report=report,
         title=safe_text(report.input or "a model in memory", 120),
-        latency=report.to_dict().get("latency"),
+        latency=report.latency,
         limit=report.budget["latency"].limit if "latency" in report.budget else None,
         meters=[
             *(_meter(name, report.budget[name]) for name in KINDS if name in report.budget),
@@ -141,7 +141,7 @@ def _meter(name: str, use: BudgetUse) -> Meter:
         kept=percent_text(use.reached),
         before=count_text(use.before),
         after=count_text(use.after),
-        factor=_factor(use.before, use.after),
+        factor=factor_text(use.before, use.after, "×"),
     )
 
 
@@ -163,16 +163,11 @@ def _size_meters(report: Report) -> list[Meter]:
             kept=percent_text(cost.kept),
             before=count_text(cost.before),
             after=count_text(cost.after),
-            factor=_factor(cost.before, cost.after),
+            factor=factor_text(cost.before, cost.after, "×"),
         )
         for (title, unit), cost in zip(titled, (sizes.file, sizes.session), strict=True)
         if cost.kept is not None
     ]
-
-
-def _factor(before: int | None, after: int | None) -> str:
-    """How many times smaller, if it is."""
-    return f"{before / after:.1f}×" if before and after and after < before else ""
 
 
 def _charts(report: Report) -> list[tuple[str, Chart | None]]:

@@ -181,19 +181,19 @@ def _arithmetic(report: Report) -> list[str]:
 
 
 def _latency(report: Report) -> list[str]:
-    latency = report.to_dict().get("latency")
-    if not latency:
+    latency = report.latency
+    if latency is None:
         return []
-    before, after = latency["before_ms"], latency["after_ms"]
+    before, after = latency.before_ms, latency.after_ms
     text = (
-        f"{before['median']:.3g} ms ({before['low']:.3g} to {before['high']:.3g}) → "
-        f"{after['median']:.3g} ms ({after['low']:.3g} to {after['high']:.3g}), ratio "
-        f"{latency['ratio']:.3f}; {_code(str(latency['provider']))}, "
-        f"{numbered(latency['threads'], 'thread')}, {latency['repeats']} interleaved repeats."
+        f"{before.median:.3g} ms ({before.low:.3g} to {before.high:.3g}) → "
+        f"{after.median:.3g} ms ({after.low:.3g} to {after.high:.3g}), ratio "
+        f"{latency.ratio:.3f}; {_code(latency.provider)}, "
+        f"{numbered(latency.threads, 'thread')}, {latency.repeats} interleaved repeats."
     )
     rows = [
-        (_code(layer["name"]), f"{layer['before_ms']:.3g}", f"{layer['after_ms']:.3g}")
-        for layer in latency.get("layers") or ()
+        (_code(layer.name), f"{layer.before_ms:.3g}", f"{layer.after_ms:.3g}")
+        for layer in latency.layers
     ]
     table = [_table(("layer", "before, ms", "after, ms"), rows)] if rows else []
     return ["## Latency", text, *table]

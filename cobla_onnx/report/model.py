@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from cobla_onnx.distillation.record import Distillation
 from cobla_onnx.report.arithmetic import ArithmeticReport
 from cobla_onnx.report.costs import Cost, Sizes
 from cobla_onnx.report.serialise import Exported
+from cobla_onnx.text import finite
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -183,8 +183,8 @@ class CalibrationReport:
     calibration_samples, selection_samples : int
         Samples that made the factors, and samples held back to choose and to verify.
     outputs : dict of str to str
-        How each output is compared with the original's: Kullback-Leibler divergence of
-        ``probabilities`` or ``logits``, ``mse`` relative to the output's power, or ``ce``.
+        How each output is compared with the original's: a kind of `autodiff.measures.Measure`,
+        such as ``logits`` (Kullback-Leibler divergence) or ``mse`` (relative to the power).
     loss, loss_before_refit : float
         On the selection split.
     quality : Quality
@@ -193,9 +193,10 @@ class CalibrationReport:
         Layers whose refit was kept.
     probe_samples : int
         Samples on which layers were truncated one at a time.
-    candidates : tuple of float
-        Losses on the selection split of the allocations that were compared, before refit; the
-        loss is the one that decisions follow (a divergence at a temperature, see `soften`).
+    candidates : tuple of (float or None)
+        Losses on the selection split of the allocations that were compared, before refit, None
+        where they are not finite; the loss is the one that decisions follow (a divergence at a
+        temperature, see `soften`).
     temperatures : dict of str to float
         Temperatures of the divergence that decisions follow, by the name of the output.
     rivals : tuple of Rival
@@ -213,7 +214,7 @@ class CalibrationReport:
     quality: Quality
     refitted: int = 0
     probe_samples: int = 0
-    candidates: tuple[float, ...] = ()
+    candidates: tuple[float | None, ...] = ()
     temperatures: dict[str, float] = field(default_factory=dict)
     rivals: tuple[Rival, ...] = ()
     distillation: Distillation | None = None
@@ -345,7 +346,7 @@ class Report(Exported):
         result["notes"] = list(self.notes)
         for step in result["history"]:
             # The loss may be NaN at a relaxed step, which JSON cannot express.
-            step["loss"] = step["loss"] if math.isfinite(step["loss"]) else None
+            step["loss"] = finite(step["loss"])
         result["history"] = list(result["history"])
         if self.verification is not None:
             result["verification"]["outputs"] = list(result["verification"]["outputs"])

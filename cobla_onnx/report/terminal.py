@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from cobla_onnx.calibration.evaluation.outputs import OutputComparison
-from cobla_onnx.report.amounts import change_text, kind_text, rank_text
+from cobla_onnx.report.amounts import change_text, factor_text, kind_text, rank_text
 from cobla_onnx.report.costs import Cost
 from cobla_onnx.report.model import BudgetUse, Report
 from cobla_onnx.text import numbered, safe_text, short_names
@@ -21,8 +21,9 @@ def _totals(name: str, unit: str, use: BudgetUse) -> str:
     if use.reached is None or use.before is None or use.after is None:
         return f"{name}: not known"
     limit = f", budget {use.limit:g}" if use.limit is not None else ""
-    factor = f"{use.before / use.after:.1f}x smaller" if use.after else "all gone"
-    factor = "as before" if use.after == use.before else factor
+    factor = "as before" if use.after == use.before else "more than before"
+    if use.after < use.before:
+        factor = f"{factor_text(use.before, use.after)} smaller" if use.after else "all gone"
     amounts = change_text(Cost(use.before, use.after))
     return f"{name}: kept {use.reached:.4f} ({factor}{limit}), {amounts} {unit}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cobla_onnx import Budget, compress
-from cobla_onnx.errors import BudgetError
+from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline import session
 from cobla_onnx.pipeline.open_session import open_session
@@ -57,6 +57,13 @@ OPTIONS = {"solver": "milp", "refit": False, "rank_multiple": 1, "threads": 1}
 @pytest.fixture
 def data():
     return {"x": random_array(24, 3, 12, 12)}
+
+
+def test_no_arithmetic_is_chosen_for_a_plan(data):
+    plan = compress(small_network(), Budget(mem=0.5), threads=1).plan
+    options = {"data": data, "arithmetic": "auto", **OPTIONS}
+    with pytest.raises(UsageError, match="arithmetic='auto': is chosen with the ranks, which a"):
+        compress(small_network(), Budget(latency=0.9), plan=plan, **options)
 
 
 def test_where_the_finished_model_takes_too_long_the_next_best_is_taken(

@@ -44,6 +44,18 @@ def test_a_report_is_rendered_by_its_renderers():
     assert all(output_text(output) in shown(render(report)) for output in outputs)
 
 
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [(50, "2.0x smaller"), (100, "as before"), (125, "more than before"), (0, "all gone")],
+)
+def test_what_became_of_a_cost_is_said_in_words(after, said):
+    """Lookups of low rank take more MACs than the table's own."""
+    report = small_report()
+    use = replace(report.budget["mac"], before=100, after=after, reached=after / 100, limit=None)
+    text = shown(render(replace(report, budget={**report.budget, "mac": use})))
+    assert f"MACs: kept {after / 100:.4f} ({said})" in text
+
+
 def test_names_stay_whole_in_80_columns_beside_bits():
     report = stored_report()
     layers = [

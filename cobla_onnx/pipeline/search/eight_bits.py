@@ -35,6 +35,7 @@ from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.report.arithmetic import ArithmeticReport
 from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.text import finite
 from cobla_onnx.wording import option_name
 
 __all__ = ["EightBits", "in_eight_bits", "spared_outputs", "stand_in_eight_bits"]
@@ -227,7 +228,7 @@ class _Search:
             left=tuple(map(self._shown, sorted({*left, *slow}))),
             ranges=method,
             biases=corrected,
-            candidates={name: None if math.isinf(loss) else loss for name, loss in losses},
+            candidates={name: finite(loss) for name, loss in losses},
             reduced=sums_saturate(),
             loss_before=before.loss,
             loss=best.loss,

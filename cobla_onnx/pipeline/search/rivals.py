@@ -11,7 +11,6 @@ rivals.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from cobla_onnx.pipeline.search.crossfit import CrossFit
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.plan import Plan
 from cobla_onnx.report.model import Rival
+from cobla_onnx.text import finite
 
 __all__ = ["WEIGHTS_ALONE", "Rivals"]
 
@@ -161,7 +161,4 @@ class Rivals:
 
 
 def _rival(origin: str, gain: PairedGain, taken: bool) -> Rival:
-    mean, error = (
-        value if math.isfinite(value) else None for value in (gain.mean, gain.standard_error)
-    )
-    return Rival(origin, mean, error, gain.samples, taken)
+    return Rival(origin, finite(gain.mean), finite(gain.standard_error), gain.samples, taken)

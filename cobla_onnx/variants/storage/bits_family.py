@@ -110,15 +110,19 @@ def between(known: Mapping[int, float]) -> Float64:
     Parameters
     ----------
     known : mapping of int to float
-        Squared relative errors by bits; in between they are interpolated in logarithms.
+        Squared relative errors by bits; in between they are interpolated in logarithms. Those that
+        are not finite, of numbers that overflow their type, are infinite there.
 
     Returns
     -------
     float64 array, shape (MOST + 1,)
     """
-    known = {0: 1.0, MOST: 0.0, **known}
+    beyond = [bits for bits, error in known.items() if not np.isfinite(error)]
+    known = {0: 1.0, MOST: 0.0, **{b: e for b, e in known.items() if b not in beyond}}
     places = sorted(known)
     values = np.array([max(known[place], 1e-12) for place in places])
     errors = np.exp(np.interp(np.arange(MOST + 1), places, np.log(values)))
     errors[MOST] = 0.0
-    return np.asarray(np.minimum.accumulate(np.minimum(errors, 1.0)))
+    errors = np.minimum.accumulate(np.minimum(errors, 1.0))
+    errors[beyond] = np.inf
+    return np.asarray(errors)

@@ -67,10 +67,9 @@ class RoundingUnit:
         unmade = float((squares * left[:, None] * weights).sum())
         share = unmade / total if total > 0 else 0.0
         lost = {bits: distortion(rows, bits) for bits in self.bits}
-        finite = {bits: each for bits, each in lost.items() if np.isfinite(each)}
-        errors = between({bits: each * share for bits, each in finite.items()})
-        errors[[bits for bits in lost if bits not in finite]] = np.inf
-        return Measured([errors], [None], [])
+        # A share of nothing leaves what is infinite infinite.
+        known = {bits: each * share if np.isfinite(each) else each for bits, each in lost.items()}
+        return Measured([between(known)], [None], [])
 
 
 class StorageFamily(BitsFamily):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 
@@ -189,6 +190,21 @@ def test_an_answer_that_loses_next_to_nothing_has_no_rivals(monkeypatch):
     settled = rivals.settle(own, others())
     assert settled == (own, (), (pytest.approx(loss),))
     assert asked == ["others"]
+
+
+def test_a_rival_that_overflows_has_no_number_in_the_report(monkeypatch):
+    before = Rivals.settle
+
+    def settle(self, own, others):
+        found = before(self, own, others)
+        return found._replace(losses=(*found.losses, np.inf))
+
+    monkeypatch.setattr(Rivals, "settle", settle)
+    data = {"x": random_array(30, 3, 12, 12)}
+    report = compress(small_network(), Budget(mem=0.5), data=data, threads=1).report
+    assert report.calibration is not None
+    assert report.calibration.candidates[-1] is None
+    assert json.loads(report.to_json())["calibration"]["candidates"][-1] is None
 
 
 def test_a_comparison_ends_where_the_other_plan_falls_behind():

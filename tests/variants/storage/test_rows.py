@@ -214,6 +214,19 @@ def test_an_empty_table_loses_nothing():
     assert unit.measure().errors[0][4] < 1e-9
 
 
+def test_a_table_that_overflows_half_precision_is_not_stored_in_it():
+    table = random_array(40, 8)
+    table[7, 3] = 1e6
+    model = lookup_model(table, [3])
+    (layer,) = find_layers(model).layers
+    unit = RowsUnit(Carried(read_weight(model, layer), False), layer, (8, 16), None, None)
+    (errors,) = unit.measure().errors
+    assert errors[8] < 1e-3
+    assert errors[16] == np.inf
+    made = compress(model, Budget(mem=0.6), precision=(8, 16), threads=1)
+    assert {d.rank for d in made.plan.decisions} <= {8, None}
+
+
 @pytest.mark.parametrize("objective", ["weights", "output"])
 def test_tables_and_layers_share_one_budget_of_bits(objective):
     options: dict[str, Any] = {} if objective == "weights" else {"data": texts(40)}
