@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.allocation.budget import Constraint
-from cobla_onnx.allocation.knapsack import LossCurves
 from cobla_onnx.allocation.objective import Masks
-from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves
+from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves, LossCurves
 
 __all__ = ["Blocks", "Space", "active_schemes", "partition", "refine", "warm_masks"]
 

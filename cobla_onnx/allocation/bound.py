@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cobla_onnx.allocation.budget import Constraint
-from cobla_onnx.allocation.knapsack import LossCurves
-from cobla_onnx.allocation.problem import Float64, LayerCurves
+from cobla_onnx.allocation.problem import Float64, LayerCurves, LossCurves
 
 __all__ = ["Front", "least_losses", "lower_hull"]
 

@@ -16,7 +16,16 @@ from cobla_onnx.allocation.resources import RESOURCES, Resource
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.wording import option_name
 
-__all__ = ["NOTHING", "Budget", "Constraint", "least_fraction", "require_reachable", "unreachable"]
+__all__ = [
+    "NOTHING",
+    "Budget",
+    "Constraint",
+    "least_fraction",
+    "require_reachable",
+    "rounded_up",
+    "unreachable",
+    "within",
+]
 
 NOTHING: Mapping[str, int] = MappingProxyType({})
 
@@ -188,14 +197,27 @@ class Budget:
         return tuple(result)
 
 
+def within(
+    constraints: Sequence[Constraint],
+    layers: Sequence[LayerCurves],
+    choices: Sequence[Choice | None],
+) -> bool:
+    """Whether choices keep all limits."""
+    return all(c.cost(layers, choices) <= c.limit for c in constraints)
+
+
 def least_fraction(constraint: Constraint, layers: Sequence[LayerCurves]) -> float:
     """Return the least feasible fraction, rounded up to four digits."""
-    return _rounded_up(constraint.least(layers), constraint.total)
+    return rounded_up(_share(constraint.least(layers), constraint.total))
 
 
-def _rounded_up(cost: int, total: int) -> float:
-    """Cost as a fraction, rounded up, so that the number is itself feasible."""
-    return math.ceil(Fraction(cost, total) * 10_000) / 10_000 if total else 1.0
+def rounded_up(share: Fraction | float) -> float:
+    """Return a share of the original's cost with four digits, so that it is itself feasible."""
+    return math.ceil(share * 10_000) / 10_000
+
+
+def _share(cost: int, total: int) -> Fraction:
+    return Fraction(cost, total) if total else Fraction(1)
 
 
 def require_reachable(layers: Sequence[LayerCurves], constraints: Sequence[Constraint]) -> None:
@@ -217,7 +239,7 @@ def unreachable(constraints: Sequence[Constraint], least: dict[str, int]) -> Bud
     for constraint in constraints:
         if constraint.name not in least:
             continue
-        fractions[constraint.name] = _rounded_up(least[constraint.name], constraint.total)
+        fractions[constraint.name] = rounded_up(_share(least[constraint.name], constraint.total))
         parts.append(
             f"{option_name(constraint.name, constraint.fraction)} is below the least reachable "
             f"{fractions[constraint.name]:g}"

@@ -13,20 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import scipy  # its parts load when first used: optimize alone takes longer than most commands
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation.budget import Constraint, unreachable
+from cobla_onnx.allocation.budget import Constraint, unreachable, within
 from cobla_onnx.allocation.dynamic import solve_programme
-from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves
+from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves, LossCurves
 
-__all__ = ["KnapsackSolution", "LossCurves", "knapsack", "solved"]
-
-LossCurves: TypeAlias = Sequence[Sequence[Float64]]
-"""Loss of each layer under each of its curves, at levels 0 to the whole layer's."""
+__all__ = ["KnapsackSolution", "knapsack", "solved"]
 
 # Relative gap at which branch and bound stops: the next digit may take a thousand times as long,
 # and the loss that is minimised is a model whose error is far larger.
@@ -245,7 +242,7 @@ def _incumbent(
         # The first of each layer after sorting by layer, then price, then loss.
         order = np.lexsort((table.loss, priced, table.layer))
         first = order[np.searchsorted(table.layer[order], np.arange(len(layers)))]
-        if _satisfied(table.choices(first), layers, constraints):
+        if within(constraints, layers, table.choices(first)):
             return table.choices(_filled(table, first))
         scale *= 1.005 if scale < 1.5 else 1.5
     return None
@@ -264,14 +261,6 @@ def _filled(table: _Table, columns: NDArray[np.int64]) -> NDArray[np.int64]:
             break
         columns[table.layer[best]] = best
     return columns
-
-
-def _satisfied(
-    choices: Sequence[Choice | None],
-    layers: Sequence[LayerCurves],
-    constraints: Sequence[Constraint],
-) -> bool:
-    return all(c.cost(layers, choices) <= c.limit for c in constraints)
 
 
 def _branch(
@@ -308,7 +297,7 @@ def _branch(
         choices = table.choices(columns[order])
         proved = -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound)
         bound = scale * (proved - TOLERANCE)
-        if len(choices) == len(layers) and _satisfied(choices, layers, constraints):
+        if len(choices) == len(layers) and within(constraints, layers, choices):
             return choices, bound if room == 1.0 else -np.inf
         room -= 2 * TOLERANCE
     return None, -np.inf

@@ -9,9 +9,17 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves
+from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves, LossCurves
 
-__all__ = ["Masks", "Objective", "OutputError", "SeparableError", "WeightError", "masks_of"]
+__all__ = [
+    "Masks",
+    "Objective",
+    "OutputError",
+    "SeparableError",
+    "WeightError",
+    "loss_curves",
+    "masks_of",
+]
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,14 @@ class OutputError(SeparableError):
 
     def __init__(self, curves: Sequence[Sequence[Float64]]) -> None:
         super().__init__("output", curves)
+
+
+def loss_curves(objective: Objective, layers: Sequence[LayerCurves]) -> LossCurves:
+    """Return the objective's curves of all layers."""
+    return [
+        [objective.curve(index, number) for number in range(len(layer.curves))]
+        for index, layer in enumerate(layers)
+    ]
 
 
 def masks_of(layers: Sequence[LayerCurves], choices: Sequence[Choice | None]) -> Masks:

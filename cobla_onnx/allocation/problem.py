@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Choice", "Float64", "LayerCurves", "VariantCurve"]
+__all__ = ["Choice", "Float64", "LayerCurves", "LossCurves", "VariantCurve"]
 
 Float64: TypeAlias = NDArray[np.float64]
+
+LossCurves: TypeAlias = Sequence[Sequence[Float64]]
+"""Loss of each layer under each of its curves, at levels 0 to the whole layer's."""
 
 
 @dataclass(frozen=True)

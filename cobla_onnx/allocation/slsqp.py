@@ -27,9 +27,8 @@ from cobla_onnx.allocation.blocks import (
     warm_masks,
 )
 from cobla_onnx.allocation.budget import Constraint
-from cobla_onnx.allocation.knapsack import LossCurves
 from cobla_onnx.allocation.objective import Masks, Objective
-from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves
+from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves, LossCurves
 
 __all__ = ["Effort", "Iteration", "Relaxed", "nearest_choices", "relax"]
 

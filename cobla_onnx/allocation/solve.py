@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 
 from cobla_onnx.allocation.bound import Front, least_losses
-from cobla_onnx.allocation.budget import Constraint, require_reachable
-from cobla_onnx.allocation.knapsack import LossCurves, knapsack
-from cobla_onnx.allocation.objective import Objective, masks_of
-from cobla_onnx.allocation.problem import Choice, LayerCurves
+from cobla_onnx.allocation.budget import Constraint, require_reachable, within
+from cobla_onnx.allocation.knapsack import knapsack
+from cobla_onnx.allocation.objective import Objective, loss_curves, masks_of
+from cobla_onnx.allocation.problem import Choice, LayerCurves, LossCurves
 from cobla_onnx.allocation.resources import RESOURCES
 from cobla_onnx.allocation.slsqp import Relaxed, nearest_choices, relax
 
@@ -105,14 +105,12 @@ def allocate(
         If the limits cannot be met; names the least feasible ones.
     """
     whole: tuple[Choice | None, ...] = (None,) * len(layers)
-    if all(c.cost(layers, whole) <= c.limit for c in constraints):
+    if within(constraints, layers, whole):
         reached = {c.name: c.cost(layers, whole) for c in constraints}
         zero = dict.fromkeys(reached, 0.0)
         return Allocation(whole, Certificate(solver, objective.name, 0, 0, 0, zero, reached))
     require_reachable(layers, constraints)
-    losses = [
-        [objective.curve(i, k) for k in range(len(layer.curves))] for i, layer in enumerate(layers)
-    ]
+    losses = loss_curves(objective, layers)
     warm = knapsack(layers, losses, constraints)
     best, value = warm.choices, objective.value(masks_of(layers, warm.choices))
     relaxed: Relaxed | None = None
@@ -181,7 +179,7 @@ def fitting(
         # Bisection for the largest fraction of the relaxed ranks that fits the budgets.
         middle = high if low == 0.0 and high == 1.0 else (low + high) / 2
         choices = nearest_choices(layers, relaxed, middle)
-        if all(c.cost(layers, choices) <= c.limit for c in constraints):
+        if within(constraints, layers, choices):
             yield choices
             low = middle
             if middle == 1.0:

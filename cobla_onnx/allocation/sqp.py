@@ -25,10 +25,10 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from cobla_onnx.allocation.budget import Constraint
-from cobla_onnx.allocation.knapsack import LossCurves, knapsack
-from cobla_onnx.allocation.objective import Masks, Objective, masks_of
+from cobla_onnx.allocation.knapsack import knapsack
+from cobla_onnx.allocation.objective import Masks, Objective, loss_curves, masks_of
 from cobla_onnx.allocation.paired import paired_gain
-from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves
+from cobla_onnx.allocation.problem import Choice, Float64, LayerCurves, LossCurves
 from cobla_onnx.allocation.slsqp import Effort, Iteration, Relaxed, relax
 from cobla_onnx.allocation.solve import Allocation, fitting
 
@@ -271,10 +271,7 @@ class _Search:
 
     def relax(self, start: Choices, warm: Allocation) -> Relaxed:
         """Solve the relaxed problem by SLSQP."""
-        losses = [
-            [self.objective.curve(index, number) for number in range(len(layer.curves))]
-            for index, layer in enumerate(self.layers)
-        ]
+        losses = loss_curves(self.objective, self.layers)
         left = self.effort.seconds
         if left is not None:
             left = max(left - self._seconds(), 0.0)

@@ -13,6 +13,7 @@ from cobla_onnx.allocation import (
     WeightError,
 )
 from cobla_onnx.allocation.bound import Front, least_losses
+from cobla_onnx.allocation.objective import loss_curves
 from cobla_onnx.allocation.subproblem import Subproblem
 from cobla_onnx.pipeline.session import Session
 from cobla_onnx.variants.registry import level_of, require_family
@@ -36,10 +37,7 @@ class Lever:
 
     def front(self, constraint: Constraint) -> Front:
         """Return the least loss at every fraction of a resource, limited for these layers."""
-        losses = [
-            [self.losses.curve(index, number) for number in range(len(layer.curves))]
-            for index, layer in enumerate(self.layers)
-        ]
+        losses = loss_curves(self.losses, self.layers)
         return least_losses(self.layers, losses, constraint, points=1000)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from cobla_onnx.allocation import Budget, LayerCurves
-from cobla_onnx.allocation.budget import NOTHING, require_reachable
+from cobla_onnx.allocation.budget import NOTHING, require_reachable, within
 from cobla_onnx.allocation.knapsack import knapsack
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.variants.base import Candidate
@@ -70,7 +70,7 @@ def _refusal(
     layers = [_costs(candidate) for candidate in candidates if candidate.proposals]
     try:
         constraints = budget.constraints(layers, totals, saved)
-        if all(c.cost(layers, (None,) * len(layers)) <= c.limit for c in constraints):
+        if within(constraints, layers, (None,) * len(layers)):
             return None
         require_reachable(layers, constraints)
         if len(constraints) > 1:

@@ -20,6 +20,7 @@ import onnx
 import scipy
 
 from cobla_onnx.allocation import Allocation, Budget, Constraint
+from cobla_onnx.allocation.budget import rounded_up
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.macs import Shape
@@ -277,7 +278,7 @@ class LatencySearch:
             f"{option_name('latency', limit)}: the result takes {measured.ratio:.3f} of the "
             f"original's time ({measured.low:.3f} to {measured.high:.3f}); the machine may be "
             "busy, or its profile out of date",
-            {"latency": _rounded_up(measured.ratio)},
+            {"latency": rounded_up(measured.ratio)},
             "try again with a new one",
         )
 
@@ -378,7 +379,7 @@ def too_slow(tried: Sequence[Found], limit: float, threads: int) -> BudgetError:
         f"{option_name('latency', limit)}: the fastest of {len(tried)} plans takes "
         f"{measured.ratio:.3f} of the original's time ({measured.low:.3f} to {measured.high:.3f}, "
         f"{numbered(threads, 'thread')})",
-        {"latency": _rounded_up(measured.ratio)},
+        {"latency": rounded_up(measured.ratio)},
         "raise it, or let more layers be compressed",
     )
 
@@ -388,7 +389,3 @@ def _within_noise(limit: float, measured: Comparison) -> str:
         f"the latency budget of {limit:g} is met within the noise only: {measured.ratio:.3f} was "
         f"measured ({measured.low:.3f} to {measured.high:.3f})"
     )
-
-
-def _rounded_up(ratio: float) -> float:
-    return math.ceil(ratio * 10_000) / 10_000

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 
 import onnx
 
 from cobla_onnx.allocation import Budget
+from cobla_onnx.allocation.budget import rounded_up
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.pipeline.analysis import Analysis
@@ -94,11 +96,11 @@ class EightBitMemory:
         fitting = [reached for reached in found if reached <= limit]
         if fitting:
             return found[max(fitting)]
-        least = -(-10_000 * min(found) // self.analysis.mem_total)
+        least = rounded_up(Fraction(min(found), self.analysis.mem_total))
         raise BudgetError(
             f"{option_name('mem', budget.mem)} is below the least that was reached in 8 bits, "
-            f"{least / 10_000:g}",
-            {"mem": least / 10_000},
+            f"{least:g}",
+            {"mem": least},
             "raise it, or let more layers be compressed",
         )
 

@@ -19,7 +19,7 @@ from cobla_onnx.allocation import (
     SeparableError,
 )
 from cobla_onnx.allocation.knapsack import RELATIVE_GAP, solved
-from cobla_onnx.allocation.objective import masks_of
+from cobla_onnx.allocation.objective import loss_curves, masks_of
 from cobla_onnx.allocation.solve import relative_gap
 from cobla_onnx.allocation.subproblem import Subproblem
 from cobla_onnx.pipeline.analysis import Analysis
@@ -120,9 +120,7 @@ def _solved(
     """Solve a problem; None where no choices meet the additional limit as well."""
     if not layers:
         return None
-    curves = [
-        [losses.curve(i, k) for k in range(len(layer.curves))] for i, layer in enumerate(layers)
-    ]
+    curves = loss_curves(losses, layers)
     gap = RELATIVE_GAP if len(constraints) == 1 else NEAR
     found = solved(layers, curves, constraints, relative_gap=gap)
     return None if found is None else found.choices

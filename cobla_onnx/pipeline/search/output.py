@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cobla_onnx.allocation import Allocation, Choice, Constraint, LayerCurves, OutputError, allocate
+from cobla_onnx.allocation import Allocation, Constraint, LayerCurves, OutputError, allocate
+from cobla_onnx.allocation.budget import within
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.neighbours import neighbours
 from cobla_onnx.pipeline.search.problem import Problem, SearchResult
@@ -82,7 +83,6 @@ def _nothing_to_do(
     curves: Sequence[LayerCurves], constraints: Sequence[Constraint]
 ) -> OutputError | None:
     """Return any loss if the model is within the constraints as it is; else None."""
-    whole: tuple[Choice | None, ...] = (None,) * len(curves)
-    if any(c.cost(curves, whole) > c.limit for c in constraints):
+    if not within(constraints, curves, (None,) * len(curves)):
         return None
     return OutputError([[c.errors for c in layer.curves] for layer in curves])
