@@ -112,19 +112,21 @@ def smallest(session: Session, max_drop: float, limits: Budget | None = None) ->
         error = BudgetError(cause, {"mem": 1.0}, "let more layers be compressed")
         raise explain(error, session.written, session.analysis, session.settings, session.rule)
     if low > high:
-        # The usual error names the least that the model's layers allow.
+        # The usual error names the least of the model's layers, which in 8 bits is an estimate.
         session.solve(replace(hard, mem=high))
+        low = high
     # The upper end is the original itself, unless other limits apply.
     free = hard == Budget(mem=1.0)
     # The sum may round to above the upper end.
-    grid = [min(high, low + (high - low) * k / COARSE) for k in range(1, COARSE + (not free))]
+    steps = (min(high, low + (high - low) * k / COARSE) for k in range(1, COARSE + (not free)))
+    grid = list(dict.fromkeys(steps))
     search = _Search(session, hard, max_drop, len(grid) + FINE)
     passed = [mem for mem in grid if search.good(mem)]
     if not passed and not free:
         raise _refusal(max_drop, search, limits)
     above = min(passed, default=high)
     below = max([mem for mem in grid if mem < above], default=low)
-    for _ in range(FINE):
+    for _ in range(FINE if below < above else 0):
         middle = (below + above) / 2
         below, above = (below, middle) if search.good(middle) else (middle, above)
     session.notify("search", search.expected, search.expected)

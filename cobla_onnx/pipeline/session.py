@@ -187,7 +187,10 @@ class Session:
         return bit_curves(self.model, self.analysis, self.context)
 
     def least_memory(self) -> float:
-        """Least feasible fraction of memory, rounded up so that it is itself feasible."""
+        """Least feasible fraction of memory, rounded up so that it is itself feasible.
+
+        In 8 bits it is an estimate.
+        """
         (constraint,) = self.analysis.constraints(Budget(mem=1.0))
         least = least_fraction(constraint, self.analysis.curves)
         if self.settings.arithmetic == "int8":

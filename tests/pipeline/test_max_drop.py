@@ -91,6 +91,18 @@ def test_a_limit_on_memory_holds_and_refuses_honestly():
         smallest(Curve(lambda mem: 0.0), 0.05, Budget(mem=0.05))
 
 
+def test_a_limit_below_an_estimate_of_the_least_is_tried_once_and_none_above():
+    """In 8 bits the least is about what is told."""
+
+    class Estimated(Curve):
+        def least_memory(self):
+            return 0.4
+
+    curve = Estimated(lambda mem: 0.0, least=0.1)
+    assert found(curve, 0.05, Budget(mem=0.3)) == 0.3
+    assert curve.tried == [0.3, 0.3]
+
+
 def test_where_nothing_smaller_is_good_enough_it_says_what_was_best():
     with pytest.raises(errors.BudgetError, match=r"the best, memory 0\.\d+, loses 0\.3 of"):
         smallest(Curve(lambda mem: 0.3), 0.05)
