@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cobla_onnx.report.amounts import count_text
+from cobla_onnx.report.amounts import count_text, elsewhere_text
 from cobla_onnx.report.serialise import Exported
 from cobla_onnx.text import safe_text, short_names
 
@@ -142,10 +142,7 @@ def _loss_text(loss: float | None) -> str:
 
 
 def _held(what: str, total: int, parts: dict[str, int], verdict: str) -> str:
-    listed = ", ".join(
-        f"{count_text(size)} in {safe_text(op)}" for op, size in list(parts.items())[:4]
-    )
-    return f"{what}: {count_text(total)}; {listed or 'nothing'} {verdict}"
+    return f"{what}: {count_text(total)}; {elsewhere_text(parts) or 'nothing'} {verdict}"
 
 
 def _legend(found: Advice) -> list[str]:
