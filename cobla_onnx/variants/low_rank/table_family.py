@@ -70,7 +70,7 @@ class TableUnit:
         return Measured([found["errors"]], [found["values"]], notes)
 
 
-class TablesFromData:
+class FactoredTablesFromData:
     """Factorises tables, weighted by how often their rows are read.
 
     Parameters
@@ -170,14 +170,14 @@ class LowRankTables(VariantFamily):
         proposals: Sequence[Proposal],
         weight: Carried,
         cache: Cache | None,
-        maker: TablesFromData | None,
+        maker: FactoredTablesFromData | None,
     ) -> TableUnit:
         """Collect the input for singular values."""
         return TableUnit(weight, None if maker is None else maker.seen.frequencies(layer), cache)
 
-    def maker(self, seen: Seen) -> TablesFromData:
+    def maker(self, seen: Seen) -> FactoredTablesFromData:
         """Weight rows by how often they are read."""
-        return TablesFromData(seen)
+        return FactoredTablesFromData(seen)
 
     def from_weights(
         self, layer: Layer, form: Any, level: int, weight: NDArray[Any], cache: Cache | None

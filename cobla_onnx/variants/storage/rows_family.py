@@ -102,7 +102,7 @@ def _measured_rows(shape: tuple[int, ...], energy: Float64) -> tuple[NDArray[np.
     return np.append(first, some), np.append(np.ones(len(first)), np.full(len(some), share))
 
 
-class TablesFromData:
+class RoundedTablesFromData:
     """Rounds tables; data says how much the error of each row counts.
 
     Parameters
@@ -152,16 +152,16 @@ class RowStorageFamily(BitsFamily):
         proposals: Sequence[Proposal],
         weight: Carried,
         cache: Cache | None,
-        maker: TablesFromData | None,
+        maker: RoundedTablesFromData | None,
     ) -> RowsUnit:
         """Collect the input of the measurement."""
         bits = tuple(int(b) for proposal in proposals for b in proposal.levels)
         frequencies = None if maker is None else maker.seen.frequencies(layer)
         return RowsUnit(weight, layer, bits, frequencies, cache)
 
-    def maker(self, seen: Seen) -> TablesFromData:
+    def maker(self, seen: Seen) -> RoundedTablesFromData:
         """Weight errors by how often rows are read."""
-        return TablesFromData(seen)
+        return RoundedTablesFromData(seen)
 
     def from_weights(
         self, layer: Layer, form: Any, level: int, weight: NDArray[Any], cache: Cache | None
