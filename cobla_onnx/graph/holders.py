@@ -8,9 +8,9 @@ from collections.abc import Collection
 import onnx
 
 from cobla_onnx.graph.index import GraphIndex
-from cobla_onnx.graph.io.model_file import bytes_in, is_weight
+from cobla_onnx.graph.io.model_file import bytes_in, constant_bytes
 from cobla_onnx.graph.sizes import table_bytes, tensor_bytes
-from cobla_onnx.graph.tensors import constant_value, subgraphs
+from cobla_onnx.graph.tensors import subgraphs
 
 __all__ = ["bytes_elsewhere"]
 
@@ -44,9 +44,9 @@ def bytes_elsewhere(model: onnx.ModelProto, layers: Collection[str]) -> dict[str
 
     for node in model.graph.node:
         held[node.op_type] += bytes_in(subgraphs(node)) + table_bytes(node)
-        value = constant_value(node)
-        if value is not None and is_weight(value) and node.output[0] not in layers:
-            add(node.output[0], tensor_bytes(value))
+        size = constant_bytes(node)
+        if size and node.output[0] not in layers:
+            add(node.output[0], size)
     for tensor in model.graph.initializer:
         if tensor.name not in layers:
             add(tensor.name, tensor_bytes(tensor))

@@ -321,8 +321,9 @@ def analyse(
     taken, skipped, each_macs, total = counted(
         model, shapes, taken, skipped, macs, needed=macs_needed
     )
-    # Whoever asks for bits has weights made when a session opens anyway.
-    quick = bool(asked.bits) and not (asked.ranks.faster or comparing)
+    # Whoever asks for bits has weights made when a session opens anyway; but what is made then does
+    # not compute in 8 bits.
+    quick = bool(asked.bits) and not (asked.computed or asked.ranks.faster or comparing)
     folding = quick and opset_of(model) >= FOLDED_FROM
     costs = [LayerCosts(count, shapes, folding, quick) for count in each_macs]
     size, saved = followed.stored_bytes + followed.saved, followed.saved

@@ -202,9 +202,12 @@ def prove_optimized(
     known = [r for r in replacements if r.optimized_tolerance is not None]
     if not known:
         return ()
+    nodes = {use.output for r in known for use in r.layer.uses}
+    # With the other weight of a recurrent node, which has a tolerance of its own or none.
+    beside = [r for r in replacements if any(use.output in nodes for use in r.layer.uses)]
     worst = max(
         _check_layers(original, compressed, group, feeds, threads, taps, optimized=True)[0]
-        for group in _groups(known)
+        for group in _groups(beside)
     )
     session = open_session(compressed, threads, optimized=True)
     after = network_errors(results, [run_session(session, feed) for feed in feeds])
@@ -244,17 +247,39 @@ def _rounding_noise(
 
 
 def _groups(replacements: Sequence[Replacement]) -> list[list[Replacement]]:
-    """Group layers so that the dense weights of each group fit into memory."""
+    """Group layers so that the dense weights of each group fit into memory.
+
+    Layers of one node stay together, whatever their size: all of its weights become dense at once.
+    """
     groups: list[list[Replacement]] = [[]]
     size = 0
-    for replacement in replacements:
-        bytes_here = replacement.layer.stored_bytes
+    for replaced in _of_nodes(replacements):
+        bytes_here = sum(replacement.layer.stored_bytes for replacement in replaced)
         if groups[-1] and size + bytes_here > DENSE_AT_ONCE:
             groups.append([])
             size = 0
-        groups[-1].append(replacement)
+        groups[-1].extend(replaced)
         size += bytes_here
     return groups
+
+
+def _of_nodes(replacements: Sequence[Replacement]) -> list[list[Replacement]]:
+    """Join layers that share a node, as those of a recurrent one do, in the order of the first."""
+    joined: list[list[Replacement]] = []
+    holding: dict[str, list[Replacement]] = {}
+    for replacement in replacements:
+        outputs = [use.output for use in replacement.layer.uses]
+        met = {id(holding[name]): holding[name] for name in outputs if name in holding}
+        first = next(iter(met.values()), None)
+        if first is None:
+            first = []
+            joined.append(first)
+        for other in list(met.values())[1:]:
+            first.extend(other)
+            other.clear()
+        first.append(replacement)
+        holding.update((use.output, first) for each in first for use in each.layer.uses)
+    return [group for group in joined if group]
 
 
 def _check_layers(
@@ -272,11 +297,11 @@ def _check_layers(
     as each such node, the new nodes of the compressed model. It is run once for each group
     of layers that `taps` makes.
     """
-    allowed = {
-        name: (r.optimized_tolerance if optimized else None) or tolerance(original, r)
-        for r in replacements
-        for name in _readable(original, r)
-    }
+    allowed: dict[str, float] = {}
+    for r in replacements:
+        most = (r.optimized_tolerance if optimized else None) or tolerance(original, r)
+        # A recurrent node holds two layers.
+        allowed.update((name, max(most, allowed.get(name, 0.0))) for name in _readable(original, r))
     outputs = list(allowed)
     exposed = expose(original, [r.layer for r in replacements], as_inputs=False)
     reference = exposed.model

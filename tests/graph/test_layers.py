@@ -9,6 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cobla_onnx.errors import ModelError, UsageError
+from cobla_onnx.graph.holders import bytes_elsewhere
 from cobla_onnx.graph.io.model_file import load_model, stored_bytes
 from cobla_onnx.graph.layers import Reason, find_layers, read_weight
 from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
@@ -148,6 +149,28 @@ def test_stored_bytes_agree_with_an_independent_reader():
     tensors = gs.import_onnx(model).tensors().values()
     constants = [t for t in tensors if isinstance(t, gs.Constant)]
     assert stored_bytes(model) == sum(t.values.nbytes for t in constants)
+
+
+def test_weights_in_other_attributes_of_constant_nodes_are_counted():
+    model = small_network()
+    before = stored_bytes(model)
+    values = onnx.helper.make_tensor("v", onnx.TensorProto.FLOAT, [3], [1.0, 2.0, 3.0])
+    places = onnx.helper.make_tensor("i", onnx.TensorProto.INT64, [3], [0, 5, 9])
+    sparse = onnx.helper.make_sparse_tensor(values, places, [10])
+    made = [
+        ({"value_floats": [1.0] * 40}, 160),
+        ({"value_floats": [1.0, 2.0]}, 0),
+        ({"value_float": 1.0}, 0),
+        ({"value_ints": [1] * 40}, 0),
+        ({"sparse_value": sparse}, 3 * 4 + 3 * 8),
+    ]
+    for number, (attribute, size) in enumerate(made):
+        model.graph.node.append(
+            onnx.helper.make_node("Constant", [], [f"c{number}"], f"c{number}", **attribute)
+        )
+        assert stored_bytes(model) == before + size
+        before += size
+    assert sum(bytes_elsewhere(model, []).values()) == before
 
 
 @pytest.mark.parametrize("dtype", ["int64", "float64", "uint8", "bool", "float16"])

@@ -39,6 +39,20 @@ def error(result: Any, model: onnx.ModelProto) -> float:
     return float(np.linalg.norm(less - whole) / np.linalg.norm(whole))
 
 
+@pytest.mark.parametrize("op", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("bits", [(8, 3), (4, 8), (8, 8)])
+@pytest.mark.parametrize("at_once", [1, 1 << 29])
+def test_both_weights_of_a_node_are_proved_together(monkeypatch, op, bits, at_once):
+    """Whether or not one alone reads DequantizeLinear, and however little fits into memory."""
+    monkeypatch.setattr("cobla_onnx.pipeline.proof.DENSE_AT_ONCE", at_once)
+    names = [(READ[0], bits[0]), (STATE[0], bits[1]), (READ[1], bits[1]), (STATE[1], bits[0])]
+    plan = Plan(tuple(Decision(name, "stored", each) for name, each in names))
+    for storage in ("qdq", "cast"):
+        result = compress(sequence_model(op), plan=plan, storage=storage, threads=1)
+        assert result.report.verification.rewrite_max_error < 1e-5
+        assert {decisions(result)[name] for name, _ in names} == {"stored in fewer bits"}
+
+
 def test_inspect_lists_both_weights():
     found = inspect(sequence_model("GRU"))
     assert [layer.name for layer in found.layers] == ["before", *READ, "after"]

@@ -18,7 +18,7 @@ from cobla_onnx.errors import ModelError, UsageError, WriteError
 from cobla_onnx.graph.check.structure import check_structure
 from cobla_onnx.graph.io.external import is_external, open_external, read_external, true_place
 from cobla_onnx.graph.order import Order, sort_nodes
-from cobla_onnx.graph.protos import copy_fields
+from cobla_onnx.graph.protos import copy_fields, is_standard
 from cobla_onnx.graph.sizes import table_bytes, tensor_bytes
 from cobla_onnx.graph.tensors import all_tensors, constant_value, subgraphs
 from cobla_onnx.text import safe_text
@@ -26,6 +26,7 @@ from cobla_onnx.text import safe_text
 __all__ = [
     "add_initializers",
     "bytes_in",
+    "constant_bytes",
     "copy_without_initializers",
     "is_weight",
     "load_in_order",
@@ -156,11 +157,25 @@ def bytes_in(
                 total += tensor_bytes(sparse.values) + tensor_bytes(sparse.indices)
             node_lists.append(graph.node)
         for node in node_lists.pop():
-            value = constant_value(node)
-            if value is not None and is_weight(value):
-                total += tensor_bytes(value)
-            total += table_bytes(node)
+            total += constant_bytes(node) + table_bytes(node)
             waiting.extend(subgraphs(node))
+    return total
+
+
+def constant_bytes(node: onnx.NodeProto) -> int:
+    """Bytes of the weight that a Constant node holds, in whatever attribute; 0 if it holds none."""
+    value = constant_value(node)
+    if value is not None:
+        return tensor_bytes(value) if is_weight(value) else 0
+    if node.op_type != "Constant" or not is_standard(node):
+        return 0
+    total = 0
+    for attribute in node.attribute:
+        if attribute.name == "value_floats" and len(attribute.floats) > 2:
+            total += 4 * len(attribute.floats)
+        elif attribute.name == "sparse_value" and is_weight(attribute.sparse_tensor.values):
+            sparse = attribute.sparse_tensor
+            total += tensor_bytes(sparse.values) + tensor_bytes(sparse.indices)
     return total
 
 

@@ -31,6 +31,17 @@ def data():
     return {"x": random_array(24, 3, 12, 12)}
 
 
+@pytest.mark.parametrize("precision", ["auto", (8, 4)])
+def test_what_ranks_alone_meet_in_8_bits_they_meet_beside_fewer_bits(data, precision):
+    """Factors are not multiplied out: what is made as a session opens is not in 8 bits."""
+    for mem in (0.15, 0.22):
+        options = {"data": data, "arithmetic": "int8", "precision": precision, **QUICK}
+        result = compress(small_network(), Budget(mem=mem), **options)
+        assert result.report.budget["mem"].reached <= mem
+        assert stored_bytes(result.model) <= mem * stored_bytes(small_network())
+        assert result.report.arithmetic.nodes > 1
+
+
 def test_ranks_are_chosen_then_nodes_compute_in_eight_bits(data, tmp_path):
     result = compress(
         small_network(), Budget(mac=0.6), data=data, arithmetic="int8", rank_multiple=1, **QUICK
