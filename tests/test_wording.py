@@ -118,7 +118,7 @@ IN_PYTHON: list[tuple[Callable[[], object], str]] = [
     (compressing(0.5, data="nowhere"), "data='nowhere': does not exist"),
     (compressing(0.5, input_shapes={"x": (1, 4, 20, 20)}), "input_shapes={'x': (1, 4, 20, 20)}: "),
     (compressing(0.5, input_shapes={"z": (1,)}), "input_shapes['z']: the model has no such"),
-    (compressing(0.5, workers=0), "workers=0: give a whole number of at least 1"),
+    (compressing(0.5, workers=0), "workers=0: give a whole number from 1 to 1024"),
     (compressing(0.5, provider="none"), "provider='none': onnxruntime"),
     (compressing(max_drop=1.5, data=DATA), "max_drop=1.5: is not a fraction from 0 up to 1"),
     (compressing(max_drop=0.1), "max_drop: is measured on samples; give data= too"),

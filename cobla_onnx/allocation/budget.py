@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from types import MappingProxyType
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "NOTHING",
     "Budget",
     "Constraint",
+    "check_budget",
     "least_fraction",
     "require_reachable",
     "rounded_up",
@@ -145,7 +147,8 @@ class Budget:
                 f"{option_name('latency')}, e.g. {option_name('mem', 0.5)}"
             )
         for resource, value in self._fractions():
-            if value is not None and not (math.isfinite(value) and 0 < value <= 1):
+            known = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (known and math.isfinite(value) and 0 < value <= 1):
                 raise UsageError(
                     f"{option_name(resource.name, value)}: is not a fraction of the original to "
                     "keep; give a number above 0 and at most 1"
@@ -195,6 +198,19 @@ class Budget:
             fixed = total - saved.get(name, 0) - sum(bare.whole(layer) for layer in layers)
             result.append(Constraint(name, value, total, limit, fixed))
         return tuple(result)
+
+
+def check_budget(budget: object) -> None:
+    """Check that what is given for a budget is one.
+
+    Raises
+    ------
+    UsageError
+    """
+    if not isinstance(budget, Budget):
+        raise UsageError(
+            f"{option_name('budget', budget)}: is not a Budget; give e.g. Budget(mem=0.5)"
+        )
 
 
 def within(

@@ -80,6 +80,11 @@ def _agreed(name: str, given: tuple[int, ...], declared: list[int | None] | None
             f"{option_name('input_shapes', {name: given})}: its first axis has to be at least "
             f"1, others 0; write e.g. {EMPTY_PAST} for an empty past"
         )
+    if any(size > MOST_ELEMENTS for size in given):
+        raise UsageError(
+            f"{option_name('input_shapes', {name: given})}: no tensor has so many numbers; give "
+            "the shape of one sample"
+        )
     if declared is not None:
         fits = len(given) == len(declared) and all(
             d is None or d == g for g, d in zip(given, declared, strict=True)

@@ -54,7 +54,8 @@ def _wanted(hint: Any, value: object, flag: Flag) -> str | None:
     for member in _members(hint):
         if typing.get_origin(member) is Literal:
             choices = typing.get_args(member)
-            fits = value in choices
+            # An array would be compared number by number.
+            fits = isinstance(value, str) and value in choices
             said.append(" or ".join(filter(None, (", ".join(choices[:-1]), choices[-1]))))
         elif member is type(None):
             fits = value is None
@@ -83,6 +84,21 @@ def _is_sequence_of_texts(value: object) -> bool:
     return all(isinstance(entry, str) for entry in value)
 
 
+def _is_mapping_of_texts(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return all(isinstance(each, str) for item in value.items() for each in item)
+
+
+def _is_mapping_of_shapes(value: object) -> bool:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        return False
+    shapes = list(value.values())
+    if any(isinstance(shape, str) or not isinstance(shape, Sequence) for shape in shapes):
+        return False
+    return all(_is_whole(size) for shape in shapes for size in shape)
+
+
 # What is asked for, and whether a value is one, by the type of the field.
 KINDS: Mapping[Any, tuple[str, Callable[[object], bool]]] = {
     bool: ("True or False", lambda value: isinstance(value, bool)),
@@ -90,6 +106,11 @@ KINDS: Mapping[Any, tuple[str, Callable[[object], bool]]] = {
     float: ("a number", _is_number),
     str: ("a text", lambda value: isinstance(value, str)),
     os.PathLike[str]: ("a path", lambda value: isinstance(value, os.PathLike)),
+    Mapping[str, str]: ("a mapping of texts, such as {'name': 'text'}", _is_mapping_of_texts),
+    Mapping[str, Sequence[int]]: (
+        "a mapping of names to shapes, such as {'name': (1, 3)}",
+        _is_mapping_of_shapes,
+    ),
     Sequence[str]: ("a list of texts, such as ['text']", _is_sequence_of_texts),
 }
 
@@ -105,8 +126,8 @@ def _limits(flag: Flag) -> str:
     if flag.minimum is None:
         return ""
     if flag.maximum is None:
-        return f" of at least {flag.minimum:g}"
-    return f" from {flag.minimum:g} to {flag.maximum:g}"
+        return f" of at least {flag.minimum:.0f}"
+    return f" from {flag.minimum:.0f} to {flag.maximum:.0f}"
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -45,8 +45,8 @@ __all__ = [
 ObjectiveName: TypeAlias = Literal["auto", "weights", "output", "loss"]
 ArithmeticName: TypeAlias = Literal["keep", "int8", "auto"]
 
-# From some thousands on, onnxruntime waits for its threads and does not return.
-MOST_THREADS = 1024
+# From some thousands of threads on, onnxruntime does not return; and a rank that no layer has.
+MOST_THREADS, MOST_RANK = 1024, 1_000_000
 # Which commands have an option.
 EVERY: tuple[Command, ...] = ("compress", "advise", "inspect", "sweep", "compare")
 ANALYSE: tuple[Command, ...] = ("compress", "advise", "inspect", "sweep")
@@ -258,6 +258,7 @@ class Settings:
         "Ranks are multiples of N; auto: as the CPU likes them, every rank with --mem alone.",
         "auto|N",
         minimum=1,
+        maximum=MOST_RANK,
     )
     provider: str | None = option(
         RUN,
@@ -308,6 +309,7 @@ class Settings:
         "Processes that share the work, each one thread.",
         "N",
         minimum=1,
+        maximum=MOST_THREADS,
     )
     executor: Executor | None = option(SEARCH, "run", None)
     dask: str | None = option(

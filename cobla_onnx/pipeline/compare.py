@@ -34,7 +34,7 @@ from cobla_onnx.graph.macs import fixed_input_shapes
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
 from cobla_onnx.options import BatchSize, Settings, check_declared, memory_bytes
-from cobla_onnx.pipeline.inputs import ModelSource, available_cores, open_model
+from cobla_onnx.pipeline.inputs import ModelSource, available_cores, file_of, open_model
 from cobla_onnx.pipeline.verification import not_read, rows_of, varying_outputs
 from cobla_onnx.report.comparison import ModelComparison, ModelFacts
 from cobla_onnx.runtime.context import RunContext
@@ -140,8 +140,8 @@ class _Pair:
 
     @classmethod
     def opened(cls, first: ModelSource, second: ModelSource) -> _Pair:
+        sources = file_of(first), file_of(second)
         models = open_model(first), open_model(second)
-        sources = _path(first), _path(second)
         names = _shown(sources[0], "the first model"), _shown(sources[1], "the second model")
         return cls(models, sources, names)
 
@@ -345,10 +345,6 @@ def _check_finite(
 
 def _made(value: NDArray[Any] | None) -> str:
     return "nothing that is compared" if value is None else f"{value.dtype} {list(value.shape)}"
-
-
-def _path(source: ModelSource) -> Path | None:
-    return None if isinstance(source, onnx.ModelProto) else Path(source)
 
 
 def _shown(source: Path | None, otherwise: str) -> str:

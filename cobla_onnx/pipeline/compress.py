@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cobla_onnx.allocation import Budget
+from cobla_onnx.allocation.budget import check_budget
 from cobla_onnx.errors import UsageError
 from cobla_onnx.options import Settings
 from cobla_onnx.options.signatures import SearchOptions, takes_options
@@ -164,6 +165,13 @@ def compress(
     True
     """
     own = {"model": model, "budget": budget, "max_drop": max_drop, "plan": plan}
+    if budget is not None:
+        check_budget(budget)
+    if plan is not None and not isinstance(plan, Plan):
+        raise UsageError(
+            f"{option_name('plan', plan)}: is not a Plan; give e.g. "
+            "Plan.from_json(Path('plan.json').read_text())"
+        )
     timed = budget is not None and budget.latency is not None
     settings = Settings.of(
         "compress",

@@ -14,6 +14,7 @@ import numpy as np
 
 from cobla_onnx.allocation import OutputError, VariantCurve, allocate
 from cobla_onnx.graph.inventory import Refusal
+from cobla_onnx.graph.protos import opset_of
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.report.model import Forecast
 from cobla_onnx.runtime.context import RunContext
@@ -42,16 +43,17 @@ def bit_curves(
     model: onnx.ModelProto, analysis: Analysis, context: RunContext
 ) -> tuple[VariantCurve | None, ...]:
     """Return the curve of each layer stored in fewer bits as a whole; None where there is none."""
-    candidates = [_candidate(each, analysis) for each in analysis.variants]
+    bits = precision_bits("auto", opset_of(model))
+    candidates = [_candidate(each, analysis, bits) for each in analysis.variants]
     quiet = replace(context, progress=silent)
     found = measured_curves(model, candidates, analysis.from_data, quiet)
     pairs = [found.get(layer.name) for layer in analysis.layers]
     return tuple(None if not pair else pair[0][1] for pair in pairs)
 
 
-def _candidate(each: LayerVariants, analysis: Analysis) -> Candidate:
+def _candidate(each: LayerVariants, analysis: Analysis, bits: tuple[int, ...]) -> Candidate:
     costs = LayerCosts(each.macs, analysis.shapes)
-    asked = Asked("auto", EVERY_RANK, precision_bits("auto"))
+    asked = Asked("auto", EVERY_RANK, bits)
     proposed = StorageFamily().propose(each.layer, costs, asked)
     return Candidate(each.layer, costs, () if isinstance(proposed, Refusal) else tuple(proposed))
 

@@ -19,7 +19,7 @@ from cobla_onnx.calibration.data.labels import Labels, align_labels, read_labels
 from cobla_onnx.calibration.data.readers import open_data
 from cobla_onnx.calibration.evaluation.targets import IGNORED
 from cobla_onnx.distillation.augmentation import Augmentation
-from cobla_onnx.errors import DataError, ModelError, PartError, WriteError
+from cobla_onnx.errors import DataError, ModelError, PartError, UsageError, WriteError
 from cobla_onnx.graph.check.structure import check_structure
 from cobla_onnx.graph.io.external import is_external
 from cobla_onnx.graph.io.model_file import load_in_order
@@ -32,6 +32,7 @@ from cobla_onnx.wording import option_name
 __all__ = [
     "ModelSource",
     "available_cores",
+    "file_of",
     "known_shapes",
     "naming",
     "open_in_order",
@@ -67,6 +68,23 @@ def open_in_order(model: ModelSource) -> tuple[onnx.ModelProto, Order]:
         If it cannot be read or is damaged.
     """
     return _checked(model) if isinstance(model, onnx.ModelProto) else load_in_order(model)
+
+
+def file_of(model: ModelSource) -> Path | None:
+    """Return the path of a model's file; None if it is in memory.
+
+    Raises
+    ------
+    UsageError
+        If it is neither.
+    """
+    if isinstance(model, onnx.ModelProto):
+        return None
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(
+            f"the model: is of type {type(model).__name__}; give a path or an onnx.ModelProto"
+        )
+    return Path(model)
 
 
 def _checked(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Order]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from numbers import Real
 
 import scipy
 
@@ -64,7 +65,7 @@ def check_max_drop(max_drop: float) -> None:
     ------
     UsageError
     """
-    if not 0 <= max_drop < 1:
+    if not isinstance(max_drop, Real) or not 0 <= max_drop < 1:
         raise UsageError(
             f"{option_name('max_drop', max_drop)}: is not a fraction from 0 up to 1; write e.g. "
             f"{either(python='0.01', command='1% or 0.01')}"

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -31,6 +30,7 @@ from cobla_onnx.graph.duplicates import Deduplicated, deduplicated
 from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.graph.opening import opened
+from cobla_onnx.graph.protos import opset_of
 from cobla_onnx.latency.profile import Profile
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.options import Settings, memory_bytes
@@ -40,6 +40,7 @@ from cobla_onnx.pipeline.budget_errors import explain
 from cobla_onnx.pipeline.inputs import (
     ModelSource,
     available_cores,
+    file_of,
     known_shapes,
     naming,
     open_in_order,
@@ -121,7 +122,7 @@ def open_session(
         See `cobla_onnx.errors`.
     """
     started = time.perf_counter()
-    source = None if isinstance(model, onnx.ModelProto) else Path(model)
+    source = file_of(model)
     notify: Progress = settings.progress or silent
     needs = Needs(macs_needed, times_needed, budgets, bits, comparing)
     notify("open model and data", 0, 1)
@@ -237,7 +238,8 @@ def _analysed(
     refine, weigh = settings.rank_multiple == "auto", settings.resolved_objective != "weights"
     # All ranks were tried before a refusal then.
     tried = EVERY_RANK if refine else rule
-    bits = sorted({*precision_bits(settings.precision), *needs.bits})
+    asked = precision_bits(settings.precision, opset_of(followed.model))
+    bits = sorted({*asked, *needs.bits})
     analysis = analyse(
         followed.model,
         Selection(settings.include, settings.exclude, settings.min_size),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cobla_onnx.allocation import Budget
+from cobla_onnx.allocation.budget import check_budget
 from cobla_onnx.errors import BudgetError, UsageError, WriteError
 from cobla_onnx.graph.io.disk import bytes_of, files_of
 from cobla_onnx.graph.io.model_file import write_atomically
@@ -96,7 +97,9 @@ def sweep(
     [True, True]
     >>> found.save_csv("front.csv")  # doctest: +SKIP
     """
-    wanted = list(budgets)
+    wanted = list(budgets) if isinstance(budgets, Iterable) else [budgets]
+    for budget in wanted:
+        check_budget(budget)
     if not wanted:
         some = either(
             python="some, e.g. [Budget(mem=0.3), Budget(mem=0.6)]",

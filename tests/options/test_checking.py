@@ -29,19 +29,25 @@ from cobla_onnx.options.settings import options_of
         ("threads", 0, "a whole number from 1 to 1024"),
         ("threads", 5000, "a whole number from 1 to 1024"),
         ("threads", True, "a whole number from 1 to 1024"),
-        ("workers", -1, "a whole number of at least 1"),
+        ("workers", -1, "a whole number from 1 to 1024"),
         ("seed", 1.5, "a whole number of at least 0"),
         ("seed", -1, "a whole number of at least 0"),
         ("samples", "all", "a whole number of at least 2"),
         ("batch", 0, "auto, or a whole number of at least 1"),
         ("batch", True, "auto, or a whole number of at least 1"),
-        ("rank_multiple", "few", "auto, or a whole number of at least 1"),
+        ("rank_multiple", "few", "auto, or a whole number from 1 to 1000000"),
         ("time_limit", float("nan"), "a number of at least 0"),
         ("exclude", "conv1", r"a list of texts, such as \['text'\]"),
         ("include", [1], r"a list of texts, such as \['text'\]"),
         ("cache", 3, "a text, or a path"),
         ("provider", b"CPU", "a text"),
         ("memory_limit", 1.5, "a whole number, or a text"),
+        ("workers", 10**30, "a whole number from 1 to 1024"),
+        ("rank_multiple", 10**30, "auto, or a whole number from 1 to 1000000"),
+        ("storage", np.array(["qdq"]), "auto, cast or qdq"),
+        ("input_shapes", "x:1,3", r"a mapping of names to shapes, such as .*"),
+        ("input_shapes", {"x": (1, 3.5)}, r"a mapping of names to shapes, such as .*"),
+        ("outputs", 5, r"a text, or a list of texts, such as \['text'\], or a mapping of .*"),
     ],
 )
 def test_a_value_that_means_nothing_is_refused(name: str, value: object, wanted: str) -> None:
@@ -59,6 +65,8 @@ def test_a_value_that_means_nothing_is_refused(name: str, value: object, wanted:
         {"cache": Path("folder"), "profile": "file.json"},
         {"batch": "auto", "memory_limit": "2GB"},
         {"storage": "qdq", "refit": False},
+        {"outputs": "y"},
+        {"outputs": {"y": "values"}, "input_shapes": {"x": [1, np.int64(3)]}},
     ],
 )
 def test_values_of_the_declared_types_are_taken(values: dict[str, object]) -> None:
@@ -67,6 +75,27 @@ def test_values_of_the_declared_types_are_taken(values: dict[str, object]) -> No
 
 def test_defaults_are_values_of_the_declared_types() -> None:
     check_declared(Settings, vars(Settings()))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (lambda: cobla_onnx.compress("a.onnx", 0.3), r"^budget=0\.3: is not a Budget; give e\.g\."),
+        (lambda: cobla_onnx.sweep("a.onnx", 0.3), r"^budget=0\.3: is not a Budget; give e\.g\."),
+        (lambda: cobla_onnx.sweep("a.onnx", [0.3]), r"^budget=0\.3: is not a Budget; give e\.g\."),
+        (lambda: cobla_onnx.Budget(mem="0.3"), r"^mem='0\.3': is not a fraction"),
+        (lambda: cobla_onnx.Budget(mac=True), r"^mac=True: is not a fraction"),
+        (lambda: cobla_onnx.compress("a.onnx", plan="p.json"), r"^plan='p\.json': is not a Plan"),
+        (
+            lambda: cobla_onnx.compress("a.onnx", max_drop="1%"),
+            r"^max_drop='1%': is not a fraction",
+        ),
+        (lambda: cobla_onnx.inspect(None), r"^the model: is of type NoneType; give a path"),
+    ],
+)
+def test_what_is_given_beside_the_options_is_checked(asked, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        asked()
 
 
 def test_limits_of_comparisons_are_the_same() -> None:

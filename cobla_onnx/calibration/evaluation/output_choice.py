@@ -19,7 +19,7 @@ HOW = ("classes", "values", "ignore")
 LossName: TypeAlias = Literal["auto", "kl", "mse", "ce"]
 """How outputs are compared with the original's, where nothing else is said of one."""
 
-Outputs: TypeAlias = "Sequence[str] | Mapping[str, str]"
+Outputs: TypeAlias = "str | Sequence[str] | Mapping[str, str]"
 """``NAME[=classes|values|ignore][:AXIS]`` for each output, or the part after = by name."""
 
 
@@ -46,7 +46,7 @@ def resolve_outputs(outputs: Outputs, names: Iterable[str]) -> dict[str, OutputC
 
     Parameters
     ----------
-    outputs : sequence of str, or mapping of str to str
+    outputs : str or sequence of str, or mapping of str to str
     names : iterable of str
         Outputs of the model. Where some are named without ``=``, the others do not count.
 

@@ -143,10 +143,26 @@ def test_macs_are_not_saved_by_bits() -> None:
     assert "stored" not in {d.scheme for d in result.plan.decisions}
 
 
-@pytest.mark.parametrize("wrong", ["some", (), (7,), (8, 1)])
+@pytest.mark.parametrize("wrong", ["some", (), (7,), (8, 1), 8, (8.0,), np.array([8]), {8: 4}])
 def test_what_is_not_a_precision(wrong: Any) -> None:
     with pytest.raises(UsageError, match="give keep, auto, or some of 2, 3, 4, 5, 6, 8, 16"):
         precision_bits(wrong)
+
+
+def test_before_opset_7_there_is_half_precision_alone() -> None:
+    weights = {"w": random_array(40, 40), "v": random_array(40, 8)}
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w"], ["h"], "one"),
+        onnx.helper.make_node("MatMul", ["h", "v"], ["y"], "two"),
+    ]
+    model = model_of(nodes, weights, {"x": [3, 40]}, ["y"], opset=6)
+    model.ir_version = 3
+    for precision in ((8,), (16, 4)):
+        with pytest.raises(UsageError, match=r"of opset 7, and the model has 6; export it with"):
+            compress(model, Budget(mem=0.6), precision=precision, threads=1)
+    for precision in ("auto", (16,)):
+        result = compress(model, Budget(mem=0.5), precision=precision, threads=1)
+        assert {d.rank for d in result.plan.decisions if d.scheme == "stored"} == {16}
 
 
 def test_a_plan_with_bits_that_there_are_not() -> None:
