@@ -92,7 +92,11 @@ class EightBitMemory:
             found[reached] = result
             if refused or CLOSE * limit <= reached <= limit:
                 break
-            share = min(1.0, share * limit / reached * (1.0 if reached < limit else 0.998))
+            share = min(1.0, share * limit / reached)
+            if reached > limit:
+                # Of few layers the same plan may be the best one of a little less, too.
+                own = result.allocation.certificate.reached["mem"] - 1
+                share = min(0.998 * share, own / self.analysis.mem_total)
         fitting = [reached for reached in found if reached <= limit]
         if fitting:
             return found[max(fitting)]

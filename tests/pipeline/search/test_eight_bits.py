@@ -42,6 +42,25 @@ def test_what_ranks_alone_meet_in_8_bits_they_meet_beside_fewer_bits(data, preci
         assert result.report.arithmetic.nodes > 1
 
 
+def test_of_few_layers_budgets_are_used_up():
+    """Where one plan is the best of several limits, limits just below it give the next one."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (16, 8, 3, 3), "b": (16,), "v": (8, 16, 1, 1), "x": (32, 8, 9, 9)}
+    weights = {name: rng.standard_normal(shape, np.float64) for name, shape in shapes.items()}
+    weights = {name: array.astype(np.float32) for name, array in weights.items()}
+    samples = {"x": weights.pop("x")}
+    weights |= {name: np.float32(0.2) * weights[name] for name in "wv"}
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "w", "b"], ["h"], "one", pads=[1] * 4),
+        onnx.helper.make_node("Relu", ["h"], ["r"]),
+        onnx.helper.make_node("Conv", ["r", "v"], ["y"], "two"),
+    ]
+    model = model_of(nodes, weights, {"x": ["N", 8, 9, 9]}, ["y"])
+    for mem in (0.2, 0.25, 0.3):
+        result = compress(model, Budget(mem=mem), data=samples, arithmetic="int8", threads=1)
+        assert 0.9 * mem <= result.report.budget["mem"].reached <= mem
+
+
 def test_ranks_are_chosen_then_nodes_compute_in_eight_bits(data, tmp_path):
     result = compress(
         small_network(), Budget(mac=0.6), data=data, arithmetic="int8", rank_multiple=1, **QUICK
