@@ -261,9 +261,10 @@ def unreachable(constraints: Sequence[Constraint], least: dict[str, int]) -> Bud
             f"{fractions[constraint.name]:g}"
         )
     others = [option_name(c.name, c.fraction) for c in constraints if c.name not in least]
-    within = f" together with {' and '.join(others)}" if others and len(constraints) > 1 else ""
+    beside = f" together with {' and '.join(others)}" if others and len(constraints) > 1 else ""
+    several = len(parts) > 1
     return BudgetError(
-        f"{' and '.join(parts)}{within}",
+        f"{' and '.join(parts)}{beside}{', each taken alone' if several else ''}",
         fractions,
-        "raise it, or let more layers be compressed",
+        f"raise {'them' if several else 'it'}, or let more layers be compressed",
     )

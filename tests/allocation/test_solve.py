@@ -160,6 +160,18 @@ def test_the_least_that_is_named_is_within_reach_and_less_is_not(seed):
         )
 
 
+def test_of_two_limits_out_of_reach_each_least_is_that_of_one_alone():
+    layers = layers_of(3, 4, 6)
+    constraints = Budget(mem=0.0001, mac=0.0001).constraints(layers, totals(layers))
+    with pytest.raises(
+        BudgetError, match=r"and mac=.* least reachable .*, each taken alone; raise"
+    ):
+        allocate(layers, WeightError(layers), constraints)
+    with pytest.raises(BudgetError) as caught:
+        allocate(layers, WeightError(layers), constraints[:1])
+    assert "alone" not in str(caught.value)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -0.1, 1.5])
 def test_nonsense_budgets_are_refused(value):
     with pytest.raises(UsageError, match="mem="):
