@@ -11,7 +11,7 @@ import functools
 import os
 import types
 import typing
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -78,8 +78,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and value == value
 
 
-def _is_sequence_of_texts(value: object) -> bool:
-    if isinstance(value, str) or not isinstance(value, Sequence):
+def _are_texts(value: object) -> bool:
+    if isinstance(value, str) or not isinstance(value, Collection):
         return False
     return all(isinstance(entry, str) for entry in value)
 
@@ -111,15 +111,17 @@ KINDS: Mapping[Any, tuple[str, Callable[[object], bool]]] = {
         "a mapping of names to shapes, such as {'name': (1, 3)}",
         _is_mapping_of_shapes,
     ),
-    Sequence[str]: ("a list of texts, such as ['text']", _is_sequence_of_texts),
+    Sequence[str]: ("a list of texts, such as ['text']", _are_texts),
 }
 
 
-def _is_beyond(value: object, flag: Flag) -> bool:
+def _is_beyond(value: Any, flag: Flag) -> bool:
     if not isinstance(value, Real):
         return False
-    below = flag.minimum is not None and float(value) < flag.minimum
-    return below or (flag.maximum is not None and float(value) > flag.maximum)
+    # As it is: no float holds some whole numbers.
+    number: Any = value
+    below = flag.minimum is not None and number < flag.minimum
+    return bool(below or (flag.maximum is not None and number > flag.maximum))
 
 
 def _limits(flag: Flag) -> str:
