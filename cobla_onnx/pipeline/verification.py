@@ -157,8 +157,7 @@ def verify(
         second = open_session(quantised or compressed, threads, optimized=optimized)
         samples = _compare(comparison, original, second, data[1](), threads, progress)
     name = "random" if data is None else data[0]
-    read = {name for result in results for name in result}
-    notes = (*notes, *not_read(original, read), *more, *comparison.notes())
+    notes = (*notes, *not_read(original, set().union(*results)), *more, *comparison.notes())
     return Verification(name, samples, rewrite_error, network_error, comparison.results(), notes)
 
 

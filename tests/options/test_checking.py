@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import cobla_onnx
 from cobla_onnx.errors import UsageError
-from cobla_onnx.options import Settings, check_declared
+from cobla_onnx.options import Settings
+from cobla_onnx.options.checking import check_declared
 from cobla_onnx.options.settings import options_of
 
 
