@@ -224,7 +224,7 @@ def within(
 
 def least_fraction(constraint: Constraint, layers: Sequence[LayerCurves]) -> float:
     """Return the least feasible fraction, rounded up to four digits."""
-    return rounded_up(_share(constraint.least(layers), constraint.total))
+    return _share(constraint, constraint.least(layers))
 
 
 def rounded_up(share: Fraction | float) -> float:
@@ -232,8 +232,8 @@ def rounded_up(share: Fraction | float) -> float:
     return math.ceil(share * 10_000) / 10_000
 
 
-def _share(cost: int, total: int) -> Fraction:
-    return Fraction(cost, total) if total else Fraction(1)
+def _share(constraint: Constraint, cost: int) -> float:
+    return rounded_up(Fraction(cost, constraint.total)) if constraint.total else 1.0
 
 
 def require_reachable(layers: Sequence[LayerCurves], constraints: Sequence[Constraint]) -> None:
@@ -255,7 +255,7 @@ def unreachable(constraints: Sequence[Constraint], least: dict[str, int]) -> Bud
     for constraint in constraints:
         if constraint.name not in least:
             continue
-        fractions[constraint.name] = rounded_up(_share(least[constraint.name], constraint.total))
+        fractions[constraint.name] = _share(constraint, least[constraint.name])
         parts.append(
             f"{option_name(constraint.name, constraint.fraction)} is below the least reachable "
             f"{fractions[constraint.name]:g}"

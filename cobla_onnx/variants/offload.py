@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import tempfile
 import weakref
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cobla_onnx.graph.io.model_file import MAPPED_FROM
 from cobla_onnx.runtime.temporary import array_bytes
 from cobla_onnx.variants.replacement import Replacement
 
@@ -20,9 +20,6 @@ __all__ = ["Spill"]
 
 # Bytes of arrays that are kept in memory.
 SPILL_FROM = 1 << 30
-# Bytes from which an array becomes a file: onnxruntime does not load a model whose shapes, which it
-# needs to infer others, are outside of it.
-MAPPED_FROM = 1 << 16
 
 
 class Spill:
@@ -50,13 +47,14 @@ class Spill:
         return kept
 
     def _on_disk(self, replacement: Replacement, number: int) -> Replacement:
-        places = itertools.count()
-        return replacement.moved(
-            lambda part, array: self._mapped(array, f"{number}-{next(places)}")
-        )
+        def place(part: str, array: NDArray[Any]) -> NDArray[Any]:
+            return self._mapped(array, f"{number}-{part.replace('/', '-')}")
+
+        return replacement.moved(place)
 
     def _mapped(self, array: NDArray[Any], name: str) -> NDArray[Any]:
         assert self._folder is not None
+        # As for external data of models: onnxruntime looks into small ones, such as shapes.
         if array.nbytes < MAPPED_FROM:
             return array
         path = self._folder / name
