@@ -32,16 +32,9 @@ from cobla_onnx.latency.layer_times import time_layers
 from cobla_onnx.latency.profile import Conditions, Profile
 from cobla_onnx.latency.timing import Stopwatch
 from cobla_onnx.pipeline.analysis import Analysis, analyse
-from cobla_onnx.pipeline.search.latency import (
-    Choose,
-    Found,
-    LatencySearch,
-    Way,
-    example_feeds,
-    fast_enough,
-    too_slow,
-)
+from cobla_onnx.pipeline.search.latency import LatencySearch, example_feeds
 from cobla_onnx.pipeline.search.problem import Problem, SearchResult
+from cobla_onnx.pipeline.search.ways import Choose, Found, Way, fast_enough, too_slow
 from cobla_onnx.pipeline.search.weights import search_by_weights
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.context import RunContext

@@ -46,10 +46,10 @@ from cobla_onnx.pipeline.search.data import (
 from cobla_onnx.pipeline.search.eight_bits import EightBits, in_eight_bits, spared_outputs
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.finishing import Finisher
-from cobla_onnx.pipeline.search.latency import Choose
 from cobla_onnx.pipeline.search.memory import EightBitMemory
 from cobla_onnx.pipeline.search.output import sketch_by_output
 from cobla_onnx.pipeline.search.problem import Problem, SearchResult
+from cobla_onnx.pipeline.search.ways import Choose
 from cobla_onnx.pipeline.search.weights import search_by_weights
 from cobla_onnx.pipeline.timed import solve_in_time
 from cobla_onnx.plan import Plan

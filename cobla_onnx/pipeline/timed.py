@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from cobla_onnx.allocation import Budget
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.options import Settings
-from cobla_onnx.pipeline.search.latency import Choose, Found, Way, fast_enough, too_slow
+from cobla_onnx.pipeline.search.ways import Choose, Found, Way, fast_enough, too_slow
 from cobla_onnx.wording import option_name
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from cobla_onnx.errors import BudgetError
 from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.open_session import open_session
-from cobla_onnx.pipeline.search.latency import LatencySearch, Way, fast_enough
+from cobla_onnx.pipeline.search.latency import LatencySearch
 from cobla_onnx.pipeline.search.problem import SearchResult
+from cobla_onnx.pipeline.search.ways import Way, fast_enough
 from cobla_onnx.pipeline.session import Session
 from tests.builders import model_of, random_array
 from tests.latency.fakes import FakeStopwatch

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import onnx
-import scipy
 
-from cobla_onnx.allocation import Allocation, Budget, Constraint
+from cobla_onnx.allocation import Budget, Constraint
 from cobla_onnx.allocation.budget import rounded_up
 from cobla_onnx.errors import BudgetError
 from cobla_onnx.graph.io.model_file import without_weights
@@ -27,16 +25,17 @@ from cobla_onnx.graph.macs import Shape
 from cobla_onnx.latency.profile import WHOLE, Profile
 from cobla_onnx.latency.timing import Comparison, Stopwatch, compare
 from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.search.aims import Aims
 from cobla_onnx.pipeline.search.eight_bits import spared_outputs
 from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.pipeline.search.stand_in import stand_in_model
+from cobla_onnx.pipeline.search.ways import NOISE, Choose, Found, Way, fast_enough, within_noise
 from cobla_onnx.plan import Plan
 from cobla_onnx.runtime.session import Feeds, open_session, runnable_feeds
-from cobla_onnx.text import numbered
 from cobla_onnx.variants.writing import Storage
 from cobla_onnx.wording import option_name
 
-__all__ = ["Choose", "Found", "LatencySearch", "Way", "example_feeds", "fast_enough", "too_slow"]
+__all__ = ["LatencySearch", "example_feeds"]
 
 # Most allocations in a row, each with the table corrected by the measurements so far.
 ROUNDS = 6
@@ -44,70 +43,8 @@ ROUNDS = 6
 FINAL = 3
 # A plan is close enough if it uses at least this fraction of the limit.
 CLOSE = 0.98
-# Fraction of the limit that is aimed at, since the next measurement differs by the noise.
-AIM = 0.995
-# The next plan keeps this fraction of the distance between its two neighbours from either.
-INSIDE = 0.1
-# Bounds on the ratio of actual to predicted saving.
-LEAST_SCALE, MOST_SCALE = 0.2, 3.0
 # Seconds, and least and most runs, for timing the original and a plan in turn.
 SECONDS, LEAST, MOST = 6.0, 9, 200
-# Excess over the limit, as a fraction of it, that still counts as met within the noise.
-NOISE = 0.03
-
-Choose = Callable[[Sequence[Constraint]], SearchResult]
-
-
-@dataclass(frozen=True)
-class Way:
-    """How plans are chosen that are then timed.
-
-    Attributes
-    ----------
-    name : str
-        For the report.
-    analysis : Analysis
-    proxy : Constraint
-        The cost that stands for the time while ranks are chosen, with the most of it that the
-        budget allows by itself: the table of layer times, or MACs. The table is wrong where layers
-        are so small that what is between them counts, and MACs are wrong where they cost
-        differently; so both are tried.
-    others : tuple of Constraint
-    choose : callable
-        Returns the best allocation within constraints.
-    eight_bits : bool
-        Whether nodes compute in 8 bits after that.
-    sketch : callable, optional
-        Returns in no time about what `choose` returns; which limit stands for the time is found
-        with it, so that `choose` is called a few times and not for each of the measurements.
-    """
-
-    name: str
-    analysis: Analysis
-    proxy: Constraint
-    others: tuple[Constraint, ...]
-    choose: Choose
-    eight_bits: bool = False
-    sketch: Choose | None = None
-
-
-@dataclass(frozen=True)
-class Found:
-    """A result, its predicted fraction of the original's time, and the measured one.
-
-    ``wanted`` is the limit of what stands for the time that it was chosen within.
-    """
-
-    way: Way
-    result: SearchResult
-    wanted: Constraint
-    predicted: float
-    measured: Comparison
-
-    @property
-    def allocation(self) -> Allocation:
-        """The ranks."""
-        return self.result.allocation
 
 
 def example_feeds(
@@ -212,7 +149,7 @@ class LatencySearch:
         limit = budget.latency
         assert limit is not None
         alone = self.under(way.analysis, Plan(()), way.eight_bits).ratio if way.eight_bits else 1.0
-        aims = _Aims(way.proxy, limit, alone)
+        aims = Aims(way.proxy, limit, alone)
         if way.sketch is None:
             return self._tuned(way, way.choose, aims, aims.first(), ROUNDS)
         sketched = self._tuned(way, way.sketch, aims, aims.first(), ROUNDS)
@@ -223,7 +160,7 @@ class LatencySearch:
         return found if fast_enough(found, limit) else [*found, *sketched]
 
     def _tuned(
-        self, way: Way, choose: Choose, aims: _Aims, wanted: Constraint, rounds: int
+        self, way: Way, choose: Choose, aims: Aims, wanted: Constraint, rounds: int
     ) -> list[Found]:
         """Choose and time plans, from a first limit of what stands for the time on."""
         found = list[Found]()
@@ -246,7 +183,7 @@ class LatencySearch:
             wanted = aims.next(found)
         return found
 
-    def _try(self, way: Way, aims: _Aims, result: SearchResult, wanted: Constraint) -> Found:
+    def _try(self, way: Way, aims: Aims, result: SearchResult, wanted: Constraint) -> Found:
         choices = result.allocation.choices
         predicted = aims.predicted(way.proxy.cost(way.analysis.curves, choices))
         plan = result.plan(way.analysis)
@@ -273,7 +210,7 @@ class LatencySearch:
         if measured.ratio <= limit:
             return measured, ""
         if measured.ratio <= limit * (1 + NOISE):
-            return measured, _within_noise(limit, measured)
+            return measured, within_noise(limit, measured)
         raise BudgetError(
             f"{option_name('latency', limit)}: the result takes {measured.ratio:.3f} of the "
             f"original's time ({measured.low:.3f} to {measured.high:.3f}); the machine may be "
@@ -289,103 +226,3 @@ def _model_key(model: onnx.ModelProto, feeds: Feeds) -> str:
     for name, value in sorted(feeds.items()):
         digest.update(f"{name} {value.dtype} {value.shape}".encode())
     return digest.hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class _Aims:
-    """Limits of what stands for the time, so that the measured time should meet its own.
-
-    Attributes
-    ----------
-    proxy : Constraint
-    limit : float
-        Fraction of the original's time.
-    alone : float
-        That of the model without any ranks: in 8 bits, it is not 1.
-    """
-
-    proxy: Constraint
-    limit: float
-    alone: float
-
-    def predicted(self, cost: int) -> float:
-        """Fraction of the original's time that a cost stands for."""
-        return self.alone * cost / self.proxy.total if self.proxy.total else self.alone
-
-    def _of(self, predicted: float) -> Constraint:
-        share = predicted / self.alone
-        within = min(math.floor(share * self.proxy.total), self.proxy.limit)
-        return replace(self.proxy, limit=within)
-
-    def first(self) -> Constraint:
-        """Trust what stands for the time."""
-        return self._saving(1.0)
-
-    def _saving(self, scale: float) -> Constraint:
-        """Assume that `scale` of the predicted saving is realised."""
-        allowed = AIM * self.limit if self.limit < self.alone else self.limit
-        return self._of(self.alone - (self.alone - allowed) / scale)
-
-    def next(self, tried: Sequence[Found]) -> Constraint:
-        """Correct by what was measured.
-
-        While no plan is fast enough, from the saving of the last one; then from the monotone curve
-        through all plans and the model without any, well between the nearest plans on either side.
-        """
-        if not any(found.measured.ratio <= self.limit for found in tried):
-            return self._saving(self._scale(tried[-1]))
-        promised = {found.measured.ratio: found.predicted for found in tried}
-        promised[self.alone] = self.alone
-        ratios = sorted(promised)
-        low = promised[max(ratio for ratio in ratios if ratio <= self.limit)]
-        above = [ratio for ratio in ratios if ratio > self.limit]
-        high = promised[min(above)] if above else self.alone
-        least, most = sorted((low + INSIDE * (high - low), high - INSIDE * (high - low)))
-        if len(ratios) < 2:
-            return self._of(least)
-        curve = scipy.interpolate.PchipInterpolator(ratios, [promised[ratio] for ratio in ratios])
-        return self._of(min(max(float(curve(AIM * self.limit)), least), most))
-
-    def _scale(self, found: Found) -> float:
-        """Return the ratio of actual to predicted saving."""
-        promised, saved = self.alone - found.predicted, self.alone - found.measured.ratio
-        if promised <= 0:
-            return 1.0
-        return min(max(saved / promised, LEAST_SCALE), MOST_SCALE)
-
-
-def fast_enough(tried: Sequence[Found], limit: float) -> Found | None:
-    """Return the slowest plan that is fast enough, since it loses least; None if there is none.
-
-    A plan that is so within the noise only says so.
-    """
-    met = [found for found in tried if found.measured.ratio <= limit]
-    if met:
-        return max(met, key=lambda found: found.measured.ratio)
-    fastest = min(tried, key=lambda found: found.measured.ratio, default=None)
-    if fastest is None:
-        return None
-    measured = fastest.measured
-    if measured.low <= limit and measured.ratio <= limit * (1 + NOISE):
-        noted = fastest.allocation.noting(_within_noise(limit, measured))
-        return replace(fastest, result=replace(fastest.result, allocation=noted))
-    return None
-
-
-def too_slow(tried: Sequence[Found], limit: float, threads: int) -> BudgetError:
-    """Refuse a budget that no plan meets; names the fastest."""
-    measured = min((found.measured for found in tried), key=lambda measured: measured.ratio)
-    return BudgetError(
-        f"{option_name('latency', limit)}: the fastest of {len(tried)} plans takes "
-        f"{measured.ratio:.3f} of the original's time ({measured.low:.3f} to {measured.high:.3f}, "
-        f"{numbered(threads, 'thread')})",
-        {"latency": rounded_up(measured.ratio)},
-        "raise it, or let more layers be compressed",
-    )
-
-
-def _within_noise(limit: float, measured: Comparison) -> str:
-    return (
-        f"the latency budget of {limit:g} is met within the noise only: {measured.ratio:.3f} was "
-        f"measured ({measured.low:.3f} to {measured.high:.3f})"
-    )
