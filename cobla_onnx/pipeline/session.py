@@ -292,7 +292,8 @@ class Session:
             replacements = spill.replacements(self._written(plan, measured.replacements))
             calibration = calibration_report(self.evidence, found, measured)
             if self.settings.arithmetic == "int8":
-                eight_bits = self._quantised(self.evidence, budget, replacements)
+                head = None if found is None else found.head
+                eight_bits = self._quantised(self.evidence, budget, replacements, head)
                 quality = eight_bits.report.quality
                 calibration = replace(calibration, loss=eight_bits.report.loss, quality=quality)
         return Solution(
@@ -311,7 +312,11 @@ class Session:
         )
 
     def _quantised(
-        self, evidence: Evidence, budget: Budget | None, replacements: list[Replacement]
+        self,
+        evidence: Evidence,
+        budget: Budget | None,
+        replacements: list[Replacement],
+        head: int | None,
     ) -> EightBits:
         """Let the model with these replacements compute in 8 bits."""
         model = self.followed.rewritten(replacements)
@@ -319,7 +324,7 @@ class Session:
         if budget is not None and budget.mem is not None:
             most = self.analysis.limits(Budget(mem=budget.mem))["mem"]
         spared = spared_outputs(self.model, self.analysis)
-        return in_eight_bits(evidence, model, most, spared)
+        return in_eight_bits(evidence, model, most, spared, head)
 
     def _by_costs(self, budget: Budget, choose: Choose) -> SearchResult:
         def search(limits: Budget) -> SearchResult:

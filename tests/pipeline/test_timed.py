@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 
 from cobla_onnx import Budget, compress
+from cobla_onnx.allocation.paired import PairedGain
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline import session
 from cobla_onnx.pipeline.open_session import open_session
+from cobla_onnx.pipeline.search import eight_bits
+from cobla_onnx.pipeline.search.eight_bits import in_eight_bits
 from cobla_onnx.pipeline.timed import solve_in_time
 from tests.builders import random_array, small_network
 from tests.latency.fakes import FakeStopwatch
@@ -108,6 +111,42 @@ def test_eight_bits_that_are_fast_enough_by_themselves_leave_no_room_for_ranks(d
     alone = compress(small_network(), Budget(latency=0.55), arithmetic="int8", **options)
     assert all(decision.scheme is None for decision in alone.plan.decisions)
     assert alone.report.latency.ratio <= 0.55
+
+
+def _with_image(narrow, wide):
+    """Change the time by whether the image, which has few channels, is rounded to 8 bits."""
+
+    def nanoseconds(self, model):
+        found = Processor.nanoseconds(self, model)
+        rounded = {n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+        return found * (1.0 if not rounded else narrow if "x" in rounded else wide)
+
+    return nanoseconds
+
+
+@pytest.mark.parametrize(("narrow", "wide", "left"), [(1.3, 1.0, ("conv1",)), (1.0, 1.3, ())])
+def test_what_is_faster_in_floating_point_is_left_so(data, processor, narrow, wide, left):
+    processor(nanoseconds=_with_image(narrow, wide))
+    options = {"data": data, **OPTIONS}
+    result = compress(small_network(), Budget(latency=0.6), arithmetic="int8", **options)
+    assert result.report.arithmetic.left == left
+    # Without ranks, as the fastest of the two is known to meet the budget.
+    assert result.report.latency.ratio == pytest.approx(0.5, rel=0.05)
+    assert all(decision.scheme is None for decision in result.plan.decisions)
+
+
+def test_what_was_timed_is_not_left_for_its_loss(data, monkeypatch):
+    gain = PairedGain(mean=1.0, standard_error=0.1, samples=9)
+    monkeypatch.setattr(eight_bits, "paired_gain", lambda before, after: gain)
+    monkeypatch.setattr(eight_bits, "MOST_MACS", 1.0)
+    settings = Settings(data=data, arithmetic="int8")
+    with open_session(small_network(), settings) as opened:
+        made = [
+            in_eight_bits(opened.evidence, opened.model, most, head=head).report.left
+            for head, most in ((None, None), (0, None), (1, None), (1, 2000))
+        ]
+    # The last one has no room for a weight in floating point, and leaves nothing.
+    assert made == [("conv1", "fc"), ("fc",), ("conv1",), ()]
 
 
 def test_where_they_are_slow_ranks_alone_are(data, processor):

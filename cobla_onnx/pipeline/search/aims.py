@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import scipy
 
 from cobla_onnx.allocation import Constraint
@@ -13,6 +14,8 @@ from cobla_onnx.pipeline.search.ways import Found
 
 __all__ = ["Aims"]
 
+# A plan is close enough if it uses at least this fraction of the limit.
+CLOSE = 0.98
 # Fraction of the limit that is aimed at, since the next measurement differs by the noise.
 AIM = 0.995
 # The next plan keeps this fraction of the distance between its two neighbours from either.
@@ -60,21 +63,31 @@ class Aims:
         """Correct by what was measured.
 
         While no plan is fast enough, from the saving of the last one; then from the monotone curve
-        through all plans and the model without any, well between the nearest plans on either side.
+        through all plans and the model without any, well between the dearest plan that is fast
+        enough and the next dearer one that is not. A plan that is both cheaper and slower than
+        another, as grids and kernels would have it, does not lower the curve. Where a plan is close
+        to the limit already, the middle between the two, which the curve knows least of.
         """
         if not any(found.measured.ratio <= self.limit for found in tried):
             return self._saving(self._scale(tried[-1]))
         promised = {found.measured.ratio: found.predicted for found in tried}
         promised[self.alone] = self.alone
         ratios = sorted(promised)
-        low = promised[max(ratio for ratio in ratios if ratio <= self.limit)]
-        above = [ratio for ratio in ratios if ratio > self.limit]
-        high = promised[min(above)] if above else self.alone
+        low = max(promised[ratio] for ratio in ratios if ratio <= self.limit)
+        dearer = [promised[ratio] for ratio in ratios if ratio > self.limit]
+        high = min((cost for cost in dearer if cost > low), default=self.alone)
         least, most = sorted((low + INSIDE * (high - low), high - INSIDE * (high - low)))
         if len(ratios) < 2:
             return self._of(least)
-        curve = scipy.interpolate.PchipInterpolator(ratios, [promised[ratio] for ratio in ratios])
+        if any(self.is_close(ratio) for ratio in ratios):
+            return self._of((low + high) / 2)
+        costs = np.maximum.accumulate([promised[ratio] for ratio in ratios])
+        curve = scipy.interpolate.PchipInterpolator(ratios, costs)
         return self._of(min(max(float(curve(AIM * self.limit)), least), most))
+
+    def is_close(self, ratio: float) -> bool:
+        """Whether a measured time is within the limit, and uses nearly all of it."""
+        return CLOSE * self.limit <= ratio <= self.limit
 
     def _scale(self, found: Found) -> float:
         """Return the ratio of actual to predicted saving."""

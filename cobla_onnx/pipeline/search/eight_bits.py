@@ -38,7 +38,13 @@ from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.text import finite
 from cobla_onnx.wording import option_name
 
-__all__ = ["EightBits", "in_eight_bits", "spared_outputs", "stand_in_eight_bits"]
+__all__ = [
+    "EightBits",
+    "computes_products",
+    "in_eight_bits",
+    "spared_outputs",
+    "stand_in_eight_bits",
+]
 
 # Most samples for histograms, which take a hundred times longer than the least and the largest.
 HISTOGRAM_SAMPLES = 32
@@ -74,12 +80,14 @@ def in_eight_bits(
     model: onnx.ModelProto,
     most: int | None = None,
     spared: Collection[str] = (),
+    head: int | None = None,
 ) -> EightBits:
     """Let a model compute in 8 bits where it can.
 
     First all nodes with weights, and those between them, with ranges by each of the methods, or of
     each run where nearly all of them are matrix products; then the first and the last one are left
-    in floating point where that takes back much of the loss and costs little.
+    in floating point where that takes back much of the loss and costs little. What was timed,
+    `head`, is not asked again.
 
     Parameters
     ----------
@@ -91,6 +99,9 @@ def in_eight_bits(
         Bytes of weights that the result may have.
     spared : collection of str
         What `spared_outputs` gives.
+    head : int, optional
+        Nodes from the first on that stay in floating point since that is faster, unless `most`
+        has no room for them; None if it was not measured.
 
     Raises
     ------
@@ -100,17 +111,45 @@ def in_eight_bits(
         If onnxruntime does not run the result.
     """
     model, weighted = _ready(model, spared)
-    search = _Search(evidence, prepare(model, evidence.measured.model.graph.output), model, most)
-    return search.result(weighted)
+    prepared = prepare(model, evidence.measured.model.graph.output)
+    search = _Search(evidence, prepared, model, most, head is not None)
+    after = _after(model, weighted, head or 0)
+    if most is not None and after != weighted:
+        narrow = _narrow(prepared, stand_in_ranges(prepared), after)
+        after = after if stored_bytes(narrow) <= most else weighted
+    return search.result(weighted, after)
 
 
-def stand_in_eight_bits(model: onnx.ModelProto, spared: Collection[str] = ()) -> onnx.ModelProto:
+def stand_in_eight_bits(
+    model: onnx.ModelProto, spared: Collection[str] = (), head: int = 0
+) -> onnx.ModelProto:
     """Return a model that stores as many bytes and takes the same time, whatever its ranges."""
     model, weighted = _ready(model, spared)
     prepared = prepare(model)
     products = dynamic_nodes(model, weighted)
     ranges = None if products else stand_in_ranges(prepared)
-    return _narrow(prepared, ranges, products or weighted)
+    return _narrow(prepared, ranges, products or _after(model, weighted, head))
+
+
+def computes_products(model: onnx.ModelProto) -> bool:
+    """Whether a model is made of matrix products, which take the ranges of each run in 8 bits.
+
+    Raises
+    ------
+    ModelError
+        If no node can compute in 8 bits.
+    """
+    return bool(dynamic_nodes(*_ready(model, ())))
+
+
+def _after(model: onnx.ModelProto, weighted: tuple[int, ...], head: int) -> tuple[int, ...]:
+    """Return nodes without the first ones, and without those that share a weight with these.
+
+    All of them if none would be left, or if they are the products of a model that is made of them.
+    """
+    if dynamic_nodes(model, weighted):
+        return weighted
+    return sole_readers(model, weighted[head:]) or weighted
 
 
 def _narrow(
@@ -191,14 +230,16 @@ class _Search:
     prepared: Prepared
     source: onnx.ModelProto
     most: int | None
+    timed: bool = False
     candidates: dict[str, float] = field(default_factory=dict)
     done: int = 0
 
-    def result(self, weighted: Sequence[int]) -> EightBits:
+    def result(self, everything: Sequence[int], after: Sequence[int]) -> EightBits:
+        """Choose among nodes, of which those `after` the first ones are faster in 8 bits."""
         before = self._judge(self.source)
-        products = dynamic_nodes(self.source, weighted)
-        slow = set(weighted) - set(products or weighted)
-        weighted = products or weighted
+        products = dynamic_nodes(self.source, everything)
+        weighted = products or after
+        slow = set(everything) - set(weighted)
         method, ranges, best = self._dynamic(products) if products else self._by_ranges(weighted)
         if math.isinf(best.loss) and not math.isinf(before.loss):
             raise VerificationError(
@@ -273,12 +314,13 @@ class _Search:
     def _cheap_ends(self, weighted: Sequence[int]) -> list[int]:
         """Return the last and the first node, if there are others and they have few MACs.
 
-        One whose weight others read would take these with it.
+        One whose weight others read would take these with it. Whether the first one is faster in
+        8 bits is known where it was timed, and it is not left if so.
         """
         shapes = infer_shapes(self.source, self.evidence.analysis.input_shapes)
         macs, _ = node_macs(self.source, shapes)
         most = MOST_MACS * sum(macs.values())
-        ends = (weighted[-1], weighted[0]) if len(weighted) > 2 else ()
+        ends = (weighted[-1], *weighted[: not self.timed]) if len(weighted) > 2 else ()
         return [
             place
             for place in ends

@@ -59,6 +59,9 @@ class SearchResult:
     losses : SeparableError, optional
         The separable model of the measured loss that the choices minimise, or that a search by
         the loss of the whole network began with.
+    head : int, optional
+        Nodes from the first on that stay in floating point beside 8 bits, since that was measured
+        to be faster; None if it was not measured.
     """
 
     allocation: Allocation
@@ -68,6 +71,7 @@ class SearchResult:
     rivals: tuple[Rival, ...] = ()
     predicted: float | None = None
     losses: SeparableError | None = None
+    head: int | None = None
 
     def plan(self, analysis: Analysis) -> Plan:
         """Return the choices as decisions about the layers of the analysis."""

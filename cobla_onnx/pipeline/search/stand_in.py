@@ -21,6 +21,7 @@ def stand_in_model(
     storage: Storage = "auto",
     *,
     eight_bits: bool = False,
+    head: int = 0,
 ) -> onnx.ModelProto:
     """Return a model of the bytes and the running time that a model has under a plan.
 
@@ -34,9 +35,13 @@ def stand_in_model(
         How fewer bits are written.
     eight_bits : bool
         Whether its nodes compute in 8 bits, in ranges of no meaning.
+    head : int
+        Nodes from the first on that stay in floating point beside these.
     """
     writing = Writing.into(model, storage)
     chosen = [d for d in plan.decisions if d.scheme is not None]
     replaced = [stand_in(*analysis.resolve(d)).written(writing) for d in chosen]
     made = rewrite(model, replaced) if replaced else model
-    return stand_in_eight_bits(made, spared_outputs(model, analysis)) if eight_bits else made
+    if not eight_bits:
+        return made
+    return stand_in_eight_bits(made, spared_outputs(model, analysis), head)

@@ -75,13 +75,15 @@ class Found:
 
 
 def fast_enough(tried: Sequence[Found], limit: float) -> Found | None:
-    """Return the slowest plan that is fast enough, since it loses least; None if there is none.
+    """Return the plan that is fast enough and is predicted to lose least; None if there is none.
+
+    It need not be the slowest: time does not fall with each cost that stands for it.
 
     A plan that is so within the noise only says so.
     """
     met = [found for found in tried if found.measured.ratio <= limit]
     if met:
-        return max(met, key=lambda found: found.measured.ratio)
+        return min(met, key=lambda found: found.allocation.certificate.value)
     fastest = min(tried, key=lambda found: found.measured.ratio, default=None)
     if fastest is None:
         return None
