@@ -24,6 +24,7 @@ __all__ = [
     "carried_nodes",
     "data_inputs",
     "dynamic_nodes",
+    "is_pooled",
     "reader_counts",
     "require_opset",
     "sole_readers",
@@ -234,6 +235,21 @@ def carried_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[in
             wanted.update(data_inputs(nodes[place]))
             kept.append(place)
     return tuple(reversed(kept))
+
+
+def is_pooled(model: onnx.ModelProto, place: int) -> bool:
+    """Whether what a node writes goes through MaxPool before anything else computes with it.
+
+    onnxruntime takes QuantizeLinear to the front of MaxPool. Where the convolution before it is in
+    floating point, it then pools bytes in a layout in which that takes longer than the rest.
+    """
+    names = set(model.graph.node[place].output)
+    for node in model.graph.node:
+        if node.op_type in CARRIED and not names.isdisjoint(node.input):
+            if node.op_type == "MaxPool":
+                return True
+            names.update(node.output)
+    return False
 
 
 def dynamic_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cobla_onnx.arithmetic.biases import with_biases
-from cobla_onnx.arithmetic.nodes import dynamic_nodes, sole_readers, weighted_nodes
+from cobla_onnx.arithmetic.nodes import dynamic_nodes, is_pooled, sole_readers, weighted_nodes
 from cobla_onnx.arithmetic.prepared import prepare
 from cobla_onnx.arithmetic.quantise import quantised
 from cobla_onnx.arithmetic.ranges import calibrated
@@ -45,6 +45,23 @@ def test_a_transposed_convolution_in_groups_has_no_bias_in_eight_bits(group, cha
     assert weighted_nodes(model) == ((0,) if can else ())
     if can:
         assert near(model, {"x": random_array(2, 4, 9)})["y"] < 0.05
+
+
+def test_what_goes_through_pooling_before_anything_computes_with_it():
+    pool = {"kernel_shape": [2, 2], "strides": [2, 2]}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("MaxPool", ["b"], ["c"], **pool),
+        helper.make_node("Conv", ["c", "v"], ["d"]),
+        helper.make_node("Sigmoid", ["d"], ["e"]),
+        helper.make_node("MaxPool", ["e"], ["y"], **pool),
+    ]
+    weights = {"w": random_array(4, 3, 1, 1), "v": random_array(4, 4, 1, 1)}
+    model = model_of(nodes, weights, {"x": [1, 3, 8, 8]}, ["y"])
+    assert is_pooled(model, 0)
+    # A Sigmoid computes in floating point.
+    assert not is_pooled(model, 3)
 
 
 def test_a_weight_without_elements_stays():

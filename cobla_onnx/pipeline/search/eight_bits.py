@@ -15,6 +15,7 @@ from cobla_onnx.arithmetic.gemms import with_plain_gemms
 from cobla_onnx.arithmetic.nodes import (
     carried_nodes,
     dynamic_nodes,
+    is_pooled,
     require_opset,
     sole_readers,
     weighted_nodes,
@@ -315,12 +316,17 @@ class _Search:
         """Return the last and the first node, if there are others and they have few MACs.
 
         One whose weight others read would take these with it. Whether the first one is faster in
-        8 bits is known where it was timed, and it is not left if so.
+        8 bits is known where it was timed, and it is not left if so; else one before a MaxPool
+        is not.
         """
         shapes = infer_shapes(self.source, self.evidence.analysis.input_shapes)
         macs, _ = node_macs(self.source, shapes)
         most = MOST_MACS * sum(macs.values())
-        ends = (weighted[-1], *weighted[: not self.timed]) if len(weighted) > 2 else ()
+        if len(weighted) <= 2:
+            return []
+        ends = [weighted[-1]]
+        if not self.timed and not is_pooled(self.source, weighted[0]):
+            ends.append(weighted[0])
         return [
             place
             for place in ends

@@ -211,6 +211,20 @@ def test_nodes_with_many_macs_compute_in_eight_bits_whatever_that_loses(data, mo
         assert in_eight_bits(session.evidence, session.model).report.left == ("fc",)
 
 
+def test_what_is_pooled_next_is_not_left_in_floating_point(data, monkeypatch):
+    """Bytes would then be pooled in a slow layout, which takes longer than all the rest."""
+    monkeypatch.setattr(eight_bits, "paired_gain", _always_better)
+    monkeypatch.setattr(eight_bits, "MOST_MACS", 1.0)
+    model = small_network()
+    model.graph.node[1].output[0] = "unpooled"
+    pool = onnx.helper.make_node(
+        "MaxPool", ["unpooled"], ["r1"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]
+    )
+    model.graph.node.insert(2, pool)
+    with open_session(model, Settings(data=data, arithmetic="int8")) as session:
+        assert in_eight_bits(session.evidence, session.model).report.left == ("fc",)
+
+
 @pytest.fixture
 def judged(monkeypatch):
     """Let models lose so many times what they do, of which the fifth has other biases."""
