@@ -45,3 +45,12 @@ def test_a_plan_that_changes_nothing_gives_the_model_itself():
     model = small_network()
     with open_session(model, Settings()) as session:
         assert stand_in_model(model, session.analysis, Plan(())) is model
+
+
+def test_the_first_nodes_stay_in_floating_point_unless_all_would():
+    weights = [
+        {t.name for t in stand_in_eight_bits(small_network(), (), head).graph.initializer}
+        for head in range(4)
+    ]
+    left = [{"w1", "w2", "w3"} & names for names in weights]
+    assert left == [set(), {"w1"}, {"w1", "w2"}, set()]
