@@ -39,6 +39,9 @@ __all__ = ["LatencySearch", "example_feeds"]
 
 # Most allocations in a row, each with the table corrected by the measurements so far.
 ROUNDS = 6
+# The same in 8 bits, of which MACs say little: a dearer plan may be as fast as one that is close to
+# the limit, so that the search goes on.
+THOROUGH = 8
 # Most of those that follow where a sketch has found the limit.
 FINAL = 3
 # Most nodes, from the input on, that are left in floating point beside 8 bits, and what the time
@@ -184,11 +187,10 @@ class LatencySearch:
         if way.eight_bits:
             alone = self._fastest(way.analysis, Plan(()), way.eight_bits)[0].ratio
         aims = Aims(way.proxy, limit, alone)
-        # MACs say little of time in 8 bits: a dearer plan may be as fast as one that is close.
-        thorough = way.eight_bits
+        rounds = THOROUGH if way.eight_bits else ROUNDS
         if way.sketch is None:
-            return self._tuned(way, way.choose, aims, aims.first(), ROUNDS, thorough)
-        sketched = self._tuned(way, way.sketch, aims, aims.first(), ROUNDS, thorough)
+            return self._tuned(way, way.choose, aims, aims.first(), rounds, way.eight_bits)
+        sketched = self._tuned(way, way.sketch, aims, aims.first(), rounds, way.eight_bits)
         near = fast_enough(sketched, limit)
         if near is None:
             return sketched
