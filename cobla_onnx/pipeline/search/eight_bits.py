@@ -146,10 +146,8 @@ def computes_products(model: onnx.ModelProto) -> bool:
 def _after(model: onnx.ModelProto, weighted: tuple[int, ...], head: int) -> tuple[int, ...]:
     """Return nodes without the first ones, and without those that share a weight with these.
 
-    All of them if none would be left, or if they are the products of a model that is made of them.
+    All of them if none would be left.
     """
-    if dynamic_nodes(model, weighted):
-        return weighted
     return sole_readers(model, weighted[head:]) or weighted
 
 

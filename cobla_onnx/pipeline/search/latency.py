@@ -185,7 +185,7 @@ class LatencySearch:
         assert limit is not None
         alone = 1.0
         if way.eight_bits:
-            alone = self._fastest(way.analysis, Plan(()), way.eight_bits)[0].ratio
+            alone = self._fastest(way.analysis, Plan(()), True)[0].ratio
         aims = Aims(way.proxy, limit, alone)
         rounds = THOROUGH if way.eight_bits else ROUNDS
         if way.sketch is None:

@@ -77,9 +77,8 @@ class Found:
 def fast_enough(tried: Sequence[Found], limit: float) -> Found | None:
     """Return the plan that is fast enough and is predicted to lose least; None if there is none.
 
-    It need not be the slowest: time does not fall with each cost that stands for it.
-
-    A plan that is so within the noise only says so.
+    It need not be the slowest: time does not fall with each cost that stands for it. A plan that is
+    fast enough within the noise only says so.
     """
     met = [found for found in tried if found.measured.ratio <= limit]
     if met:
