@@ -7,6 +7,7 @@ kind of processor), and many small matrices do not make threads wait for each ot
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 from collections import deque
@@ -277,6 +278,17 @@ def executor_pool(executor: Executor) -> Iterator[Pool]:
         yield Pool(executor, width, inside=False, folder=folder, option="executor")
 
 
+async def _try_dask(address: str) -> None:
+    """Connect to a scheduler, and leave; an OSError or ValueError if that cannot be done."""
+    from distributed import Security
+    from distributed.comm import connect
+
+    security: Any = Security()
+    options = security.get_connection_args("client")
+    comm: Any = await connect(address, timeout=CONNECT_SECONDS, **options)
+    await comm.close()
+
+
 @contextmanager
 def dask_pool(address: str) -> Iterator[Pool]:
     """Map over the workers of a dask cluster.
@@ -293,10 +305,13 @@ def dask_pool(address: str) -> Iterator[Pool]:
             f"{option_name('dask', address)}: needs dask; install it with: pip install "
             "'cobla-onnx[distributed]'"
         ) from error
+    # Untyped, where dask is installed.
+    new_client: Any = Client
     try:
-        # Untyped, where dask is installed.
-        connect: Any = Client
-        client = connect(address, timeout=CONNECT_SECONDS, set_as_default=False)
+        # A client that finds nobody waits once more when it is collected, and leaves a traceback.
+        with ThreadPoolExecutor(1) as thread:  # as the caller's may run an event loop already
+            thread.submit(asyncio.run, _try_dask(address)).result()
+        client = new_client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{option_name('dask', address)}: no scheduler answers there; start one with `dask "

@@ -228,6 +228,7 @@ def test_dask_where_nobody_answers(demo_model, tmp_path):
     )
     assert done.returncode == 2
     assert "error: --dask tcp://127.0.0.1:9: no scheduler answers there" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_without_dask_the_message_says_what_to_install(monkeypatch):
