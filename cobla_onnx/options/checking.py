@@ -40,15 +40,14 @@ def check_declared(declared: type, values: Mapping[str, object]) -> None:
     """
     hints = _hints(declared)
     for field in dataclasses.fields(declared):
-        flag = field.metadata.get("flag")
-        if flag is not None and field.name in values:
+        if field.name in values:
             value = values[field.name]
-            wanted = _wanted(hints[field.name], value, flag)
+            wanted = _wanted(hints[field.name], value, field.metadata.get("flag"))
             if wanted is not None:
                 raise UsageError(f"{option_name(field.name, value)}: give {wanted}")
 
 
-def _wanted(hint: Any, value: object, flag: Flag) -> str | None:
+def _wanted(hint: Any, value: object, flag: Flag | None) -> str | None:
     """Return what a value should be; None if it is that, or nobody knows."""
     said = []
     for member in _members(hint):
@@ -59,10 +58,13 @@ def _wanted(hint: Any, value: object, flag: Flag) -> str | None:
             said.append(" or ".join(filter(None, (", ".join(choices[:-1]), choices[-1]))))
         elif member is type(None):
             fits = value is None
+        elif typing.get_origin(member) is Callable:
+            fits = callable(value)
+            said.append("a function")
         elif member in KINDS:
             kind, is_one = KINDS[member]
             fits = is_one(value) and not _is_beyond(value, flag)
-            said.append(kind + (_limits(flag) if member in (int, float) else ""))
+            said.append(kind + (_limits(flag) if flag and member in (int, float) else ""))
         else:
             return None
         if fits:
@@ -115,8 +117,8 @@ KINDS: Mapping[Any, tuple[str, Callable[[object], bool]]] = {
 }
 
 
-def _is_beyond(value: Any, flag: Flag) -> bool:
-    if not isinstance(value, Real):
+def _is_beyond(value: Any, flag: Flag | None) -> bool:
+    if flag is None or not isinstance(value, Real):
         return False
     # As it is: no float holds some whole numbers.
     number: Any = value

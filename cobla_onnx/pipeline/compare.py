@@ -98,7 +98,8 @@ def compare(
     True
     """
     numbers = {"samples": samples, "batch": batch, "seed": seed, "threads": threads}
-    check_declared(Settings, {**numbers, "memory_limit": memory_limit, "provider": provider})
+    others = {"memory_limit": memory_limit, "provider": provider, "progress": progress}
+    check_declared(Settings, {**numbers, **others})
     pair = _Pair.opened(first, second)
     shapes = input_shapes or {}
     _check_ends(pair.models, pair.names, shapes)

@@ -49,6 +49,7 @@ from cobla_onnx.options.settings import options_of
         ("storage", np.array(["qdq"]), "auto, cast or qdq"),
         ("input_shapes", "x:1,3", r"a mapping of names to shapes, such as .*"),
         ("input_shapes", {"x": (1, 3.5)}, r"a mapping of names to shapes, such as .*"),
+        ("progress", "yes", "a function"),
         ("outputs", 5, r"a text, or a list of texts, such as \['text'\], or a mapping of .*"),
     ],
 )

@@ -59,7 +59,7 @@ def open_data(
     if isinstance(data, (str, Path)):
         return _open_path(Path(data), specs, samples, images or ImageOptions())
     if isinstance(data, Mapping):
-        arrays = {name: np.asarray(value) for name, value in data.items()}
+        arrays = {name: np.asarray(value) for name, value in _by_input_name(data).items()}
         return array_samples("data", arrays, specs, samples)
     if hasattr(data, "get_next"):
         return Dataset("data", _named(iter(data.get_next, None), specs), specs, samples)
@@ -101,7 +101,7 @@ def _number(folder: Path) -> tuple[int, str]:
 def _named(items: Iterable[Any], specs: Sequence[InputSpec]) -> Iterator[Record]:
     for item in items:
         if isinstance(item, Mapping):
-            yield item
+            yield _by_input_name(item)
         elif len(specs) == 1:
             yield {specs[0].name: item}
         else:
@@ -109,6 +109,17 @@ def _named(items: Iterable[Any], specs: Sequence[InputSpec]) -> Iterator[Record]
                 f"data: gives a {type(item).__name__}, the model has {len(specs)} inputs; give "
                 "dicts of arrays by input name"
             )
+
+
+def _by_input_name(arrays: Mapping[Any, Any]) -> Mapping[str, Any]:
+    """Return the mapping, all of whose keys can be names of inputs."""
+    for name in arrays:
+        if not isinstance(name, str):
+            raise DataError(
+                f"data: has an entry named by a {type(name).__name__}; give arrays by input name, "
+                "which is a text"
+            )
+    return arrays
 
 
 def _open_images(

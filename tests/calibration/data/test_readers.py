@@ -237,6 +237,10 @@ def test_files_that_are_not_what_they_seem(tmp_path):
         open_data(tmp_path / "text.npy", [X, IDS])
     with pytest.raises(UsageError, match="int; give a path"):
         open_data(7, [X])
+    sample = {0: np.zeros((1, 3, 4), np.float32)}
+    for numbered in (sample, [sample]):
+        with pytest.raises(DataError, match="named by a int; give arrays by input name"):
+            everything(open_data(numbered, [X]))
 
 
 def test_sets_that_are_not_complete(tmp_path):
