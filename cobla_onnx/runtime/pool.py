@@ -280,13 +280,12 @@ def executor_pool(executor: Executor) -> Iterator[Pool]:
 
 async def _try_dask(address: str) -> None:
     """Connect to a scheduler, and leave; an OSError or ValueError if that cannot be done."""
-    from distributed import Security
-    from distributed.comm import connect
+    import distributed
 
-    security: Any = Security()
-    options = security.get_connection_args("client")
-    comm: Any = await connect(address, timeout=CONNECT_SECONDS, **options)
-    await comm.close()
+    untyped: Any = distributed
+    options = untyped.Security().get_connection_args("client")
+    connection = await untyped.comm.connect(address, timeout=CONNECT_SECONDS, **options)
+    await connection.close()
 
 
 @contextmanager
