@@ -36,6 +36,7 @@ __all__ = [
     "LayerVariants",
     "Maker",
     "Measured",
+    "OnlyForm",
     "Proposal",
     "Refitted",
     "VariantFamily",
@@ -52,6 +53,13 @@ class Form(Protocol):
     def name(self) -> str:
         """Name in plans and reports; it belongs to one family alone."""
         ...
+
+
+@dataclass(frozen=True)
+class OnlyForm:
+    """The form of a family that has no other."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,7 @@ class LayerCosts:
         Whether weights may be made from what is stored when a session opens where that is no
         slower, which gives up what a variant saves of MACs.
     quick : bool
-        Whether a variant that is likely to be slower than the layer is left out, where it cannot
-        be made so.
+        Whether what is likely to be slower than the layer is left out, where it cannot be made so.
     """
 
     macs: int | None

@@ -22,12 +22,13 @@ from cobla_onnx.graph.io.save import save_model
 from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.plan import Decision
 from cobla_onnx.variants import writing
+from cobla_onnx.variants.base import OnlyForm
 from cobla_onnx.variants.coded_factors.family import CodedFactorsFamily
 from cobla_onnx.variants.coded_factors.stored import pair_bytes
 from cobla_onnx.variants.offload import Spill
 from cobla_onnx.variants.replacement import Replacement
 from cobla_onnx.variants.rewrite import rewrite
-from cobla_onnx.variants.storage.family import StorageFamily, StoredForm
+from cobla_onnx.variants.storage.family import STORED, StorageFamily
 from cobla_onnx.variants.storage.from_data import rounded
 from cobla_onnx.variants.storage.stored import stored_bytes
 from cobla_onnx.variants.writing import FUSED, Storage, Writing, dequantizes_axis, takes_nibbles
@@ -60,7 +61,7 @@ def replaced(model: onnx.ModelProto, bits: int, rank: int | None, pick: int) -> 
     weight = read_weight(model, layer)
     if rank is None:
         made = rounded(layer, weight, bits, None)
-        return StorageFamily().replace(layer, StoredForm(), made)
+        return StorageFamily().replace(layer, OnlyForm(STORED), made)
     forms = [form for form in FAMILY.forms(layer) if form.bits == bits]
     form = forms[pick % len(forms)]
     rank = min(rank, FAMILY.most(layer, form))

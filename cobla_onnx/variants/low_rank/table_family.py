@@ -21,7 +21,7 @@ from cobla_onnx.graph.operators.gather import Lookup
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.pool import one_thread
 from cobla_onnx.runtime.transfer import Carried
-from cobla_onnx.variants.base import Asked, LayerCosts, Measured, Proposal, VariantFamily
+from cobla_onnx.variants.base import Asked, LayerCosts, Measured, OnlyForm, Proposal, VariantFamily
 from cobla_onnx.variants.best_rows import best_count
 from cobla_onnx.variants.low_rank.ranks import RankRule
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
@@ -34,16 +34,9 @@ from cobla_onnx.variants.low_rank.tables import (
 )
 from cobla_onnx.variants.recent import Recent
 
-__all__ = ["TABLE", "LowRankTables", "TableForm", "TableUnit"]
+__all__ = ["TABLE", "LowRankTables", "TableUnit"]
 
 TABLE = "table"
-
-
-@dataclass(frozen=True)
-class TableForm:
-    """The one form of the family."""
-
-    name: str = TABLE
 
 
 @dataclass(frozen=True)
@@ -104,11 +97,11 @@ class LowRankTables(VariantFamily):
     schemes = (TABLE,)
     refits = False
 
-    def forms(self, layer: Layer) -> Sequence[TableForm]:
+    def forms(self, layer: Layer) -> Sequence[OnlyForm]:
         """Return the form, for lookups."""
-        return (TableForm(),) if operator_of(layer).kind == Lookup.kind else ()
+        return (OnlyForm(TABLE),) if operator_of(layer).kind == Lookup.kind else ()
 
-    def most(self, layer: Layer, form: TableForm) -> int:
+    def most(self, layer: Layer, form: OnlyForm) -> int:
         """Return the full rank."""
         return min(layer.shape)
 
@@ -119,7 +112,7 @@ class LowRankTables(VariantFamily):
         if not self.forms(layer):
             return Refusal(Reason.OPERATOR)
         room = layer.stored_bytes - 1 - fixed_bytes(layer)
-        most = min(self.most(layer, TableForm()), room // self._bytes_per_rank(layer))
+        most = min(self.most(layer, OnlyForm(TABLE)), room // self._bytes_per_rank(layer))
         if most < 1:
             return Refusal(Reason.NO_GAIN)
         if asked.ranks.faster:
@@ -129,7 +122,7 @@ class LowRankTables(VariantFamily):
         ranks = asked.ranks.product.candidates(most)
         if not len(ranks):
             return Refusal(Reason.NO_GAIN, str(asked.ranks.product))
-        return [Proposal(TableForm(), ranks, self.most(layer, TableForm()))]
+        return [Proposal(OnlyForm(TABLE), ranks, self.most(layer, OnlyForm(TABLE)))]
 
     def _bytes_per_rank(self, layer: Layer) -> int:
         return sum(layer.shape) * helper.tensor_dtype_to_np_dtype(layer.stored_type).itemsize

@@ -15,7 +15,7 @@ from cobla_onnx.graph.inventory import Reason, Refusal
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.transfer import Carried
-from cobla_onnx.variants.base import Measured, Proposal
+from cobla_onnx.variants.base import Measured, OnlyForm, Proposal
 from cobla_onnx.variants.low_rank.matricisation import has_layout, layout_of
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.storage.bits_family import BitsFamily, between
@@ -29,16 +29,9 @@ from cobla_onnx.variants.storage.stored import (
     stored_bytes,
 )
 
-__all__ = ["STORED", "RoundingUnit", "StorageFamily", "StoredForm", "takes_bits"]
+__all__ = ["STORED", "RoundingUnit", "StorageFamily", "takes_bits"]
 
 STORED = "stored"
-
-
-@dataclass(frozen=True)
-class StoredForm:
-    """The one form of the family."""
-
-    name: str = STORED
 
 
 @dataclass(frozen=True)
@@ -79,9 +72,9 @@ class StorageFamily(BitsFamily):
     schemes = (STORED,)
     refits = True
 
-    def forms(self, layer: Layer) -> Sequence[StoredForm]:
+    def forms(self, layer: Layer) -> Sequence[OnlyForm]:
         """Return the form, for weights that are single precision where they are used."""
-        return (StoredForm(),) if takes_bits(layer) else ()
+        return (OnlyForm(STORED),) if takes_bits(layer) else ()
 
     def stored_bytes(self, layer: Layer, bits: int) -> int:
         """Bytes of the weight in so many bits."""

@@ -19,7 +19,7 @@ from cobla_onnx.graph.operators.gather import Lookup
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.pool import one_thread
 from cobla_onnx.runtime.transfer import Carried
-from cobla_onnx.variants.base import Measured, Proposal
+from cobla_onnx.variants.base import Measured, OnlyForm, Proposal
 from cobla_onnx.variants.low_rank.svd import Float64
 from cobla_onnx.variants.recent import Recent
 from cobla_onnx.variants.storage.bits_family import BitsFamily, between
@@ -32,19 +32,12 @@ from cobla_onnx.variants.storage.rows import (
     table_bytes,
 )
 
-__all__ = ["ROWS", "RowStorageFamily", "RowsForm"]
+__all__ = ["ROWS", "RowStorageFamily"]
 
 ROWS = "rows"
 # Numbers of a table up to which the errors of all its rows are measured. Of larger ones it is the
 # rows that count most, up to half as many, and evenly spaced ones that stand for all others.
 MEASURED = 1 << 24
-
-
-@dataclass(frozen=True)
-class RowsForm:
-    """The one form of the family."""
-
-    name: str = ROWS
 
 
 @dataclass(frozen=True)
@@ -134,9 +127,9 @@ class RowStorageFamily(BitsFamily):
     schemes = (ROWS,)
     refits = False
 
-    def forms(self, layer: Layer) -> Sequence[RowsForm]:
+    def forms(self, layer: Layer) -> Sequence[OnlyForm]:
         """Return the form, for tables in single or half precision."""
-        return (RowsForm(),) if _takes(layer) else ()
+        return (OnlyForm(ROWS),) if _takes(layer) else ()
 
     def stored_bytes(self, layer: Layer, bits: int) -> int:
         """Bytes of the table in so many bits."""

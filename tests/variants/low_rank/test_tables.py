@@ -24,10 +24,10 @@ from cobla_onnx.pipeline.search import refit
 from cobla_onnx.plan import Decision
 from cobla_onnx.runtime.session import open_session, random_feeds, run_session
 from cobla_onnx.runtime.transfer import Carried
-from cobla_onnx.variants.base import Asked, LayerCosts
+from cobla_onnx.variants.base import Asked, LayerCosts, OnlyForm
 from cobla_onnx.variants.from_data import FromData
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
-from cobla_onnx.variants.low_rank.table_family import LowRankTables, TableForm
+from cobla_onnx.variants.low_rank.table_family import TABLE, LowRankTables
 from cobla_onnx.variants.low_rank.tables import TableFactorizer, fixed_bytes
 from cobla_onnx.variants.rewrite import rewrite
 from tests.builders import model_of, random_array
@@ -63,7 +63,7 @@ def test_short_rows_times_the_second_factor_are_the_rows(opset, shape, size, dty
     kind = TensorProto.INT32 if narrow else TensorProto.INT64
     model = lookup_model(table, shape, opset=opset, kind=kind, ir_version=4 if opset < 15 else 8)
     (layer,) = find_layers(model).layers
-    family, form = LowRankTables(), TableForm()
+    family, form = LowRankTables(), OnlyForm(TABLE)
     made = family.from_weights(layer, form, rank, read_weight(model, layer), None)
     replacement = family.replace(layer, form, made)
     result = rewrite(model, [replacement])
@@ -110,7 +110,7 @@ def test_the_predicted_error_is_that_of_the_rows_by_frequency():
     model, data = text_model(), texts(30)
     layers = find_layers(model).layers
     seen = Seen(model, layers, lambda: [data])
-    family, form = LowRankTables(), TableForm()
+    family, form = LowRankTables(), OnlyForm(TABLE)
     maker = FromData(seen).maker(family)
     (layer, *_), table = layers, read_weight(model, layers[0]).astype(np.float64)
     counts = seen.counts(layer)
@@ -205,8 +205,8 @@ def test_costs_follow_from_the_shapes():
     layer = find_layers(model).layers[0]
     shapes = infer_shapes(model, {"ids": (3, 7)})
     family = LowRankTables()
-    assert family.macs(layer, TableForm(), 4, LayerCosts(0, shapes)) == 3 * 7 * WIDTH * 4
-    assert family.macs(layer, TableForm(), 4, LayerCosts(0, {})) is None
+    assert family.macs(layer, OnlyForm(TABLE), 4, LayerCosts(0, shapes)) == 3 * 7 * WIDTH * 4
+    assert family.macs(layer, OnlyForm(TABLE), 4, LayerCosts(0, {})) is None
     (proposal,) = family.propose(layer, LayerCosts(0, shapes), Asked("auto", EVERY_RANK))
     curve = family.curve(layer, LayerCosts(0, shapes), proposal, np.zeros(WIDTH + 1), None)
     last = int(curve.levels[-1])

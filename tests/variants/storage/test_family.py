@@ -18,9 +18,10 @@ from cobla_onnx.graph.layers import find_layers, read_weight
 from cobla_onnx.plan import Decision
 from cobla_onnx.runtime.session import open_session, random_feeds, run_session
 from cobla_onnx.runtime.transfer import Carried
+from cobla_onnx.variants.base import OnlyForm
 from cobla_onnx.variants.rewrite import rewrite
 from cobla_onnx.variants.storage.decoding import DOMAIN
-from cobla_onnx.variants.storage.family import RoundingUnit, StorageFamily, StoredForm
+from cobla_onnx.variants.storage.family import STORED, RoundingUnit, StorageFamily
 from cobla_onnx.variants.storage.from_data import rounded
 from cobla_onnx.variants.storage.precision import FORMATS, precision_bits
 from cobla_onnx.variants.storage.stored import stored_bytes
@@ -55,7 +56,7 @@ def test_the_model_computes_with_the_rounded_weight(case: int, bits: int, functi
     (layer,) = find_layers(model).layers
     family, weight = StorageFamily(), read_weight(model, layer)
     made = rounded(layer, weight, bits, None)
-    replacement = family.replace(layer, StoredForm(), made)
+    replacement = family.replace(layer, OnlyForm(STORED), made)
     np.testing.assert_array_equal(replacement.dense(), made.weight)
     result = rewrite(model, [replacement])
     onnx.checker.check_model(result)
@@ -74,7 +75,7 @@ def test_no_more_bytes_are_stored_than_counted(case: int, bits: int, function: b
     model.ir_version = 8 if function else 7
     (layer,) = find_layers(model).layers
     made = rounded(layer, read_weight(model, layer), bits, None)
-    result = rewrite(model, [StorageFamily().replace(layer, StoredForm(), made)])
+    result = rewrite(model, [StorageFamily().replace(layer, OnlyForm(STORED), made)])
     assert model_bytes(result) <= stored_bytes(layer, bits) <= model_bytes(result) + 64
 
 

@@ -21,7 +21,7 @@ from cobla_onnx.graph.io.model_file import stored_bytes as model_bytes
 from cobla_onnx.graph.layers import Layer, find_layers, read_weight
 from cobla_onnx.plan import Decision
 from cobla_onnx.runtime.transfer import Carried
-from cobla_onnx.variants.base import Asked
+from cobla_onnx.variants.base import Asked, OnlyForm
 from cobla_onnx.variants.from_data import FromData
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
 from cobla_onnx.variants.rewrite import rewrite
@@ -37,7 +37,7 @@ from cobla_onnx.variants.storage.rows import (
     stored_rows,
     table_bytes,
 )
-from cobla_onnx.variants.storage.rows_family import RowsForm, RowStorageFamily, RowsUnit
+from cobla_onnx.variants.storage.rows_family import ROWS, RowStorageFamily, RowsUnit
 from tests.builders import random_array
 from tests.lookups import few_directions, lookup_model, text_model, texts
 from tests.variants.low_rank.test_tables import LEVELS, run
@@ -178,8 +178,8 @@ def test_the_predicted_error_is_the_measured_one(bits):
     counts = seen.counts(layer)
     assert counts is not None
     proposals = RowStorageFamily().propose(layer, None, Asked("auto", EVERY_RANK, (bits,)))
-    (of_data,) = maker.approximate(layer, RowsForm(), [bits])
-    alone = RowStorageFamily().from_weights(layer, RowsForm(), bits, table, None)
+    (of_data,) = maker.approximate(layer, OnlyForm(ROWS), [bits])
+    alone = RowStorageFamily().from_weights(layer, OnlyForm(ROWS), bits, table, None)
     for its_maker, made, frequencies in (
         (maker, of_data, counts.frequencies()),
         (None, alone, np.full(len(table), 1 / len(table))),
