@@ -245,7 +245,7 @@ def is_pooled(model: onnx.ModelProto, place: int) -> bool:
     """
     names = set(model.graph.node[place].output)
     for node in model.graph.node:
-        if node.op_type in CARRIED and not names.isdisjoint(node.input):
+        if is_standard(node) and node.op_type in CARRIED and not names.isdisjoint(node.input):
             if node.op_type == "MaxPool":
                 return True
             names.update(node.output)
