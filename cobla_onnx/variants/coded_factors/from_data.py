@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.runtime.pool import one_thread
+from cobla_onnx.runtime.recent import Recent
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.coded_factors.form import CodedScheme
 from cobla_onnx.variants.coded_factors.pair import (
@@ -20,7 +21,6 @@ from cobla_onnx.variants.coded_factors.pair import (
 )
 from cobla_onnx.variants.low_rank.from_data import FactorsFromData, SpectraUnit, layer_moment
 from cobla_onnx.variants.low_rank.matricisation import Scheme
-from cobla_onnx.variants.recent import Recent
 
 __all__ = ["PairsFromData"]
 

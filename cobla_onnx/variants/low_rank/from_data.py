@@ -15,6 +15,7 @@ from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.pool import one_thread
+from cobla_onnx.runtime.recent import Recent
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.base import Measured
@@ -34,7 +35,6 @@ from cobla_onnx.variants.low_rank.weighted_svd import (
     WeightedFactorizer,
     inputs_first,
 )
-from cobla_onnx.variants.recent import Recent
 
 __all__ = [
     "FactorsFromData",

@@ -20,6 +20,7 @@ from cobla_onnx.graph.operators.base import elements, operator_of
 from cobla_onnx.graph.operators.gather import Lookup
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.pool import one_thread
+from cobla_onnx.runtime.recent import Recent
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.base import Asked, LayerCosts, Measured, OnlyForm, Proposal, VariantFamily
 from cobla_onnx.variants.best_rows import best_count
@@ -32,7 +33,6 @@ from cobla_onnx.variants.low_rank.tables import (
     fixed_bytes,
     stored_table,
 )
-from cobla_onnx.variants.recent import Recent
 
 __all__ = ["TABLE", "LowRankTables", "TableUnit"]
 

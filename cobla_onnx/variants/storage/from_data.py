@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.statistics import Seen
 from cobla_onnx.graph.layers import Layer, read_bias, read_weight
 from cobla_onnx.runtime.pool import one_thread
+from cobla_onnx.runtime.recent import Recent
 from cobla_onnx.variants.low_rank.from_data import layer_importance, layer_moment, mean_change
 from cobla_onnx.variants.low_rank.matricisation import layout_of
 from cobla_onnx.variants.low_rank.svd import Float64
-from cobla_onnx.variants.recent import Recent
 from cobla_onnx.variants.storage.coding import Coded
 from cobla_onnx.variants.storage.compensation import Compensation
 from cobla_onnx.variants.storage.precision import HALF, in_half

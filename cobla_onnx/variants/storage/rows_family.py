@@ -18,10 +18,10 @@ from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.graph.operators.gather import Lookup
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
 from cobla_onnx.runtime.pool import one_thread
+from cobla_onnx.runtime.recent import Recent
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.base import Measured, OnlyForm, Proposal
 from cobla_onnx.variants.low_rank.svd import Float64
-from cobla_onnx.variants.recent import Recent
 from cobla_onnx.variants.storage.bits_family import BitsFamily, between
 from cobla_onnx.variants.storage.rows import (
     RoundedTable,

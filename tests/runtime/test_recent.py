@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobla_onnx.variants.recent import Recent
+from cobla_onnx.runtime.recent import Recent
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 14)), min_size=1), st.booleans())
