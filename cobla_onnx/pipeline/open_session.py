@@ -11,6 +11,7 @@ import onnx
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.arithmetic.nodes import WEIGHTED
+from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.graph.duplicates import Deduplicated, deduplicated
 from cobla_onnx.graph.opening import opened
 from cobla_onnx.graph.protos import opset_of
@@ -36,11 +37,13 @@ from cobla_onnx.pipeline.session import Session
 from cobla_onnx.runtime.cache import Cache
 from cobla_onnx.runtime.context import RunContext
 from cobla_onnx.runtime.machine import convolution_block
-from cobla_onnx.runtime.pool import choose_pool, one_thread
+from cobla_onnx.runtime.pool import Pool, choose_pool, one_thread
 from cobla_onnx.runtime.progress import Progress, silent
 from cobla_onnx.runtime.providers import CPU, execution_provider
+from cobla_onnx.runtime.run_cache import RunCache
 from cobla_onnx.variants.base import Asked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule, rank_rule
+from cobla_onnx.variants.low_rank.units import GRAMS, VALUES, VECTORS
 from cobla_onnx.variants.storage.precision import precision_bits
 
 __all__ = ["open_session"]
@@ -118,7 +121,7 @@ def open_session(
         single = deduplicated(given) if settings.deduplicate else Deduplicated(given)
         proto = opened(single.model)
         notify("open model and data", 1, 1)
-        context = RunContext(threads, pool, cache, notify)
+        context = RunContext(threads, pool, cache or _run_cache(dataset, budgets, pool), notify)
         # A profile that does not fit is refused before the work.
         profile = open_profile(settings.profile, threads) if settings.measure_latency else None
         rule = _rule(settings, needs, provider)
@@ -155,6 +158,16 @@ def open_session(
         finally:
             if analysis.from_data is not None:
                 analysis.from_data.close()
+
+
+def _run_cache(dataset: Dataset | None, budgets: Sequence[Budget], pool: Pool) -> RunCache | None:
+    """Return what keeps results without data: what tells errors makes factors, too.
+
+    Factors of one budget serve the next one. Other processes have nothing of it.
+    """
+    if dataset is not None or not budgets or not pool.inside:
+        return None
+    return RunCache([VALUES, GRAMS] + [VECTORS] * (len(budgets) > 1))
 
 
 def _rule(settings: Settings, needs: Needs, provider: str) -> RankRule:

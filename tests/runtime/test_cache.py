@@ -184,7 +184,7 @@ def test_an_entry_under_another_key_is_not_taken(tmp_path):
 
 def test_other_versions_are_not_asked_for(tmp_path, monkeypatch):
     Cache(tmp_path).put("values", "key", ARRAYS)
-    monkeypatch.setattr("cobla_onnx.runtime.cache.VERSION", 2)
+    monkeypatch.setattr("cobla_onnx.runtime.cache.VERSION", 1000)
     assert Cache(tmp_path).get("values", "key") is None
     monkeypatch.undo()
     monkeypatch.setattr("cobla_onnx.runtime.cache.environment", lambda: ("another processor",))

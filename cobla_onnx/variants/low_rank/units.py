@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from cobla_onnx.graph.layers import Layer
 from cobla_onnx.runtime.cache import Arrays, Cache, digest, fetch
+from cobla_onnx.runtime.run_cache import RunCache
 from cobla_onnx.runtime.transfer import Carried
 from cobla_onnx.variants.base import Measured
 from cobla_onnx.variants.low_rank.curve import relative_errors
@@ -18,11 +19,15 @@ from cobla_onnx.variants.low_rank.svd import (
     Factorization,
     Float64,
     factorize,
+    gram_matrices,
     leading_vectors,
     singular_values,
 )
 
-__all__ = ["ValuesUnit", "factorize_layer", "layer_values"]
+__all__ = ["GRAMS", "VALUES", "VECTORS", "ValuesUnit", "factorize_layer", "layer_values"]
+
+# Kinds of results in a cache.
+VALUES, GRAMS, VECTORS = "values", "grams", "vectors"
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,9 @@ def layer_values(
     """
 
     def compute() -> Arrays:
-        return {"values": singular_values(scheme.matrix(weight))}
+        return {"values": singular_values(_grams(scheme, weight, cache, content))}
 
-    return fetch(cache, "values", digest(content, scheme), compute)["values"]
+    return fetch(cache, VALUES, digest(content, scheme), compute)["values"]
 
 
 def factorize_layer(
@@ -77,10 +82,21 @@ def factorize_layer(
     most = largest_rank(layer, scheme)
     if cache is None or rank > most:
         return factorize(stack, rank)
+    content = digest(weight)
 
     def compute() -> Arrays:
-        basis = leading_vectors(stack, most)
+        basis = leading_vectors(_grams(scheme, weight, cache, content), most)
         return {"vectors": basis.vectors, "values": basis.singular_values}
 
-    found = fetch(cache, "vectors", digest(digest(weight), scheme, most), compute)
+    found = fetch(cache, VECTORS, digest(content, scheme, most), compute)
     return factorize(stack, rank, Basis(found["vectors"], found["values"]))
+
+
+def _grams(scheme: Scheme, weight: NDArray[Any], cache: Cache | None, content: str) -> Float64:
+    """Gram matrices of a weight under a scheme; a run keeps them, a folder would grow too large."""
+
+    def compute() -> Arrays:
+        return {"grams": gram_matrices(scheme.matrix(weight))}
+
+    kept = cache if isinstance(cache, RunCache) else None
+    return fetch(kept, GRAMS, digest(content, scheme), compute)["grams"]

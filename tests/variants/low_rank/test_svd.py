@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobla_onnx.variants.low_rank import svd as module
-from cobla_onnx.variants.low_rank.svd import factorize, singular_values
+from cobla_onnx.variants.low_rank.svd import (
+    factorize,
+    gram_matrices,
+    leading_vectors,
+    singular_values,
+)
 from tests.builders import random_array
 
 
@@ -23,14 +28,23 @@ def test_error_is_that_of_the_best_approximation(groups, rows, columns, data):
     values = np.linalg.svd(stack.astype(np.float64), compute_uv=False)
     assert error == pytest.approx(np.linalg.norm(values[:, rank:]), abs=1e-6)
     np.testing.assert_allclose(factors.singular_values, values[:, :rank], atol=1e-6)
-    np.testing.assert_allclose(singular_values(stack), np.linalg.norm(values, axis=0), atol=1e-6)
+    found = singular_values(gram_matrices(stack))
+    np.testing.assert_allclose(found, np.linalg.norm(values, axis=0), atol=1e-6)
+
+
+def test_a_kept_basis_makes_the_same_factors():
+    stack = random_array(2, 9, 7)
+    basis = leading_vectors(gram_matrices(stack), 5)
+    kept, alone = factorize(stack, 3, basis), factorize(stack, 3)
+    for name in ("left", "singular_values", "right"):
+        np.testing.assert_array_equal(getattr(kept, name), getattr(alone, name))
 
 
 def test_chunks_make_no_difference(monkeypatch):
     stack = random_array(1, 5, 90)
-    whole = singular_values(stack)
+    whole = gram_matrices(stack)
     monkeypatch.setattr(module, "CHUNK", 35)
-    np.testing.assert_allclose(singular_values(stack), whole, rtol=1e-12)
+    np.testing.assert_allclose(gram_matrices(stack), whole, rtol=1e-12)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
