@@ -9,7 +9,7 @@ A session keeps nothing of a budget: what belongs to one is in the `Solution`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -93,9 +93,9 @@ class Solution:
     session : Session, optional
         The one whose layers the plan is of: a latency budget has one for each way of choosing
         (see `solve_in_time`), and its answer is finished by that one.
-    others : tuple of Solution
-        Those of other ways to a latency budget, by loss: for when this one, finished and timed
-        again, takes too long.
+    others : tuple of callable
+        They return those of other ways to a latency budget, by loss: for when this one, finished
+        and timed again, takes too long.
     """
 
     budget: Budget | None
@@ -110,7 +110,7 @@ class Solution:
     losses: SeparableError | None = None
     eight_bits: EightBits | None = None
     session: Session | None = field(default=None, repr=False, compare=False)
-    others: tuple[Solution, ...] = ()
+    others: tuple[Callable[[], Solution], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ class Session:
         except BudgetError as error:
             if not solution.others:
                 raise
-            following, *others = solution.others
+            make, *others = solution.others
+            following = make()
             if following.allocation is not None:
                 note = f"not the plan that loses least, of which {error.in_flags()}"
                 following = replace(following, allocation=following.allocation.noting(note))

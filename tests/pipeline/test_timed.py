@@ -113,6 +113,43 @@ def test_eight_bits_that_are_fast_enough_by_themselves_leave_no_room_for_ranks(d
     assert alone.report.latency.ratio <= 0.55
 
 
+def test_what_loses_much_more_before_refit_is_neither_searched_nor_made(
+    data, processor, monkeypatch
+):
+    processor(eight_bits=0.5)
+    searched, search = [], session.search_by_data
+
+    def counted(problem, evidence, finisher, constraints):
+        searched.append(any(each.limit < each.total for each in constraints))
+        return search(problem, evidence, finisher, constraints)
+
+    monkeypatch.setattr(session, "search_by_data", counted)
+    options = {"data": data, "arithmetic": "auto", **OPTIONS}
+    report = compress(small_network(), Budget(latency=0.55), **options).report
+    assert report.arithmetic is not None
+    # In 8 bits the whole model is fast enough, and nothing is searched for floating point.
+    assert searched == [False]
+    note = next(n for n in report.notes if "loses least" in n)
+    assert note.count("before refit, which was left out") == 2
+
+
+def test_what_was_left_out_is_made_where_the_answer_takes_too_long(data, processor, monkeypatch):
+    processor(eight_bits=0.5)
+    made = session.finish
+
+    def busy(its, solution):
+        if solution.eight_bits is not None:
+            raise BudgetError("latency=0.55: the result takes 0.6 of the original's time")
+        return made(its, solution)
+
+    monkeypatch.setattr(session, "finish", busy)
+    options = {"data": data, "arithmetic": "auto", **OPTIONS}
+    report = compress(small_network(), Budget(latency=0.55), **options).report
+    assert report.arithmetic is None
+    assert report.latency.ratio <= 0.55
+    assert any(layer.rank for layer in report.layers)
+
+
 def _with_image(narrow, wide):
     """Change the time by whether the image, which has few channels, is rounded to 8 bits."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -166,7 +167,9 @@ class LatencySearch:
             text += " ".join(sorted(spared_outputs(self.model, analysis)))
         return hashlib.sha256(text.encode()).hexdigest()[:16] + " in 8 bits" * eight_bits
 
-    def tried(self, way: Way, budget: Budget) -> list[Found]:
+    def tried(
+        self, way: Way, budget: Budget, is_worth: Callable[[Found], bool] = lambda found: True
+    ) -> list[Found]:
         """Choose ranks until the measured time is close to the budget.
 
         Parameters
@@ -174,6 +177,8 @@ class LatencySearch:
         way : Way
         budget : Budget
             With a latency limit.
+        is_worth : callable
+            Whether a plan of `Way.sketch` that is fast enough is worth a better one.
 
         Returns
         -------
@@ -192,7 +197,7 @@ class LatencySearch:
             return self._tuned(way, way.choose, aims, aims.first(), rounds, way.eight_bits)
         sketched = self._tuned(way, way.sketch, aims, aims.first(), rounds, way.eight_bits)
         near = fast_enough(sketched, limit)
-        if near is None:
+        if near is None or not is_worth(near):
             return sketched
         found = self._tuned(way, way.choose, aims, near.wanted, FINAL)
         return found if fast_enough(found, limit) else [*found, *sketched]
