@@ -325,7 +325,13 @@ class Session:
         if budget is not None and budget.mem is not None:
             most = self.analysis.limits(Budget(mem=budget.mem))["mem"]
         spared = spared_outputs(self.model, self.analysis)
-        return in_eight_bits(evidence, model, most, spared, head)
+
+        def is_fast(narrow: onnx.ModelProto) -> bool:
+            if budget is None or budget.latency is None or self.times is None:
+                return True
+            return self.times.search.compare(narrow).ratio <= budget.latency
+
+        return in_eight_bits(evidence, model, most, spared, head, is_fast)
 
     def _by_costs(self, budget: Budget, choose: Choose) -> SearchResult:
         def search(limits: Budget) -> SearchResult:

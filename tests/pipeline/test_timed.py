@@ -10,7 +10,7 @@ from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline import session
 from cobla_onnx.pipeline.open_session import open_session
-from cobla_onnx.pipeline.search import eight_bits
+from cobla_onnx.pipeline.search import floating
 from cobla_onnx.pipeline.search.eight_bits import in_eight_bits
 from cobla_onnx.pipeline.timed import solve_in_time
 from tests.builders import random_array, small_network
@@ -174,8 +174,8 @@ def test_what_is_faster_in_floating_point_is_left_so(data, processor, narrow, wi
 
 def test_what_was_timed_is_not_left_for_its_loss(data, monkeypatch):
     gain = PairedGain(mean=1.0, standard_error=0.1, samples=9)
-    monkeypatch.setattr(eight_bits, "paired_gain", lambda before, after: gain)
-    monkeypatch.setattr(eight_bits, "MOST_MACS", 1.0)
+    monkeypatch.setattr(floating, "paired_gain", lambda before, after: gain)
+    monkeypatch.setattr(floating, "MOST_MACS", 1.0)
     settings = Settings(data=data, arithmetic="int8")
     with open_session(small_network(), settings) as opened:
         made = [
@@ -183,7 +183,7 @@ def test_what_was_timed_is_not_left_for_its_loss(data, monkeypatch):
             for head, most in ((None, None), (0, None), (1, None), (1, 2000))
         ]
     # The last one has no room for a weight in floating point, and leaves nothing.
-    assert made == [("conv1", "fc"), ("fc",), ("conv1",), ()]
+    assert made == [("conv1", "conv2"), ("conv2", "fc"), ("conv1",), ()]
 
 
 def test_where_they_are_slow_ranks_alone_are(data, processor):

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx
 
-from cobla_onnx.allocation.paired import paired_gain
 from cobla_onnx.allocation.problem import Float64
 from cobla_onnx.arithmetic.biases import biased_nodes, corrected_biases, with_biases
 from cobla_onnx.arithmetic.gemms import with_plain_gemms
 from cobla_onnx.arithmetic.nodes import (
     carried_nodes,
     dynamic_nodes,
-    is_pooled,
     require_opset,
     sole_readers,
     weighted_nodes,
@@ -34,6 +32,7 @@ from cobla_onnx.graph.layers import Reason, find_layers
 from cobla_onnx.graph.macs import infer_shapes, node_macs
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.evidence import Evidence
+from cobla_onnx.pipeline.search.floating import cheap_nodes, promising, takes_back
 from cobla_onnx.report.arithmetic import ArithmeticReport
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.text import finite
@@ -51,9 +50,6 @@ __all__ = [
 HISTOGRAM_SAMPLES = 32
 # Samples over which the means of nodes are taken; each has as many values as a channel has places.
 BIAS_SAMPLES = 64
-# A node is left in floating point where that takes back this share of what 8 bits lose, and more
-# than a standard error; it then runs two to three times longer, so that it must have few MACs.
-WORTH, MOST_MACS = 0.2, 0.05
 
 
 @dataclass(frozen=True)
@@ -82,13 +78,14 @@ def in_eight_bits(
     most: int | None = None,
     spared: Collection[str] = (),
     head: int | None = None,
+    is_fast: Callable[[onnx.ModelProto], bool] = lambda model: True,
 ) -> EightBits:
     """Let a model compute in 8 bits where it can.
 
     First all nodes with weights, and those between them, with ranges by each of the methods, or of
-    each run where nearly all of them are matrix products; then the first and the last one are left
-    in floating point where that takes back much of the loss and costs little. What was timed,
-    `head`, is not asked again.
+    each run where nearly all of them are matrix products; then single ones are left in floating
+    point where that takes back much of the loss and costs little. What was timed, `head`, is not
+    asked again.
 
     Parameters
     ----------
@@ -103,6 +100,8 @@ def in_eight_bits(
     head : int, optional
         Nodes from the first on that stay in floating point since that is faster, unless `most`
         has no room for them; None if it was not measured.
+    is_fast : callable
+        Whether a model with more of them in floating point is fast enough.
 
     Raises
     ------
@@ -113,7 +112,7 @@ def in_eight_bits(
     """
     model, weighted = _ready(model, spared)
     prepared = prepare(model, evidence.measured.model.graph.output)
-    search = _Search(evidence, prepared, model, most, head is not None)
+    search = _Search(evidence, prepared, model, most, is_fast, head is not None)
     after = _after(model, weighted, head or 0)
     if most is not None and after != weighted:
         narrow = _narrow(prepared, stand_in_ranges(prepared), after)
@@ -229,6 +228,7 @@ class _Search:
     prepared: Prepared
     source: onnx.ModelProto
     most: int | None
+    is_fast: Callable[[onnx.ModelProto], bool] = lambda model: True
     timed: bool = False
     candidates: dict[str, float] = field(default_factory=dict)
     done: int = 0
@@ -246,17 +246,7 @@ class _Search:
                 "bits gives outputs that are no numbers; nothing was written, give "
                 f"{option_name('arithmetic', 'keep')}"
             )
-        left = list[int]()
-        for place in self._cheap_ends(weighted):
-            nodes = [node for node in weighted if node not in (*left, place)]
-            other = self._with(ranges, nodes)
-            self.candidates[f"{method}, without {self._shown(place)}"] = other.loss
-            gain = paired_gain(best.losses, other.losses)
-            fits = self.most is None or stored_bytes(other.model) <= self.most
-            lost = best.loss - before.loss
-            if fits and lost > 0 and gain.in_errors > 1 and gain.mean > WORTH * lost:
-                left.append(place)
-                best = other
+        left, best = self._left(method, ranges, best, weighted, before.loss)
         chosen = [node for node in weighted if node not in left]
         corrected = 0
         if ranges is not None:
@@ -278,6 +268,42 @@ class _Search:
         self.evidence.context.progress("8-bit arithmetic", self.done, self.done)
         notes = () if ranges is not None else _of_batches(self.source)
         return EightBits(self.source, best.model, report, notes)
+
+    def _left(
+        self,
+        method: str,
+        ranges: Ranges | None,
+        best: _Judged,
+        weighted: Sequence[int],
+        before: float,
+    ) -> tuple[list[int], _Judged]:
+        """Leave single nodes in floating point where that takes back much of the loss."""
+        shapes = infer_shapes(self.source, self.evidence.analysis.input_shapes)
+        macs, _ = node_macs(self.source, shapes)
+        cheap, room = cheap_nodes(self.source, macs, weighted, self.timed)
+
+        def without(places: Collection[int]) -> list[int]:
+            return [node for node in weighted if node not in places]
+
+        found = promising(
+            cheap,
+            lambda places: self._losses(ranges, without(places)),
+            best.losses,
+            best.loss - before,
+        )
+        left = list[int]()
+        for place in found:
+            nodes = without([*left, place])
+            if not nodes or macs[place] > room:
+                continue
+            other = self._with(ranges, nodes)
+            self.candidates[f"{method}, without {self._shown(place)}"] = other.loss
+            gains = takes_back(best.losses, other.losses, best.loss - before)
+            if gains and self._fits(other.model):
+                left.append(place)
+                room -= macs[place]
+                best = other
+        return left, best
 
     def _corrected(
         self,
@@ -310,26 +336,13 @@ class _Search:
         # It costs nothing, so that it need not gain more than the noise.
         return (other, len(found)) if other.loss < best.loss else (best, 0)
 
-    def _cheap_ends(self, weighted: Sequence[int]) -> list[int]:
-        """Return the last and the first node, if there are others and they have few MACs.
+    def _losses(self, ranges: Ranges | None, nodes: Sequence[int]) -> Float64 | None:
+        """Losses with some nodes alone in 8 bits; None where there are none."""
+        return self._with(ranges, nodes).losses if nodes else None
 
-        One whose weight others read would take these with it. Whether the first one is faster in
-        8 bits is known where it was timed, and it is not left if so; else one before a MaxPool
-        is not.
-        """
-        shapes = infer_shapes(self.source, self.evidence.analysis.input_shapes)
-        macs, _ = node_macs(self.source, shapes)
-        most = MOST_MACS * sum(macs.values())
-        if len(weighted) <= 2:
-            return []
-        ends = [weighted[-1]]
-        if not self.timed and not is_pooled(self.source, weighted[0]):
-            ends.append(weighted[0])
-        return [
-            place
-            for place in ends
-            if macs.get(place, most + 1) <= most and sole_readers(self.source, [place])
-        ]
+    def _fits(self, model: onnx.ModelProto) -> bool:
+        """Whether a model keeps to the bytes and the time that it may take."""
+        return (self.most is None or stored_bytes(model) <= self.most) and self.is_fast(model)
 
     def _dynamic(self, products: Sequence[int]) -> tuple[str, None, _Judged]:
         judged = self._with(None, products)

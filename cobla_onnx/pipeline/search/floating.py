@@ -1,0 +1,91 @@
+"""Which nodes stay in floating point beside 8 bits: cheap ones that take back much of the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx
+
+from cobla_onnx.allocation.paired import paired_gain
+from cobla_onnx.allocation.problem import Float64
+from cobla_onnx.arithmetic.nodes import is_pooled, sole_readers
+
+__all__ = ["cheap_nodes", "promising", "takes_back"]
+
+# A node is left in floating point where that takes back this share of what 8 bits lose, and more
+# than a standard error; it then runs two to three times longer, so that all of them together have
+# at most this share of the MACs.
+WORTH, MOST_MACS = 0.2, 0.05
+
+
+def cheap_nodes(
+    model: onnx.ModelProto, macs: Mapping[int, int], weighted: Sequence[int], timed: bool
+) -> tuple[list[int], int]:
+    """Return the nodes that may be left in floating point, and the most MACs of all of them.
+
+    One whose weight others read would take these with it. Whether the first one is faster in 8 bits
+    is known where it was timed, and it is not left if so; else one before a MaxPool is not.
+
+    Parameters
+    ----------
+    model : ModelProto
+    macs : mapping of int to int
+        By node, as far as they are known.
+    weighted : sequence of int
+        Nodes that compute in 8 bits, from the input on.
+    timed : bool
+        Whether it was measured how many of the first ones are faster in floating point.
+    """
+    most = int(MOST_MACS * sum(macs.values()))
+    if len(weighted) <= 2:
+        return [], most
+    first = weighted[0]
+    kept = first if timed or is_pooled(model, first) else None
+    cheap = [
+        place
+        for place in weighted
+        if place != kept and macs.get(place, most + 1) <= most and sole_readers(model, [place])
+    ]
+    return cheap, most
+
+
+def promising(
+    cheap: Sequence[int],
+    without: Callable[[Sequence[int]], Float64 | None],
+    before: Float64,
+    lost: float,
+) -> list[int]:
+    """Return the nodes that may each take back much of the loss, those that gain most first.
+
+    All of them are left in floating point at once, then either half, and so on as long as a group
+    takes back what a single one should.
+
+    Parameters
+    ----------
+    cheap : sequence of int
+    without : callable
+        Returns the losses with some nodes in floating point; None if none was in 8 bits then.
+    before : float64 array, shape (samples,)
+        Losses with all in 8 bits.
+    lost : float
+        What 8 bits lose on average.
+    """
+    gains, groups = dict[int, float](), [list(cheap)] if cheap and lost > 0 else []
+    while groups:
+        group = groups.pop()
+        after = without(group)
+        if after is not None and not takes_back(before, after, lost):
+            continue
+        half = len(group) // 2
+        if half:
+            groups += [group[half:], group[:half]]
+        elif after is not None:
+            gains[group[0]] = paired_gain(before, after).mean
+    return sorted(gains, key=lambda place: -gains[place])
+
+
+def takes_back(before: Float64, after: Float64, lost: float) -> bool:
+    """Whether losses fall by much of what 8 bits lose, and by more than the noise."""
+    gain = paired_gain(before, after)
+    return math.isfinite(lost) and lost > 0 and gain.in_errors > 1 and gain.mean > WORTH * lost
