@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import onnx
 
 from cobla_onnx.allocation.paired import paired_gain
@@ -17,6 +18,8 @@ __all__ = ["cheap_nodes", "promising", "takes_back"]
 # than a standard error; it then runs two to three times longer, so that all of them together have
 # at most this share of the MACs.
 WORTH, MOST_MACS = 0.2, 0.05
+# Losses below this are rounding.
+LEAST = 1e-12
 
 
 def cheap_nodes(
@@ -86,6 +89,13 @@ def promising(
 
 
 def takes_back(before: Float64, after: Float64, lost: float) -> bool:
-    """Whether losses fall by much of what 8 bits lose, and by more than the noise."""
+    """Whether losses fall by much of what 8 bits lose, and by more than the noise.
+
+    Where one sample makes nearly all of the loss, the standard error is as large as the mean: then
+    the logarithms tell whether the others gain as well.
+    """
     gain = paired_gain(before, after)
-    return math.isfinite(lost) and lost > 0 and gain.in_errors > 1 and gain.mean > WORTH * lost
+    if not (math.isfinite(lost) and lost > 0 and gain.mean > WORTH * lost):
+        return False
+    logarithms = (np.log(np.maximum(losses, LEAST)) for losses in (before, after))
+    return gain.in_errors > 1 or paired_gain(*logarithms).in_errors > 1

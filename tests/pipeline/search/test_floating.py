@@ -57,6 +57,14 @@ def test_nothing_is_left_where_nothing_is_lost():
     assert not takes_back(losses, losses / 2, float("inf"))
 
 
+def test_a_sample_that_makes_nearly_all_of_the_loss_is_no_noise_if_all_others_gain():
+    before = np.array([3.8, 1e-4, 2e-3, 1e-5, 3e-4, 1e-3, 2e-4, 5e-4])
+    assert takes_back(before, before / 400, before.mean())
+    # Where the others lose as often as they gain, it is.
+    after = before * np.array([0.01, 30.0, 1.0, 50.0, 0.5, 2.0, 0.9, 4.0])
+    assert not takes_back(before, after, before.mean())
+
+
 def test_a_node_in_the_middle_that_ruins_all_stays_in_floating_point():
     """Its input has one channel of large numbers, beside which 8 bits round all others to 0."""
     rng = np.random.default_rng(0)
