@@ -27,8 +27,9 @@ def cheap_nodes(
 ) -> tuple[list[int], int]:
     """Return the nodes that may be left in floating point, and the most MACs of all of them.
 
-    One whose weight others read would take these with it. Whether the first one is faster in 8 bits
-    is known where it was timed, and it is not left if so; else one before a MaxPool is not.
+    One whose weight others read would take these with it, and one before a MaxPool takes long (see
+    `is_pooled`). Whether the first one is faster in 8 bits is known where it was timed, and it is
+    not left if so.
 
     Parameters
     ----------
@@ -43,14 +44,10 @@ def cheap_nodes(
     most = int(MOST_MACS * sum(macs.values()))
     if len(weighted) <= 2:
         return [], most
-    first = weighted[0]
-    kept = first if timed or is_pooled(model, first) else None
-    cheap = [
-        place
-        for place in weighted
-        if place != kept and macs.get(place, most + 1) <= most and sole_readers(model, [place])
-    ]
-    return cheap, most
+    others = weighted[1:] if timed else weighted
+    cheap = [place for place in others if macs.get(place, most + 1) <= most]
+    alone = [place for place in cheap if sole_readers(model, [place])]
+    return [place for place in alone if not is_pooled(model, place)], most
 
 
 def promising(
