@@ -62,8 +62,8 @@ def test_what_is_out_of_reach_is_refused_before_the_model_runs_on_data(monkeypat
     def looked_at(*arguments, **options):
         raise AssertionError("the data was looked at")
 
-    monkeypatch.setattr("cobla_onnx.pipeline.open_session.Seen", looked_at)
-    monkeypatch.setattr("cobla_onnx.pipeline.open_session.look_at", looked_at)
+    monkeypatch.setattr("cobla_onnx.pipeline.looking.Seen", looked_at)
+    monkeypatch.setattr("cobla_onnx.pipeline.looking.look_at", looked_at)
     with pytest.raises(errors.BudgetError, match=r"no budget .* below the least reachable 0\."):
         sweep(small_network(), budgets, data=DATA, threads=1)
     if len(budgets) == 1:
