@@ -69,10 +69,9 @@ def test_no_arithmetic_is_chosen_for_a_plan(data):
         compress(small_network(), Budget(latency=0.9), plan=plan, **options)
 
 
-def test_where_the_finished_model_takes_too_long_the_next_best_is_taken(
-    data, processor, monkeypatch
-):
-    processor(eight_bits=0.5)
+@pytest.fixture
+def eight_bits_take_too_long(monkeypatch):
+    """Refuse models in 8 bits when they are finished and timed again."""
     made = session.finish
 
     def busy(its, solution):
@@ -81,6 +80,11 @@ def test_where_the_finished_model_takes_too_long_the_next_best_is_taken(
         return made(its, solution)
 
     monkeypatch.setattr(session, "finish", busy)
+
+
+@pytest.mark.usefixtures("eight_bits_take_too_long")
+def test_where_the_finished_model_takes_too_long_the_next_best_is_taken(data, processor):
+    processor(eight_bits=0.5)
     options = {"data": data, "arithmetic": "auto", **OPTIONS}
     report = compress(small_network(), Budget(latency=0.45), **options).report
     assert report.arithmetic is None
@@ -133,16 +137,9 @@ def test_what_loses_much_more_before_refit_is_neither_searched_nor_made(
     assert note.count("before refit, which was left out") == 2
 
 
-def test_what_was_left_out_is_made_where_the_answer_takes_too_long(data, processor, monkeypatch):
+@pytest.mark.usefixtures("eight_bits_take_too_long")
+def test_what_was_left_out_is_made_where_the_answer_takes_too_long(data, processor):
     processor(eight_bits=0.5)
-    made = session.finish
-
-    def busy(its, solution):
-        if solution.eight_bits is not None:
-            raise BudgetError("latency=0.55: the result takes 0.6 of the original's time")
-        return made(its, solution)
-
-    monkeypatch.setattr(session, "finish", busy)
     options = {"data": data, "arithmetic": "auto", **OPTIONS}
     report = compress(small_network(), Budget(latency=0.55), **options).report
     assert report.arithmetic is None
