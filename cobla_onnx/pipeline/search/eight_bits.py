@@ -29,12 +29,12 @@ from cobla_onnx.errors import ModelError, VerificationError
 from cobla_onnx.graph.first_axis import first_axes
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import Reason, find_layers
-from cobla_onnx.graph.macs import infer_shapes, node_macs
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.floating import cheap_nodes, promising, takes_back
 from cobla_onnx.report.arithmetic import ArithmeticReport
 from cobla_onnx.runtime.session import Feeds
+from cobla_onnx.runtime.shapes import model_costs
 from cobla_onnx.text import finite
 from cobla_onnx.wording import option_name
 
@@ -278,8 +278,10 @@ class _Search:
         before: float,
     ) -> tuple[list[int], _Judged]:
         """Leave single nodes in floating point where that takes back much of the loss."""
-        shapes = infer_shapes(self.source, self.evidence.analysis.input_shapes)
-        macs, _ = node_macs(self.source, shapes)
+        known, threads = self.evidence.analysis.input_shapes, self.evidence.context.threads
+        _, macs, _ = model_costs(self.source, known, needed=False, threads=threads)
+        if macs is None:
+            return [], best
         cheap, room = cheap_nodes(self.source, macs, weighted, self.timed)
 
         def without(places: Collection[int]) -> list[int]:

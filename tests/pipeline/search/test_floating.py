@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobla_onnx import Budget, compress
+from cobla_onnx.graph.macs import fixed_input_shapes, infer_shapes, node_macs
 from cobla_onnx.pipeline.search.floating import promising, takes_back
 from tests.builders import model_of, random_array
 
@@ -65,8 +66,12 @@ def test_a_sample_that_makes_nearly_all_of_the_loss_is_no_noise_if_all_others_ga
     assert not takes_back(before, after, before.mean())
 
 
-def test_a_node_in_the_middle_that_ruins_all_stays_in_floating_point():
-    """Its input has one channel of large numbers, beside which 8 bits round all others to 0."""
+@pytest.mark.parametrize("inferred", [True, False])
+def test_a_node_in_the_middle_that_ruins_all_stays_in_floating_point(inferred):
+    """Its input has one channel of large numbers, beside which 8 bits round all others to 0.
+
+    Its MACs may only be known from a run.
+    """
     rng = np.random.default_rng(0)
     weights = {
         "w": random_array(16, 3, 3, 3),
@@ -79,13 +84,25 @@ def test_a_node_in_the_middle_that_ruins_all_stays_in_floating_point():
     nodes = [
         onnx.helper.make_node("Conv", ["x", "w"], ["a"], "first"),
         onnx.helper.make_node("Mul", ["a", "scale"], ["b"]),
-        onnx.helper.make_node("Conv", ["b", "v"], ["c"], "middle"),
+        onnx.helper.make_node("Reshape", ["b", "shape"], ["b'"]),
+        onnx.helper.make_node("Conv", ["b'", "v"], ["c"], "middle"),
         onnx.helper.make_node("Relu", ["c"], ["d"]),
         onnx.helper.make_node("Conv", ["d", "u"], ["e"], "next"),
         onnx.helper.make_node("Relu", ["e"], ["f"]),
         onnx.helper.make_node("Conv", ["f", "t"], ["y"], "last"),
     ]
+    if inferred:
+        weights["shape"] = np.array([0, 16, 12, 12])
+    else:
+        nodes[1:1] = [
+            onnx.helper.make_node("Shape", ["a"], ["sizes"]),
+            onnx.helper.make_node("Cast", ["sizes"], ["numbers"], to=onnx.TensorProto.FLOAT),
+            onnx.helper.make_node("Ceil", ["numbers"], ["whole"]),
+            onnx.helper.make_node("Cast", ["whole"], ["shape"], to=onnx.TensorProto.INT64),
+        ]
     model = model_of(nodes, weights, {"x": ["N", 3, 14, 14]}, ["y"])
+    _, unknown = node_macs(model, infer_shapes(model, fixed_input_shapes(model, {})))
+    assert bool(unknown) != inferred
     data = {"x": rng.standard_normal((40, 3, 14, 14), np.float32)}
     result = compress(
         model, Budget(mem=1.0), data=data, arithmetic="int8", threads=1, solver="milp"
