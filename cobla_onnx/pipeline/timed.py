@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +21,7 @@ from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.ways import Choose, Found, Way, fast_enough, too_slow
+from cobla_onnx.plan import Plan
 from cobla_onnx.wording import option_name
 
 if TYPE_CHECKING:
@@ -128,12 +129,15 @@ class _Attempt:
         When the search for all ways began.
     made : list of (Found, Solution)
         What other ways came to.
+    losses : dict of Plan to float
+        Before refit, of the plans that were judged.
     """
 
     session: Session
     budget: Budget
     started: float
     made: list[tuple[Found, Solution]]
+    losses: dict[Plan, float] = field(default_factory=dict)
 
     @cached_property
     def _finisher(self) -> Finisher | None:
@@ -147,8 +151,11 @@ class _Attempt:
         """Loss of a plan before refit on the samples held back; 0 where that is not known."""
         if self._finisher is None:
             return 0.0
-        weights = self._finisher.weights(found.result.plan(self.session.analysis))
-        return self._finisher.judge.selection.loss(weights)
+        plan = found.result.plan(self.session.analysis)
+        if plan not in self.losses:
+            weights = self._finisher.weights(plan)
+            self.losses[plan] = self._finisher.judge.selection.loss(weights)
+        return self.losses[plan]
 
     def is_worth(self, found: Found) -> bool:
         """Whether a plan may lose less than what other ways came to, once it is refitted."""
