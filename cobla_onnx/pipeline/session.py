@@ -43,7 +43,8 @@ from cobla_onnx.pipeline.search.data import (
     measure_factors,
     search_by_data,
 )
-from cobla_onnx.pipeline.search.eight_bits import EightBits, in_eight_bits, spared_outputs
+from cobla_onnx.pipeline.search.eight_bit_search import EightBits
+from cobla_onnx.pipeline.search.eight_bits import in_eight_bits, spared_outputs
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.memory import EightBitMemory

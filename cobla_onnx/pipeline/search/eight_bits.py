@@ -1,75 +1,35 @@
-"""Choose what computes in 8 bits, and in which ranges, by the loss on the samples held back."""
+"""Let a model compute in 8 bits where it can."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection
 
 import onnx
 
-from cobla_onnx.allocation.problem import Float64
-from cobla_onnx.arithmetic.biases import biased_nodes, corrected_biases, with_biases
 from cobla_onnx.arithmetic.gemms import with_plain_gemms
 from cobla_onnx.arithmetic.nodes import (
-    carried_nodes,
     dynamic_nodes,
     require_opset,
     sole_readers,
     weighted_nodes,
     with_stored_weights,
 )
-from cobla_onnx.arithmetic.prepared import Prepared, prepare
-from cobla_onnx.arithmetic.quantise import quantised, quantised_at_run_time
-from cobla_onnx.arithmetic.ranges import METHODS, Method, Ranges, calibrated, stand_in_ranges
-from cobla_onnx.arithmetic.saturation import sums_saturate
-from cobla_onnx.calibration.data.arrays import spread_over
-from cobla_onnx.calibration.evaluation.quality import Quality
-from cobla_onnx.errors import ModelError, VerificationError
-from cobla_onnx.graph.first_axis import first_axes
+from cobla_onnx.arithmetic.prepared import prepare
+from cobla_onnx.arithmetic.ranges import stand_in_ranges
+from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import Reason, find_layers
 from cobla_onnx.pipeline.analysis import Analysis
+from cobla_onnx.pipeline.search.eight_bit_search import EightBits, EightBitSearch, narrowed
 from cobla_onnx.pipeline.search.evidence import Evidence
-from cobla_onnx.pipeline.search.floating import cheap_nodes, promising, takes_back
-from cobla_onnx.report.arithmetic import ArithmeticReport
-from cobla_onnx.runtime.session import Feeds
-from cobla_onnx.runtime.shapes import model_costs
-from cobla_onnx.text import finite
 from cobla_onnx.wording import option_name
 
 __all__ = [
-    "EightBits",
     "computes_products",
     "in_eight_bits",
     "spared_outputs",
     "stand_in_eight_bits",
 ]
-
-# Most samples for histograms, which take a hundred times longer than the least and the largest.
-HISTOGRAM_SAMPLES = 32
-# Samples over which the means of nodes are taken; each has as many values as a channel has places.
-BIAS_SAMPLES = 64
-
-
-@dataclass(frozen=True)
-class EightBits:
-    """A model whose nodes compute in 8 bits.
-
-    Attributes
-    ----------
-    source : ModelProto
-        The model in floating point.
-    model : ModelProto
-    report : ArithmeticReport
-    notes : tuple of str
-        What the report says beside.
-    """
-
-    source: onnx.ModelProto
-    model: onnx.ModelProto
-    report: ArithmeticReport
-    notes: tuple[str, ...] = ()
 
 
 def in_eight_bits(
@@ -112,10 +72,10 @@ def in_eight_bits(
     """
     model, weighted = _ready(model, spared)
     prepared = prepare(model, evidence.measured.model.graph.output)
-    search = _Search(evidence, prepared, model, most, is_fast, head is not None)
+    search = EightBitSearch(evidence, prepared, model, most, is_fast, head is not None)
     after = _after(model, weighted, head or 0)
     if most is not None and after != weighted:
-        narrow = _narrow(prepared, stand_in_ranges(prepared), after)
+        narrow = narrowed(prepared, stand_in_ranges(prepared), after)
         after = after if stored_bytes(narrow) <= most else weighted
     return search.result(weighted, after)
 
@@ -128,7 +88,7 @@ def stand_in_eight_bits(
     prepared = prepare(model)
     products = dynamic_nodes(model, weighted)
     ranges = None if products else stand_in_ranges(prepared)
-    return _narrow(prepared, ranges, products or _after(model, weighted, head))
+    return narrowed(prepared, ranges, products or _after(model, weighted, head))
 
 
 def computes_products(model: onnx.ModelProto) -> bool:
@@ -148,16 +108,6 @@ def _after(model: onnx.ModelProto, weighted: tuple[int, ...], head: int) -> tupl
     All of them if none would be left.
     """
     return sole_readers(model, weighted[head:]) or weighted
-
-
-def _narrow(
-    prepared: Prepared, ranges: Ranges | None, places: Sequence[int], *, reduced: bool = False
-) -> onnx.ModelProto:
-    """Let nodes compute in 8 bits in given ranges, or without any in those of each run."""
-    if ranges is None:
-        return quantised_at_run_time(prepared, places, reduced=reduced)
-    nodes = (*places, *carried_nodes(prepared.original, places))
-    return quantised(prepared, ranges, nodes, reduced=reduced)
 
 
 def spared_outputs(model: onnx.ModelProto, analysis: Analysis) -> frozenset[str]:
@@ -190,208 +140,3 @@ def _ready(
             "fewer bits"
         )
     return model, found
-
-
-def _of_batches(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Note that ranges of each run are those of all its samples, unless a run has one."""
-    sizes = {v.name: v.type.tensor_type.shape.dim[:1] for v in model.graph.input}
-    kinds = first_axes(model)
-    if all(
-        kind == "other" or any(size.dim_value == 1 for size in sizes[name])
-        for name, kind in kinds.items()
-    ):
-        return ()
-    return (
-        "the ranges of a run are those of all its samples together: beside much larger ones a "
-        "sample loses more; run one sample at a time where that matters, or give "
-        f"{option_name('arithmetic', 'keep')}",
-    )
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """A model, its losses on the samples held back, and what else was measured there."""
-
-    model: onnx.ModelProto
-    losses: Float64
-    quality: Quality
-
-    @property
-    def loss(self) -> float:
-        loss = float(self.losses.mean())
-        return loss if math.isfinite(loss) else math.inf
-
-
-@dataclass
-class _Search:
-    evidence: Evidence
-    prepared: Prepared
-    source: onnx.ModelProto
-    most: int | None
-    is_fast: Callable[[onnx.ModelProto], bool] = lambda model: True
-    timed: bool = False
-    candidates: dict[str, float] = field(default_factory=dict)
-    done: int = 0
-
-    def result(self, everything: Sequence[int], after: Sequence[int]) -> EightBits:
-        """Choose among nodes, of which those `after` the first ones are faster in 8 bits."""
-        before = self._judge(self.source)
-        products = dynamic_nodes(self.source, everything)
-        weighted = products or after
-        slow = set(everything) - set(weighted)
-        method, ranges, best = self._dynamic(products) if products else self._by_ranges(weighted)
-        if math.isinf(best.loss) and not math.isinf(before.loss):
-            raise VerificationError(
-                f"{option_name('arithmetic', 'int8')}: on the samples held back the model in 8 "
-                "bits gives outputs that are no numbers; nothing was written, give "
-                f"{option_name('arithmetic', 'keep')}"
-            )
-        left, best = self._left(method, ranges, best, weighted, before.loss)
-        chosen = [node for node in weighted if node not in left]
-        corrected = 0
-        if ranges is not None:
-            best, corrected = self._corrected(method, ranges, best, weighted, chosen)
-        losses = self.candidates.items()
-        report = ArithmeticReport(
-            nodes=len(chosen),
-            carried=0 if products else len(carried_nodes(self.source, chosen)),
-            left=tuple(map(self._shown, sorted({*left, *slow}))),
-            ranges=method,
-            biases=corrected,
-            candidates={name: finite(loss) for name, loss in losses},
-            reduced=sums_saturate(),
-            loss_before=before.loss,
-            loss=best.loss,
-            quality_before=before.quality,
-            quality=best.quality,
-        )
-        self.evidence.context.progress("8-bit arithmetic", self.done, self.done)
-        notes = () if ranges is not None else _of_batches(self.source)
-        return EightBits(self.source, best.model, report, notes)
-
-    def _left(
-        self,
-        method: str,
-        ranges: Ranges | None,
-        best: _Judged,
-        weighted: Sequence[int],
-        before: float,
-    ) -> tuple[list[int], _Judged]:
-        """Leave single nodes in floating point where that takes back much of the loss."""
-        known, threads = self.evidence.analysis.input_shapes, self.evidence.context.threads
-        _, macs, _ = model_costs(self.source, known, needed=False, threads=threads)
-        if macs is None:
-            return [], best
-        cheap, room = cheap_nodes(self.source, macs, weighted, self.timed)
-
-        def without(places: Collection[int]) -> list[int]:
-            return [node for node in weighted if node not in places]
-
-        found = promising(
-            cheap,
-            lambda places: self._losses(ranges, without(places)),
-            best.losses,
-            best.loss - before,
-        )
-        left = list[int]()
-        for place in found:
-            nodes = without([*left, place])
-            if not nodes or macs[place] > room:
-                continue
-            other = self._with(ranges, nodes)
-            self.candidates[f"{method}, without {self._shown(place)}"] = other.loss
-            gains = takes_back(best.losses, other.losses, best.loss - before)
-            if gains and self._fits(other.model):
-                left.append(place)
-                room -= macs[place]
-                best = other
-        return left, best
-
-    def _corrected(
-        self,
-        method: str,
-        ranges: Ranges,
-        best: _Judged,
-        weighted: Sequence[int],
-        chosen: Sequence[int],
-    ) -> tuple[_Judged, int]:
-        """Correct biases, unless that loses more; also return how many were."""
-        found = biased_nodes(self.source, weighted)
-        if not found:
-            return best, 0
-        names = self.prepared.names
-        # All names stay, since nodes are looked up by them.
-        narrow = self._quantised(replace(self.prepared, given=frozenset()), ranges, chosen)
-        dataset, judge = self.evidence.dataset, self.evidence.judge
-        samples = spread_over(dataset.calibration, BIAS_SAMPLES)
-        biases = corrected_biases(
-            self.source,
-            narrow,
-            found,
-            {place: names[place] for place in found},
-            lambda: judge.batches(samples),
-        )
-        outputs = self.evidence.measured.model.graph.output
-        prepared = prepare(with_biases(self.source, biases), outputs)
-        other = self._judge(self._quantised(prepared, ranges, chosen))
-        self.candidates[f"{method}, biases corrected"] = other.loss
-        # It costs nothing, so that it need not gain more than the noise.
-        return (other, len(found)) if other.loss < best.loss else (best, 0)
-
-    def _losses(self, ranges: Ranges | None, nodes: Sequence[int]) -> Float64 | None:
-        """Losses with some nodes alone in 8 bits; None where there are none."""
-        return self._with(ranges, nodes).losses if nodes else None
-
-    def _fits(self, model: onnx.ModelProto) -> bool:
-        """Whether a model keeps to the bytes and the time that it may take."""
-        return (self.most is None or stored_bytes(model) <= self.most) and self.is_fast(model)
-
-    def _dynamic(self, products: Sequence[int]) -> tuple[str, None, _Judged]:
-        judged = self._with(None, products)
-        self.candidates["dynamic"] = judged.loss
-        return "dynamic", None, judged
-
-    def _by_ranges(self, weighted: Sequence[int]) -> tuple[str, Ranges, _Judged]:
-        found = list[tuple[str, Ranges, _Judged]]()
-        nodes = (*weighted, *carried_nodes(self.source, weighted))
-        operators = {self.source.graph.node[place].op_type for place in nodes}
-        for method in METHODS:
-            ranges = calibrated(self.prepared, self._batches(method), method, operators)
-            if ranges is None:
-                self.candidates[method] = math.inf
-                continue
-            judged = self._with(ranges, weighted)
-            self.candidates[method] = judged.loss
-            found.append((method, ranges, judged))
-        return min(found, key=lambda entry: entry[2].loss)
-
-    def _batches(self, method: Method) -> Iterator[Feeds]:
-        dataset, judge = self.evidence.dataset, self.evidence.judge
-        if method == "min-max":
-            return iter(judge.batches(dataset.calibration))
-        # All tensors of a batch are held at a time.
-        return dataset.batches(spread_over(dataset.calibration, HISTOGRAM_SAMPLES), 1)
-
-    def _with(self, ranges: Ranges | None, weighted: Sequence[int]) -> _Judged:
-        return self._judge(self._quantised(self.prepared, ranges, weighted))
-
-    def _quantised(
-        self, prepared: Prepared, ranges: Ranges | None, weighted: Sequence[int]
-    ) -> onnx.ModelProto:
-        return _narrow(prepared, ranges, weighted, reduced=sums_saturate())
-
-    def _judge(self, model: onnx.ModelProto) -> _Judged:
-        self.done += 1
-        self.evidence.context.progress("8-bit arithmetic", self.done - 1, self.done)
-        try:
-            return _Judged(model, *self.evidence.judged_model(model))
-        except ModelError as error:
-            raise VerificationError(
-                f"{option_name('arithmetic', 'int8')}: onnxruntime does not run the model in 8 "
-                f"bits: {error.message}; nothing was written, give "
-                f"{option_name('arithmetic', 'keep')}"
-            ) from error
-
-    def _shown(self, place: int) -> str:
-        node = self.source.graph.node[place]
-        return str(node.name or node.output[0])

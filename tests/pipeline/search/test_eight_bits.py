@@ -14,7 +14,7 @@ from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.options import Settings, values
 from cobla_onnx.pipeline.open_session import open_session
-from cobla_onnx.pipeline.search import eight_bits, floating
+from cobla_onnx.pipeline.search import eight_bit_search, eight_bits, floating
 from cobla_onnx.pipeline.search.eight_bits import in_eight_bits
 from cobla_onnx.pipeline.search.memory import EightBitMemory
 from cobla_onnx.plan import Decision, Plan
@@ -236,8 +236,8 @@ def judged(monkeypatch):
             found = real(its, model)
             return replace(found, losses=found.losses * factor) if its.done == 5 else found
 
-        real = eight_bits._Search._judge
-        monkeypatch.setattr(eight_bits._Search, "_judge", judge)
+        real = eight_bit_search.EightBitSearch._judge
+        monkeypatch.setattr(eight_bit_search.EightBitSearch, "_judge", judge)
         monkeypatch.setattr(floating, "MOST_MACS", 0.0)
 
     return set_up
@@ -338,8 +338,8 @@ def test_what_does_not_run_or_gives_no_numbers_is_not_written(data, monkeypatch,
             )
         return model
 
-    real = eight_bits.quantised
-    monkeypatch.setattr(eight_bits, "quantised", broken)
+    real = eight_bit_search.quantised
+    monkeypatch.setattr(eight_bit_search, "quantised", broken)
     with pytest.raises(VerificationError, match=words) as caught:
         compress(small_network(), Budget(mac=1.0), data=data, arithmetic="int8", **QUICK)
     assert caught.value.exit_code == 5
@@ -370,8 +370,8 @@ def test_a_method_that_gives_no_ranges_is_left_out(data, monkeypatch):
         found = calibrated(prepared, batches, method, operators)
         return found if method == "min-max" else None
 
-    calibrated = eight_bits.calibrated
-    monkeypatch.setattr(eight_bits, "calibrated", some)
+    calibrated = eight_bit_search.calibrated
+    monkeypatch.setattr(eight_bit_search, "calibrated", some)
     model = small_network()
     said = compress(model, Budget(mem=0.6), data=data, arithmetic="int8", **QUICK).report.arithmetic
     assert said.ranges == "min-max"
