@@ -167,8 +167,8 @@ class EightBitSearch:
         before: float,
     ) -> tuple[list[int], _Judged]:
         """Leave single nodes in floating point where that takes back much of the loss."""
-        known, threads = self.evidence.analysis.input_shapes, self.evidence.context.threads
-        _, macs, _ = model_costs(self.source, known, needed=False, threads=threads)
+        shapes, threads = self.evidence.analysis.input_shapes, self.evidence.context.threads
+        _, macs, _ = model_costs(self.source, shapes, needed=False, threads=threads)
         if macs is None:
             return [], best
         cheap, room = cheap_nodes(self.source, macs, weighted, self.timed)
@@ -176,18 +176,26 @@ class EightBitSearch:
         def without(places: Collection[int]) -> list[int]:
             return [node for node in weighted if node not in places]
 
-        found = promising(
-            cheap,
-            lambda places: self._losses(ranges, without(places)),
-            best.losses,
-            best.loss - before,
-        )
+        alone = dict[int, _Judged]()
+
+        def losses(places: Sequence[int]) -> Float64 | None:
+            if not (nodes := without(places)):
+                return None
+            other = self._with(ranges, nodes)
+            if len(places) == 1 and all(other.loss < each.loss for each in alone.values()):
+                # Looked at again first. One is kept, since it may be large.
+                alone.clear()
+                alone[places[0]] = other
+            return other.losses
+
+        found = promising(cheap, losses, best.losses, best.loss - before)
         left = list[int]()
         for place in found:
             nodes = without([*left, place])
             if not nodes or macs[place] > room:
                 continue
-            other = self._with(ranges, nodes)
+            known = None if left else alone.pop(place, None)
+            other = known or self._with(ranges, nodes)
             self.candidates[f"{method}, without {self._shown(place)}"] = other.loss
             gains = takes_back(best.losses, other.losses, best.loss - before)
             if gains and self._fits(other.model):
@@ -226,10 +234,6 @@ class EightBitSearch:
         self.candidates[f"{method}, biases corrected"] = other.loss
         # It costs nothing, so that it need not gain more than the noise.
         return (other, len(found)) if other.loss < best.loss else (best, 0)
-
-    def _losses(self, ranges: Ranges | None, nodes: Sequence[int]) -> Float64 | None:
-        """Losses with some nodes alone in 8 bits; None where there are none."""
-        return self._with(ranges, nodes).losses if nodes else None
 
     def _fits(self, model: onnx.ModelProto) -> bool:
         """Whether a model keeps to the bytes and the time that it may take."""

@@ -213,6 +213,20 @@ def test_nodes_with_many_macs_compute_in_eight_bits_whatever_that_loses(data, mo
         assert in_eight_bits(session.evidence, session.model).report.left == ("fc",)
 
 
+def test_the_one_node_that_takes_back_much_is_not_judged_again(data, monkeypatch):
+    monkeypatch.setattr(floating, "paired_gain", _always_better)
+    judge, seen = eight_bit_search.EightBitSearch._judge, []
+
+    def watched(its, model):
+        seen.append(model.SerializeToString(deterministic=True))
+        return judge(its, model)
+
+    monkeypatch.setattr(eight_bit_search.EightBitSearch, "_judge", watched)
+    with open_session(small_network(), Settings(data=data, arithmetic="int8")) as session:
+        assert in_eight_bits(session.evidence, session.model).report.left == ("fc",)
+    assert len(set(seen)) == len(seen)
+
+
 def test_what_is_pooled_next_is_not_left_in_floating_point(data, monkeypatch):
     """Bytes would then be pooled in a slow layout, which takes longer than all the rest."""
     monkeypatch.setattr(floating, "paired_gain", _always_better)
