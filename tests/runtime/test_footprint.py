@@ -55,3 +55,17 @@ def test_constants_are_those_of_the_optimised_graph(decisions, ir_version, tmp_p
 def test_what_is_too_large_is_not_measured(monkeypatch):
     monkeypatch.setattr(footprint, "MEASURED", 100)
     assert constants_in_session(small_network(), 1) is None
+
+
+def test_numbers_of_large_weights_do_not_matter(monkeypatch):
+    model = small_network()
+    plans = [
+        (),
+        (Decision("conv2", "channel", 2),),
+        (Decision("conv2", "stored", 3), Decision("fc", "stored", 8)),
+    ]
+    models = [compress(model, plan=Plan(plan), threads=1).model for plan in plans]
+    real = [constants_in_session(each, 1) for each in models]
+    monkeypatch.setattr(footprint, "LARGE", 64)
+    assert [constants_in_session(each, 1) for each in models] == real
+    assert len(set(real)) == 2
