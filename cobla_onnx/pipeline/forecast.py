@@ -22,7 +22,7 @@ from cobla_onnx.runtime.progress import silent
 from cobla_onnx.variants.base import Asked, Candidate, LayerCosts, LayerVariants
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
 from cobla_onnx.variants.storage.family import StorageFamily
-from cobla_onnx.variants.storage.precision import precision_bits
+from cobla_onnx.variants.storage.precision import decoded
 from cobla_onnx.variants.work import measured_curves
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def bit_curves(
     model: onnx.ModelProto, analysis: Analysis, context: RunContext
 ) -> tuple[VariantCurve | None, ...]:
     """Return the curve of each layer stored in fewer bits as a whole; None where there is none."""
-    bits = precision_bits("auto", opset_of(model))
+    bits = decoded(opset_of(model))
     candidates = [_candidate(each, analysis, bits) for each in analysis.variants]
     quiet = replace(context, progress=silent)
     found = measured_curves(model, candidates, analysis.from_data, quiet)

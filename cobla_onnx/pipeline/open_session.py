@@ -44,7 +44,8 @@ from cobla_onnx.runtime.run_cache import RunCache
 from cobla_onnx.variants.base import Asked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule, rank_rule
 from cobla_onnx.variants.low_rank.units import GRAMS, VALUES, VECTORS
-from cobla_onnx.variants.storage.precision import precision_bits
+from cobla_onnx.variants.storage.precision import precision_bits, require_decoded
+from cobla_onnx.wording import option_name
 
 __all__ = ["open_session"]
 
@@ -208,8 +209,9 @@ def _analysed(
     refine, weigh = settings.rank_multiple == "auto", settings.resolved_objective != "weights"
     # All ranks were tried before a refusal then.
     tried = EVERY_RANK if refine else rule
-    asked = precision_bits(settings.precision, opset_of(followed.model))
-    bits = sorted({*asked, *needs.bits})
+    opset = opset_of(followed.model)
+    require_decoded(needs.bits, opset, option_name("plan"))
+    bits = sorted({*precision_bits(settings.precision, opset), *needs.bits})
     analysis = analyse(
         followed.model,
         Selection(settings.include, settings.exclude, settings.min_size),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
@@ -11,7 +12,15 @@ from numpy.typing import NDArray
 from cobla_onnx.errors import UsageError
 from cobla_onnx.wording import option_name
 
-__all__ = ["FORMATS", "HALF", "Precision", "in_half", "precision_bits"]
+__all__ = [
+    "FORMATS",
+    "HALF",
+    "Precision",
+    "decoded",
+    "in_half",
+    "precision_bits",
+    "require_decoded",
+]
 
 # Bits of half precision, which is a type of its own and not codes.
 HALF = 16
@@ -19,8 +28,9 @@ HALF = 16
 FORMATS = (2, 3, 4, 5, 6, 8, HALF)
 """Numbers of bits."""
 
-DECODED_FROM = 7
-"""The opset from which operators broadcast as decoding needs it; half precision needs none."""
+# The opsets from which a Cast names a type by its number, which is all that half precision needs,
+# and from which operators broadcast as decoding needs it.
+CAST_FROM, DECODED_FROM = 6, 7
 
 Precision: TypeAlias = Literal["keep", "auto"] | tuple[int, ...]
 
@@ -45,9 +55,12 @@ def precision_bits(precision: Precision, opset: int = DECODED_FROM) -> tuple[int
     >>> precision_bits("keep"), precision_bits((8, 4)), precision_bits("auto")
     ((), (4, 8), (2, 3, 4, 5, 6, 8, 16))
     """
-    if isinstance(precision, str) and precision in ("keep", "auto"):
-        known = FORMATS if opset >= DECODED_FROM else (HALF,)
-        return known if precision == "auto" else ()
+    if isinstance(precision, str) and precision == "keep":
+        return ()
+    if isinstance(precision, str) and precision == "auto":
+        found = decoded(opset)
+        require_decoded(found or FORMATS, opset, option_name("precision", "auto"))
+        return found
     if not isinstance(precision, tuple | list) or not precision or not all(map(_known, precision)):
         allowed = ", ".join(map(str, FORMATS))
         raise UsageError(
@@ -55,13 +68,46 @@ def precision_bits(precision: Precision, opset: int = DECODED_FROM) -> tuple[int
             f"e.g. {option_name('precision', (8, 4))}"
         )
     found = tuple(sorted(set(precision)))
-    if opset < DECODED_FROM and found != (HALF,):
-        raise UsageError(
-            f"{option_name('precision', precision)}: weights in fewer than {HALF} bits are decoded "
-            f"by operators of opset {DECODED_FROM}, and the model has {opset}; export it with a "
-            f"newer one, or give {option_name('precision', (HALF,))}"
-        )
+    require_decoded(found, opset, option_name("precision", precision))
     return found
+
+
+def decoded(opset: int) -> tuple[int, ...]:
+    """Return the numbers of bits that a model of an opset can decode."""
+    return tuple(bits for bits in FORMATS if opset >= _least(bits))
+
+
+def require_decoded(bits: Collection[int], opset: int, asked: str) -> None:
+    """Refuse numbers of bits that the opset of a model cannot decode.
+
+    Parameters
+    ----------
+    bits : collection of int
+    opset : int
+    asked : str
+        Where they come from, for the message.
+
+    Raises
+    ------
+    UsageError
+    """
+    least = max(map(_least, bits), default=opset)
+    if opset < least:
+        half = opset >= CAST_FROM
+        kind = (
+            f"fewer than {HALF} bits are decoded"
+            if least == DECODED_FROM
+            else "half precision are cast"
+        )
+        instead = f", or give {option_name('precision', (HALF,))}" if half else ""
+        raise UsageError(
+            f"{asked}: weights in {kind} by operators of opset {least}, and the model has {opset}; "
+            f"export it with a newer one{instead}"
+        )
+
+
+def _least(bits: int) -> int:
+    return CAST_FROM if bits == HALF else DECODED_FROM
 
 
 def _known(bits: object) -> bool:

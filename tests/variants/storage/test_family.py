@@ -150,20 +150,40 @@ def test_what_is_not_a_precision(wrong: Any) -> None:
         precision_bits(wrong)
 
 
-def test_before_opset_7_there_is_half_precision_alone() -> None:
+def _old_model(opset: int) -> onnx.ModelProto:
     weights = {"w": random_array(40, 40), "v": random_array(40, 8)}
     nodes = [
         onnx.helper.make_node("MatMul", ["x", "w"], ["h"], "one"),
         onnx.helper.make_node("MatMul", ["h", "v"], ["y"], "two"),
     ]
-    model = model_of(nodes, weights, {"x": [3, 40]}, ["y"], opset=6)
+    model = model_of(nodes, weights, {"x": [3, 40]}, ["y"], opset=opset)
     model.ir_version = 3
+    return model
+
+
+def test_before_opset_7_there_is_half_precision_alone() -> None:
+    model = _old_model(6)
     for precision in ((8,), (16, 4)):
         with pytest.raises(UsageError, match=r"of opset 7, and the model has 6; export it with"):
             compress(model, Budget(mem=0.6), precision=precision, threads=1)
     for precision in ("auto", (16,)):
         result = compress(model, Budget(mem=0.5), precision=precision, threads=1)
         assert {d.rank for d in result.plan.decisions if d.scheme == "stored"} == {16}
+
+
+def test_before_opset_6_there_are_no_bits() -> None:
+    model = _old_model(5)
+    for precision in ("auto", (16,)):
+        with pytest.raises(UsageError, match=r"the model has 5; export it with a newer one$"):
+            compress(model, Budget(mem=0.6), precision=precision, threads=1)
+    compress(model, Budget(mem=0.6), threads=1)
+
+
+def test_a_plan_with_bits_that_the_opset_cannot_decode() -> None:
+    plan = Plan((Decision("one", "stored", 4),))
+    with pytest.raises(UsageError, match=r"^plan: weights in fewer than 16 .* of opset 7"):
+        compress(_old_model(6), plan=plan, threads=1)
+    compress(_old_model(6), plan=Plan((Decision("one", "stored", 16),)), threads=1)
 
 
 def test_a_plan_with_bits_that_there_are_not() -> None:
