@@ -203,6 +203,11 @@ def _add_weights(
             dims=array.shape,
             data_location=onnx.TensorProto.EXTERNAL,
         )
+        if light.ir_version < 4 and name in extra:
+            # What bodies alone read is not found otherwise.
+            light.graph.input.append(
+                onnx.helper.make_tensor_value_info(name, data_type, array.shape)
+            )
         contiguous = np.ascontiguousarray(array)
         if contiguous.nbytes != tensor_bytes(stub):
             # A type of less than a byte, which numpy unpacks, and onnxruntime reads as it is.

@@ -119,3 +119,33 @@ def test_a_session_of_many_weights_opens_in_memory_that_is_not_in_use(monkeypatc
     runtime.open_session(model, 1)
     assert len(returned) == 1 + given_back
     assert len(large) == 1
+
+
+@pytest.mark.parametrize("ir_version", [3, 8])
+def test_weights_given_beside_the_model_may_be_read_in_bodies_alone(ir_version):
+    branches = {
+        name: helper.make_graph(
+            [helper.make_node(op, ["extra"], [name])],
+            name,
+            [],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2])],
+        )
+        for name, op in (("then", "Identity"), ("else", "Neg"))
+    }
+    node = helper.make_node(
+        "If", ["c"], ["y"], then_branch=branches["then"], else_branch=branches["else"]
+    )
+    graph = helper.make_graph(
+        [node],
+        "test",
+        [helper.make_tensor_value_info("c", TensorProto.BOOL, [])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=ir_version
+    )
+    extra = np.array([1, 2], np.float32)
+    session = runtime.open_session(model, 1, extra_weights={"extra": extra})
+    assert [value.name for value in session.get_inputs()] == ["c"]
+    (found,) = session.run(None, {"c": np.array(False)})
+    assert np.array_equal(found, -extra)
