@@ -45,6 +45,7 @@ from cobla_onnx.pipeline.search.data import (
 )
 from cobla_onnx.pipeline.search.eight_bit_search import EightBits
 from cobla_onnx.pipeline.search.eight_bits import in_eight_bits, spared_outputs
+from cobla_onnx.pipeline.search.eight_bits_alone import EightBitsAlone
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.memory import EightBitMemory
@@ -142,6 +143,8 @@ class Session:
     by_macs : Session or None
         With a latency budget: the layers as a budget of MACs would have them, without the table of
         times.
+    eight_bits_alone : EightBitsAlone
+        The model in 8 bits with all its ranks, which does not depend on a budget.
     """
 
     given: onnx.ModelProto
@@ -156,6 +159,7 @@ class Session:
     rule: RankRule = EVERY_RANK
     seconds: float = 0.0
     by_macs: Session | None = field(default=None, repr=False)
+    eight_bits_alone: EightBitsAlone = field(default_factory=EightBitsAlone, repr=False)
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -322,17 +326,20 @@ class Session:
     ) -> EightBits:
         """Let the model with these replacements compute in 8 bits."""
         model = self.followed.rewritten(replacements)
-        most = None
+        most = latency = None
         if budget is not None and budget.mem is not None:
             most = self.analysis.limits(Budget(mem=budget.mem))["mem"]
+        if budget is not None and self.times is not None:
+            latency = budget.latency
         spared = spared_outputs(self.model, self.analysis)
 
-        def is_fast(narrow: onnx.ModelProto) -> bool:
-            if budget is None or budget.latency is None or self.times is None:
-                return True
-            return self.times.search.compare(narrow).ratio <= budget.latency
+        def ratio(narrow: onnx.ModelProto) -> float:
+            assert self.times is not None
+            return self.times.search.compare(narrow).ratio
 
-        return in_eight_bits(evidence, model, most, spared, head, is_fast)
+        kept = EightBitsAlone() if replacements else self.eight_bits_alone
+        make = partial(in_eight_bits, evidence, model, most, spared, head)
+        return kept.once((most, head), latency, ratio, make)
 
     def _by_costs(self, budget: Budget, choose: Choose) -> SearchResult:
         def search(limits: Budget) -> SearchResult:
