@@ -96,8 +96,8 @@ class Solution:
         The one whose layers the plan is of: a latency budget has one for each way of choosing
         (see `solve_in_time`), and its answer is finished by that one.
     others : tuple of callable
-        They return those of other ways to a latency budget, by loss: for when this one, finished
-        and timed again, takes too long.
+        They return those of other ways to a latency budget, by loss, or raise `BudgetError`: for
+        when this one, finished and timed again, takes too long.
     """
 
     budget: Budget | None
@@ -224,14 +224,8 @@ class Session:
         try:
             return finish(solution.session or self, solution)
         except BudgetError as error:
-            if not solution.others:
-                raise
-            make, *others = solution.others
-            following = make()
-            if following.allocation is not None:
-                note = f"not the plan that loses least, of which {error.in_flags()}"
-                following = replace(following, allocation=following.allocation.noting(note))
-        return self.finish(replace(following, others=tuple(others)))
+            following = _following(solution, error)
+        return self.finish(following)
 
     def solve(self, budget: Budget | None, plan: Plan | None = None) -> Solution:
         """Find ranks, unless a plan gives them, and factors.
@@ -375,6 +369,21 @@ class Session:
         chosen = [self.analysis.resolve(d) for d in plan.decisions if d.scheme is not None]
         made = replacements_of(self.model, chosen, self.context)
         yield from tracked(made, len(chosen), partial(self.notify, "factorise"))
+
+
+def _following(solution: Solution, error: BudgetError) -> Solution:
+    """Return the solution of the next way that has one; raise the error where there is none."""
+    for number, make in enumerate(solution.others, 1):
+        try:
+            found = make()
+        except BudgetError:
+            # It was left out before it was timed, and would take too long as well.
+            continue
+        if found.allocation is not None:
+            note = f"not the plan that loses least, of which {error.in_flags()}"
+            found = replace(found, allocation=found.allocation.noting(note))
+        return replace(found, others=solution.others[number:])
+    raise error
 
 
 def _as_planned(plan: Plan, replacements: Iterable[Replacement]) -> Iterator[Replacement]:

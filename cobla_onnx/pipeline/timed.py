@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.errors import BudgetError, UsageError
+from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.options import Settings
+from cobla_onnx.pipeline.search.aims import Aims
 from cobla_onnx.pipeline.search.finishing import Finisher
+from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.pipeline.search.ways import Choose, Found, Way, fast_enough, too_slow
 from cobla_onnx.plan import Plan
 from cobla_onnx.wording import option_name
@@ -77,6 +80,10 @@ def solve_in_time(session: Session, budget: Budget) -> Solution:
     refused: list[BudgetError] = []
     for each in _sessions(session):
         attempt = _Attempt(replace(each, seconds=session.seconds), budget, started, made)
+        hopeless = attempt.without_time()
+        if hopeless is not None:
+            left.append(hopeless)
+            continue
         try:
             found = search.tried(attempt.way, budget, attempt.is_worth)
         except BudgetError as error:
@@ -91,7 +98,7 @@ def solve_in_time(session: Session, budget: Budget) -> Solution:
         if attempt.is_worth(best):
             made.append((best, attempt.solution(best, found)))
         else:
-            left.append(_Left(best, attempt.loss(best), partial(attempt.solution, best, found)))
+            left.append(attempt.left(best, found))
     if not made:
         raise too_slow(tried, budget.latency, search.stopwatch.threads) if tried else refused[0]
     made.sort(key=lambda entry: _loss(entry[1]))
@@ -105,9 +112,22 @@ def solve_in_time(session: Session, budget: Budget) -> Solution:
 
 
 class _Left(NamedTuple):
-    """A plan that is fast enough, its loss before refit, and what makes the solution after all."""
+    """A way that loses too much before refit, and what makes its solution after all.
 
-    found: Found
+    Attributes
+    ----------
+    name : str
+        Of the way.
+    measured : Comparison or None
+        Time of its plan; None where it was not timed.
+    loss : float
+        Of its plan before refit.
+    solution : callable
+        May raise `BudgetError` where the plan was not timed.
+    """
+
+    name: str
+    measured: Comparison | None
     loss: float
     solution: Callable[[], Solution]
 
@@ -147,11 +167,11 @@ class _Attempt:
     def way(self) -> Way:
         return _way(self.session, self.budget, self.session.chooser(self._finisher))
 
-    def loss(self, found: Found) -> float:
+    def loss(self, result: SearchResult) -> float:
         """Loss of a plan before refit on the samples held back; 0 where that is not known."""
         if self._finisher is None:
             return 0.0
-        plan = found.result.plan(self.session.analysis)
+        plan = result.plan(self.session.analysis)
         if plan not in self.losses:
             weights = self._finisher.weights(plan)
             self.losses[plan] = self._finisher.judge.selection.loss(weights)
@@ -159,10 +179,48 @@ class _Attempt:
 
     def is_worth(self, found: Found) -> bool:
         """Whether a plan may lose less than what other ways came to, once it is refitted."""
+        return self._is_worth(found.result)
+
+    def _is_worth(self, result: SearchResult) -> bool:
         if not self.made or self.session.settings.distil is not None:
             return True
         least = min(_loss(solution) for _, solution in self.made)
-        return self.loss(found) <= REFIT * least
+        return self.loss(result) <= REFIT * least
+
+    def without_time(self) -> _Left | None:
+        """Leave the way out before anything is timed, if it can be seen to lose too much.
+
+        That is what it would choose if the time fell with all that stands for it: it falls less.
+        """
+        assert self.budget.latency is not None
+        way = self.way
+        if way.eight_bits or way.sketch is None:
+            return None
+        aims = Aims(way.proxy, self.budget.latency, 1.0)
+        try:
+            first = way.sketch([*way.others, aims.first()])
+        except BudgetError:
+            # What stands for the time may be wrong: let the search find out.
+            return None
+        if self._is_worth(first):
+            return None
+        return _Left(way.name, None, self.loss(first), self._after_all)
+
+    def left(self, best: Found, tried: Sequence[Found]) -> _Left:
+        """Leave out a plan that is fast enough."""
+        make = partial(self.solution, best, tried)
+        return _Left(best.way.name, best.measured, self.loss(best.result), make)
+
+    def _after_all(self) -> Solution:
+        """Search as if there was no other way."""
+        assert self.budget.latency is not None
+        assert self.session.times is not None
+        search = self.session.times.search
+        found = search.tried(self.way, self.budget)
+        best = fast_enough(found, self.budget.latency)
+        if best is None:
+            raise too_slow(found, self.budget.latency, search.stopwatch.threads)
+        return self.solution(best, found)
 
     def solution(self, best: Found, tried: Sequence[Found]) -> Solution:
         """Make the factors of a plan, and let it compute in 8 bits if this way does."""
@@ -221,10 +279,8 @@ def _note(made: Sequence[tuple[Found, Solution]], left: Sequence[_Left]) -> str:
         f"by {found.way.name}: {found.measured.ratio:.3f} of the time, loss {_loss(each):.4g}"
         for found, each in made
     ]
-    compared += [
-        f"by {found.way.name}: {found.measured.ratio:.3f} of the time, loss {loss:.4g} before "
-        "refit, which was left out"
-        for found, loss, _ in left
-    ]
-    name = made[0][0].way.name
-    return f"ranks were chosen by {name}, as that loses least ({'; '.join(compared)})"
+    for name, measured, loss, _ in left:
+        timed = "not timed" if measured is None else f"{measured.ratio:.3f} of the time"
+        compared.append(f"by {name}: {timed}, loss {loss:.4g} before refit, which was left out")
+    best = made[0][0].way.name
+    return f"ranks were chosen by {best}, as that loses least ({'; '.join(compared)})"

@@ -8,7 +8,7 @@ from cobla_onnx import Budget, compress
 from cobla_onnx.allocation.paired import PairedGain
 from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.options import Settings
-from cobla_onnx.pipeline import session
+from cobla_onnx.pipeline import session, timed
 from cobla_onnx.pipeline.open_session import open_session
 from cobla_onnx.pipeline.search import floating
 from cobla_onnx.pipeline.search.eight_bits import in_eight_bits
@@ -117,10 +117,14 @@ def test_eight_bits_that_are_fast_enough_by_themselves_leave_no_room_for_ranks(d
     assert alone.report.latency.ratio <= 0.55
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 def test_what_loses_much_more_before_refit_is_neither_searched_nor_made(
-    data, processor, monkeypatch
+    data, processor, monkeypatch, at_once
 ):
+    """It is seen at once, or when its first plan that is fast enough was timed."""
     processor(eight_bits=0.5)
+    if not at_once:
+        monkeypatch.setattr(timed._Attempt, "without_time", lambda its: None)
     searched, search = [], session.search_by_data
 
     def counted(problem, evidence, finisher, constraints):
@@ -135,6 +139,7 @@ def test_what_loses_much_more_before_refit_is_neither_searched_nor_made(
     assert searched == [False]
     note = next(n for n in report.notes if "loses least" in n)
     assert note.count("before refit, which was left out") == 2
+    assert note.count(": not timed, loss") == (2 if at_once else 0)
 
 
 @pytest.mark.usefixtures("eight_bits_take_too_long")
@@ -145,6 +150,19 @@ def test_what_was_left_out_is_made_where_the_answer_takes_too_long(data, process
     assert report.arithmetic is None
     assert report.latency.ratio <= 0.55
     assert any(layer.rank for layer in report.layers)
+
+
+@pytest.mark.usefixtures("eight_bits_take_too_long")
+def test_what_was_left_out_may_take_too_long_as_well(data, processor):
+    def nanoseconds(self, model):
+        found = Processor.nanoseconds(self, model)
+        narrow = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+        return found if narrow or len(model.graph.node) <= 2 else 0.7 * WHOLE + 0.3 * found
+
+    processor(eight_bits=0.5, nanoseconds=nanoseconds)
+    options = {"data": data, "arithmetic": "auto", **OPTIONS}
+    with pytest.raises(BudgetError, match=r"the result takes 0\.6 of the original's time"):
+        compress(small_network(), Budget(latency=0.55), **options)
 
 
 def _with_image(narrow, wide):
