@@ -21,6 +21,7 @@ from cobla_onnx.autodiff.constants import known_values
 from cobla_onnx.autodiff.vjp import FLAT, RULES
 from cobla_onnx.autodiff.vjp.registry import Sizes
 from cobla_onnx.errors import UsageError
+from cobla_onnx.graph.inlining import inlined
 from cobla_onnx.graph.io.model_file import (
     MAPPED_FROM,
     copy_without_initializers,
@@ -121,7 +122,7 @@ def prepare(
     if substitutes is not None:
         _substitute(light.graph, substitutes)
     if light.functions:
-        light = onnx.inliner.inline_local_functions(light, convert_version=True)
+        light = inlined(light)
     # Before the cast, so that operators in place of legacy ones are cast, too.
     light = lifted(light, OPSET)
     cast_model(light, element_type)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 import onnx
-from onnx import inliner
 
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.bodies import all_nodes, body_graphs
+from cobla_onnx.graph.inlining import inlined_functions
 from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight, without_weights
 from cobla_onnx.graph.operators.base import operators_of_node
 from cobla_onnx.graph.protos import copied_node, plain_domain
@@ -52,7 +52,7 @@ def with_open_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     del light.functions[:]
     light.functions.extend(functions)
     try:
-        opened = inliner.inline_selected_functions(light, sorted(chosen))
+        opened = inlined_functions(light, chosen)
     except RuntimeError as error:
         named = ", ".join(quoted(name) for _, name in sorted(chosen))
         raise ModelError(

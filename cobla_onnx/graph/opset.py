@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import onnx
-import onnx.inliner
 
 from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.inlining import inlined
 from cobla_onnx.graph.legacy import replace_legacy
 from cobla_onnx.graph.protos import plain_domain
 from cobla_onnx.text import first_line
@@ -38,7 +38,7 @@ def lifted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         return model
     if model.functions:
         # The converter drops them.
-        model = onnx.inliner.inline_local_functions(model, convert_version=True)
+        model = inlined(model)
     replace_legacy(model)
     # Before IR version 4 initializers would have to be inputs.
     least = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])

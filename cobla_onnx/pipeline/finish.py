@@ -130,6 +130,7 @@ def _verified(
         rewritten,
         session.followed.for_writing(solution.replacements),
         session.analysis.input_shapes,
+        given=None if session.written is session.given else session.given,
         quantised=None if solution.eight_bits is None else solution.eight_bits.model,
         data=None if evidence is None else ("held-back", held_back),
         proved=None if evidence is None else proved,
