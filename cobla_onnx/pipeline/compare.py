@@ -31,6 +31,7 @@ from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.io.disk import bytes_of, files_of
 from cobla_onnx.graph.io.model_file import stored_bytes
 from cobla_onnx.graph.macs import fixed_input_shapes
+from cobla_onnx.graph.opening import opened
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
 from cobla_onnx.options import BatchSize, Settings, check_declared, memory_bytes
@@ -109,8 +110,9 @@ def compare(
         compared, count, more = _compare_outputs(pair, inputs, context)
         latency = _timed(pair, inputs, context)
         known = {**inputs.shapes, **shapes}
+        # As compressing counts them, in functions, too.
         costs = [
-            model_costs(each, fixed_input_shapes(each, known), False, context.threads)
+            model_costs(opened(each), fixed_input_shapes(each, known), False, context.threads)
             for each in pair.models
         ]
     found = zip(pair.models, pair.sources, costs, (latency.before, latency.after), strict=True)

@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 import pytest
 
-from cobla_onnx import Budget, compare, compress, errors
+from cobla_onnx import Budget, compare, compress, errors, inspect
 from cobla_onnx.pipeline import compare as module
 from cobla_onnx.report.terminal import output_text
+from tests.bodies import calls
 from tests.builders import model_of, random_array, small_network
 from tests.cli.test_command import run, run_here
 
@@ -145,3 +146,10 @@ def test_a_record_that_is_kept_whole_is_one_sample():
     model = model_of(nodes, {"w": random_array(4, 4)}, {"x": ["time", 4]}, ["y"])
     data = [{"x": random_array(9, 4, seed=seed)} for seed in range(5)]
     assert compare(model, model, data=data, threads=1).samples == 5
+
+
+def test_layers_in_functions_are_counted():
+    model = calls(False)
+    macs = inspect(model, threads=1).mac_total
+    assert macs
+    assert compare(model, model, threads=1).first.macs == macs
