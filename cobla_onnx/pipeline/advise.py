@@ -147,8 +147,10 @@ def _smallest(
 def _suggestions(session: Session, outlooks: tuple[Outlook, ...]) -> Iterable[Suggestion]:
     source = "IN.onnx" if session.source is None else shlex.quote(str(session.source))
     options = typed_options(session.settings, "advise", "compress")
+    # Where no layer can be stored in fewer bits, it is not asked for.
+    bits = " --precision auto" if any(x.bits is not None for x in outlooks) else ""
     if session.evidence is None:
-        yield from _blind(source, options, outlooks)
+        yield from _blind(source, options, bits, outlooks)
         return
     given = session.settings.data
     # Arrays and the like, from Python, have no name.
@@ -160,7 +162,7 @@ def _suggestions(session: Session, outlooks: tuple[Outlook, ...]) -> Iterable[Su
     for how, found in (("that hardly shows", safe), ("that shows, before refit", further)):
         if found is not None:
             yield Suggestion(
-                f"cobla-onnx {source} OUT.onnx --mem {found.kept:g} --precision auto {data}",
+                f"cobla-onnx {source} OUT.onnx --mem {found.kept:g}{bits} {data}",
                 f"the smallest of these budgets with a loss {how}",
                 found.both,
             )
@@ -172,28 +174,28 @@ def _suggestions(session: Session, outlooks: tuple[Outlook, ...]) -> Iterable[Su
             faster.ranks,
         )
     yield Suggestion(
-        f"cobla-onnx {source} OUT.onnx --max-drop 1% --precision auto {data}",
+        f"cobla-onnx {source} OUT.onnx --max-drop 1%{bits} {data}",
         "the smallest model that keeps 99 % of the answers, measured",
     )
 
 
-def _blind(source: str, options: str, outlooks: tuple[Outlook, ...]) -> Iterable[Suggestion]:
+def _blind(
+    source: str, options: str, bits: str, outlooks: tuple[Outlook, ...]
+) -> Iterable[Suggestion]:
     """Suggest what can be done without data."""
     yield Suggestion(
         f"cobla-onnx advise {source}{options} --data SAMPLES",
         "samples of what the model sees, without labels, tell what is lost",
     )
-    within = [x for x in outlooks if x.resource == "mem" and x.both is not None]
-    if not within:
-        return
     kept, reason = 0.26, "about 8 bits for each weight, which most models hardly notice"
-    if min(x.kept for x in within) > kept:
-        # Bytes that nothing compresses stand in the way.
-        kept = (_smallest(outlooks, "mem", "both", HARDLY) or within[0]).kept
-        reason = "the smallest of these budgets that hardly changes a weight"
-    yield Suggestion(
-        f"cobla-onnx {source} OUT.onnx --mem {kept:g} --precision auto{options}", reason
-    )
+    by_bits = [x.kept for x in outlooks if x.resource == "mem" and x.bits is not None]
+    if min(by_bits, default=1.0) > kept:
+        # No weight has so few bits, or bytes that nothing compresses stand in the way.
+        found = _smallest(outlooks, "mem", "both", HARDLY)
+        if found is None:
+            return
+        kept, reason = found.kept, "the smallest of these budgets that hardly changes a weight"
+    yield Suggestion(f"cobla-onnx {source} OUT.onnx --mem {kept:g}{bits}{options}", reason)
 
 
 def _limiting(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import onnx
+from onnx import TensorProto
 
 from cobla_onnx.allocation import Budget
 from cobla_onnx.arithmetic.nodes import WEIGHTED
@@ -44,7 +45,7 @@ from cobla_onnx.runtime.run_cache import RunCache
 from cobla_onnx.variants.base import Asked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK, RankRule, rank_rule
 from cobla_onnx.variants.low_rank.units import GRAMS, VALUES, VECTORS
-from cobla_onnx.variants.storage.precision import precision_bits, require_decoded
+from cobla_onnx.variants.storage.precision import decoded, precision_bits, require_decoded
 from cobla_onnx.wording import option_name
 
 __all__ = ["open_session"]
@@ -161,6 +162,14 @@ def open_session(
                 analysis.from_data.close()
 
 
+def _without_bits(analysis: Analysis, opset: int) -> Iterator[str]:
+    """Say so if no layer can be stored in fewer bits."""
+    if not decoded(opset):
+        yield f"no layer can be stored in fewer bits: operators of opset {opset} decode none"
+    elif analysis.layers and all(x.type != TensorProto.FLOAT for x in analysis.layers):
+        yield "no layer can be stored in fewer bits: no weight is used in single precision"
+
+
 def _run_cache(dataset: Dataset | None, budgets: Sequence[Budget], pool: Pool) -> RunCache | None:
     """Return what keeps results without data: what tells errors makes factors, too.
 
@@ -230,6 +239,8 @@ def _analysed(
         unmeasured=looking.measured.unmeasured if looking is not None and weigh else (),
         followed=followed,
     )
+    if settings.precision != "keep":
+        notes = (*notes, *_without_bits(analysis, opset))
     if looking is not None:
         notes = (*notes, *followed.notes, *looking.notes)
     return replace(analysis, notes=(*analysis.notes, *single.notes, *notes))

@@ -21,6 +21,7 @@ from cobla_onnx.errors import BudgetError, UsageError
 from cobla_onnx.latency.timing import Comparison
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.search.aims import Aims
+from cobla_onnx.pipeline.search.eight_bits import can_compute, spared_outputs
 from cobla_onnx.pipeline.search.finishing import Finisher
 from cobla_onnx.pipeline.search.problem import SearchResult
 from cobla_onnx.pipeline.search.ways import Choose, Found, Way, fast_enough, too_slow
@@ -107,6 +108,9 @@ def solve_in_time(session: Session, budget: Budget) -> Solution:
     if (others or left) and first.allocation is not None:
         noted = first.allocation.noting(_note(made, left))
         first = replace(first, allocation=noted)
+    if session.settings.arithmetic == "auto" and not _may_compute(session) and first.allocation:
+        note = "nothing computes in 8 bits: no node has a stored weight in single precision for it"
+        first = replace(first, allocation=first.allocation.noting(note))
     known = [partial(_itself, solution) for solution in others]
     return replace(first, others=(*known, *(each.solution for each in left)))
 
@@ -240,12 +244,18 @@ def _sessions(session: Session) -> Iterator[Session]:
     """
     arithmetic = session.settings.arithmetic
     by_macs = session.by_macs
-    if arithmetic != "keep":
+    if arithmetic == "int8" or _may_compute(session):
         yield (by_macs or session).computing("int8")
     if arithmetic != "int8":
         yield session.computing("keep")
         if by_macs is not None and by_macs.analysis.layers:
             yield by_macs.computing("keep")
+
+
+def _may_compute(session: Session) -> bool:
+    """Whether it is to be chosen what computes in 8 bits, and something can."""
+    spared = spared_outputs(session.model, session.analysis)
+    return session.settings.arithmetic == "auto" and can_compute(session.model, spared)
 
 
 def _way(session: Session, budget: Budget, choose: Choose) -> Way:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from onnx import TensorProto, numpy_helper
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.allocation.paired import PairedGain
-from cobla_onnx.errors import BudgetError, UsageError
+from cobla_onnx.errors import BudgetError, ModelError, UsageError
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline import session, timed
 from cobla_onnx.pipeline.open_session import open_session
@@ -199,6 +201,24 @@ def test_what_was_timed_is_not_left_for_its_loss(data, monkeypatch):
         ]
     # The last one has no room for a weight in floating point, and leaves nothing.
     assert made == [("conv1", "conv2"), ("conv2", "fc"), ("conv1",), ()]
+
+
+def test_where_nothing_can_compute_in_eight_bits_ranks_alone_are(data, processor):
+    processor(eight_bits=0.5)
+    model = small_network()
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    half = {"x": data["x"].astype(np.float16)}
+    options = {"data": half, **OPTIONS}
+    found = compress(model, Budget(latency=0.6), arithmetic="auto", **options).report
+    assert found.arithmetic is None
+    assert found.latency.ratio <= 0.6
+    assert any(note.startswith("nothing computes in 8 bits") for note in found.notes)
+    with pytest.raises(ModelError, match=r"give arithmetic='keep'$"):
+        compress(model, Budget(latency=0.6), arithmetic="int8", **options)
 
 
 def test_where_they_are_slow_ranks_alone_are(data, processor):

@@ -25,6 +25,7 @@ from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.wording import option_name
 
 __all__ = [
+    "can_compute",
     "computes_products",
     "in_eight_bits",
     "spared_outputs",
@@ -102,6 +103,17 @@ def computes_products(model: onnx.ModelProto) -> bool:
     return bool(dynamic_nodes(*_ready(model, ())))
 
 
+def can_compute(model: onnx.ModelProto, spared: Collection[str] = ()) -> bool:
+    """Whether any node of a model can compute in 8 bits.
+
+    Raises
+    ------
+    ModelError
+        If its opset is too old for any.
+    """
+    return bool(_written(model, spared)[1])
+
+
 def _after(model: onnx.ModelProto, weighted: tuple[int, ...], head: int) -> tuple[int, ...]:
     """Return nodes without the first ones, and without those that share a weight with these.
 
@@ -127,16 +139,25 @@ def spared_outputs(model: onnx.ModelProto, analysis: Analysis) -> frozenset[str]
 def _ready(
     model: onnx.ModelProto, spared: Collection[str]
 ) -> tuple[onnx.ModelProto, tuple[int, ...]]:
-    """Write a model as the quantiser takes it; also return the nodes that can compute in 8 bits."""
-    require_opset(model)
-    model = with_plain_gemms(with_stored_weights(model), spared)
-    found = weighted_nodes(model, spared)
+    """Do as `_written`, and refuse a model without nodes that can compute in 8 bits."""
+    model, found = _written(model, spared)
     if not found:
+        fewer = ""
+        if any(layer.type == onnx.TensorProto.FLOAT for layer in find_layers(model).layers):
+            fewer = f", or {option_name('precision')} to store it in fewer bits"
         raise ModelError(
             f"{option_name('arithmetic', 'int8')}: the model has no Conv, ConvTranspose, Gemm or "
             "MatMul with a stored weight in single precision that nothing else reads (nor can a "
             "ConvTranspose in groups with a bias, or a Gemm with one for each row); give "
-            f"{option_name('arithmetic', 'keep')}, or {option_name('precision')} to store it in "
-            "fewer bits"
+            f"{option_name('arithmetic', 'keep')}{fewer}"
         )
     return model, found
+
+
+def _written(
+    model: onnx.ModelProto, spared: Collection[str]
+) -> tuple[onnx.ModelProto, tuple[int, ...]]:
+    """Write a model as the quantiser takes it; also return the nodes that can compute in 8 bits."""
+    require_opset(model)
+    model = with_plain_gemms(with_stored_weights(model), spared)
+    return model, weighted_nodes(model, spared)

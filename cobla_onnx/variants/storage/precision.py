@@ -58,9 +58,7 @@ def precision_bits(precision: Precision, opset: int = DECODED_FROM) -> tuple[int
     if isinstance(precision, str) and precision == "keep":
         return ()
     if isinstance(precision, str) and precision == "auto":
-        found = decoded(opset)
-        require_decoded(found or FORMATS, opset, option_name("precision", "auto"))
-        return found
+        return decoded(opset)
     if not isinstance(precision, tuple | list) or not precision or not all(map(_known, precision)):
         allowed = ", ".join(map(str, FORMATS))
         raise UsageError(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from cobla_onnx import Budget, Plan, compress, sweep
+from cobla_onnx import Budget, Plan, advise, compress, inspect, sweep
 from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.model_file import stored_bytes as model_bytes
 from cobla_onnx.graph.layers import find_layers, read_weight
@@ -173,10 +173,26 @@ def test_before_opset_7_there_is_half_precision_alone() -> None:
 
 def test_before_opset_6_there_are_no_bits() -> None:
     model = _old_model(5)
-    for precision in ("auto", (16,)):
-        with pytest.raises(UsageError, match=r"the model has 5; export it with a newer one$"):
-            compress(model, Budget(mem=0.6), precision=precision, threads=1)
-    compress(model, Budget(mem=0.6), threads=1)
+    with pytest.raises(UsageError, match=r"the model has 5; export it with a newer one$"):
+        compress(model, Budget(mem=0.6), precision=(16,), threads=1)
+    note = "no layer can be stored in fewer bits: operators of opset 5 decode none"
+    assert note in compress(model, Budget(mem=0.6), precision="auto", threads=1).report.notes
+    found = advise(model, threads=1)
+    assert note in found.notes
+    assert not any("--precision" in each.command for each in found.suggestions)
+    assert inspect(model, sensitivity=True, threads=1).sensitivity is not None
+
+
+def test_a_model_without_single_precision_says_that_it_has_no_bits() -> None:
+    weights = {"w": random_array(40, 40).astype(np.float64)}
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"], "one")
+    model = model_of([node], weights, {"x": [3, 40]}, ["y"], elem_type=onnx.TensorProto.DOUBLE)
+    note = "no layer can be stored in fewer bits: no weight is used in single precision"
+    for precision in ("auto", (8,)):
+        found = compress(model, Budget(mem=0.6), precision=precision, threads=1)
+        assert note in found.report.notes
+    assert note not in compress(model, Budget(mem=0.6), threads=1).report.notes
+    assert not any("--precision" in each.command for each in advise(model, threads=1).suggestions)
 
 
 def test_a_plan_with_bits_that_the_opset_cannot_decode() -> None:
