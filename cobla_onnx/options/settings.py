@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from cobla_onnx.calibration.evaluation.output_choice import LossName, Outputs
 from cobla_onnx.errors import UsageError
 from cobla_onnx.options.checking import check_declared
+from cobla_onnx.options.combined import check_combined
 from cobla_onnx.options.declaring import Command, flag, option
-from cobla_onnx.options.values import BatchSize, check_augment, check_passes, memory_bytes
+from cobla_onnx.options.values import BatchSize, memory_bytes
 from cobla_onnx.runtime.progress import Progress
 from cobla_onnx.wording import option_name
 
@@ -348,28 +349,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_declared(type(self), vars(self))
-        if self.labels is not None and self.data is None:
-            raise UsageError(
-                f"{option_name('labels')}: are those of the data; give {option_name('data')} too"
-            )
-        if self.outputs and self.data is None:
-            raise UsageError(
-                f"{option_name('outputs')}: says how data is compared; give {option_name('data')} "
-                "too"
-            )
-        if self.arithmetic != "keep" and self.data is None:
-            raise UsageError(
-                f"{option_name('arithmetic', self.arithmetic)}: ranges of 8-bit numbers follow "
-                f"from samples; give {option_name('data')} too"
-            )
-        check_passes(self.distil, self.data)
-        check_augment(self.augment, self.distil, self.labels)
+        check_combined(self)
         memory_bytes(self.memory_limit)
-        if self.profile is not None and not self.measure_latency:
-            raise UsageError(
-                f"{option_name('profile')}: is of times; give {option_name('latency')} or "
-                f"{option_name('measure_latency', True)} too"
-            )
 
     @property
     def resolved_objective(self) -> Literal["weights", "output", "loss"]:
