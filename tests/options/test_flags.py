@@ -25,7 +25,7 @@ GIVEN = {
     "scheme": "spatial",
     "images": ImageOptions((103.5, 116.3, 123.7), (58.4,), 1 / 255, "bgr", "nhwc"),
     "labels": Path("some labels.csv"),
-    "loss": "mse",
+    "loss": "ce",
     "outputs": ("scores=classes:1", "boxes"),
 }
 
