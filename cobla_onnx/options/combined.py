@@ -48,7 +48,7 @@ def check_combined(settings: Settings) -> None:
     images = settings.images
     if images is not None and images != type(images)() and settings.data is None:
         raise UsageError(
-            f"{either(python='images=', command='options of images')}: say how images become "
+            f"{either(python='images', command='options of images')}: say how images become "
             f"inputs; give a folder of them by {option_name('data')} too"
         )
     if settings.time_limit is not None and settings.objective != "loss" and not settings.distil:
