@@ -16,8 +16,6 @@ import os
 import platform
 import tempfile
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import fields, is_dataclass
@@ -33,6 +31,7 @@ from threadpoolctl import threadpool_info
 
 from cobla_onnx import __version__
 from cobla_onnx.errors import UsageError
+from cobla_onnx.runtime.damaged import DAMAGED
 from cobla_onnx.text import safe_text
 from cobla_onnx.wording import option_name
 
@@ -46,7 +45,6 @@ VERSION = 2
 CHECKSUM = "sha256"
 # Seconds after which the file of a killed writer is removed.
 ABANDONED = 24 * 3600.0
-DAMAGED = (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 def digest(*parts: Any) -> str:

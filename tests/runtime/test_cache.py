@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
 import shutil
@@ -22,6 +24,7 @@ from cobla_onnx.errors import UsageError
 from cobla_onnx.graph.io.digest import model_content
 from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.runtime.cache import ABANDONED, Cache, digest, fetch
+from cobla_onnx.runtime.damaged import DAMAGED
 from cobla_onnx.variants.low_rank.matricisation import ConvScheme
 from tests.cli.test_command import COMMAND
 
@@ -96,6 +99,14 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _no_bracket(path: Path) -> None:
+    # So large that its header is read before all of it is, and before its sum is checked.
+    np.savez(path, values=np.zeros(5000))
+    data = path.read_bytes()
+    place = data.index(b")", data.index(b"'shape': ("))
+    path.write_bytes(data[:place] + b" " + data[place + 1 :])
+
+
 def _another_array(path: Path) -> None:
     stored = dict(np.load(path))
     stored["values"] = stored["values"] + 1
@@ -148,6 +159,7 @@ def _pickle_inside(path: Path) -> None:
     [
         _truncate,
         _flip,
+        _no_bracket,
         _another_array,
         _an_array_less,
         _no_checksum,
@@ -170,6 +182,21 @@ def test_damaged_and_foreign_entries_are_computed_anew(tmp_path, monkeypatch, da
     if damage is not _folder:
         # The next run finds what was computed.
         np.testing.assert_array_equal(Cache(tmp_path / "cache").get("values", "key")["values"], 1)
+
+
+@given(st.data())
+def test_whatever_bytes_are_damaged_has_a_known_error(data):
+    written = io.BytesIO()
+    data.draw(st.sampled_from([np.savez, np.savez_compressed]))(written, **ARRAYS)
+    content = bytearray(written.getvalue())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        content[place] = data.draw(st.integers(0, 255) | st.sampled_from(b"()[]{},':"))
+    with (
+        contextlib.suppress(*DAMAGED),
+        np.load(io.BytesIO(content), allow_pickle=False) as stored,
+    ):
+        for name in stored.files:
+            assert isinstance(stored[name], np.ndarray)
 
 
 def test_an_entry_under_another_key_is_not_taken(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from cobla_onnx.calibration.data.dataset import Dataset, InputSpec, Record, rows_of_a_sample
 from cobla_onnx.errors import DataError
+from cobla_onnx.runtime.damaged import DAMAGED
+from cobla_onnx.text import first_line
 
 __all__ = ["LABEL_NAMES", "array_samples", "evenly", "open_npy", "open_npz", "spread_over"]
 
@@ -52,12 +55,13 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Member:
+    path: Path
     archive: zipfile.ZipFile
     name: str
     shape: tuple[int, ...]
 
     def items(self, wanted: Sequence[int]) -> Iterator[NDArray[Any]]:
-        with self.archive.open(self.name) as file:
+        with _as_member(self.path, self.name), self.archive.open(self.name) as file:
             shape, fortran, dtype = _read_header(file)
             if fortran and len(shape) > 1:
                 # Its rows are not contiguous.
@@ -72,7 +76,7 @@ class _Member:
                 place = index + 1
 
     def all(self) -> NDArray[Any]:
-        with self.archive.open(self.name) as file:
+        with _as_member(self.path, self.name), self.archive.open(self.name) as file:
             shape, fortran, dtype = _read_header(file)
             content = np.frombuffer(file.read(), dtype)
             return content.reshape(shape, order="F" if fortran else "C")
@@ -144,9 +148,9 @@ def open_npy(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dat
         )
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except DAMAGED as error:
         raise DataError(
-            f"{path}: is not an .npy file of numbers ({error}); save it again"
+            f"{path}: is not an .npy file of numbers ({first_line(error)}); save it again"
         ) from error
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path}: is not an .npy file; rename it to match its content")
@@ -155,18 +159,37 @@ def open_npy(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dat
 
 def open_npz(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dataset:
     """Read an array for each input, item by item."""
+    with ExitStack() as opened:
+        try:
+            # A reader that an error leaves half-way would keep a file open that the archive opened.
+            file = opened.enter_context(path.open("rb"))
+            archive = opened.enter_context(zipfile.ZipFile(file))
+        except DAMAGED as error:
+            raise DataError(
+                f"{path}: is not an .npz file, or is damaged ({first_line(error)}); save it again"
+            ) from error
+        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        wanted = {spec.name for spec in specs} | set(members) - set(LABEL_NAMES)
+        arrays = {
+            name: _Member(path, archive, members[name], _shape(path, archive, members[name]))
+            for name in sorted(wanted & set(members))
+        }
+        return _dataset(str(path), arrays, specs, samples)
+
+
+@contextmanager
+def _as_member(path: Path, member: str) -> Iterator[None]:
+    """Name the array of an .npz that is damaged, in what reads it and nothing else."""
     try:
-        # A reader that an error leaves half-way would keep a file open that the archive opened.
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
-            wanted = {spec.name for spec in specs} | set(members) - set(LABEL_NAMES)
-            arrays = {
-                name: _Member(archive, members[name], _shape(path, archive, members[name]))
-                for name in sorted(wanted & set(members))
-            }
-            return _dataset(str(path), arrays, specs, samples)
-    except (zipfile.BadZipFile, EOFError, zipfile.LargeZipFile, NotImplementedError) as error:
-        raise DataError(f"{path}: is not an .npz file, or is damaged; save it again") from error
+        yield
+    except MemoryError:
+        # Sizes were checked: there is too little for what is not damaged.
+        raise
+    except DAMAGED as error:
+        raise DataError(
+            f"{path}: {member!r} is not an array, or is damaged ({first_line(error)}); save it "
+            "again"
+        ) from error
 
 
 def _dataset(
@@ -279,11 +302,8 @@ def spread_over(indices: Sequence[int], count: int) -> list[int]:
 
 def _shape(path: Path, archive: zipfile.ZipFile, member: str) -> tuple[int, ...]:
     """Read the shape of an array in an .npz, and check it against the array's size."""
-    with archive.open(member) as file:
-        try:
-            shape, _, dtype = _read_header(file)
-        except ValueError as error:
-            raise DataError(f"{path}: {member!r} is not an array; save it again") from error
+    with _as_member(path, member), archive.open(member) as file:
+        shape, _, dtype = _read_header(file)
         if dtype.hasobject:
             raise DataError(
                 f"{path}: {member!r} holds Python objects, which are not read; save numbers, "

@@ -16,7 +16,8 @@ from cobla_onnx.calibration.data.arrays import LABEL_NAMES
 from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.targets import IGNORED
 from cobla_onnx.errors import DataError, UsageError
-from cobla_onnx.text import quoted
+from cobla_onnx.runtime.damaged import DAMAGED
+from cobla_onnx.text import first_line, quoted
 from cobla_onnx.wording import option_name
 
 __all__ = ["Labels", "align_labels", "labels_of_batches", "read_labels"]
@@ -67,8 +68,10 @@ def read_labels(path: Path) -> Labels:
                 )
             labels: NDArray[Any] = content[chosen]
             return labels
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path}: holds no numbers that numpy reads; save it again") from error
+    except DAMAGED as error:
+        raise DataError(
+            f"{path}: holds no numbers that numpy reads ({first_line(error)}); save it again"
+        ) from error
 
 
 def _read_csv(path: Path) -> Labels:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -73,6 +75,33 @@ def test_files_and_arrays_give_the_same_samples(tmp_path):
     check_shape(array, SPEC, True, "x")
     with pytest.raises(DataError, match="x"):
         check_shape(random_array(6, 5), SPEC, True, "x")
+
+
+def changed(path: Path, place: int, byte: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] = byte
+    path.write_bytes(data)
+
+
+def test_files_with_a_damaged_byte_are_named(tmp_path):
+    array = random_array(6, 4)
+    np.save(tmp_path / "x.npy", array)
+    # A bracket of the header, of which Python's tokens are read.
+    changed(tmp_path / "x.npy", (tmp_path / "x.npy").read_bytes().index(b")"), ord(" "))
+    with pytest.raises(DataError, match=r"x\.npy: is not an \.npy file of numbers"):
+        open_npy(tmp_path / "x.npy", [SPEC], None)
+    # The array's place in the archive, the archive's directory, and the last of the numbers.
+    for name, mark, place in (
+        ("place", b"PK\1\2", 42),
+        ("end", b"PK\5\6", 16),
+        ("sum", b"PK\1\2", -9),
+    ):
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, x=array)
+        at = path.read_bytes().rindex(mark) + place
+        changed(path, at, path.read_bytes()[at] ^ 0x40)
+        with pytest.raises(DataError, match=rf"{name}\.npz: .*damaged \(.+\); save it again"):
+            open_npz(path, [SPEC], None)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,17 @@ def test_files_that_are_none(tmp_path, name, content, error, words):
         read_labels(tmp_path / name)
 
 
+def test_files_with_a_damaged_byte(tmp_path):
+    np.save(tmp_path / "bracket.npy", CLASSES)
+    np.savez(tmp_path / "number.npz", labels=CLASSES)
+    for name, mark, place in (("bracket.npy", b")", 0), ("number.npz", b"NUMPY", 140)):
+        content = bytearray((tmp_path / name).read_bytes())
+        content[content.index(mark) + place] ^= 1
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name}: holds no numbers that numpy reads \(.+\)"):
+            read_labels(tmp_path / name)
+
+
 def test_arrays_that_are_none(tmp_path):
     np.savez(tmp_path / "two.npz", a=CLASSES, b=CLASSES)
     with pytest.raises(DataError, match="no array called"):
