@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -42,12 +43,30 @@ class Decision:
     folded : bool
         Whether factors are multiplied out when a session opens: the layer then computes what it
         did, and takes as long.
+
+    Raises
+    ------
+    UsageError
+        If a field is none of its type, or there is a scheme without a rank, or a rank without one.
     """
 
     layer: str
     scheme: str | None = None
     rank: int | None = None
     folded: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, str):
+            raise UsageError(f'plan: "layer" is {_json(self.layer)}; write the name of a layer')
+        where = f"plan: layer {quoted(self.layer)}"
+        if not isinstance(self.scheme, str | None):
+            raise UsageError(f'{where}: "scheme" is {_json(self.scheme)}; write the name of one')
+        _check_switch(where, "folded", self.folded)
+        if self.rank is not None:
+            # As JSON has it, too: of another type of numbers, or 8.0.
+            object.__setattr__(self, "rank", _level_of(where, "rank", self.rank))
+        if (self.scheme is None) != (self.rank is None):
+            raise UsageError(f'{where}: needs "scheme" and "rank", or neither to keep it whole')
 
     @property
     def bits(self) -> int | None:
@@ -68,6 +87,11 @@ class Plan:
         What factors are made to keep: what layers give on the data, where there are any, or
         the weights themselves whatever is given.
 
+    Raises
+    ------
+    UsageError
+        If a field is none of its type, or a layer is listed twice.
+
     Examples
     --------
     >>> plan = Plan((Decision("conv1", "channel", 8), Decision("conv2")))
@@ -87,6 +111,23 @@ class Plan:
 
     decisions: tuple[Decision, ...]
     factors: FactorsFrom = "data"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.decisions, tuple | list):
+            kind = type(self.decisions).__name__
+            raise UsageError(f"plan: its decisions are a {kind}; give a tuple of Decision")
+        object.__setattr__(self, "decisions", tuple(self.decisions))
+        for number, decision in enumerate(self.decisions):
+            if not isinstance(decision, Decision):
+                kind = type(decision).__name__
+                raise UsageError(f"plan: decisions[{number}] is a {kind}; give a Decision")
+        if not isinstance(self.factors, str) or self.factors not in get_args(FactorsFrom):
+            allowed = ", ".join(get_args(FactorsFrom))
+            raise UsageError(f'plan: "factors" is {_json(self.factors)}; allowed are {allowed}')
+        counted = Counter(decision.layer for decision in self.decisions)
+        twice = sorted(name for name, count in counted.items() if count > 1)
+        if twice:
+            raise UsageError(f"plan: layer {quoted(twice[0])} is listed twice; leave one")
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -124,20 +165,11 @@ class Plan:
         if not isinstance(content, dict) or _whole(content.get("version")) not in VERSIONS:
             raise UsageError(f'plan: has no "version" of 1 or 2; write one with {PLAN_OUT}')
         _check_names("plan", content, ("$schema", "version", "factors", "layers"))
-        factors = content.get("factors", "data")
-        if factors not in get_args(FactorsFrom):
-            allowed = ", ".join(get_args(FactorsFrom))
-            raise UsageError(f'plan: "factors" is {_json(factors)}; allowed are {allowed}')
         layers = content.get("layers")
         if not isinstance(layers, list):
             raise UsageError(f'plan: has no list "layers"; write one with {PLAN_OUT}')
         decisions = tuple(_decision(number, entry) for number, entry in enumerate(layers))
-        plan = cls(decisions, factors)
-        counted = Counter(decision.layer for decision in plan.decisions)
-        twice = sorted(name for name, count in counted.items() if count > 1)
-        if twice:
-            raise UsageError(f"plan: layer {quoted(twice[0])} is listed twice; leave one")
-        return plan
+        return cls(decisions, content.get("factors", "data"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically.
@@ -183,21 +215,18 @@ def _decision(number: int, entry: Any) -> Decision:
     where += f", {quoted(entry['layer'])}"
     scheme, keep = entry.get("scheme"), entry.get("keep", False)
     level = _level(scheme)
-    rank, folded = _whole(entry.get(level)), entry.get("folded", False)
+    folded = entry.get("folded", False)
     # Whole weights have no factors to fold.
     known = ("layer", "keep", "scheme", level, *(("folded",) if level == "rank" else ()), "bits")
     _check_names(where, entry, tuple(dict.fromkeys(known)))
-    for name, value in (("keep", keep), ("folded", folded)):
-        if not isinstance(value, bool):
-            raise UsageError(f'{where}: "{name}" is {_json(value)}; write true or false')
+    _check_switch(where, "keep", keep)
+    _check_switch(where, "folded", folded)
     if "scheme" in entry and scheme not in _schemes():
         allowed = ", ".join(_schemes())
         raise UsageError(f'{where}: "scheme" is {_json(scheme)}; allowed are {allowed}')
     if "bits" in entry:
         _check_bits(where, entry["bits"])
-    if level in entry and (rank is None or rank < 1):
-        given = _json(entry[level])
-        raise UsageError(f'{where}: "{level}" is {given}; write a whole number of at least 1')
+    rank = _level_of(where, level, entry[level]) if level in entry else None
     if keep:
         return Decision(entry["layer"])
     if scheme is None or rank is None:
@@ -215,6 +244,19 @@ def _written(decision: Decision) -> dict[str, Any]:
     if bits is not None:
         fields["bits"] = bits
     return {**fields, "folded": True} if decision.folded else fields
+
+
+def _check_switch(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UsageError(f'{where}: "{name}" is {_json(value)}; write true or false')
+
+
+def _level_of(where: str, name: str, value: Any) -> int:
+    """Return a rank or a number of bits, which `name` says."""
+    level = _whole(value)
+    if level is None or level < 1:
+        raise UsageError(f'{where}: "{name}" is {_json(value)}; write a whole number of at least 1')
+    return level
 
 
 def _check_bits(where: str, bits: Any) -> None:
@@ -242,11 +284,11 @@ def _level(scheme: Any) -> str:
 
 def _whole(value: Any) -> int | None:
     """Return a number that is whole, as JSON has it: 3.0 is, true is not; else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Integral | float):
         return None
     # Neither infinity nor NaN, which Python's reader takes, is one.
-    return int(value) if isinstance(value, int) or value.is_integer() else None
+    return int(value) if isinstance(value, Integral) or value.is_integer() else None
 
 
 def _json(value: Any) -> str:
-    return safe_text(json.dumps(value), 60)
+    return safe_text(json.dumps(value, default=repr), 60)

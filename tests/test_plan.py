@@ -6,11 +6,13 @@ import json
 from importlib import resources
 
 import jsonschema
+import numpy as np
 import onnx
 import pytest
 
 from cobla_onnx import Budget, Plan, compress, errors
 from cobla_onnx.graph.io.model_file import stored_bytes
+from cobla_onnx.plan import Decision
 from cobla_onnx.variants.registry import schemes
 from tests.builders import small_network
 from tests.cli.test_command import run, run_here
@@ -140,6 +142,48 @@ def test_schema_and_reader_refuse(content, message):
         jsonschema.validate(content, SCHEMA)
     with pytest.raises(errors.UsageError, match=message):
         Plan.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ((3,), '"layer" is 3; write the name'),
+        (("a", 3, 8), "layer 'a': \"scheme\" is 3; write the name"),
+        (("a", "matrix", "8"), 'layer \'a\': "rank" is "8"; write a whole number of at least 1'),
+        (("a", "matrix", 8.5), '"rank" is 8.5; write a whole number'),
+        (("a", "matrix", True), '"rank" is true; write a whole number'),
+        (("a", "matrix", 0), '"rank" is 0; write a whole number'),
+        (("a", "matrix", {8}), '"rank" is "\\{8\\}"; write a whole number'),
+        (("a", "matrix"), 'needs "scheme" and "rank"'),
+        (("a", None, 8), 'needs "scheme" and "rank"'),
+        (("a", "matrix", 8, "yes"), '"folded" is "yes"; write true or false'),
+    ],
+)
+def test_decisions_are_checked_when_they_are_made(fields, message):
+    with pytest.raises(errors.UsageError, match=message):
+        Decision(*fields)
+
+
+@pytest.mark.parametrize(
+    ("decisions", "factors", "message"),
+    [
+        ((Decision("a", "matrix", 4), Decision("a")), "data", "layer 'a' is listed twice"),
+        ((), "foo", '"factors" is "foo"; allowed are data, weights'),
+        ((), ["data"], '"factors" is .*; allowed are data, weights'),
+        ((Decision("a"), None), "data", r"decisions\[1\] is a NoneType; give a Decision"),
+        (Decision("a"), "data", "are a Decision; give a tuple"),
+    ],
+)
+def test_plans_are_checked_when_they_are_made(decisions, factors, message):
+    with pytest.raises(errors.UsageError, match=message):
+        Plan(decisions, factors)
+
+
+@pytest.mark.parametrize("rank", [np.int64(4), 4.0])
+def test_other_whole_numbers_are_ranks(rank):
+    plan = Plan([Decision("a", "matrix", rank)])
+    assert plan == Plan((Decision("a", "matrix", 4),))
+    assert Plan.from_json(plan.to_json()) == plan
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
