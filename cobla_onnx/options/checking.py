@@ -12,6 +12,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from concurrent.futures import Executor
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -112,6 +113,11 @@ KINDS: Mapping[Any, tuple[str, Callable[[object], bool]]] = {
     Mapping[str, Sequence[int]]: (
         "a mapping of names to shapes, such as {'name': (1, 3)}",
         _is_mapping_of_shapes,
+    ),
+    # Some clusters have one that is no subclass.
+    Executor: (
+        "an executor, such as concurrent.futures.ProcessPoolExecutor()",
+        lambda value: callable(getattr(value, "submit", None)) and not isinstance(value, type),
     ),
     Sequence[str]: ("a list of texts, such as ['text']", _are_texts),
 }

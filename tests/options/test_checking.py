@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ from cobla_onnx.options.settings import options_of
         ("input_shapes", "x:1,3", r"a mapping of names to shapes, such as .*"),
         ("input_shapes", {"x": (1, 3.5)}, r"a mapping of names to shapes, such as .*"),
         ("progress", "yes", "a function"),
+        ("executor", 3, r"an executor, such as concurrent\.futures\.ProcessPoolExecutor\(\)"),
+        ("executor", ThreadPoolExecutor, r"an executor, such as .*"),
         ("outputs", 5, r"a text, or a list of texts, such as \['text'\], or a mapping of .*"),
     ],
 )

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from cobla_onnx.calibration.data.fitting import InputSpec, check_shape, converted
+from cobla_onnx.calibration.data.fitting import InputSpec, as_array, check_shape, converted
 from cobla_onnx.calibration.data.implied import implied, tell_implied
 from cobla_onnx.errors import DataError, ModelError
 from cobla_onnx.graph.first_axis import FirstAxis, first_axes
@@ -268,12 +268,17 @@ class Dataset:
 
     def _add(self, record: Record, limit: int | None) -> bool:
         """Check and keep a record; return whether more are wanted."""
+        names = {spec.name for spec in self._specs}
+        record = {
+            name: as_array(value, self._where(name)) if name in names else value
+            for name, value in record.items()
+        }
         made = implied(record, self._specs)
         self._implied |= dict.fromkeys(made)
         record = {**record, **made}
         self._refuse_missing(record)
         arrays = [self._checked(spec, record) for spec in self._specs]
-        extra = sorted(set(record) - {spec.name for spec in self._specs})
+        extra = sorted(set(record) - names)
         if extra:
             raise DataError(
                 f"{self.source}: {extra[0]!r} is not an input of the model, whose inputs are "
@@ -355,13 +360,16 @@ class Dataset:
         )
 
     def _checked(self, spec: InputSpec, record: Record) -> NDArray[Any]:
-        where = f"{self.source}: input {spec.name!r}"
-        array = converted(np.asarray(record[spec.name]), spec.dtype, where)
+        where = self._where(spec.name)
+        array = converted(record[spec.name], spec.dtype, where)
         if self.rows is not None and spec.shape and array.ndim == len(spec.shape) - 1:
             # One row, without the axis of samples.
             array = array[None]
         check_shape(array, spec, self.rows is not None, where)
         return array
+
+    def _where(self, name: str) -> str:
+        return f"{self.source}: input {name!r}"
 
 
 def rows_of_a_sample(specs: Sequence[InputSpec]) -> int | None:

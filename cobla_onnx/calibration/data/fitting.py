@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from cobla_onnx.errors import DataError
 from cobla_onnx.graph.first_axis import FirstAxis
+from cobla_onnx.text import first_line
 
-__all__ = ["InputSpec", "check_shape", "converted"]
+__all__ = ["InputSpec", "as_array", "check_shape", "converted"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,23 @@ class InputSpec:
         if self.shape is None:
             return "of any shape"
         return f"[{', '.join('?' if size is None else str(size) for size in self.shape)}]"
+
+
+def as_array(value: Any, where: str) -> NDArray[Any]:
+    """Return what is given for an input as an array.
+
+    Raises
+    ------
+    DataError
+        If it is none, such as lists of different lengths or a tensor on a GPU.
+    """
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{where}: is a {type(value).__name__} that cannot be read as an array "
+            f"({first_line(error)}); give an array of numbers"
+        ) from error
 
 
 def converted(array: NDArray[Any], dtype: np.dtype[Any], where: str) -> NDArray[Any]:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from cobla_onnx.calibration.data.arrays import array_samples, evenly, open_npy, open_npz
 from cobla_onnx.calibration.data.dataset import Dataset, InputSpec, Record
+from cobla_onnx.calibration.data.fitting import as_array
 from cobla_onnx.calibration.data.images import (
     IMAGE_TYPES,
     ImageOptions,
@@ -52,14 +52,19 @@ def open_data(
     Raises
     ------
     UsageError
-        If the path does not exist, or its kind cannot be told.
+        If the path does not exist, or its kind cannot be told, or `images` are no options.
     DataError
         If the data is damaged or does not fit the model.
     """
+    if images is not None and not isinstance(images, ImageOptions):
+        raise UsageError(
+            f"images: is a {type(images).__name__}; give e.g. ImageOptions(scale=1 / 255)"
+        )
     if isinstance(data, (str, Path)):
         return _open_path(Path(data), specs, samples, images or ImageOptions())
     if isinstance(data, Mapping):
-        arrays = {name: np.asarray(value) for name, value in _by_input_name(data).items()}
+        given = _by_input_name(data)
+        arrays = {name: as_array(value, f"data: input {name!r}") for name, value in given.items()}
         return array_samples("data", arrays, specs, samples)
     if hasattr(data, "get_next"):
         return Dataset("data", _named(iter(data.get_next, None), specs), specs, samples)

@@ -22,6 +22,10 @@ from tests.builders import random_array, small_network
 F32 = np.dtype(np.float32)
 X = InputSpec("x", F32, (None, 3, 4))
 IDS = InputSpec("ids", np.dtype(np.int64), (None, 5))
+DECODER = [
+    InputSpec("ids", np.dtype(np.int64), (None, None)),
+    InputSpec("past", F32, (None, None, 4)),
+]
 IMAGE = InputSpec("image", F32, (None, 3, 8, 8))
 
 
@@ -197,6 +201,10 @@ HALF = InputSpec("x", np.dtype(np.float16), (None, 3, 4))
         ([], [X], "0 samples"),
         ({}, [X], "first axis"),
         ([GOOD], [X, IDS], "give dicts"),
+        ({"x": [[1.0, 2.0], [3.0]]}, [X], "^data: input 'x': is a list that cannot be read"),
+        ([{"x": [[1.0], [2.0, 3.0]]}], [X], "input 'x': is a list .* give an array of numbers"),
+        ([("x", GOOD)], [X], "input 'x': is a tuple that cannot be read"),
+        ([{"ids": [[1], [2, 3]]}], DECODER, "input 'ids': is a list that cannot"),
     ],
 )
 def test_what_does_not_fit_is_refused(data, specs, message):
@@ -237,6 +245,8 @@ def test_files_that_are_not_what_they_seem(tmp_path):
         open_data(tmp_path / "text.npy", [X, IDS])
     with pytest.raises(UsageError, match="int; give a path"):
         open_data(7, [X])
+    with pytest.raises(UsageError, match="images: is a dict; give e"):
+        open_data(tmp_path, [X], images={"mean": 1})
     sample = {0: np.zeros((1, 3, 4), np.float32)}
     for numbered in (sample, [sample]):
         with pytest.raises(DataError, match="named by a int; give arrays by input name"):
