@@ -13,6 +13,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import helper
 
 import cobla_onnx
 from cobla_onnx import Budget, Plan, compress, errors, sweep
@@ -20,7 +21,7 @@ from cobla_onnx.calibration.data.readers import ImageOptions
 from cobla_onnx.options.settings import ImageFlags, Settings
 from cobla_onnx.text import safe_text
 from cobla_onnx.wording import BOTH, either, in_flags, in_python, option_name
-from tests.builders import random_array, small_network
+from tests.builders import model_of, random_array, small_network
 from tests.cli.test_command import run_here
 
 DATA = {"x": random_array(8, 3, 12, 12, seed=7)}
@@ -97,6 +98,16 @@ def compressing(*budget: float, **options: object) -> Callable[[], object]:
     return lambda: compress(small_network(), Budget(*budget) if budget else None, **options)
 
 
+def nearly_all_elsewhere() -> onnx.ModelProto:
+    """Return a model whose only layer holds little of its bytes."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "layer"),
+        helper.make_node("Add", ["a", "b"], ["y"], "bias"),
+    ]
+    weights = {"w": random_array(8, 8), "b": random_array(100, 8)}
+    return model_of(nodes, weights, {"x": [100, 8]}, ["y"])
+
+
 # What is asked for wrongly in Python, and a part of the message.
 IN_PYTHON: list[tuple[Callable[[], object], str]] = [
     (lambda: Budget(), "give mem=, mac= or latency=, e.g. mem=0.5"),
@@ -106,6 +117,10 @@ IN_PYTHON: list[tuple[Callable[[], object], str]] = [
     (compressing(0.001), "mem=0.001 is below the least"),
     (compressing(0.01, exclude=["conv*"]), "2 layers left out by exclude=;"),
     (compressing(0.01, min_size=10**6), "lower min_size="),
+    (
+        lambda: compress(nearly_all_elsewhere(), Budget(mem=0.5), min_size=1000),
+        "no layer can be compressed (1 x smaller than min_size=; ",
+    ),
     (compressing(0.5, labels=[1]), "labels: are those of the data; give data= too"),
     (compressing(0.5, outputs=["y"]), "outputs: says how data"),
     (compressing(0.5, outputs=["y"], data=DATA), "outputs='y': the model has no"),

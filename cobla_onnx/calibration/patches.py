@@ -90,7 +90,7 @@ def patch_of(model: onnx.ModelProto, layer: Layer, use: Use) -> Patch:
     found = operator_of(layer).patch(model.graph.node[use.node], layer, use)
     if isinstance(found, Refusal):
         raise ModelError(
-            f"node {quoted(layer.name)}: {found.reason.value} ({found.detail}); leave it out"
+            f"node {quoted(layer.name)}: {found.reason.message} ({found.detail}); leave it out"
         )
     return found
 

@@ -7,11 +7,31 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
+from cobla_onnx.wording import in_flags, option_name
+
 __all__ = ["Inventory", "Layer", "Reason", "Refusal", "Skipped", "Use"]
 
 
 class Reason(str, Enum):
-    """Why a node is left as it is."""
+    """Why a node is left as it is.
+
+    Attributes
+    ----------
+    value : str
+        As documents have it.
+    message : str
+        With options in both spellings, to be part of an error's message.
+    """
+
+    message: str
+
+    def __new__(cls, text: str) -> Reason:
+        """Keep a text in both ways."""
+        shown = in_flags(text)
+        member = str.__new__(cls, shown)
+        member._value_ = shown
+        member.message = text
+        return member
 
     OPERATOR = "operator is not factorised"
     NOT_CONSTANT = "weight is not constant"
@@ -34,8 +54,8 @@ class Reason(str, Enum):
     NEVER_RUN = "in a branch that the data never takes"
     UNCOUNTED = "in a body, its MACs are not known"
     EXCLUDED = "excluded by option"
-    TOO_SMALL = "smaller than --min-size"
-    UNASKED = "only fewer bits would make it smaller, see --precision"
+    TOO_SMALL = f"smaller than {option_name('min_size')}"
+    UNASKED = f"only fewer bits would make it smaller, see {option_name('precision')}"
     NO_GAIN = "two factors would not be smaller"
     NOT_FASTER = "two factors would not be faster"
     BUDGET = "budget is better spent elsewhere"
@@ -157,7 +177,7 @@ class Skipped:
     params: int = 0
 
     def __str__(self) -> str:
-        return self.reason.value + (f" ({self.detail})" if self.detail else "")
+        return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value
 
 
 @dataclass(frozen=True)

@@ -128,9 +128,9 @@ def _nothing_to_cut(error: BudgetError, model: onnx.ModelProto, analysis: Analys
 def _why(item: Skipped) -> str:
     """Reason why a node is skipped, with the operator if it holds weights of its own."""
     if item.reason is not Reason.OPERATOR:
-        return str(item.reason.value)
+        return item.reason.message
     kind = Reason.QUANTISED if item.op in QUANTISED_OPERATORS else item.reason
-    return f"{safe_text(item.op)}: {kind.value}"
+    return f"{safe_text(item.op)}: {kind.message}"
 
 
 def _with_more_ranks(error: BudgetError, rule: RankRule) -> BudgetError:
