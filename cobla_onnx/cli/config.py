@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from cobla_onnx.errors import UsageError
-from cobla_onnx.text import quoted, safe_text
+from cobla_onnx.text import first_line, quoted, safe_text
 
 __all__ = ["read_config"]
 
@@ -73,6 +73,12 @@ def _load(path: Path, shown: str) -> dict[str, Any]:
         raise UsageError(f"--config {shown}: cannot be read ({error}); check the path") from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"--config {shown}: is not TOML: {error}; mend that line") from error
+    except (ValueError, RecursionError) as error:
+        # Of what is TOML and beyond Python: numbers of thousands of digits, lists in lists.
+        raise UsageError(
+            f"--config {shown}: cannot be read ({first_line(error)}); no option takes so much, "
+            "write less"
+        ) from error
 
 
 def _commands(context: typer.Context) -> Mapping[str, Any]:
@@ -114,5 +120,9 @@ def _value(shown: str, key: str, value: Any, option: Any) -> Any:
     ):
         wanted = "texts or numbers, one or a list" if option.multiple else "a text or a number"
         raise UsageError(f"--config {shown}: {key} takes {wanted}; see --help")
-    texts = [item if isinstance(item, str) else repr(item) for item in items]
+    try:
+        texts = [item if isinstance(item, str) else repr(item) for item in items]
+    except ValueError as error:
+        # TOML has hexadecimal numbers, whose digits Python does not count before it writes them.
+        raise UsageError(f"--config {shown}: {key} has too many digits; see --help") from error
     return texts if option.multiple else texts[0]
