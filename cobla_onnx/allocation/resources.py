@@ -40,7 +40,7 @@ RESOURCES = (
     Resource(
         "mac",
         "MACs",
-        "does no multiply-accumulate operations",
+        "does no multiply-accumulate operations that are counted",
         f"the MACs of the model are not known; give {option_name('input_shapes')}",
     ),
     Resource(
