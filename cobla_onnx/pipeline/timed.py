@@ -272,7 +272,7 @@ def _way(session: Session, budget: Budget, choose: Choose) -> Way:
         proxy, name = replace(proxy, limit=proxy.total), "the table of layer times"
     name += ", then 8 bits" if eight_bits else ""
     others = tuple(constraints.values())
-    return Way(name, analysis, proxy, others, choose, eight_bits, session.sketcher)
+    return Way(name, analysis, proxy, others, choose, eight_bits, *session.quicker)
 
 
 def _loss(solution: Solution) -> float:

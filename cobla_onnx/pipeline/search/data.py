@@ -28,6 +28,7 @@ __all__ = [
     "Factors",
     "MeasuredFactors",
     "distil_factors",
+    "draft_by_data",
     "make_factors",
     "measure_factors",
     "search_by_data",
@@ -61,6 +62,19 @@ def search_by_data(
         found.allocation, constraints, evidence.weight_curves, problem.refit
     )
     return replace(found, allocation=answer, rivals=(*found.rivals, rival))
+
+
+def draft_by_data(
+    problem: Problem, evidence: Evidence, constraints: Sequence[Constraint]
+) -> SearchResult:
+    """Choose ranks as `search_by_data` does before it compares them with others.
+
+    Raises
+    ------
+    BudgetError
+        If the constraints cannot be met.
+    """
+    return search_by_output(problem, evidence, None, constraints)[0]
 
 
 @dataclass(frozen=True)

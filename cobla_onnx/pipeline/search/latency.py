@@ -178,13 +178,13 @@ class LatencySearch:
         budget : Budget
             With a latency limit.
         is_worth : callable
-            Whether a plan of `Way.sketch` that is fast enough is worth a better one.
+            Whether a plan of `Way.sketch` or `Way.draft` that is fast enough is worth a better one.
 
         Returns
         -------
         list of Found
-            All plans that were timed, or those alone that `Way.choose` gave if one of them is
-            fast enough.
+            All plans that were timed, or those alone that `Way.choose` or `Way.draft` gave if one
+            of them is fast enough.
         """
         limit = budget.latency
         assert limit is not None
@@ -193,14 +193,27 @@ class LatencySearch:
             alone = self._fastest(way.analysis, Plan(()), True)[0].ratio
         aims = Aims(way.proxy, limit, alone)
         rounds = THOROUGH if way.eight_bits else ROUNDS
-        if way.sketch is None:
+        if way.sketch is None or way.draft is None:
             return self._tuned(way, way.choose, aims, aims.first(), rounds, way.eight_bits)
         sketched = self._tuned(way, way.sketch, aims, aims.first(), rounds, way.eight_bits)
         near = fast_enough(sketched, limit)
         if near is None or not is_worth(near):
             return sketched
-        found = self._tuned(way, way.choose, aims, near.wanted, FINAL)
-        return found if fast_enough(found, limit) else [*found, *sketched]
+        found = self._tuned(way, way.draft, aims, near.wanted, FINAL)
+        best = fast_enough(found, limit)
+        if best is None:
+            return [*found, *sketched]
+        if not is_worth(best):
+            return found
+        settled = self._settled(way, aims, best)
+        return [settled] if fast_enough([settled], limit) else found
+
+    def _settled(self, way: Way, aims: Aims, draft: Found) -> Found:
+        """Choose within the limit of a draft, and time it if that is another plan."""
+        result = way.choose([*way.others, draft.wanted])
+        if result.allocation.choices == draft.allocation.choices:
+            return replace(draft, result=replace(result, head=draft.result.head))
+        return self._try(way, aims, result, draft.wanted)
 
     def _tuned(
         self,

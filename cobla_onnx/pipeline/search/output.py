@@ -18,11 +18,11 @@ ROUNDS = 3
 
 
 def search_by_output(
-    problem: Problem, evidence: Evidence, rivals: Rivals, constraints: Sequence[Constraint]
+    problem: Problem, evidence: Evidence, rivals: Rivals | None, constraints: Sequence[Constraint]
 ) -> tuple[SearchResult, OutputError]:
     """Choose ranks by measured loss: the last round's, unless a rival is significantly better.
 
-    See `Rivals.settle`.
+    See `Rivals.settle`; with None it is the last round's.
 
     Returns
     -------
@@ -50,6 +50,8 @@ def search_by_output(
             break
     progress("allocate", ROUNDS, ROUNDS)
     *earlier, (losses, last) = rounds
+    if rivals is None:
+        return SearchResult(last, probe_samples=sensitivity.samples, losses=losses), losses
     others = [(f"round {number + 1}", each) for number, (_, each) in enumerate(earlier)]
     near = neighbours(analysis, losses, constraints, last)
     settled = rivals.settle(last, [*others, *near])

@@ -43,7 +43,10 @@ class Way:
         Whether nodes compute in 8 bits after that.
     sketch : callable, optional
         Returns in no time about what `choose` returns; which limit stands for the time is found
-        with it, so that `choose` is called a few times and not for each of the measurements.
+        with it.
+    draft : callable, optional
+        Returns what `choose` would if it compared that with no other answer, which takes most of
+        its time. With both, `choose` is called once.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Way:
     choose: Choose
     eight_bits: bool = False
     sketch: Choose | None = None
+    draft: Choose | None = None
 
 
 @dataclass(frozen=True)
