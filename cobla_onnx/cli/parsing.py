@@ -23,6 +23,8 @@ __all__ = [
     "word_or_wholes",
 ]
 
+# Digits of a whole number. No option takes nearly as many, and Python refuses some thousands.
+MOST_DIGITS = 100
 # Budgets of a sweep in one direction.
 MOST_POINTS = 1000
 
@@ -36,7 +38,7 @@ def input_shapes(option: str, entries: list[str]) -> dict[str, tuple[int, ...]]:
     for entry in entries:
         name, colon, sizes = entry.rpartition(":")
         parts = sizes.split(",")
-        if not colon or not name or not all(p.isascii() and p.isdecimal() for p in parts):
+        if not colon or not name or not all(map(_is_whole, parts)):
             raise UsageError(
                 f"{option} {entry}: is not NAME:SIZE,SIZE,...; write e.g. image:1,3,224,224"
             )
@@ -77,9 +79,13 @@ def whole_or_auto(option: str, text: str) -> Literal["auto"] | int:
     """Parse ``auto`` or a whole number of at least 1."""
     if text == "auto":
         return "auto"
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+    if not _is_whole(text) or int(text) < 1:
         raise UsageError(f"{option} {text}: give auto, or a whole number of at least 1")
     return int(text)
+
+
+def _is_whole(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
 
 
 def word_or_wholes(option: str, text: str) -> str | tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal, TypeAlias
 
@@ -70,10 +71,10 @@ def memory_bytes(limit: int | str | None) -> int | None:
     if limit is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(limit).strip().lower(), re.ASCII)
-    size = int(float(found[1]) * UNITS.get(found[2], 0)) if found else 0
-    if not size:
+    size = float(found[1]) * UNITS.get(found[2], 0) if found else 0.0
+    if not 1 <= size < math.inf:
         raise UsageError(
             f"{option_name('memory_limit', limit)}: is not a number of bytes; write e.g. 2GB, "
             "1500MB or 2000000000"
         )
-    return size
+    return int(size)

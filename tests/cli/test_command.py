@@ -179,6 +179,10 @@ def test_help_and_version_are_quick_and_load_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+# More digits than Python reads at once.
+MANY = "9" * 5000
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -193,6 +197,8 @@ def test_help_and_version_are_quick_and_load_nothing_heavy():
         (["IN", "OUT", "--mem", "0.5", "--exclude", "stge*"], 2, "matches no layer"),
         (["IN", "OUT", "--mem", "0.5", "--input-shape", "image"], 2, "NAME:SIZE"),
         (["IN", "OUT", "--mem", "0.5", "--input-shape", "image:1,1,8,8"], 2, "declares image"),
+        (["IN", "OUT", "--mem", "0.5", "--input-shape", f"image:1,{MANY},8,8"], 2, "NAME:SIZE"),
+        (["IN", "OUT", "--mem", "0.5", "--rank-multiple", MANY], 2, "give auto, or a whole"),
         (["IN", "OUT", "--mem", "0.5", "--report", "r.txt"], 2, ".json"),
         (["TEXT", "OUT", "--mem", "0.5"], 3, "not an ONNX model"),
         (["IN", "OUT", "--mem", "0.001"], 4, "below the least reachable 0.0"),

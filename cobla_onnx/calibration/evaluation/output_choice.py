@@ -85,10 +85,10 @@ def resolve_outputs(outputs: Outputs, names: Iterable[str]) -> dict[str, OutputC
 def _resolve(entry: str, known: Sequence[str]) -> OutputChoice:
     if entry in known:
         return OutputChoice(entry)
-    match = re.fullmatch(r"(.*)=([a-z]+)(?::(-?\d+))?", entry, re.DOTALL)
+    match = re.fullmatch(r"(.*)=([a-z]+)(?::(-?\d{1,9}))?", entry, re.DOTALL)
     if match and match[2] in HOW:
         return _checked(entry, match[1], match[2], match[3], known)
-    plain = re.fullmatch(r"(.*):(-?\d+)", entry, re.DOTALL)
+    plain = re.fullmatch(r"(.*):(-?\d{1,9})", entry, re.DOTALL)
     if plain and plain[1] in known:
         return _checked(entry, plain[1], None, plain[2], known)
     if match and match[1] in known:

@@ -73,7 +73,10 @@ def test_names_of_outputs_may_hold_anything():
     assert "feat" not in resolve_outputs(["y:0=values"], names)
     assert resolve_outputs(["a=classes=values:-1"], names)["a=classes"].axis == -1
     assert resolve_outputs({"feat": "classes:1"}, names)["feat"].how == "classes"
-    for entry, message in (("faet", "'feat'"), ("feat=clases", "clases"), ("q=values", "'q'")):
+    wrong = [("faet", "'feat'"), ("feat=clases", "clases"), ("q=values", "'q'")]
+    # An axis of more digits than Python reads at once.
+    wrong += [(f"feat{how}:{'9' * 5000}", "has no output") for how in ("", "=values")]
+    for entry, message in wrong:
         with pytest.raises(UsageError, match=message):
             resolve_outputs([entry], names)
     with pytest.raises(UsageError, match="twice"):
