@@ -141,6 +141,8 @@ IN_PYTHON: list[tuple[Callable[[], object], str]] = [
     (lambda: compress(dynamic(small_network()), Budget(mac=0.5)), "input_shapes={'x': (1, 3, ?,"),
     (lambda: Plan.from_json("{}"), "write one with Plan.save()"),
     (lambda: ImageOptions(std=(0.0,)), "std= not 0"),
+    (lambda: ImageOptions(mean=0.5), "write e.g. scale=0.00392157, mean=(0.485, 0.456, 0.406), "),
+    (lambda: ImageOptions(std=("a",)), "have to be finite numbers"),
 ]
 
 

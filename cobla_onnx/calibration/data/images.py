@@ -52,7 +52,7 @@ class ImageOptions:
     Raises
     ------
     UsageError
-        If a number is not finite, or `std` is 0.
+        If `mean` or `std` is no tuple of numbers, a number is not finite, or `std` is 0.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -62,7 +62,12 @@ class ImageOptions:
     layout: Literal["nchw", "nhwc"] = "nchw"
 
     def __post_init__(self) -> None:
-        if not np.isfinite([*self.mean, *self.std, self.scale]).all() or 0 in self.std:
+        try:
+            fine = np.isfinite([*self.mean, *self.std, self.scale]).all() and 0 not in self.std
+        except (TypeError, ValueError):
+            # A number alone, or what is none.
+            fine = False
+        if not fine:
             raise UsageError(
                 f"{CHANNEL_OPTIONS}: have to be finite numbers, and {option_name('std')} not 0; "
                 f"write e.g. {EXAMPLE}"
