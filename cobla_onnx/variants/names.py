@@ -8,10 +8,12 @@ from cobla_onnx.graph.io.model_file import unique_name
 from cobla_onnx.graph.protos import opset_of
 from cobla_onnx.graph.tensors import subgraphs
 
-__all__ = ["SLICE_BY_INPUTS", "Names"]
+__all__ = ["INTEGER_CONSTANTS", "SLICE_BY_INPUTS", "Names"]
 
 # IR version from which models have functions.
 FUNCTIONS_FROM = 8
+# The opset from which a Constant may hold whole numbers, such as a shape.
+INTEGER_CONSTANTS = 9
 # The opset from which Slice takes its bounds as inputs.
 SLICE_BY_INPUTS = 10
 

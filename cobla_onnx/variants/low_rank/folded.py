@@ -20,12 +20,12 @@ from cobla_onnx.graph.layers import Layer
 from cobla_onnx.text import quoted
 from cobla_onnx.variants.low_rank.matricisation import ConvScheme, Scheme, TransposedConvScheme
 from cobla_onnx.variants.low_rank.recurrent_scheme import RecurrentScheme
-from cobla_onnx.variants.names import Names
+from cobla_onnx.variants.names import INTEGER_CONSTANTS, Names
 
 __all__ = ["FOLDED_FROM", "can_fold", "no_faster", "product_nodes"]
 
-# The opset from which a Constant may hold whole numbers, such as a shape.
-FOLDED_FROM = 9
+# Shapes are constants.
+FOLDED_FROM = INTEGER_CONSTANTS
 
 # Properties of onnxruntime's CPU kernels, measured (docs/experiments.md): convolutions compute
 # channels in blocks of 16, also where a rank is no multiple; two of them take the time of one from

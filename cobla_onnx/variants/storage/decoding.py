@@ -1,10 +1,11 @@
 """The nodes that turn stored codes back into a weight.
 
 Only operators that every opset has are used: Cast, Mul, Div, Sub, Add, Concat, Slice, Gather and
-Reshape. All of their inputs are constants, so that onnxruntime computes the weight once, when it
-opens the model, and runs what it would have run. What each node gives it holds until all are
-computed, so that nodes are few and give little: codes are looked up in groups, in a table of what
-all groups stand for. Codes of 4 bits may also stand in a type of their own (``nibbles``).
+Reshape; below opset 9, where a Constant holds floating-point numbers alone, Unsqueeze, too. All of
+their inputs are constants, so that onnxruntime computes the weight once, when it opens the model,
+and runs what it would have run. What each node gives it holds until all are computed, so that nodes
+are few and give little: codes are looked up in groups, in a table of what all groups stand for.
+Codes of 4 bits may also stand in a type of their own (``nibbles``).
 
 From IR version 8 and opset 10 on the nodes are the body of a function of the model, of which each
 weight has one node (`decoder`); before that they stand in the graph (`decoder_nodes`).
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cobla_onnx.graph.functions import OWN_DOMAIN
-from cobla_onnx.variants.names import SLICE_BY_INPUTS
+from cobla_onnx.variants.names import INTEGER_CONSTANTS, SLICE_BY_INPUTS
 from cobla_onnx.variants.storage.packing import PLANES, group_size, plane_names
 
 __all__ = [
@@ -88,7 +89,7 @@ def decoder_nodes(
     nibbles : bool
         Whether codes of 4 bits stand in UINT4.
     """
-    body = Body(unique)
+    body = Body(unique, opset)
     if nibbles:
         index = body.add("Cast", [inputs["codes"]], to=TensorProto.INT32)
         shaped = body.add("Gather", [inputs["levels"], index])
@@ -99,7 +100,7 @@ def decoder_nodes(
         values = body.looked_up(bits, planes, inputs["levels"])
         if "count" in inputs:
             values = body.add("Reshape", [values, body.constant(np.array([-1], np.int64))])
-            values = body.cut(values, opset, inputs["count"], count)
+            values = body.cut(values, inputs["count"], count)
         shaped = body.add("Reshape", [values, inputs["shape"]])
     body.nodes.append(helper.make_node("Mul", [shaped, inputs["scale"]], [output]))
     return body.nodes
@@ -110,6 +111,7 @@ class Body:
     """Nodes that are made one after the other."""
 
     unique: Callable[[str], str]
+    opset: int
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     numbers: dict[tuple[type[np.generic], int], str] = field(default_factory=dict)
 
@@ -120,8 +122,13 @@ class Body:
         return output
 
     def constant(self, value: NDArray[Any]) -> str:
-        """Add a constant; return its name."""
-        return self.add("Constant", [], value=numpy_helper.from_array(value))
+        """Add a constant of one or two numbers, or from opset 9 on of any; return its name."""
+        if self.opset >= INTEGER_CONSTANTS or value.dtype.kind == "f":
+            return self.add("Constant", [], value=numpy_helper.from_array(value))
+        # More than two floating-point numbers would count as a weight.
+        assert value.size <= 2
+        floating = self.add("Constant", [], value=numpy_helper.from_array(value.astype(np.float32)))
+        return self.add("Cast", [floating], to=helper.np_dtype_to_tensor_dtype(value.dtype))
 
     def number(self, value: int, kind: type[np.generic] = np.int32) -> str:
         """Name a constant of the body, the same for the same value."""
@@ -168,19 +175,27 @@ class Body:
         of them, and do not depend on the others.
         """
         size, widths, codes = group_size(bits), PLANES[bits], []
+        lengths = np.array([1 << width for width in widths], np.int64)
+        if self.opset < INTEGER_CONSTANTS:
+            levels = self.add("Reshape", [levels, self.constant(lengths)])
         for place in range(size):
-            lengths = np.ones((len(widths), size), np.int64)
-            lengths[:, size - 1 - place] = [1 << width for width in widths]
-            codes.append(self.add("Reshape", [levels, self.constant(lengths.reshape(-1))]))
+            its = [size * plane + size - 1 - place for plane in range(len(widths))]
+            if self.opset < INTEGER_CONSTANTS:
+                others = sorted({*range(size * len(widths))} - {*its})
+                codes.append(self.add("Unsqueeze", [levels], axes=others))
+                continue
+            shape = np.ones(size * len(widths), np.int64)
+            shape[its] = lengths
+            codes.append(self.add("Reshape", [levels, self.constant(shape)]))
         zeros = [self.add("Mul", [code, self.number(0, np.float32)]) for code in codes]
         nothing = functools.reduce(lambda one, other: self.add("Add", [one, other]), zeros)
         column = self.constant(np.array([-1, 1], np.int64))
         filled = [self.add("Add", [code, nothing]) for code in codes]
         return self.add("Concat", [self.add("Reshape", [c, column]) for c in filled], axis=1)
 
-    def cut(self, values: str, opset: int, length: str, count: int, axis: int = 0) -> str:
+    def cut(self, values: str, length: str, count: int, axis: int = 0) -> str:
         """Leave out what bytes are filled up with: from `length` on, or below opset 10 `count`."""
-        if opset < SLICE_BY_INPUTS:
+        if self.opset < SLICE_BY_INPUTS:
             return self.add("Slice", [values], axes=[axis], starts=[0], ends=[count])
         begin, along = (self.constant(np.array([value], np.int64)) for value in (0, axis))
         return self.add("Slice", [values, begin, length, along])

@@ -104,14 +104,14 @@ def row_decoder_nodes(
     width : int
         Of a row; used below opset 10, where it is an attribute.
     """
-    body = Body(unique)
+    body = Body(unique, opset)
     if form.bits == HALF:
         half = body.add("Gather", [inputs["half"], inputs["ids"]])
         return [*body.nodes, helper.make_node("Cast", [half], [output], to=form.floating)]
     if form.bits == 8:
         body.add("Identity", [_scaled(body, inputs["codes"], inputs["scale"], inputs["ids"])])
     else:
-        rows, shape = _unpacked(body, form, opset, inputs, width)
+        rows, shape = _unpacked(body, form, inputs, width)
         # Otherwise a length of 0 stands for the input's: right for a batch of none, and no other.
         empty = {"allowzero": 1} if opset >= ALLOWS_ZERO else {}
         body.add("Reshape", [rows, shape], **empty)
@@ -128,7 +128,7 @@ def _scaled(body: Body, codes: str, scale: str, ids: str) -> str:
 
 
 def _unpacked(
-    body: Body, form: RowFormat, opset: int, inputs: Mapping[str, str], width: int
+    body: Body, form: RowFormat, inputs: Mapping[str, str], width: int
 ) -> tuple[str, str]:
     """Decode the rows below each other, whatever the shape of their numbers; return the shape, too.
 
@@ -142,7 +142,7 @@ def _unpacked(
     size = body.constant(np.array([1, group_size(form.bits)], np.int64))
     values = body.add("Reshape", [groups, body.add("Mul", [first_two, size])])
     if form.cut:
-        values = body.cut(values, opset, inputs["width"], width, axis=1)
+        values = body.cut(values, inputs["width"], width, axis=1)
     rows = body.add("Mul", [values, body.add("Gather", [inputs["scale"], flat])])
     if form.mixed:
         place = body.add(

@@ -78,7 +78,7 @@ def network(coded: Coded, opset: int, function: bool) -> onnx.ModelProto:
     ("bits", "opset", "function"),
     [
         *itertools.product((2, 3, 4, 5, 6, 8), (13,), (True, False)),
-        (5, 9, False),
+        *itertools.product((2, 3, 4, 5, 6, 8), (7, 8, 9), (False,)),
         (6, 10, False),
         (3, 17, True),
         (6, 21, True),
@@ -112,12 +112,17 @@ def test_the_decoded_weight_is_the_one_that_is_stated(
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [True, False])
-def test_nothing_is_left_of_the_decoder_once_the_model_is_open(tmp_path, function: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "opset", "function"),
+    [(6, 13, True), (6, 13, False), *itertools.product((2, 3, 6), (7, 9), (False,))],
+)
+def test_nothing_is_left_of_the_decoder_once_the_model_is_open(
+    tmp_path, bits: int, opset: int, function: bool
+) -> None:
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "open.onnx")
     options.log_severity_level = 3
-    model = network(coded_weight(6), 13, function)
+    model = network(coded_weight(bits), opset, function)
     ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     left = {node.op_type for node in onnx.load(tmp_path / "open.onnx").graph.node}
     assert left <= {"Conv", "ReorderInput", "ReorderOutput"}

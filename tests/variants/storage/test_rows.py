@@ -62,7 +62,7 @@ def test_lookups_of_nothing_give_nothing(bits, opset, shape):
 @settings(max_examples=60, deadline=None)
 @given(
     bits=BITS,
-    opset=st.sampled_from([9, 10, 11, 13, 17, 21]),
+    opset=st.sampled_from([7, 8, 9, 10, 11, 13, 17, 21]),
     shape=st.sampled_from([[], [5], [2, 3], [1, 2, 2]]),
     size=st.tuples(st.just(9), st.integers(1, 17)) | st.tuples(st.just(70), st.integers(64, 70)),
     half=st.booleans(),
