@@ -178,6 +178,8 @@ def _lighten(
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     out = {n for n, t in initializers.items() if tensor_bytes(t) > MAPPED_FROM or n in exposed}
     light = copy_without_initializers(model, out)
+    # Before IR version 4 initializers would have to be inputs.
+    light.ir_version = max(light.ir_version, 4)
     graph = light.graph
     inputs = [value for value in graph.input if value.name not in initializers]
     del graph.input[:], graph.value_info[:]

@@ -212,6 +212,20 @@ def test_half_precision_and_initializers_listed_as_inputs():
     open_session(half.model, 1, optimized=True)
 
 
+def test_what_nobody_reads_any_more_is_no_input_of_ir_version_3():
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("MatMul", ["h", "v"], ["y"])]
+    weights = {"w": random_array(3, 4), "v": random_array(4, 5), "two": np.array(2, np.float32)}
+    feeds = {"x": random_array(2, 3), "v": weights["v"]}
+    feeds |= {"target/y": np.zeros((2, 5), np.float32), "power/y": np.array(1, np.float32)}
+    found = []
+    for ir_version in (3, 8):
+        model = model_of(nodes, weights, {"x": [2, 3]}, ["y"], opset=18, ir_version=ir_version)
+        graph = differentiate(model, {"y": "mse"}, ["v"])
+        found.append(run(graph.model, feeds)["gradient/v"])
+    assert np.all(found[0] != 0)
+    np.testing.assert_array_equal(*found)
+
+
 def test_functions_are_written_out():
     model = parser.parse_model("""
         <ir_version: 8, opset_import: ["": 18, "local": 1]>
