@@ -12,7 +12,7 @@ from cobla_onnx.graph.inlining import inlined_functions
 from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight, without_weights
 from cobla_onnx.graph.operators.base import operators_of_node
 from cobla_onnx.graph.protos import copied_node, plain_domain
-from cobla_onnx.graph.tensors import constant_value
+from cobla_onnx.graph.tensors import constant_value, is_given_by_calls
 from cobla_onnx.text import quoted
 
 __all__ = ["OWN_DOMAIN", "with_open_functions"]
@@ -114,7 +114,8 @@ def _weights(nodes: Collection[onnx.NodeProto]) -> set[str]:
     return {
         node.output[0]
         for node in nodes
-        if (value := constant_value(node)) is not None and is_weight(value)
+        if is_given_by_calls(node)
+        or ((value := constant_value(node)) is not None and is_weight(value))
     }
 
 

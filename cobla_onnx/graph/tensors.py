@@ -16,7 +16,14 @@ from cobla_onnx.graph.io.external import external_bytes, is_external
 from cobla_onnx.graph.protos import is_standard
 from cobla_onnx.text import quoted
 
-__all__ = ["HeldTensor", "all_tensors", "constant_value", "subgraphs", "tensor_array"]
+__all__ = [
+    "HeldTensor",
+    "all_tensors",
+    "constant_value",
+    "is_given_by_calls",
+    "subgraphs",
+    "tensor_array",
+]
 
 
 @dataclass(frozen=True)
@@ -47,14 +54,26 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 
 def constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """Return the dense tensor of a Constant node, or None where it holds something else."""
+    """Return the dense tensor of a Constant node, or None where it holds something else.
+
+    So it does in a function to whose calls the tensor is given, see `is_given_by_calls`.
+    """
     if node.op_type != "Constant" or not is_standard(node):
         return None
     for attribute in node.attribute:
-        if attribute.name == "value":
+        if attribute.name == "value" and not attribute.ref_attr_name:
             value: onnx.TensorProto = attribute.t
             return value
     return None
+
+
+def is_given_by_calls(node: onnx.NodeProto) -> bool:
+    """Whether a Constant node of a function stands for a tensor that its calls have."""
+    return (
+        node.op_type == "Constant"
+        and is_standard(node)
+        and any(a.name == "value" and a.ref_attr_name for a in node.attribute)
+    )
 
 
 def all_tensors(model: onnx.ModelProto) -> Iterator[HeldTensor]:

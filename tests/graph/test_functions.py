@@ -16,7 +16,7 @@ from cobla_onnx.graph.inventory import Reason
 from cobla_onnx.graph.layers import find_layers
 from cobla_onnx.graph.opening import opened
 from cobla_onnx.runtime.session import open_session, run_session
-from tests.bodies import SIZE, calls, linear, weight
+from tests.bodies import SIZE, calls, linear, model_with, weight
 from tests.builders import random_array, small_network
 
 
@@ -101,3 +101,50 @@ def test_only_functions_that_hold_layers_are_opened():
         "Relu",
         "Double",
     ]
+
+
+def given_by_calls(op: str, inputs: list[str]) -> onnx.FunctionProto:
+    """A function of one node, whose weight is an attribute of the calls."""
+    constant = onnx.helper.make_node("Constant", [], ["weight"])
+    constant.attribute.add(name="value", ref_attr_name="W", type=onnx.AttributeProto.TENSOR)
+    return onnx.helper.make_function(
+        "somebody",
+        f"{op}Given",
+        ["data"],
+        ["result"],
+        [constant, onnx.helper.make_node(op, inputs, ["result"])],
+        [onnx.helper.make_opsetid("", 17)],
+        ["W"],
+    )
+
+
+def test_weights_may_be_attributes_of_the_calls():
+    functions = [
+        given_by_calls("Gather", ["weight", "data"]),
+        given_by_calls("MatMul", ["data", "weight"]),
+        # No layers.
+        given_by_calls("Add", ["data", "weight"]),
+    ]
+    table, first, bias, last = weight(1, 40, SIZE), weight(2), random_array(SIZE), weight(3)
+    arrays = {"GatherGiven": table, "MatMulGiven": first, "AddGiven": bias}
+    given = {
+        name: {"domain": "somebody", "W": numpy_helper.from_array(array)}
+        for name, array in arrays.items()
+    }
+    nodes = [
+        onnx.helper.make_node("Cast", ["x"], ["ids"], "cast", to=onnx.TensorProto.INT64),
+        onnx.helper.make_node("GatherGiven", ["ids"], ["rows"], "gather", **given["GatherGiven"]),
+        onnx.helper.make_node("ReduceMean", ["rows"], ["a"], "mean", axes=[1], keepdims=0),
+        onnx.helper.make_node("MatMulGiven", ["a"], ["b"], "first", **given["MatMulGiven"]),
+        onnx.helper.make_node("AddGiven", ["b"], ["c"], "bias", **given["AddGiven"]),
+        onnx.helper.make_node("MatMul", ["c", "last"], ["y"], "last"),
+    ]
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, SIZE])
+    model = model_with(nodes, [value], {"last": last}, functions)
+    found = opened(model)
+    assert [function.name for function in found.functions] == ["AddGiven"]
+    shapes = [layer.shape for layer in find_layers(found).layers]
+    assert shapes == [table.shape, first.shape, last.shape]
+    result = compress(model, Budget(mem=0.6), threads=1)
+    assert result.report.verification is not None
+    assert result.report.verification.rewrite_max_error < 1e-5

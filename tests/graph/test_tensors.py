@@ -42,6 +42,9 @@ def test_tensors_are_found_at_any_depth():
     np.testing.assert_array_equal(tensor_array(held[1].tensor, "w"), weights["w"])
     assert constant_value(inner[0]).name == "c"
     assert constant_value(inner[1]) is None
+    given = node("Constant", [], ["c"])
+    given.attribute.add(name="value", ref_attr_name="W", type=onnx.AttributeProto.TENSOR)
+    assert constant_value(given) is None, "a function's, whose calls have it"
 
 
 def test_data_that_does_not_fit_its_shape_is_refused():
