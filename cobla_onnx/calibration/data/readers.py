@@ -21,7 +21,7 @@ from cobla_onnx.calibration.data.images import (
 )
 from cobla_onnx.calibration.data.implied import implied
 from cobla_onnx.errors import DataError, UsageError
-from cobla_onnx.wording import option_name
+from cobla_onnx.wording import either, option_name
 
 __all__ = ["ImageOptions", "open_data"]
 
@@ -52,7 +52,8 @@ def open_data(
     Raises
     ------
     UsageError
-        If the path does not exist, or its kind cannot be told, or `images` are no options.
+        If the path does not exist, or its kind cannot be told, or `images` are no options, or are
+        given for data that are no images.
     DataError
         If the data is damaged or does not fit the model.
     """
@@ -62,6 +63,7 @@ def open_data(
         )
     if isinstance(data, (str, Path)):
         return _open_path(Path(data), specs, samples, images or ImageOptions())
+    _refuse_images(images, "data")
     if isinstance(data, Mapping):
         given = _by_input_name(data)
         arrays = {name: as_array(value, f"data: input {name!r}") for name, value in given.items()}
@@ -83,10 +85,12 @@ def _open_path(
     if os.path.isdir(path):
         sets = sorted((p for p in path.glob("test_data_set_*") if p.is_dir()), key=_number)
         if sets or any(path.glob("input_*.pb")):
+            _refuse_images(images, str(path))
             return Dataset(str(path), _test_data(sets or [path], specs), specs, samples)
         return _open_images(path, specs, samples, images)
     if not os.path.exists(path):
         raise UsageError(f"{option_name('data', path)}: does not exist; check the path")
+    _refuse_images(images, str(path))
     if path.suffix == ".npz":
         return open_npz(path, specs, samples)
     if path.suffix == ".npy":
@@ -95,6 +99,16 @@ def _open_path(
         f"{option_name('data', path)}: is neither .npz nor .npy, nor a folder of images or "
         "test_data_set_*; give one of these"
     )
+
+
+def _refuse_images(images: ImageOptions | None, source: str) -> None:
+    """Refuse options of images for what is taken as it is."""
+    if images not in (None, ImageOptions()):
+        what = either(python="images", command="options of images")
+        raise UsageError(
+            f"{what}: say how images become inputs, and {source} is no folder of images; leave "
+            "them out, and give numbers as the model wants them"
+        )
 
 
 def _number(folder: Path) -> tuple[int, str]:

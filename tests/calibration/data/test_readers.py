@@ -424,3 +424,12 @@ def test_pillow_is_only_needed_for_images(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UsageError, match=r"cobla-onnx\[images\]"):
         open_data(tmp_path, [IMAGE])
+
+
+def test_options_of_images_are_refused_for_what_is_no_image(tmp_path):
+    array = np.zeros((4, *IMAGE.shape[1:]), np.float32)
+    np.save(tmp_path / "a.npy", array)
+    for data in (tmp_path / "a.npy", {IMAGE.name: array}, [array[:1]] * 4):
+        assert len(open_data(data, [IMAGE], images=ImageOptions()).calibration)
+        with pytest.raises(UsageError, match=r"say how images become inputs, and .* is no folder"):
+            open_data(data, [IMAGE], images=ImageOptions(scale=1 / 255))
