@@ -16,6 +16,7 @@ from cobla_onnx.graph.order import restore_order
 from cobla_onnx.pipeline.budget_errors import elsewhere_note
 from cobla_onnx.pipeline.build_report import Outcome, make_report
 from cobla_onnx.pipeline.forecast import forecast, forecast_note
+from cobla_onnx.pipeline.opening_proof import prove_opening
 from cobla_onnx.pipeline.result import Result
 from cobla_onnx.pipeline.search.evidence import Evidence
 from cobla_onnx.pipeline.verification import verify
@@ -125,12 +126,20 @@ def _verified(
         return evidence.dataset.batches(samples, min(evidence.judge.batch, PROVED_TOGETHER))
 
     session.notify("verify", 0, steps)
+    if session.written is not session.given:
+        prove_opening(
+            session.given,
+            session.written,
+            session.analysis.input_shapes,
+            None if evidence is None else evidence.dataset,
+            session.settings.seed,
+            session.context.threads,
+        )
     verification = verify(
         session.written,
         rewritten,
         session.followed.for_writing(solution.replacements),
         session.analysis.input_shapes,
-        given=None if session.written is session.given else session.given,
         quantised=None if solution.eight_bits is None else solution.eight_bits.model,
         data=None if evidence is None else ("held-back", held_back),
         proved=None if evidence is None else proved,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 
+from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.errors import VerificationError
-from cobla_onnx.runtime.session import Feeds, open_session, run_session
+from cobla_onnx.graph.macs import Shape
+from cobla_onnx.graph.words import known_words
+from cobla_onnx.runtime.session import open_session, run_session, runnable_feeds
 from cobla_onnx.text import quoted
 
 __all__ = ["prove_opening"]
@@ -19,7 +23,12 @@ TOLERANCE = 1e-4
 
 
 def prove_opening(
-    given: onnx.ModelProto, opened: onnx.ModelProto, feeds: Feeds, threads: int
+    given: onnx.ModelProto,
+    opened: onnx.ModelProto,
+    shapes: Mapping[str, Shape],
+    dataset: Dataset | None,
+    seed: int,
+    threads: int,
 ) -> None:
     """Compare the model that layers are found in with the one that was read, on one run.
 
@@ -29,15 +38,24 @@ def prove_opening(
     Parameters
     ----------
     given, opened : ModelProto
-    feeds : dict
-        Inputs of one run.
+    shapes : mapping of str to tuple
+        Shapes of the model's inputs, as far as known.
+    dataset : Dataset or None
+        Without samples, inputs are random.
+    seed, threads : int
 
     Raises
     ------
     VerificationError
         If an output differs.
+    ModelError
+        If onnxruntime does not run the model as it was read.
     """
     session = open_session(given, threads)
+    if dataset is None:
+        feeds = runnable_feeds(session, shapes, seed, known_words(given))[0][0]
+    else:
+        feeds = next(dataset.batches(dataset.selection, 1))
     expected = run_session(session, feeds)
     actual = run_session(open_session(opened, threads), feeds)
     different = [name for name in expected if not _alike(expected[name], actual[name])]

@@ -26,7 +26,6 @@ from cobla_onnx.graph.io.model_file import stored_bytes, without_weights
 from cobla_onnx.graph.macs import Shape, infer_shapes
 from cobla_onnx.graph.varying import varying_tensors
 from cobla_onnx.graph.words import known_words
-from cobla_onnx.pipeline.opening_proof import prove_opening
 from cobla_onnx.pipeline.proof import prove_optimized, prove_rewrite
 from cobla_onnx.report.model import Verification
 from cobla_onnx.runtime.session import (
@@ -86,7 +85,6 @@ def verify(
     replacements: Sequence[Replacement],
     shapes: Mapping[str, Shape],
     *,
-    given: onnx.ModelProto | None = None,
     quantised: onnx.ModelProto | None = None,
     data: tuple[str, Callable[[], Iterable[tuple[int, Feeds]]]] | None = None,
     proved: Callable[[], Iterable[Feeds]] | None = None,
@@ -102,8 +100,6 @@ def verify(
     ----------
     shapes : mapping of str to tuple
         Shapes of the model's inputs, as far as known.
-    given : ModelProto, optional
-        The original as it was read, if functions or bodies were opened since.
     quantised : ModelProto, optional
         The compressed model with nodes that compute in 8 bits. The rewrite is proved without them;
         it is this one whose outputs are compared, optimised as users run it. Needs data.
@@ -127,7 +123,7 @@ def verify(
         its outputs NaN.
     VerificationError
         If the checker or onnxruntime rejects the compressed model, or the new nodes do
-        not compute what their dense weight would, or the original not what was read.
+        not compute what their dense weight would.
     """
     notes = check_model(original, quantised or compressed)
     reference: Sequence[Feeds] = ()
@@ -142,8 +138,6 @@ def verify(
         batches = (feeds for _, feeds in data[1]()) if proved is None else proved()
         proof = list(itertools.islice(batches, PROVED_BATCHES))
         reference = _runs(original, proof, threads) if measures is None else ()
-    if given is not None:
-        prove_opening(given, original, proof[0], threads)
     results = _results(compressed, proof, threads)
     varying = varying_outputs(original, proof[0])
     rewrite_error, network_error, more = prove_rewrite(
