@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -79,7 +79,8 @@ def solve_in_time(session: Session, budget: Budget) -> Solution:
     made: list[tuple[Found, Solution]] = []
     left: list[_Left] = []
     refused: list[BudgetError] = []
-    for each in _sessions(session):
+    sessions = _sessions(session)
+    for each in sessions:
         attempt = _Attempt(replace(each, seconds=session.seconds), budget, started, made)
         hopeless = attempt.without_time()
         if hopeless is not None:
@@ -108,7 +109,8 @@ def solve_in_time(session: Session, budget: Budget) -> Solution:
     if (others or left) and first.allocation is not None:
         noted = first.allocation.noting(_note(made, left))
         first = replace(first, allocation=noted)
-    if session.settings.arithmetic == "auto" and not _may_compute(session) and first.allocation:
+    arithmetics = {each.settings.arithmetic for each in sessions}
+    if session.settings.arithmetic == "auto" and "int8" not in arithmetics and first.allocation:
         note = "nothing computes in 8 bits: no node has a stored weight in single precision for it"
         first = replace(first, allocation=first.allocation.noting(note))
     known = [partial(_itself, solution) for solution in others]
@@ -198,7 +200,7 @@ class _Attempt:
         """
         assert self.budget.latency is not None
         way = self.way
-        if way.eight_bits or way.sketch is None:
+        if not self.made or way.eight_bits or way.sketch is None:
             return None
         aims = Aims(way.proxy, self.budget.latency, 1.0)
         try:
@@ -237,25 +239,25 @@ class _Attempt:
         return self.session.completed(self.budget, told, plan, self._finisher, self.started)
 
 
-def _sessions(session: Session) -> Iterator[Session]:
+def _sessions(session: Session) -> list[Session]:
     """Return the session in each arithmetic that was asked for, by the table and by MACs.
 
-    That in 8 bits is the first: it often loses so little that others need not be made.
+    That in 8 bits is the first: it often loses so little that others need not be made. It is left
+    out where the arithmetic is to be chosen, and nothing can compute in 8 bits.
     """
     arithmetic = session.settings.arithmetic
     by_macs = session.by_macs
-    if arithmetic == "int8" or _may_compute(session):
-        yield (by_macs or session).computing("int8")
+    found: list[Session] = []
+    narrow = arithmetic == "int8"
+    if arithmetic == "auto":
+        narrow = can_compute(session.model, spared_outputs(session.model, session.analysis))
+    if narrow:
+        found.append((by_macs or session).computing("int8"))
     if arithmetic != "int8":
-        yield session.computing("keep")
+        found.append(session.computing("keep"))
         if by_macs is not None and by_macs.analysis.layers:
-            yield by_macs.computing("keep")
-
-
-def _may_compute(session: Session) -> bool:
-    """Whether it is to be chosen what computes in 8 bits, and something can."""
-    spared = spared_outputs(session.model, session.analysis)
-    return session.settings.arithmetic == "auto" and can_compute(session.model, spared)
+            found.append(by_macs.computing("keep"))
+    return found
 
 
 def _way(session: Session, budget: Budget, choose: Choose) -> Way:
