@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cobla_onnx.errors import UsageError
-from cobla_onnx.options.values import check_augment, check_passes
+from cobla_onnx.options.values import check_augment
 from cobla_onnx.wording import either, option_name
 
 if TYPE_CHECKING:
@@ -22,34 +23,14 @@ def check_combined(settings: Settings) -> None:
     UsageError
         With the one to add.
     """
-    if settings.labels is not None and settings.data is None:
-        raise UsageError(
-            f"{option_name('labels')}: are those of the data; give {option_name('data')} too"
-        )
-    if settings.outputs and settings.data is None:
-        raise UsageError(
-            f"{option_name('outputs')}: says how data is compared; give {option_name('data')} too"
-        )
-    if settings.loss != "auto" and settings.data is None:
-        raise UsageError(
-            f"{option_name('loss', settings.loss)}: compares outputs on samples; give "
-            f"{option_name('data')} too"
-        )
+    useless = next(_of_data(settings), None) if settings.data is None else None
+    if useless is not None:
+        option, what = useless
+        raise UsageError(f"{option}: {what} {option_name('data')} too")
     if settings.loss in ("kl", "mse") and settings.labels is not None:
         raise UsageError(
             f"{option_name('loss', settings.loss)}: with labels the loss is the cross-entropy; "
             f"leave out it or {option_name('labels')}"
-        )
-    if settings.samples is not None and settings.data is None:
-        raise UsageError(
-            f"{option_name('samples', settings.samples)}: are of the data; give "
-            f"{option_name('data')} too"
-        )
-    images = settings.images
-    if images is not None and images != type(images)() and settings.data is None:
-        raise UsageError(
-            f"{either(python='images', command='options of images')}: say how images become "
-            f"inputs; give a folder of them by {option_name('data')} too"
         )
     if settings.time_limit is not None and settings.objective != "loss" and not settings.distil:
         raise UsageError(
@@ -57,15 +38,31 @@ def check_combined(settings: Settings) -> None:
             f"{option_name('objective', 'loss')}, and {option_name('distil', 'auto')}; give one "
             "of them too"
         )
-    if settings.arithmetic != "keep" and settings.data is None:
-        raise UsageError(
-            f"{option_name('arithmetic', settings.arithmetic)}: ranges of 8-bit numbers follow "
-            f"from samples; give {option_name('data')} too"
-        )
-    check_passes(settings.distil, settings.data)
     check_augment(settings.augment, settings.distil, settings.labels)
     if settings.profile is not None and not settings.measure_latency:
         raise UsageError(
             f"{option_name('profile')}: is of times; give {option_name('latency')} or "
             f"{option_name('measure_latency', True)} too"
         )
+
+
+def _of_data(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Name the options that mean nothing without data, and what they are."""
+    if settings.labels is not None:
+        yield option_name("labels"), "are those of the data; give"
+    if settings.outputs:
+        yield option_name("outputs"), "says how data is compared; give"
+    if settings.loss != "auto":
+        yield option_name("loss", settings.loss), "compares outputs on samples; give"
+    if settings.samples is not None:
+        yield option_name("samples", settings.samples), "are of the data; give"
+    images = settings.images
+    if images is not None and images != type(images)():
+        option = either(python="images", command="options of images")
+        yield option, "say how images become inputs; give a folder of them by"
+    if settings.arithmetic != "keep":
+        option = option_name("arithmetic", settings.arithmetic)
+        yield option, "ranges of 8-bit numbers follow from samples; give"
+    if settings.distil is not None:
+        option = option_name("distil", settings.distil)
+        yield option, "learns from the original's outputs on samples; give"

@@ -9,27 +9,12 @@ from typing import Literal, TypeAlias
 from cobla_onnx.errors import UsageError
 from cobla_onnx.wording import option_name
 
-__all__ = ["BatchSize", "check_augment", "check_passes", "memory_bytes"]
+__all__ = ["BatchSize", "check_augment", "memory_bytes"]
 
 BatchSize: TypeAlias = Literal["auto"] | int
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-
-
-def check_passes(passes: object, data: object) -> None:
-    """Check that there is something to learn from, if there are to be passes over it.
-
-    Raises
-    ------
-    UsageError
-        If there is no data.
-    """
-    if passes is not None and data is None:
-        raise UsageError(
-            f"{option_name('distil', passes)}: learns from the original's outputs on samples; "
-            f"give {option_name('data')} too"
-        )
 
 
 def check_augment(augment: str | None, distil: object, labels: object) -> None:
