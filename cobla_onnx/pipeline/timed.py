@@ -169,7 +169,7 @@ class _Attempt:
     def _finisher(self) -> Finisher | None:
         return None if self.session.evidence is None else self.session.evidence.finisher()
 
-    @property
+    @cached_property
     def way(self) -> Way:
         return _way(self.session, self.budget, self.session.chooser(self._finisher))
 
