@@ -8,6 +8,7 @@ import onnx
 
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.bodies import all_nodes, body_graphs, placed_nodes
+from cobla_onnx.graph.foldable import foldable_nodes
 from cobla_onnx.graph.index import node_label
 from cobla_onnx.graph.io.model_file import without_weights
 from cobla_onnx.graph.layers import Layer
@@ -178,7 +179,7 @@ def has_macs(node: onnx.NodeProto) -> bool:
 def node_macs(
     model: onnx.ModelProto, shapes: Mapping[str, Shape]
 ) -> tuple[dict[int, int], list[str]]:
-    """MACs of every node that `has_macs`, those in bodies once.
+    """MACs of every node that `has_macs`, those in bodies once; of one that is folded none.
 
     Additions of a bias are not counted; neither are other operators and functions.
 
@@ -191,10 +192,13 @@ def node_macs(
     """
     macs: dict[int, int] = {}
     unknown: list[str] = []
+    folded = foldable_nodes(model)
     for index, (node, label, _) in enumerate(placed_nodes(model.graph)):
         if not has_macs(node):
             continue
-        if operators := operators_of_node(node):
+        if index in folded:
+            count: int | None = 0
+        elif operators := operators_of_node(node):
             count = _total(operator.macs(node, shapes) for operator in operators)
         else:
             count = macs_of_other(node, shapes)
@@ -205,14 +209,22 @@ def node_macs(
     return macs, unknown
 
 
-def layer_macs(model: onnx.ModelProto, layer: Layer, shapes: Mapping[str, Shape]) -> int | None:
+def layer_macs(
+    model: onnx.ModelProto, layer: Layer, shapes: Mapping[str, Shape], macs: Mapping[int, int]
+) -> int | None:
     """MACs with the weight of a layer, over all its uses; None where shapes are not known.
 
     They are a part of its nodes' where these hold other weights, too.
+
+    Parameters
+    ----------
+    macs : mapping of int to int
+        Of all nodes, see `node_macs`.
     """
     operator = operator_of(layer)
     nodes = all_nodes(model.graph)
-    return _total(operator.macs(nodes[use.node], shapes) for use in layer.uses)
+    run = [use.node for use in layer.uses if macs.get(use.node) != 0]
+    return _total(operator.macs(nodes[index], shapes) for index in run)
 
 
 def _total(counts: Iterable[int | None]) -> int | None:

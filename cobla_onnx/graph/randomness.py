@@ -8,7 +8,7 @@ from cobla_onnx.graph.index import node_label
 from cobla_onnx.graph.tensors import subgraphs
 from cobla_onnx.text import quoted
 
-__all__ = ["random_nodes"]
+__all__ = ["draws", "random_nodes"]
 
 DRAWING = {
     "Bernoulli",
@@ -20,17 +20,19 @@ DRAWING = {
 }
 
 
-def random_nodes(model: onnx.ModelProto) -> list[str]:
-    """Names and operators of the nodes that draw random numbers, sub-graphs included.
+def draws(node: onnx.NodeProto) -> bool:
+    """Whether a node itself draws random numbers; a Dropout does where it is told to train."""
+    training = node.op_type == "Dropout" and len(node.input) > 2 and bool(node.input[2])
+    return node.op_type in DRAWING or training
 
-    A Dropout is one of them where it is told to train.
-    """
+
+def random_nodes(model: onnx.ModelProto) -> list[str]:
+    """Names and operators of the nodes that draw random numbers, sub-graphs included."""
     found = []
     graphs = [model.graph]
     while graphs:
         for index, node in enumerate(graphs.pop().node):
-            training = node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]
-            if node.op_type in DRAWING or training:
+            if draws(node):
                 found.append(f"{quoted(node_label(node, index))} ({node.op_type})")
             graphs.extend(subgraphs(node))
     return found

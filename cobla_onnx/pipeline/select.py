@@ -134,7 +134,7 @@ def counted(
     int or None
         Those of the model.
     """
-    each = [None if macs is None else layer_macs(model, layer, shapes) for layer in layers]
+    each = [None if macs is None else layer_macs(model, x, shapes, macs) for x in layers]
     if macs is None or (None in each and not needed):
         return tuple(layers), skipped, each, None
     pairs = list(zip(layers, each, strict=True))
