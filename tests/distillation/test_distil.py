@@ -23,7 +23,6 @@ from cobla_onnx.distillation.parameters import Parameters
 from cobla_onnx.distillation.record import Distillation, Stage
 from cobla_onnx.errors import ModelError, UsageError
 from cobla_onnx.graph.layers import read_weight
-from cobla_onnx.options import Settings
 from cobla_onnx.pipeline import max_drop, session
 from cobla_onnx.pipeline.search.data import Factors, distil_factors
 from cobla_onnx.pipeline.search.evidence import Evidence
@@ -420,10 +419,11 @@ def test_a_reason_is_told_alone():
     assert Distillation(reason="no gradient").text == "not distilled: no gradient"
 
 
-def test_nothing_to_replace_is_nothing_to_learn(evidence):
-    factors, plan = Factors([], []), evidence.analysis.plan([None] * len(evidence.analysis.layers))
-    settings = Settings(data=DATA, distil=1)
-    assert distil_factors(evidence, evidence.finisher(), plan, factors, settings) is factors
+def test_where_all_layers_stay_whole_nothing_learns_and_the_report_says_so():
+    found = compress(small_network(), Budget(mem=1.0), data=SMALL, distil=1, threads=1)
+    assert found.report.unchanged
+    expected = "not distilled: no layer was changed, so that none has anything to learn"
+    assert found.report.calibration.distillation.text == expected
 
 
 def test_too_few_samples_are_not_learned_from():

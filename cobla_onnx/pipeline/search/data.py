@@ -161,7 +161,8 @@ def distil_factors(
         return factors
     replacements = factors.replacements()
     if not replacements:
-        return factors
+        record = Distillation(reason="no layer was changed, so that none has anything to learn")
+        return replace(factors, distilled=Distilled(replacements, record))
     context = evidence.context
     distilled = distil(
         evidence.judge,
