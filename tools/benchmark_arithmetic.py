@@ -345,11 +345,12 @@ def _as_fast(
     ]
 
 
-def _lost(quality: Mapping[str, Any]) -> float:
-    """What a model has lost of its task: agreement where there is any, else the mean loss."""
-    if "agreement" in quality:
-        return -float(quality["agreement"])
-    return sum(quality["losses"]) / len(quality["losses"])
+def _lost(quality: Mapping[str, Any]) -> tuple[float, float]:
+    """What a model has lost of its task: of its answers where it has any, then the mean loss."""
+    loss = quality.get("loss")
+    if loss is None:
+        loss = sum(quality["losses"]) / len(quality["losses"])
+    return -float(quality.get("agreement", 0.0)), float(loss)
 
 
 def _cell(row: Row) -> str:

@@ -19,11 +19,11 @@ def tool(tools, precision, monkeypatch):
     return tool
 
 
-def made(ratio: float, agreement: float) -> dict:
+def made(ratio: float, agreement: float, loss: float = 0.1) -> dict:
     return {
         "exit_code": 0,
         "latency": {"ratio": ratio},
-        "quality": {"agreement": agreement, "loss": 0.1},
+        "quality": {"agreement": agreement, "loss": loss},
     }
 
 
@@ -84,6 +84,11 @@ def test_one_figure_stands_for_a_task(tool):
 def test_a_task_without_classes_is_compared_by_what_samples_lose(tool):
     better, worse = {"perplexity": 3.0, "losses": [0.1]}, {"perplexity": 9.0, "losses": [0.4]}
     assert tool._lost(better) < tool._lost(worse)
+
+
+def test_of_as_many_answers_the_lesser_loss_is_better(tool):
+    few, many = made(0.5, 0.9, loss=0.1)["quality"], made(0.5, 0.9, loss=0.2)["quality"]
+    assert tool._lost(few) < tool._lost(many) < tool._lost(made(0.5, 0.8, loss=0.0)["quality"])
 
 
 def test_models_whose_opset_is_too_old_are_lifted_for_all_methods(tool, tmp_path):
