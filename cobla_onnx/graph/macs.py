@@ -210,7 +210,10 @@ def node_macs(
 
 
 def layer_macs(
-    model: onnx.ModelProto, layer: Layer, shapes: Mapping[str, Shape], macs: Mapping[int, int]
+    nodes: Sequence[onnx.NodeProto],
+    layer: Layer,
+    shapes: Mapping[str, Shape],
+    macs: Mapping[int, int],
 ) -> int | None:
     """MACs with the weight of a layer, over all its uses; None where shapes are not known.
 
@@ -218,11 +221,12 @@ def layer_macs(
 
     Parameters
     ----------
+    nodes : sequence of NodeProto
+        All of the model, see `bodies.all_nodes`.
     macs : mapping of int to int
-        Of all nodes, see `node_macs`.
+        Theirs, see `node_macs`.
     """
     operator = operator_of(layer)
-    nodes = all_nodes(model.graph)
     run = [use.node for use in layer.uses if macs.get(use.node) != 0]
     return _total(operator.macs(nodes[index], shapes) for index in run)
 

@@ -10,6 +10,7 @@ import onnx
 
 from cobla_onnx.calibration.patches import unreadable
 from cobla_onnx.errors import UsageError
+from cobla_onnx.graph.bodies import all_nodes
 from cobla_onnx.graph.inventory import Refusal
 from cobla_onnx.graph.layers import Inventory, Layer, Reason, Skipped
 from cobla_onnx.graph.macs import Shape, layer_macs
@@ -134,7 +135,8 @@ def counted(
     int or None
         Those of the model.
     """
-    each = [None if macs is None else layer_macs(model, x, shapes, macs) for x in layers]
+    nodes = all_nodes(model.graph)
+    each = [None if macs is None else layer_macs(nodes, x, shapes, macs) for x in layers]
     if macs is None or (None in each and not needed):
         return tuple(layers), skipped, each, None
     pairs = list(zip(layers, each, strict=True))

@@ -69,10 +69,14 @@ def test_macs_are_counted_for_each_weight_and_once_for_the_node(op, inputs, hidd
     shapes = infer_shapes(model, {})
     read, state = find_layers(model).layers
     rows = STEPS * SAMPLES * directions * GATES[op] * hidden
-    assert layer_macs(model, read, shapes, {}) == rows * inputs
-    assert layer_macs(model, state, shapes, {}) == rows * hidden
+    assert layer_macs(model.graph.node, read, shapes, {}) == rows * inputs
+    assert layer_macs(model.graph.node, state, shapes, {}) == rows * hidden
     assert node_macs(model, shapes) == ({0: rows * (inputs + hidden)}, [])
-    assert layer_macs(model, read, {}, {}) is layer_macs(model, state, {}, {}) is None
+    assert (
+        layer_macs(model.graph.node, read, {}, {})
+        is layer_macs(model.graph.node, state, {}, {})
+        is None
+    )
 
 
 @settings(max_examples=20)
