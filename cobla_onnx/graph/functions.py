@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import onnx
 
@@ -28,7 +28,7 @@ def with_open_functions(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Weights that a function stores itself are shared by all its calls: they become one constant,
     so that one decision holds for all of them. Functions of other operator sets than the model's
-    stay.
+    stay, with all that they call.
 
     Returns
     -------
@@ -73,29 +73,55 @@ def with_open_functions(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _holding_layers(model: onnx.ModelProto) -> set[Key]:
     """Functions with a node of a registered operator, and those that call them."""
-    nodes: dict[Key, list[onnx.NodeProto]] = {}
-    chosen: set[Key] = set()
+    nodes = {_key(function): _nodes_of(function) for function in model.functions}
+    calls = {key: {_called(node) for node in its} & nodes.keys() for key, its in nodes.items()}
+    closed = _reached(_not_opened(model), calls)
+    chosen = {
+        _key(function)
+        for function in model.functions
+        if _key(function) not in closed and _holds_layer(function, nodes[_key(function)])
+    }
+    while callers := {key for key, called in calls.items() if called & chosen} - chosen:
+        chosen |= callers
+    return chosen
+
+
+def _not_opened(model: onnx.ModelProto) -> set[Key]:
+    """Functions of other operator sets, of the package, and those that compute an operator.
+
+    A node that calls one of the latter is a layer as it is.
+    """
     imported = _versions(model.opset_import)
+    found = set()
     for function in model.functions:
         own = _versions(function.opset_import)
         fits = all(imported.get(domain, version) == version for domain, version in own.items())
-        if function.domain == OWN_DOMAIN or not fits:
-            continue
-        key = _key(function)
-        inner = [node for body in body_graphs(function.node) for node in body.node]
-        nodes[key] = [*function.node, *inner]
-        given = {*function.input, *_weights(nodes[key])}
-        if any(_may_be_layer(node, given) for node in nodes[key]):
-            chosen.add(key)
-    # An operator that a model's function computes is a layer as it is.
-    chosen -= {key for key in chosen if _is_operator(key)}
-    while True:
-        callers = {
-            k for k, its in nodes.items() if any((n.domain, n.op_type) in chosen for n in its)
-        }
-        if callers <= chosen:
-            return chosen
-        chosen |= callers
+        if function.domain == OWN_DOMAIN or not fits or _is_operator(_key(function)):
+            found.add(_key(function))
+    return found
+
+
+def _reached(keys: set[Key], calls: Mapping[Key, set[Key]]) -> set[Key]:
+    """Return functions with all that they call, and what these call."""
+    found: set[Key] = set()
+    while keys:
+        found |= keys
+        keys = set[Key]().union(*(calls[key] for key in keys)) - found
+    return found
+
+
+def _nodes_of(function: onnx.FunctionProto) -> list[onnx.NodeProto]:
+    inner = [node for body in body_graphs(function.node) for node in body.node]
+    return [*function.node, *inner]
+
+
+def _holds_layer(function: onnx.FunctionProto, nodes: Collection[onnx.NodeProto]) -> bool:
+    given = {*function.input, *_weights(nodes)}
+    return any(_may_be_layer(node, given) for node in nodes)
+
+
+def _called(node: onnx.NodeProto) -> Key:
+    return node.domain, node.op_type
 
 
 def _key(function: onnx.FunctionProto) -> Key:

@@ -67,6 +67,21 @@ def test_functions_of_another_operator_set_stay_and_the_others_are_opened():
     np.testing.assert_array_equal(first["y"], second["y"])
 
 
+def test_what_a_function_of_another_operator_set_calls_stays_with_it():
+    model = calls(False)
+    imports = [onnx.helper.make_opsetid("", 13), onnx.helper.make_opsetid("somebody", 1)]
+    inner = onnx.helper.make_node("Linear", ["a", "weight"], ["b"], domain="somebody")
+    old = onnx.helper.make_function("somebody", "Old", ["a", "weight"], ["b"], [inner], imports)
+    model.functions.append(old)
+    model.graph.node[1].op_type = "Old"
+    found = opened(model)
+    assert {function.name for function in found.functions} == {"Linear", "Old"}
+    result = compress(model, Budget(mem=1.0), threads=1)
+    feeds = {"x": random_array(2, SIZE)}
+    first, second = (run_session(open_session(m, 1), feeds) for m in (model, result.model))
+    np.testing.assert_array_equal(first["y"], second["y"])
+
+
 def test_functions_that_onnx_cannot_open_are_named(monkeypatch):
     def fail(*_):
         raise RuntimeError("no schema")
