@@ -100,6 +100,23 @@ def test_a_body_folds_its_own_constants():
     assert node_macs(model, infer_shapes(model, {}))[0] == {2: 0, 3: 216}
 
 
+def test_what_one_branch_stores_another_may_compute_under_the_same_name():
+    out = helper.make_tensor_value_info("o", TensorProto.FLOAT, None)
+    product = helper.make_node("MatMul", ["w", "w"], ["o"])
+    stores, computes = (
+        helper.make_graph(
+            [*nodes, helper.make_node("MatMul", ["w", "w"], ["o"])], "branch", [], [out]
+        )
+        for nodes in ([], [helper.make_node("Exp", ["x"], ["w"])])
+    )
+    stores.initializer.append(numpy_helper.from_array(random_array(6, 6), "w"))
+    choice = helper.make_node("If", ["c"], ["y"], then_branch=stores, else_branch=computes)
+    model = model_of([choice], {}, {"x": [6, 6]}, ["y"])
+    model.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
+    onnx.checker.check_model(model)
+    assert foldable_nodes(model) == set()
+
+
 def with_constant_data(opset: int = 17) -> onnx.ModelProto:
     """A table made by a layer whose data is constant, as of positions, and a layer that reads x."""
     nodes = [
