@@ -100,7 +100,7 @@ def solve_in_time(session: Session, budget: Budget) -> Solution:
         if attempt.is_worth(best):
             made.append((best, attempt.solution(best, found)))
         else:
-            left.append(attempt.left(best, found))
+            left.append(attempt.left(best))
     if not made:
         raise too_slow(tried, budget.latency, search.stopwatch.threads) if tried else refused[0]
     made.sort(key=lambda entry: _loss(entry[1]))
@@ -113,6 +113,7 @@ def solve_in_time(session: Session, budget: Budget) -> Solution:
     if session.settings.arithmetic == "auto" and "int8" not in arithmetics and first.allocation:
         note = "nothing computes in 8 bits: no node has a stored weight in single precision for it"
         first = replace(first, allocation=first.allocation.noting(note))
+    left.sort(key=lambda each: each.loss)
     known = [partial(_itself, solution) for solution in others]
     return replace(first, others=(*known, *(each.solution for each in left)))
 
@@ -129,7 +130,7 @@ class _Left(NamedTuple):
     loss : float
         Of its plan before refit.
     solution : callable
-        May raise `BudgetError` where the plan was not timed.
+        Searches as if there was no other way; may raise `BudgetError`.
     """
 
     name: str
@@ -196,7 +197,8 @@ class _Attempt:
     def without_time(self) -> _Left | None:
         """Leave the way out before anything is timed, if it can be seen to lose too much.
 
-        That is what it would choose if the time fell with all that stands for it: it falls less.
+        Judged is what it would choose if the time fell as what stands for it does, which is to hope
+        for much.
         """
         assert self.budget.latency is not None
         way = self.way
@@ -212,10 +214,9 @@ class _Attempt:
             return None
         return _Left(way.name, None, self.loss(first), self._after_all)
 
-    def left(self, best: Found, tried: Sequence[Found]) -> _Left:
-        """Leave out a plan that is fast enough."""
-        make = partial(self.solution, best, tried)
-        return _Left(best.way.name, best.measured, self.loss(best.result), make)
+    def left(self, best: Found) -> _Left:
+        """Leave out a plan that is fast enough, which may be a sketch of what this way would do."""
+        return _Left(best.way.name, best.measured, self.loss(best.result), self._after_all)
 
     def _after_all(self) -> Solution:
         """Search as if there was no other way."""
