@@ -36,7 +36,7 @@ def check_augment(augment: str | None, distil: object, labels: object) -> None:
         raise UsageError(f"{what}: is for what learns; give {option_name('distil', 'auto')} too")
     if labels is not None:
         raise UsageError(
-            f"{what}: labels would not follow the images; leave out it or {option_name('labels')}"
+            f"{what}: labels would not follow the images; leave it out, or {option_name('labels')}"
         )
 
 

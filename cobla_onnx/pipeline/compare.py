@@ -35,6 +35,7 @@ from cobla_onnx.graph.opening import opened
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
 from cobla_onnx.options import BatchSize, Settings, check_declared, memory_bytes
+from cobla_onnx.options.combined import check_without_data
 from cobla_onnx.pipeline.inputs import ModelSource, available_cores, file_of, open_model
 from cobla_onnx.pipeline.verification import not_read, rows_of, varying_outputs
 from cobla_onnx.report.comparison import ModelComparison, ModelFacts
@@ -86,7 +87,8 @@ def compare(
     Raises
     ------
     UsageError
-        If inputs or outputs differ in names, types or shapes.
+        If inputs or outputs differ in names, types or shapes, or for options of data that is not
+        given.
     ModelError, DataError
         See `cobla_onnx.errors`.
 
@@ -101,6 +103,8 @@ def compare(
     numbers = {"samples": samples, "batch": batch, "seed": seed, "threads": threads}
     others = {"memory_limit": memory_limit, "provider": provider, "progress": progress}
     check_declared(Settings, {**numbers, **others})
+    if data is None:
+        check_without_data(samples, images)
     pair = _Pair.opened(first, second)
     shapes = input_shapes or {}
     _check_ends(pair.models, pair.names, shapes)

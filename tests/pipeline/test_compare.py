@@ -9,6 +9,8 @@ import onnx
 import pytest
 
 from cobla_onnx import Budget, compare, compress, errors, inspect
+from cobla_onnx.calibration.data.images import ImageOptions
+from cobla_onnx.errors import UsageError
 from cobla_onnx.pipeline import compare as module
 from cobla_onnx.report.terminal import output_text
 from tests.bodies import calls
@@ -153,3 +155,9 @@ def test_layers_in_functions_are_counted():
     macs = inspect(model, threads=1).mac_total
     assert macs
     assert compare(model, model, threads=1).first.macs == macs
+
+
+@pytest.mark.parametrize("option", [{"samples": 3}, {"images": ImageOptions(scale=1 / 255)}])
+def test_options_of_samples_are_refused_without_any(option):
+    with pytest.raises(UsageError, match=r"give (data=|a folder of them by data=) too"):
+        compare(small_network(), small_network(), **option)
