@@ -32,8 +32,8 @@ def prove_opening(
 ) -> None:
     """Compare the model that layers are found in with the one that was read, on one run.
 
-    What is compared later is compared with the former. Outputs that differ from run to run tell
-    nothing.
+    All later checks compare with the former, and would not see a fault of opening. Outputs that
+    differ from run to run tell nothing.
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ class ArithmeticReport:
         Nodes between them without a weight, that go with them.
     left : tuple of str
         Nodes that could, and compute in floating point, by name or else by what they write: those
-        at the ends where that loses less, and those that would be slower.
+        where that takes back much of the loss, and those that would be slower.
     ranges : str
         How ranges of activations follow from the calibration samples; ``dynamic`` where every run
         takes those of its own numbers.

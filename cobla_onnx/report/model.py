@@ -202,7 +202,7 @@ class CalibrationReport:
     rivals : tuple of Rival
         Other answers that came close enough to be compared with the allocation's own.
     distillation : Distillation or None
-        None if it was not asked for, or nothing was replaced.
+        None if it was not asked for.
     """
 
     source: str

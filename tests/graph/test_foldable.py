@@ -104,9 +104,7 @@ def test_what_one_branch_stores_another_may_compute_under_the_same_name():
     out = helper.make_tensor_value_info("o", TensorProto.FLOAT, None)
     product = helper.make_node("MatMul", ["w", "w"], ["o"])
     stores, computes = (
-        helper.make_graph(
-            [*nodes, helper.make_node("MatMul", ["w", "w"], ["o"])], "branch", [], [out]
-        )
+        helper.make_graph([*nodes, product], "branch", [], [out])
         for nodes in ([], [helper.make_node("Exp", ["x"], ["w"])])
     )
     stores.initializer.append(numpy_helper.from_array(random_array(6, 6), "w"))

@@ -35,7 +35,7 @@ class _Made:
     ratios: tuple[float, ...]
 
     def stands(self, latency: float | None) -> bool:
-        """Whether it is also the one for another budget: each of these is as fast, or too slow."""
+        """Whether it is also the one for another budget: no time lies between the two limits."""
         if self.latency is None or latency is None:
             return self.latency is latency
         limits = (self.latency, latency)
