@@ -14,11 +14,12 @@ from cobla_onnx.graph.macs import Shape
 from cobla_onnx.graph.words import known_words
 from cobla_onnx.runtime.session import open_session, run_session, runnable_feeds
 from cobla_onnx.text import quoted
+from cobla_onnx.variants.replacement import ROUNDING
 
 __all__ = ["prove_opening"]
 
-# Relative to the largest number of an output: the operators are the same, and only the order of
-# their sums may be another.
+# Relative to the largest number of an output, of types that have no other: the operators are the
+# same, and only the order of their sums may be another.
 TOLERANCE = 1e-4
 
 
@@ -81,4 +82,5 @@ def _alike(first: Any, second: Any) -> bool:
         return False
     finite = np.isfinite(first)
     scale = float(np.abs(first[finite]).max(initial=0.0))
-    return bool(np.allclose(first, second, rtol=0, atol=TOLERANCE * scale, equal_nan=True))
+    atol = ROUNDING.get(first.dtype, TOLERANCE) * scale
+    return bool(np.allclose(first, second, rtol=0, atol=atol, equal_nan=True))

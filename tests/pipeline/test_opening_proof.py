@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.errors import VerificationError
 from cobla_onnx.graph import inlining
 from cobla_onnx.pipeline.opening_proof import prove_opening
-from tests.builders import random_array, small_network
+from tests.builders import model_of, random_array, small_network
 from tests.graph.test_inlining import twice
 
 SAMPLES = [{"x": random_array(2, 24, seed=seed), "c": np.array(True)} for seed in range(24)]
@@ -30,3 +31,20 @@ def test_what_differs_from_run_to_run_tells_nothing():
     model.graph.output.add().CopyFrom(model.graph.output[0])
     model.graph.output[1].name = node.output[0]
     prove_opening(model, model, {"x": (1, 3, 12, 12)}, None, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "less", "more"),
+    [(np.float16, 4e-3, 0.1), (np.float32, 2e-5, 1e-3), (np.float64, 1e-11, 1e-6)],
+)
+def test_sums_in_another_order_may_differ_by_as_much_as_their_type_rounds(kind, less, more):
+    def scaled(factor: float) -> onnx.ModelProto:
+        made = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+        node = onnx.helper.make_node("Mul", ["x", "factor"], ["y"])
+        return model_of(
+            [node], {"factor": np.array(factor, kind)}, {"x": [64]}, ["y"], elem_type=made
+        )
+
+    prove_opening(scaled(1.0), scaled(1.0 + less), {"x": (64,)}, None, 0, 1)
+    with pytest.raises(VerificationError):
+        prove_opening(scaled(1.0), scaled(1.0 + more), {"x": (64,)}, None, 0, 1)
