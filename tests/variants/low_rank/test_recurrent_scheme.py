@@ -138,7 +138,7 @@ def test_costs_are_those_of_the_nodes(made):
     assert not unknown
     its = scheme.macs_per_rank(read.uses[0], shapes)
     assert its is not None
-    assert sum(macs.values()) == rank * its + (layer_macs(model, state, shapes) or 0)
+    assert sum(macs.values()) == rank * its + (layer_macs(model.graph.node, state, shapes, {}) or 0)
 
 
 def test_directions_share_the_first_factor_and_have_rows_of_their_own():
