@@ -48,8 +48,8 @@ def node_label(node: onnx.NodeProto, index: int) -> str:
     return node.name or f"{node.op_type}_{index}"
 
 
-def placed_nodes(graph: onnx.GraphProto) -> list[Placed]:
-    """List the nodes of a main graph by their index, then those of all bodies."""
+def placed_nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> list[Placed]:
+    """List the nodes of a main graph or function by their index, then those of all bodies."""
     found = [Placed(node, node_label(node, i), None) for i, node in enumerate(graph.node)]
     for index in range(len(found)):
         found.extend(_inside(found[index].node, found[index].label, index))
@@ -76,8 +76,8 @@ def _named_bodies(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]
                 yield f"{attribute.name}_{number}", graph
 
 
-def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """List the nodes of a main graph and of all bodies, in the order of `placed_nodes`."""
+def all_nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> list[onnx.NodeProto]:
+    """List the nodes of a main graph or function, and of all bodies, as `placed_nodes` does."""
     if not any(True for node in graph.node for _ in subgraphs(node)):
         return list(graph.node)
     return [placed.node for placed in placed_nodes(graph)]

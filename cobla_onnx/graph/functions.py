@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 import onnx
@@ -73,17 +74,15 @@ def with_open_functions(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _holding_layers(model: onnx.ModelProto) -> set[Key]:
     """Functions with a node of a registered operator, and those that call them."""
-    nodes = {_key(function): _nodes_of(function) for function in model.functions}
-    calls = {key: {_called(node) for node in its} & nodes.keys() for key, its in nodes.items()}
+    nodes = {_key(function): all_nodes(function) for function in model.functions}
+    calls = {k: {(n.domain, n.op_type) for n in its} & nodes.keys() for k, its in nodes.items()}
+    callers = defaultdict[Key, set[Key]](set)
+    for key, called in calls.items():
+        for other in called:
+            callers[other].add(key)
     closed = _reached(_not_opened(model), calls)
-    chosen = {
-        _key(function)
-        for function in model.functions
-        if _key(function) not in closed and _holds_layer(function, nodes[_key(function)])
-    }
-    while callers := {key for key, called in calls.items() if called & chosen} - chosen:
-        chosen |= callers
-    return chosen
+    opened = [function for function in model.functions if _key(function) not in closed]
+    return _reached({_key(f) for f in opened if _holds_layer(f, nodes[_key(f)])}, callers)
 
 
 def _not_opened(model: onnx.ModelProto) -> set[Key]:
@@ -101,27 +100,18 @@ def _not_opened(model: onnx.ModelProto) -> set[Key]:
     return found
 
 
-def _reached(keys: set[Key], calls: Mapping[Key, set[Key]]) -> set[Key]:
-    """Return functions with all that they call, and what these call."""
+def _reached(keys: set[Key], following: Mapping[Key, set[Key]]) -> set[Key]:
+    """Return functions with what follows them, such as what they call, and what follows that."""
     found: set[Key] = set()
     while keys:
         found |= keys
-        keys = set[Key]().union(*(calls[key] for key in keys)) - found
+        keys = set[Key]().union(*(following[key] for key in keys)) - found
     return found
-
-
-def _nodes_of(function: onnx.FunctionProto) -> list[onnx.NodeProto]:
-    inner = [node for body in body_graphs(function.node) for node in body.node]
-    return [*function.node, *inner]
 
 
 def _holds_layer(function: onnx.FunctionProto, nodes: Collection[onnx.NodeProto]) -> bool:
     given = {*function.input, *_weights(nodes)}
     return any(_may_be_layer(node, given) for node in nodes)
-
-
-def _called(node: onnx.NodeProto) -> Key:
-    return node.domain, node.op_type
 
 
 def _key(function: onnx.FunctionProto) -> Key:

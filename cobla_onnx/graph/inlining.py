@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import chain
 
 import onnx
 import onnx.inliner
 
-from cobla_onnx.graph.bodies import all_nodes, body_graphs
+from cobla_onnx.graph.bodies import all_nodes
 from cobla_onnx.graph.protos import plain_domain
 
 __all__ = ["inlined", "inlined_functions"]
@@ -42,11 +43,7 @@ def inlined_functions(
 
 def _state_defaults(model: onnx.ModelProto) -> None:
     defaults = {_key(f.domain, f.name, f): f.attribute_proto for f in model.functions}
-    nodes = all_nodes(model.graph)
-    for function in model.functions:
-        nodes += function.node
-        nodes += [node for body in body_graphs(function.node) for node in body.node]
-    for node in nodes:
+    for node in chain.from_iterable(map(all_nodes, (model.graph, *model.functions))):
         stated = {attribute.name for attribute in node.attribute}
         for attribute in defaults.get(_key(node.domain, node.op_type, node), ()):
             if attribute.name not in stated:
