@@ -121,21 +121,27 @@ def test_eight_bits_that_are_fast_enough_by_themselves_leave_no_room_for_ranks(d
     assert alone.report.latency.ratio <= 0.55
 
 
+@pytest.fixture
+def searched(monkeypatch):
+    """Say of each search whether there was anything to search for."""
+    found, search = [], session.search_by_data
+
+    def noted(problem, evidence, finisher, constraints):
+        found.append(any(each.limit < each.total for each in constraints))
+        return search(problem, evidence, finisher, constraints)
+
+    monkeypatch.setattr(session, "search_by_data", noted)
+    return found
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_what_loses_much_more_before_refit_is_neither_searched_nor_made(
-    data, processor, monkeypatch, at_once
+    data, processor, monkeypatch, searched, at_once
 ):
     """It is seen at once, or when its first plan that is fast enough was timed."""
     processor(eight_bits=0.5)
     if not at_once:
         monkeypatch.setattr(timed._Attempt, "without_time", lambda its: None)
-    searched, search = [], session.search_by_data
-
-    def counted(problem, evidence, finisher, constraints):
-        searched.append(any(each.limit < each.total for each in constraints))
-        return search(problem, evidence, finisher, constraints)
-
-    monkeypatch.setattr(session, "search_by_data", counted)
     options = {"data": data, "arithmetic": "auto", **OPTIONS}
     report = compress(small_network(), Budget(latency=0.55), **options).report
     assert report.arithmetic is not None
@@ -147,13 +153,20 @@ def test_what_loses_much_more_before_refit_is_neither_searched_nor_made(
 
 
 @pytest.mark.usefixtures("eight_bits_take_too_long")
-def test_what_was_left_out_is_made_where_the_answer_takes_too_long(data, processor):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_was_left_out_is_searched_where_the_answer_takes_too_long(
+    data, processor, monkeypatch, searched, at_once
+):
+    """In full: a plan by which a way is left out may be a sketch of what it would choose."""
     processor(eight_bits=0.5)
+    if not at_once:
+        monkeypatch.setattr(timed._Attempt, "without_time", lambda its: None)
     options = {"data": data, "arithmetic": "auto", **OPTIONS}
     report = compress(small_network(), Budget(latency=0.55), **options).report
     assert report.arithmetic is None
     assert report.latency.ratio <= 0.55
     assert any(layer.rank for layer in report.layers)
+    assert True in searched
 
 
 @pytest.mark.usefixtures("eight_bits_take_too_long")
