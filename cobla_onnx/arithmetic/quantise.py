@@ -8,9 +8,10 @@ from typing import Any
 
 import onnx
 
+from cobla_onnx.arithmetic.aliases import Aliases
 from cobla_onnx.arithmetic.nodes import BIAS, CARRIED, PASSED, WEIGHTED, reader_counts, tensor_names
 from cobla_onnx.arithmetic.prepared import Prepared, quietly
-from cobla_onnx.arithmetic.ranges import Ranges, with_common_ranges
+from cobla_onnx.arithmetic.ranges import Ranges, renamed_ranges, with_common_ranges
 from cobla_onnx.graph.io.external import is_external, read_external
 from cobla_onnx.graph.io.model_file import copy_without_initializers, unique_name
 from cobla_onnx.text import quoted
@@ -43,7 +44,7 @@ def quantised(
         _with_own_biases(prepared, computing),
         prepared.named(computing),
         [*WEIGHTED, *CARRIED],
-        tensors_range=with_common_ranges(ranges, prepared.model, places),
+        with_common_ranges(ranges, prepared.model, places),
         reduce_range=reduced,
         extra_options={},
     )
@@ -75,9 +76,9 @@ def quantised_at_run_time(
         prepared,
         names,
         ["MatMul"],
+        None,
         mode=QuantizationMode.IntegerOps,
         static=False,
-        tensors_range=None,
         reduce_range=reduced,
         extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
     )
@@ -116,22 +117,28 @@ def _run(
     prepared: Prepared,
     names: Sequence[str],
     operators: Sequence[str],
+    ranges: Ranges | None,
     **options: Any,
 ) -> onnx.ModelProto:
     """Let one of onnxruntime's quantisers work on some nodes of a copy; take back what it made."""
     from onnxruntime.quantization import QuantType
 
+    copy = _copy(prepared)
+    aliases = Aliases.of(copy)
+    aliases.give(copy)
     with quietly():
         made = quantizer(
-            _copy(prepared),
+            copy,
             per_channel=True,
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
             nodes_to_quantize=names,
             nodes_to_exclude=[],
             op_types_to_quantize=operators,
+            tensors_range=None if ranges is None else renamed_ranges(ranges, aliases.tensors),
             **options,
         ).quantize_model()
+    aliases.take_back(made)
     return prepared.taken_back(made)
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import onnx
 
+from cobla_onnx.arithmetic.aliases import Aliases, alias
 from cobla_onnx.arithmetic.nodes import CARRIED, MOVED, WEIGHTED, data_inputs, reader_counts
 from cobla_onnx.arithmetic.prepared import Handed, Prepared, has_more_files, in_a_file, quietly
+from cobla_onnx.graph.io.model_file import copy_without_initializers
 from cobla_onnx.runtime.session import Feeds
 
-__all__ = ["METHODS", "Method", "Ranges", "calibrated", "stand_in_ranges", "with_common_ranges"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Ranges",
+    "calibrated",
+    "renamed_ranges",
+    "stand_in_ranges",
+    "with_common_ranges",
+]
 
 Method: TypeAlias = Literal["min-max", "entropy", "percentile"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -54,7 +64,8 @@ def calibrated(
     # The range of a tensor that is never negative begins at 0; percentiles are symmetric unless
     # one says so.
     extra = {"symmetric": False}
-    with in_a_file(prepared.model) as path, quietly():
+    aliases = Aliases.of(prepared.model)
+    with in_a_file(_under(aliases, prepared.model)) as path, quietly():
         calibrator = create_calibrator(
             path,
             sorted(operators),
@@ -68,14 +79,30 @@ def calibrated(
             with np.errstate(over="ignore", invalid="ignore"):
                 for feeds in batches:
                     # One by one: it keeps all tensors of what it is handed at a time.
-                    calibrator.collect_data(Handed([feeds]))
-                return calibrator.compute_data()
+                    given = {alias(name): value for name, value in feeds.items()}
+                    calibrator.collect_data(Handed([given]))
+                found = calibrator.compute_data()
+            return renamed_ranges(found, aliases.names)
         except ValueError:
             if method == "min-max":
                 raise
             return None
         finally:
             del calibrator
+
+
+def _under(aliases: Aliases, model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = copy_without_initializers(model, ())
+    aliases.give(copy)
+    return copy
+
+
+def renamed_ranges(ranges: Ranges, names: Mapping[str, str]) -> Ranges:
+    """Return ranges under other names of the tensors; what is not among these keeps its own."""
+    from onnxruntime.quantization import TensorsData
+
+    found = {names.get(name, name): each for name, each in ranges.items()}
+    return TensorsData(ranges.calibration_method, found)
 
 
 def stand_in_ranges(prepared: Prepared) -> Ranges:

@@ -25,7 +25,7 @@ from cobla_onnx.graph.operators.base import operators_of_node
 from cobla_onnx.graph.protos import copied_node
 from cobla_onnx.graph.tensors import subgraphs
 
-__all__ = ["opened", "renamed"]
+__all__ = ["opened", "rename_tensors", "renamed"]
 
 
 def opened(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -104,6 +104,12 @@ def renamed(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
         _rename_node(node, names)
     for body in body_graphs(nodes):
         _rename_here(body, names)
+
+
+def rename_tensors(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Rename tensors in a graph and all bodies, in place, whichever of them defines a name."""
+    for each in (graph, *body_graphs(graph.node)):
+        _rename_here(each, names)
 
 
 def _constants_of_layers(index: GraphIndex) -> tuple[set[str], set[int], bool]:
