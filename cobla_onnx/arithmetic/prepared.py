@@ -7,12 +7,14 @@ nodes and initializers alone are taken: all else in the model is as it was.
 
 from __future__ import annotations
 
-import io
 import logging
+import sys
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 import onnx
 
@@ -28,6 +30,8 @@ from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import temporary_folder
 
 __all__ = ["Handed", "Prepared", "has_more_files", "in_a_file", "prepare", "quietly"]
+
+_TURN = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ def in_a_file(model: onnx.ModelProto) -> Iterator[Path]:
     with temporary_folder("int8") as folder:
         path = folder / "model.onnx"
         save_model(model, path, "auto", lambda written: None)
+        del model  # which may be a copy for this alone
         yield path
 
 
@@ -135,16 +140,45 @@ class Handed:
         return next(self._batches, None)
 
 
+class _Muted:
+    """A stream that takes nothing from one thread, and passes on what others write."""
+
+    def __init__(self, stream: Any, thread: int) -> None:
+        self._stream, self._thread = stream, thread
+
+    def write(self, text: str) -> int:
+        """Return how many characters were taken."""
+        if threading.get_ident() != self._thread and self._stream is not None:
+            self._stream.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep what onnxruntime's quantiser prints and logs from the terminal."""
-    root, silent = logging.getLogger(), logging.NullHandler()
-    level = root.level
-    root.addHandler(silent)
-    root.setLevel(logging.CRITICAL)
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        root.setLevel(level)
-        root.removeHandler(silent)
+    """Keep what onnxruntime's quantiser prints and logs from the terminal.
+
+    Output and loggers are those of the process, so that threads take turns; what others than this
+    one print and log passes meanwhile.
+    """
+    with _TURN:
+        thread, silent = threading.get_ident(), logging.NullHandler()
+        root, theirs = logging.getLogger(), logging.getLogger("onnxruntime")
+        level, muted = theirs.level, cast("TextIO", _Muted(sys.stdout, thread))
+
+        def is_of_others(record: logging.LogRecord) -> bool:
+            return record.thread != thread
+
+        # Without any handler, the first message would install one that stays.
+        root.addHandler(silent)
+        root.addFilter(is_of_others)
+        theirs.setLevel(logging.CRITICAL)
+        try:
+            with redirect_stdout(muted):
+                yield
+        finally:
+            theirs.setLevel(level)
+            root.removeFilter(is_of_others)
+            root.removeHandler(silent)
