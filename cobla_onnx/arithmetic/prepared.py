@@ -25,7 +25,7 @@ from cobla_onnx.graph.io.model_file import (
 )
 from cobla_onnx.graph.io.save import save_model
 from cobla_onnx.graph.order import sort_nodes
-from cobla_onnx.graph.protos import given_inputs
+from cobla_onnx.graph.protos import unlist_weights
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import temporary_folder
 
@@ -93,7 +93,7 @@ def prepare(model: onnx.ModelProto, kept: Collection[onnx.ValueInfoProto] = ()) 
         Tensors that must be there afterwards.
     """
     copy = copy_without_initializers(model, ())
-    _unlist_weights(copy.graph)
+    unlist_weights(copy.graph)
     taken = {node.name for node in copy.graph.node}
     seen: set[str] = set()
     given = set[str]()
@@ -105,13 +105,6 @@ def prepare(model: onnx.ModelProto, kept: Collection[onnx.ValueInfoProto] = ()) 
     outputs = {value.name for value in copy.graph.output}
     copy.graph.output.extend(value for value in kept if value.name not in outputs)
     return Prepared(model, copy, tuple(node.name for node in copy.graph.node), frozenset(given))
-
-
-def _unlist_weights(graph: onnx.GraphProto) -> None:
-    """Take weights out of the graph's inputs: onnxruntime warns of each in every calibration."""
-    inputs = given_inputs(graph).values()
-    del graph.input[:]
-    graph.input.extend(inputs)
 
 
 @contextmanager

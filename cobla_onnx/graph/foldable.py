@@ -7,14 +7,12 @@ from collections import Counter
 import onnx
 
 from cobla_onnx.graph.bodies import all_nodes, body_graphs, defined_names
-from cobla_onnx.graph.protos import is_standard
+from cobla_onnx.graph.protos import OVERRIDABLE_FROM, is_standard
 from cobla_onnx.graph.randomness import draws
 from cobla_onnx.graph.tensors import subgraphs
 
 __all__ = ["foldable_nodes"]
 
-# From this version of the format on, an initializer that is an input too can be overridden.
-OVERRIDABLE_FROM = 4
 # What onnxruntime keeps for its 8-bit kernels, though all it reads is constant.
 KEPT = {"DequantizeLinear", "QuantizeLinear"}
 

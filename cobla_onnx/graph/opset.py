@@ -7,7 +7,7 @@ import onnx
 from cobla_onnx.errors import ModelError
 from cobla_onnx.graph.inlining import inlined
 from cobla_onnx.graph.legacy import replace_legacy
-from cobla_onnx.graph.protos import plain_domain
+from cobla_onnx.graph.protos import OVERRIDABLE_FROM, plain_domain, unlist_weights
 from cobla_onnx.text import first_line
 
 __all__ = ["lifted"]
@@ -40,8 +40,10 @@ def lifted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         # The converter drops them.
         model = inlined(model)
     replace_legacy(model)
-    # Before IR version 4 initializers would have to be inputs.
     least = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    if model.ir_version < OVERRIDABLE_FROM <= least:
+        # Until then initializers are inputs, too, and constants all the same.
+        unlist_weights(model.graph)
     model.ir_version = max(model.ir_version, least)
     try:
         return onnx.version_converter.convert_version(model, opset)

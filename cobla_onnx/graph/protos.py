@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 __all__ = [
     "FLOAT_TYPES",
+    "OVERRIDABLE_FROM",
     "STORED_TYPES",
     "copied_node",
     "copy_fields",
@@ -18,7 +19,11 @@ __all__ = [
     "is_standard",
     "opset_of",
     "plain_domain",
+    "unlist_weights",
 ]
+
+OVERRIDABLE_FROM = 4
+"""IR version from which on a run may be given another weight where it is listed as an input."""
 
 FLOAT_TYPES = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
 """Types in which nodes compute; onnxruntime on a CPU has no bfloat16, which must be cast."""
@@ -61,6 +66,17 @@ def given_inputs(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
     """
     stored = {tensor.name for tensor in graph.initializer}
     return {value.name: value for value in graph.input if value.name not in stored}
+
+
+def unlist_weights(graph: onnx.GraphProto) -> None:
+    """Take weights out of the graph's inputs, so that nobody can give others in a run.
+
+    From IR version 4 on onnxruntime takes those that are listed for changeable: it neither folds
+    them nor brings them into the layout in which it computes, and warns of each.
+    """
+    inputs = given_inputs(graph).values()
+    del graph.input[:]
+    graph.input.extend(inputs)
 
 
 def plain_domain(domain: str) -> str:

@@ -20,7 +20,7 @@ from cobla_onnx.graph.macs import Shape
 from cobla_onnx.graph.operators.base import operator_of
 from cobla_onnx.graph.operators.gather import Lookup
 from cobla_onnx.graph.operators.recurrent import LENGTHS, InputWeight, StateWeight
-from cobla_onnx.graph.protos import copied_node
+from cobla_onnx.graph.protos import OVERRIDABLE_FROM, copied_node
 from cobla_onnx.graph.tensors import tensor_array
 from cobla_onnx.variants.registry import forms_of, stand_in
 from cobla_onnx.variants.rewrite import rewrite
@@ -72,7 +72,9 @@ def _others(node: onnx.NodeProto, layer: Layer) -> list[str]:
 
 def _listed(model: onnx.ModelProto, layer: Layer) -> bool:
     """Whether the weight may be replaced at run time, which forbids onnxruntime its layouts."""
-    return model.ir_version >= 4 and any(v.name == layer.source for v in model.graph.input)
+    return model.ir_version >= OVERRIDABLE_FROM and any(
+        v.name == layer.source for v in model.graph.input
+    )
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,23 @@ def test_weights_that_are_no_inputs_stay_what_they_were():
     np.testing.assert_allclose(run(made, x), x @ weight, rtol=1e-6)
 
 
+def test_weights_that_are_inputs_for_the_format_alone_stay_constants():
+    """Changeable ones would be neither folded nor brought into the layout of convolutions."""
+    weight, x = random_array(3, 4), random_array(2, 3)
+    nodes = [node("MatMul", ["x", "w"], ["y"])]
+    old = model_of(nodes, {"w": weight}, {"x": [2, 3]}, ["y"], opset=9, ir_version=3)
+    made = lifted(old, 17)
+    assert [value.name for value in made.graph.input] == ["x"]
+    np.testing.assert_allclose(run(made, x), x @ weight, rtol=1e-6)
+
+
+def test_weights_that_a_run_may_change_still_may():
+    nodes = [node("MatMul", ["x", "w"], ["y"])]
+    weights = {"w": random_array(3, 4)}
+    old = model_of(nodes, weights, {"x": [2, 3], "w": [3, 4]}, ["y"], opset=9, ir_version=4)
+    assert [value.name for value in lifted(old, 17).graph.input] == ["x", "w"]
+
+
 def test_a_recent_model_is_left_as_it_is():
     model = model_of([node("Relu", ["x"], ["y"])], {}, {"x": [2, 3]}, ["y"], opset=18)
     before = model.SerializeToString()
