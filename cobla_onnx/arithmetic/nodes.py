@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
+import numpy as np
 import onnx
 
 from cobla_onnx.errors import ModelError
+from cobla_onnx.graph.bodies import body_graphs
 from cobla_onnx.graph.index import all_inputs, attributes
+from cobla_onnx.graph.io.external import is_external
 from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight
 from cobla_onnx.graph.protos import is_standard, opset_of
 from cobla_onnx.graph.tensors import constant_value
@@ -67,6 +70,13 @@ PASSED = ("Dropout", "Identity")
 # Those that onnxruntime's quantiser gives a range of its own on either side, although they hand on
 # the numbers that they read.
 MOVED = ("Concat", *PASSED)
+# Those that it leaves out: what they read has their range from then on, and their name.
+CUTTING = ("Clip", "Relu")
+# Those past which onnxruntime takes DequantizeLinear as it opens a model. Where nothing but a body
+# reads what they give, it ends the process.
+PASSED_ON = ("MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+# From here on, a number is there to take away others: masks are made of it.
+MASKING = 1e9
 # Share of matrix products among the nodes with weights from which on ranges are those of each run.
 PRODUCTS = 0.9
 # DequantizeLinear has a scale for each channel from it on.
@@ -120,7 +130,9 @@ def weighted_nodes(model: onnx.ModelProto, spared: Collection[str] = ()) -> tupl
     """Return the places of the nodes that can compute in 8 bits with a stored weight.
 
     The weight must be an initializer in single precision: what a layer's weight in fewer bits is
-    decoded from stays as it is, and so does the layer. Nothing else may read it.
+    decoded from stays as it is, and so does the layer. Nothing else may read it. What a node gives
+    must not be moved, and then read in a body; and what it reads must not be both an input and an
+    output of the model, which onnxruntime's quantiser would define twice.
 
     Parameters
     ----------
@@ -128,12 +140,16 @@ def weighted_nodes(model: onnx.ModelProto, spared: Collection[str] = ()) -> tupl
         Outputs of nodes that stay in floating point.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    moved = _moved(model.graph, _read_in_bodies(model.graph))
+    passed = {v.name for v in model.graph.input} & {v.name for v in model.graph.output}
     found = tuple(
         place
         for place, node in enumerate(model.graph.node)
         if is_standard(node)
         and node.op_type in WEIGHTED
         and node.output[0] not in spared
+        and node.output[0] not in moved
+        and node.input[0] not in passed
         and _is_float(stored.get(node.input[1]))
         and not _is_float(stored.get(node.input[0]))
         and 0 not in stored[node.input[1]].dims
@@ -214,17 +230,27 @@ def carried_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[in
     """Return the places of nodes between those that compute in 8 bits, which go with them.
 
     All that such a node reads is in 8 bits already, and something in 8 bits reads what it writes:
-    no pair of QuantizeLinear and DequantizeLinear is added for it alone.
+    no pair of QuantizeLinear and DequantizeLinear is added for it alone. What a body reads is not
+    looked at by onnxruntime's quantiser: nodes that write it stay, and a Relu or Clip stays behind
+    what is read in front of it, too.
     """
     nodes = model.graph.node
-    stored = {tensor.name for tensor in model.graph.initializer}
-    stored |= {node.output[0] for node in nodes if node.op_type == "Constant"}
+    inside = _read_in_bodies(model.graph)
+    seen = inside.union(value.name for value in model.graph.output)
+    kept_out = inside | _moved(model.graph, inside)
+    stored = {t.name: t for t in model.graph.initializer}
+    stored |= {node.output[0]: constant_value(node) for node in nodes if node.op_type == "Constant"}
     narrow = {name for place in weighted for name in nodes[place].output}
     found = []
     for place, node in enumerate(nodes):
         if node.op_type not in CARRIED or not is_standard(node):
             continue
+        cuts = node.op_type in CUTTING and node.input[0] in seen
+        if cuts or not kept_out.isdisjoint(node.output):
+            continue
         read = [name for name in data_inputs(node) if name not in stored]
+        if any(_is_masking(stored.get(name)) for name in data_inputs(node)):
+            continue
         if read and all(name in narrow for name in read):
             narrow.update(node.output)
             found.append(place)
@@ -235,6 +261,32 @@ def carried_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[in
             wanted.update(data_inputs(nodes[place]))
             kept.append(place)
     return tuple(reversed(kept))
+
+
+def _is_masking(tensor: onnx.TensorProto | None) -> bool:
+    """Whether numbers are so large that nothing is left of others in a range with them."""
+    if tensor is None or not _is_float(tensor) or is_external(tensor):
+        return False
+    values = onnx.numpy_helper.to_array(tensor)
+    return bool(np.abs(values).max(initial=0.0) >= MASKING)
+
+
+def _read_in_bodies(graph: onnx.GraphProto) -> set[str]:
+    bodies = list(body_graphs(graph.node))
+    read = {name for body in bodies for node in body.node for name in node.input}
+    return read.union(value.name for body in bodies for value in body.output)
+
+
+def _moved(graph: onnx.GraphProto, names: Collection[str]) -> set[str]:
+    """Return what nodes of `PASSED_ON`, one or several in a row, make some tensors of."""
+    makers = {node.output[0]: node for node in graph.node if node.op_type in PASSED_ON}
+    found, left = set[str](), list(names)
+    while left:
+        node = makers.get(left.pop())
+        if node is not None and node.input[0] not in found:
+            found.add(node.input[0])
+            left.append(node.input[0])
+    return found
 
 
 def is_pooled(model: onnx.ModelProto, place: int) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, TextIO, cast
 
 import onnx
 
+from cobla_onnx.arithmetic.nodes import BIAS, WEIGHTED
 from cobla_onnx.graph.io.model_file import (
     add_initializers,
     copy_without_initializers,
@@ -102,6 +103,9 @@ def prepare(model: onnx.ModelProto, kept: Collection[onnx.ValueInfoProto] = ()) 
             node.name = unique_name(f"{node.op_type}_to_quantise", taken)
             given.add(node.name)
         seen.add(node.name)
+        if node.op_type in WEIGHTED and len(node.input) > BIAS and not node.input[BIAS]:
+            # A bias that is left out by an empty name would be added all the same.
+            del node.input[BIAS:]
     outputs = {value.name for value in copy.graph.output}
     copy.graph.output.extend(value for value in kept if value.name not in outputs)
     return Prepared(model, copy, tuple(node.name for node in copy.graph.node), frozenset(given))

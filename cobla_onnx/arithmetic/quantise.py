@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 
-from cobla_onnx.arithmetic.aliases import Aliases
+from cobla_onnx.arithmetic.aliases import Aliases, alias
 from cobla_onnx.arithmetic.nodes import BIAS, CARRIED, PASSED, WEIGHTED, reader_counts, tensor_names
 from cobla_onnx.arithmetic.prepared import Prepared, quietly
 from cobla_onnx.arithmetic.ranges import Ranges, renamed_ranges, with_common_ranges
@@ -42,7 +42,7 @@ def quantised(
     return _run(
         QDQQuantizer,
         _with_own_biases(prepared, computing),
-        prepared.named(computing),
+        [alias(name) for name in prepared.named(computing)],
         [*WEIGHTED, *CARRIED],
         with_common_ranges(ranges, prepared.model, places),
         reduce_range=reduced,
@@ -68,7 +68,7 @@ def quantised_at_run_time(
     nodes = prepared.model.graph.node
     # A Gemm becomes a product and a sum first.
     names = [
-        prepared.names[place] + "_MatMul" * (nodes[place].op_type == "Gemm")
+        alias(prepared.names[place]) + "_MatMul" * (nodes[place].op_type == "Gemm")
         for place in sorted(places)
     ]
     return _run(
@@ -120,7 +120,10 @@ def _run(
     ranges: Ranges | None,
     **options: Any,
 ) -> onnx.ModelProto:
-    """Let one of onnxruntime's quantisers work on some nodes of a copy; take back what it made."""
+    """Let one of onnxruntime's quantisers work on some nodes of a copy; take back what it made.
+
+    Nodes go by their aliases.
+    """
     from onnxruntime.quantization import QuantType
 
     copy = _copy(prepared)

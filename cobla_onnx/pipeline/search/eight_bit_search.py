@@ -72,7 +72,7 @@ def narrowed(
     """
     if ranges is None:
         return quantised_at_run_time(prepared, places, reduced=reduced)
-    nodes = (*places, *carried_nodes(prepared.original, places))
+    nodes = (*places, *carried_nodes(prepared.model, places))
     return quantised(prepared, ranges, nodes, reduced=reduced)
 
 
@@ -143,7 +143,7 @@ class EightBitSearch:
         losses = self.candidates.items()
         report = ArithmeticReport(
             nodes=len(chosen),
-            carried=0 if products else len(carried_nodes(self.source, chosen)),
+            carried=0 if products else len(carried_nodes(self.prepared.model, chosen)),
             left=tuple(map(self._shown, sorted({*left, *slow}))),
             ranges=method,
             biases=corrected,
@@ -246,7 +246,7 @@ class EightBitSearch:
 
     def _by_ranges(self, weighted: Sequence[int]) -> tuple[str, Ranges, _Judged]:
         found = list[tuple[str, Ranges, _Judged]]()
-        nodes = (*weighted, *carried_nodes(self.source, weighted))
+        nodes = (*weighted, *carried_nodes(self.prepared.model, weighted))
         operators = {self.source.graph.node[place].op_type for place in nodes}
         for method in METHODS:
             ranges = calibrated(self.prepared, self._batches(method), method, operators)

@@ -148,7 +148,8 @@ def _ready(
         raise ModelError(
             f"{option_name('arithmetic', 'int8')}: the model has no Conv, ConvTranspose, Gemm or "
             "MatMul with a stored weight in single precision that nothing else reads (nor can a "
-            "ConvTranspose in groups with a bias, or a Gemm with one for each row); give "
+            "ConvTranspose in groups with a bias, a Gemm with one for each row, or what a body "
+            "reads once it was moved); give "
             f"{option_name('arithmetic', 'keep')}{fewer}"
         )
     return model, found
