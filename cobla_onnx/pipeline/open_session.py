@@ -50,6 +50,9 @@ from cobla_onnx.wording import option_name
 
 __all__ = ["open_session"]
 
+# Bytes in floating point for each in 8 bits: four, but for scales and what does not shrink.
+IN_FLOATS = 3.0
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -252,7 +255,12 @@ def _computed(settings: Settings) -> tuple[str, ...]:
 
 
 def _by_floats(budgets: Sequence[Budget], settings: Settings) -> Sequence[Budget]:
-    """Return budgets without those of memory, if weights will be stored in 8 bits."""
+    """Return budgets by what weights take in floating point, if they will be stored in 8 bits.
+
+    What they take then is counted later, so that none is out of reach. But smaller ranks are needed
+    where even more bytes would be.
+    """
     if settings.arithmetic == "keep":
         return budgets
-    return [replace(budget, mem=1.0) for budget in budgets]
+    about = [replace(b, mem=min(1.0, IN_FLOATS * b.mem)) for b in budgets if b.mem is not None]
+    return [*about, *(replace(budget, mem=1.0) for budget in budgets)]

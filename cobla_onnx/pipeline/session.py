@@ -351,7 +351,7 @@ class Session:
     @cached_property
     def eight_bit_memory(self) -> EightBitMemory:
         """Counts the bytes of the model in 8 bits."""
-        return EightBitMemory(self.model, self.analysis, self.settings.storage)
+        return EightBitMemory(self.followed, self.analysis, self.settings.storage)
 
     @property
     def _problem(self) -> Problem:

@@ -21,6 +21,7 @@ from cobla_onnx.plan import Decision, Plan
 from cobla_onnx.report.arithmetic import ArithmeticReport
 from cobla_onnx.variants.base import Asked
 from cobla_onnx.variants.low_rank.ranks import EVERY_RANK
+from tests.bodies import choice
 from tests.builders import model_of, random_array, small_network
 
 QUICK = {"solver": "milp", "refit": False, "threads": 1}
@@ -179,7 +180,7 @@ def test_what_options_leave_out_is_left_in_floating_point(data):
 def test_what_no_ranks_reach_is_refused_with_the_least():
     model = small_network()
     with open_session(model, Settings()) as session:
-        memory, choose = EightBitMemory(model, session.analysis), session.chooser(None)
+        memory, choose = EightBitMemory(session.followed, session.analysis), session.chooser(None)
 
         def search(budget):
             return choose(session.analysis.constraints(budget))
@@ -191,6 +192,41 @@ def test_what_no_ranks_reach_is_refused_with_the_least():
         found = memory.meet(Budget(mem=least), search)
         total = session.analysis.mem_total
     assert memory.under(found.plan(session.analysis)) <= least * total
+
+
+def test_branches_that_the_data_never_takes_count():
+    """What computes in a branch stays in floating point; both are stored."""
+    model, total = choice(), stored_bytes(choice())
+    data = [{"x": np.abs(random_array(2, 16, seed=seed))} for seed in range(24)]
+    options = {"data": data, "arithmetic": "int8", **QUICK}
+    for mem in (0.6, 0.7, 0.85):
+        result = compress(model, Budget(mem=mem), **options)
+        assert 0.9 * mem * total <= stored_bytes(result.model) <= mem * total
+    with pytest.raises(BudgetError, match="least that was reached in 8 bits") as caught:
+        compress(model, Budget(mem=0.5), **options)
+    assert 0.5 < caught.value.least["mem"] < 0.6
+
+
+@pytest.mark.parametrize("mac", [0.3, 0.9])
+def test_a_looser_budget_is_met_as_well(mac):
+    """Smaller ranks are added where bytes in 8 bits need them, whatever else is asked for."""
+    weights = {
+        "a": random_array(32, 4, 3, 3, seed=1) / 6,
+        "c": random_array(32, 32, 3, 3, seed=2) / 17,
+        "e": random_array(32, 10, seed=3) / 6,
+    }
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "a"], ["h"], "one", pads=[1] * 4),
+        onnx.helper.make_node("Relu", ["h"], ["r"]),
+        onnx.helper.make_node("Conv", ["r", "c"], ["g"], "two", pads=[1] * 4),
+        onnx.helper.make_node("GlobalAveragePool", ["g"], ["p"]),
+        onnx.helper.make_node("Flatten", ["p"], ["f"]),
+        onnx.helper.make_node("Gemm", ["f", "e"], ["y"], "three"),
+    ]
+    model = model_of(nodes, weights, {"x": ["N", 4, 12, 12]}, ["y"])
+    options = {"data": {"x": random_array(24, 4, 12, 12)}, "arithmetic": "int8", **QUICK}
+    report = compress(model, Budget(mem=0.1, mac=mac), **options).report
+    assert report.budget["mem"].reached <= 0.1
 
 
 def test_no_more_bytes_are_spent_on_nodes_left_in_floating_point(data, monkeypatch):
