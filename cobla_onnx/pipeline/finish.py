@@ -95,9 +95,12 @@ def _check_budget(session: Session, solution: Solution, compressed: onnx.ModelPr
 
 
 def _not_dequantized(session: Session, solution: Solution) -> tuple[str, ...]:
-    """Say so if DequantizeLinear was asked for, and no layer reads it."""
+    """Say so if DequantizeLinear was asked for, and no layer reads it.
+
+    In 8-bit arithmetic all nodes do.
+    """
     made = solution.replacements
-    asked = session.settings.storage == "qdq" and made
+    asked = session.settings.storage == "qdq" and made and solution.eight_bits is None
     if not asked or any(r.optimized_tolerance is not None for r in made):
         return ()
     return (

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from cobla_onnx import Plan, compress
+from cobla_onnx import Budget, Plan, compress
 from cobla_onnx.errors import VerificationError
 from cobla_onnx.graph.io.model_file import load_model
 from cobla_onnx.graph.io.model_file import stored_bytes as model_bytes
@@ -197,6 +197,14 @@ def test_what_has_no_such_form_is_named() -> None:
     plan = Plan((Decision("conv2", "stored", 5),))
     report = compress(small_network(), plan=plan, storage="qdq", threads=1).report
     assert any(note.startswith("--storage qdq: no layer is dequantised") for note in report.notes)
+
+
+def test_what_computes_in_8_bits_reads_such_forms() -> None:
+    data = {"x": random_array(16, 3, 12, 12)}
+    options = {"data": data, "arithmetic": "int8", "threads": 1}
+    report = compress(small_network(), Budget(mac=0.5), storage="qdq", **options).report
+    assert any(layer.rank for layer in report.layers)
+    assert not any("no layer is dequantised" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("external", ["never", "always"])

@@ -197,6 +197,12 @@ def _dataset(
 ) -> Dataset:
     inputs = {spec.name: spec for spec in specs}
     arrays = {name: a for name, a in arrays.items() if name in inputs or name not in LABEL_NAMES}
+    if not arrays:
+        names = ", ".join(map(repr, inputs))
+        raise DataError(
+            f"{source}: has no array for an input of the model, whose inputs are {names}; name it "
+            "after its input"
+        )
     whole = _kept_whole(arrays, specs)
     readings = {
         name: _reading(array, inputs.get(name), whole, source) for name, array in arrays.items()
@@ -270,7 +276,7 @@ def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
 def _count(readings: Mapping[str, _Reading], source: str) -> int:
     """Number of rows, or of whole samples, which must be the same for all arrays."""
     varying = {name: reading for name, reading in readings.items() if not reading.same}
-    if any(not reading.source.shape for reading in varying.values()) or not readings:
+    if any(not reading.source.shape for reading in varying.values()):
         raise DataError(f"{source}: its arrays need a first axis of samples")
     counts = {reading.count for reading in varying.values()} or {1}
     if len(counts) > 1:

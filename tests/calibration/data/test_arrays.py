@@ -128,3 +128,16 @@ def test_some_samples_are_spread_over_all(count):
     assert chosen[-1] > 194 - 2 * len(indices) / count
     steps = np.diff(chosen)
     assert steps.max() - steps.min() <= 1
+
+
+def test_arrays_of_labels_alone_are_named(tmp_path):
+    """Where an input has another name, ``y`` is taken for labels."""
+    path = tmp_path / "y.npz"
+    np.savez(path, y=random_array(8, 4))
+    words = "has no array for an input of the model, whose inputs are 'x'; name it after its input"
+    for read in (
+        lambda: open_npz(path, [SPEC], None),
+        lambda: array_samples("d", {}, [SPEC], None),
+    ):
+        with pytest.raises(DataError, match=words):
+            read()
