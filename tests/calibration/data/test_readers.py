@@ -199,7 +199,7 @@ HALF = InputSpec("x", np.dtype(np.float16), (None, 3, 4))
         ({"x": GOOD[:0]}, [X], "0 samples"),
         ({"x": GOOD[:1]}, [X], "at least 2"),
         ([], [X], "0 samples"),
-        ({}, [X], "first axis"),
+        ({}, [X], "has no array for an input"),
         ([GOOD], [X, IDS], "give dicts"),
         ({"x": [[1.0, 2.0], [3.0]]}, [X], "^data: input 'x': is a list that cannot be read"),
         ([{"x": [[1.0], [2.0, 3.0]]}], [X], "input 'x': is a list .* give an array of numbers"),
