@@ -26,7 +26,7 @@ from cobla_onnx.graph.io.model_file import (
 )
 from cobla_onnx.graph.io.save import save_model
 from cobla_onnx.graph.order import sort_nodes
-from cobla_onnx.graph.protos import unlist_weights
+from cobla_onnx.graph.protos import is_standard, unlist_weights
 from cobla_onnx.runtime.session import Feeds
 from cobla_onnx.runtime.temporary import temporary_folder
 
@@ -103,7 +103,8 @@ def prepare(model: onnx.ModelProto, kept: Collection[onnx.ValueInfoProto] = ()) 
             node.name = unique_name(f"{node.op_type}_to_quantise", taken)
             given.add(node.name)
         seen.add(node.name)
-        if node.op_type in WEIGHTED and len(node.input) > BIAS and not node.input[BIAS]:
+        weighted = node.op_type in WEIGHTED and is_standard(node)
+        if weighted and len(node.input) > BIAS and not node.input[BIAS]:
             # A bias that is left out by an empty name would be added all the same.
             del node.input[BIAS:]
     outputs = {value.name for value in copy.graph.output}

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from cobla_onnx import Budget, compress
 from cobla_onnx.arithmetic.nodes import carried_nodes, weighted_nodes
+from cobla_onnx.arithmetic.prepared import prepare
 from cobla_onnx.errors import ModelError
 from cobla_onnx.runtime.session import open_session, run_session
 from tests.builders import model_of, random_array
@@ -154,6 +155,12 @@ def test_a_bias_with_an_empty_name_is_none():
     report = compress(model, Budget(mac=1.0), data=data, arithmetic="int8", threads=1).report
     assert report.arithmetic.nodes == 2
     assert report.calibration.loss < 0.01
+
+
+def test_inputs_of_other_domains_operators_stay():
+    node = helper.make_node("Gemm", ["x", "w", "", "z"], ["y"], "theirs", domain="theirs")
+    graph = helper.make_graph([node], "g", [], [])
+    assert list(prepare(helper.make_model(graph)).model.graph.node[0].input) == list(node.input)
 
 
 @pytest.mark.parametrize("other", ["fc_quant", "fc_quant_scales_mul", "fc_MatMul", "q_Add"])
