@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx
 
 from cobla_onnx.errors import ModelError
-from cobla_onnx.graph.bodies import body_graphs
-from cobla_onnx.graph.index import all_inputs, attributes
+from cobla_onnx.graph.index import all_inputs, attributes, inputs_of_bodies
 from cobla_onnx.graph.io.external import is_external
 from cobla_onnx.graph.io.model_file import copy_without_initializers, is_weight
 from cobla_onnx.graph.protos import is_standard, opset_of
@@ -140,7 +139,7 @@ def weighted_nodes(model: onnx.ModelProto, spared: Collection[str] = ()) -> tupl
         Outputs of nodes that stay in floating point.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    moved = _moved(model.graph, _read_in_bodies(model.graph))
+    moved = _moved(model.graph, set[str]().union(*map(inputs_of_bodies, model.graph.node)))
     passed = {v.name for v in model.graph.input} & {v.name for v in model.graph.output}
     found = tuple(
         place
@@ -235,7 +234,7 @@ def carried_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[in
     what is read in front of it, too.
     """
     nodes = model.graph.node
-    inside = _read_in_bodies(model.graph)
+    inside = set[str]().union(*map(inputs_of_bodies, nodes))
     seen = inside.union(value.name for value in model.graph.output)
     kept_out = inside | _moved(model.graph, inside)
     stored = {t.name: t for t in model.graph.initializer}
@@ -245,12 +244,12 @@ def carried_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[in
     for place, node in enumerate(nodes):
         if node.op_type not in CARRIED or not is_standard(node):
             continue
+        inputs = data_inputs(node)
         cuts = node.op_type in CUTTING and node.input[0] in seen
-        if cuts or not kept_out.isdisjoint(node.output):
+        masks = any(_is_masking(stored.get(name)) for name in inputs)
+        if cuts or masks or not kept_out.isdisjoint(node.output):
             continue
-        read = [name for name in data_inputs(node) if name not in stored]
-        if any(_is_masking(stored.get(name)) for name in data_inputs(node)):
-            continue
+        read = [name for name in inputs if name not in stored]
         if read and all(name in narrow for name in read):
             narrow.update(node.output)
             found.append(place)
@@ -269,12 +268,6 @@ def _is_masking(tensor: onnx.TensorProto | None) -> bool:
         return False
     values = onnx.numpy_helper.to_array(tensor)
     return bool(np.abs(values).max(initial=0.0) >= MASKING)
-
-
-def _read_in_bodies(graph: onnx.GraphProto) -> set[str]:
-    bodies = list(body_graphs(graph.node))
-    read = {name for body in bodies for node in body.node for name in node.input}
-    return read.union(value.name for body in bodies for value in body.output)
 
 
 def _moved(graph: onnx.GraphProto, names: Collection[str]) -> set[str]:
@@ -331,7 +324,7 @@ def dynamic_nodes(model: onnx.ModelProto, weighted: Collection[int]) -> tuple[in
     return products if gemms <= set(products) else ()
 
 
-def data_inputs(node: onnx.NodeProto) -> Iterable[str]:
+def data_inputs(node: onnx.NodeProto) -> list[str]:
     """Inputs that hold numbers to compute with, not a shape, an axis or sizes."""
     several = node.op_type in ("Add", "Concat", "Mul")
     return [name for name in (node.input if several else node.input[:1]) if name]

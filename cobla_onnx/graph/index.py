@@ -24,6 +24,7 @@ __all__ = [
     "Origin",
     "all_inputs",
     "attributes",
+    "inputs_of_bodies",
     "node_label",
 ]
 
@@ -303,6 +304,11 @@ def _trained(model: onnx.ModelProto) -> set[str]:
 def all_inputs(node: onnx.NodeProto) -> Iterable[str]:
     """Yield the names that a node reads, those captured by its sub-graphs included."""
     yield from node.input
+    yield from inputs_of_bodies(node)
+
+
+def inputs_of_bodies(node: onnx.NodeProto) -> Iterable[str]:
+    """Yield the names that are read inside a node's sub-graphs, their own and captured ones."""
     stack = list(subgraphs(node))
     while stack:
         graph = stack.pop()

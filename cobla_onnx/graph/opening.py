@@ -8,7 +8,7 @@ the bodies stay, and the model computes what it did.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import onnx
 
@@ -25,7 +25,7 @@ from cobla_onnx.graph.operators.base import operators_of_node
 from cobla_onnx.graph.protos import copied_node
 from cobla_onnx.graph.tensors import subgraphs
 
-__all__ = ["opened", "rename_tensors", "renamed"]
+__all__ = ["opened", "rename_tensors"]
 
 
 def opened(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -95,15 +95,6 @@ def _rename_node(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
         for position, name in enumerate(listed):
             if name in names:
                 listed[position] = names[name]
-
-
-def renamed(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
-    """Rename tensors in nodes and all their bodies, in place; no name is defined twice."""
-    nodes = list(nodes)
-    for node in nodes:
-        _rename_node(node, names)
-    for body in body_graphs(nodes):
-        _rename_here(body, names)
 
 
 def rename_tensors(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:

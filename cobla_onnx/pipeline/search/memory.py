@@ -165,9 +165,8 @@ class EightBitMemory:
             if following is None:
                 break
             share = following
-        fitting = [reached for reached in found if reached <= limit]
-        if fitting:
-            return found[max(fitting)]
+        if best:
+            return found[best]
         least = rounded_up(Fraction(min(found), self.analysis.mem_total))
         raise BudgetError(
             f"{option_name('mem', budget.mem)} is below the least that was reached in 8 bits, "
