@@ -32,6 +32,7 @@ from threadpoolctl import threadpool_info
 from cobla_onnx import __version__
 from cobla_onnx.errors import UsageError
 from cobla_onnx.runtime.damaged import DAMAGED
+from cobla_onnx.runtime.parser import PARSER
 from cobla_onnx.text import safe_text
 from cobla_onnx.wording import option_name
 
@@ -151,7 +152,7 @@ class Cache:
         """Return the arrays of a key, or None where there are none that can be trusted."""
         path = self._path(kind, key)
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored, PARSER:
                 arrays = {name: stored[name] for name in stored.files}
             expected = str(arrays.pop(CHECKSUM))
             if _checksum(kind, key, arrays) != expected:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from cobla_onnx.calibration.data.dataset import Dataset, InputSpec, Record, rows_of_a_sample
 from cobla_onnx.errors import DataError
 from cobla_onnx.runtime.damaged import DAMAGED
+from cobla_onnx.runtime.parser import PARSER
 from cobla_onnx.text import first_line
 
 __all__ = ["LABEL_NAMES", "array_samples", "evenly", "open_npy", "open_npz", "spread_over"]
@@ -147,7 +148,8 @@ def open_npy(path: Path, specs: Sequence[InputSpec], samples: int | None) -> Dat
             "array for each"
         )
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with PARSER:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except DAMAGED as error:
         raise DataError(
             f"{path}: is not an .npy file of numbers ({first_line(error)}); save it again"
@@ -323,9 +325,10 @@ def _shape(path: Path, archive: zipfile.ZipFile, member: str) -> tuple[int, ...]
 
 def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
+    with PARSER:
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(file)
+        return np.lib.format.read_array_header_2_0(file)
 
 
 def _skip(file: Any, count: int) -> None:

@@ -17,6 +17,7 @@ from cobla_onnx.calibration.data.dataset import Dataset
 from cobla_onnx.calibration.evaluation.targets import IGNORED
 from cobla_onnx.errors import DataError, UsageError
 from cobla_onnx.runtime.damaged import DAMAGED
+from cobla_onnx.runtime.parser import PARSER
 from cobla_onnx.text import first_line, quoted
 from cobla_onnx.wording import option_name
 
@@ -56,7 +57,8 @@ def read_labels(path: Path) -> Labels:
             f"{option_name('labels', path)}: is neither .csv, .npy nor .npz; give one of these"
         )
     try:
-        content = np.load(path, allow_pickle=False)
+        with PARSER:
+            content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return content
         with content:
@@ -66,7 +68,8 @@ def read_labels(path: Path) -> Labels:
                 raise DataError(
                     f"{path}: has no array called {' or '.join(map(repr, LABEL_NAMES))}"
                 )
-            labels: NDArray[Any] = content[chosen]
+            with PARSER:
+                labels: NDArray[Any] = content[chosen]
             return labels
     except DAMAGED as error:
         raise DataError(
