@@ -145,6 +145,8 @@ def _smallest(
 
 
 def _suggestions(session: Session, outlooks: tuple[Outlook, ...]) -> Iterable[Suggestion]:
+    if not session.analysis.layers:
+        return
     source = "IN.onnx" if session.source is None else shlex.quote(str(session.source))
     options = typed_options(session.settings, "advise", "compress")
     # Where no layer can be stored in fewer bits, it is not asked for.
@@ -173,10 +175,11 @@ def _suggestions(session: Session, outlooks: tuple[Outlook, ...]) -> Iterable[Su
             "the fewest MACs with a loss that shows, before refit",
             faster.ranks,
         )
-    yield Suggestion(
-        f"cobla-onnx {source} OUT.onnx --max-drop 1%{bits} {data}",
-        "the smallest model that keeps 99 % of the answers, measured",
-    )
+    if session.least_memory() < 1.0:
+        yield Suggestion(
+            f"cobla-onnx {source} OUT.onnx --max-drop 1%{bits} {data}",
+            "the smallest model that keeps 99 % of the answers, measured",
+        )
 
 
 def _blind(

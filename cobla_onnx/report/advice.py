@@ -128,13 +128,20 @@ def _render(found: Advice) -> RenderableType:
         above.append(_held("of it", sum(found.elsewhere.values()), found.elsewhere, "cannot"))
     if found.mac_total is not None:
         above.append(_held("MACs", found.mac_total, found.macs_by_operator, "can be cut"))
+    if not found.outlooks:
+        above.append("`cobla-onnx inspect` tells why, node by node")
+        return Group(*map(Text, above), *map(Text, _notes(found)))
     below = ["", *_legend(found)]
     if found.limiting:
         names = short_names([each.name for each in found.limiting], 28)
         parts = [f"{names[each.name]} {each.share:.0%}" for each in found.limiting]
         below.append(f"at the first command most of the loss is in {', '.join(parts)}")
-    below.extend(f"note: {safe_text(note, 300)}" for note in found.notes)
+    below.extend(_notes(found))
     return Group(*map(Text, [*above, ""]), table, *map(Text, below))
+
+
+def _notes(found: Advice) -> list[str]:
+    return [f"note: {safe_text(note, 300)}" for note in found.notes]
 
 
 def _loss_text(loss: float | None) -> str:

@@ -114,10 +114,12 @@ def test_without_data_it_asks_for_some():
 def test_a_model_without_layers_has_no_outlook():
     from onnx import helper
 
-    model = model_of([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": [1, 4]}, ["y"])
-    found = advise(model, threads=1)
-    assert found.outlooks == ()
-    assert found.bytes_by_operator == {}
+    model = model_of([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": ["N", 4]}, ["y"])
+    for data in (None, {"x": random_array(8, 4, seed=1)}):
+        found = advise(model, data=data, threads=1)
+        assert found.outlooks == ()
+        assert found.suggestions == ()
+        assert found.bytes_by_operator == {}
 
 
 def test_commands_have_the_options_of_layers_and_data(tmp_path):
