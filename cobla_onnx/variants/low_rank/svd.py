@@ -16,6 +16,13 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cobla_onnx.variants.low_rank.tridiagonal import (
+    Tridiagonal,
+    eigenvalues,
+    leading_eigenvectors,
+    reduced,
+)
+
 __all__ = [
     "Basis",
     "Factorization",
@@ -97,13 +104,13 @@ def _chunks(matrix: NDArray[Any]) -> Iterator[tuple[slice, Float64]]:
         yield part, np.ascontiguousarray(block, np.float64)
 
 
-def singular_values(grams: Float64) -> Float64:
+def singular_values(grams: Tridiagonal) -> Float64:
     """Singular values of a stack of matrices, combined over the stack.
 
     Parameters
     ----------
-    grams : float64 array, shape (groups, size, size)
-        As `gram_matrices` returns them.
+    grams : Tridiagonal
+        Of what `gram_matrices` returns.
 
     Returns
     -------
@@ -111,31 +118,29 @@ def singular_values(grams: Float64) -> Float64:
         Descending; entry j is the root of the sum over the stack of the squared j-th
         singular value.
     """
-    energies = np.maximum(np.linalg.eigvalsh(grams)[:, ::-1], 0.0)
+    energies = np.maximum(eigenvalues(grams)[:, ::-1], 0.0)
     return np.asarray(np.sqrt(energies.sum(axis=0)))
 
 
-def leading_vectors(grams: Float64, count: int) -> Basis:
+def leading_vectors(grams: Tridiagonal, count: int) -> Basis:
     """Leading singular vectors of the shorter side of each matrix, with their values.
 
-    All of them are computed and the first `count` kept: the factors of a rank are then the
-    same whatever `count` was, and a kept basis serves every rank up to it. For all but the
-    lowest ranks this is also faster than computing some (docs/experiments.md has figures).
+    They are the same whatever `count` was, so that a kept basis serves every rank up to it.
 
     Parameters
     ----------
-    grams : float64 array, shape (groups, size, size)
-        As `gram_matrices` returns them.
+    grams : Tridiagonal
+        Of what `gram_matrices` returns.
     count : int
         From 1 to size.
     """
-    groups, size, _ = grams.shape
+    groups, size = grams.diagonal.shape
     vectors = np.empty((groups, size, count))
     values = np.empty((groups, count))
-    for group, gram in enumerate(grams):
-        eigenvalues, found = np.linalg.eigh(gram)
-        values[group] = np.sqrt(np.maximum(eigenvalues[::-1][:count], 0.0))
-        vectors[group] = _fix_signs(found[:, ::-1][:, :count])
+    for group in range(groups):
+        found, columns = leading_eigenvectors(grams, group, count)
+        values[group] = np.sqrt(np.maximum(found, 0.0))
+        vectors[group] = _fix_signs(columns)
     return Basis(vectors, values)
 
 
@@ -152,7 +157,7 @@ def factorize(stack: NDArray[Any], rank: int, basis: Basis | None = None) -> Fac
         Of the same stack, with at least `rank` vectors; computed if not given.
     """
     groups, rows, columns = stack.shape
-    found = basis or leading_vectors(gram_matrices(stack), rank)
+    found = basis or leading_vectors(reduced(gram_matrices(stack)), rank)
     left = np.empty((groups, rows, rank))
     right = np.empty((groups, rank, columns))
     values = found.singular_values[:, :rank].copy()

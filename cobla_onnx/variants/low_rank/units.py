@@ -23,6 +23,7 @@ from cobla_onnx.variants.low_rank.svd import (
     leading_vectors,
     singular_values,
 )
+from cobla_onnx.variants.low_rank.tridiagonal import Tridiagonal, reduced
 
 __all__ = ["GRAMS", "VALUES", "VECTORS", "ValuesUnit", "factorize_layer", "layer_values"]
 
@@ -65,7 +66,7 @@ def layer_values(
     """
 
     def compute() -> Arrays:
-        return {"values": singular_values(_grams(scheme, weight, cache, content))}
+        return {"values": singular_values(_reduced(scheme, weight, cache, content))}
 
     return fetch(cache, VALUES, digest(content, scheme), compute)["values"]
 
@@ -85,18 +86,20 @@ def factorize_layer(
     content = digest(weight)
 
     def compute() -> Arrays:
-        basis = leading_vectors(_grams(scheme, weight, cache, content), most)
+        basis = leading_vectors(_reduced(scheme, weight, cache, content), most)
         return {"vectors": basis.vectors, "values": basis.singular_values}
 
     found = fetch(cache, VECTORS, digest(content, scheme, most), compute)
     return factorize(stack, rank, Basis(found["vectors"], found["values"]))
 
 
-def _grams(scheme: Scheme, weight: NDArray[Any], cache: Cache | None, content: str) -> Float64:
-    """Gram matrices of a weight under a scheme; a run keeps them, a folder would grow too large."""
+def _reduced(
+    scheme: Scheme, weight: NDArray[Any], cache: Cache | None, content: str
+) -> Tridiagonal:
+    """Reduced Gram matrices under a scheme; a run keeps them, a folder would grow too large."""
 
     def compute() -> Arrays:
-        return {"grams": gram_matrices(scheme.matrix(weight))}
+        return dict(vars(reduced(gram_matrices(scheme.matrix(weight)))))
 
     kept = cache if isinstance(cache, RunCache) else None
-    return fetch(kept, GRAMS, digest(content, scheme), compute)["grams"]
+    return Tridiagonal(**fetch(kept, GRAMS, digest(content, scheme), compute))

@@ -1,0 +1,98 @@
+"""LAPACK's routines of a symmetric eigenproblem, as scipy offers them to compiled code.
+
+Unlike its functions in Python these do not hold Python's lock, so that other threads go on. Arrays
+are float64, and in C order: to LAPACK, rows of a matrix are its columns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy
+from numpy.typing import NDArray
+from scipy.linalg import cython_lapack
+
+__all__ = ["DORMTR", "DSTEDC", "DSTERF", "DSYTRD", "call", "call_sized", "routine"]
+
+_TITLE = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(
+    ("PyCapsule_GetName", ctypes.pythonapi)
+)
+_ADDRESS = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+# Of a type, by its last letter in C.
+_LETTERS = str.maketrans("rt", "ci")
+
+
+def routine(name: str, arguments: str) -> Callable[..., None]:
+    """Return a routine as a function of addresses.
+
+    Parameters
+    ----------
+    arguments : str
+        A letter for the type of each: ``c`` (char), ``i`` (int) or ``d`` (double).
+
+    Raises
+    ------
+    ImportError
+        If scipy's has others.
+    """
+    capsule = cython_lapack.__pyx_capi__[name]
+    title = _TITLE(capsule)
+    kinds = re.findall(r"(char|int|_d) \*", title.decode())
+    if "".join(kind[-1] for kind in kinds).translate(_LETTERS) != arguments:
+        raise ImportError(
+            f"scipy {scipy.__version__}: {name} of LAPACK has other arguments than before, "
+            f"{title.decode()}; install an earlier version of scipy"
+        )
+    types = [ctypes.c_void_p] * len(arguments)
+    return ctypes.CFUNCTYPE(None, *types)(_ADDRESS(capsule, title))
+
+
+DSYTRD = routine("dsytrd", "cididdddii")
+DSTERF = routine("dsterf", "iddi")
+DSTEDC = routine("dstedc", "cidddidiiii")
+DORMTR = routine("dormtr", "ccciididdidii")
+
+
+def call(routine: Callable[..., None], *arguments: Any) -> None:
+    """Call a routine with arguments, each bytes, int or a contiguous array.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        If it does not converge, or an argument is wrong.
+    """
+    info = ctypes.c_int()
+    routine(*map(_passed, arguments), ctypes.byref(info))
+    if info.value:
+        raise np.linalg.LinAlgError(f"LAPACK gave up (info {info.value})")
+
+
+def call_sized(
+    routine: Callable[..., None], *arguments: Any, integers: NDArray[np.int32] | None = None
+) -> None:
+    """Ask a routine for the size of its work space, its last argument, and call it with that.
+
+    Parameters
+    ----------
+    integers : int32 array, optional
+        Work space of integers, large enough, where the routine takes some.
+    """
+    beyond = () if integers is None else (integers, len(integers))
+    wanted = np.zeros(1)
+    call(routine, *arguments, wanted, -1, *beyond)
+    work = np.empty(int(wanted[0]))
+    call(routine, *arguments, work, len(work), *beyond)
+
+
+def _passed(argument: Any) -> Any:
+    if isinstance(argument, bytes):
+        return ctypes.c_char_p(argument)
+    if isinstance(argument, int):
+        return ctypes.byref(ctypes.c_int(argument))
+    return argument.ctypes.data_as(ctypes.c_void_p)
