@@ -44,7 +44,7 @@ ROUNDS = 6
 # the limit, so that the search goes on.
 THOROUGH = 8
 # Most of those that follow where a sketch has found the limit.
-FINAL = 3
+FINAL = 5
 # Most nodes, from the input on, that are left in floating point beside 8 bits, and what the time
 # falls to with one more.
 HEAD, FASTER = 3, 0.99
