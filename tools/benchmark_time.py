@@ -185,16 +185,18 @@ def run(
     models: Models = Path(),
     only: field.Only = "",
     threads: Annotated[str, typer.Option(help="Numbers of threads, comma separated.")] = "2,1",
+    methods: Annotated[str, typer.Option(help="Names, semicolon separated; else all.")] = "",
     limit: field.Limit = 3600,
 ) -> None:
     """Measure what is not measured yet; the machine should do nothing else."""
     folders = Folders(assets, wheels, models, results.with_suffix(".data"))
     counts = [int(each) for each in threads.split(",")]
+    wanted = methods.split(";") if methods else list(METHODS)
     for name in NAMES:
         if not any(part in name for part in only.split(",")):
             continue
         subject: Subject | None = None
-        for count, method in itertools.product(counts, METHODS):
+        for count, method in itertools.product(counts, wanted):
             key = key_of(name, count, method)
             if key in field.read(results):
                 continue
