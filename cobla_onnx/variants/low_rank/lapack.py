@@ -43,7 +43,8 @@ def routine(name: str, arguments: str) -> Callable[..., None]:
     """
     capsule = cython_lapack.__pyx_capi__[name]
     title = _TITLE(capsule)
-    kinds = re.findall(r"(char|int|_d) \*", title.decode())
+    # As whole words: another integer would be read beyond its end.
+    kinds = re.findall(r"\b(char|int|\w*_d) \*", title.decode())
     if "".join(kind[-1] for kind in kinds).translate(_LETTERS) != arguments:
         raise ImportError(
             f"scipy {scipy.__version__}: {name} of LAPACK has other arguments than before, "
