@@ -115,13 +115,6 @@ def _render(found: Advice) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-    table.add_column("budget", no_wrap=True)
-    for heading in ("ranks", "bits", "both"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for each in found.outlooks:
-        losses = (each.ranks, each.bits, each.both)
-        table.add_row(f"--{each.resource} {each.kept:g}", *map(_loss_text, losses))
     above = [_held("memory", found.mem_total, found.bytes_by_operator, "can be compressed")]
     # Biases are in every model, and negligible.
     if sum(found.elsewhere.values()) > found.mem_total / 100:
@@ -131,6 +124,13 @@ def _render(found: Advice) -> RenderableType:
     if not found.outlooks:
         above.append("`cobla-onnx inspect` tells why, node by node")
         return Group(*map(Text, above), *map(Text, _notes(found)))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    table.add_column("budget", no_wrap=True)
+    for heading in ("ranks", "bits", "both"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for each in found.outlooks:
+        losses = (each.ranks, each.bits, each.both)
+        table.add_row(f"--{each.resource} {each.kept:g}", *map(_loss_text, losses))
     below = ["", *_legend(found)]
     if found.limiting:
         names = short_names([each.name for each in found.limiting], 28)

@@ -57,7 +57,7 @@ def reduced(matrices: Float64) -> Tridiagonal:
     """
     groups, size, _ = matrices.shape
     factors, diagonal, beside = (np.zeros((groups, size)) for _ in range(3))
-    largest = np.abs(matrices).max(axis=(1, 2))
+    largest = np.maximum(matrices.max(axis=(1, 2)), -matrices.min(axis=(1, 2)))
     scales = np.exp2(np.floor(np.log2(np.where(largest > 0, largest, 1.0))))
     for group, matrix in enumerate(matrices):
         matrix /= scales[group]
