@@ -71,7 +71,7 @@ def in_eight_bits(
     VerificationError
         If onnxruntime does not run the result.
     """
-    model, weighted = _ready(model, spared)
+    model, weighted = _ready(model, spared, evidence.model)
     prepared = prepare(model, evidence.measured.model.graph.output)
     search = EightBitSearch(evidence, prepared, model, most, is_fast, head is not None)
     after = _after(model, weighted, head or 0)
@@ -137,11 +137,20 @@ def spared_outputs(model: onnx.ModelProto, analysis: Analysis) -> frozenset[str]
 
 
 def _ready(
-    model: onnx.ModelProto, spared: Collection[str]
+    model: onnx.ModelProto, spared: Collection[str], original: onnx.ModelProto | None = None
 ) -> tuple[onnx.ModelProto, tuple[int, ...]]:
-    """Do as `_written`, and refuse a model without nodes that can compute in 8 bits."""
+    """Do as `_written`, and refuse a model without nodes that can compute in 8 bits.
+
+    With the original it is told where nodes of that could, whose weights are in fewer bits by now.
+    """
     model, found = _written(model, spared)
     if not found:
+        if original is not None and _written(original, spared)[1]:
+            raise ModelError(
+                f"{option_name('arithmetic', 'int8')}: all layers that could compute in 8 bits "
+                "are stored in fewer bits, which are decoded to floating point; give "
+                f"{option_name('arithmetic', 'keep')}, or a plan with a layer that has no bits"
+            )
         fewer = ""
         if any(layer.type == onnx.TensorProto.FLOAT for layer in find_layers(model).layers):
             fewer = f", or {option_name('precision')} to store it in fewer bits"

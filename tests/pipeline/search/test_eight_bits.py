@@ -141,6 +141,17 @@ def test_a_plan_that_keeps_what_is_no_layer_in_eight_bits_is_taken(data):
         compress(model, plan=cut, data=data, arithmetic="int8", **QUICK)
 
 
+def test_a_plan_that_stores_all_layers_in_fewer_bits_is_named(data):
+    names = [layer.name for layer in find_layers(small_network()).layers]
+    plan = Plan(tuple(Decision(name, "stored", 8) for name in names))
+    with pytest.raises(ModelError, match="are stored in fewer bits.* or a plan with a layer"):
+        compress(small_network(), plan=plan, data=data, arithmetic="int8", **QUICK)
+    found = compress(
+        small_network(), plan=Plan(plan.decisions[1:]), data=data, arithmetic="int8", **QUICK
+    )
+    assert found.report.arithmetic.nodes > 0
+
+
 @pytest.mark.parametrize(("limit", "ranks"), [(0.3, False), (0.24, True)])
 def test_a_memory_budget_counts_weights_in_eight_bits(data, limit, ranks):
     """Three tenths are met without any ranks, and the model is verified all the same."""
