@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cobla_onnx.variants.low_rank.lapack import DORMTR, DSTEDC, DSTERF, DSYTRD, call, call_sized
+from cobla_onnx.runtime.lapack import DORMTR, DSTEDC, DSTERF, DSYTRD, call, call_sized
 
 __all__ = ["Tridiagonal", "eigenvalues", "leading_eigenvectors", "reduced"]
 

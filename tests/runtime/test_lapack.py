@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.linalg import cython_lapack
 
-from cobla_onnx.variants.low_rank.lapack import DSTERF, call, routine
+from cobla_onnx.runtime.lapack import DSTERF, call, routine
 
 
 def test_a_routine_with_other_arguments_is_refused():
