@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cobla_onnx.calibration.moment import SAME, Joint, Moment
+from cobla_onnx.runtime.lapack import add_gram
 
 __all__ = ["JointSum", "MomentSum"]
 
@@ -21,6 +22,8 @@ SINGLE = 1e-15, 1e15
 ADDED = 1 << 16
 # Adding a matrix of products to another takes about as long as the products of this many vectors.
 ADDING = 100
+# Rows that are copied to columns at a time.
+ROWS = 256
 
 
 class MomentSum:
@@ -44,7 +47,7 @@ class MomentSum:
         exact: bool = True,
     ) -> None:
         self._parts, self._exact = parts, exact
-        # Products between different parts are 0.
+        # Products between different parts are 0. What is below the diagonal has no meaning.
         self._blocks: NDArray[np.float64] | list[NDArray[np.float64]] = (
             np.zeros((groups, size, size))
             if parts is None
@@ -119,8 +122,11 @@ class MomentSum:
         for start, end in spans if apart else [(0, block.shape[1])]:
             # Contiguous: numpy then uses the symmetric product.
             factor = np.ascontiguousarray(block[:, start:end], dtype)
-            products = factor @ factor.T
-            second += products
+            if apart or dtype is not np.float64:
+                products = factor @ factor.T
+                second += products
+            else:
+                add_gram(second, factor)
             total += block[:, start:end].sum(axis=1, dtype=np.float64)
             squares = np.einsum("sp,sp->p", factor, factor).astype(np.float64)
             self._fourth[group] += squares @ squares
@@ -167,11 +173,13 @@ class MomentSum:
     def _second(self) -> NDArray[np.float64]:
         """Sum of the products, shape (groups, size, size)."""
         if isinstance(self._blocks, np.ndarray):
+            _mirror(self._blocks)
             return self._blocks
         assert self._parts is not None
         size = self._total.shape[1]
         result = np.zeros((1, size, size))
         for rows, block in zip(self._parts, self._blocks, strict=True):
+            _mirror(block[None])
             result[0][np.ix_(rows, rows)] = block
         return result
 
@@ -261,6 +269,16 @@ class JointSum:
         inputs = self._inputs.moment()
         count = max(inputs.count, 1)
         return Joint(inputs, self._cross / count, self._total / count)
+
+
+def _mirror(matrices: NDArray[np.float64]) -> None:
+    """Copy what is above the diagonal of square matrices to what is below."""
+    for at in range(0, matrices.shape[2], ROWS):
+        end = at + ROWS
+        matrices[:, end:, at:end] = matrices[:, at:end, end:].swapaxes(1, 2)
+        corners = matrices[:, at:end, at:end]
+        below = np.tri(corners.shape[1], k=-1, dtype=bool)
+        corners[:, below] = corners.swapaxes(1, 2)[:, below]
 
 
 def _apart(shape: tuple[int, ...], samples: int) -> bool:

@@ -1,7 +1,7 @@
-"""LAPACK's routines of a symmetric eigenproblem, as scipy offers them to compiled code.
+"""Routines of BLAS and LAPACK, as scipy offers them to compiled code.
 
 Unlike its functions in Python these do not hold Python's lock, so that other threads go on. Arrays
-are float64, and in C order: to LAPACK, rows of a matrix are its columns.
+are float64, and in C order: to these routines, rows of a matrix are its columns.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import scipy
 from numpy.typing import NDArray
-from scipy.linalg import cython_lapack
+from scipy.linalg import cython_blas, cython_lapack
 
-__all__ = ["DORMTR", "DSTEDC", "DSTERF", "DSYTRD", "call", "call_sized", "routine"]
+__all__ = ["DORMTR", "DSTEDC", "DSTERF", "DSYTRD", "add_gram", "call", "call_sized", "routine"]
 
 _TITLE = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(
     ("PyCapsule_GetName", ctypes.pythonapi)
@@ -41,13 +41,14 @@ def routine(name: str, arguments: str) -> Callable[..., None]:
     ImportError
         If scipy's has others.
     """
-    capsule = cython_lapack.__pyx_capi__[name]
+    known = cython_lapack.__pyx_capi__
+    capsule = known[name] if name in known else cython_blas.__pyx_capi__[name]
     title = _TITLE(capsule)
     # As whole words: another integer would be read beyond its end.
     kinds = re.findall(r"\b(char|int|\w*_d) \*", title.decode())
     if "".join(kind[-1] for kind in kinds).translate(_LETTERS) != arguments:
         raise ImportError(
-            f"scipy {scipy.__version__}: {name} of LAPACK has other arguments than before, "
+            f"scipy {scipy.__version__}: {name} has other arguments than before, "
             f"{title.decode()}; install an earlier version of scipy"
         )
     types = [ctypes.c_void_p] * len(arguments)
@@ -58,6 +59,26 @@ DSYTRD = routine("dsytrd", "cididdddii")
 DSTERF = routine("dsterf", "iddi")
 DSTEDC = routine("dstedc", "cidddidiiii")
 DORMTR = routine("dormtr", "ccciididdidii")
+_DSYRK = routine("dsyrk", "cciiddiddi")
+
+
+def add_gram(total: NDArray[np.float64], rows: NDArray[np.float64]) -> None:
+    """Add the products of all pairs of rows to a matrix, on and above its diagonal.
+
+    numpy's own product is a matrix for itself, whose one half is copied from the other number by
+    number, before it can be added.
+
+    Parameters
+    ----------
+    total : float64 array, shape (size, size)
+        In C order.
+    rows : float64 array, shape (size, length)
+        In C order.
+    """
+    size, length = rows.shape
+    if rows.size:
+        # What is above the diagonal of rows is below that of columns.
+        _run(_DSYRK, b"L", b"T", size, length, 1.0, rows, length, 1.0, total, size)
 
 
 def call(routine: Callable[..., None], *arguments: Any) -> None:
@@ -69,7 +90,7 @@ def call(routine: Callable[..., None], *arguments: Any) -> None:
         If it does not converge, or an argument is wrong.
     """
     info = ctypes.c_int()
-    routine(*map(_passed, arguments), ctypes.byref(info))
+    _run(routine, *arguments, info)
     if info.value:
         raise np.linalg.LinAlgError(f"LAPACK gave up (info {info.value})")
 
@@ -91,9 +112,17 @@ def call_sized(
     call(routine, *arguments, work, len(work), *beyond)
 
 
+def _run(routine: Callable[..., None], *arguments: Any) -> None:
+    routine(*map(_passed, arguments))
+
+
 def _passed(argument: Any) -> Any:
     if isinstance(argument, bytes):
         return ctypes.c_char_p(argument)
     if isinstance(argument, int):
         return ctypes.byref(ctypes.c_int(argument))
+    if isinstance(argument, float):
+        return ctypes.byref(ctypes.c_double(argument))
+    if isinstance(argument, ctypes.c_int):
+        return ctypes.byref(argument)
     return argument.ctypes.data_as(ctypes.c_void_p)

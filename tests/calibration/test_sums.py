@@ -42,6 +42,41 @@ def test_products_of_samples_add_up_to_those_of_all(monkeypatch, size, each, exa
         np.testing.assert_allclose(moment.effective, expected, rtol=1e-9 if exact else 1e-4)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("rows", [3, 4, 256])
+def test_moments_are_symmetric_however_products_are_added(monkeypatch, exact, rows):
+    """Those of all samples at once are added above the diagonal alone."""
+    monkeypatch.setattr(sums, "ROWS", rows)
+    rng = np.random.default_rng(0)
+    for adding in (0.0, np.inf):
+        monkeypatch.setattr(sums, "ADDING", adding)
+        halves = [MomentSum(2, 10, exact=exact), MomentSum(2, 10, exact=exact)]
+        vectors = rng.standard_normal((2, 10, 60)).astype(np.float32)
+        halves[0].add(vectors[:, :, :40], 20)
+        halves[1].add(vectors[:, :, 40:], 20)
+        halves[0].merge(halves[1])
+        second = halves[0].moment().second
+        np.testing.assert_array_equal(second, second.swapaxes(1, 2))
+        wanted = vectors.astype(np.float64) @ vectors.swapaxes(1, 2) / 60
+        np.testing.assert_allclose(second, wanted, rtol=1e-4, atol=1e-6)
+        # A moment may be asked for more than once, and in between.
+        halves[0].add(vectors, 20)
+        np.testing.assert_allclose(halves[0].moment().second, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_may_have_their_rows_in_any_order():
+    vectors = np.zeros((1, 5, 6), np.float32)
+    rng = np.random.default_rng(0)
+    parts = [np.array([4, 0, 2]), np.array([3, 1])]
+    phases = np.array([0, 1, 0, 1, 1, 0])
+    for column, phase in enumerate(phases):
+        vectors[0, parts[phase], column] = rng.standard_normal(len(parts[phase]))
+    total = MomentSum(1, 5, parts)
+    total.add(vectors, 2, phases=phases)
+    wanted = vectors[0].astype(np.float64) @ vectors[0].T / 6
+    np.testing.assert_allclose(total.moment().second[0], wanted, atol=1e-6)
+
+
 def test_samples_that_are_all_the_same_are_noticed(monkeypatch):
     one = np.random.default_rng(0).standard_normal((1, 4, 30)).astype(np.float32)
     for adding in (0.0, np.inf):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy.linalg import cython_lapack
 
-from cobla_onnx.runtime.lapack import DSTERF, call, routine
+from cobla_onnx.runtime.lapack import DSTERF, add_gram, call, routine
 
 
 def test_a_routine_with_other_arguments_is_refused():
-    with pytest.raises(ImportError, match=r"dsytrd of LAPACK .*void \(char \*.*earlier version"):
+    with pytest.raises(ImportError, match=r"dsytrd has .*void \(char \*.*earlier version"):
         routine("dsytrd", "cididddiii")
 
 
@@ -23,10 +23,20 @@ def test_a_routine_with_other_integers_is_refused(monkeypatch, integer):
     )
     title = f"void ({integer} *, my_d *, my_d *, {integer} *)".encode()
     monkeypatch.setitem(cython_lapack.__pyx_capi__, "dsterf", new(1, title, None))
-    with pytest.raises(ImportError, match=f"dsterf of LAPACK .*{integer}"):
+    with pytest.raises(ImportError, match=f"dsterf has .*{integer}"):
         routine("dsterf", "iddi")
 
 
 def test_what_a_routine_refuses_is_an_error():
     with pytest.raises(np.linalg.LinAlgError, match="info -1"):
         call(DSTERF, -1, np.zeros(1), np.zeros(1))
+
+
+@pytest.mark.parametrize(("size", "length"), [(5, 3), (3, 5), (1, 1), (0, 4), (4, 0)])
+def test_products_of_rows_are_added_above_the_diagonal(size, length):
+    rng = np.random.default_rng(0)
+    rows, before = rng.standard_normal((size, length)), rng.standard_normal((size, size))
+    total = before.copy()
+    add_gram(total, rows)
+    np.testing.assert_allclose(np.triu(total), np.triu(before + rows @ rows.T), atol=1e-12)
+    np.testing.assert_array_equal(np.tril(total, -1), np.tril(before, -1))

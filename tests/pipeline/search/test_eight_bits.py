@@ -144,7 +144,7 @@ def test_a_plan_that_keeps_what_is_no_layer_in_eight_bits_is_taken(data):
 def test_a_plan_that_stores_all_layers_in_fewer_bits_is_named(data):
     names = [layer.name for layer in find_layers(small_network()).layers]
     plan = Plan(tuple(Decision(name, "stored", 8) for name in names))
-    with pytest.raises(ModelError, match="are stored in fewer bits.* or a plan with a layer"):
+    with pytest.raises(ModelError, match=r"are stored in fewer bits.* or a plan with a layer"):
         compress(small_network(), plan=plan, data=data, arithmetic="int8", **QUICK)
     found = compress(
         small_network(), plan=Plan(plan.decisions[1:]), data=data, arithmetic="int8", **QUICK
