@@ -22,7 +22,7 @@ SINGLE = 1e-15, 1e15
 ADDED = 1 << 16
 # Adding a matrix of products to another takes about as long as the products of this many vectors.
 ADDING = 100
-# Rows that are copied to columns at a time.
+# Rows of a matrix, of which the half above the diagonal is added or copied, at a time.
 ROWS = 256
 
 
@@ -120,18 +120,18 @@ class MomentSum:
         # The spread needs the products of each sample, and these add up to those of all.
         apart = _apart(block.shape, len(starts))
         for start, end in spans if apart else [(0, block.shape[1])]:
-            # Contiguous: numpy then uses the symmetric product.
             factor = np.ascontiguousarray(block[:, start:end], dtype)
-            if apart or dtype is not np.float64:
-                products = factor @ factor.T
-                second += products
-            else:
-                add_gram(second, factor)
+            own = apart or dtype is not np.float64
+            products = np.zeros(second.shape, dtype) if own else second
+            add_gram(products, factor)
+            if own:
+                _add_above(second, products)
             total += block[:, start:end].sum(axis=1, dtype=np.float64)
             squares = np.einsum("sp,sp->p", factor, factor).astype(np.float64)
             self._fourth[group] += squares @ squares
             if apart:
-                self._spread[group] += _squared_norm(products)
+                diagonal = products.diagonal().astype(np.float64)
+                self._spread[group] += 2 * _squared_norm(products) - diagonal @ diagonal
             else:
                 # How much samples differ is needed to a few digits.
                 its = factor
@@ -269,6 +269,12 @@ class JointSum:
         inputs = self._inputs.moment()
         count = max(inputs.count, 1)
         return Joint(inputs, self._cross / count, self._total / count)
+
+
+def _add_above(total: NDArray[np.float64], matrix: NDArray[Any]) -> None:
+    """Add what is on and above the diagonal of a matrix, which is 0 below, to another."""
+    for at in range(0, len(matrix), ROWS):
+        total[at : at + ROWS, at:] += matrix[at : at + ROWS, at:]
 
 
 def _mirror(matrices: NDArray[np.float64]) -> None:

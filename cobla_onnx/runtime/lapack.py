@@ -1,7 +1,7 @@
 """Routines of BLAS and LAPACK, as scipy offers them to compiled code.
 
 Unlike its functions in Python these do not hold Python's lock, so that other threads go on. Arrays
-are float64, and in C order: to these routines, rows of a matrix are its columns.
+are in C order: to these routines, rows of a matrix are its columns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ import scipy
 from numpy.typing import NDArray
 from scipy.linalg import cython_blas, cython_lapack
 
-__all__ = ["DORMTR", "DSTEDC", "DSTERF", "DSYTRD", "add_gram", "call", "call_sized", "routine"]
+__all__ = [
+    "DORMTR",
+    "DPOSV",
+    "DSTEDC",
+    "DSTERF",
+    "DSYTRD",
+    "add_gram",
+    "call",
+    "call_sized",
+    "routine",
+]
 
 _TITLE = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(
     ("PyCapsule_GetName", ctypes.pythonapi)
@@ -34,7 +44,7 @@ def routine(name: str, arguments: str) -> Callable[..., None]:
     Parameters
     ----------
     arguments : str
-        A letter for the type of each: ``c`` (char), ``i`` (int) or ``d`` (double).
+        A letter for the type of each: ``c`` (char), ``i`` (int), ``s`` (float) or ``d`` (double).
 
     Raises
     ------
@@ -45,7 +55,7 @@ def routine(name: str, arguments: str) -> Callable[..., None]:
     capsule = known[name] if name in known else cython_blas.__pyx_capi__[name]
     title = _TITLE(capsule)
     # As whole words: another integer would be read beyond its end.
-    kinds = re.findall(r"\b(char|int|\w*_d) \*", title.decode())
+    kinds = re.findall(r"\b(char|int|\w*_[ds]) \*", title.decode())
     if "".join(kind[-1] for kind in kinds).translate(_LETTERS) != arguments:
         raise ImportError(
             f"scipy {scipy.__version__}: {name} has other arguments than before, "
@@ -59,10 +69,14 @@ DSYTRD = routine("dsytrd", "cididdddii")
 DSTERF = routine("dsterf", "iddi")
 DSTEDC = routine("dstedc", "cidddidiiii")
 DORMTR = routine("dormtr", "ccciididdidii")
-_DSYRK = routine("dsyrk", "cciiddiddi")
+DPOSV = routine("dposv", "ciididii")
+_SYRK = {
+    np.dtype(np.float32): (routine("ssyrk", "cciississi"), ctypes.c_float(1)),
+    np.dtype(np.float64): (routine("dsyrk", "cciiddiddi"), ctypes.c_double(1)),
+}
 
 
-def add_gram(total: NDArray[np.float64], rows: NDArray[np.float64]) -> None:
+def add_gram(total: NDArray[Any], rows: NDArray[Any]) -> None:
     """Add the products of all pairs of rows to a matrix, on and above its diagonal.
 
     numpy's own product is a matrix for itself, whose one half is copied from the other number by
@@ -70,15 +84,16 @@ def add_gram(total: NDArray[np.float64], rows: NDArray[np.float64]) -> None:
 
     Parameters
     ----------
-    total : float64 array, shape (size, size)
+    total : float32 or float64 array, shape (size, size)
         In C order.
-    rows : float64 array, shape (size, length)
+    rows : array of the same type, shape (size, length)
         In C order.
     """
     size, length = rows.shape
     if rows.size:
+        run, one = _SYRK[rows.dtype]
         # What is above the diagonal of rows is below that of columns.
-        _run(_DSYRK, b"L", b"T", size, length, 1.0, rows, length, 1.0, total, size)
+        _run(run, b"L", b"T", size, length, one, rows, length, one, total, size)
 
 
 def call(routine: Callable[..., None], *arguments: Any) -> None:
@@ -121,8 +136,6 @@ def _passed(argument: Any) -> Any:
         return ctypes.c_char_p(argument)
     if isinstance(argument, int):
         return ctypes.byref(ctypes.c_int(argument))
-    if isinstance(argument, float):
-        return ctypes.byref(ctypes.c_double(argument))
-    if isinstance(argument, ctypes.c_int):
+    if isinstance(argument, ctypes.c_int | ctypes.c_float | ctypes.c_double):
         return ctypes.byref(argument)
     return argument.ctypes.data_as(ctypes.c_void_p)

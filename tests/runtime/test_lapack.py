@@ -32,11 +32,12 @@ def test_what_a_routine_refuses_is_an_error():
         call(DSTERF, -1, np.zeros(1), np.zeros(1))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("size", "length"), [(5, 3), (3, 5), (1, 1), (0, 4), (4, 0)])
-def test_products_of_rows_are_added_above_the_diagonal(size, length):
+def test_products_of_rows_are_added_above_the_diagonal(size, length, dtype):
     rng = np.random.default_rng(0)
-    rows, before = rng.standard_normal((size, length)), rng.standard_normal((size, size))
+    rows, before = (rng.standard_normal((size, n)).astype(dtype) for n in (length, size))
     total = before.copy()
     add_gram(total, rows)
-    np.testing.assert_allclose(np.triu(total), np.triu(before + rows @ rows.T), atol=1e-12)
+    np.testing.assert_allclose(np.triu(total), np.triu(before + rows @ rows.T), atol=1e-5)
     np.testing.assert_array_equal(np.tril(total, -1), np.tril(before, -1))

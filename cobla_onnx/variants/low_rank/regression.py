@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from cobla_onnx.runtime.lapack import DPOSV, call
 from cobla_onnx.variants.low_rank.matricisation import Scheme
 from cobla_onnx.variants.low_rank.svd import Factorization, Float64
 from cobla_onnx.variants.low_rank.weighted_svd import balanced, inputs_first
@@ -38,7 +39,7 @@ def fitted_rows(rows: Float64, second: Float64, cross: Float64, ridge: float) ->
     float64 array, shape (groups, outputs, size)
     """
     each = zip(second, cross, rows, strict=True)
-    return np.stack([_pulled(*moments, ridge).T for moments in each])
+    return np.stack([_pulled(*moments, ridge) for moments in each])
 
 
 def refit_second(
@@ -56,17 +57,26 @@ def refit_second(
     first, last = inputs_first(scheme, factors)
     pairs = []
     for group, moment in enumerate(second):
-        pairs.append((first[group], _pulled(moment, cross[group], last[group].T, ridge)))
+        pairs.append((first[group], _pulled(moment, cross[group], last[group].T, ridge).T))
     return balanced(scheme, pairs)
 
 
 def _pulled(moment: Float64, cross: Float64, rows: Float64, ridge: float) -> Float64:
-    """Least squares of outputs on inputs, drawn towards `rows`; shape (size, outputs)."""
-    energy = float(np.trace(moment))
+    """Least squares of outputs on inputs, drawn towards `rows`; shape (outputs, size)."""
+    size, energy = len(moment), float(np.trace(moment))
     # Inputs that are always zero carry no information, and leave the weight as it is.
-    pull = ridge * energy / len(moment) if energy > 0 else 1.0
-    system = moment.copy()
-    system[np.diag_indices_from(system)] += pull
-    right = cross + pull * rows
-    # numpy's, unlike scipy's, lets other Python threads run meanwhile.
-    return np.asarray(np.linalg.solve(system, right.T), dtype=np.float64)
+    pull = ridge * energy / size if energy > 0 else 1.0
+    right = np.ascontiguousarray(cross + pull * rows)
+    try:
+        call(DPOSV, b"L", size, len(right), _lifted(moment, pull), size, right, size)
+    except np.linalg.LinAlgError:
+        # Rounding, of a moment in single precision, goes beyond the ridge.
+        return np.asarray(np.linalg.solve(_lifted(moment, pull), right.T).T)
+    return right
+
+
+def _lifted(moment: Float64, pull: float) -> Float64:
+    """Add to the diagonal of a matrix, in a copy."""
+    result = moment.copy()
+    result[np.diag_indices_from(result)] += pull
+    return result

@@ -51,6 +51,16 @@ def test_refit_loses_no_more_than_the_truncated_weight(seed, rank):
     assert np.linalg.norm(y - moved @ found) <= np.linalg.norm(y - moved @ plain) * (1 + 1e-6)
 
 
+def test_a_moment_that_rounding_left_indefinite_is_solved_all_the_same():
+    moment, rows = np.diag([1.0, 0.5, -0.1])[None], random_array(1, 2, 3, dtype="float64")
+    cross = random_array(1, 2, 3, seed=1, dtype="float64")
+    pull = 0.01 * 1.4 / 3
+    found = fitted_rows(rows, moment, cross, 0.01)
+    np.testing.assert_allclose(
+        found @ (moment + pull * np.eye(3)), cross + pull * rows, rtol=1e-12, atol=1e-12
+    )
+
+
 def test_at_full_rank_it_is_the_least_squares_solution_and_so_is_the_second_factor():
     scheme, weight = product()
     x = random_array(50, 6, seed=3, dtype="float64")
