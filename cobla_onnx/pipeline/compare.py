@@ -36,7 +36,13 @@ from cobla_onnx.graph.words import known_words
 from cobla_onnx.latency import timing
 from cobla_onnx.options import BatchSize, Settings, check_declared, memory_bytes
 from cobla_onnx.options.combined import check_without_data
-from cobla_onnx.pipeline.inputs import ModelSource, available_cores, file_of, open_model
+from cobla_onnx.pipeline.inputs import (
+    ModelSource,
+    available_cores,
+    file_of,
+    naming_full_folder,
+    open_model,
+)
 from cobla_onnx.pipeline.verification import not_read, rows_of, varying_outputs
 from cobla_onnx.report.comparison import ModelComparison, ModelFacts
 from cobla_onnx.runtime.context import RunContext
@@ -110,7 +116,11 @@ def compare(
     _check_ends(pair.models, pair.names, shapes)
     context = RunContext(threads or available_cores(), progress=progress or silent)
     asked = _Asked(shapes, data, samples, batch, memory_limit, images, outputs, seed)
-    with execution_provider(provider) as running_on, _inputs(pair, asked, context) as inputs:
+    with (
+        naming_full_folder(),
+        execution_provider(provider) as running_on,
+        _inputs(pair, asked, context) as inputs,
+    ):
         compared, count, more = _compare_outputs(pair, inputs, context)
         latency = _timed(pair, inputs, context)
         known = {**inputs.shapes, **shapes}

@@ -35,6 +35,7 @@ __all__ = [
     "file_of",
     "known_shapes",
     "naming",
+    "naming_full_folder",
     "open_in_order",
     "open_model",
     "open_samples",
@@ -107,10 +108,11 @@ def _checked(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Order]:
 
 @contextmanager
 def naming(source: Path | None) -> Iterator[None]:
-    """Add the name of the file to errors about the model, and say which disk is full."""
+    """Add the name of the file to errors about the model, and do as `naming_full_folder`."""
     shown = "the model" if source is None else safe_text(str(source), 300)
     try:
-        yield
+        with naming_full_folder():
+            yield
     except PartError as error:
         raise PartError(f"{error.message} ({shown})") from error
     except ModelError as error:
@@ -120,6 +122,13 @@ def naming(source: Path | None) -> Iterator[None]:
             f"{shown}: needs more memory than there is; use a machine with more, or give "
             f"smaller {option_name('input_shapes')}"
         ) from error
+
+
+@contextmanager
+def naming_full_folder() -> Iterator[None]:
+    """Name the folder of temporary files where it has no room for one."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

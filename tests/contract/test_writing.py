@@ -123,14 +123,16 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, demo_model):
         assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
 
 
-def test_a_full_temporary_folder_is_named(tmp_path, demo_model):
+@pytest.mark.parametrize("comparing", [False, True])
+def test_a_full_temporary_folder_is_named(tmp_path, demo_model, comparing):
     out = tmp_path / "out.onnx"
+    what = ["compare", demo_model, demo_model] if comparing else [demo_model, out, "--mem", "0.8"]
     data = demo_model.with_name("digits_calibration.npz")
     plain = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     # Bytecode that the limit cuts off would stay behind.
     plain["PYTHONDONTWRITEBYTECODE"] = "1"
     done = subprocess.run(
-        [COMMAND, demo_model, out, "--mem", "0.8", "--data", data],
+        [COMMAND, *what, "--data", data],
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
