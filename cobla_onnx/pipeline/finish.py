@@ -187,9 +187,9 @@ def _in_order(session: Session, compressed: onnx.ModelProto) -> onnx.ModelProto:
     Where nothing has changed, the model is as it was given.
     """
     if compressed is session.written:
-        compressed = session.given
+        compressed = session.single
         if session.order:
             compressed = onnx.ModelProto()
-            compressed.CopyFrom(session.given)
+            compressed.CopyFrom(session.single)
     restore_order(compressed.graph, session.order)
     return compressed

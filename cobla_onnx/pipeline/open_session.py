@@ -141,7 +141,8 @@ def open_session(
             table = times.table() if times is not None and times_needed else analysis
             evidence = None if looking is None else looking.evidence(table)
             session = Session(
-                given=single.model,
+                given=given,
+                single=single.model,
                 followed=followed,
                 analysis=table,
                 settings=settings,
@@ -153,16 +154,21 @@ def open_session(
                 rule=rule,
             )
             if times_needed:
-                # What a budget of MACs would choose from is measured end to end, too.
                 grid = _rule(settings, Needs(macs_needed=True), provider)
-                other = analysis.under(grid)
-                seen = None if looking is None else looking.evidence(other)
-                by_macs = replace(session, analysis=other, evidence=seen, rule=grid)
-                session = replace(session, by_macs=by_macs)
+                session = replace(session, by_macs=_under(session, analysis, grid, looking))
             yield replace(session, seconds=time.perf_counter() - started)
         finally:
             if analysis.from_data is not None:
                 analysis.from_data.close()
+
+
+def _under(
+    session: Session, analysis: Analysis, rule: RankRule, looking: Looking | None
+) -> Session:
+    """Return what a budget of MACs would choose from: it is measured end to end, too."""
+    other = analysis.under(rule)
+    evidence = None if looking is None else looking.evidence(other)
+    return replace(session, analysis=other, evidence=evidence, rule=rule)
 
 
 def _without_bits(analysis: Analysis, opset: int) -> Iterator[str]:

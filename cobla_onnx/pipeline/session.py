@@ -3,7 +3,7 @@
 Analysing a model (second moments, singular values, sensitivities) takes most of the time and
 does not depend on the budget. It is done once, by `open_session`. Each call of `Session.solve`
 then finds ranks and factors for a budget, and `Session.finish` rewrites, verifies and reports.
-A session keeps nothing of a budget: what belongs to one is in the `Solution`.
+What belongs to one budget is in the `Solution`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ class Session:
     Attributes
     ----------
     given : ModelProto
-        The model as it was read, but constants that it stored more than once are stored once.
+        The model as it was read.
+    single : ModelProto
+        The same, but constants that it stored more than once are stored once.
     followed : Followed
         The model as it is written, and as the data sees it.
     analysis : Analysis
@@ -142,13 +144,13 @@ class Session:
     seconds : float
         Time that the analysis took.
     by_macs : Session or None
-        With a latency budget: the layers as a budget of MACs would have them, without the table of
-        times.
+        With a latency budget: the layers as a budget of MACs would have them, without times.
     eight_bits_alone : EightBitsAlone
-        The model in 8 bits with all its ranks, which does not depend on a budget.
+        The model in 8 bits with all its ranks, where many budgets end.
     """
 
     given: onnx.ModelProto
+    single: onnx.ModelProto
     followed: Followed
     analysis: Analysis
     settings: Settings

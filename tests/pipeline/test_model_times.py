@@ -43,7 +43,7 @@ def test_what_was_measured_is_kept_where_the_budget_is_refused(times, tmp_path):
     settings = Settings(solver="milp", objective="weights", measure_latency=True)
     model = times.search.model
     followed = Followed(model, model)
-    session = Session(model, followed, analysis, settings, RunContext(), times=times)
+    session = Session(model, model, followed, analysis, settings, RunContext(), times=times)
     before = (tmp_path / "p.json").read_text()
     with pytest.raises(BudgetError, match="fastest of"):
         solve_in_time(session, Budget(latency=0.5))

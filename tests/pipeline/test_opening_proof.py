@@ -9,6 +9,8 @@ import pytest
 from cobla_onnx import Budget, compress
 from cobla_onnx.errors import VerificationError
 from cobla_onnx.graph import inlining
+from cobla_onnx.graph.duplicates import Deduplicated
+from cobla_onnx.pipeline import open_session as opening
 from cobla_onnx.pipeline.opening_proof import prove_opening
 from tests.builders import model_of, random_array, small_network
 from tests.graph.test_inlining import twice
@@ -21,6 +23,20 @@ def test_what_the_opened_model_computes_is_compared_with_the_file(monkeypatch, d
     monkeypatch.setattr(inlining, "_state_defaults", lambda model: None)
     with pytest.raises(VerificationError, match=r"'y' is another once .* opened"):
         compress(twice(), Budget(mem=0.6), threads=1, precision=(8,), data=data)
+
+
+def test_constants_that_are_stored_once_are_compared_with_the_file(monkeypatch):
+    def wrong(model: onnx.ModelProto) -> Deduplicated:
+        changed = onnx.ModelProto()
+        changed.CopyFrom(model)
+        weight = changed.graph.initializer[0]
+        twice = 2 * onnx.numpy_helper.to_array(weight)
+        weight.CopyFrom(onnx.numpy_helper.from_array(twice, weight.name))
+        return Deduplicated(changed, 1, twice.nbytes)
+
+    monkeypatch.setattr(opening, "deduplicated", wrong)
+    with pytest.raises(VerificationError, match=r"stored once; .* deduplicate=False"):
+        compress(small_network(), Budget(mem=0.6), threads=1)
 
 
 def test_what_differs_from_run_to_run_tells_nothing():
