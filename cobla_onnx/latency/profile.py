@@ -82,7 +82,13 @@ class Profile:
         return json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile, atomically."""
+        """Write the profile, atomically.
+
+        Raises
+        ------
+        WriteError
+            If the file cannot be written.
+        """
         write_atomically(path, self.to_json().encode())
 
     @classmethod

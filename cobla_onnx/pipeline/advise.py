@@ -63,7 +63,7 @@ def advise(model: ModelSource, **options: Unpack[AdviseOptions]) -> Advice:
 
     Raises
     ------
-    UsageError, ModelError, DataError
+    UsageError, ModelError, DataError, WriteError
         See `cobla_onnx.errors`.
 
     Examples

@@ -95,7 +95,7 @@ def compare(
     UsageError
         If inputs or outputs differ in names, types or shapes, or for options of data that is not
         given.
-    ModelError, DataError
+    ModelError, DataError, WriteError
         See `cobla_onnx.errors`.
 
     Examples

@@ -154,7 +154,7 @@ def compress(
 
     Raises
     ------
-    UsageError, ModelError, DataError, BudgetError, VerificationError
+    UsageError, ModelError, DataError, BudgetError, VerificationError, WriteError
         See `cobla_onnx.errors`.
 
     Examples

@@ -53,7 +53,7 @@ def inspect(
 
     Raises
     ------
-    UsageError, ModelError, DataError
+    UsageError, ModelError, DataError, WriteError
         See `cobla_onnx.errors`.
 
     Examples

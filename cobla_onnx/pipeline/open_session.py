@@ -105,7 +105,7 @@ def open_session(
 
     Raises
     ------
-    UsageError, ModelError, DataError, BudgetError
+    UsageError, ModelError, DataError, BudgetError, WriteError
         See `cobla_onnx.errors`.
     """
     started = time.perf_counter()

@@ -134,6 +134,8 @@ class Result:
         ------
         UsageError
             If the extension is not ``.json``, ``.html`` or ``.md``.
+        WriteError
+            If the file cannot be written.
         """
         report = self.report
         if arguments is not None:
@@ -148,6 +150,11 @@ class Result:
         (fractions of the original, for the budgets that were set), ``seconds``. After them comes a
         line for each block and pass of a distillation, whose stages begin with ``distil``; the
         selection loss there is the one that is followed, too.
+
+        Raises
+        ------
+        WriteError
+            If the file cannot be written.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

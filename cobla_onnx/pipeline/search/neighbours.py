@@ -57,7 +57,7 @@ def neighbours(
     losses : Objective
         The separable objective that the answer minimises.
     constraints : sequence of Constraint
-        With a latency budget there are no neighbours, since each would have to be timed.
+        With a table of times there are no neighbours, since each would have to be timed.
     answer : Allocation
 
     Yields
