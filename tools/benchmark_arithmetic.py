@@ -271,6 +271,8 @@ def print_short(rows: Mapping[str, Row]) -> str:
 
 
 def _best(rows: Mapping[tuple[str, str], Row], latency: str) -> str:
+    if all(column != latency for _, column in rows):
+        return "not measured"
     found = _as_fast(rows, METHODS, latency, float(latency) * NOISE)
     if not found:
         return "none"

@@ -60,7 +60,7 @@ def test_the_fastest_plan_stands_in_brackets_where_none_is_fast_enough(tool):
     assert "| ours |  | (0.400: 50.0% / 0.1) |" in tool.print_tables(rows_of(tool, rows))
 
 
-def test_the_short_table_has_the_best_of_those_that_are_as_fast(tool):
+def test_the_short_table_has_the_best_of_those_that_are_as_fast(tool, monkeypatch):
     rows = {
         (tool.BOTH, "0.5"): made(0.5, 0.9),
         (tool.RANKS, "0.5"): made(0.5, 0.7),
@@ -71,6 +71,11 @@ def test_the_short_table_has_the_best_of_those_that_are_as_fast(tool):
     lines = tool.print_short(rows_of(tool, rows)).splitlines()
     assert lines[0] == "| model, threads | 0.5 | 0.4 | 0.2 |"
     assert lines[2] == "| small, 2 | static QDQ: 95.0% | ours: 80.0% | none |"
+    monkeypatch.setattr(tool, "NAMES", ("small", "large"))
+    large = {tool.key_of("large", 2, tool.BOTH, "0.1"): made(0.1, 0.4)}
+    lines = tool.print_short(large | rows_of(tool, rows)).splitlines()
+    assert lines[2].endswith("| static QDQ: 95.0% | ours: 80.0% | none | not measured |")
+    assert lines[3].endswith("| not measured | not measured | not measured | ours: 40.0% |")
     # What was made for no latency has no line.
     alone = {("static QDQ", tool.ALONE): made(0.45, 0.95)}
     assert len(tool.print_short(rows_of(tool, alone)).splitlines()) == 2
