@@ -282,12 +282,18 @@ def _best(rows: Mapping[tuple[str, str], Row], latency: str) -> str:
 
 def figure_of(quality: Mapping[str, Any]) -> str:
     """Name one figure of a task: the agreement, or what its measure names first."""
-    if "agreement" in quality:
-        return f"{quality['agreement']:.1%}"
-    if "psnr_db" in quality:
-        return f"{quality['psnr_db']:.1f} dB"
-    name, value = next((n, v) for n, v in quality.items() if isinstance(v, float))
-    return f"{name.replace('_', ' ')} {value:.3f}"
+    name, value = _figure(quality)
+    if name == "agreement":
+        return f"{value:.1%}"
+    return f"{value:.1f} dB" if name == "psnr_db" else f"{name.replace('_', ' ')} {value:.3f}"
+
+
+def _figure(quality: Mapping[str, Any]) -> tuple[str, float]:
+    """One figure of a task, of which more is better, but for a perplexity."""
+    for name in ("agreement", "psnr_db"):
+        if name in quality:
+            return name, float(quality[name])
+    return next((name, value) for name, value in quality.items() if isinstance(value, float))
 
 
 def print_tables(rows: Mapping[str, Row]) -> str:
@@ -348,11 +354,12 @@ def _as_fast(
 
 
 def _lost(quality: Mapping[str, Any]) -> tuple[float, float]:
-    """What a model has lost of its task: of its answers where it has any, then the mean loss."""
+    """What a model has lost of its task: by its figure, and of as good ones the mean loss."""
     loss = quality.get("loss")
     if loss is None:
         loss = sum(quality["losses"]) / len(quality["losses"])
-    return -float(quality.get("agreement", 0.0)), float(loss)
+    name, value = _figure(quality)
+    return value if name == "perplexity" else -value, float(loss)
 
 
 def _cell(row: Row) -> str:

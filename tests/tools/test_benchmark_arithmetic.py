@@ -86,9 +86,12 @@ def test_one_figure_stands_for_a_task(tool):
     assert tool.figure_of({"same_ten": 0.9, "losses": [0.1]}) == "same ten 0.900"
 
 
-def test_a_task_without_classes_is_compared_by_what_samples_lose(tool):
-    better, worse = {"perplexity": 3.0, "losses": [0.1]}, {"perplexity": 9.0, "losses": [0.4]}
+def test_a_task_without_classes_is_compared_by_its_figure_then_by_what_samples_lose(tool):
+    better, worse = {"perplexity": 3.0, "losses": [0.1]}, {"perplexity": 9.0, "losses": [0.1]}
     assert tool._lost(better) < tool._lost(worse)
+    masks = {"iou": 0.981, "losses": [0.2]}, {"iou": 0.979, "losses": [0.1]}
+    assert tool._lost(masks[0]) < tool._lost(masks[1])
+    assert tool._lost(masks[0]) < tool._lost({"iou": 0.981, "losses": [0.3]})
 
 
 def test_of_as_many_answers_the_lesser_loss_is_better(tool):
