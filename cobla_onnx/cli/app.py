@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -94,6 +95,30 @@ def _is_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
+class _Stdout(io.TextIOWrapper):
+    """Stdout that goes on without a reader, ``head`` say: the work is in files."""
+
+    def write(self, text: str) -> int:
+        """Write, or drop what nobody reads."""
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        """Do as `write`."""
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._drop()
+
+    def _drop(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+
+
 def _keep_stdout() -> None:
     """Keep native libraries off stdout, for the scripts that read it.
 
@@ -103,12 +128,11 @@ def _keep_stdout() -> None:
         return
     sys.stdout.flush()
     terminal = sys.stdout.isatty()
-    sys.stdout = open(  # noqa: SIM115 - it stays open as long as the process
-        os.dup(1),
-        "w",
-        buffering=1 if terminal else -1,
+    sys.stdout = _Stdout(
+        open(os.dup(1), "wb"),  # noqa: SIM115 - it stays open as long as the process
         encoding=sys.stdout.encoding,
         errors=sys.stdout.errors,
+        line_buffering=terminal,
     )
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -262,6 +262,23 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["in.onnx"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+@pytest.mark.parametrize("what", [["--mem", "0.6"], ["--help"]])
+def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path, what):
+    onnx.save(small_network(), tmp_path / "in.onnx")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [COMMAND, tmp_path / "in.onnx", tmp_path / "out.onnx", *what],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out.onnx").exists() == (what != ["--help"])
+
+
 def test_in_place_is_allowed_when_asked_for(tmp_path):
     path = tmp_path / "model.onnx"
     onnx.save(small_network(), path)
