@@ -44,6 +44,7 @@ class Reason(str, Enum):
     SHARED = "weight has other readers"
     TYPE = "weight type is not supported"
     NOT_A_MATRIX = "weight is not a matrix"
+    COLUMNS = "takes columns of a table, not rows"
     EMPTY = "weight has no elements"
     DEPTHWISE = "depthwise convolution"
     GROUPED = "grouped transposed convolution"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -15,7 +16,7 @@ from cobla_onnx.graph.operators.base import operator_names
 from cobla_onnx.options import Settings
 from cobla_onnx.pipeline.analysis import Analysis
 from cobla_onnx.report.amounts import elsewhere_text
-from cobla_onnx.text import numbered, safe_text
+from cobla_onnx.text import numbered, quoted, safe_text
 from cobla_onnx.variants.low_rank.ranks import RankRule
 from cobla_onnx.wording import either, option_name
 
@@ -62,6 +63,9 @@ def explain(
     rule : RankRule
         Decides the candidate ranks; the message says if it leaves any out.
     """
+    uncounted = [item.name for item in analysis.skipped if item.reason is Reason.UNCOUNTED]
+    if uncounted and not analysis.mac_total and "mac" in error.least:
+        return _without_macs(error, uncounted)
     error = _with_more_ranks(error, rule)
     include, exclude = bool(settings.include), bool(settings.exclude)
     least = error.least.get("mem")
@@ -99,6 +103,16 @@ def elsewhere_note(
     return (
         f"--mem {budget.mem:g} of all bytes means {max(left, 0):.2g} of those that can be "
         f"compressed: no budget reaches the others, {elsewhere_text(held)}",
+    )
+
+
+def _without_macs(error: BudgetError, names: Sequence[str]) -> BudgetError:
+    """Say that the MACs of all layers there are stand in bodies and are not known."""
+    return BudgetError(
+        f"{option_name('mac')}: the MACs of {numbered(len(names), 'layer')} in bodies are not "
+        f"known, {quoted(names[0])} among them, and nothing outside of them has any",
+        error.least,
+        f"state the shapes of what the bodies read and write, or give {option_name('mem')}",
     )
 
 

@@ -89,7 +89,7 @@ def test_products_that_read_a_matrix_both_ways_are_one():
             ],
             Reason.SHARED,
         ),
-        ([helper.make_node("Gather", ["w", "ids"], ["y"], "columns", axis=1)], Reason.OPERATOR),
+        ([helper.make_node("Gather", ["w", "ids"], ["y"], "columns", axis=1)], Reason.COLUMNS),
     ],
     ids=["added", "reshaped", "columns"],
 )

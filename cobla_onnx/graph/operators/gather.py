@@ -50,7 +50,7 @@ class Lookup:
         axis = layer.attributes["axis"]
         if len(layer.shape) > 2 or layer.shape[0] < 2:
             return Refusal(Reason.NOT_A_MATRIX, f"shape {list(layer.shape)}")
-        return None if axis in (0, -2) else Refusal(Reason.OPERATOR, f"along axis {axis}")
+        return None if axis in (0, -2) else Refusal(Reason.COLUMNS, f"axis {axis}")
 
     def output_axis(self, layer: Layer) -> OutputAxis | None:
         """Return the last axis, along which rows lie."""

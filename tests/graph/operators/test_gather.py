@@ -53,7 +53,8 @@ def test_what_takes_no_rows_of_a_matrix_is_left_with_a_reason():
     for table, axis, reason in (
         (random_array(4, 3, 2), 0, Reason.NOT_A_MATRIX),
         (random_array(1, 6), 0, Reason.NOT_A_MATRIX),
-        (random_array(4, 6), 1, Reason.OPERATOR),
+        (random_array(4, 6), 1, Reason.COLUMNS),
+        (random_array(4, 6), -1, Reason.COLUMNS),
     ):
         assert skipped(lookup_model(table, [2], axis=axis)) == [("embedding", reason)]
     assert find_layers(lookup_model(random_array(4, 6), [2], axis=-2)).layers
