@@ -42,7 +42,7 @@ Arrays: TypeAlias = "dict[str, NDArray[Any]]"
 
 # Counted up whenever the same key would stand for other numbers: older entries are then
 # never asked for.
-VERSION = 3
+VERSION = 4
 CHECKSUM = "sha256"
 # Seconds after which the file of a killed writer is removed.
 ABANDONED = 24 * 3600.0
