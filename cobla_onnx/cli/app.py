@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -24,6 +25,8 @@ from cobla_onnx.text import safe_text
 __all__ = ["app", "main"]
 
 MAIN_COMMAND = "compress"
+# A pipe without a reader; the second one on Windows.
+CLOSED = (errno.EPIPE, errno.EINVAL)
 
 
 class MainCommandGroup(TyperGroup):
@@ -102,18 +105,20 @@ class _Stdout(io.TextIOWrapper):
         """Write, or drop what nobody reads."""
         try:
             return super().write(text)
-        except BrokenPipeError:
-            self._drop()
+        except OSError as error:
+            self._drop(error)
             return len(text)
 
     def flush(self) -> None:
         """Do as `write`."""
         try:
             super().flush()
-        except BrokenPipeError:
-            self._drop()
+        except OSError as error:
+            self._drop(error)
 
-    def _drop(self) -> None:
+    def _drop(self, error: OSError) -> None:
+        if error.errno not in CLOSED:
+            raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)

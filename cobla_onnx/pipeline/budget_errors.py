@@ -54,7 +54,7 @@ def explain(
     settings: Settings,
     rule: RankRule,
 ) -> BudgetError:
-    """Add to the refusal of a memory budget which layers hold the least feasible bytes.
+    """Add to the refusal of a budget which layers hold the least feasible bytes, or no known MACs.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def explain(
         Decides the candidate ranks; the message says if it leaves any out.
     """
     uncounted = [item.name for item in analysis.skipped if item.reason is Reason.UNCOUNTED]
-    if uncounted and not analysis.mac_total and "mac" in error.least:
+    if uncounted and not analysis.mac_total and error.least.keys() == {"mac"}:
         return _without_macs(error, uncounted)
     error = _with_more_ranks(error, rule)
     include, exclude = bool(settings.include), bool(settings.exclude)
@@ -107,7 +107,7 @@ def elsewhere_note(
 
 
 def _without_macs(error: BudgetError, names: Sequence[str]) -> BudgetError:
-    """Say that the MACs of all layers there are stand in bodies and are not known."""
+    """Say that no MACs are known: all layers stand in bodies."""
     return BudgetError(
         f"{option_name('mac')}: the MACs of {numbered(len(names), 'layer')} in bodies are not "
         f"known, {quoted(names[0])} among them, and nothing outside of them has any",

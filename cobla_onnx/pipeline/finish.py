@@ -114,6 +114,8 @@ def _verified(
 ) -> Verification | None:
     """Verify the result on the samples held back, or on random inputs."""
     if not solution.replacements and solution.eight_bits is None:
+        # What is written is the file, but for constants that are stored once.
+        _prove_opened(session, session.single)
         return None
     evidence = session.evidence
     steps = 1 if evidence is None else _held_back_batches(evidence)
@@ -129,15 +131,7 @@ def _verified(
         return evidence.dataset.batches(samples, min(evidence.judge.batch, PROVED_TOGETHER))
 
     session.notify("verify", 0, steps)
-    if session.written is not session.given:
-        prove_opening(
-            session.given,
-            session.written,
-            session.analysis.input_shapes,
-            None if evidence is None else evidence.dataset,
-            session.settings.seed,
-            session.context.threads,
-        )
+    _prove_opened(session, session.written)
     verification = verify(
         session.written,
         rewritten,
@@ -154,6 +148,20 @@ def _verified(
     )
     session.notify("verify", steps, steps)
     return verification
+
+
+def _prove_opened(session: Session, model: onnx.ModelProto) -> None:
+    """Compare a model that layers are found in, or written as it is, with the file."""
+    if model is session.given:
+        return
+    prove_opening(
+        session.given,
+        model,
+        session.analysis.input_shapes,
+        None if session.evidence is None else session.evidence.dataset,
+        session.settings.seed,
+        session.context.threads,
+    )
 
 
 def _held_back_batches(evidence: Evidence) -> int:

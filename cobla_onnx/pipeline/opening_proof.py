@@ -71,7 +71,7 @@ def prove_opening(
         if _alike(expected[name], again[name]):
             raise VerificationError(
                 f"output {quoted(name)} is another once the model's functions and bodies are "
-                "opened, which onnx does, and equal constants are stored once; nothing was "
+                "opened, which onnx does, or equal constants are stored once; nothing was "
                 "written, export the model without functions, or give "
                 f"{without} (and please report this)"
             )

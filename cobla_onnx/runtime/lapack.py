@@ -88,8 +88,17 @@ def add_gram(total: NDArray[Any], rows: NDArray[Any]) -> None:
         In C order.
     rows : array of the same type, shape (size, length)
         In C order.
+
+    Raises
+    ------
+    ValueError
+        If they are not: nothing else would stop BLAS from writing elsewhere.
     """
     size, length = rows.shape
+    if total.shape != (size, size) or total.dtype != rows.dtype:
+        raise ValueError(f"{total.dtype} {total.shape} for products of {rows.dtype} {rows.shape}")
+    if not (total.flags.c_contiguous and rows.flags.c_contiguous):
+        raise ValueError("neither may be strided: BLAS reads and writes what lies side by side")
     if rows.size:
         run, one = _SYRK[rows.dtype]
         # What is above the diagonal of rows is below that of columns.

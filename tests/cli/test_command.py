@@ -262,7 +262,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["in.onnx"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+@pytest.mark.skipif(os.name == "nt", reason="not tried on Windows")
 @pytest.mark.parametrize("what", [["--mem", "0.6"], ["--help"]])
 def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path, what):
     onnx.save(small_network(), tmp_path / "in.onnx")

@@ -35,8 +35,9 @@ def test_constants_that_are_stored_once_are_compared_with_the_file(monkeypatch):
         return Deduplicated(changed, 1, twice.nbytes)
 
     monkeypatch.setattr(opening, "deduplicated", wrong)
-    with pytest.raises(VerificationError, match=r"stored once; .* deduplicate=False"):
-        compress(small_network(), Budget(mem=0.6), threads=1)
+    for mem in (0.6, 1.0):
+        with pytest.raises(VerificationError, match=r"stored once; .* deduplicate=False"):
+            compress(small_network(), Budget(mem=mem), threads=1)
 
 
 def test_what_differs_from_run_to_run_tells_nothing():

@@ -32,6 +32,20 @@ def test_what_a_routine_refuses_is_an_error():
         call(DSTERF, -1, np.zeros(1), np.zeros(1))
 
 
+@pytest.mark.parametrize(
+    ("total", "rows"),
+    [
+        (np.zeros((3, 3)), np.zeros((3, 2), np.float32)),
+        (np.zeros((2, 2)), np.zeros((3, 2))),
+        (np.zeros((3, 6))[:, ::2], np.zeros((3, 2))),
+        (np.zeros((3, 3)), np.zeros((2, 3)).T),
+    ],
+)
+def test_what_would_be_written_elsewhere_is_refused(total, rows):
+    with pytest.raises(ValueError, match=r"products of|strided"):
+        add_gram(total, rows)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("size", "length"), [(5, 3), (3, 5), (1, 1), (0, 4), (4, 0)])
 def test_products_of_rows_are_added_above_the_diagonal(size, length, dtype):
